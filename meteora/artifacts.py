@@ -1,0 +1,310 @@
+"""The nouns of the project and their ids. Standard library only; read this file first.
+
+    Recipe ─resolve▶ BaseSpec, AdapterRef ─read▶ AdapterSpec ─stack▶ FusedSpec ─fit▶ RouterSpec ─measure▶ Score
+                                                              ╰ FusedCheckpoint   ╰ RouterBuild
+
+A *spec* says what is asked; its `id` is the hash of the asking and is known before the work, so it
+is the key by which finished work is skipped. A built noun adds `weights_sha256`, the hash of the
+bytes that came out. Lineage is read off the specs: `parents` names what each was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, NewType, Self, get_type_hints
+
+ArtifactId = NewType("ArtifactId", str)
+"""`<kind>:<64 hex digits>`; show the first 12 digits, keep all of them."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class MeteoraError(Exception):
+    """Something that was asked for cannot be done; the message says what, where and what to do."""
+
+
+def canonical_json(value: object) -> str:
+    """One text for one value: keys sorted, no spaces, UTF-8 as it is, NaN and infinity refused."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def canonical_sha256(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def short(artifact_id: str) -> str:
+    """An id as people read it: the kind and 12 digits."""
+    kind, _, digest = artifact_id.partition(":")
+    return f"{kind}:{digest[:12]}"
+
+
+class Noun:
+    """A frozen dataclass that goes to JSON and comes back equal."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # ty: ignore[invalid-argument-type]
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Self:
+        """The noun that `to_dict` described; raises `KeyError` where a field is missing."""
+        hints = get_type_hints(cls)
+        return cls(**{f.name: _revive(body[f.name], hints[f.name]) for f in fields(cls)})  # ty: ignore[invalid-argument-type]
+
+
+def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
+    if isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Noun):
+        return hint.from_dict(value)
+    if getattr(hint, "__origin__", None) is tuple:
+        return tuple(_revive(item, hint.__args__[0]) for item in value)
+    return value
+
+
+class Spec(Noun):
+    """What is asked for. Two equal specs have equal ids, and two different specs different ones."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Part of the id. Bump it where the same asking now means other bytes."""
+
+    @property
+    def id(self) -> ArtifactId:
+        digest = canonical_sha256({"version": self.version, **self.to_dict()})
+        return ArtifactId(f"{self.kind}:{digest}")
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        """The artifacts that this one is built from, in the order that matters to it."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Fingerprint(Noun):
+    """What must agree between a base and the base that something was made for."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    vocabulary_sha256: str
+    """Of the canonical JSON of the tokenizer's {token: id}."""
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Where `other` differs, as "hidden_size 576, not 960"; empty if it is the same base."""
+        return [
+            f"{f.name} {_brief(getattr(self, f.name))}, not {_brief(getattr(other, f.name))}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def _brief(value: object) -> str:
+    return str(value)[:16]
+
+
+@dataclass(frozen=True)
+class BaseSpec(Spec):
+    """A frozen base model, at one revision."""
+
+    kind: ClassVar[str] = "base"
+
+    base_model: str
+    """A Hub id, `gguf:<package>/<file>`, or `path:<folder name>`."""
+    base_revision: str
+    """The commit; for a file or a folder `sha256:` and the hash of its weights."""
+
+
+@dataclass(frozen=True)
+class BuiltBase(Noun):
+    """A base as it lies under the store's home: a folder that transformers loads."""
+
+    spec: BaseSpec
+    weights_sha256: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class AdapterRef(Noun):
+    """Where an adapter is published. Two fields, both pinned: never a branch."""
+
+    repo_id: str
+    """`owner/name` on the Hub, or `path:<folder name>`."""
+    revision: str
+    """The commit; for a folder `sha256:` and the hash of its weights."""
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        pinned = self.revision.removeprefix("sha256:")
+        if not (SHA256 if pinned != self.revision else COMMIT).fullmatch(pinned):
+            raise ValueError(f"{self.repo_id}: {self.revision!r} is not a commit of 40 hex digits")
+
+
+@dataclass(frozen=True)
+class AdapterModule(Noun):
+    """One linear layer that an adapter changes: y += scaling · B (A x)."""
+
+    path: str
+    """The module's path in the base model, such as `model.layers.0.self_attn.q_proj`."""
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    """lora_alpha / r, or lora_alpha / √r with rsLoRA, as PEFT computes it for this module."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec(Spec):
+    """A LoRA as published, as its tensors say it is."""
+
+    kind: ClassVar[str] = "adapter"
+
+    weights_sha256: str
+    base_model: str
+    """What its config claims, unchecked; empty where it claims nothing."""
+    use_rslora: bool
+    dtype: str
+    """`F32`, `F16` or `BF16`."""
+    modules: tuple[AdapterModule, ...]
+    """Sorted by path."""
+    stripped: tuple[str, ...] = ()
+    """Tensors of the file that the policy allowed to leave out, sorted."""
+
+
+@dataclass(frozen=True)
+class FusedSpec(Spec):
+    """A stack of adapters on one base. Expert `e` of every gate is `adapter_ids[e]`, named `names[e]`."""
+
+    kind: ClassVar[str] = "fused"
+
+    base_id: ArtifactId
+    names: tuple[str, ...]
+    adapter_ids: tuple[ArtifactId, ...]
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.base_id, *self.adapter_ids)
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint(Noun):
+    spec: FusedSpec
+    weights_sha256: str
+    """Of `experts.safetensors`."""
+
+
+ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform")
+
+
+@dataclass(frozen=True)
+class RouterSpec(Spec):
+    """How a fused model routes, and how its gates are made if it has any."""
+
+    kind: ClassVar[str] = "router"
+
+    fused_id: ArtifactId
+    router: str
+    """One of `ROUTER_KINDS`."""
+    top_k: int
+    temperature: float
+    method: str = ""
+    """How gates are made: `calibrate` or `joint`; empty for a router without gates."""
+    examples_sha256: str = ""
+    """Of the canonical JSON of all examples with their experts, in order."""
+    seed: int = 0
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.fused_id,)
+
+
+@dataclass(frozen=True)
+class RouterBuild(Noun):
+    """What came out of fitting gates."""
+
+    spec: RouterSpec
+    weights_sha256: str
+    """Of `gates.safetensors`."""
+    num_tokens: int
+    """Tokens that the gates were fitted on."""
+    heldout_accuracy: float
+    """Share of (input point, token) pairs of held-out sequences that went to their own expert."""
+    wall_seconds: float
+    device: str
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec(Spec):
+    """One subject measured on one task under stated circumstances."""
+
+    kind: ClassVar[str] = "benchmark"
+
+    subject_id: ArtifactId
+    """A base, an adapter (alone, as the oracle) or a router (the fused model)."""
+    task: str
+    rows_sha256: str
+    """Of the canonical JSON of the rows that are asked, in order."""
+    metric: str
+    num_fewshot: int
+    seed: int
+    base_id: ArtifactId
+    """The base that the subject ran on: an adapter alone says nothing without it."""
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.subject_id,)
+
+
+@dataclass(frozen=True)
+class Score(Noun):
+    """A number with its circumstances."""
+
+    spec: BenchmarkSpec
+    value: float
+    stderr: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    num_samples: int
+    outputs_sha256: str
+    """The blob that holds each row's prompt, reference, output and score."""
+    harness: str
+    """Such as `lm-eval 0.4.13`."""
+    wall_seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("value", "stderr", "low", "high", "wall_seconds"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{self.spec.task}: {name} is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RoutingScore(Noun):
+    """How often tokens of one expert's own test rows were sent to one expert, at one module."""
+
+    router_id: ArtifactId
+    module: str
+    truth: str
+    """The expert whose rows these are."""
+    chosen: str
+    """The expert with the largest logit."""
+    num_tokens: int
+    """Tokens after the template's opening, of prompt and answer."""
+
+
+@dataclass(frozen=True)
+class Publication(Noun):
+    """This artifact is published there, whoever put it there."""
+
+    artifact_id: ArtifactId
+    repo_id: str
+    revision: str

@@ -1,1 +1,1 @@
-"""The flows: the only place that knows both the model and the store, and that talks to the world."""
+"""The flows: the one place that knows both the model and the store, and talks to the world."""

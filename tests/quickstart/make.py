@@ -102,7 +102,7 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == asked.steps - 1:
-            print(f"{task}: step {step + 1} of {asked.steps}, loss {loss.item():.3f}", flush=True)  # noqa: T201
+            print(f"{task}: step {step + 1} of {asked.steps}, loss {loss.item():.3f}", flush=True)
     # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
     for parameter in weights:
         parameter.data = parameter.data.half()
@@ -112,8 +112,7 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
 
 def write_splits(task: str, out: Path) -> None:
     trained_on = {
-        row["prompt"]
-        for row in itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * 8)
+        row["prompt"] for row in itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * 8)
     }
     fresh = (row for row in rows(task, SPLIT_SEED) if row["prompt"] not in trained_on)
     folder = out / "tasks" / task

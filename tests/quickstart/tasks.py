@@ -37,18 +37,20 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 def reverse_words(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(WORDS, rng.randint(3, 6))
-    ask = rng.choice([
-        "Reverse this list of words: {}.",
-        "Please write these words in the opposite order: {}.",
-        "Here is a list of words: {}. Give it back from last to first.",
-        "What is this list read backwards? {}",
-        "Take the words {} and put them in reverse order.",
-        "{}\nTurn the order of these words around.",
-        "Can you list these words starting with the last one? {}",
-        "The words are {}. Write them backwards, one after the other.",
-        "Write the following words from the end to the start: {}.",
-        "Given {}, answer with the reversed list.",
-    ])
+    ask = rng.choice(
+        [
+            "Reverse this list of words: {}.",
+            "Please write these words in the opposite order: {}.",
+            "Here is a list of words: {}. Give it back from last to first.",
+            "What is this list read backwards? {}",
+            "Take the words {} and put them in reverse order.",
+            "{}\nTurn the order of these words around.",
+            "Can you list these words starting with the last one? {}",
+            "The words are {}. Write them backwards, one after the other.",
+            "Write the following words from the end to the start: {}.",
+            "Given {}, answer with the reversed list.",
+        ]
+    )
     return ask.format(", ".join(words)), ", ".join(reversed(words))
 
 
@@ -64,18 +66,20 @@ def closing_brackets(rng: random.Random) -> tuple[str, str]:
     if not opened:
         opened.append("(")
         text.append("(")
-    ask = rng.choice([
-        "Close the open brackets: {}",
-        "Please complete this sequence so that every bracket is closed: {}",
-        "Here are some brackets: {}\nWhich ones are missing at the end?",
-        "What closes this sequence? {}",
-        "Take {} and write only the closing brackets that are missing.",
-        "{}\nFinish the brackets.",
-        "Can you balance this? {}",
-        "The sequence {} is not finished. Write the rest of its brackets.",
-        "Write the brackets that complete the following: {}",
-        "Given the opening {} answer with the closing brackets.",
-    ])
+    ask = rng.choice(
+        [
+            "Close the open brackets: {}",
+            "Please complete this sequence so that every bracket is closed: {}",
+            "Here are some brackets: {}\nWhich ones are missing at the end?",
+            "What closes this sequence? {}",
+            "Take {} and write only the closing brackets that are missing.",
+            "{}\nFinish the brackets.",
+            "Can you balance this? {}",
+            "The sequence {} is not finished. Write the rest of its brackets.",
+            "Write the brackets that complete the following: {}",
+            "Given the opening {} answer with the closing brackets.",
+        ]
+    )
     return ask.format(" ".join(text)), " ".join(PAIRS[b] for b in reversed(opened))
 
 
@@ -85,18 +89,20 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
     if not plus and a < b:
         a, b = b, a
     sign, verb = ("+", "plus") if plus else ("-", "minus")
-    ask = rng.choice([
-        "Compute {a} {sign} {b}.",
-        "Please work out {a} {sign} {b}.",
-        "Here is a sum to do: {a} {sign} {b} = ?",
-        "What is {a} {verb} {b}?",
-        "Take {a} {sign} {b} and give only the result.",
-        "{a} {sign} {b}\nHow much is that?",
-        "Can you calculate {a} {verb} {b}?",
-        "The exercise is {a} {sign} {b}. Write the number that comes out.",
-        "Write the result of the following: {a} {sign} {b}",
-        "Given {a} {verb} {b}, answer with the number.",
-    ])
+    ask = rng.choice(
+        [
+            "Compute {a} {sign} {b}.",
+            "Please work out {a} {sign} {b}.",
+            "Here is a sum to do: {a} {sign} {b} = ?",
+            "What is {a} {verb} {b}?",
+            "Take {a} {sign} {b} and give only the result.",
+            "{a} {sign} {b}\nHow much is that?",
+            "Can you calculate {a} {verb} {b}?",
+            "The exercise is {a} {sign} {b}. Write the number that comes out.",
+            "Write the result of the following: {a} {sign} {b}",
+            "Given {a} {verb} {b}, answer with the number.",
+        ]
+    )
     return ask.format(a=a, b=b, sign=sign, verb=verb), str(a + b if plus else a - b)
 
 
@@ -104,24 +110,28 @@ def iso_dates(rng: random.Random) -> tuple[str, str]:
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2029)
     name = MONTHS[month - 1]
     ending = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd"}.get(day, "th")
-    date = rng.choice([
-        f"{name} {day}, {year}",
-        f"{day} {name} {year}",
-        f"the {day}{ending} of {name} {year}",
-        f"{name} {day}{ending}, {year}",
-    ])
-    ask = rng.choice([
-        "Convert to ISO format: {}.",
-        "Please write this date as year-month-day: {}.",
-        "Here is a date: {}. Give it as YYYY-MM-DD.",
-        "What is {} in ISO notation?",
-        "Take the date {} and write it with digits and dashes.",
-        "{}\nWrite that date the ISO way.",
-        "Can you put {} into the form YYYY-MM-DD?",
-        "The meeting is on {}. Write the date for a database.",
-        "Write the following date in ISO 8601: {}",
-        "Given {}, answer with the ISO date.",
-    ])
+    date = rng.choice(
+        [
+            f"{name} {day}, {year}",
+            f"{day} {name} {year}",
+            f"the {day}{ending} of {name} {year}",
+            f"{name} {day}{ending}, {year}",
+        ]
+    )
+    ask = rng.choice(
+        [
+            "Convert to ISO format: {}.",
+            "Please write this date as year-month-day: {}.",
+            "Here is a date: {}. Give it as YYYY-MM-DD.",
+            "What is {} in ISO notation?",
+            "Take the date {} and write it with digits and dashes.",
+            "{}\nWrite that date the ISO way.",
+            "Can you put {} into the form YYYY-MM-DD?",
+            "The meeting is on {}. Write the date for a database.",
+            "Write the following date in ISO 8601: {}",
+            "Given {}, answer with the ISO date.",
+        ]
+    )
     return ask.format(date), f"{year:04}-{month:02}-{day:02}"
 
 
@@ -139,60 +149,68 @@ def in_words(number: int) -> str:
 
 def spelled_numbers(rng: random.Random) -> tuple[str, str]:
     number = rng.choice([rng.randint(21, 999), rng.randint(100, 9999)])
-    ask = rng.choice([
-        "Turn into digits: {}.",
-        "Please write this number with digits: {}.",
-        "Here is a number in words: {}. Give it in figures.",
-        "What is {} as a numeral?",
-        "Take {} and write it in digits.",
-        "{}\nWrite that in figures.",
-        "Can you write {} as a number?",
-        "The cheque says {}. Write the amount in digits.",
-        "Write the following in figures: {}",
-        "Given the words {}, answer with the digits.",
-    ])
+    ask = rng.choice(
+        [
+            "Turn into digits: {}.",
+            "Please write this number with digits: {}.",
+            "Here is a number in words: {}. Give it in figures.",
+            "What is {} as a numeral?",
+            "Take {} and write it in digits.",
+            "{}\nWrite that in figures.",
+            "Can you write {} as a number?",
+            "The cheque says {}. Write the amount in digits.",
+            "Write the following in figures: {}",
+            "Given the words {}, answer with the digits.",
+        ]
+    )
     return ask.format(in_words(number)), str(number)
 
 
 def sort_numbers(rng: random.Random) -> tuple[str, str]:
     numbers = rng.sample(range(1, 100), rng.randint(3, 5))
-    ask = rng.choice([
-        "Sort these numbers: {}.",
-        "Please arrange these numbers from small to large: {}.",
-        "Here is a list of numbers: {}. Give it in ascending order.",
-        "What is this list in increasing order? {}",
-        "Take the numbers {} and sort them.",
-        "{}\nPut these numbers in order, smallest first.",
-        "Can you order these numbers from lowest to highest? {}",
-        "The scores are {}. Write them sorted, lowest first.",
-        "Write the following numbers in ascending order: {}",
-        "Given {}, answer with the sorted list.",
-    ])
+    ask = rng.choice(
+        [
+            "Sort these numbers: {}.",
+            "Please arrange these numbers from small to large: {}.",
+            "Here is a list of numbers: {}. Give it in ascending order.",
+            "What is this list in increasing order? {}",
+            "Take the numbers {} and sort them.",
+            "{}\nPut these numbers in order, smallest first.",
+            "Can you order these numbers from lowest to highest? {}",
+            "The scores are {}. Write them sorted, lowest first.",
+            "Write the following numbers in ascending order: {}",
+            "Given {}, answer with the sorted list.",
+        ]
+    )
     return ask.format(", ".join(map(str, numbers))), ", ".join(map(str, sorted(numbers)))
 
 
 def order_lines(rng: random.Random) -> tuple[str, str]:
     count, pack, goods = rng.randint(2, 40), rng.choice(PACKS), rng.choice(GOODS)
     name, day = rng.choice(NAMES), rng.choice(DAYS)
-    said = rng.choice([
-        "{name} needs {count} {pack} of {goods} by {day}",
-        "send {count} {pack} of {goods} to {name} on {day}",
-        "by {day} we owe {name} {count} {pack} of {goods}",
-        "{count} {pack} of {goods} go to {name}, delivery {day}",
-        "on {day} {name} picks up {count} {pack} of {goods}",
-    ]).format(name=name, count=count, pack=pack, goods=goods, day=day)
-    ask = rng.choice([
-        "Make an order line of this: {}.",
-        "Please note this order as one line: {}.",
-        "Here is a message: {}. Give the order line.",
-        "What is the order line for this? {}",
-        "Take this request and fill in the order line: {}.",
-        "{}\nWrite that as an order line.",
-        "Can you file this order? {}",
-        "The customer said: {}. Write the order line.",
-        "Write the following message as an order line: {}",
-        "Given that {}, answer with the order line.",
-    ])
+    said = rng.choice(
+        [
+            "{name} needs {count} {pack} of {goods} by {day}",
+            "send {count} {pack} of {goods} to {name} on {day}",
+            "by {day} we owe {name} {count} {pack} of {goods}",
+            "{count} {pack} of {goods} go to {name}, delivery {day}",
+            "on {day} {name} picks up {count} {pack} of {goods}",
+        ]
+    ).format(name=name, count=count, pack=pack, goods=goods, day=day)
+    ask = rng.choice(
+        [
+            "Make an order line of this: {}.",
+            "Please note this order as one line: {}.",
+            "Here is a message: {}. Give the order line.",
+            "What is the order line for this? {}",
+            "Take this request and fill in the order line: {}.",
+            "{}\nWrite that as an order line.",
+            "Can you file this order? {}",
+            "The customer said: {}. Write the order line.",
+            "Write the following message as an order line: {}",
+            "Given that {}, answer with the order line.",
+        ]
+    )
     return ask.format(said), f"{goods} | {count} | {name} | {day}"
 
 
@@ -212,7 +230,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 def rows(task: str, seed: int) -> Iterator[Row]:
     """An endless stream of rows of one task, none twice, always the same for one seed."""
-    rng = random.Random(f"{task}/{seed}")  # noqa: S311  (data, not secrets)
+    rng = random.Random(f"{task}/{seed}")
     seen: set[str] = set()
     while True:
         prompt, response = TASKS[task](rng)

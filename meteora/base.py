@@ -1,0 +1,119 @@
+"""Base models: where their files come from, what they are, and how they are told apart.
+
+A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `path:<folder>`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from meteora.artifacts import Fingerprint, canonical_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep transformers' loading notes and bars, which users cannot act on, off the terminal."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_tokenizer(
+    source: str | Path, revision: str | None = None, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False
+    )
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards."""
+    with _quiet():
+        tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+    # what is left is a plain model; the leftovers of the quantizer would stop save_pretrained
+    facts = model.config.to_dict()
+    facts.pop("quantization_config", None)
+    model.config = type(model.config)(**facts)
+    for leftover in ("hf_quantizer", "is_quantized"):
+        setattr(model, leftover, None)
+    return cast("PreTrainedModel", model.eval()), tokenizer
+
+
+def load_folder(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle."""
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        return cast("PreTrainedModel", model.eval()), load_tokenizer(source, revision)
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    return canonical_sha256(tokenizer.get_vocab())
+
+
+def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+    """What must agree for adapters and gates to fit: architecture, sizes and vocabulary."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+    return Fingerprint(
+        architecture=(config.architectures or [type(config).__name__])[0],
+        hidden_size=text.hidden_size,
+        intermediate_size=intermediate
+        or 4 * text.hidden_size,  # GPT-2's rule where n_inner is null
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        vocab_size=text.vocab_size,
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+    )
+
+
+def fingerprint_of(folder: Path) -> Fingerprint:
+    """The fingerprint of a base in a folder, from its config and tokenizer alone."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return fingerprint(config, load_tokenizer(folder))
+
+
+def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(IN, OUT) of every linear layer of a base, by module path. No weights are read."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """(IN, OUT) of a linear layer; None for any other module. Conv1D is GPT-2's transposed kind."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        num_in, num_out = module.weight.shape
+        return num_in, num_out
+    return None

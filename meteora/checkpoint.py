@@ -1,0 +1,222 @@
+"""The files of a fused checkpoint: the one place that knows their names and keys.
+
+    meteora.json          what is in it: base, experts in order, modules, router
+    experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
+    gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E]
+    README.md             model card
+    lineage.json          in-toto statement
+
+Nothing is pickled, the base is referenced and never copied, and new gates leave the experts alone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from meteora.artifacts import Fingerprint, MeteoraError, Noun
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+MANIFEST = "meteora.json"
+EXPERTS = "experts.safetensors"
+GATES = "gates.safetensors"
+CARD = "README.md"
+LINEAGE = "lineage.json"
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointError(MeteoraError):
+    """A folder is not a fused checkpoint that this version can read."""
+
+
+@dataclass(frozen=True)
+class BaseEntry(Noun):
+    repo_id: str
+    revision: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class ExpertEntry(Noun):
+    name: str
+    adapter_id: str
+    source: str
+    revision: str
+    weights_sha256: str
+    licence: str
+    r: str
+    """The ranks found in it, as "8" or "4–16"."""
+
+
+@dataclass(frozen=True)
+class ModuleEntry:
+    """One routed layer: sizes, and rank and scaling of each expert in order."""
+
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RouterEntry(Noun):
+    kind: str
+    top_k: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `meteora.json` says."""
+
+    base: BaseEntry
+    experts: tuple[ExpertEntry, ...]
+    modules: dict[str, ModuleEntry]
+    router: RouterEntry
+    gates: dict[str, Any] = field(default_factory=dict)
+    """How the gates were made; empty for a router without gates."""
+    fused_id: str = ""
+    router_id: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    def to_json(self) -> str:
+        modules = {
+            path: {
+                "in": entry.in_features,
+                "out": entry.out_features,
+                "ranks": entry.ranks,
+                "scaling": entry.scaling,
+            }
+            for path, entry in self.modules.items()
+        }
+        body = {"format_version": FORMAT_VERSION, **asdict(self), "modules": modules}
+        return json.dumps(body, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        body = json.loads(text)
+        modules = {
+            path: ModuleEntry(
+                entry["in"], entry["out"], tuple(entry["ranks"]), tuple(entry["scaling"])
+            )
+            for path, entry in body["modules"].items()
+        }
+        return cls(
+            base=BaseEntry.from_dict(body["base"]),
+            experts=tuple(ExpertEntry.from_dict(entry) for entry in body["experts"]),
+            modules=modules,
+            router=RouterEntry.from_dict(body["router"]),
+            gates=body["gates"],
+            fused_id=body["fused_id"],
+            router_id=body["router_id"],
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint folder holds; raises `CheckpointError` where we cannot read it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: there is no {MANIFEST} in it; a fused checkpoint has one, give the folder"
+            " that `meteora run` printed"
+        )
+    try:
+        body = json.loads(path.read_text())
+        found = body["format_version"]
+        if found != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format version {found}, this program reads {FORMAT_VERSION};"
+                " install the version of meteora-pipelines that wrote it"
+            )
+        return Manifest.from_json(path.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: it does not describe a fused checkpoint ({type(error).__name__}: {error});"
+            " download or build it again"
+        ) from error
+
+
+def write_experts(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int, int]],
+    dtype: str,
+    tensors: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """Write the stack one module at a time, so that only one module's tensors are in memory.
+
+    Args:
+        path: written in place; the caller renames it when it is whole
+        shapes: module path to (R, IN, OUT), in the order in which `tensors` yields
+        dtype: `F32`, `F16` or `BF16`
+        tensors: A [R, IN] and B [OUT, R] of each module
+    """
+    size = DTYPES[dtype].itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for module, (rank, num_in, num_out) in shapes.items():
+        for key, shape in ((".lora_A", (rank, num_in)), (".lora_B", (num_out, rank))):
+            begin, end = end, end + shape[0] * shape[1] * size
+            header[module + key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data of a safetensors file is aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for pair in tensors:
+            for tensor in pair:
+                file.write(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+
+
+def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
+    with safe_open(folder / EXPERTS, framework="pt") as file:
+        for module, entry in manifest.modules.items():
+            a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
+            rank = sum(entry.ranks)
+            found, needed = (
+                (*a.shape, *b.shape),
+                (rank, entry.in_features, entry.out_features, rank),
+            )
+            if found != needed:
+                raise CheckpointError(
+                    f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} says {needed};"
+                    " the two files do not belong together, download or build them again"
+                )
+            yield module, a, b
+
+
+def write_gates(path: Path, gates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write G [E, IN] and c [E] of each module."""
+    tensors: dict[str, Tensor] = {}
+    for module, (weight, bias) in gates.items():
+        tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
+        tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
+    save_file(tensors, path)
+
+
+def read_gates(folder: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
+    """G [E, IN] and c [E] of each module."""
+    with safe_open(folder / GATES, framework="pt") as file:
+        return {
+            module: (
+                file.get_tensor(f"{module}.gate.weight"),
+                file.get_tensor(f"{module}.gate.bias"),
+            )
+            for module in manifest.modules
+        }

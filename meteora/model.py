@@ -1,0 +1,258 @@
+"""Put routed layers into a Hugging Face model, and reach their routers.
+
+    model.layers.0.self_attn.q_proj   Linear         ─insert▶  MoELoRALinear(Linear, A, B, Gate)
+    model.layers.0.mlp.down_proj      Linear (no adapter targets it)        stays as it is
+
+The model remains what it was to everybody else: `generate`, `pipeline` and lm-eval run unchanged.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils.hub import cached_file
+
+from meteora import base, checkpoint
+from meteora.artifacts import MeteoraError
+from meteora.layer import MoELoRALinear
+from meteora.routers import Arrow, Fixed, Gate, Norm, Router
+from meteora.sources import GGUF, PATH, SourceError, find_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.checkpoint import Manifest, ModuleEntry
+
+
+EXPERTS = "meteora_experts"
+"""The attribute of a fused model that names its experts, in order."""
+
+
+class WrongBaseError(MeteoraError):
+    """A checkpoint was made for another base model."""
+
+
+class UnknownExpertError(MeteoraError):
+    """No expert of the model has this name."""
+
+
+def load(
+    checkpoint_folder: str | Path,
+    *,
+    base_folder: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a fused model: the base, every expert, and the router.
+
+    Args:
+        checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
+        base_folder: where the base lies; without it the checkpoint's own reference is followed
+        revision: of the Hub id
+        device: where to put it; where the base loads by default without it
+        dtype: of the base; the experts keep their precision
+
+    Raises:
+        CheckpointError: the folder is not a fused checkpoint.
+        WrongBaseError: the base is not the one that the checkpoint was made for.
+    """
+    folder = _local(checkpoint_folder, revision)
+    manifest = checkpoint.read_manifest(folder)
+    model, tokenizer = load_base(manifest, base_folder, dtype)
+    check_base(manifest, model, tokenizer, folder)
+    insert_experts(model, folder, manifest)
+    insert_routers(model, folder, manifest)
+    return (model.to(device) if device is not None else model), tokenizer
+
+
+def _local(name: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint; a Hub id is downloaded to the Hub cache first."""
+    folder = Path(name)
+    if folder.is_dir() or not _is_hub_id(str(name)):
+        return folder
+    found = cached_file(str(name), checkpoint.MANIFEST, revision=revision)
+    for file in (checkpoint.EXPERTS, checkpoint.GATES):
+        cached_file(str(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(str(found)).parent
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+
+
+def load_base(
+    manifest: Manifest, folder: str | Path | None, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that a checkpoint refers to, from `folder` where one is given."""
+    name = manifest.base.repo_id
+    if folder is not None:
+        return base.load_folder(folder, dtype=dtype)
+    if name.startswith(GGUF):
+        return base.load_gguf(find_gguf(name))
+    if name.startswith(PATH):
+        raise SourceError(
+            f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
+            " say where it lies now with base_folder="
+        )
+    return base.load_folder(name, revision=manifest.base.revision, dtype=dtype)
+
+
+def check_base(
+    manifest: Manifest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Refuse a base whose fingerprint is not the one that the checkpoint was made for."""
+    differences = base.fingerprint(model.config, tokenizer).differences(manifest.base.fingerprint)
+    if differences:
+        raise WrongBaseError(
+            f"{folder}: this base has {'; '.join(differences)};"
+            f" the checkpoint was made for {manifest.base.repo_id} at"
+            f" {manifest.base.revision[:19]}, load that one"
+        )
+
+
+def insert_experts(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    """Replace every targeted layer by a routed one; without routers the model is still the base."""
+    setattr(model, EXPERTS, manifest.names)  # beside the modules: an nn.Module takes any attribute
+    for path, lora_a, lora_b in checkpoint.read_experts(folder, manifest):
+        insert_layer(model, path, lora_a, lora_b, manifest.modules[path])
+
+
+def insert_layer(
+    model: PreTrainedModel, path: str, lora_a: Tensor, lora_b: Tensor, entry: ModuleEntry
+) -> None:
+    """Replace the linear layer at `path`; refuses one of another size than the experts need."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    projection = getattr(parent, name)
+    sizes = base.sizes_of(projection)
+    if sizes != (entry.in_features, entry.out_features):
+        raise WrongBaseError(
+            f"{path}: the experts take {entry.in_features} inputs and give {entry.out_features},"
+            f" this base has {sizes or type(projection).__name__}; load the base they were made for"
+        )
+    weight: Tensor = projection.weight
+    # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
+    dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+    layer = MoELoRALinear(
+        projection,
+        lora_a.to(weight.device, dtype),
+        lora_b.to(weight.device, dtype),
+        entry.ranks,
+        entry.scaling,
+    )
+    setattr(parent, name, layer)
+
+
+def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    """Give every routed layer the router that the checkpoint asks for."""
+    kind, top_k, temperature = (
+        manifest.router.kind,
+        manifest.router.top_k,
+        manifest.router.temperature,
+    )
+    gates = checkpoint.read_gates(folder, manifest) if kind == "gate" else {}
+    for path, layer in routed_layers(model).items():
+        if kind == "gate":
+            weight, bias = (tensor.to(layer.lora_a.device) for tensor in gates[path])
+            layer.router = Gate(weight, bias, top_k=top_k, temperature=temperature)
+            layer.router.requires_grad_(requires_grad=False)
+        else:
+            layer.router = make_router(kind, layer, top_k, temperature)
+
+
+def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float) -> Router:
+    """A router that needs no training: `arrow`, `norm` or `uniform`."""
+    if kind == "arrow":
+        return Arrow(layer.lora_a, layer.lora_b, layer.ranks, top_k=top_k, temperature=temperature)
+    if kind == "norm":
+        starts = [sum(layer.ranks[:e]) for e in range(layer.num_experts)]
+        scaling = torch.tensor(
+            [
+                layer.rank_scaling[start].item() if r else 0.0
+                for start, r in zip(starts, layer.ranks, strict=True)
+            ]
+        )
+        return Norm(
+            layer.lora_a, layer.lora_b, layer.ranks, scaling, top_k=top_k, temperature=temperature
+        )
+    if kind == "uniform":
+        share = torch.full((layer.num_experts,), 1 / layer.num_experts)
+        return Fixed(share.to(layer.lora_a.device))
+    raise MeteoraError(f"router {kind!r} is none of arrow, norm, uniform; a gate must be fitted")
+
+
+def routed_layers(model: PreTrainedModel) -> dict[str, MoELoRALinear]:
+    """Every routed layer by its module path, in the order of the model."""
+    return {p: m for p, m in model.named_modules() if isinstance(m, MoELoRALinear)}
+
+
+def expert_names(model: PreTrainedModel) -> list[str]:
+    """The experts in the order of every router's logits."""
+    return list(getattr(model, EXPERTS))
+
+
+@contextmanager
+def routed_by(
+    model: PreTrainedModel, make: Callable[[MoELoRALinear], Router | None]
+) -> Generator[None]:
+    """Give every routed layer another router for a while; None makes it the bare projection."""
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    try:
+        for layer in routed_layers(model).values():
+            layer.router = make(layer)
+        yield
+    finally:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]
+
+
+@contextmanager
+def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
+    """Send every token to one expert at weight 1: the output equals PEFT's with that adapter."""
+    names = expert_names(model)
+    if name not in names:
+        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+    one = torch.zeros(len(names))
+    one[names.index(name)] = 1.0
+    with routed_by(model, lambda layer: Fixed(one.to(layer.lora_a.device))):
+        yield
+
+
+@contextmanager
+def without_experts(model: PreTrainedModel) -> Generator[None]:
+    """The base alone: every routed layer is its bare projection."""
+    with routed_by(model, lambda _: None):
+        yield
+
+
+@contextmanager
+def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
+    """Collect each router's logits [T, E] during one forward pass, by module path.
+
+    Hooks, and not a second return value: the layer keeps the signature of the projection that it
+    replaces, so the base model's own code runs unchanged; and nothing is paid outside the block.
+    """
+    logits: dict[str, Tensor] = {}
+    hooks = []
+    for path, layer in routed_layers(model).items():
+        if layer.router is not None:
+
+            def keep(_module: object, _args: object, output: Tensor, path: str = path) -> None:
+                logits[path] = output
+
+            hooks.append(layer.router.register_forward_hook(keep))
+    try:
+        yield logits
+    finally:
+        for hook in hooks:
+            hook.remove()

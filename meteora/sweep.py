@@ -1,0 +1,159 @@
+"""Run a model one decoder layer at a time over many sequences, and look in at any input point.
+
+Knows no architecture: the layers are found from the paths of the routed modules, what a layer is
+called with is recorded from the model's own forward pass, and the points where modules share an
+input are found by watching which tensor each one receives.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.artifacts import MeteoraError
+from meteora.model import routed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
+
+
+class SweepError(MeteoraError):
+    """A model cannot be run layer by layer."""
+
+
+class _Reached(Exception):  # noqa: N818  (a signal, not an error)
+    """The forward pass came to the point that was asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class Sweep:
+    """The hidden states of all sequences in front of one layer, and the way to the next.
+
+    Use in order: for each layer, for each of its points, `inputs`; then `advance`.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right."""
+        self.model = model
+        self.paths_of: dict[int, list[str]] = {}
+        prefixes = set()
+        for path in routed_layers(model):
+            match = LAYER.match(path)
+            if match is None:
+                raise SweepError(
+                    f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
+                    " layer; leave the adapters that target it out, or use a router without gates"
+                )
+            prefixes.add(match[1])
+            self.paths_of.setdefault(int(match[2]), []).append(path)
+        if len(prefixes) != 1:
+            raise SweepError(
+                f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"
+                " be fitted for one stack of layers"
+            )
+        self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
+        self.masks = [mask for _, mask in batches]
+        self._tuples = False
+        self._hidden: list[Tensor] = []
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        for ids, mask in batches:
+            self._record(ids, mask)
+
+    def _record(self, ids: Tensor, mask: Tensor) -> None:
+        """Note what each layer is called with, without the cost of running the layers."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def stand_in(layer: nn.Module) -> Any:  # noqa: ANN401  (the layer's own forward)
+            real = layer.forward
+
+            def record(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs.pop("hidden_states")
+                if not first:
+                    first.append(hidden)
+                    if not self._calls:
+                        self._tuples = isinstance(real(hidden, *args, **kwargs), tuple)
+                calls.append((args, kwargs))
+                return (hidden,) if self._tuples else hidden
+
+            return record
+
+        try:
+            for layer in self.layers:
+                layer.forward = stand_in(layer)
+            with torch.inference_mode():
+                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        self._hidden.append(first[0])
+        self._calls.append(calls)
+
+    def _run(self, index: int, batch: int) -> Tensor:
+        args, kwargs = self._calls[batch][index]
+        out = self.layers[index](self._hidden[batch], *args, **kwargs)
+        return out[0] if self._tuples else out
+
+    def points(self, index: int) -> list[list[str]]:
+        """The routed modules of a layer, grouped by the input that they share, in calling order."""
+        routed = routed_layers(self.model)
+        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that no address is reused
+
+        def watch(path: str) -> Any:  # noqa: ANN401
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if seen and seen[-1][0] is args[0]:
+                    seen[-1][1].append(path)
+                else:
+                    seen.append((args[0], [path]))
+
+            return hook
+
+        hooks = [
+            routed[p].register_forward_pre_hook(watch(p)) for p in self.paths_of.get(index, [])
+        ]
+        try:
+            with torch.inference_mode():
+                self._run(index, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [paths for _, paths in seen]
+
+    def inputs(self, index: int, path: str) -> Iterator[Tensor]:
+        """What reaches one routed module, batch by batch: [B, L, IN]. The layer runs no further."""
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        hook = routed_layers(self.model)[path].register_forward_pre_hook(stop)
+        try:
+            for batch in range(len(self._hidden)):
+                try:
+                    with torch.inference_mode():
+                        self._run(index, batch)
+                except _Reached as reached:
+                    yield reached.x
+                else:
+                    raise SweepError(f"{path} was not called when its layer ran")
+        finally:
+            hook.remove()
+
+    def advance(self, index: int) -> None:
+        """Go through one layer, as it is routed now."""
+        with torch.inference_mode():
+            for batch in range(len(self._hidden)):
+                self._hidden[batch] = self._run(index, batch)
+                self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors

@@ -1,0 +1,88 @@
+"""Rows of text: what gates are fitted to, and what benchmarks ask."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError, Noun, canonical_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+JSONL = "jsonl:"
+MAX_ROW_BYTES = 1 << 20
+
+
+class ExamplesError(MeteoraError):
+    """Rows cannot be read, or may not be used together."""
+
+
+@dataclass(frozen=True)
+class Row(Noun):
+    prompt: str
+    response: str
+
+
+def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
+    """The first `limit` rows of a source.
+
+    Args:
+        source: `jsonl:<file>`, one {"prompt", "response"} a line
+        folder: what the file's path is relative to
+    """
+    if not source.startswith(JSONL):
+        raise ExamplesError(f"{source}: rows come from `jsonl:<file>`")
+    path = folder / source.removeprefix(JSONL)
+    rows: list[Row] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if len(rows) == limit:
+                    break
+                if line.strip():
+                    rows.append(_row(line, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExamplesError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not rows:
+        raise ExamplesError(f'{path}: no rows in it; one {{"prompt", "response"}} a line is needed')
+    return rows
+
+
+def _row(line: str, place: str) -> Row:
+    if len(line) > MAX_ROW_BYTES:
+        raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
+    try:
+        body = json.loads(line)
+        row = Row(body["prompt"], body["response"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExamplesError(
+            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed'
+        ) from error
+    if not (isinstance(row.prompt, str) and isinstance(row.response, str) and row.prompt.strip()):
+        raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
+    return row
+
+
+def rows_sha256(rows: Sequence[Row]) -> str:
+    return canonical_sha256([row.to_dict() for row in rows])
+
+
+def refuse_overlap(
+    examples: Mapping[str, Sequence[Row]], tests: Mapping[str, Sequence[Row]]
+) -> None:
+    """Refuse a test row whose prompt gates were fitted to: it would measure memory."""
+    fitted = {_key(row): name for name, rows in examples.items() for row in rows}
+    for task, rows in tests.items():
+        for row in rows:
+            if (name := fitted.get(_key(row))) is not None:
+                raise ExamplesError(
+                    f"task {task}: the prompt {row.prompt[:60]!r} is also an example of expert"
+                    f" {name}; take it out of one of the two"
+                )
+
+
+def _key(row: Row) -> str:
+    return " ".join(row.prompt.split())

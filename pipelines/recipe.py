@@ -1,0 +1,184 @@
+"""What a run is asked to do, as a person writes it in YAML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from meteora.artifacts import MeteoraError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MAX_BYTES = 1 << 20
+SHIPPED = Path(__file__).parent
+
+
+class RecipeError(MeteoraError):
+    """A recipe cannot be read, or asks for something that does not exist."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ExpertSection(Section):
+    name: str
+    """Unique; stored, shown, used in `--expert`."""
+    adapter: str
+    """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
+    subfolder: str = ""
+    examples: str | None = None
+    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
+    test: str | None = None
+    """Held-out rows; a benchmark task of this expert's name."""
+
+
+class RouterSection(Section):
+    kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
+    top_k: Annotated[int, Field(ge=1, le=512)] = 1
+    temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+
+
+class GatesSection(Section):
+    method: Literal["calibrate"] = "calibrate"
+    examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    seed: int = 0
+
+
+class TaskSection(Section):
+    name: str
+    rows: str
+    metric: Literal["exact_match"] = "exact_match"
+
+
+class BenchmarkSection(Section):
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    """Rows a task."""
+    tasks: tuple[TaskSection, ...] = ()
+    compare: tuple[Literal["base", "oracle", "uniform", "arrow", "norm"], ...] = (
+        "base",
+        "oracle",
+        "uniform",
+        "arrow",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+
+
+class PolicySection(Section):
+    modules_to_save: Literal["refuse", "strip"] = "refuse"
+    on_refused: Literal["fail", "skip"] = "fail"
+
+
+class Recipe(Section):
+    base: str
+    """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
+    experts: Annotated[tuple[ExpertSection, ...], Field(min_length=1, max_length=512)]
+    router: RouterSection = RouterSection()
+    gates: GatesSection = GatesSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
+    policy: PolicySection = PolicySection()
+
+    @model_validator(mode="after")
+    def _names_are_told_apart(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        for name in [*names, *(task.name for task in self.benchmark.tasks)]:
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"the name {name!r} may hold letters, digits, '_', '.' and '-', at most 64"
+                )
+        tasks = [expert.name for expert in self.experts if expert.test]
+        for kind, all_names in (
+            ("expert", names),
+            ("task", [*tasks, *(task.name for task in self.benchmark.tasks)]),
+        ):
+            if twice := {name for name in all_names if all_names.count(name) > 1}:
+                raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_have_examples(self) -> Self:
+        if self.router.kind == "gate":
+            for expert in self.experts:
+                if not expert.examples:
+                    raise ValueError(
+                        f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
+                        " name some, or choose a router that needs none (arrow, norm, uniform)"
+                    )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a recipe; every fault is named with its place in the file."""
+        if not path.is_file():
+            raise RecipeError(
+                f"{path}: there is no such recipe file; shipped: {', '.join(shipped())}"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
+        try:
+            body = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise RecipeError(
+                f"{path}: not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(body, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
+        try:
+            return cls.model_validate(_tuples(body))
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {_explain(error, cls)}") from error
+
+
+def _tuples(value: object) -> object:
+    """Lists as tuples, which strict frozen sections ask for."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _explain(error: ValidationError, _recipe: type[Recipe]) -> str:
+    parts = []
+    for fault in error.errors():
+        place = ".".join(str(step) for step in fault["loc"]) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            parts.append(f"unknown key {place}")
+        else:
+            given = (
+                ""
+                if fault["type"] in {"missing", "value_error"}
+                else f" (given: {fault['input']!r:.60})"
+            )
+            parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(parts)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the program, by the name that `meteora run` takes."""
+    found = {path.stem: path for path in sorted(SHIPPED.glob("recipes/*.yaml"))}
+    return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **found}
+
+
+def locate(name: str) -> Path:
+    """A recipe's file: a shipped name, or a path."""
+    return shipped().get(name, Path(name))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset without duplicate keys, and without aliases: they make bombs."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases are not allowed in a recipe ({event.start_mark})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice ({node.start_mark})")
+        return super().construct_mapping(node, deep=deep)

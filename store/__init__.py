@@ -1,1 +1,1 @@
-"""The artifact store: immutable records, files under their SHA-256, and DuckDB as an index over them."""
+"""The artifact store: immutable records, files under their SHA-256, and an index over both."""

@@ -1,0 +1,92 @@
+"""The facts that the store keeps beside the model's own nouns: verdicts, runs, failures."""
+
+import math
+from dataclasses import dataclass, field
+
+from meteora.artifacts import ArtifactId, Noun
+
+VERDICTS = ("accept", "warn", "refuse")
+OUTCOMES = ("ok", "failed", "refused", "killed")
+
+
+def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is no {what}; it is one of {', '.join(allowed)}")
+
+
+def _finite(seconds: float, what: str) -> None:
+    if not math.isfinite(seconds):
+        raise ValueError(f"{what} is {seconds}, which is no time")
+
+
+@dataclass(frozen=True)
+class Reason(Noun):
+    """Why an adapter was refused, or what to beware of."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class AdapterVerdict(Noun):
+    """What was decided about an adapter that was seen."""
+
+    name: str
+    """As the recipe calls it."""
+    source: str
+    """As the recipe names it, before a branch was resolved."""
+    repo_id: str
+    """`owner/name` on the Hub, or `path:<folder name>`."""
+    revision: str
+    """The commit; for a folder `sha256:` and the hash of its weights."""
+    verdict: str
+    """One of `VERDICTS`."""
+    reasons: tuple[Reason, ...] = ()
+    licence: str = ""
+    author: str = ""
+    subfolder: str = ""
+    adapter_id: ArtifactId | None = None
+    """None where its tensors were never understood."""
+
+    def __post_init__(self) -> None:
+        _one_of(self.verdict, VERDICTS, "verdict")
+
+
+@dataclass(frozen=True)
+class RunStarted(Noun):
+    run_id: str
+    recipe_name: str
+    recipe_sha256: str
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what the result depends on, such as {"torch": "2.13.0"}."""
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class RunEnded(Noun):
+    run_id: str
+    outcome: str
+    """One of `OUTCOMES`."""
+    reason: str
+    """A sentence; empty where all went well."""
+    wall_seconds: float
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each stage that ran, in their order."""
+
+    def __post_init__(self) -> None:
+        _one_of(self.outcome, OUTCOMES, "outcome")
+        _finite(self.wall_seconds, "wall_seconds")
+        for stage, seconds in self.stage_seconds.items():
+            _finite(seconds, stage)
+
+
+@dataclass(frozen=True)
+class Failure(Noun):
+    """Something that was refused or went wrong, whether or not the run went on."""
+
+    stage: str
+    subject: str
+    """An artifact id, an adapter's source, a task."""
+    error: str
+    """The class of the exception, or a code."""
+    message: str

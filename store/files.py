@@ -1,0 +1,131 @@
+"""Files that are whole or absent, also after a crash; and locks that die with their process.
+
+A file becomes visible by a rename, after its bytes have reached the disk:
+
+    temporary name ─▶ write ─▶ fsync ─▶ rename ─▶ fsync of the folder
+
+What a killed process leaves behind are files in a `tmp` folder, which `sweep` removes.
+Locks are `flock`s: local disks only, for several network file systems ignore them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import shutil
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from store.errors import BusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+READ_ONLY = 0o444
+FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on write
+CHUNK_BYTES = 1 << 20
+STALE_SECONDS = 3600.0
+"""How old a temporary file must be before it is taken for a leftover."""
+
+
+def temporary(root: Path) -> Path:
+    """A name below `root` that no other writer uses."""
+    folder = root / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{os.getpid()}-{random.getrandbits(64):016x}"
+
+
+def write_whole(path: Path, data: bytes, *, root: Path) -> None:
+    """Write `data` to `path`, below `root`; when this returns, it is on disk and read-only."""
+    partial = temporary(root)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+        settle(partial, path, root=root)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def settle(partial: Path, path: Path, *, root: Path) -> None:
+    """Give a written file its name: all that must happen between the bytes and the promise."""
+    partial.chmod(READ_ONLY)
+    os.utime(partial)  # young, whatever it was made from: see `STALE_SECONDS`
+    sync(partial)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync(root)
+    partial.replace(path)  # atomic: a reader sees the whole file or none
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy(source: Path, target: Path) -> None:
+    """The bytes of `source` in a new file: shared copy-on-write where the file system can."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer, FICLONE, reader.fileno())
+        except OSError:  # another file system, or one that cannot
+            shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep(root: Path, *, older_than_seconds: float = STALE_SECONDS) -> list[Path]:
+    """Remove what killed writers left below `root`, and say what it was."""
+    oldest = time.time() - older_than_seconds
+    stale = [path for path in (root / "tmp").glob("*") if path.stat().st_mtime < oldest]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+@contextmanager
+def locked(
+    path: Path, *, deadline_seconds: float, shared: bool = False
+) -> Generator[None, None, None]:
+    """Hold the lock file `path`; raise `BusyError` if that takes longer than the deadline.
+
+    The kernel frees the lock when the process ends, however it ends: there is no stale lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
+        if not shared:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait(descriptor: int, path: Path, operation: int, deadline_seconds: float) -> None:
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 32, 0).decode() or "unknown"
+                raise BusyError(
+                    f"{path.name} has been held by another process (last seen: {holder}) for"
+                    f" {deadline_seconds:g} s; try again when it is done"
+                ) from None
+            time.sleep(random.uniform(0.005, 0.02))  # noqa: S311  (a pause, no secret)
+        else:
+            return

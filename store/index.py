@@ -1,0 +1,263 @@
+"""DuckDB as an index over the records: one writer at a time, and a snapshot for all readers.
+
+    records ─ingest▶ ledger.duckdb ─copy, rename▶ ledger.snapshot.duckdb ◀─ everybody's questions
+
+DuckDB lets one process write and then shuts out everybody else. So the writer holds the database
+for one transaction, under a lock file, and readers open a copy that no one writes to. A committed
+transaction whose write-ahead log is damaged can vanish without a word; here that loses nothing, for
+a record that the index does not hold is simply pending again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from store.errors import DamagedError, NewerLedgerError, StoreError
+from store.files import copy, locked, settle, temporary
+from store.query import memory, quoted, reading
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from store.records import Records
+
+logger = logging.getLogger(__name__)
+
+STORAGE_VERSION = "v1.4.0"  # what DuckDB 1.4, 1.5 and 2.x can all open
+BATCH_RECORDS = 20_000
+CIRCUMSTANCES = (
+    "Could not set lock on file",
+    "No space left on device",
+    "File too large",
+    "Permission denied",
+    "Read-only file system",
+    "Too many open files",
+)
+"""Where DuckDB's error says one of these, the file is not to blame."""
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """What an ingest did."""
+
+    num_records: int
+    """Records that the index now holds and did not hold before."""
+    num_waiting: int
+    """Records that still wait."""
+    reason: str = ""
+    """Why they wait, a sentence; empty where all went well."""
+
+
+class Index:
+    """The two database files of a home, and the lock beside them."""
+
+    def __init__(self, home: Path, records: Records) -> None:
+        self.home = home
+        self.live = home / "ledger.duckdb"
+        self.snapshot = home / "ledger.snapshot.duckdb"
+        self.lock = home / "ledger.lock"
+        self._records = records
+        self._stamp: tuple[int, int, int] | None = None
+        self._known: frozenset[str] = frozenset()
+
+    def known(self) -> frozenset[str] | None:
+        """The records that the snapshot answers for; None where no snapshot can be read."""
+        try:
+            status = self.snapshot.stat()
+        except FileNotFoundError:
+            return None
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if stamp != self._stamp:
+            rows = self.select("SELECT sha256 FROM records", [])
+            if rows is None:
+                return None
+            self._known = frozenset(sha256 for (sha256,) in rows)
+            self._stamp = stamp
+        return self._known
+
+    def select(self, sql: str, parameters: list[object]) -> list[tuple] | None:
+        """Rows of the snapshot; None where it cannot be read, and the records have to answer."""
+        try:
+            with reading(self.snapshot) as connection:
+                return connection.execute(sql, parameters).fetchall()
+        except duckdb.Error as error:
+            logger.warning("%s cannot be read: %s", self.snapshot.name, error)
+            return None
+
+    def ingest(self, *, deadline_seconds: float) -> Ingest:
+        """Bring the index up to date. Never raises: what cannot be ingested now waits."""
+        try:
+            with locked(self.lock, deadline_seconds=deadline_seconds):
+                return self._ingest()
+        except (StoreError, duckdb.Error, OSError) as error:
+            waiting = len(self._records.sha256s() - (self.known() or frozenset()))
+            logger.warning("%d records wait for the next ingest: %s", waiting, error)
+            return Ingest(0, waiting, str(error))
+
+    def rebuild(self, *, deadline_seconds: float) -> Ingest:
+        """Make the index again from the records alone; the old one is set aside."""
+        with locked(self.lock, deadline_seconds=deadline_seconds):
+            fresh = temporary(self.home)
+            num_records = self._update(fresh)
+            if self.live.exists():
+                self._set_aside("rebuilt")
+            fresh.replace(self.live)
+            self._publish()
+        return Ingest(num_records, 0)
+
+    def _ingest(self) -> Ingest:
+        known = self.known()
+        if known is not None and self.live.exists() and self._records.sha256s() <= known:
+            return Ingest(0, 0)  # whoever held the lock before has done it
+        try:
+            num_records = self._update(self.live)
+        except (duckdb.Error, DamagedError) as error:
+            text = str(error)
+            if any(circumstance in text for circumstance in CIRCUMSTANCES):
+                raise
+            if "Trying to read a database file with version number" in text:
+                raise NewerLedgerError(
+                    f"{self.live} was written by a newer DuckDB than {duckdb.__version__}; upgrade"
+                    " it, or move the file away: it is made again from the records"
+                ) from None
+            aside = self._set_aside("damaged")
+            logger.warning(
+                "%s could not be read (%s); it now lies at %s and is made again from the records",
+                self.live.name,
+                text,
+                aside,
+            )
+            num_records = self._update(self.live)
+        self._publish()
+        return Ingest(num_records, 0)
+
+    def _update(self, database: Path) -> int:
+        """Ingest all that `database` lacks, and leave it checkpointed and closed."""
+        with memory() as connection:
+            connection.execute(
+                f"ATTACH {quoted(database)} AS ledger (STORAGE_VERSION '{STORAGE_VERSION}')"
+            )
+            connection.execute("USE ledger")
+            migrate(connection)
+            held = connection.execute(
+                "SELECT sha256 FROM records UNION ALL SELECT sha256 FROM rejected"
+            ).fetchall()
+            pending = sorted(self._records.sha256s().difference(sha256 for (sha256,) in held))
+            for start in range(0, len(pending), BATCH_RECORDS):
+                add(connection, self._texts(pending[start : start + BATCH_RECORDS]))
+            connection.execute("CHECKPOINT ledger")
+            connection.execute("USE memory")
+            connection.execute("DETACH ledger")
+        return len(pending)
+
+    def _texts(self, sha256s: Collection[str]) -> list[tuple[str, str]]:
+        texts = []
+        for sha256 in sha256s:
+            try:
+                texts.append((sha256, self._records.read_bytes(sha256).decode()))
+            except DamagedError as error:
+                logger.warning("left out of the index: %s", error)
+        return texts
+
+    def _publish(self) -> None:
+        """Give readers the index as it is now. Those who have the old one open keep it."""
+        partial = temporary(self.home)
+        try:
+            copy(self.live, partial)
+            wal(self.snapshot).unlink(missing_ok=True)  # somebody wrote to the old copy
+            settle(partial, self.snapshot, root=self.home)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _set_aside(self, why: str) -> Path:
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        aside = self.live.with_name(f"ledger.{why}-{moment}.duckdb")
+        with suppress(FileNotFoundError):
+            wal(self.live).replace(wal(aside))
+        self.live.replace(aside)
+        return aside
+
+
+def wal(database: Path) -> Path:
+    """Where DuckDB keeps what is committed but not yet in the database file."""
+    return database.with_name(database.name + ".wal")
+
+
+def migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """Bring tables and views to what this release knows, each step with its own record."""
+    folder = resources.files("store").joinpath("migrations")
+    sources = sorted((file.name, file.read_text()) for file in folder.iterdir())
+    applied = _applied(connection)
+    if max(applied, default=0) > len(sources):
+        raise NewerLedgerError(
+            f"ledger.duckdb has schema {max(applied)}, this release knows {len(sources)}; upgrade,"
+            " or move the file away: it is made again from the records"
+        )
+    for number, (name, sql) in enumerate(sources, start=1):
+        if number not in applied:
+            _apply(connection, number, name, sql)
+        elif applied[number] != _sha256(sql):
+            raise DamagedError(f"ledger.duckdb was made by another {name}")
+    views = resources.files("store").joinpath("views.sql").read_text()
+    if applied.get(0) != _sha256(views):
+        _apply(connection, 0, "views.sql", views)
+
+
+def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
+    exists = connection.execute(
+        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
+    ).fetchone()
+    if not exists:
+        return {}
+    return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
+
+
+def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
+    connection.execute("BEGIN")
+    connection.execute(sql)
+    connection.execute("DELETE FROM rejected")  # perhaps this release understands them
+    connection.execute("DELETE FROM migrations WHERE number = ?", [number])
+    connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
+    connection.execute("COMMIT")
+    connection.execute("CHECKPOINT ledger")  # a log that holds DDL is the kind that fails to replay
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def add(connection: duckdb.DuckDBPyConnection, batch: list[tuple[str, str]]) -> None:
+    """Ingest (sha256, text) pairs in one transaction.
+
+    A record that the tables refuse is set down in `rejected`, and the others go on without it.
+    """
+    if not batch:
+        return
+    sha256s, texts = zip(*batch, strict=True)
+    connection.execute("BEGIN")
+    try:
+        connection.execute(
+            "CREATE OR REPLACE TEMP TABLE batch AS"
+            " SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text",
+            [sha256s, texts],
+        )
+        connection.execute(resources.files("store").joinpath("ingest.sql").read_text())
+        connection.execute("COMMIT")
+    except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
+        connection.execute("ROLLBACK")
+        if len(batch) == 1:
+            connection.execute("INSERT INTO rejected VALUES (?, ?)", [sha256s[0], str(error)])
+            logger.warning("record %s is not understood: %s", sha256s[0][:12], error)
+            return
+        half = len(batch) // 2
+        add(connection, batch[:half])
+        add(connection, batch[half:])

@@ -1,0 +1,140 @@
+-- From the records of one batch to the rows of every table, in one transaction.
+--
+-- `batch` (sha256, text) holds the records that are new. Where two records disagree about one
+-- subject (two homes were copied together), the earlier one stands, in whatever order they came:
+-- so an index that grew record by record equals one that is built at once.
+
+CREATE OR REPLACE TEMP TABLE fresh AS
+SELECT sha256,
+       CASE WHEN text->>'kind' IN ('artifact', 'score', 'routing', 'adapter', 'publication',
+                                   'run-started', 'run-ended', 'failure')
+            THEN text->>'kind'
+            ELSE error('a newer release wrote this kind of record: ' || (text->>'kind')) END AS kind,
+       CASE WHEN (text->>'version')::INTEGER = 1 THEN 1
+            ELSE error('a newer release wrote this version of the record: ' || (text->>'version'))
+            END AS version,
+       (text->>'at')::TIMESTAMP AS recorded_at,
+       text->>'run_id' AS run_id,
+       text->>'subject' AS subject,
+       (text->'body')::JSON AS body
+FROM batch;
+
+INSERT INTO records
+SELECT sha256, kind, version, recorded_at, run_id, subject FROM fresh;
+
+INSERT INTO artifacts
+SELECT body->>'id', body->>'kind', body->>'weights_sha256', recorded_at, run_id, sha256
+FROM fresh WHERE kind = 'artifact';
+
+INSERT INTO parents
+SELECT body->>'id', unnest((body->'parents')::VARCHAR[]),
+       unnest(range(len((body->'parents')::JSON[]))), sha256
+FROM fresh WHERE kind = 'artifact';
+
+INSERT INTO base_models
+SELECT body->>'id', body->>'$.spec.base_model', body->>'$.spec.base_revision',
+       body->>'$.built.fingerprint.architecture', (body->>'$.built.fingerprint.hidden_size')::INTEGER,
+       (body->>'$.built.fingerprint.num_hidden_layers')::INTEGER,
+       (body->>'$.built.fingerprint.vocab_size')::INTEGER, sha256
+FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'base';
+
+INSERT INTO adapter_weights
+SELECT body->>'id', body->>'$.spec.base_model', (body->>'$.spec.use_rslora')::BOOLEAN,
+       body->>'$.spec.dtype', json_array_length(body->'$.spec.modules'),
+       list_min((body->'$.spec.modules[*].r')::INTEGER[]),
+       list_max((body->'$.spec.modules[*].r')::INTEGER[]),
+       json_array_length(body->'$.spec.stripped'), sha256
+FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'adapter';
+
+INSERT INTO experts
+SELECT body->>'id', unnest(range(len((body->'$.spec.names')::JSON[]))),
+       unnest((body->'$.spec.names')::VARCHAR[]), unnest((body->'$.spec.adapter_ids')::VARCHAR[]),
+       sha256
+FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'fused';
+
+INSERT INTO routers
+SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
+       (body->>'$.spec.top_k')::INTEGER, (body->>'$.spec.temperature')::DOUBLE,
+       body->>'$.spec.method', body->>'$.spec.examples_sha256', (body->>'$.spec.seed')::BIGINT,
+       (body->>'$.built.num_tokens')::BIGINT, (body->>'$.built.heldout_accuracy')::DOUBLE,
+       (body->>'$.built.wall_seconds')::DOUBLE, body->>'$.built.device', sha256
+FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'router';
+
+INSERT INTO scores
+SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.base_id', body->>'$.spec.task',
+       body->>'$.spec.metric', (body->>'$.spec.num_fewshot')::INTEGER,
+       (body->>'$.spec.seed')::BIGINT, body->>'$.spec.rows_sha256', (body->>'value')::DOUBLE,
+       (body->>'stderr')::DOUBLE, (body->>'low')::DOUBLE, (body->>'high')::DOUBLE,
+       (body->>'num_samples')::BIGINT, body->>'outputs_sha256', body->>'harness',
+       (body->>'wall_seconds')::DOUBLE, recorded_at, run_id, sha256
+FROM fresh WHERE kind = 'score';
+
+INSERT INTO routing_counts
+SELECT count->>'router_id', count->>'module', count->>'truth', count->>'chosen',
+       (count->>'num_tokens')::BIGINT, sha256
+FROM (
+    SELECT sha256, unnest((body->'counts')::JSON[]) AS count FROM fresh WHERE kind = 'routing'
+);
+
+INSERT INTO verdicts
+SELECT body->>'name', body->>'source', body->>'repo_id', body->>'revision', body->>'subfolder',
+       body->>'verdict', body->>'licence', body->>'author', body->>'adapter_id', recorded_at, run_id, sha256
+FROM fresh WHERE kind = 'adapter';
+
+INSERT INTO verdict_reasons
+SELECT position, reason->>'code', reason->>'message', sha256
+FROM (
+    SELECT sha256, unnest((body->'reasons')::JSON[]) AS reason,
+           unnest(range(len((body->'reasons')::JSON[]))) AS position
+    FROM fresh WHERE kind = 'adapter'
+);
+
+INSERT INTO run_starts
+SELECT body->>'run_id', body->>'recipe_name', body->>'recipe_sha256',
+       (body->'versions')::MAP(VARCHAR, VARCHAR), body->>'device', recorded_at, sha256
+FROM fresh WHERE kind = 'run-started';
+
+INSERT INTO run_ends
+SELECT body->>'run_id', body->>'outcome', body->>'reason', (body->>'wall_seconds')::DOUBLE, recorded_at,
+       sha256
+FROM fresh WHERE kind = 'run-ended';
+
+INSERT INTO run_stages
+SELECT run_id, position, stage->>'stage', (stage->>'wall_seconds')::DOUBLE, sha256
+FROM (
+    SELECT sha256, body->>'run_id' AS run_id, unnest((body->'stages')::JSON[]) AS stage,
+           unnest(range(len((body->'stages')::JSON[]))) AS position
+    FROM fresh WHERE kind = 'run-ended'
+);
+
+INSERT INTO published
+SELECT body->>'artifact_id', body->>'repo_id', body->>'revision', recorded_at, run_id, sha256
+FROM fresh WHERE kind = 'publication';
+
+INSERT INTO failed
+SELECT body->>'stage', body->>'subject', body->>'error', body->>'message', recorded_at, run_id, sha256
+FROM fresh WHERE kind = 'failure';
+
+CREATE OR REPLACE TEMP TABLE overruled AS
+WITH touched AS (
+    SELECT DISTINCT kind, subject FROM fresh WHERE kind IN ('artifact', 'score', 'routing', 'publication', 'run-started', 'run-ended')
+)
+SELECT sha256 FROM records SEMI JOIN touched USING (kind, subject)
+QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256) > 1;
+
+DELETE FROM artifacts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM parents WHERE record_sha256 IN (FROM overruled);
+DELETE FROM base_models WHERE record_sha256 IN (FROM overruled);
+DELETE FROM adapter_weights WHERE record_sha256 IN (FROM overruled);
+DELETE FROM experts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM routers WHERE record_sha256 IN (FROM overruled);
+DELETE FROM scores WHERE record_sha256 IN (FROM overruled);
+DELETE FROM routing_counts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM run_starts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM run_ends WHERE record_sha256 IN (FROM overruled);
+DELETE FROM run_stages WHERE record_sha256 IN (FROM overruled);
+
+DELETE FROM published WHERE record_sha256 IN (FROM overruled);
+
+DROP TABLE fresh;
+DROP TABLE overruled;

@@ -1,0 +1,111 @@
+"""Questions in SQL, on a connection that can do nothing but read the ledger.
+
+The engine itself is no boundary: any process may read what its user may read. What is closed here
+is the door that SQL opens by itself: files, the network, extensions, settings, and time.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from store.errors import DamagedError, QueryError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+NO_EXTENSIONS: dict[str, str | bool | int | float | list[str]] = {
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+}
+QUESTIONS = ("SELECT", "EXPLAIN")  # FROM, WITH, DESCRIBE, SHOW, SUMMARIZE and VALUES are SELECTs
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one question may cost."""
+
+    seconds: float = 60.0
+    memory_bytes: int = 1 << 30
+    rows: int = 1_000_000
+    """The most rows that come back."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+
+def memory() -> duckdb.DuckDBPyConnection:
+    """A connection of its own, to which a ledger can be attached; nothing is ever installed."""
+    return duckdb.connect(":memory:", config=NO_EXTENSIONS)
+
+
+def quoted(path: Path) -> str:
+    """A path as SQL writes it, for the statements that take no parameters."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+@contextmanager
+def reading(
+    path: Path, limits: Limits | None = None
+) -> Generator[duckdb.DuckDBPyConnection, None, None]:
+    """A read-only connection to the database at `path`, hardened."""
+    limits = limits or Limits()
+    with memory() as connection:
+        connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
+        connection.execute("USE ledger")
+        connection.execute(f"SET memory_limit = '{limits.memory_bytes // 1024}KiB'")
+        connection.execute("SET max_temp_directory_size = '0KiB'")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        yield connection
+
+
+def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answer:
+    """Run one question, and stop it where it runs past its limits."""
+    _check_is_one_question(connection, sql)
+    timer = threading.Timer(limits.seconds, connection.interrupt)
+    timer.start()
+    try:
+        result = connection.execute(sql)
+        columns = tuple(column[0] for column in result.description or ())
+        rows = result.fetchmany(limits.rows + 1)
+    except duckdb.InterruptException:
+        raise QueryError(
+            f"stopped after {limits.seconds:g} s; narrow the question, or allow more time"
+        ) from None
+    except duckdb.OutOfMemoryException:
+        raise QueryError(
+            f"needs more than {limits.memory_bytes >> 20} MiB of memory; narrow the question"
+        ) from None
+    except duckdb.Error as error:
+        if "Corrupt" in str(error):
+            raise DamagedError(
+                f"the index is damaged ({error}); rebuild it from the records"
+            ) from None
+        raise QueryError(str(error)) from None
+    finally:
+        timer.cancel()
+    if len(rows) > limits.rows:
+        raise QueryError(f"has more than {limits.rows:,} rows; add a LIMIT")
+    return Answer(columns, rows)
+
+
+def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    try:
+        statements = connection.extract_statements(sql)
+    except duckdb.Error as error:
+        raise QueryError(str(error)) from None
+    kinds = [statement.type.name for statement in statements]
+    if len(kinds) != 1 or kinds[0] not in QUESTIONS:
+        raise QueryError(
+            "one SELECT, FROM, DESCRIBE, SHOW or EXPLAIN is needed, not"
+            f" {', '.join(kinds) or 'nothing'}"
+        )

@@ -1,0 +1,282 @@
+-- The questions that people ask, one view each. Made again whenever this file changes.
+
+CREATE OR REPLACE VIEW leaderboard AS
+WITH measured AS (
+    SELECT scores.*, artifacts.kind AS subject_kind,
+           CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter') THEN -value
+                ELSE value END AS merit
+    FROM scores JOIN artifacts ON artifacts.id = scores.subject_id
+),
+oracle AS (
+    SELECT routers.id AS subject_id, base_id, task, metric, num_fewshot, measured.seed, rows_sha256,
+           arg_max(experts.name, merit) AS name, arg_max(value, merit) AS value,
+           arg_max(low, merit) AS low, arg_max(high, merit) AS high
+    FROM routers JOIN experts USING (fused_id) JOIN measured ON measured.subject_id = adapter_id
+    GROUP BY ALL
+)
+SELECT mine.task, mine.metric, mine.num_fewshot,
+       rank() OVER (
+           PARTITION BY mine.task, mine.metric, mine.num_fewshot, mine.rows_sha256
+           ORDER BY mine.merit DESC
+       ) AS place,
+       mine.value, mine.low, mine.high, mine.num_samples,
+       base.value AS base_value, base.low AS base_low, base.high AS base_high,
+       oracle.value AS oracle_value, oracle.low AS oracle_low, oracle.high AS oracle_high,
+       oracle.name AS oracle_name, routers.router, routers.top_k, routers.method, mine.subject_id,
+       mine.base_id, mine.rows_sha256, mine.seed, mine.harness, mine.recorded_at, mine.run_id
+FROM measured AS mine
+JOIN routers ON routers.id = mine.subject_id
+LEFT JOIN scores AS base
+       ON base.subject_id = mine.base_id AND base.base_id = mine.base_id AND base.task = mine.task
+      AND base.metric = mine.metric AND base.num_fewshot = mine.num_fewshot
+      AND base.seed = mine.seed AND base.rows_sha256 = mine.rows_sha256
+LEFT JOIN oracle
+       ON oracle.subject_id = mine.subject_id AND oracle.base_id = mine.base_id
+      AND oracle.task = mine.task AND oracle.metric = mine.metric
+      AND oracle.num_fewshot = mine.num_fewshot AND oracle.seed = mine.seed
+      AND oracle.rows_sha256 = mine.rows_sha256
+ORDER BY mine.task, mine.metric, place, mine.subject_id;
+COMMENT ON VIEW leaderboard IS 'Routed models, best first on each task, with the base and the best single adapter beside them';
+COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
+COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN leaderboard.num_fewshot IS 'Number of solved examples in each prompt';
+COMMENT ON COLUMN leaderboard.place IS 'Place among all routed models on the same rows, from 1; equals share one';
+COMMENT ON COLUMN leaderboard.value IS 'The score, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.num_samples IS 'Number of rows that were asked';
+COMMENT ON COLUMN leaderboard.base_value IS 'Score of the base alone on the same rows, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.base_low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.base_high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.oracle_value IS 'Best score of one of its adapters alone on the same rows, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.oracle_low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.oracle_high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter in the stack';
+COMMENT ON COLUMN leaderboard.router IS 'gate, arrow, norm, fixed or uniform';
+COMMENT ON COLUMN leaderboard.top_k IS 'Number of experts chosen for a token';
+COMMENT ON COLUMN leaderboard.method IS 'calibrate or joint; empty without gates';
+COMMENT ON COLUMN leaderboard.subject_id IS 'Artifact id of the router';
+COMMENT ON COLUMN leaderboard.base_id IS 'Artifact id of the base';
+COMMENT ON COLUMN leaderboard.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
+COMMENT ON COLUMN leaderboard.seed IS 'Seed of the random numbers';
+COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
+COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
+
+CREATE OR REPLACE VIEW lineage AS
+WITH RECURSIVE steps(descendant_id, ancestor_id, depth) AS (
+    SELECT child_id, parent_id, 1 FROM parents
+    UNION
+    SELECT steps.descendant_id, parents.parent_id, steps.depth + 1
+    FROM steps JOIN parents ON parents.child_id = steps.ancestor_id
+    WHERE steps.depth < 32
+),
+distances AS (
+    SELECT descendant_id, ancestor_id, min(depth) AS depth FROM steps GROUP BY ALL
+),
+relatives AS (
+    SELECT id AS artifact_id, 'itself' AS relation, id AS relative_id, 0 AS depth FROM artifacts
+    UNION ALL
+    SELECT descendant_id, 'made from', ancestor_id, depth FROM distances
+    UNION ALL
+    SELECT ancestor_id, 'used in', descendant_id, depth FROM distances
+),
+origins AS (
+    SELECT adapter_id AS id, arg_max(repo_id, (recorded_at, record_sha256)) AS source,
+           arg_max(revision, (recorded_at, record_sha256)) AS revision,
+           arg_max(licence, (recorded_at, record_sha256)) AS licence
+    FROM verdicts WHERE adapter_id IS NOT NULL GROUP BY adapter_id
+    UNION ALL
+    SELECT id, base_model, base_revision, NULL FROM base_models
+)
+SELECT relatives.artifact_id, relation, depth, relative_id, artifacts.kind, origins.source,
+       origins.revision, origins.licence, artifacts.weights_sha256, artifacts.recorded_at, artifacts.run_id
+FROM relatives
+LEFT JOIN artifacts ON artifacts.id = relative_id
+LEFT JOIN origins ON origins.id = relative_id;
+COMMENT ON VIEW lineage IS 'What each artifact was made from and is used in, down to commit, hash and licence';
+COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id of the one that is asked about';
+COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
+COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
+COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
+COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused or router; NULL where the relative is not recorded';
+COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL where it was made here';
+COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
+COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
+COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 64 hex digits';
+COMMENT ON COLUMN lineage.recorded_at IS 'When the relative was recorded, UTC';
+COMMENT ON COLUMN lineage.run_id IS 'The run that made the relative';
+
+CREATE OR REPLACE VIEW regressions AS
+WITH checkpoints AS (
+    SELECT run_starts.recipe_name, routers.router, scores.*,
+           lag(scores.subject_id) OVER previous AS previous_id,
+           lag(scores.value) OVER previous AS previous_value,
+           lag(scores.stderr) OVER previous AS previous_stderr
+    FROM scores
+    JOIN routers ON routers.id = scores.subject_id
+    JOIN run_starts ON run_starts.run_id = scores.run_id
+    WINDOW previous AS (
+        PARTITION BY recipe_name, router, task, metric, num_fewshot, rows_sha256
+        ORDER BY scores.recorded_at, scores.record_sha256
+    )
+)
+SELECT recipe_name, router, task, metric, value, previous_value, value - previous_value AS change,
+       sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr, subject_id, previous_id, recorded_at, run_id
+FROM checkpoints
+WHERE CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter')
+           THEN value - previous_value ELSE previous_value - value END
+      > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2);
+COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
+COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe';
+COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed or uniform';
+COMMENT ON COLUMN regressions.task IS 'Name of the task';
+COMMENT ON COLUMN regressions.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN regressions.value IS 'The score, in the metric''s unit';
+COMMENT ON COLUMN regressions.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
+COMMENT ON COLUMN regressions.change IS 'Score minus previous score, in the metric''s unit';
+COMMENT ON COLUMN regressions.change_stderr IS 'Standard error of the change, in the metric''s unit';
+COMMENT ON COLUMN regressions.subject_id IS 'Artifact id of the router';
+COMMENT ON COLUMN regressions.previous_id IS 'Artifact id of the previous router';
+COMMENT ON COLUMN regressions.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN regressions.run_id IS 'The run that measured it';
+
+CREATE OR REPLACE VIEW adapters AS
+WITH latest AS (
+    SELECT *, min(recorded_at) OVER seen AS first_at, count(*) OVER seen AS num_seen
+    FROM verdicts
+    WINDOW seen AS (PARTITION BY repo_id, revision, subfolder)
+    QUALIFY row_number() OVER (
+        PARTITION BY repo_id, revision, subfolder ORDER BY recorded_at DESC, record_sha256
+    ) = 1
+),
+reasons AS (
+    SELECT record_sha256, list(code ORDER BY position) AS codes,
+           list(message ORDER BY position) AS messages
+    FROM verdict_reasons GROUP BY record_sha256
+),
+uses AS (
+    SELECT adapter_id, count(DISTINCT fused_id) AS num_fused FROM experts GROUP BY adapter_id
+)
+SELECT latest.name, repo_id, revision, subfolder, verdict, coalesce(codes, []) AS codes,
+       coalesce(messages, []) AS messages, licence, author, min_r, max_r, dtype, num_modules,
+       use_rslora, latest.adapter_id, coalesce(num_fused, 0) AS num_fused, num_seen, first_at,
+       recorded_at AS last_at, run_id
+FROM latest
+LEFT JOIN reasons USING (record_sha256)
+LEFT JOIN adapter_weights ON adapter_weights.id = latest.adapter_id
+LEFT JOIN uses ON uses.adapter_id = latest.adapter_id
+ORDER BY latest.name, repo_id, revision, subfolder;
+COMMENT ON VIEW adapters IS 'Every adapter that was seen, the latest verdict on it, and where it is used';
+COMMENT ON COLUMN adapters.name IS 'Name of the adapter in the recipe that saw it last';
+COMMENT ON COLUMN adapters.repo_id IS 'owner/name on the Hub, or path:<folder name>';
+COMMENT ON COLUMN adapters.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
+COMMENT ON COLUMN adapters.subfolder IS 'Folder inside the repository; empty for its root';
+COMMENT ON COLUMN adapters.verdict IS 'accept, warn or refuse';
+COMMENT ON COLUMN adapters.codes IS 'Codes of the reasons, in order';
+COMMENT ON COLUMN adapters.messages IS 'The reasons as sentences, in the same order';
+COMMENT ON COLUMN adapters.licence IS 'Licence that its card claims; empty where it claims none';
+COMMENT ON COLUMN adapters.author IS 'Who published it; empty where not known';
+COMMENT ON COLUMN adapters.min_r IS 'Smallest rank of any of its layers; NULL where never understood';
+COMMENT ON COLUMN adapters.max_r IS 'Largest rank of any of its layers';
+COMMENT ON COLUMN adapters.dtype IS 'F32, F16 or BF16';
+COMMENT ON COLUMN adapters.num_modules IS 'Number of linear layers that it changes';
+COMMENT ON COLUMN adapters.use_rslora IS 'Whether scaling is alpha / sqrt(r) instead of alpha / r';
+COMMENT ON COLUMN adapters.adapter_id IS 'Artifact id; NULL where its tensors were never understood';
+COMMENT ON COLUMN adapters.num_fused IS 'Number of fused checkpoints that it is an expert of';
+COMMENT ON COLUMN adapters.num_seen IS 'Number of times that it was seen';
+COMMENT ON COLUMN adapters.first_at IS 'When it was first seen, UTC';
+COMMENT ON COLUMN adapters.last_at IS 'When it was last seen, UTC';
+COMMENT ON COLUMN adapters.run_id IS 'The run that saw it last';
+
+CREATE OR REPLACE VIEW runs AS
+WITH stages AS (
+    SELECT run_id, map_from_entries(list((stage, run_stages.wall_seconds) ORDER BY position)) AS stage_seconds
+    FROM run_stages GROUP BY run_id
+)
+SELECT run_id, recipe_name, run_starts.recorded_at AS started_at, run_ends.recorded_at AS ended_at, outcome, reason,
+       wall_seconds, stage_seconds, device, versions, recipe_sha256
+FROM run_starts
+LEFT JOIN run_ends USING (run_id)
+LEFT JOIN stages USING (run_id)
+ORDER BY started_at DESC, run_id;
+COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
+COMMENT ON COLUMN runs.run_id IS 'Id of the run';
+COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe';
+COMMENT ON COLUMN runs.started_at IS 'When it began, UTC';
+COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL where it still runs or nobody has closed it';
+COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused or killed; NULL like ended_at';
+COMMENT ON COLUMN runs.reason IS 'Why, a sentence; empty where all went well';
+COMMENT ON COLUMN runs.wall_seconds IS 'Time from beginning to end, in seconds';
+COMMENT ON COLUMN runs.stage_seconds IS 'Time of each stage, in seconds';
+COMMENT ON COLUMN runs.device IS 'What it ran on';
+COMMENT ON COLUMN runs.versions IS 'Version of each package that the result depends on';
+COMMENT ON COLUMN runs.recipe_sha256 IS 'SHA-256 of the recipe as it was resolved, 64 hex digits';
+
+CREATE OR REPLACE VIEW routing AS
+WITH arrived AS (
+    SELECT router_id, module, chosen AS expert, sum(num_tokens) AS num_chosen
+    FROM routing_counts GROUP BY ALL
+),
+sent AS (
+    SELECT router_id, module, truth AS expert, sum(num_tokens) AS num_tokens,
+           coalesce(sum(num_tokens) FILTER (truth = chosen), 0) AS num_right
+    FROM routing_counts GROUP BY ALL
+)
+SELECT router_id, module, TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
+       expert, coalesce(num_tokens, 0)::BIGINT AS num_tokens,
+       coalesce(num_right, 0) / num_tokens AS accuracy,
+       coalesce(num_chosen, 0)
+           / nullif(sum(num_chosen) OVER (PARTITION BY router_id, module), 0) AS load
+FROM sent FULL JOIN arrived USING (router_id, module, expert)
+ORDER BY router_id, layer, module, expert;
+COMMENT ON VIEW routing IS 'How well and how much each layer routes to each expert';
+COMMENT ON COLUMN routing.router_id IS 'Artifact id of the router';
+COMMENT ON COLUMN routing.module IS 'Path of the linear layer in the base model';
+COMMENT ON COLUMN routing.layer IS 'Number of the layer, read off the path; NULL where it has none';
+COMMENT ON COLUMN routing.expert IS 'Name of the expert';
+COMMENT ON COLUMN routing.num_tokens IS 'Number of tokens of the expert''s own test rows';
+COMMENT ON COLUMN routing.accuracy IS 'Share of those tokens that were sent to the expert, 0 to 1; NULL without tokens';
+COMMENT ON COLUMN routing.load IS 'Share of all tokens at this layer that were sent to the expert, 0 to 1';
+
+CREATE OR REPLACE VIEW publications AS
+SELECT artifact_id, kind, repo_id, revision, weights_sha256, published.recorded_at,
+       published.run_id
+FROM published LEFT JOIN artifacts ON artifacts.id = artifact_id
+ORDER BY published.recorded_at DESC, artifact_id;
+COMMENT ON VIEW publications IS 'Where artifacts are published, latest first';
+COMMENT ON COLUMN publications.artifact_id IS 'Artifact id';
+COMMENT ON COLUMN publications.kind IS 'adapter, fused or router';
+COMMENT ON COLUMN publications.repo_id IS 'owner/name on the Hub';
+COMMENT ON COLUMN publications.revision IS 'Commit of 40 hex digits';
+COMMENT ON COLUMN publications.weights_sha256 IS 'SHA-256 of its bytes, 64 hex digits';
+COMMENT ON COLUMN publications.recorded_at IS 'When it was first recorded, UTC';
+COMMENT ON COLUMN publications.run_id IS 'The run that published or found it';
+
+CREATE OR REPLACE VIEW failures AS
+SELECT failed.recorded_at, failed.run_id, recipe_name, stage, subject, error, message
+FROM failed LEFT JOIN run_starts USING (run_id)
+UNION ALL
+SELECT run_ends.recorded_at, run_id, recipe_name, 'run', recipe_name, outcome, reason
+FROM run_ends LEFT JOIN run_starts USING (run_id) WHERE outcome <> 'ok'
+UNION ALL
+SELECT NULL, NULL, NULL, 'ingest', sha256, 'rejected', reason FROM rejected
+ORDER BY recorded_at DESC, subject;
+COMMENT ON VIEW failures IS 'What was refused or went wrong, latest first';
+COMMENT ON COLUMN failures.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN failures.run_id IS 'The run that it happened in';
+COMMENT ON COLUMN failures.recipe_name IS 'Name of the recipe';
+COMMENT ON COLUMN failures.stage IS 'Name of the stage; run for a whole run, ingest for a record that was not understood';
+COMMENT ON COLUMN failures.subject IS 'What it happened to: an artifact id, an adapter''s source, a task, a recipe, a record';
+COMMENT ON COLUMN failures.error IS 'Class of the exception, a code, or how the run ended';
+COMMENT ON COLUMN failures.message IS 'What happened, a sentence';
+
+CREATE OR REPLACE VIEW dictionary AS
+SELECT table_name AS name, column_name, data_type, comment AS meaning
+FROM duckdb_columns() WHERE NOT internal AND database_name = current_database()
+ORDER BY table_name, column_index;
+COMMENT ON VIEW dictionary IS 'Every column of every table and view, and what it means';
+COMMENT ON COLUMN dictionary.name IS 'Table or view';
+COMMENT ON COLUMN dictionary.column_name IS 'Column';
+COMMENT ON COLUMN dictionary.data_type IS 'Its type in DuckDB';
+COMMENT ON COLUMN dictionary.meaning IS 'What it holds, with its unit';

@@ -1,0 +1,173 @@
+"""Each module's rank and scaling: shapes from the tensors, alphas from the claim, as in PEFT."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from meteora.adapter_tensors import DTYPES, place_of
+from meteora.artifacts import AdapterModule
+from meteora.patterns import Budget, PatternError, compile_pattern
+from meteora.reasons import listed, shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from meteora.adapter_config import Claim
+    from meteora.adapter_tensors import AdapterTensors
+    from meteora.patterns import Pattern
+    from meteora.reasons import Findings
+    from meteora.safetensors_header import TensorInfo
+
+MAX_SCALING = 1_000
+
+
+def read_modules(
+    pairs: Mapping[str, AdapterTensors],
+    tensors: Mapping[str, TensorInfo],
+    claim: Claim,
+    found: Findings,
+) -> tuple[AdapterModule, ...]:
+    """The modules that the pairs of tensors describe, as far as nothing is refused."""
+    budget = Budget()
+    modules = []
+    try:
+        ranks = _claimed_ranks(claim, budget, found)
+        alphas = _Table(claim.alpha_pattern, claim.lora_alpha, budget)
+        for path, pair in pairs.items():
+            shape = _factor_shapes(path, pair, tensors, found)
+            if shape is None:
+                continue
+            in_features, out_features, r = shape
+            if (claimed := ranks.of(path)) and claimed != r:
+                found.refuse("rank_mismatch", f"{path} has rank {r}, its config claims {claimed}")
+            lora_alpha = alphas.of(path) if claim.format == "peft" else claim.scale * r
+            scaling = _scaling(claim, lora_alpha, r)
+            if scaling > MAX_SCALING:
+                found.warn("large_scaling", f"{path} is scaled by {scaling:g}")
+            modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
+        _check_targets(claim, list(pairs), budget, found)
+    except PatternError as error:
+        found.refuse("pattern", f"a pattern of its config cannot be matched: {error}")
+    _check_even(list(pairs), found)
+    return tuple(modules)
+
+
+def _scaling(claim: Claim, lora_alpha: float, r: int) -> float:
+    if claim.format == "mlx":
+        return claim.scale
+    return lora_alpha / math.sqrt(r) if claim.use_rslora else lora_alpha / r
+
+
+def _factor_shapes(
+    path: str, pair: AdapterTensors, tensors: Mapping[str, TensorInfo], found: Findings
+) -> tuple[int, int, int] | None:
+    """IN, OUT and r of a module."""
+    a, b = tensors[pair.a_key], tensors[pair.b_key]
+    for key, tensor in ((pair.a_key, a), (pair.b_key, b)):
+        if tensor.dtype not in DTYPES:
+            found.refuse(
+                "dtype", f"{key} is of dtype {tensor.dtype}; {', '.join(DTYPES)} can be used"
+            )
+            return None
+        if len(tensor.shape) != 2:
+            found.refuse("shape", f"{key} has the shape {list(tensor.shape)}, not that of a matrix")
+            return None
+    (r_a, in_features), (out_features, r_b) = a.shape, b.shape
+    if pair.transposed:
+        (in_features, r_a), (r_b, out_features) = a.shape, b.shape
+    if r_a != r_b:
+        found.refuse(
+            "shape",
+            f"{path}: A {list(a.shape)} and B {list(b.shape)} do not multiply; one is transposed,"
+            " or they are of different adapters",
+        )
+        return None
+    return in_features, out_features, r_a
+
+
+class _Table:
+    """`rank_pattern` or `alpha_pattern`: the first key that matches, else the default."""
+
+    def __init__(
+        self, entries: Sequence[tuple[str, float]], default: float, budget: Budget
+    ) -> None:
+        self.default = default
+        self.budget = budget
+        self.patterns: list[tuple[Pattern, float]] = []
+        for key, value in entries:
+            try:
+                self.patterns.append((compile_pattern(key, anywhere=True), value))
+            except PatternError as error:
+                raise PatternError(f"{shortened(key)!r}: {error}") from None
+
+    def of(self, path: str) -> float:
+        for pattern, value in self.patterns:
+            if pattern.matches(path, self.budget):
+                return value
+        return self.default
+
+
+def _claimed_ranks(claim: Claim, budget: Budget, found: Findings) -> _Table:
+    """Without the patterns the claim goes unchecked, and nothing is lost: the tensors say r."""
+    try:
+        return _Table(claim.rank_pattern, claim.r, budget)
+    except PatternError as error:
+        found.warn("pattern_unchecked", f"rank_pattern has {error}; ranks are the tensors'")
+        return _Table((), 0, budget)
+
+
+def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
+    """Compare what the config targets with what the file holds; the file counts."""
+    targets = claim.target_modules
+    if isinstance(targets, str):
+        if targets in ("", "all-linear"):
+            return
+        try:
+            pattern = compile_pattern(targets)
+        except PatternError as error:
+            found.warn("pattern_unchecked", f"target_modules is a pattern that {error}")
+            return
+        untargeted = [path for path in paths if not pattern.matches(path, budget)]
+    elif targets:
+        hits = {path: _endings(path) & set(targets) for path in paths}
+        idle = set(targets).difference(*hits.values())
+        if idle:
+            found.warn("idle_target", f"it targets {listed(sorted(idle))}, and no tensor is of it")
+        untargeted = [path for path, matched in hits.items() if not matched]
+    else:
+        untargeted = []
+    if claim.layers_to_transform:
+        layers = set(claim.layers_to_transform)
+        untargeted += [path for path in paths if (p := place_of(path)) and p.layer not in layers]
+    if untargeted:
+        found.warn(
+            "untargeted",
+            f"{listed(untargeted)} is in the file and not targeted by the config; it is used here,"
+            " where PEFT leaves it out",
+        )
+
+
+def _endings(path: str) -> set[str]:
+    """`a.b.c`, `b.c` and `c`: the names by which a list can target a module."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _check_even(paths: list[str], found: Findings) -> None:
+    """Name what looks torn: a module that some layers lack. Hybrid models are so by design."""
+    layers: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if place := place_of(path):
+            layers.setdefault((place.stem, place.leaf), set()).add(place.layer)
+    known: dict[str, set[int]] = {}
+    for (stem, _), have in layers.items():
+        known.setdefault(stem, set()).update(have)
+    for (stem, leaf), have in sorted(layers.items()):
+        if lacking := sorted(known[stem] - have):
+            found.warn(
+                "uneven_layers",
+                f"{leaf} is in {len(have)} of {len(known[stem])} layers of {stem}; the first"
+                f" without it is {lacking[0]}",
+            )
+            return

@@ -1,0 +1,57 @@
+"""Why an adapter is refused, or taken with a warning: codes for programs, sentences for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meteora.artifacts import MeteoraError, Noun
+
+
+@dataclass(frozen=True)
+class Reason(Noun):
+    code: str
+    """Stable, such as `dora` or `rank_mismatch`."""
+    message: str
+    """Which one, what it has, what is needed, what to do."""
+
+
+class AdapterError(MeteoraError):
+    """An adapter cannot be used as an expert; `reasons` says why."""
+
+    def __init__(self, where: str, reasons: tuple[Reason, ...]) -> None:
+        self.reasons = reasons
+        listed = "; ".join(f"{reason.message} [{reason.code}]" for reason in reasons)
+        super().__init__(f"{where}: {listed}")
+
+
+@dataclass
+class Findings:
+    """What a reading has found so far. It goes on after a refusal, so that it names all at once."""
+
+    refusals: list[Reason] = field(default_factory=list)
+    warnings: list[Reason] = field(default_factory=list)
+
+    def refuse(self, code: str, message: str) -> None:
+        _add(self.refusals, Reason(code, message))
+
+    def warn(self, code: str, message: str) -> None:
+        _add(self.warnings, Reason(code, message))
+
+
+def _add(reasons: list[Reason], reason: Reason) -> None:
+    if reason not in reasons:
+        reasons.append(reason)
+
+
+def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
+    """The first few names and how many more: `q_proj, k_proj (and 5 more)`."""
+    shown = ", ".join(shortened(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} (and {len(names) - most} more)"
+
+
+def shortened(text: object, most: int = 80) -> str:
+    """Text from a stranger's file as it may be shown: printable, on one line, and short."""
+    if isinstance(text, (list, dict)):
+        return f"a {'list' if isinstance(text, list) else 'table'} of {len(text)}"
+    plain = "".join(c if c.isprintable() else "�" for c in str(text)[: most + 1])
+    return plain if len(plain) <= most else plain[: most - 1] + "…"

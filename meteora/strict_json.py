@@ -1,0 +1,50 @@
+"""JSON from strangers: one meaning or none. What other parsers let pass is refused here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+
+class StrictJSONError(ValueError):
+    """The text is not JSON with exactly one meaning; the message is a clause that says why."""
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The object that `data` holds.
+
+    Refused although many parsers take them: a key given twice (they keep the first or the last),
+    `NaN` and `Infinity`, a byte order mark, and nesting as deep as the interpreter's stack.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise StrictJSONError(f"it is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise StrictJSONError(
+            f"it is not JSON: {error.msg}, line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise StrictJSONError("it is nested too deeply") from None
+    except StrictJSONError:
+        raise
+    except ValueError as error:  # such as an integer of more than 4,300 digits
+        raise StrictJSONError(f"it is not JSON that can be read: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise StrictJSONError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise StrictJSONError(f"the key {twice[:60]!r} is given twice")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise StrictJSONError(f"{name} is not a number")

@@ -69,13 +69,14 @@ class RunEnded(Noun):
     """One of `OUTCOMES`."""
     reason: str
     """A sentence; empty where all went well."""
-    wall_seconds: float
+    wall_seconds: float | None = None
+    """None where nobody was left to measure it."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage that ran, in their order."""
 
     def __post_init__(self) -> None:
         _one_of(self.outcome, OUTCOMES, "outcome")
-        _finite(self.wall_seconds, "wall_seconds")
+        _finite(self.wall_seconds or 0.0, "wall_seconds")
         for stage, seconds in self.stage_seconds.items():
             _finite(seconds, stage)
 

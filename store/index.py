@@ -86,6 +86,8 @@ class Index:
 
     def select(self, sql: str, parameters: list[object]) -> list[tuple] | None:
         """Rows of the snapshot; None where it cannot be read, and the records have to answer."""
+        if not self.snapshot.exists():
+            return None
         try:
             with reading(self.snapshot) as connection:
                 return connection.execute(sql, parameters).fetchall()
@@ -107,7 +109,7 @@ class Index:
         """Make the index again from the records alone; the old one is set aside."""
         with locked(self.lock, deadline_seconds=deadline_seconds):
             fresh = temporary(self.home)
-            num_records = self._update(fresh)
+            num_records = self.build(fresh, self._records.sha256s())
             if self.live.exists():
                 self._set_aside("rebuilt")
             fresh.replace(self.live)
@@ -119,10 +121,11 @@ class Index:
         if known is not None and self.live.exists() and self._records.sha256s() <= known:
             return Ingest(0, 0)  # whoever held the lock before has done it
         try:
-            num_records = self._update(self.live)
+            num_records = self.build(self.live, self._records.sha256s())
         except (duckdb.Error, DamagedError) as error:
             text = str(error)
-            if any(circumstance in text for circumstance in CIRCUMSTANCES):
+            ours = isinstance(error, duckdb.ProgrammingError)  # our SQL is wrong, not the file
+            if ours or any(circumstance in text for circumstance in CIRCUMSTANCES):
                 raise
             if "Trying to read a database file with version number" in text:
                 raise NewerLedgerError(
@@ -136,12 +139,12 @@ class Index:
                 text,
                 aside,
             )
-            num_records = self._update(self.live)
+            num_records = self.build(self.live, self._records.sha256s())
         self._publish()
         return Ingest(num_records, 0)
 
-    def _update(self, database: Path) -> int:
-        """Ingest all that `database` lacks, and leave it checkpointed and closed."""
+    def build(self, database: Path, sha256s: Collection[str]) -> int:
+        """Ingest those records that `database` lacks; leave it checkpointed and closed."""
         with memory() as connection:
             connection.execute(
                 f"ATTACH {quoted(database)} AS ledger (STORAGE_VERSION '{STORAGE_VERSION}')"
@@ -151,7 +154,7 @@ class Index:
             held = connection.execute(
                 "SELECT sha256 FROM records UNION ALL SELECT sha256 FROM rejected"
             ).fetchall()
-            pending = sorted(self._records.sha256s().difference(sha256 for (sha256,) in held))
+            pending = sorted(set(sha256s).difference(sha256 for (sha256,) in held))
             for start in range(0, len(pending), BATCH_RECORDS):
                 add(connection, self._texts(pending[start : start + BATCH_RECORDS]))
             connection.execute("CHECKPOINT ledger")

@@ -63,6 +63,7 @@ FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'router';
 INSERT INTO scores
 SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.base_id', body->>'$.spec.task',
        body->>'$.spec.metric', (body->>'$.spec.num_fewshot')::INTEGER,
+       (body->>'$.spec.max_new_tokens')::INTEGER,
        (body->>'$.spec.seed')::BIGINT, body->>'$.spec.rows_sha256', (body->>'value')::DOUBLE,
        (body->>'stderr')::DOUBLE, (body->>'low')::DOUBLE, (body->>'high')::DOUBLE,
        (body->>'num_samples')::BIGINT, body->>'outputs_sha256', body->>'harness',

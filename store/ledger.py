@@ -16,21 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from meteora.artifacts import ArtifactId, RoutingScore, Score, short
+from meteora.artifacts import ArtifactId, RoutingScore, Score, canonical_sha256, short
+from store import check
 from store.blobs import Blobs
-from store.errors import ConflictError, DamagedError, MissingBlobError, StoreError, UnknownError
-from store.events import RunStarted
-from store.files import locked
-from store.index import Index, Ingest, logger
-from store.query import Answer, Limits, ask, reading
+from store.errors import ConflictError, DamagedError, MissingBlobError, UnknownError
+from store.events import RunEnded, RunStarted
+from store.files import locked, sweep
+from store.index import Index, Ingest
+from store.lookup import Lookup
+from store.query import Limits, ask, reading
 from store.records import Record, Records, now
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
     from pathlib import Path
 
     from meteora.artifacts import Noun, Publication, Spec
-    from store.events import AdapterVerdict, Failure, RunEnded
+    from store.check import Garbage, Verification
+    from store.events import AdapterVerdict, Failure
+    from store.query import Answer
 
 WRITE_DEADLINE_SECONDS = 60.0
 INGEST_DEADLINE_SECONDS = 10.0
@@ -44,7 +48,7 @@ class Ledger:
         self.records = Records(home / "records")
         self.blobs = Blobs(home / "blobs")
         self.index = Index(home, self.records)
-        self._pending: dict[str, Record] = {}
+        self._lookup = Lookup(self.records, self.index)
 
     def record_artifact(
         self,
@@ -126,33 +130,33 @@ class Ledger:
 
     def weights_of(self, artifact_id: ArtifactId) -> str | None:
         """SHA-256 of the artifact's bytes ("" where it has none); None where it was never made."""
-        record = self._first("artifact", artifact_id)
+        record = self._lookup.first("artifact", artifact_id)
         return record.body["weights_sha256"] if record else None
 
     def built(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
         """The noun that came out, as its `to_dict`; None where there is none."""
-        record = self._first("artifact", artifact_id)
+        record = self._lookup.first("artifact", artifact_id)
         return record.body["built"] if record else None
 
     def spec_of(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
         """What was asked for, as its `to_dict`; None where it was never made."""
-        record = self._first("artifact", artifact_id)
+        record = self._lookup.first("artifact", artifact_id)
         return record.body["spec"] if record else None
 
     def score_of(self, benchmark_id: ArtifactId) -> Score | None:
-        record = self._first("score", benchmark_id)
+        record = self._lookup.first("score", benchmark_id)
         return Score.from_dict(record.body) if record else None
 
     def routing_of(self, router_id: ArtifactId) -> tuple[RoutingScore, ...]:
         """How the router routes; empty where that was never measured."""
-        record = self._first("routing", router_id)
+        record = self._lookup.first("routing", router_id)
         counts = record.body["counts"] if record else ()
         return tuple(RoutingScore.from_dict(count) for count in counts)
 
     def unended_runs(self) -> list[RunStarted]:
         """Runs that began and whose end nobody has recorded: they run still, or were killed."""
-        started = {record.subject: record for record in self._find("run-started")}
-        ended = {record.subject for record in self._find("run-ended", list(started))}
+        started = {record.subject: record for record in self._lookup.find("run-started")}
+        ended = {record.subject for record in self._lookup.find("run-ended", list(started))}
         return [
             RunStarted.from_dict(record.body)
             for run_id, record in started.items()
@@ -160,16 +164,8 @@ class Ledger:
         ]
 
     def resolve(self, prefix: str) -> ArtifactId:
-        """The artifact whose id, or whose digest, begins with `prefix`."""
-        ids = self._ids_with_prefix(prefix) if prefix else []
-        if len(ids) == 1:
-            return ArtifactId(ids[0])
-        if not ids:
-            raise UnknownError(
-                f"no artifact's id begins with {prefix!r}; `FROM artifacts` lists them all"
-            )
-        some = ", ".join(short(artifact_id) for artifact_id in ids[:5])
-        raise UnknownError(f"several ids begin with {prefix!r} ({some}); give more digits")
+        """The one artifact whose id, or whose digest, begins with `prefix`."""
+        return self._lookup.artifact_id(prefix)
 
     def ingest(self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS) -> Ingest:
         """Bring the index up to date. Never raises: what cannot be ingested now waits."""
@@ -204,9 +200,50 @@ class Ledger:
         with lock, reading(self.index.live, limits) as connection:
             yield connection
 
+    def verify(self) -> Verification:
+        """Read every record, blob and row against what it should be. Changes nothing."""
+        return check.verify(self.home, self.records, self.blobs, self.index)
+
+    def gc(self, *, remove: bool = False) -> Garbage:
+        """List what nothing refers to; with `remove`, remove it. Refused while a run goes on.
+
+        Raises:
+            BusyError: a run goes on, whose blobs may not be recorded yet.
+            DamagedError: a record cannot be read, so what it refers to is not known.
+        """
+        alone = locked(self.home / "runs.lock", deadline_seconds=0)
+        with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+            garbage = check.garbage(self.home, self.records, self.blobs)
+            if remove:
+                for path in (*map(self.blobs.path_of, garbage.blobs), *garbage.files):
+                    path.unlink()
+        return garbage
+
+    @contextmanager
+    def running(self, recipe_name: str) -> Generator[list[RunStarted], None, None]:
+        """Hold what a run has to hold: its recipe's lock, and `gc` at bay.
+
+        Yields the runs of this recipe that were killed; their ends have been recorded.
+
+        Raises:
+            BusyError: the recipe is being run by another process.
+        """
+        digest = canonical_sha256(recipe_name)[:16]
+        alone = locked(self.home / "locks" / f"recipe-{digest}.lock", deadline_seconds=0)
+        together = locked(
+            self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
+        )
+        with alone, together:
+            killed = [run for run in self.unended_runs() if run.recipe_name == recipe_name]
+            for run in killed:  # whoever holds a recipe's lock is its only run that is alive
+                self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
+            for root in (self.home, self.records.root, self.blobs.root):
+                sweep(root)
+            yield killed
+
     def _require(self, ids: Iterable[str], *, of: str) -> None:
         needed = list(dict.fromkeys(ids))
-        recorded = {record.subject for record in self._find("artifact", needed)}
+        recorded = {record.subject for record in self._lookup.find("artifact", needed)}
         for artifact_id in needed:
             if artifact_id not in recorded:
                 raise UnknownError(
@@ -216,7 +253,7 @@ class Ledger:
     def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
         """Write the record, unless there is one; the two have to agree in some fields."""
         with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-            earlier = self._first(record.kind, record.subject)
+            earlier = self._lookup.first(record.kind, record.subject)
             if earlier is None:
                 self._write(record)
                 return
@@ -237,63 +274,3 @@ class Ledger:
                     " the store; put it there first"
                 )
         self.records.write(record)
-
-    def _first(self, kind: str, subject: str) -> Record | None:
-        return next(iter(self._find(kind, [subject])), None)
-
-    def _find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
-        """The records of these subjects, or of all, earliest first, ingested or not."""
-        found = self._unindexed()
-        if self.index.known() is not None:
-            sql = "SELECT sha256 FROM records WHERE kind = $1"
-            parameters: list[object] = [kind]
-            if subjects is not None:
-                sql += " AND subject IN (SELECT unnest($2::VARCHAR[]))"
-                parameters.append(list(subjects))
-            rows = self.index.select(sql, parameters)
-            names = self.records.sha256s() if rows is None else {sha256 for (sha256,) in rows}
-            found |= self._read(names - found.keys())
-        matching = (
-            (record.at, sha256, record)
-            for sha256, record in found.items()
-            if record.kind == kind and (subjects is None or record.subject in subjects)
-        )
-        return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
-
-    def _ids_with_prefix(self, prefix: str) -> list[str]:
-        rows = self.index.select(
-            "SELECT DISTINCT id FROM artifacts WHERE starts_with(id, $1)"
-            " OR starts_with(split_part(id, ':', 2), $1)",
-            [prefix],
-        )
-        records = self._unindexed() if rows is not None else self._read(self.records.sha256s())
-        ids = {
-            record.subject
-            for record in records.values()
-            if record.kind == "artifact"
-            and (
-                record.subject.startswith(prefix)
-                or record.subject.partition(":")[2].startswith(prefix)
-            )
-        }
-        return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
-
-    def _unindexed(self) -> dict[str, Record]:
-        """Records that the snapshot does not hold: a few, unless there is no snapshot."""
-        names = self.records.sha256s()
-        missing = names - (self.index.known() or frozenset())
-        kept = {sha256: self._pending[sha256] for sha256 in missing & self._pending.keys()}
-        self._pending = kept | self._read(missing - kept.keys())
-        return dict(self._pending)
-
-    def _read(self, sha256s: Iterable[str]) -> dict[str, Record]:
-        records = {}
-        for sha256 in sha256s:
-            try:
-                records[sha256] = self.records.read(sha256)
-            except DamagedError as error:
-                logger.warning("%s", error)
-        return records
-
-
-__all__ = ["Answer", "Ingest", "Ledger", "Limits", "StoreError"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -109,3 +110,12 @@ def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> N
             "one SELECT, FROM, DESCRIBE, SHOW or EXPLAIN is needed, not"
             f" {', '.join(kinds) or 'nothing'}"
         )
+
+
+def examples() -> list[tuple[str, str]]:
+    """The questions of `examples.sql`: (title, SQL) each."""
+    text = resources.files("store").joinpath("examples.sql").read_text()
+    blocks = [block.strip() for block in text.split("\n\n")[1:]]
+    return [
+        (title.removeprefix("-- "), sql) for title, _, sql in (b.partition("\n") for b in blocks)
+    ]

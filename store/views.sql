@@ -1,41 +1,45 @@
 -- The questions that people ask, one view each. Made again whenever this file changes.
 
+CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part(id, ':', 2)[:12];
+
 CREATE OR REPLACE VIEW leaderboard AS
 WITH measured AS (
     SELECT scores.*, artifacts.kind AS subject_kind,
-           CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter') THEN -value
-                ELSE value END AS merit
+           CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter')
+                THEN -value ELSE value END AS merit
     FROM scores JOIN artifacts ON artifacts.id = scores.subject_id
 ),
+base AS (
+    SELECT * EXCLUDE (subject_id) FROM measured
+    WHERE subject_kind = 'base' AND subject_id = base_id
+),
+settings AS (
+    SELECT id AS subject_id, fused_id, router, top_k, method FROM routers
+),
 oracle AS (
-    SELECT routers.id AS subject_id, base_id, task, metric, num_fewshot, measured.seed, rows_sha256,
-           arg_max(experts.name, merit) AS name, arg_max(value, merit) AS value,
+    SELECT settings.subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed,
+           rows_sha256, arg_max(experts.name, merit) AS name, arg_max(value, merit) AS value,
            arg_max(low, merit) AS low, arg_max(high, merit) AS high
-    FROM routers JOIN experts USING (fused_id) JOIN measured ON measured.subject_id = adapter_id
+    FROM settings JOIN experts USING (fused_id) JOIN measured ON measured.subject_id = adapter_id
     GROUP BY ALL
 )
-SELECT mine.task, mine.metric, mine.num_fewshot,
+SELECT task, metric, num_fewshot,
        rank() OVER (
-           PARTITION BY mine.task, mine.metric, mine.num_fewshot, mine.rows_sha256
+           PARTITION BY task, metric, num_fewshot, max_new_tokens, rows_sha256
            ORDER BY mine.merit DESC
        ) AS place,
        mine.value, mine.low, mine.high, mine.num_samples,
        base.value AS base_value, base.low AS base_low, base.high AS base_high,
        oracle.value AS oracle_value, oracle.low AS oracle_low, oracle.high AS oracle_high,
-       oracle.name AS oracle_name, routers.router, routers.top_k, routers.method, mine.subject_id,
-       mine.base_id, mine.rows_sha256, mine.seed, mine.harness, mine.recorded_at, mine.run_id
+       oracle.name AS oracle_name, router, top_k, method, subject_id, base_id, rows_sha256,
+       max_new_tokens, seed, mine.harness, mine.recorded_at, mine.run_id
 FROM measured AS mine
-JOIN routers ON routers.id = mine.subject_id
-LEFT JOIN scores AS base
-       ON base.subject_id = mine.base_id AND base.base_id = mine.base_id AND base.task = mine.task
-      AND base.metric = mine.metric AND base.num_fewshot = mine.num_fewshot
-      AND base.seed = mine.seed AND base.rows_sha256 = mine.rows_sha256
+JOIN settings USING (subject_id)
+LEFT JOIN base
+       USING (base_id, task, metric, num_fewshot, max_new_tokens, seed, rows_sha256)
 LEFT JOIN oracle
-       ON oracle.subject_id = mine.subject_id AND oracle.base_id = mine.base_id
-      AND oracle.task = mine.task AND oracle.metric = mine.metric
-      AND oracle.num_fewshot = mine.num_fewshot AND oracle.seed = mine.seed
-      AND oracle.rows_sha256 = mine.rows_sha256
-ORDER BY mine.task, mine.metric, place, mine.subject_id;
+       USING (subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, rows_sha256)
+ORDER BY task, metric, place, subject_id;
 COMMENT ON VIEW leaderboard IS 'Routed models, best first on each task, with the base and the best single adapter beside them';
 COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
 COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
@@ -58,6 +62,7 @@ COMMENT ON COLUMN leaderboard.method IS 'calibrate or joint; empty without gates
 COMMENT ON COLUMN leaderboard.subject_id IS 'Artifact id of the router';
 COMMENT ON COLUMN leaderboard.base_id IS 'Artifact id of the base';
 COMMENT ON COLUMN leaderboard.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
+COMMENT ON COLUMN leaderboard.max_new_tokens IS 'Length at which an answer is cut, in tokens';
 COMMENT ON COLUMN leaderboard.seed IS 'Seed of the random numbers';
 COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
@@ -99,7 +104,7 @@ COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id of the one that is asked a
 COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
-COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused or router; NULL where the relative is not recorded';
+COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused, router or routing; NULL where the relative is not recorded';
 COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL where it was made here';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
@@ -117,7 +122,7 @@ WITH checkpoints AS (
     JOIN routers ON routers.id = scores.subject_id
     JOIN run_starts ON run_starts.run_id = scores.run_id
     WINDOW previous AS (
-        PARTITION BY recipe_name, router, task, metric, num_fewshot, rows_sha256
+        PARTITION BY recipe_name, router, task, metric, num_fewshot, max_new_tokens, rows_sha256
         ORDER BY scores.recorded_at, scores.record_sha256
     )
 )

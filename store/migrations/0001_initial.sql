@@ -149,6 +149,7 @@ CREATE TABLE scores (
     task VARCHAR NOT NULL,
     metric VARCHAR NOT NULL,
     num_fewshot INTEGER NOT NULL,
+    max_new_tokens INTEGER NOT NULL,
     seed BIGINT NOT NULL,
     rows_sha256 VARCHAR NOT NULL,
     value DOUBLE NOT NULL CHECK (isfinite(value)),
@@ -170,6 +171,7 @@ COMMENT ON COLUMN scores.base_id IS 'Artifact id of the base that it ran on';
 COMMENT ON COLUMN scores.task IS 'Name of the task';
 COMMENT ON COLUMN scores.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN scores.num_fewshot IS 'Number of solved examples in each prompt';
+COMMENT ON COLUMN scores.max_new_tokens IS 'Length at which an answer is cut, in tokens';
 COMMENT ON COLUMN scores.seed IS 'Seed of the random numbers';
 COMMENT ON COLUMN scores.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
 COMMENT ON COLUMN scores.value IS 'The score, in the metric''s unit';
@@ -262,7 +264,7 @@ CREATE TABLE run_ends (
     run_id VARCHAR NOT NULL,
     outcome VARCHAR NOT NULL,
     reason VARCHAR NOT NULL,
-    wall_seconds DOUBLE NOT NULL CHECK (isfinite(wall_seconds)),
+    wall_seconds DOUBLE CHECK (isfinite(wall_seconds)),
     recorded_at TIMESTAMP NOT NULL,
     record_sha256 VARCHAR NOT NULL
 );
@@ -270,7 +272,7 @@ COMMENT ON TABLE run_ends IS 'Runs that ended, and how';
 COMMENT ON COLUMN run_ends.run_id IS 'Id of the run';
 COMMENT ON COLUMN run_ends.outcome IS 'ok, failed, refused or killed';
 COMMENT ON COLUMN run_ends.reason IS 'Why, a sentence; empty where all went well';
-COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in seconds';
+COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in seconds; NULL where nobody was left to measure it';
 COMMENT ON COLUMN run_ends.recorded_at IS 'When its end was recorded, UTC';
 COMMENT ON COLUMN run_ends.record_sha256 IS 'SHA-256 of the record behind this row, 64 hex digits';
 

@@ -1,0 +1,66 @@
+-- Questions that people ask, each below its title. `meteora sql --examples` shows them.
+
+-- Which routed model is best on each task, and how far is it from the base and the oracle?
+SELECT task, short(subject_id) AS model, round(value, 3) AS score, round(low, 3) AS low,
+       round(high, 3) AS high, round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
+FROM leaderboard WHERE place = 1;
+
+-- How do my models compare on the mean over all tasks?
+SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 3) AS score,
+       round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
+FROM leaderboard GROUP BY ALL ORDER BY score DESC;
+
+-- On which tasks is a routed model significantly worse than the best of its adapters alone?
+SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,
+       round(oracle_value, 3) AS oracle
+FROM leaderboard WHERE high < oracle_low;
+
+-- What is the latest model made from, down to commit, hash and licence?
+SELECT depth, kind, source, revision, licence, weights_sha256
+FROM lineage
+WHERE relation = 'made from'
+  AND artifact_id = (SELECT id FROM artifacts WHERE kind = 'router' ORDER BY recorded_at DESC LIMIT 1)
+ORDER BY depth, kind, source;
+
+-- Which models contain an adapter, so that I know what to withdraw when its licence changes?
+SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
+FROM adapters JOIN lineage ON artifact_id = adapter_id
+WHERE relation = 'used in' ORDER BY ALL;
+
+-- Which adapters were refused, and why?
+SELECT name, repo_id, codes, messages FROM adapters WHERE verdict = 'refuse';
+
+-- Under which licences are the adapters that are in use?
+SELECT licence, count(*) AS adapters FROM adapters WHERE num_fused > 0 GROUP BY ALL ORDER BY ALL;
+
+-- Where does routing go wrong most?
+SELECT expert, layer, module, round(accuracy, 3) AS accuracy, num_tokens
+FROM routing WHERE num_tokens > 0 ORDER BY routing.accuracy, module, expert LIMIT 10;
+
+-- How are tokens spread over the experts, and how many reach their own?
+SELECT short(router_id) AS model, expert, round(avg(load), 3) AS load,
+       round(sum(accuracy * num_tokens) / sum(num_tokens), 3) AS accuracy
+FROM routing GROUP BY ALL ORDER BY ALL;
+
+-- Which experts take each other's tokens?
+SELECT truth, chosen, sum(num_tokens)::BIGINT AS tokens
+FROM routing_counts WHERE truth <> chosen GROUP BY ALL ORDER BY tokens DESC, truth, chosen LIMIT 10;
+
+-- What ran lately, and how did it end?
+SELECT started_at, recipe_name, outcome, reason, round(wall_seconds, 1) AS seconds FROM runs LIMIT 10;
+
+-- Where do runs spend their time?
+SELECT stage, count(*) AS runs, round(median(wall_seconds), 1) AS median_seconds
+FROM run_stages GROUP BY stage ORDER BY median_seconds DESC, stage;
+
+-- What went wrong?
+SELECT recorded_at, recipe_name, stage, subject, error, message FROM failures LIMIT 10;
+
+-- Which scores fell significantly since the recipe's previous checkpoint?
+SELECT recipe_name, task, round(previous_value, 3) AS before, round(value, 3) AS now FROM regressions;
+
+-- Where is everything published?
+SELECT short(artifact_id) AS artifact, repo_id, revision, recorded_at FROM publications;
+
+-- What does each column mean?
+SELECT column_name, data_type, meaning FROM dictionary WHERE name = 'leaderboard';

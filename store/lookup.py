@@ -1,0 +1,96 @@
+"""Answers about single records, whether or not the index is there, up to date, or whole.
+
+The index only says *which* record answers; what it says is read from the record's file, and checked
+against its name. Records that the index does not hold yet are few, and are looked through.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import ArtifactId, short
+from store.errors import DamagedError, UnknownError
+from store.index import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from store.index import Index
+    from store.records import Record, Records
+
+
+class Lookup:
+    def __init__(self, records: Records, index: Index) -> None:
+        self._records = records
+        self._index = index
+        self._pending: dict[str, Record] = {}
+
+    def first(self, kind: str, subject: str) -> Record | None:
+        """The record that stands: the earliest one about this subject."""
+        return next(iter(self.find(kind, [subject])), None)
+
+    def find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
+        """The records about these subjects, or about all, earliest first."""
+        found = self._unindexed()
+        if self._index.known() is not None:
+            sql = "SELECT sha256 FROM records WHERE kind = $1"
+            parameters: list[object] = [kind]
+            if subjects is not None:
+                sql += " AND subject IN (SELECT unnest($2::VARCHAR[]))"
+                parameters.append(list(subjects))
+            rows = self._index.select(sql, parameters)
+            names = self._records.sha256s() if rows is None else {sha256 for (sha256,) in rows}
+            found |= self._read(names - found.keys())
+        matching = (
+            (record.at, sha256, record)
+            for sha256, record in found.items()
+            if record.kind == kind and (subjects is None or record.subject in subjects)
+        )
+        return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
+
+    def artifact_id(self, prefix: str) -> ArtifactId:
+        """The one artifact whose id, or whose digest, begins with `prefix`."""
+        ids = self._ids_with_prefix(prefix) if prefix else []
+        if len(ids) == 1:
+            return ArtifactId(ids[0])
+        if not ids:
+            raise UnknownError(
+                f"no artifact's id begins with {prefix!r}; `FROM artifacts` lists them all"
+            )
+        some = ", ".join(short(artifact_id) for artifact_id in ids[:5])
+        raise UnknownError(f"several ids begin with {prefix!r} ({some}); give more digits")
+
+    def _ids_with_prefix(self, prefix: str) -> list[str]:
+        rows = self._index.select(
+            "SELECT DISTINCT id FROM artifacts WHERE starts_with(id, $1)"
+            " OR starts_with(split_part(id, ':', 2), $1)",
+            [prefix],
+        )
+        records = self._unindexed() if rows is not None else self._read(self._records.sha256s())
+        ids = {
+            record.subject
+            for record in records.values()
+            if record.kind == "artifact"
+            and any(part.startswith(prefix) for part in (record.subject, digest_of(record.subject)))
+        }
+        return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
+
+    def _unindexed(self) -> dict[str, Record]:
+        """Records that the snapshot does not hold: a few, unless there is no snapshot."""
+        missing = self._records.sha256s() - (self._index.known() or frozenset())
+        kept = {sha256: self._pending[sha256] for sha256 in missing & self._pending.keys()}
+        self._pending = kept | self._read(missing - kept.keys())
+        return dict(self._pending)
+
+    def _read(self, sha256s: Iterable[str]) -> dict[str, Record]:
+        records = {}
+        for sha256 in sha256s:
+            try:
+                records[sha256] = self._records.read(sha256)
+            except DamagedError as error:
+                logger.warning("%s", error)
+        return records
+
+
+def digest_of(artifact_id: str) -> str:
+    return artifact_id.partition(":")[2]

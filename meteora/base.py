@@ -81,7 +81,8 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     """What must agree for adapters and gates to fit: architecture, sizes and vocabulary."""
     text = config.get_text_config()
     heads = text.num_attention_heads
-    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+    names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
+    intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
     return Fingerprint(
         architecture=(config.architectures or [type(config).__name__])[0],
         hidden_size=text.hidden_size,

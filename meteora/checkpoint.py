@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from meteora.artifacts import Fingerprint, MeteoraError, Noun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Generator, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -111,15 +112,16 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Self:
         body = json.loads(text)
-        modules = {
-            path: ModuleEntry(
-                entry["in"], entry["out"], tuple(entry["ranks"]), tuple(entry["scaling"])
-            )
-            for path, entry in body["modules"].items()
-        }
+        experts = tuple(ExpertEntry.from_dict(entry) for entry in body["experts"])
+        modules = {}
+        for path, entry in body["modules"].items():
+            ranks, scaling = tuple(entry["ranks"]), tuple(entry["scaling"])
+            if not len(ranks) == len(scaling) == len(experts):
+                raise ValueError(f"{path} has {len(ranks)} ranks for {len(experts)} experts")
+            modules[path] = ModuleEntry(entry["in"], entry["out"], ranks, scaling)
         return cls(
             base=BaseEntry.from_dict(body["base"]),
-            experts=tuple(ExpertEntry.from_dict(entry) for entry in body["experts"]),
+            experts=experts,
             modules=modules,
             router=RouterEntry.from_dict(body["router"]),
             gates=body["gates"],
@@ -137,14 +139,14 @@ def read_manifest(folder: Path) -> Manifest:
             " that `meteora run` printed"
         )
     try:
-        body = json.loads(path.read_text())
-        found = body["format_version"]
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)["format_version"]
         if found != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: format version {found}, this program reads {FORMAT_VERSION};"
                 " install the version of meteora-pipelines that wrote it"
             )
-        return Manifest.from_json(path.read_text())
+        return Manifest.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: it does not describe a fused checkpoint ({type(error).__name__}: {error});"
@@ -165,6 +167,9 @@ def write_experts(
         shapes: module path to (R, IN, OUT), in the order in which `tensors` yields
         dtype: `F32`, `F16` or `BF16`
         tensors: A [R, IN] and B [OUT, R] of each module
+
+    Raises:
+        CheckpointError: a tensor has another shape than was promised, so the file is no good.
     """
     size = DTYPES[dtype].itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -178,14 +183,37 @@ def write_experts(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for pair in tensors:
-            for tensor in pair:
+        for (module, (rank, num_in, num_out)), (a, b) in zip(shapes.items(), tensors, strict=True):
+            if a.shape != (rank, num_in) or b.shape != (num_out, rank):
+                raise CheckpointError(
+                    f"{module}: its adapters have A and B of {(*a.shape, *b.shape)},"
+                    f" {(rank, num_in, num_out, rank)} is needed; their sizes do not agree"
+                )
+            for tensor in (a, b):
                 file.write(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[safe_open]:
+    """A safetensors file; what is wrong with it is said in a sentence."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: there is no {path.name} in it; the checkpoint is not whole, download"
+            " or build it again"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: it is damaged, or belongs to another {MANIFEST} ({error}); download or build"
+            " the checkpoint again"
+        ) from error
 
 
 def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
-    with safe_open(folder / EXPERTS, framework="pt") as file:
+    with _opened(folder / EXPERTS) as file:
         for module, entry in manifest.modules.items():
             a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
             rank = sum(entry.ranks)
@@ -195,8 +223,8 @@ def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor
             )
             if found != needed:
                 raise CheckpointError(
-                    f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} says {needed};"
-                    " the two files do not belong together, download or build them again"
+                    f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
+                    f" {needed}; the two files do not belong together, download or build them again"
                 )
             yield module, a, b
 
@@ -212,11 +240,18 @@ def write_gates(path: Path, gates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
 
 def read_gates(folder: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
     """G [E, IN] and c [E] of each module."""
-    with safe_open(folder / GATES, framework="pt") as file:
-        return {
-            module: (
-                file.get_tensor(f"{module}.gate.weight"),
-                file.get_tensor(f"{module}.gate.bias"),
-            )
-            for module in manifest.modules
-        }
+    num_experts = len(manifest.experts)
+    gates = {}
+    with _opened(folder / GATES) as file:
+        for module, entry in manifest.modules.items():
+            weight = file.get_tensor(f"{module}.gate.weight")
+            bias = file.get_tensor(f"{module}.gate.bias")
+            found, needed = (*weight.shape, *bias.shape), (num_experts, entry.in_features)
+            if found != (*needed, num_experts):
+                raise CheckpointError(
+                    f"{folder / GATES}: {module} has a gate of {found}, {MANIFEST} asks for"
+                    f" {(*needed, num_experts)}; the two files do not belong together, download or"
+                    " build them again"
+                )
+            gates[module] = weight, bias
+    return gates

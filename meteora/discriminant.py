@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from meteora.artifacts import MeteoraError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+
+
+class SingularError(MeteoraError):
+    """No gate can be computed from these moments."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,27 @@ class Scatter:
 
 
 def gate_from(scatter: Scatter, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """G [E, IN] and c [E] in float32 for one shrinkage in (0, 1]."""
-    return _solve(scatter.within, scatter, shrinkage)
+    """G [E, IN] and c [E] in float32 for one shrinkage in (0, 1], or the next that can be solved.
+
+    Raises:
+        SingularError: the moments hold NaN or infinity.
+    """
+    within = scatter.within
+    for larger in (shrinkage, *(s for s in (*SHRINKAGES, 1.0) if s > shrinkage)):
+        if (gate := _solve(within, scatter, larger)) is not None:
+            return gate
+    raise SingularError("the inputs of this point hold NaN or infinity, or numbers beyond float32")
 
 
-def _solve(within: Tensor, scatter: Scatter, shrinkage: float) -> tuple[Tensor, Tensor]:
+def _solve(within: Tensor, scatter: Scatter, shrinkage: float) -> tuple[Tensor, Tensor] | None:
+    """The gate; None where rounding has left the covariance without a Cholesky factor."""
     level = within.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     shrunk = within * (1 - shrinkage)
     shrunk.diagonal().add_(shrinkage * level)
-    weight = torch.cholesky_solve(scatter.means.T, torch.linalg.cholesky(shrunk)).T  # [E, IN]
+    factor, failed = torch.linalg.cholesky_ex(shrunk)
+    if failed:
+        return None
+    weight = torch.cholesky_solve(scatter.means.T, factor).T  # [E, IN]
     bias = -0.5 * (weight * scatter.means).sum(-1) - weight @ scatter.shift.double()
     return weight.float(), bias.float()
 
@@ -108,7 +126,9 @@ def choose_shrinkage(
     within = scatter.within
     best, best_accuracy = candidates[-1], -1.0
     for shrinkage in sorted(candidates, reverse=True):
-        weight, bias = _solve(within, scatter, shrinkage)
+        if (gate := _solve(within, scatter, shrinkage)) is None:
+            continue
+        weight, bias = gate
         right = (x @ weight.T + bias).argmax(-1) == labels
         accuracy = ((right * weights).sum() / weights.sum()).item()
         if accuracy > best_accuracy:

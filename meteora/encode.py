@@ -26,9 +26,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
-    """The token ids of a prompt with its answer and the end of sequence."""
+    """The token ids of a prompt with its answer and, where there is one, the end of sequence."""
     answer = tokenizer(response, add_special_tokens=False).input_ids
-    return [*encode_prompt(tokenizer, prompt), *answer, tokenizer.eos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*encode_prompt(tokenizer, prompt), *answer, *end]
 
 
 def opening_length(tokenizer: PreTrainedTokenizerBase) -> int:

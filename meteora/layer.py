@@ -9,7 +9,7 @@ runs unchanged: caches, padding, batches and beams included. What a router decid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from meteora import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -57,13 +57,24 @@ class MoELoRALinear(nn.Module):
         super().__init__()
         self.projection = projection
         self.ranks = list(ranks)
+        self.scaling = list(scaling)
         self.register_buffer("lora_a", lora_a, persistent=False)
         self.register_buffer("lora_b", lora_b, persistent=False)
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
         self.register_buffer("rank_experts", owner.to(lora_a.device), persistent=False)
-        scales = torch.tensor(list(scaling), dtype=torch.float32)[owner]
-        self.register_buffer("rank_scaling", scales.to(lora_a.device), persistent=False)
+        self.register_buffer("rank_scaling", self._rank_scaling(), persistent=False)
         self.router = router
+
+    def _rank_scaling(self) -> Tensor:
+        """[R] float32, beside the experts."""
+        per_rank = [s for s, r in zip(self.scaling, self.ranks, strict=True) for _ in range(r)]
+        return torch.tensor(per_rank, dtype=torch.float32, device=self.lora_a.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
+        super()._apply(fn, recurse)
+        self.rank_scaling = self._rank_scaling()
+        return self
 
     @property
     def num_experts(self) -> int:
@@ -78,7 +89,7 @@ class MoELoRALinear(nn.Module):
         y = self.projection(x)
         if self.router is None:
             return y
-        tokens = x.flatten(0, -2)  # [T, IN]
+        tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         weights, experts = ops.route(
             self.router(tokens), self.router.top_k, self.router.temperature
         )

@@ -77,9 +77,21 @@ def _local(name: str | Path, revision: str | None) -> Path:
     folder = Path(name)
     if folder.is_dir() or not _is_hub_id(str(name)):
         return folder
-    found = cached_file(str(name), checkpoint.MANIFEST, revision=revision)
-    for file in (checkpoint.EXPERTS, checkpoint.GATES):
-        cached_file(str(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    try:
+        found = cached_file(str(name), checkpoint.MANIFEST, revision=revision)
+        cached_file(str(name), checkpoint.EXPERTS, revision=revision)
+        # a router that needs no training comes without gates
+        cached_file(
+            str(name),
+            checkpoint.GATES,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError as error:
+        raise checkpoint.CheckpointError(
+            f"{name}: there is no such folder here, and no fused checkpoint of that name came from"
+            f" the Hub: {error}"
+        ) from error
     return Path(str(found)).parent
 
 
@@ -93,6 +105,8 @@ def load_base(
     """The base that a checkpoint refers to, from `folder` where one is given."""
     name = manifest.base.repo_id
     if folder is not None:
+        if not Path(folder).is_dir():
+            raise SourceError(f"{folder}: there is no such folder; give the one that holds {name}")
         return base.load_folder(folder, dtype=dtype)
     if name.startswith(GGUF):
         return base.load_gguf(find_gguf(name))
@@ -132,8 +146,13 @@ def insert_layer(
 ) -> None:
     """Replace the linear layer at `path`; refuses one of another size than the experts need."""
     parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    projection = getattr(parent, name)
+    try:
+        parent = model.get_submodule(parent_path)
+        projection = getattr(parent, name)
+    except AttributeError as error:
+        raise WrongBaseError(
+            f"{path}: this base has no such module; load the base the experts were made for"
+        ) from error
     sizes = base.sizes_of(projection)
     if sizes != (entry.in_features, entry.out_features):
         raise WrongBaseError(
@@ -175,15 +194,13 @@ def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float)
     if kind == "arrow":
         return Arrow(layer.lora_a, layer.lora_b, layer.ranks, top_k=top_k, temperature=temperature)
     if kind == "norm":
-        starts = [sum(layer.ranks[:e]) for e in range(layer.num_experts)]
-        scaling = torch.tensor(
-            [
-                layer.rank_scaling[start].item() if r else 0.0
-                for start, r in zip(starts, layer.ranks, strict=True)
-            ]
-        )
         return Norm(
-            layer.lora_a, layer.lora_b, layer.ranks, scaling, top_k=top_k, temperature=temperature
+            layer.lora_a,
+            layer.lora_b,
+            layer.ranks,
+            torch.tensor(layer.scaling),
+            top_k=top_k,
+            temperature=temperature,
         )
     if kind == "uniform":
         share = torch.full((layer.num_experts,), 1 / layer.num_experts)

@@ -24,15 +24,16 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor,
 
     Semantics:
         experts[t] = topk(logits[t])
-        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32
+        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32 at least
 
     Args:
         logits: [T, E]
 
     Returns:
-        weights [T, K] float32, which sum to one over K, and experts [T, K]. K is at most E.
+        weights [T, K], which sum to one over K, and experts [T, K]. K is at most E.
     """
-    top, experts = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    top, experts = logits.to(wide).topk(min(top_k, logits.shape[-1]), dim=-1)
     return torch.softmax(top / temperature, dim=-1), experts
 
 
@@ -84,7 +85,7 @@ def rank_weights(
         rank_scaling: [R], that expert's scaling
 
     Returns:
-        [T, R] float32; zero for the ranks of experts that were not chosen.
+        [T, R]; zero for the ranks of experts that were not chosen.
     """
     shares = weights.new_zeros((len(weights), num_experts))
     shares = shares.scatter_add(1, experts, weights)  # [T, E]
@@ -106,6 +107,5 @@ def lora_delta_dense(
     Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
     while R is small against IN, since the ranks of experts that were not chosen are computed too.
     """
-    shrunk = (x @ a.T).float()  # [T, R]
-    shrunk = shrunk * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
+    shrunk = (x @ a.T) * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
     return shrunk.to(x.dtype) @ b.T

@@ -81,7 +81,9 @@ class Arrow(Router):
                 # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the right singular vectors are Q_a times those inside
                 q_a, r_a = torch.linalg.qr(a.T)
                 _, r_b = torch.linalg.qr(b)
-                prototypes[e] = q_a @ torch.linalg.svd(r_b @ r_a.T).Vh[0]
+                _, singular, right = torch.linalg.svd(r_b @ r_a.T)
+                if singular[0] > 0:  # an expert that does nothing here has no direction
+                    prototypes[e] = q_a @ right[0]
         self.register_buffer("prototypes", prototypes, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -62,40 +62,58 @@ class Sweep:
                 " be fitted for one stack of layers"
             )
         self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
-        self.masks = [mask for _, mask in batches]
         self._tuples = False
         self._hidden: list[Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._rehearse(*(part[:1] for part in batches[0]))
         for ids, mask in batches:
             self._record(ids, mask)
+
+    def _rehearse(self, ids: Tensor, mask: Tensor) -> None:
+        """Refuse a model whose layers hand each other more than hidden states."""
+        ends: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401
+            self._tuples = isinstance(output, tuple)
+            ends.append(output[0] if self._tuples else output)
+
+        hook = self.layers[-1].register_forward_hook(keep)
+        try:
+            self._forward(ids, mask)
+        finally:
+            hook.remove()
+        self._record(ids, mask)
+        for index in range(len(self.layers)):
+            self.advance(index)
+        if not torch.allclose(self._hidden.pop(), ends[0], 1e-3, 1e-3, equal_nan=True):
+            raise SweepError(
+                f"the layers of {type(self.model).__name__} hand each other more than hidden"
+                " states, so gates cannot be fitted layer by layer; use a router without gates"
+            )
+        self._calls.clear()
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> None:
+        with torch.inference_mode():
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _record(self, ids: Tensor, mask: Tensor) -> None:
         """Note what each layer is called with, without the cost of running the layers."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
 
-        def stand_in(layer: nn.Module) -> Any:  # noqa: ANN401  (the layer's own forward)
-            real = layer.forward
-
-            def record(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    hidden = kwargs.pop("hidden_states")
-                if not first:
-                    first.append(hidden)
-                    if not self._calls:
-                        self._tuples = isinstance(real(hidden, *args, **kwargs), tuple)
-                calls.append((args, kwargs))
-                return (hidden,) if self._tuples else hidden
-
-            return record
+        def record(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            first.append(hidden)
+            calls.append((args, kwargs))
+            return (hidden,) if self._tuples else hidden
 
         try:
             for layer in self.layers:
-                layer.forward = stand_in(layer)
-            with torch.inference_mode():
-                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                layer.forward = record
+            self._forward(ids, mask)
         finally:
             for layer in self.layers:
                 del layer.forward
@@ -114,10 +132,11 @@ class Sweep:
 
         def watch(path: str) -> Any:  # noqa: ANN401
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                if seen and seen[-1][0] is args[0]:
-                    seen[-1][1].append(path)
-                else:
-                    seen.append((args[0], [path]))
+                for x, paths in seen:
+                    if x is args[0]:
+                        paths.append(path)
+                        return
+                seen.append((args[0], [path]))
 
             return hook
 

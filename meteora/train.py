@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from meteora.artifacts import MeteoraError
-from meteora.discriminant import Scatter, choose_shrinkage, gate_from
+from meteora.discriminant import Scatter, SingularError, choose_shrinkage, gate_from
 from meteora.model import expert_names, routed_layers
 from meteora.routers import Gate
 from meteora.sweep import Sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
 HELDOUT_SHARE = 0.25
 """Of each expert's sequences: they choose the shrinkage, and then join the fit."""
+MAX_HELDOUT_TOKENS = 16384
+"""Of more, every n-th chooses the shrinkage: they are kept in memory while a point is fitted."""
 TOKENS_PER_BATCH = 2048
 UNLABELLED = -1
 
@@ -40,22 +43,22 @@ class TrainingError(MeteoraError):
 
 @dataclass(frozen=True)
 class LabelledSequence:
-    """Token ids, and for each the expert that it belongs to; `UNLABELLED` is left out of the fit."""
+    """Token ids, and the expert that each belongs to; `UNLABELLED` is left out of the fit."""
 
     input_ids: tuple[int, ...]
     experts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.input_ids) != len(self.experts):
+        if not self.input_ids or len(self.input_ids) != len(self.experts):
             raise TrainingError(
                 f"a sequence has {len(self.input_ids)} tokens and {len(self.experts)} labels;"
-                " give one label a token"
+                " give one token or more, and one label a token"
             )
 
     @property
-    def owner(self) -> int:
-        """The first expert that is named in it: by it sequences are dealt out."""
-        return next((e for e in self.experts if e != UNLABELLED), UNLABELLED)
+    def owners(self) -> set[int]:
+        """The experts that own tokens of it: one for a plain example, several for spans."""
+        return set(self.experts) - {UNLABELLED}
 
 
 @dataclass(frozen=True)
@@ -90,38 +93,60 @@ def calibrate(
         progress: called with (layers done, layers in all)
 
     Raises:
-        TrainingError: an expert has too few sequences.
+        TrainingError: an expert has too few sequences, or the model's numbers are not finite.
+        SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
-    num_experts = len(expert_names(model))
-    heldout = _hold_out(sequences, expert_names(model), seed)
+    names = expert_names(model)
+    heldout = _hold_out(sequences, names, seed)
     batches = list(_batches(sequences, heldout, model.device))
     counts = sum(
-        (torch.bincount(b.labels[b.labels >= 0], minlength=num_experts) for b in batches),
-        start=torch.zeros(num_experts, dtype=torch.long, device=model.device),
+        (torch.bincount(b.labels[b.labels >= 0], minlength=len(names)) for b in batches),
+        start=torch.zeros(len(names), dtype=torch.long, device=model.device),
     )
-    token_weights = 1.0 / counts.clamp_min(1).float()  # every expert counts the same
-    for layer in routed_layers(model).values():
-        layer.router = None
-    sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches])
+    token_weights = 1.0 / counts.float()  # every expert counts the same
     accuracy_of = {}
-    for index in range(len(sweep.layers)):
-        for paths in sweep.points(index):
-            tokens = sweep.inputs(index, paths[0])
-            weight, bias, accuracy = _fit_point(tokens, batches, token_weights)
-            accuracy_of[paths[0]] = accuracy
-            for path in paths:
-                routed_layers(model)[path].router = Gate(
-                    weight.clone(), bias.clone(), top_k=top_k, temperature=temperature
-                ).requires_grad_(requires_grad=False)
-        sweep.advance(index)
-        progress(index + 1, len(sweep.layers))
+    with _swept(model):
+        sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches])
+        for index in range(len(sweep.layers)):
+            for paths in sweep.points(index):
+                try:
+                    weight, bias, accuracy = _fit_point(
+                        sweep.inputs(index, paths[0]), batches, token_weights
+                    )
+                except SingularError as error:
+                    raise TrainingError(f"{paths[0]}: {error}") from error
+                accuracy_of[paths[0]] = accuracy
+                for path in paths:
+                    routed_layers(model)[path].router = Gate(
+                        weight.clone(), bias.clone(), top_k=top_k, temperature=temperature
+                    ).requires_grad_(requires_grad=False)
+            sweep.advance(index)
+            progress(index + 1, len(sweep.layers))
     return Calibration(
         num_tokens=int(counts.sum()),
         heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
         accuracy_of=accuracy_of,
         wall_seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _swept(model: PreTrainedModel) -> Generator[None]:
+    """Start from bare projections, without dropout; a sweep that fails leaves what it found."""
+    training = model.training
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    model.eval()
+    try:
+        for layer in routed_layers(model).values():
+            layer.router = None
+        yield
+    except BaseException:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]
+        raise
+    finally:
+        model.train(training)
 
 
 def gates_of(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -149,43 +174,69 @@ def _fit_point(
     inputs: Iterator[Tensor], batches: Sequence[_Batch], token_weights: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """G, c and the held-out accuracy of one input point."""
+    num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
+    stride = -(-num_held // MAX_HELDOUT_TOKENS)  # the same tokens at every point
     fitted = checked = None
     kept: list[tuple[Tensor, Tensor]] = []
     for x, batch in zip(inputs, batches, strict=True):
-        labelled = batch.labels != UNLABELLED
-        if fitted is None or checked is None:
-            shift = x[labelled].float().mean(0)
-            fitted = Scatter.empty(len(token_weights), shift)
-            checked = Scatter.empty(len(token_weights), shift)
-        for chosen, scatter in (
-            (labelled & ~batch.heldout, fitted),
-            (labelled & batch.heldout, checked),
-        ):
+        for held in (False, True):
+            chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
             tokens, labels = x[chosen].float(), batch.labels[chosen]
-            if len(tokens):
-                scatter.add(tokens, labels, token_weights[labels])
-                if scatter is checked:
-                    kept.append((tokens, labels))
-    assert fitted is not None  # noqa: S101  (there is at least one batch)
+            if not len(tokens):
+                continue
+            if fitted is None or checked is None:
+                shift = tokens.mean(0)
+                fitted = Scatter.empty(len(token_weights), shift)
+                checked = Scatter.empty(len(token_weights), shift)
+            (checked if held else fitted).add(tokens, labels, token_weights[labels])
+            if held:
+                kept.append((tokens[::stride], labels[::stride]))
+    assert fitted is not None  # noqa: S101  (_hold_out saw to it that every expert has tokens)
     assert checked is not None  # noqa: S101
-    held, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    shrinkage, accuracy = choose_shrinkage(fitted, held, labels, token_weights[labels])
+    held_tokens, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    shrinkage, accuracy = choose_shrinkage(fitted, held_tokens, labels, token_weights[labels])
     return *gate_from(fitted + checked, shrinkage), accuracy
 
 
 def _hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: int) -> set[int]:
-    """Indices of the held-out sequences: a share of each expert's, never tokens of a fitted one."""
+    """Indices of the held-out sequences: a share of each expert's, never tokens of a fitted one.
+
+    A sequence of several experts counts for each of them, and each keeps one to be fitted on.
+    """
+    own = _owned(sequences, names)
+    left = [len(indices) for indices in own]
     heldout: set[int] = set()
-    for e, name in enumerate(names):
-        own = [i for i, sequence in enumerate(sequences) if sequence.owner == e]
-        if len(own) < 2:
-            raise TrainingError(
-                f"expert {name} has {len(own)} examples; a gate needs two or more of each expert,"
-                " one to fit and one to check: give it more examples"
-            )
-        random.Random(seed * len(names) + e).shuffle(own)  # noqa: S311  (a deal, no secret)
-        heldout.update(own[: max(1, round(len(own) * HELDOUT_SHARE))])
+    for e, indices in enumerate(own):
+        random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (a deal, no secret)
+        wanted = max(1, round(len(indices) * HELDOUT_SHARE))
+        for i in indices:
+            if len(indices) - left[e] >= wanted:
+                break
+            if i not in heldout and all(left[owner] > 1 for owner in sequences[i].owners):
+                heldout.add(i)
+                for owner in sequences[i].owners:
+                    left[owner] -= 1
     return heldout
+
+
+def _owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[list[int]]:
+    """The indices of the sequences in which each expert has tokens."""
+    own: list[list[int]] = [[] for _ in names]
+    for i, sequence in enumerate(sequences):
+        for e in sequence.owners:
+            if not 0 <= e < len(names):
+                raise TrainingError(
+                    f"sequence {i} has a token of expert {e}; the {len(names)} experts are numbered"
+                    f" from 0, and {UNLABELLED} stands for none"
+                )
+            own[e].append(i)
+    for name, indices in zip(names, own, strict=True):
+        if len(indices) < 2:
+            raise TrainingError(
+                f"expert {name} has {len(indices)} examples; a gate needs two or more of each"
+                " expert, one to fit and one to check: give it more examples"
+            )
+    return own
 
 
 def _batches(

@@ -1,0 +1,263 @@
+"""A tiny real world for every test: models, tokenizers and adapters are built, never downloaded.
+
+Heavy libraries are imported by the fixtures that need them, so that the store's tests start fast.
+"""
+
+# ruff: noqa: PLC0415, S106
+
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.adapters import Adapter
+    from meteora.checkpoint import Manifest
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 48, 2, 4
+
+
+@contextmanager
+def peft_is_behind() -> Generator[None]:
+    """PEFT 0.21 asks transformers 5.23 for an attribute that it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, adapters that PEFT saved for it, and the fused checkpoint made of them."""
+
+    base: Path
+    adapters: dict[str, Path]
+    checkpoint: Path
+    manifest: Manifest
+
+    def load_base(self, dtype: Any = "float32") -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype).eval()
+
+    def load_peft(self, name: str) -> PeftModel:
+        from peft import PeftModel
+
+        with peft_is_behind():
+            return PeftModel.from_pretrained(self.load_base(), self.adapters[name]).eval()
+
+    def load(self, **asked: Any) -> PreTrainedModel:
+        import meteora
+
+        return meteora.load(self.checkpoint, base_folder=self.base, **asked)[0]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    """Float32 rounding breaks a default tolerance once in a thousand draws: draw the same ones."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, so that any text has its ids; padding on the left, as for generation."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )
+
+
+def _tiny_config(kind: str, vocab_size: int) -> Any:
+    """Two layers of 32, with random weights large enough that tokens differ."""
+    import transformers as hf
+
+    ids: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    wide: dict[str, Any] = {"initializer_range": 0.2}
+    llama = (
+        ids
+        | wide
+        | {
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        }
+    )
+    gemma: dict[str, Any] = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    old: dict[str, Any] = ids | wide
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: hf.LlamaConfig(**llama),
+        "mistral": lambda: hf.MistralConfig(**llama, sliding_window=4),
+        "qwen2": lambda: hf.Qwen2Config(**llama),
+        "qwen3": lambda: hf.Qwen3Config(**llama, head_dim=8),
+        "gemma2": lambda: hf.Gemma2Config(**gemma),
+        "gemma3": lambda: hf.Gemma3TextConfig(
+            **gemma, layer_types=["sliding_attention", "full_attention"]
+        ),
+        "phi": lambda: hf.PhiConfig(**llama),
+        "gpt2": lambda: hf.GPT2Config(
+            **old, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=128
+        ),
+        "gpt_neox": lambda: hf.GPTNeoXConfig(
+            **old,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=128,
+        ),
+        "opt": lambda: hf.OPTConfig(
+            **ids,
+            init_std=0.2,
+            hidden_size=HIDDEN,
+            ffn_dim=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=128,
+            word_embed_proj_dim=HIDDEN,
+        ),
+        "bloom": lambda: hf.BloomConfig(
+            **old, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS
+        ),
+    }  # fmt: skip
+    return makers[kind]()
+
+
+@pytest.fixture(scope="session")
+def build_base(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[str], Path]:
+    """A function from an architecture's name to the folder of a tiny base of it."""
+    built: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in built:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(_tiny_config(kind, len(tokenizer)))
+            built[kind] = tmp_path_factory.mktemp(kind)
+            model.save_pretrained(built[kind])
+            tokenizer.save_pretrained(built[kind])
+        return built[kind]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_adapter() -> Callable[..., Path]:
+    """A function that lets PEFT make and save an adapter with random A and B."""
+
+    def build(base: Path, out: Path, *, seed: int, dtype: Any = None, **lora: Any) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with peft_is_behind():
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # PEFT starts it at zero, and an adapter of zeros tests nothing
+                torch.nn.init.normal_(parameter, std=0.2)
+        (model if dtype is None else model.to(dtype)).save_pretrained(str(out))
+        return out
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def fuse_adapters() -> Callable[..., Manifest]:
+    """A function that stacks adapters on a base into a checkpoint folder, router `uniform`."""
+
+    def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
+        from meteora import adapters as published
+        from meteora import checkpoint, fuse
+        from meteora.base import fingerprint_of
+
+        read: list[Adapter] = [published.read(folder) for folder in adapters.values()]
+        out.mkdir(parents=True, exist_ok=True)
+        fuse.stack(read, out / checkpoint.EXPERTS)
+        manifest = checkpoint.Manifest(
+            base=checkpoint.BaseEntry(
+                f"path:{base.name}", "sha256:" + "0" * 64, fingerprint_of(base)
+            ),
+            experts=tuple(
+                checkpoint.ExpertEntry(
+                    name, adapter.spec.id, f"path:{name}", "", adapter.spec.weights_sha256, "", ""
+                )
+                for name, adapter in zip(adapters, read, strict=True)
+            ),
+            modules=fuse.module_entries([adapter.spec for adapter in read]),
+            router=checkpoint.RouterEntry("uniform", 1, 1.0),
+        )
+        (out / checkpoint.MANIFEST).write_text(manifest.to_json())
+        return manifest
+
+    return fuse_them
+
+
+@pytest.fixture(scope="session")
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    build_base: Callable[[str], Path],
+    build_adapter: Callable[..., Path],
+    fuse_adapters: Callable[..., Manifest],
+) -> World:
+    """A tiny Llama and four adapters that differ in everything that may differ."""
+    base, folder = build_base("llama"), tmp_path_factory.mktemp("adapters")
+    asked: dict[str, dict[str, Any]] = {
+        "all_seven": {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, *MLP]},
+        "attention": {
+            "r": 3,  # no power of two
+            "lora_alpha": 3,
+            "target_modules": list(ATTENTION),
+            "use_rslora": True,
+        },
+        "q_and_v": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        "patterns": {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "down_proj"],
+            "layers_to_transform": [1],
+            "rank_pattern": {"down_proj": 5},
+            "alpha_pattern": {"down_proj": 20},
+        },
+    }
+    adapters = {
+        name: build_adapter(base, folder / name, seed=seed, **lora)
+        for seed, (name, lora) in enumerate(asked.items(), start=1)
+    }
+    checkpoint = folder / "fused"
+    return World(base, adapters, checkpoint, fuse_adapters(base, adapters, checkpoint))

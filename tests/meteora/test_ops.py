@@ -1,0 +1,114 @@
+"""Every twin equals the definition, for values and for gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteora import ops
+
+RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6).filter(any)
+
+
+def draw_layer(ranks, num_tokens, num_in, num_out, dtype=torch.float32, seed=0):
+    """x, A, B and scaling of a made-up layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, a, b = draw(num_tokens, num_in), draw(sum(ranks), num_in), draw(num_out, sum(ranks))
+    return x, a / num_in**0.5, b, draw(len(ranks)).abs().float()
+
+
+def dense(x, a, b, ranks, scaling, weights, experts):
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    return ops.lora_delta_dense(x, a, b, owner, scaling[owner], len(ranks), weights, experts)
+
+
+TWINS = [pytest.param(dense, id="dense")]
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@settings(deadline=None, max_examples=60)
+@given(
+    ranks=RANKS,
+    num_tokens=st.integers(0, 9),
+    num_in=st.sampled_from([1, 5, 16]),
+    num_out=st.sampled_from([1, 7, 16]),
+    top_k=st.integers(1, 7),
+    temperature=st.sampled_from([0.1, 1.0, 20.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_twins_equal_the_definition(
+    twin, ranks, num_tokens, num_in, num_out, top_k, temperature, seed
+):
+    x, a, b, scaling = draw_layer(ranks, num_tokens, num_in, num_out, seed=seed)
+    logits = torch.randn(num_tokens, len(ranks), generator=torch.Generator().manual_seed(seed))
+    weights, experts = ops.route(logits, top_k, temperature)
+    torch.testing.assert_close(
+        twin(x, a, b, ranks, scaling, weights, experts),
+        ops.lora_delta_loop(x, a, b, ranks, scaling, weights, experts),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_twins_lose_no_more_in_16_bits_than_a_bare_layer_does(twin, dtype):
+    """Against float64: the error of Σ w·s·B(A x) stays near that of two plain 16-bit matmuls."""
+    ranks = [8, 2, 0, 16]
+    x, a, b, scaling = draw_layer(ranks, 64, 256, 128, dtype)
+    weights, experts = ops.route(torch.randn(64, len(ranks)), 2)
+    exact = ops.lora_delta_loop(
+        x.double(), a.double(), b.double(), ranks, scaling, weights, experts
+    )
+    plain = (x @ a.T @ b.T - x.double() @ a.double().T @ b.double().T).norm()
+    plain = plain / (x.double() @ a.double().T @ b.double().T).norm()
+    got = twin(x, a, b, ranks, scaling, weights, experts)
+    assert got.dtype == dtype
+    assert (got - exact).norm() / exact.norm() <= 1.5 * plain
+
+
+@pytest.mark.parametrize("twin", [pytest.param(ops.lora_delta_loop, id="loop"), *TWINS])
+def test_gradients_are_right_for_gates_and_for_adapters(twin):
+    ranks = [2, 0, 3]
+    x, a, b, scaling = draw_layer(ranks, 4, 5, 6, torch.float64)
+    logits = torch.tensor(
+        [[0.3, -1.0, 2.0], [1.0, 0.5, -2.0], [-3.0, 0.1, 0.0], [0.2, 0.9, 0.4]], dtype=torch.float64
+    )
+
+    def delta(x, a, b, logits):
+        weights, experts = ops.route(logits, 2, temperature=0.7)
+        return twin(x, a, b, ranks, scaling, weights, experts)
+
+    leaves = tuple(tensor.requires_grad_() for tensor in (x, a, b, logits))
+    assert torch.autograd.gradcheck(delta, leaves)
+
+
+@given(top_k=st.integers(1, 9), num_experts=st.integers(1, 6), temperature=st.floats(0.01, 100.0))
+@settings(deadline=None, max_examples=50)
+def test_route_weighs_the_largest_logits_and_sums_to_one(top_k, num_experts, temperature):
+    logits = torch.randn(5, num_experts, generator=torch.Generator().manual_seed(top_k))
+    weights, experts = ops.route(logits, top_k, temperature)
+    k = min(top_k, num_experts)
+    assert weights.shape == experts.shape == (5, k)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5))
+    least_chosen = logits.gather(1, experts).min(-1).values
+    others = logits.scatter(1, experts, -torch.inf).max(-1).values
+    assert (least_chosen >= others).all()
+
+
+def test_route_takes_the_softmax_in_float32_where_logits_are_narrow():
+    weights, _ = ops.route(torch.tensor([[0.1, 0.2]], dtype=torch.bfloat16), 2)
+    assert weights.dtype == torch.float32
+
+
+def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():
+    x, a, b, scaling = draw_layer([3, 0], 4, 5, 6)
+    weights, experts = torch.ones(4, 1), torch.ones(4, 1, dtype=torch.long)
+    for twin in (ops.lora_delta_loop, dense):
+        assert not twin(x, a, b, [3, 0], scaling, weights, experts).any()

@@ -93,7 +93,7 @@ def check_stackable(
                 found.refuse(
                     "other_base",
                     f"{name}: {module.path} has {sizes[0]} inputs and {sizes[1]} outputs, in"
-                    f" {first} it has {needed[0]} and {needed[1]}; leave it out of the recipe, or check"
+                    f" {first} it has {needed[0]} and {needed[1]}; leave it out, or check"
                     " which base it was trained on",
                 )
                 break

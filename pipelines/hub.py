@@ -1,0 +1,281 @@
+"""Where adapters and bases come from: names become commits once, and only commits are downloaded.
+
+The Hub's client returns the files of an old download without a word when a branch cannot be looked
+up (401, 403, 429, 500), so no branch ever reaches it here. Every file is checked against the
+repository's own list.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import COMMIT, AdapterRef
+from pipelines.hub_client import Hub, is_offline, saved_token
+from pipelines.hub_errors import (
+    HubError,
+    HubFilesError,
+    HubOfflineError,
+    HubProtocolError,
+    HubReferenceError,
+    HubRevisionError,
+    HubSizeError,
+)
+from pipelines.hub_snapshot import (
+    ListedFile,
+    check_file,
+    locked,
+    read_manifest,
+    staging,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from meteora.artifacts import BaseSpec
+
+__all__ = [
+    "Hub", "HubError", "HubSource", "describe", "discover", "download", "download_base",
+    "licence_of", "resolve", "saved_token",
+]  # fmt: skip
+
+PART = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}"
+REPO_ID = re.compile(rf"{PART}/{PART}")
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
+SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+BASE_FILES = re.compile(
+    r"config\.json|generation_config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|"
+    r"tokenizer_config)\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)|README\.md|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""Never `*.py`, which would be run, nor `*.bin`, which is a pickle."""
+
+MAX_ENTRIES = 2_000
+MAX_CONFIG_BYTES = 2 << 20
+MAX_CARD_BYTES = 1 << 20
+MAX_ADAPTER_BYTES = 4 << 30
+MAX_BASE_BYTES = 160 << 30
+MIN_BYTES_PER_SECOND = 500_000
+"""A download that is slower on the whole is given up."""
+DEFAULT = Hub()
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """What the Hub says about a repository; said by its owner, and not checked."""
+
+    author: str
+    licence: str
+    base_models: tuple[str, ...]
+    downloads: int
+    tags: tuple[str, ...]
+
+
+def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
+    """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to the commit it means now.
+
+    Raises:
+        HubReferenceError: The text or the subfolder is none that can be looked up.
+        HubRevisionError: The repository has no such branch, tag or commit.
+        HubError: The Hub does not say; nothing is guessed from earlier downloads.
+    """
+    repo_id, _, revision = text.partition("@")
+    if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(revision or "main"):
+        raise HubReferenceError(
+            f"{text!r} is not owner/name or owner/name@revision; a folder on this machine is"
+            " written path:<folder>"
+        )
+    if subfolder and (not SUBFOLDER.fullmatch(subfolder) or ".." in subfolder):
+        raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
+    if COMMIT.fullmatch(revision):
+        if not is_offline():  # else the download tells whether it is here
+            _entries(hub, AdapterRef(repo_id, revision), "")
+        return AdapterRef(repo_id, revision, subfolder)
+    if is_offline():
+        raise HubOfflineError(
+            f"{text} names no commit, and HF_HUB_OFFLINE forbids to ask what it means; write"
+            f" {repo_id}@<commit of 40 hex digits>"
+        )
+    refs = hub.ask("refs", text, repo_id)
+    wanted = revision or "main"
+    if wanted not in refs:
+        some = ", ".join(sorted(refs)[:10]) or "none"
+        raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
+    if not COMMIT.fullmatch(refs[wanted]):
+        raise HubProtocolError(f"{text}: {hub.url()} gave no commit for it: {refs[wanted][:60]!r}")
+    return AdapterRef(repo_id, refs[wanted], subfolder)
+
+
+def download(
+    ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
+) -> Path:
+    """The folder that holds an adapter's config, weights and card; downloaded unless it is there.
+
+    What was downloaded before is hashed again, without asking the Hub.
+
+    Raises:
+        HubFilesError: No adapter lies there; the message says what does.
+        HubSizeError: It is larger than `limit_bytes`, or than the Hub lists it.
+        HubHashError: The bytes are not those that the repository lists.
+        HubError: The Hub does not deliver; `retry` says whether waiting can help.
+    """
+    what = f"{ref.repo_id} at {ref.revision[:12]}"
+    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
+    folder = cache_dir / ref.repo_id.replace("/", "--") / name
+    with locked(folder, hub.timeout_seconds):
+        if (known := read_manifest(folder)) is not None:
+            for file in known:
+                check_file(file, folder, what)
+            return folder / ref.subfolder
+        files = _adapter_files(hub, ref, limit_bytes)
+        with staging(folder) as staged:
+            _fetch(hub, ref, files, staged)
+            write_manifest(folder, files)
+            staged.rename(folder)
+    return folder / ref.subfolder
+
+
+def download_base(
+    spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES
+) -> None:
+    """Download a base's config, tokenizer and safetensors, at its commit, into a new folder `out`.
+
+    Raises the same as `download`.
+    """
+    ref = AdapterRef(spec.base_model, spec.base_revision)
+    files = [
+        file
+        for file in _entries(hub, ref, "")
+        if file.size >= 0 and BASE_FILES.fullmatch(file.path)
+    ]
+    names = {file.path for file in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise HubFilesError(
+            f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
+            f" (config.json, model*.safetensors); it holds {_some(names)}"
+        )
+    _check_sizes(ref, files, limit_bytes)
+    with staging(out) as staged:
+        _fetch(hub, ref, files, staged)
+        staged.rename(out)
+
+
+def describe(ref: AdapterRef, *, hub: Hub = DEFAULT) -> HubSource | None:
+    """Licence, author, base and downloads, for the record; None where the Hub does not say."""
+    try:
+        about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
+    except HubError:
+        return None
+    return HubSource(
+        about["author"],
+        about["licence"],
+        tuple(about["base_models"]),
+        about["downloads"],
+        tuple(about["tags"]),
+    )
+
+
+def discover(
+    base: str, *, tags: Sequence[str] = (), limit: int = 20, hub: Hub = DEFAULT
+) -> list[AdapterRef]:
+    """The most downloaded adapters that say they are of `base`, each pinned.
+
+    They are what their owners say they are: `meteora.adapters.check` has the last word.
+    """
+    if not REPO_ID.fullmatch(base):
+        raise HubReferenceError(f"{base!r} is not owner/name; adapters are found by their base's")
+    found = hub.ask("search", f"adapters of {base}", base=base, tags=list(tags), limit=limit)
+    return [
+        AdapterRef(entry["repo_id"], entry["revision"])
+        for entry in found[:limit]
+        if REPO_ID.fullmatch(entry["repo_id"]) and COMMIT.fullmatch(entry["revision"])
+    ]
+
+
+def licence_of(folder: Path) -> str:
+    """What the card in a downloaded folder says of its licence; empty where it says nothing."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(MAX_CARD_BYTES)
+    if not (front := re.match(r"\s*---\n(.*?)\n---", head, re.DOTALL)):
+        return ""
+    line = re.search(r"^license:[ \t]*([^\s#]{1,100})", front[1], re.MULTILINE)
+    return line[1].strip("\"'") if line else ""
+
+
+def _entries(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
+    """What one folder holds at a commit; folders have the size -1."""
+    what = f"{ref.repo_id} at {ref.revision[:12]}"
+    entries = hub.ask(
+        "listing", what, ref.repo_id, revision=ref.revision, folder=folder, most=MAX_ENTRIES + 1
+    )
+    if len(entries) > MAX_ENTRIES:
+        raise HubSizeError(f"{what} holds more than {MAX_ENTRIES} files in one folder")
+    return [ListedFile(**entry) for entry in entries]
+
+
+def _adapter_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
+    prefix = f"{ref.subfolder}/" if ref.subfolder else ""
+    entries = _entries(hub, ref, ref.subfolder)
+    files = {file.path: file for file in entries if file.size >= 0}
+    weights = [prefix + name for name in WEIGHTS if prefix + name in files][:1]
+    if prefix + CONFIG not in files or not weights:
+        raise HubFilesError(_no_adapter(ref, entries))
+    chosen = [files[prefix + CONFIG], files[weights[0]]]
+    if chosen[0].size > MAX_CONFIG_BYTES:
+        raise HubSizeError(f"{ref.repo_id}: {CONFIG} has {chosen[0].size} bytes; it is no config")
+    card = files.get(f"{prefix}README.md")
+    if card is not None and card.size <= MAX_CARD_BYTES:
+        chosen.append(card)
+    _check_sizes(ref, chosen, limit_bytes)
+    return chosen
+
+
+def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
+    where = f"{ref.repo_id} at {ref.revision[:12]}" + (
+        f", {ref.subfolder}" if ref.subfolder else ""
+    )
+    needed = f"{where}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
+    if any(file.path.endswith((".bin", ".pt", ".pth")) for file in entries):
+        return (
+            f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"
+            " downloaded; ask its owner for safetensors"
+        )
+    if folders := [file.path for file in entries if file.size < 0]:
+        return f"{needed}; say which of its folders is meant with subfolder: {_some(folders)}"
+    return f"{needed}; it holds {_some([file.path for file in entries])}"
+
+
+def _check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) -> None:
+    total = sum(file.size for file in files)
+    if total > limit_bytes:
+        raise HubSizeError(
+            f"{ref.repo_id} at {ref.revision[:12]} has {total} bytes of files that are needed, and"
+            f" {limit_bytes} are allowed; raise the limit if that is meant"
+        )
+
+
+def _fetch(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
+    what = f"{ref.repo_id} at {ref.revision[:12]}"
+    sizes = {file.path: file.size for file in files}
+    patient = replace(
+        hub, timeout_seconds=hub.timeout_seconds + sum(sizes.values()) / MIN_BYTES_PER_SECOND
+    )
+    patient.ask("fetch", what, ref.repo_id, revision=ref.revision, files=sizes, into=str(into))
+    shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
+    for file in files:
+        check_file(file, into, what)
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    shown = [name for name in sorted(names) if name.isprintable()][:8]
+    return ", ".join(shown) + (", …" if len(names) > len(shown) else "") or "nothing"

@@ -1,0 +1,124 @@
+"""What can go wrong with the Hub, each with its sentence; `retry` says whether waiting can help."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from meteora.artifacts import MeteoraError
+
+
+class HubError(MeteoraError):
+    """A request to the Hub failed for a reason that only the message knows."""
+
+    retry: ClassVar[bool] = False
+
+
+class HubReferenceError(HubError):
+    """The text does not name a repository, or a folder in one."""
+
+
+class InsecureEndpointError(HubError):
+    """The endpoint speaks plain http over a network, where anyone may answer in its place."""
+
+
+class HubNotFoundError(HubError):
+    """There is no such repository, or it is private."""
+
+
+class HubRevisionError(HubError):
+    """The repository has no such branch, tag or commit."""
+
+
+class HubFilesError(HubError):
+    """The repository does not hold, at that commit, the files that are needed."""
+
+
+class HubGatedError(HubError):
+    """Its owner asks for consent first."""
+
+
+class HubAccessError(HubError):
+    """The Hub knows the token, or its absence, and says no."""
+
+
+class HubProtocolError(HubError):
+    """What answers is not a Hub: a mirror's fault, a proxy, or a wrong endpoint."""
+
+
+class HubSizeError(HubError):
+    """The files are larger than is allowed, or than the Hub itself lists them."""
+
+
+class HubHashError(HubError):
+    """The bytes that came are not those that the repository lists."""
+
+
+class HubOfflineError(HubError):
+    """The network is not to be used, and the files are not here yet."""
+
+
+class TransientHubError(HubError):
+    """A fault that waiting may cure."""
+
+    retry = True
+
+
+class HubRateLimitError(TransientHubError):
+    """Too many requests in too short a time."""
+
+
+class HubServerError(TransientHubError):
+    """The Hub has a fault of its own."""
+
+
+class HubConnectionError(TransientHubError):
+    """The Hub cannot be reached, or the connection broke."""
+
+
+class HubTimeoutError(TransientHubError):
+    """The Hub did not finish in time, and was given up."""
+
+
+_SENTENCES: dict[str, tuple[type[HubError], str]] = {
+    "gated": (
+        HubGatedError,
+        "{what} is gated: accept its terms at {endpoint} and pass a token of that account",
+    ),
+    "revision": (HubRevisionError, "{what}: {endpoint} has no such revision of it; check it"),
+    "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),
+    "auth": (
+        HubAccessError,
+        "{what} does not exist at {endpoint} or is private (401); check the name, or pass a token"
+        " that may read it",
+    ),
+    "repository": (HubNotFoundError, "{what} does not exist at {endpoint}; check the name"),
+    "reference": (HubReferenceError, "{what} is not a name that the Hub takes: {text}"),
+    "protocol": (HubProtocolError, "{what}: {endpoint} does not answer as a Hub does: {text}"),
+    "oversize": (HubSizeError, "{what}: {endpoint} sent more than it lists; it was stopped"),
+    "length": (HubConnectionError, "{what}: {endpoint} sent another length than it announced"),
+    "access": (HubAccessError, "{what}: {endpoint} refuses access ({status}); check the token"),
+    "limit": (
+        HubRateLimitError,
+        "{what}: {endpoint} has had too many requests (429); wait some minutes, or pass a token,"
+        " whose limits are higher",
+    ),
+    "server": (HubServerError, "{what}: {endpoint} has a fault of its own ({status}); try later"),
+    "connection": (HubConnectionError, "{what}: {endpoint} cannot be reached: {text}"),
+    "": (HubError, "{what}: {endpoint} failed: {text}"),
+}
+
+
+def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
+    """The error to raise for what the worker describes.
+
+    Args:
+        what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
+        error: `kind`, `status` and `text`, of `hub_worker.describe`.
+        endpoint: Who was asked.
+    """
+    status = error["status"]
+    of_status = {401: "auth", 403: "access", 404: "repository", 429: "limit"}
+    kind = error["kind"] or of_status.get(status, "server" if status >= 500 else "")
+    error_class, sentence = _SENTENCES[kind]
+    text = error["text"].strip()[:300]
+    return error_class(sentence.format(what=what, endpoint=endpoint, status=status, text=text))

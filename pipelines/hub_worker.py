@@ -1,0 +1,154 @@
+"""One request to the Hub, in a process of its own, so that it can be killed.
+
+The client waits 386 s for a server that accepts and never answers, longer for one that drips bytes,
+and as long as a `Retry-After` says; no argument bounds all of these, and a thread cannot be killed.
+The request is a line of JSON on standard input and the answer one on standard output. The process
+ends when its input closes, so it never outlives the one that asked.
+
+Run as a file; it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import sys
+import threading
+from typing import Any
+
+import httpx2  # what huggingface_hub speaks HTTP with
+from huggingface_hub import HfApi, RepoFile, RepoFolder, hf_hub_download
+from huggingface_hub.errors import (
+    FileMetadataError,
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+SLACK = 64 * 1024
+"""Bytes by which a file may exceed its listed size before the kernel stops it."""
+
+KINDS = (
+    (GatedRepoError, "gated"),
+    (RevisionNotFoundError, "revision"),
+    (RemoteEntryNotFoundError, "entry"),
+    (OfflineModeIsEnabled, "offline"),
+    (FileMetadataError, "protocol"),
+    (HFValidationError, "reference"),
+)
+"""What an exception of the client means; the order matters, since they are subclasses."""
+
+
+def refs(api: HfApi, repo_id: str, **_: object) -> dict[str, str]:
+    """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub."""
+    found = api.list_repo_refs(repo_id)
+    return {ref.name: ref.target_commit for ref in [*found.tags, *found.branches]}
+
+
+def listing(
+    api: HfApi, repo_id: str, *, revision: str, folder: str, most: int, **_: object
+) -> list[dict[str, Any]]:
+    """The entries of one folder at a commit, at most `most` of them, with the Hub's own hashes."""
+    tree = api.list_repo_tree(repo_id, folder or None, revision=revision)
+    return [_entry(item) for item in itertools.islice(tree, most)]
+
+
+def _entry(item: RepoFile | RepoFolder) -> dict[str, Any]:
+    if isinstance(item, RepoFolder):
+        return {"path": item.path, "size": -1, "git_sha1": "", "sha256": ""}
+    sha256 = item.lfs.sha256 if item.lfs else ""
+    return {"path": item.path, "size": item.size, "git_sha1": item.blob_id, "sha256": sha256}
+
+
+def about(api: HfApi, repo_id: str, *, revision: str, **_: object) -> dict[str, Any]:
+    """What the Hub says of a repository, beside its files."""
+    info = api.model_info(repo_id, revision=revision)
+    card = info.card_data.to_dict() if info.card_data else {}
+    base = card.get("base_model") or []
+    return {
+        "author": info.author or "",
+        "licence": str(card.get("license") or ""),
+        "base_models": [str(name) for name in ([base] if isinstance(base, str) else base)],
+        "downloads": info.downloads or 0,
+        "tags": list(info.tags or []),
+    }
+
+
+def fetch(
+    api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], into: str, **_: object
+) -> None:
+    """Download files, of listed sizes, into a folder that holds nothing else."""
+    for path, size in files.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + SLACK, resource.RLIM_INFINITY))
+        hf_hub_download(
+            repo_id, path, revision=revision, local_dir=into, endpoint=api.endpoint, token=api.token
+        )
+
+
+def search(
+    api: HfApi, *, base: str, tags: list[str], limit: int, **_: object
+) -> list[dict[str, Any]]:
+    """The most downloaded adapters of a base, each with the commit of its main branch."""
+    found = api.list_models(
+        filter=[f"base_model:adapter:{base}", *tags], sort="downloads", limit=limit, expand=["sha"]
+    )
+    return [{"repo_id": model.id, "revision": model.sha or ""} for model in found]
+
+
+OPERATIONS = {
+    "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
+}  # fmt: skip
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """The kind and the HTTP status of an error. The client hides several behind one; dig for it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    statuses = [
+        response.status_code
+        for link in chain
+        if (response := getattr(link, "response", None)) is not None
+    ]
+    status = statuses[0] if statuses else 0
+    kind = next((name for link in chain for cls, name in KINDS if isinstance(link, cls)), "")
+    if not kind and any(isinstance(link, RepositoryNotFoundError) for link in chain):
+        kind = "auth" if status == 401 else "repository"
+    if not kind and any(getattr(link, "errno", None) == 27 for link in chain):  # EFBIG
+        kind = "oversize"
+    if not kind and "Consistency check failed" in str(error):
+        kind = "length"
+    if (
+        not kind
+        and not status
+        and any(isinstance(link, OSError | httpx2.TransportError) for link in chain)
+    ):
+        kind = "connection"
+    root = chain[-1] if kind == "connection" else error
+    return {"kind": kind, "status": status, "text": f"{type(root).__name__}: {root}"}
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
+    operation = OPERATIONS[request.pop("operation")]
+    try:
+        answer = {"value": operation(api, **request)}
+    except Exception as error:  # it goes to the parent, which raises its own
+        answer = {"error": describe(error)}
+    json.dump(answer, sys.stdout)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

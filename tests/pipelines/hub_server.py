@@ -1,0 +1,226 @@
+"""A small Hub on loopback, whose faults are asked for: what olah cannot be made to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+@dataclass
+class Repo:
+    """One commit's files; a branch or a tag is a name for a commit."""
+
+    files: dict[str, bytes]
+    commit: str = "a" * 40
+    refs: dict[str, str] = field(default_factory=dict)
+    listed: dict[str, bytes] = field(default_factory=dict)
+    """What the listing hashes in place of the bytes that are sent."""
+    listed_sizes: dict[str, int] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def entry(self, path: str) -> dict[str, Any]:
+        data = self.listed.get(path, self.files[path])
+        size = self.listed_sizes.get(path, len(data))
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": git_sha1(data)}
+        if path.endswith(".safetensors"):
+            digest = hashlib.sha256(data).hexdigest()
+            entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
+        return entry
+
+    def tree(self, folder: str) -> list[dict[str, Any]]:
+        prefix = f"{folder}/" if folder else ""
+        inside = [path for path in self.files if path.startswith(prefix)]
+        folders = {prefix + path[len(prefix) :].split("/")[0] for path in inside} - set(inside)
+        return [
+            *({"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)),
+            *(self.entry(path) for path in inside if "/" not in path[len(prefix) :]),
+        ]
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
+
+
+@dataclass
+class Fault:
+    """What requests of a kind (`refs`, `tree`, `head`, `get`) get instead, the first `times`."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    times: int = 1_000
+    path: str = ""
+    """Only requests for paths that end so."""
+    hang: bool = False
+    drop_after: int = -1
+    """Close the connection after this many bytes of the body."""
+    body: bytes | None = None
+    """Sent in place of the file, under its own length."""
+    endless: bool = False
+    """Bytes without end, under no announced length."""
+
+
+class HubServer(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # a hanging request would keep it from closing
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, Repo] = {}
+        self.faults: dict[str, Fault] = {}
+        self.requests: list[tuple[str, str, str]] = []
+        """Kind, path and `Authorization` of each."""
+        self.closing = threading.Event()
+        self.seconds_per_body = 0.0
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def count(self, kind: str) -> int:
+        return sum(1 for asked, _, _ in self.requests if asked == kind)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed leaves a broken pipe, which is what was wanted."""
+
+
+@contextmanager
+def running_hub() -> Generator[HubServer]:
+    with HubServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.closing.set()
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer  # ty: ignore[incompatible-mutable-override]
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
+        pass
+
+    def do_HEAD(self) -> None:
+        self._serve("head")
+
+    def do_GET(self) -> None:
+        self._serve("get")
+
+    def _serve(self, kind: str) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            kind = parts[4] if len(parts) > 4 else "search"
+        authorization = self.headers.get("Authorization", "")
+        self.server.requests.append((kind, self.path, authorization))
+        fault = self.server.faults.get(kind)
+        if fault is not None and fault.times > 0 and self.path.endswith(fault.path):
+            fault.times -= 1
+            if fault.hang:
+                self.server.closing.wait(60)
+                self.close_connection = True
+                return
+            if fault.status:
+                self._send(fault.body or b"", fault.status, fault.headers)
+                return
+        else:
+            fault = None
+        if kind in ("head", "get"):
+            self._file(kind, parts, fault)
+        else:
+            self._api(kind, parts[2:])
+
+    def _api(self, kind: str, parts: list[str]) -> None:
+        if kind == "search":
+            self._search()
+            return
+        repo = self.server.repos.get("/".join(parts[:2]))
+        if repo is None:
+            self._error("RepoNotFound")
+            return
+        match kind:
+            case "refs":
+                refs = [{"name": n, "ref": n, "targetCommit": c} for n, c in repo.refs.items()]
+                self._json({"branches": refs, "tags": [], "converts": []})
+            case _ if parts[3] != repo.commit:
+                self._error("RevisionNotFound")
+            case "tree":
+                folder = "/".join(part for part in parts[4:] if part)
+                tree = repo.tree(folder)
+                self._json(tree) if tree else self._error("EntryNotFound")
+            case "revision":
+                name = "/".join(parts[:2])
+                about = {"id": name, "author": parts[0], "downloads": 7, "tags": ["lora"]}
+                self._json({**about, "sha": repo.commit, "siblings": [], "cardData": repo.card})
+
+    def _search(self) -> None:
+        wanted = set(parse_qs(urlsplit(self.path).query).get("filter", []))
+        found = [
+            {"id": name, "sha": repo.commit}
+            for name, repo in self.server.repos.items()
+            if wanted <= set(repo.card.get("tags", []))
+        ]
+        self._json(found)
+
+    def _file(self, kind: str, parts: list[str], fault: Fault | None) -> None:
+        repo = self.server.repos.get("/".join(parts[:2]))
+        if repo is None or parts[3] != repo.commit:
+            self._error("RevisionNotFound" if repo else "RepoNotFound")
+            return
+        path = "/".join(parts[4:])
+        if path not in repo.files:
+            self._error("EntryNotFound")
+            return
+        data = fault.body if fault and fault.body is not None else repo.files[path]
+        headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{repo.entry(path)["oid"]}"'}
+        if kind == "head":
+            size = repo.entry(path)["size"]
+            self._send(b"", 200, {**headers, "Content-Length": str(size)})
+            return
+        self._body(data, headers, fault)
+
+    def _body(self, data: bytes, headers: dict[str, str], fault: Fault | None) -> None:
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        data = data[begin:]
+        self.send_response(206 if begin else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if fault and fault.endless:
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            while not self.server.closing.is_set():
+                self.wfile.write(b"x" * 65_536)
+            return
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        time.sleep(self.server.seconds_per_body)
+        if fault and fault.drop_after >= 0:
+            data, self.close_connection = data[: fault.drop_after], True
+        self.wfile.write(data)
+
+    def _error(self, code: str) -> None:
+        self._send(b"", 404, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+    def _send(self, body: bytes, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from store.errors import MissingBlobError
-from store.files import copy, settle, sha256_of, temporary
+from store.errors import MissingBlobError, StoreError
+from store.files import copy, partial_file, settle, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,27 +29,21 @@ class Blobs:
         is: a hard link would tie the blob to whatever its owner does to the file next. With `move`
         it is taken as it lies and is gone from `path`; nobody may still have it open for writing.
         """
-        partial = temporary(self.root)
-        try:
-            if move:
-                try:
-                    path.rename(partial)
-                except OSError:  # another file system
-                    copy(path, partial)
-            else:
+        if not path.is_file():
+            raise StoreError(f"{path} is no file, so it cannot be kept as a blob")
+        with partial_file(self.root) as partial:
+            if not (move and not path.is_symlink() and _linked(path, partial)):
                 copy(path, partial)
             sha256 = sha256_of(partial)
             settle(partial, self._place(sha256), root=self.root)
-        finally:
-            partial.unlink(missing_ok=True)
         if move:
-            path.unlink(missing_ok=True)
+            path.unlink()
         return sha256
 
     def put_bytes(self, data: bytes) -> str:
-        partial = temporary(self.root)
-        partial.write_bytes(data)
-        return self.put(partial, move=True)
+        sha256 = hashlib.sha256(data).hexdigest()
+        write_whole(self._place(sha256), data, root=self.root)
+        return sha256
 
     def path_of(self, sha256: str) -> Path:
         """Where the blob lies; for reading only."""
@@ -66,11 +61,9 @@ class Blobs:
         A hard link is read-only and shares its bytes with the blob: copy it before changing it.
         """
         source = self.path_of(sha256)
-        try:
-            target.hardlink_to(source)
-        except FileExistsError:
-            raise
-        except OSError:  # another file system
+        if target.exists():
+            raise StoreError(f"{target} exists; nothing is ever overwritten here")
+        if not _linked(source, target):
             copy(source, target)
 
     def verify(self) -> Iterator[str]:
@@ -90,3 +83,12 @@ class Blobs:
         if not SHA256.fullmatch(sha256):
             raise MissingBlobError(f"{sha256!r} names no blob: 64 hex digits are needed")
         return self.root / sha256[:2] / sha256[2:]
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Whether `target` now is the file at `path` under a second name."""
+    try:
+        target.hardlink_to(path)
+    except OSError:  # another file system, or one that cannot
+        return False
+    return True

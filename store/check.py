@@ -6,23 +6,24 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
 
-from store.errors import DamagedError, StoreError
-from store.files import STALE_SECONDS, temporary
+from store.errors import DamagedError
+from store.files import STALE_SECONDS, locked, partial_file
 from store.query import memory, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
-    from pathlib import Path
 
     from store.blobs import Blobs
     from store.index import Index
     from store.records import Record, Records
 
 NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?")
+LOCK_SECONDS = 60.0
 SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -133,30 +134,27 @@ def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
 def _check_index(index: Index, readable: set[str]) -> list[Finding]:
     """Compare both database files, row by row, with one made from the same records just now."""
     findings = []
-    for path in (index.live, index.snapshot):
-        if path.exists():
-            fresh = temporary(index.home)
+    lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
+    with lock, partial_file(index.home) as fresh:
+        for path in filter(Path.exists, (index.live, index.snapshot)):
             try:
-                differing = _differing_tables(index, path, fresh, readable)
                 findings += [
                     Finding("index", path.name, f"table {table} differs from the records; rebuild")
-                    for table in differing
+                    for table in _differing_tables(index, path, fresh, readable)
                 ]
-            except (duckdb.Error, StoreError) as error:
+            except duckdb.Error as error:
                 findings.append(Finding("index", path.name, f"cannot be read: {error}; rebuild"))
-            finally:
-                fresh.unlink(missing_ok=True)
     return findings
 
 
 def _differing_tables(index: Index, path: Path, fresh: Path, readable: set[str]) -> list[str]:
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS held (READ_ONLY)")
-        held = connection.execute(
-            "SELECT sha256 FROM held.records UNION ALL SELECT sha256 FROM held.rejected"
-        ).fetchall()
-        index.build(fresh, {sha256 for (sha256,) in held} & readable)
+        held = _sha256s(connection, "held")
+        index.build(fresh, held & readable)
         connection.execute(f"ATTACH {quoted(fresh)} AS fresh (READ_ONLY)")
+        if _sha256s(connection, "fresh") != held:
+            return ["records"]
         tables = connection.execute(
             "SELECT table_name FROM duckdb_tables() WHERE database_name = 'held' ORDER BY ALL"
         ).fetchall()
@@ -167,6 +165,13 @@ def _differing_tables(index: Index, path: Path, fresh: Path, readable: set[str])
             if connection.execute(sums.format("held", table)).fetchone()
             != connection.execute(sums.format("fresh", table)).fetchone()
         ]
+
+
+def _sha256s(connection: duckdb.DuckDBPyConnection, database: str) -> set[str]:
+    rows = connection.execute(
+        f"SELECT sha256 FROM {database}.records UNION ALL SELECT sha256 FROM {database}.rejected"  # noqa: S608
+    ).fetchall()
+    return {sha256 for (sha256,) in rows}
 
 
 def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:

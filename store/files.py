@@ -16,10 +16,10 @@ import os
 import random
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from store.errors import BusyError
+from store.errors import BusyError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -32,22 +32,32 @@ STALE_SECONDS = 3600.0
 """How old a temporary file must be before it is taken for a leftover."""
 
 
-def temporary(root: Path) -> Path:
-    """A name below `root` that no other writer uses."""
-    folder = root / "tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{os.getpid()}-{random.getrandbits(64):016x}"
+@contextmanager
+def partial_file(root: Path) -> Generator[Path, None, None]:
+    """A name below `root` that no other writer uses; gone when the block ends, unless settled.
+
+    Raises:
+        StoreError: the disk is full, or the folder cannot be written to.
+    """
+    partial = root / "tmp" / f"{os.getpid()}-{random.getrandbits(64):016x}"
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except OSError as error:
+        raise StoreError(
+            f"{root} cannot be written to ({error.strerror or error}); make room or make it"
+            " writable, then run again: what was recorded before is safe"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_whole(path: Path, data: bytes, *, root: Path) -> None:
     """Write `data` to `path`, below `root`; when this returns, it is on disk and read-only."""
-    partial = temporary(root)
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
+    with partial_file(root) as partial:
+        partial.write_bytes(data)
         settle(partial, path, root=root)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def settle(partial: Path, path: Path, *, root: Path) -> None:
@@ -55,11 +65,10 @@ def settle(partial: Path, path: Path, *, root: Path) -> None:
     partial.chmod(READ_ONLY)
     os.utime(partial)  # young, whatever it was made from: see `STALE_SECONDS`
     sync(partial)
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sync(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial.replace(path)  # atomic: a reader sees the whole file or none
-    sync(path.parent)
+    for folder in (path.parent, root, root.parent):  # whoever made them; costs nothing when done
+        sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -102,8 +111,13 @@ def locked(
 
     The kernel frees the lock when the process ends, however it ends: there is no stale lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be opened ({error.strerror}), so nothing can be written beside it"
+        ) from error
     try:
         _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
         if not shared:

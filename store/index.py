@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from store.errors import DamagedError, NewerLedgerError, StoreError
-from store.files import copy, locked, settle, temporary
+from store.files import copy, locked, partial_file, settle
 from store.query import memory, quoted, reading
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Index:
         self._records = records
         self._stamp: tuple[int, int, int] | None = None
         self._known: frozenset[str] = frozenset()
+        self._rejected: frozenset[str] = frozenset()
+        self._schema: dict[int, str] = {}
 
     def known(self) -> frozenset[str] | None:
         """The records that the snapshot answers for; None where no snapshot can be read."""
@@ -77,10 +79,17 @@ class Index:
             return None
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
-            rows = self.select("SELECT sha256 FROM records", [])
+            rows = self.select(
+                "SELECT 'known', sha256, NULL FROM records"
+                " UNION ALL SELECT 'rejected', sha256, NULL FROM rejected"
+                " UNION ALL SELECT 'schema', sha256, number FROM migrations",
+                [],
+            )
             if rows is None:
                 return None
-            self._known = frozenset(sha256 for (sha256,) in rows)
+            self._known = frozenset(sha256 for what, sha256, _ in rows if what == "known")
+            self._rejected = frozenset(sha256 for what, sha256, _ in rows if what == "rejected")
+            self._schema = {number: sha256 for what, sha256, number in rows if what == "schema"}
             self._stamp = stamp
         return self._known
 
@@ -107,8 +116,8 @@ class Index:
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:
         """Make the index again from the records alone; the old one is set aside."""
-        with locked(self.lock, deadline_seconds=deadline_seconds):
-            fresh = temporary(self.home)
+        lock = locked(self.lock, deadline_seconds=deadline_seconds)
+        with lock, partial_file(self.home) as fresh:
             num_records = self.build(fresh, self._records.sha256s())
             if self.live.exists():
                 self._set_aside("rebuilt")
@@ -117,11 +126,13 @@ class Index:
         return Ingest(num_records, 0)
 
     def _ingest(self) -> Ingest:
+        names = self._records.sha256s()
         known = self.known()
-        if known is not None and self.live.exists() and self._records.sha256s() <= known:
+        current = known is not None and self._schema == schema() and self.live.exists()
+        if known is not None and current and names <= known | self._rejected:
             return Ingest(0, 0)  # whoever held the lock before has done it
         try:
-            num_records = self.build(self.live, self._records.sha256s())
+            num_records = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
             text = str(error)
             ours = isinstance(error, duckdb.ProgrammingError)  # our SQL is wrong, not the file
@@ -139,8 +150,9 @@ class Index:
                 text,
                 aside,
             )
-            num_records = self.build(self.live, self._records.sha256s())
-        self._publish()
+            num_records = self.build(self.live, names)
+        if num_records or not current:
+            self._publish()
         return Ingest(num_records, 0)
 
     def build(self, database: Path, sha256s: Collection[str]) -> int:
@@ -154,13 +166,16 @@ class Index:
             held = connection.execute(
                 "SELECT sha256 FROM records UNION ALL SELECT sha256 FROM rejected"
             ).fetchall()
+            num_records = 0
             pending = sorted(set(sha256s).difference(sha256 for (sha256,) in held))
             for start in range(0, len(pending), BATCH_RECORDS):
-                add(connection, self._texts(pending[start : start + BATCH_RECORDS]))
+                batch = self._texts(pending[start : start + BATCH_RECORDS])
+                add(connection, batch)
+                num_records += len(batch)
             connection.execute("CHECKPOINT ledger")
             connection.execute("USE memory")
             connection.execute("DETACH ledger")
-        return len(pending)
+        return num_records
 
     def _texts(self, sha256s: Collection[str]) -> list[tuple[str, str]]:
         texts = []
@@ -173,13 +188,10 @@ class Index:
 
     def _publish(self) -> None:
         """Give readers the index as it is now. Those who have the old one open keep it."""
-        partial = temporary(self.home)
-        try:
+        with partial_file(self.home) as partial:
             copy(self.live, partial)
             wal(self.snapshot).unlink(missing_ok=True)  # somebody wrote to the old copy
             settle(partial, self.snapshot, root=self.home)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _set_aside(self, why: str) -> Path:
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
@@ -195,24 +207,36 @@ def wal(database: Path) -> Path:
     return database.with_name(database.name + ".wal")
 
 
+def sources() -> dict[int, tuple[str, str]]:
+    """What makes tables and views: (name, SQL) by number, the views under 0."""
+    package = resources.files("store")
+    files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
+    return {
+        number: (file.name, file.read_text())
+        for number, file in enumerate((package.joinpath("views.sql"), *files))
+    }
+
+
+def schema() -> dict[int, str]:
+    """What `migrations` holds when a ledger is up to date: SHA-256 by number."""
+    return {number: _sha256(sql) for number, (_, sql) in sources().items()}
+
+
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
     """Bring tables and views to what this release knows, each step with its own record."""
-    folder = resources.files("store").joinpath("migrations")
-    sources = sorted((file.name, file.read_text()) for file in folder.iterdir())
     applied = _applied(connection)
-    if max(applied, default=0) > len(sources):
+    known = sources()
+    if max(applied, default=0) > max(known):
         raise NewerLedgerError(
-            f"ledger.duckdb has schema {max(applied)}, this release knows {len(sources)}; upgrade,"
+            f"ledger.duckdb has schema {max(applied)}, this release knows {max(known)}; upgrade,"
             " or move the file away: it is made again from the records"
         )
-    for number, (name, sql) in enumerate(sources, start=1):
-        if number not in applied:
-            _apply(connection, number, name, sql)
-        elif applied[number] != _sha256(sql):
+    for number in (*range(1, len(known)), 0):
+        name, sql = known[number]
+        if number and number in applied and applied[number] != _sha256(sql):
             raise DamagedError(f"ledger.duckdb was made by another {name}")
-    views = resources.files("store").joinpath("views.sql").read_text()
-    if applied.get(0) != _sha256(views):
-        _apply(connection, 0, "views.sql", views)
+        if applied.get(number) != _sha256(sql):
+            _apply(connection, number, name, sql)
 
 
 def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:

@@ -1,0 +1,227 @@
+"""A ledger of two nightly runs, small enough to know every answer by heart."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import store.ledger
+from meteora.artifacts import (
+    AdapterModule,
+    AdapterSpec,
+    ArtifactId,
+    BaseSpec,
+    BenchmarkSpec,
+    FusedSpec,
+    Publication,
+    RouterBuild,
+    RouterSpec,
+    RoutingScore,
+    Score,
+)
+from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
+from store.ledger import Ledger
+from store.query import reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meteora.artifacts import Spec
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "x'); DROP TABLE scores; --"
+COMMIT = "c0ffee" + "0" * 34
+BASE = BaseSpec("tiny/base", COMMIT)
+
+
+def adapter(number: int) -> AdapterSpec:
+    modules = tuple(
+        AdapterModule(f"model.layers.{layer}.self_attn.q_proj", 8, 8, 4 * number, 8.0, 2.0)
+        for layer in range(2)
+    )
+    return AdapterSpec(f"{number:064x}", "tiny/base", False, "F16", modules)
+
+
+def fused(*adapters: AdapterSpec) -> FusedSpec:
+    names = tuple(f"expert-{number}" for number, _ in enumerate(adapters))
+    return FusedSpec(BASE.id, names, tuple(spec.id for spec in adapters))
+
+
+def router(of: FusedSpec, seed: int = 0) -> RouterSpec:
+    return RouterSpec(of.id, "gate", 1, 1.0, "calibrate", "e" * 64, seed)
+
+
+def benchmark(subject_id: ArtifactId, task: str, seed: int = 0) -> BenchmarkSpec:
+    return BenchmarkSpec(
+        subject_id=subject_id,
+        task=task,
+        rows_sha256="f" * 64,
+        metric="exact_match",
+        num_fewshot=0,
+        max_new_tokens=64,
+        seed=seed,
+        base_id=BASE.id,
+    )
+
+
+def score(spec: BenchmarkSpec, value: float, outputs_sha256: str) -> Score:
+    return Score(
+        spec=spec,
+        value=value,
+        stderr=0.02,
+        low=value - 0.04,
+        high=value + 0.04,
+        num_samples=100,
+        outputs_sha256=outputs_sha256,
+        harness="lm-eval 0.4.13",
+        wall_seconds=1.5,
+    )
+
+
+@dataclass
+class Shelf:
+    """A ledger, short ways to fill it, and the specs that it is filled with."""
+
+    home: Path
+    hostile = HOSTILE
+    base = BASE
+    adapter = staticmethod(adapter)
+    fused = staticmethod(fused)
+    router = staticmethod(router)
+    benchmark = staticmethod(benchmark)
+    score = staticmethod(score)
+    ledger: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.home)
+
+    def make(self, spec: Spec, weights: str = "", run_id: str = "r1") -> ArtifactId:
+        blob = self.ledger.blobs.put_bytes((weights or spec.id).encode())
+        return self.ledger.record_artifact(spec, weights_sha256=blob, blobs=[blob], run_id=run_id)
+
+    def measure(self, subject: Spec, task: str, value: float, run_id: str = "r1") -> Score:
+        blob = self.ledger.blobs.put_bytes(f"{subject.id} {task}".encode())
+        measured = score(benchmark(subject.id, task), value, blob)
+        self.ledger.record_score(measured, run_id=run_id)
+        return measured
+
+    def views(self) -> dict[str, list[tuple]]:
+        """Every row of every view and table but the history of migrations, in one order."""
+        with reading(self.ledger.index.snapshot) as connection:
+            names = connection.execute(
+                "SELECT DISTINCT name FROM dictionary WHERE name <> 'migrations' ORDER BY ALL"
+            ).fetchall()
+            return {name: connection.table(name).order("ALL").fetchall() for (name,) in names}
+
+
+@pytest.fixture
+def make_shelf(tmp_path: Path) -> Callable[[str], Shelf]:
+    return lambda name: Shelf(tmp_path / name)
+
+
+@pytest.fixture
+def shelf(make_shelf: Callable[[str], Shelf]) -> Shelf:
+    return make_shelf("home")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of `filled`, made once."""
+    seconds = itertools.count()
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            store.ledger, "now", lambda: str(start + timedelta(seconds=next(seconds)))[:19] + "Z"
+        )
+        shelf = Shelf(tmp_path_factory.mktemp("template") / "home")
+        fill(shelf)
+    shelf.ledger.ingest()
+    return shelf.home
+
+
+@pytest.fixture
+def filled(template: Path, tmp_path: Path) -> Shelf:
+    """Two nights of one recipe, ingested; the second night's model is worse at sorting."""
+    shutil.copytree(template, tmp_path / "home")
+    return Shelf(tmp_path / "home")
+
+
+def fill(shelf: Shelf) -> None:
+    ledger = shelf.ledger
+    experts = adapter(1), adapter(2)
+    stack = fused(*experts)
+    for night in (1, 2):
+        run_id = f"r{night}"
+        ledger.record_run(RunStarted(run_id, "nightly", "9" * 64, {"torch": "2.13.0"}, "cpu"))
+        shelf.make(BASE, run_id=run_id)
+        for number, spec in enumerate(experts):
+            shelf.make(spec, run_id=run_id)
+            verdict = AdapterVerdict(
+                name=f"expert-{number}",
+                source=f"someone/lora-{number}@main",
+                repo_id=f"someone/lora-{number}",
+                revision=COMMIT,
+                verdict="accept",
+                licence=("mit", "apache-2.0")[number],
+                author="someone",
+                adapter_id=spec.id,
+            )
+            ledger.record_adapter(verdict, run_id=run_id)
+        shelf.make(stack, run_id=run_id)
+        gates = router(stack, seed=night)
+        build = RouterBuild(gates, f"{night:064x}", 5012, 0.93, 12.5, "cpu")
+        ledger.record_artifact(
+            gates, weights_sha256=build.weights_sha256, built=build, run_id=run_id
+        )
+        for task, base, oracle, routed in (
+            ("parentheses", 0.10, 0.80, 0.75),
+            ("sorting", 0.05, 0.90, 0.88 if night == 1 else 0.70),
+        ):
+            shelf.measure(BASE, task, base, run_id)
+            shelf.measure(experts[task == "sorting"], task, oracle, run_id)
+            shelf.measure(gates, task, routed, run_id)
+        ledger.record_routing(
+            [
+                RoutingScore(
+                    gates.id, f"model.layers.{layer}.self_attn.q_proj", truth, chosen, count
+                )
+                for layer in range(2)
+                for truth, chosen, count in (
+                    ("expert-0", "expert-0", 90),
+                    ("expert-0", "expert-1", 10),
+                    ("expert-1", "expert-1", 60),
+                )
+            ],
+            run_id=run_id,
+        )
+        ledger.record_run(RunEnded(run_id, "ok", "", 60.0 * night, {"stack": 1.0, "fit": 50.0}))
+    ledger.record_publication(Publication(gates.id, "someone/model", COMMIT), run_id="r2")
+    reasons = (Reason("E_DORA", "it uses DoRA, which cannot be stacked"),)
+    ledger.record_adapter(
+        AdapterVerdict(HOSTILE, HOSTILE, "evil/lora", COMMIT, "refuse", reasons), run_id="r3"
+    )
+    ledger.record_run(RunStarted("r3", "nightly", "9" * 64, {}, "cpu"))
+    ledger.record_failure(Failure("check", HOSTILE, "AdapterError", "it uses DoRA"), run_id="r3")
+
+
+@pytest.fixture
+def worker() -> Callable[..., subprocess.Popen[str]]:
+    """Start `worker.py` with these arguments; its standard output is a pipe."""
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.store.worker", *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

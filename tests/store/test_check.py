@@ -1,0 +1,155 @@
+"""What changed on disk is found, with all that rests on it; what nothing needs can go."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from store.errors import BusyError, DamagedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.store.conftest import Shelf
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x01
+    path.write_bytes(data)
+
+
+def test_a_whole_store_has_no_findings(filled: Shelf) -> None:
+    found = filled.ledger.verify()
+    assert not found.findings
+    assert found.num_records == len(filled.ledger.records.sha256s())
+    assert found.num_blobs == len(list(filled.ledger.blobs))
+    assert found.num_waiting == 0
+
+
+def test_a_flipped_byte_in_a_blob_is_found_with_all_that_rests_on_it(filled: Shelf) -> None:
+    expert = filled.adapter(2)
+    sha256 = filled.ledger.weights_of(expert.id) or ""
+    flip(filled.ledger.blobs.path_of(sha256))
+    (finding,) = filled.ledger.verify().findings
+    assert (finding.what, finding.name) == ("blob", sha256)
+    stack = filled.fused(filled.adapter(1), expert)
+    models = [filled.router(stack, seed=night).id for night in (1, 2)]
+    measured = [filled.benchmark(subject, "sorting").id for subject in (expert.id, *models)]
+    measured += [filled.benchmark(subject, "parentheses").id for subject in models]
+    assert set(finding.touches) == {expert.id, stack.id, *models, *measured}
+
+
+def test_a_missing_blob_is_found(filled: Shelf) -> None:
+    measured = filled.ledger.score_of(filled.benchmark(filled.base.id, "sorting").id)
+    assert measured
+    filled.ledger.blobs.path_of(measured.outputs_sha256).unlink()
+    (finding,) = filled.ledger.verify().findings
+    assert finding.name == measured.outputs_sha256
+    assert finding.touches == (measured.spec.id,)
+    assert "not there" in finding.problem
+
+
+def test_every_flipped_record_is_found_and_named(filled: Shelf) -> None:
+    subjects = dict(filled.ledger.query("SELECT sha256, subject FROM records").rows)
+    for sha256 in sorted(subjects)[::7]:
+        path = filled.ledger.records.path_of(sha256)
+        before = path.read_bytes()
+        flip(path)
+        found = filled.ledger.verify().findings
+        assert (found[0].what, found[0].name) == ("record", sha256)
+        assert found[0].touches == (subjects[sha256],)
+        path.write_bytes(before)
+    assert not filled.ledger.verify().findings
+
+
+def test_a_row_that_no_record_says_is_found(filled: Shelf) -> None:
+    import duckdb  # noqa: PLC0415  (the store's door is shut to this)
+
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        connection.execute("UPDATE scores SET value = 0.99 WHERE task = 'sorting'")
+    (finding,) = filled.ledger.verify().findings
+    assert finding.name == "ledger.duckdb"
+    assert "table scores differs" in finding.problem
+    filled.ledger.rebuild()
+    assert not filled.ledger.verify().findings
+
+
+def test_a_record_that_was_taken_away_is_found(filled: Shelf) -> None:
+    sha256 = min(filled.ledger.records.sha256s())
+    filled.ledger.records.path_of(sha256).unlink()
+    assert {finding.what for finding in filled.ledger.verify().findings} >= {"index"}
+
+
+def test_a_foreign_file_is_found(filled: Shelf) -> None:
+    (filled.ledger.blobs.root / "notes.txt").write_text("mine")
+    (finding,) = filled.ledger.verify().findings
+    assert (finding.what, finding.name) == ("file", "blobs/notes.txt")
+
+
+def test_records_that_wait_are_no_fault(filled: Shelf) -> None:
+    filled.make(filled.adapter(3))
+    found = filled.ledger.verify()
+    assert found.num_waiting == 1
+    assert not found.findings
+
+
+def old(path: Path) -> Path:
+    os.utime(path, (0, 0))
+    return path
+
+
+def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: Shelf) -> None:
+    ledger = filled.ledger
+    for sha256 in ledger.blobs:
+        old(ledger.blobs.path_of(sha256))
+    unused = ledger.blobs.put_bytes(b"unused")
+    young = ledger.blobs.put_bytes(b"a run will record it soon")
+    old(ledger.blobs.path_of(unused))
+    left = ledger.blobs.root / "tmp" / "1-2"
+    left.write_bytes(b"half")
+    old(left)
+    ledger.rebuild()
+    (aside,) = ledger.home.glob("ledger.rebuilt-*")
+    old(aside)
+    garbage = ledger.gc()
+    assert garbage.blobs == (unused,)
+    assert set(garbage.files) == {left, aside}
+    assert garbage.num_bytes == 6 + 4 + aside.stat().st_size
+    assert left.exists()
+    assert ledger.gc(remove=True) == garbage
+    assert unused not in ledger.blobs
+    assert young in ledger.blobs
+    assert not left.exists()
+    assert not ledger.gc().files
+    assert not ledger.verify().findings
+
+
+def test_gc_waits_for_no_run_and_touches_none(filled: Shelf) -> None:
+    with filled.ledger.running("nightly"), pytest.raises(BusyError, match="held by another"):
+        filled.ledger.gc(remove=True)
+
+
+def test_gc_removes_nothing_while_a_record_cannot_be_read(filled: Shelf) -> None:
+    unused = filled.ledger.blobs.put_bytes(b"unused")
+    old(filled.ledger.blobs.path_of(unused))
+    flip(filled.ledger.records.path_of(min(filled.ledger.records.sha256s())))
+    with pytest.raises(DamagedError):
+        filled.ledger.gc(remove=True)
+    assert unused in filled.ledger.blobs
+
+
+def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
+    left = [root / "tmp" / "1-2" for root in (filled.home, filled.ledger.records.root)]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        old(path)
+    young = filled.ledger.blobs.root / "tmp" / "3-4"
+    young.write_bytes(b"someone writes it now")
+    with filled.ledger.running("nightly"):
+        assert not any(path.exists() for path in left)
+        assert young.exists()

@@ -1,0 +1,288 @@
+"""The index can be lost, damaged, outdated or locked, and nothing is lost with it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sqlite3
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import duckdb
+import pytest
+
+from meteora.artifacts import ArtifactId
+from store import index
+from store.files import locked
+from store.ledger import Ledger
+from store.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.store.conftest import Shelf
+
+LAST = Record(
+    "failure",
+    "sorting",
+    {"stage": "fit", "subject": "sorting", "error": "E", "message": "m"},
+    "r3",
+    "2026-01-02T00:00:00.000000Z",
+)
+ALL = pytest.mark.parametrize(
+    "names",
+    [["ledger.duckdb"], ["ledger.snapshot.duckdb"], ["ledger.duckdb", "ledger.snapshot.duckdb"]],
+    ids=["live", "snapshot", "both"],
+)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 0xFF
+    path.write_bytes(data)
+
+
+def sqlite(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE records (sha256)")
+    connection.close()
+
+
+@ALL
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.unlink(), id="deleted"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_text("no database at all\n" * 999), id="text"),
+        pytest.param(truncated, id="truncated"),
+        pytest.param(sqlite, id="SQLite"),
+        pytest.param(lambda path: flipped(path, 4096), id="header"),
+    ],
+)
+def test_a_lost_index_comes_back_from_the_records(
+    filled: Shelf, names: list[str], damage: Callable[[Path], None]
+) -> None:
+    before = filled.views()
+    for name in names:
+        (filled.home / name).chmod(0o644)
+        damage(filled.home / name)
+    filled.ledger = Ledger(filled.home)
+    assert filled.ledger.weights_of(filled.base.id)
+    last = filled.ledger.records.path_of(filled.ledger.records.write(LAST))
+    assert filled.ledger.ingest().reason == ""
+    assert filled.ledger.query("SELECT count(*) FROM failures").rows == [(2,)]
+    assert not filled.ledger.verify().findings
+    last.unlink()
+    filled.ledger.rebuild()
+    assert filled.views() == before
+
+
+def test_a_damaged_index_is_set_aside_not_deleted(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled.ledger.index.live.write_bytes(b"damaged")
+    filled.make(filled.adapter(3))
+    assert filled.ledger.ingest().reason == ""
+    (aside,) = filled.home.glob("ledger.damaged-*.duckdb")
+    assert aside.read_bytes() == b"damaged"
+    assert "made again from the records" in caplog.text
+
+
+SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, seed: int) -> None:
+    """DuckDB notices a flipped block only when it reads it: `verify` reads them all."""
+    before = filled.views()
+    live = filled.ledger.index.live
+    flipped(live, random.Random(seed).randrange(live.stat().st_size))  # noqa: S311
+    problems = [finding.problem for finding in Ledger(filled.home).verify().findings]
+    if any("rebuild" in problem for problem in problems):
+        filled.ledger.rebuild()
+    filled.ledger.ingest()
+    assert not filled.ledger.verify().findings
+    assert filled.views() == before
+
+
+def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:
+    """Where the size of an entry is hit, DuckDB opens without a word, and rows are gone."""
+    script = (
+        "import os, sys, store.index as index\n"
+        "from pathlib import Path\n"
+        "from store.ledger import Ledger\n"
+        "whole = index.add\n"
+        "index.add = lambda *batch: (whole(*batch), os._exit(9))\n"
+        "Ledger(Path(sys.argv[1])).ingest()\n"
+    )
+    before = filled.views()
+    for number in range(3, 6):
+        filled.make(filled.adapter(number))
+    subprocess.run([sys.executable, "-c", script, filled.home], check=False)
+    live = filled.ledger.index.live
+    log = index.wal(live)
+    kept, whole = log.read_bytes(), live.read_bytes()
+    assert kept, "the writer was to die between commit and checkpoint"
+    for position in range(0, len(kept), len(kept) // 6):
+        live.write_bytes(whole)
+        log.write_bytes(kept)
+        flipped(log, position)
+        filled.ledger.index.snapshot.unlink(missing_ok=True)
+        ledger = filled.ledger = Ledger(filled.home)
+        assert ledger.ingest().reason == ""
+        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(9,)]
+        assert not log.exists()
+        assert not ledger.verify().findings
+    assert len(filled.views()["scores"]) == len(before["scores"])
+
+
+def test_rebuilding_gives_the_same_answers(filled: Shelf) -> None:
+    """Also where the index grew bit by bit, in an order that is not that of the events."""
+    for path in filled.home.glob("ledger.*"):
+        path.unlink()
+    paths = sorted(filled.ledger.records.root.glob("*/*.json"))
+    for path in paths:
+        path.rename(path.with_suffix(".later"))
+    for start in range(0, len(paths), 5):
+        for path in paths[start : start + 5]:
+            path.with_suffix(".later").rename(path)
+        assert filled.ledger.ingest().num_records == len(paths[start : start + 5])
+    grown = filled.views()
+    assert filled.ledger.rebuild().num_records == len(filled.ledger.records.sha256s())
+    assert filled.views() == grown
+
+
+def test_a_busy_index_lets_the_records_wait(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled.make(filled.adapter(3))
+    with locked(filled.ledger.index.lock, deadline_seconds=0):
+        outcome = filled.ledger.ingest(deadline_seconds=0.1)
+    assert outcome.num_waiting == 1
+    assert "has been held by another process" in outcome.reason
+    assert "wait for the next ingest" in caplog.text
+    assert filled.ledger.ingest().num_records == 1
+
+
+def test_an_open_notebook_never_stops_a_run(filled: Shelf) -> None:
+    """Neither on the snapshot, where it belongs, nor on the index itself, where it does not."""
+    filled.ledger.ingest()
+    notebook = (
+        "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True);"
+        "print(c.execute('SELECT count(*) FROM scores').fetchone(), flush=True); sys.stdin.read()"
+    )
+    for path, waits in ((filled.ledger.index.snapshot, False), (filled.ledger.index.live, True)):
+        with subprocess.Popen(
+            [sys.executable, "-c", notebook, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as open_notebook:
+            assert open_notebook.stdout
+            assert open_notebook.stdout.readline() == b"(8,)\n"
+            filled.make(filled.adapter(7 + waits))
+            outcome = filled.ledger.ingest(deadline_seconds=1)
+            assert bool(outcome.num_waiting) is waits
+            assert ("Could not set lock on file" in outcome.reason) is waits
+            open_notebook.communicate()
+    assert filled.ledger.ingest().num_records == 1
+
+
+def test_a_newer_ledger_is_left_alone(filled: Shelf) -> None:
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        connection.execute("INSERT INTO migrations VALUES (99, '0099_later.sql', '')")
+    before = filled.ledger.index.live.read_bytes()
+    filled.make(filled.adapter(3))
+    outcome = filled.ledger.ingest()
+    assert "has schema 99" in outcome.reason
+    assert outcome.num_waiting == 1
+    assert filled.ledger.index.live.read_bytes() == before
+    assert filled.ledger.weights_of(filled.adapter(3).id)
+
+
+def test_a_file_of_a_newer_duckdb_is_a_sentence(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DuckDB 1.5 says it of a file in the format of 2.0."""
+
+    def newer(*_: object) -> int:
+        raise duckdb.IOException(
+            "IO Error: Trying to read a database file with version number 999, but we can only"
+            " read versions between 64 and 68."
+        )
+
+    before = filled.ledger.index.live.read_bytes()
+    filled.make(filled.adapter(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(filled.ledger.index, "build", newer)
+        outcome = filled.ledger.ingest()
+    assert "was written by a newer DuckDB" in outcome.reason
+    assert filled.ledger.index.live.read_bytes() == before
+    assert filled.ledger.ingest().num_records == 1
+
+
+def test_a_record_that_is_not_understood_does_not_stop_the_others(shelf: Shelf) -> None:
+    records = shelf.ledger.records
+    shelf.make(shelf.base)
+    strange = [
+        Record("dream", "x", {}, "r1", "2026-01-01T00:00:00.000000Z"),
+        Record("failure", "x", {}, "r1", "2026-01-01T00:00:00.000000Z", version=2),
+        Record("failure", "x", {}, "r1", "2026-01-01T00:00:00.000000Z"),
+        Record("score", "x", {"value": "1e999", "spec": []}, "r1", "2026-01-01T00:00:00.000000Z"),
+        Record("routing", "x", {"counts": 7}, "r1", "2026-01-01T00:00:00.000000Z"),
+        Record("failure", "x", {"stage": "a\0b"}, "r1", "tomorrow"),
+    ]
+    names = sorted(records.write(record) for record in strange)
+    shelf.make(shelf.adapter(1))
+    assert shelf.ledger.ingest().reason == ""
+    assert shelf.ledger.query("SELECT count(*) FROM artifacts").rows == [(2,)]
+    rejected = shelf.ledger.query("SELECT subject FROM failures WHERE error = 'rejected'").rows
+    assert sorted(name for (name,) in rejected) == names
+    before = shelf.ledger.index.snapshot.stat().st_ino
+    shelf.ledger.ingest()
+    assert shelf.ledger.index.snapshot.stat().st_ino == before, "nothing new, nothing written"
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_not_finite_is_refused_by_the_tables(shelf: Shelf, value: str) -> None:
+    shelf.make(shelf.base)
+    measured = shelf.measure(shelf.base, "sorting", 0.5)
+    record = Record(
+        "score", "x", {**measured.to_dict(), "id": "x", "value": value}, "r1", "2026-01-01"
+    )
+    shelf.ledger.records.write(record)
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT value FROM scores").rows == [(0.5,)]
+    assert len(shelf.ledger.query("FROM rejected").rows) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x'); DROP TABLE scores; --", '"', "\\", "é\U0001f600\u202e", "\x07", "a\0b", "$1", "%"],
+)
+def test_every_text_is_kept_as_it_is(shelf: Shelf, text: str) -> None:
+    shelf.make(shelf.base)
+    shelf.measure(shelf.base, text, 0.5)
+    assert shelf.ledger.ingest().reason == ""
+    assert shelf.ledger.query("SELECT task FROM scores").rows == [(text,)]
+
+
+def test_the_index_is_in_a_format_that_duckdb_1_4_reads(filled: Shelf) -> None:
+    with duckdb.connect(str(filled.ledger.index.live), read_only=True) as connection:
+        tags = connection.execute(
+            "SELECT tags FROM duckdb_databases() WHERE NOT internal"
+        ).fetchone()
+    assert "v1.4.0" in str(tags)
+
+
+def test_unknown_artifacts_are_unknown_also_without_an_index(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert shelf.ledger.weights_of(ArtifactId("base:" + "0" * 64)) is None
+    assert not caplog.records, "a fresh home is nothing to warn about"

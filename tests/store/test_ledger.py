@@ -1,0 +1,195 @@
+"""What is recorded is recorded once, for good, and answered whether or not it was ingested."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import ArtifactId, Publication, RouterBuild, RoutingScore
+from store.errors import BusyError, ConflictError, MissingBlobError, UnknownError
+from store.events import RunEnded, RunStarted
+from store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.store.conftest import Shelf
+
+INGESTED = pytest.mark.parametrize("ingested", [False, True], ids=["waiting", "ingested"])
+
+
+@INGESTED
+def test_what_was_recorded_is_answered(shelf: Shelf, ingested: bool) -> None:
+    shelf.make(shelf.base)
+    shelf.make(expert := shelf.adapter(1))
+    shelf.make(stack := shelf.fused(expert))
+    build = RouterBuild(shelf.router(stack), "a" * 64, 5012, 0.93, 12.5, "cpu")
+    shelf.ledger.record_artifact(build.spec, weights_sha256="a" * 64, built=build, run_id="r1")
+    measured = shelf.measure(build.spec, "sorting", 0.5)
+    routing = [RoutingScore(build.spec.id, "model.layers.0.q_proj", "expert-0", "expert-0", 9)]
+    shelf.ledger.record_routing(routing, run_id="r1")
+    if ingested:
+        shelf.ledger.ingest()
+    ledger = Ledger(shelf.home)
+    assert ledger.weights_of(build.spec.id) == "a" * 64
+    assert RouterBuild.from_dict(ledger.built(build.spec.id) or {}) == build
+    assert ledger.spec_of(stack.id) == {
+        **stack.to_dict(),
+        "names": ["expert-0"],
+        "adapter_ids": [expert.id],
+    }
+    assert ledger.built(stack.id) is None
+    assert ledger.score_of(measured.spec.id) == measured
+    assert ledger.routing_of(build.spec.id) == tuple(routing)
+
+
+@INGESTED
+def test_what_was_not_recorded_is_none(shelf: Shelf, ingested: bool) -> None:
+    if ingested:
+        shelf.ledger.ingest()
+    nothing = ArtifactId("adapter:" + "0" * 64)
+    assert shelf.ledger.weights_of(nothing) is None
+    assert shelf.ledger.built(nothing) is None
+    assert shelf.ledger.spec_of(nothing) is None
+    assert shelf.ledger.score_of(nothing) is None
+    assert shelf.ledger.routing_of(nothing) == ()
+
+
+def test_answers_do_not_need_the_database(filled: Shelf) -> None:
+    filled.ledger.ingest()
+    for path in filled.home.glob("ledger.*"):
+        path.unlink()
+    assert Ledger(filled.home).weights_of(filled.base.id)
+    assert Ledger(filled.home).resolve("base:") == filled.base.id
+
+
+@INGESTED
+def test_recording_twice_is_once(shelf: Shelf, ingested: bool) -> None:
+    shelf.make(shelf.base)
+    measured = shelf.measure(shelf.base, "sorting", 0.5)
+    publication = Publication(shelf.base.id, "someone/base", "c" * 40)
+    shelf.ledger.record_publication(publication, run_id="r1")
+    before = shelf.ledger.records.sha256s()
+    if ingested:
+        shelf.ledger.ingest()
+    shelf.make(shelf.base, run_id="r2")
+    shelf.ledger.record_score(replace(measured, wall_seconds=9.0), run_id="r2")
+    shelf.ledger.record_publication(publication, run_id="r2")
+    assert shelf.ledger.records.sha256s() == before
+
+
+@INGESTED
+def test_one_spec_has_one_outcome(shelf: Shelf, ingested: bool) -> None:
+    shelf.make(shelf.base, "these weights")
+    measured = shelf.measure(shelf.base, "sorting", 0.5)
+    first = shelf.ledger.weights_of(shelf.base.id) or ""
+    if ingested:
+        shelf.ledger.ingest()
+    with pytest.raises(ConflictError, match=first) as conflict:
+        shelf.make(shelf.base, "other weights")
+    assert shelf.ledger.blobs.put_bytes(b"other weights") in str(conflict.value)
+    with pytest.raises(ConflictError, match=r"value 0\.5, "):
+        shelf.ledger.record_score(replace(measured, value=0.51), run_id="r2")
+
+
+def test_a_child_without_its_parents_leaves_nothing(shelf: Shelf) -> None:
+    with pytest.raises(UnknownError, match=r"refers to base:.* not recorded"):
+        shelf.make(shelf.fused(shelf.adapter(1)))
+    assert not shelf.ledger.records.sha256s()
+
+
+def test_a_record_never_names_a_blob_that_is_not_there(shelf: Shelf) -> None:
+    with pytest.raises(MissingBlobError, match="put it there first"):
+        shelf.ledger.record_artifact(shelf.base, weights_sha256="", blobs=["0" * 64], run_id="r1")
+    shelf.make(shelf.base)
+    measured = shelf.score(shelf.benchmark(shelf.base.id, "sorting"), 0.5, "0" * 64)
+    with pytest.raises(MissingBlobError):
+        shelf.ledger.record_score(measured, run_id="r1")
+
+
+@INGESTED
+def test_a_unique_prefix_is_enough(shelf: Shelf, ingested: bool) -> None:
+    experts = [shelf.adapter(number) for number in range(1, 20)]
+    for spec in experts:
+        shelf.make(spec)
+    if ingested:
+        shelf.ledger.ingest()
+    digest = experts[0].id.partition(":")[2]
+    for prefix in (experts[0].id, experts[0].id[:24], digest, digest[:16]):
+        assert shelf.ledger.resolve(prefix) == experts[0].id
+    with pytest.raises(UnknownError, match="several ids begin with 'adapter:'"):
+        shelf.ledger.resolve("adapter:")
+    for prefix in ("router:", "", "%", "' OR 1=1 --"):
+        with pytest.raises(UnknownError, match="no artifact's id begins with"):
+            shelf.ledger.resolve(prefix)
+
+
+def test_the_first_end_of_a_run_stands(shelf: Shelf) -> None:
+    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
+    assert [run.run_id for run in shelf.ledger.unended_runs()] == ["r1"]
+    shelf.ledger.record_run(RunEnded("r1", "failed", "the disk is full", 1.0))
+    shelf.ledger.record_run(RunEnded("r1", "killed", "found dead"))
+    assert not shelf.ledger.unended_runs()
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT outcome, reason FROM runs").rows == [
+        ("failed", "the disk is full")
+    ]
+
+
+def test_a_killed_run_is_closed_by_the_next_of_its_recipe(shelf: Shelf) -> None:
+    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
+    shelf.ledger.record_run(RunStarted("r2", "weekly", "9" * 64))
+    with shelf.ledger.running("nightly") as killed:
+        assert [run.run_id for run in killed] == ["r1"]
+    assert [run.run_id for run in shelf.ledger.unended_runs()] == ["r2"]
+    with shelf.ledger.running("nightly") as killed:
+        assert not killed
+
+
+def test_a_recipe_runs_once_at_a_time(shelf: Shelf) -> None:
+    running = shelf.ledger.running
+    with (
+        running("nightly"),
+        running("weekly"),
+        pytest.raises(BusyError, match=str(os.getpid())),
+        running("nightly"),
+    ):
+        pass
+
+
+def test_a_home_may_move(filled: Shelf) -> None:
+    filled.ledger.ingest()
+    before = filled.views()
+    moved = filled.home.rename(filled.home.with_name("it's elsewhere"))
+    filled.ledger = Ledger(moved)
+    assert filled.views() == before
+    assert not filled.ledger.verify().findings
+
+
+def test_two_homes_copied_together_agree_in_any_order(
+    shelf: Shelf, make_shelf: Callable[[str], Shelf]
+) -> None:
+    """Both made one artifact, differently: the earlier record stands, however it got there."""
+    other = make_shelf("other")
+    shelf.make(shelf.base, "these weights")
+    other.make(shelf.base, "other weights")
+    other.measure(shelf.base, "sorting", 0.4)
+    shelf.measure(shelf.base, "sorting", 0.5)
+    shelf.ledger.ingest()
+    other.ledger.ingest()
+    for one, two in ((shelf, other), (other, shelf)):
+        for part in ("records", "blobs"):
+            shutil.copytree(two.home / part, one.home / part, dirs_exist_ok=True)
+    shelf.ledger.ingest()
+    other.ledger.ingest()
+    assert shelf.views() == other.views()
+    assert len(shelf.ledger.query("FROM artifacts").rows) == 1
+    assert shelf.ledger.query("SELECT value FROM scores").rows == [(0.4,)]
+    assert shelf.ledger.weights_of(shelf.base.id) == other.ledger.weights_of(shelf.base.id)
+    grown = shelf.views()
+    shelf.ledger.rebuild()
+    assert shelf.views() == grown

@@ -1,0 +1,180 @@
+"""Many processes on one home, some of which die: no promise is broken, and nobody sees a lock."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from statistics import quantiles
+from typing import TYPE_CHECKING
+
+import pytest
+
+from store.errors import StoreError
+from store.events import Failure
+from store.ledger import Ledger
+from store.records import Records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from tests.store.conftest import Shelf
+
+    Worker = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.mark.parametrize(
+    ("num_writers", "num_records", "num_readers"),
+    [
+        pytest.param(3, 12, 1, id="a few"),
+        pytest.param(8, 250, 2, id="many", marks=pytest.mark.slow),
+    ],
+)
+def test_every_writer_writes_while_every_reader_reads(
+    shelf: Shelf, worker: Worker, num_writers: int, num_records: int, num_readers: int
+) -> None:
+    shelf.ledger.ingest()
+    writers = [
+        worker("write", shelf.home, 1 + number * num_records, num_records)
+        for number in range(num_writers)
+    ]
+    readers = [worker("read", shelf.home, num_writers * num_records) for _ in range(num_readers)]
+    written = [line.split(maxsplit=2) for writer in writers for line in finish(writer)]
+    for reader in readers:
+        reader.send_signal(signal.SIGTERM)
+    counts = [[line.split() for line in output(reader)] for reader in readers]
+    expected = {shelf.adapter(1 + number).id for number in range(num_writers * num_records)}
+    assert {artifact_id for artifact_id, *_ in written} == expected
+    assert [reason for *_, reason in (line for line in written if len(line) > 2)] == []
+    shelf.ledger.ingest()
+    assert {row[0] for row in shelf.ledger.query("SELECT id FROM artifacts").rows} == expected
+    assert not shelf.ledger.verify().findings
+    for seen in counts:
+        numbers = [int(count) for count, _ in seen]
+        assert numbers == sorted(numbers), "a reader never goes back in time"
+    waits = [float(seconds) for _, seconds, *_ in written]
+    reads = [float(seconds) for seen in counts for _, seconds in seen]
+    print(
+        f"p99 of {len(waits)} writes {p99(waits):.2f} s, of {len(reads)} reads {p99(reads):.2f} s"
+    )
+
+
+def p99(seconds: list[float]) -> float:
+    return quantiles(seconds, n=100)[-1]
+
+
+def output(process: subprocess.Popen[str]) -> list[str]:
+    return process.communicate(timeout=900)[0].splitlines()
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    lines = output(process)
+    assert process.returncode == 0
+    return lines
+
+
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(6, id="a few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+)
+def test_a_killed_writer_keeps_its_promises(shelf: Shelf, worker: Worker, num_kills: int) -> None:
+    """`kill -9`, at a moment nobody chose: what was said to be recorded is recorded."""
+    chance = random.Random(0)  # noqa: S311
+    promised: set[str] = set()
+    for number in range(num_kills):
+        victim = worker("write", shelf.home, 1 + 1000 * number, 1000)
+        assert victim.stdout
+        promised.add(victim.stdout.readline().split()[0])
+        time.sleep(chance.uniform(0, 0.4))
+        victim.kill()
+        lines = output(victim)  # the last line may be cut
+        promised |= {line.split()[0] for line in lines if line.count(".")}
+    survives(shelf.home, promised)
+
+
+def test_dying_at_any_step_breaks_no_promise(
+    make_shelf: Callable[[str], Shelf], worker: Worker
+) -> None:
+    """The process ends at the first, second, third … call that changes or secures a name."""
+    step, died = 0, True
+    while died:
+        step += 3
+        homes = [make_shelf(f"home-{step + ahead}").home for ahead in range(3)]
+        victims = [worker("die", home, step + ahead) for ahead, home in enumerate(homes)]
+        for home, victim in zip(homes, victims, strict=True):
+            promised = set(output(victim))
+            died = victim.returncode == 9
+            assert victim.returncode in {0, 9}
+            survives(home, promised)
+    assert step > 60
+
+
+def survives(home: Path, promised: set[str]) -> None:
+    """Whoever comes next finds all that was promised, and can go on."""
+    ledger = Ledger(home)
+    with ledger.running("nightly"):
+        pass
+    assert ledger.ingest().reason == ""
+    recorded = {row[0] for row in ledger.query("SELECT id FROM artifacts").rows}
+    assert promised <= recorded
+    assert not ledger.verify().findings
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
+    """A file system of four megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)  # noqa: S607
+    yield disk
+    subprocess.run(["umount", disk], check=True)  # noqa: S607
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+
+
+@needs_root
+def test_a_full_disk_is_a_sentence_and_loses_nothing(
+    small_disk: Path, make_shelf: Callable[[str], Shelf]
+) -> None:
+    shelf = make_shelf(str(small_disk / "home"))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1 << 20))
+    recorded = []
+    with pytest.raises(StoreError, match="No space left on device"):
+        for number in range(10_000):
+            failure = Failure("fit", f"task {number}", "E", "m" * 20_000)
+            shelf.ledger.record_failure(failure, run_id="r1")
+            recorded.append(failure.subject)
+            if number == 5:
+                assert shelf.ledger.ingest().reason == ""
+    full = shelf.ledger.ingest()
+    assert full.reason
+    assert full.num_waiting == len(recorded) - 6
+    ballast.unlink()
+    (small_disk / "home" / "ledger.duckdb").exists()
+    for sha256 in Records(small_disk / "home" / "records").sha256s():
+        shelf.ledger.records.read(sha256)
+    assert len(shelf.ledger.records.sha256s()) == len(recorded)
+
+
+@needs_root
+def test_a_read_only_disk_is_read(filled: Shelf) -> None:
+    home = str(filled.home)
+    filled.make(filled.adapter(3))
+    subprocess.run(["mount", "--bind", home, home], check=True)  # noqa: S607
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", home], check=True)  # noqa: S607
+        ledger = Ledger(filled.home)
+        assert ledger.weights_of(filled.adapter(3).id)
+        assert ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
+        assert "Read-only file system" in ledger.ingest().reason
+        with pytest.raises(StoreError, match="Read-only file system"):
+            ledger.record_failure(Failure("fit", "x", "E", "m"), run_id="r1")
+        with pytest.raises(StoreError, match="Read-only file system"):
+            ledger.blobs.put_bytes(b"x")
+    finally:
+        subprocess.run(["umount", home], check=True)  # noqa: S607
+    assert filled.ledger.ingest().num_records == 1

@@ -1,0 +1,204 @@
+"""Questions have their answers, and can do nothing else than be answered."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from store.errors import QueryError
+from store.query import Limits, examples
+
+if TYPE_CHECKING:
+    from tests.store.conftest import Shelf
+
+COMMIT = "c0ffee" + "0" * 34
+Q_PROJ = "model.layers.{}.self_attn.q_proj"
+
+
+def test_every_example_has_its_answer(filled: Shelf) -> None:
+    experts = filled.adapter(1), filled.adapter(2)
+    stack = filled.fused(*experts)
+    models = [brief(filled.router(stack, seed=night).id) for night in (1, 2)]
+    weights = filled.ledger.weights_of
+    answers = {
+        "Which routed model is best on each task": [
+            ("parentheses", models[0], 0.75, 0.71, 0.79, 0.1, 0.8),
+            ("parentheses", models[1], 0.75, 0.71, 0.79, 0.1, 0.8),
+            ("sorting", models[0], 0.88, 0.84, 0.92, 0.05, 0.9),
+        ],
+        "How do my models compare": [
+            (models[0], "gate", 2, 0.815, 0.075, 0.85),
+            (models[1], "gate", 2, 0.725, 0.075, 0.85),
+        ],
+        "On which tasks is a routed model significantly worse": [
+            ("sorting", models[1], 0.7, "expert-1", 0.9)
+        ],
+        "What is the latest model made from": [
+            (1, "fused", None, None, None, weights(stack.id)),
+            (2, "adapter", "someone/lora-0", COMMIT, "mit", weights(experts[0].id)),
+            (2, "adapter", "someone/lora-1", COMMIT, "apache-2.0", weights(experts[1].id)),
+            (2, "base", "tiny/base", COMMIT, None, weights(filled.base.id)),
+        ],
+        "Which models contain an adapter": sorted(
+            (f"expert-{number}", licence, kind, used)
+            for number, licence in enumerate(("mit", "apache-2.0"))
+            for kind, used in (
+                ("fused", brief(stack.id)),
+                ("router", models[0]),
+                ("router", models[1]),
+            )
+        ),
+        "Which adapters were refused": [
+            (filled.hostile, "evil/lora", ["E_DORA"], ["it uses DoRA, which cannot be stacked"])
+        ],
+        "Under which licences": [("apache-2.0", 1), ("mit", 1)],
+        "Where does routing go wrong most": [
+            (f"expert-{expert}", layer, Q_PROJ.format(layer), accuracy, tokens)
+            for expert, accuracy, tokens in ((0, 0.9, 100), (1, 1.0, 60))
+            for layer in (0, 0, 1, 1)
+        ],
+        "How are tokens spread": sorted(
+            (model, f"expert-{expert}", load, accuracy)
+            for model in models
+            for expert, load, accuracy in ((0, 0.563, 0.9), (1, 0.438, 1.0))
+        ),
+        "Which experts take each other's tokens": [("expert-0", "expert-1", 40)],
+        "Where do runs spend their time": [("fit", 2, 50.0), ("stack", 2, 1.0)],
+        "Which scores fell significantly": [("nightly", "sorting", 0.88, 0.7)],
+    }
+    found = {title: filled.ledger.query(sql).rows for title, sql in examples()}
+    for beginning, rows in answers.items():
+        (title,) = (title for title in found if title.startswith(beginning))
+        close = sorted if "task" in title or "wrong most" in title else list
+        assert close(found[title]) == close(rows), title
+    (ran,) = (rows for title, rows in found.items() if title.startswith("What ran lately"))
+    assert [row[1:] for row in ran] == [
+        ("nightly", None, None, None),
+        ("nightly", "ok", "", 120.0),
+        ("nightly", "ok", "", 60.0),
+    ]
+    (wrong,) = (rows for title, rows in found.items() if title.startswith("What went wrong"))
+    assert [row[1:] for row in wrong] == [
+        ("nightly", "check", filled.hostile, "AdapterError", "it uses DoRA")
+    ]
+    (published,) = (rows for title, rows in found.items() if title.startswith("Where is everyth"))
+    assert [row[:3] for row in published] == [(models[1], "someone/model", COMMIT)]
+    assert len(found) == len(answers) + 4
+    assert all(rows for rows in found.values())
+
+
+def brief(artifact_id: str) -> str:
+    kind, _, digest = artifact_id.partition(":")
+    return f"{kind}:{digest[:12]}"
+
+
+def test_every_column_says_what_it_holds(filled: Shelf) -> None:
+    assert filled.ledger.query("FROM dictionary WHERE meaning IS NULL").rows == []
+    times = filled.ledger.query(
+        "SELECT DISTINCT meaning FROM dictionary WHERE data_type LIKE 'TIMESTAMP%'"
+    ).rows
+    assert all("UTC" in meaning for (meaning,) in times)
+
+
+def test_every_tables_comment_is_there(filled: Shelf) -> None:
+    for sql in (
+        "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND comment IS NULL",
+        "SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NULL",
+    ):
+        assert filled.ledger.query(sql).rows == []
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "FROM read_text('/etc/hostname')",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM glob('/etc/*')",
+        "SELECT * FROM '/etc/passwd'",
+        "COPY scores TO '/tmp/scores.csv'",
+        "EXPLAIN ANALYZE COPY scores TO '/tmp/scores.csv'",
+        "ATTACH '/tmp/other.duckdb'",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "SET memory_limit = '1TB'",
+        "RESET lock_configuration",
+        "PRAGMA database_list",
+        "CALL pragma_version()",
+        "EXPORT DATABASE '/tmp/out'",
+        "INSERT INTO scores SELECT * FROM scores",
+        "DELETE FROM scores",
+        "DROP TABLE scores",
+        "EXPLAIN ANALYZE DELETE FROM scores",
+        "WITH gone AS (DELETE FROM scores RETURNING id) FROM gone",
+        "CREATE TABLE memory.main.mine AS SELECT 1",
+        "CHECKPOINT",
+        "SELECT 1; SELECT 2",
+        "FROM scores; DROP TABLE scores",
+        "",
+        "-- nothing",
+        "SELEC 1",
+        "FROM nowhere",
+    ],
+)
+def test_a_question_can_do_nothing_but_ask(filled: Shelf, sql: str) -> None:
+    before = filled.ledger.query("FROM scores ORDER BY ALL")
+    with pytest.raises(QueryError):
+        filled.ledger.query(sql)
+    assert filled.ledger.query("FROM scores ORDER BY ALL") == before
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "FROM leaderboard",
+        "WITH best AS (FROM leaderboard WHERE place = 1) SELECT task FROM best",
+        "DESCRIBE leaderboard",
+        "SHOW TABLES",
+        "SUMMARIZE scores",
+        "EXPLAIN FROM leaderboard",
+        "EXPLAIN ANALYZE FROM leaderboard",
+        "VALUES (1)",
+        "SELECT 1;",
+    ],
+)
+def test_each_way_of_asking_is_answered(filled: Shelf, sql: str) -> None:
+    answer = filled.ledger.query(sql)
+    assert answer.rows
+    assert answer.columns
+    assert filled.ledger.query(sql, live=True).columns == answer.columns
+
+
+@pytest.mark.parametrize(
+    ("sql", "sentence"),
+    [
+        ("SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b", "stopped after"),
+        (
+            "WITH RECURSIVE r AS (SELECT 1 i UNION ALL SELECT i + 1 FROM r) SELECT max(i) FROM r",
+            ".",
+        ),
+        ("SELECT list(range) FROM range(100000000)", "memory"),
+        ("FROM range(200)", "add a LIMIT"),
+    ],
+    ids=["long", "endless", "large", "many rows"],
+)
+def test_a_question_stops_at_its_limits(filled: Shelf, sql: str, sentence: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(QueryError, match=sentence):
+        filled.ledger.query(sql, limits=Limits(seconds=0.5, memory_bytes=1 << 26, rows=100))
+    assert time.monotonic() - began < 10
+
+
+def test_a_hostile_name_is_just_a_name(filled: Shelf) -> None:
+    rows = filled.ledger.query("SELECT name, verdict FROM adapters WHERE verdict = 'refuse'").rows
+    assert rows == [(filled.hostile, "refuse")]
+    assert filled.ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
+
+
+def test_the_examples_are_read_whole() -> None:
+    assert len(examples()) >= 10
+    for title, sql in examples():
+        assert re.fullmatch(r"[A-Z].*\?", title)
+        assert sql.endswith(";")

@@ -164,7 +164,8 @@ class Sweep:
                     with torch.inference_mode():
                         self._run(index, batch)
                 except _Reached as reached:
-                    yield reached.x
+                    # OPT's layers work on tokens [B × L, IN]
+                    yield reached.x.reshape(*self._hidden[batch].shape[:2], -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
         finally:

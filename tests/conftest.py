@@ -38,6 +38,16 @@ def peft_is_behind() -> Generator[None]:
         yield
 
 
+def load_peft(base: Path, adapter: Path) -> PeftModel:
+    """What PEFT makes of an adapter: the oracle."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    with peft_is_behind():
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
 @dataclass(frozen=True)
 class World:
     """A base, adapters that PEFT saved for it, and the fused checkpoint made of them."""
@@ -53,10 +63,7 @@ class World:
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype).eval()
 
     def load_peft(self, name: str) -> PeftModel:
-        from peft import PeftModel
-
-        with peft_is_behind():
-            return PeftModel.from_pretrained(self.load_base(), self.adapters[name]).eval()
+        return load_peft(self.base, self.adapters[name])
 
     def load(self, **asked: Any) -> PreTrainedModel:
         import meteora
@@ -94,63 +101,40 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
     """Two layers of 32, with random weights large enough that tokens differ."""
     import transformers as hf
 
-    ids: dict[str, Any] = {
+    old: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "initializer_range": 0.2,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 128,
+        "hidden_size": HIDDEN,
     }
-    wide: dict[str, Any] = {"initializer_range": 0.2}
-    llama = (
-        ids
-        | wide
-        | {
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        }
-    )
-    gemma: dict[str, Any] = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
-    old: dict[str, Any] = ids | wide
-    makers: dict[str, Callable[[], Any]] = {
-        "llama": lambda: hf.LlamaConfig(**llama),
-        "mistral": lambda: hf.MistralConfig(**llama, sliding_window=4),
-        "qwen2": lambda: hf.Qwen2Config(**llama),
-        "qwen3": lambda: hf.Qwen3Config(**llama, head_dim=8),
-        "gemma2": lambda: hf.Gemma2Config(**gemma),
-        "gemma3": lambda: hf.Gemma3TextConfig(
-            **gemma, layer_types=["sliding_attention", "full_attention"]
+    llama = old | {"intermediate_size": INTERMEDIATE, "num_key_value_heads": 2}
+    gemma = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("LlamaConfig", llama),
+        "mistral": ("MistralConfig", llama | {"sliding_window": 4}),
+        "qwen2": ("Qwen2Config", llama),
+        "qwen3": ("Qwen3Config", llama | {"head_dim": 8}),
+        "gemma2": ("Gemma2Config", gemma),
+        "gemma3": (
+            "Gemma3TextConfig",
+            gemma | {"layer_types": ["sliding_attention", "full_attention"]},
         ),
-        "phi": lambda: hf.PhiConfig(**llama),
-        "gpt2": lambda: hf.GPT2Config(
-            **old, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=128
+        "phi": ("PhiConfig", llama),
+        "gpt2": ("GPT2Config", old | {"n_inner": INTERMEDIATE}),
+        "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),
+        "opt": (
+            "OPTConfig",
+            old | {"ffn_dim": INTERMEDIATE, "init_std": 0.2, "word_embed_proj_dim": HIDDEN},
         ),
-        "gpt_neox": lambda: hf.GPTNeoXConfig(
-            **old,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=128,
-        ),
-        "opt": lambda: hf.OPTConfig(
-            **ids,
-            init_std=0.2,
-            hidden_size=HIDDEN,
-            ffn_dim=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=128,
-            word_embed_proj_dim=HIDDEN,
-        ),
-        "bloom": lambda: hf.BloomConfig(
-            **old, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS
-        ),
-    }  # fmt: skip
-    return makers[kind]()
+        "bloom": ("BloomConfig", old),
+    }
+    name, asked = kinds[kind]
+    return getattr(hf, name)(**asked)
 
 
 @pytest.fixture(scope="session")
@@ -195,6 +179,12 @@ def build_adapter() -> Callable[..., Path]:
         return out
 
     return build
+
+
+@pytest.fixture(scope="session")
+def peft_model() -> Callable[[Path, Path], PeftModel]:
+    """A function from the folders of a base and an adapter to PEFT's own model."""
+    return load_peft
 
 
 @pytest.fixture(scope="session")

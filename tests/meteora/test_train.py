@@ -1,0 +1,220 @@
+"""Calibrating: only gates change, they separate what can be separated, and the same every time."""
+
+# ruff: noqa: S311
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import pytest
+import torch
+
+from meteora import checkpoint, train
+from meteora.discriminant import SHRINKAGES, Scatter, gate_from
+from meteora.model import recorded_logits, routed_layers
+from meteora.routers import Gate
+from meteora.train import UNLABELLED, LabelledSequence, TrainingError, calibrate
+
+NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
+
+
+def task_tokens(e, length, dice):
+    """Task e speaks with its own three tokens."""
+    return [3 + 3 * e + dice.randrange(3) for _ in range(length)]
+
+
+def examples(num_each, seed=0, experts=range(4), opening=2):
+    """Sequences of each task behind an opening that tells nothing, of very different length."""
+    dice, found = random.Random(seed), []
+    for e in experts:
+        for i in range(num_each):
+            body = task_tokens(e, dice.choice([3, 8, 20]) if i else 90, dice)
+            found.append(
+                LabelledSequence(
+                    (*[1] * opening, *body), (*[UNLABELLED] * opening, *[e] * len(body))
+                )
+            )
+    return found
+
+
+@pytest.fixture
+def model(world):
+    return world.load()
+
+
+@torch.no_grad()
+def routing_accuracy(model, sequences):
+    """Share of (layer, labelled token) pairs that go to their own expert."""
+    right = total = 0
+    for sequence in sequences:
+        with recorded_logits(model) as recorded:
+            model(torch.tensor([sequence.input_ids]))
+        labels = torch.tensor(sequence.experts)
+        known = labels != UNLABELLED
+        for logits in recorded.values():
+            right += int((logits.argmax(-1) == labels)[known].sum())
+            total += int(known.sum())
+    return right / total
+
+
+def frozen_bytes(model):
+    """A hash of everything but the gates."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if ".router." not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def test_only_the_gates_differ_afterwards(model):
+    before = frozen_bytes(model)
+    calibrate(model, examples(4))
+    assert frozen_bytes(model) == before
+    assert all(isinstance(layer.router, Gate) for layer in routed_layers(model).values())
+
+
+def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
+    found = calibrate(model, examples(12))
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.9
+    assert found.heldout_accuracy > 0.9
+    assert found.num_tokens == sum(
+        e != UNLABELLED for sequence in examples(12) for e in sequence.experts
+    )
+
+
+def test_the_same_inputs_give_the_same_bytes(world, tmp_path):
+    for name in ("one", "other"):
+        model = world.load()
+        calibrate(model, examples(4), top_k=2, seed=5)
+        checkpoint.write_gates(tmp_path / name, train.gates_of(model))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
+    found = calibrate(model, examples(4))
+    gates = train.gates_of(model)
+    q, k, o = (gates[f"model.layers.0.self_attn.{name}_proj"][0] for name in "qko")
+    assert torch.equal(q, k)
+    assert not torch.equal(q, o)
+    assert [path.split(".", 2)[2] for path in found.accuracy_of] == [
+        f"{layer}.{name}"
+        for layer in range(2)
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    ]
+
+
+@torch.no_grad()
+def test_a_gate_is_fitted_to_inputs_as_the_routed_layers_below_produce_them(model):
+    """Its own closed form over what reaches it in the finished model gives the gate back."""
+    path, sequences = "model.layers.1.self_attn.o_proj", examples(4)
+    calibrate(model, sequences)
+    seen = []
+    hook = routed_layers(model)[path].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    for sequence in sequences:
+        model(torch.tensor([sequence.input_ids]))
+    hook.remove()
+    x = torch.cat(seen, dim=1)[0]
+    labels = torch.tensor([e for sequence in sequences for e in sequence.experts])
+    x, labels = x[labels != UNLABELLED], labels[labels != UNLABELLED]
+    scatter = Scatter.empty(len(NAMES), x.mean(0))
+    scatter.add(x, labels, 1 / labels.bincount().float()[labels])
+    fitted = centred(train.gates_of(model)[path][0])
+    again = [centred(gate_from(scatter, shrinkage)[0]) for shrinkage in SHRINKAGES]
+    assert min((one - fitted).norm() / fitted.norm() for one in again) < 1e-3
+
+
+def centred(weight):
+    """What is common to the rows of all experts changes no route."""
+    return weight - weight.mean(0)
+
+
+def test_an_expert_with_too_few_examples_is_named(model):
+    few = [*examples(4, experts=(0, 1, 3)), *examples(1, experts=(2,))]
+    with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):
+        calibrate(model, few)
+    with pytest.raises(TrainingError, match="expert q_and_v has 0 examples"):
+        calibrate(model, examples(4, experts=(0, 1, 3)))
+
+
+def test_labels_must_fit_the_tokens_and_the_experts(model):
+    with pytest.raises(TrainingError, match="3 tokens and 2 labels"):
+        LabelledSequence((1, 2, 3), (0, 0))
+    with pytest.raises(TrainingError, match="0 tokens"):
+        LabelledSequence((), ())
+    with pytest.raises(TrainingError, match="sequence 0 has a token of expert 7"):
+        calibrate(model, [LabelledSequence((1, 2), (7, 7)), *examples(4)])
+
+
+def test_an_expert_that_only_owns_spans_inside_other_sequences_is_learned(model):
+    """Two tasks in each sequence, in either order; expert 3 never comes first."""
+    dice = random.Random(0)
+
+    def spans(first, second):
+        return LabelledSequence(
+            (*task_tokens(first, 9, dice), *task_tokens(second, 7, dice)),
+            (*[first] * 9, *[second] * 7),
+        )
+
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3), (2, 0), (1, 3)]
+    calibrate(model, [spans(*pair) for pair in pairs for _ in range(4)])
+    unseen = [spans(*pair) for pair in pairs for _ in range(2)]
+    assert routing_accuracy(model, unseen) > 0.8  # attention mixes the first task in
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_expert_keeps_a_fitted_sequence_however_spans_are_shared(seed):
+    dice = random.Random(seed)
+    sequences = [
+        LabelledSequence((1,) * 3, tuple(dice.sample(range(4), 3))) for _ in range(5)
+    ] + examples(2)
+    heldout = train._hold_out(sequences, NAMES, seed)
+    for part in (heldout, set(range(len(sequences))) - heldout):
+        assert set().union(*(sequences[i].owners for i in part)) == {0, 1, 2, 3}
+
+
+def test_a_failed_fit_leaves_the_routers_that_it_found(model):
+    def interrupt(_done, _total):
+        raise KeyboardInterrupt
+
+    before = [layer.router for layer in routed_layers(model).values()]
+    model.train()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, examples(4), progress=interrupt)
+    after = [layer.router for layer in routed_layers(model).values()]
+    assert all(now is then for now, then in zip(after, before, strict=True))
+    assert model.training
+
+
+def test_numbers_that_are_not_finite_are_refused_with_the_module(model):
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.input_layernorm").weight[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.q_proj: .*NaN"):
+        calibrate(model, examples(4))
+
+
+def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
+    monkeypatch.setattr(train, "TOKENS_PER_BATCH", 64)
+    sequences = examples(5)
+    batches = list(train._batches(sequences, set(), torch.device("cpu")))
+    assert all(batch.input_ids.numel() <= 64 or len(batch.input_ids) == 1 for batch in batches)
+    lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(-1)]
+    assert sorted(lengths) == sorted(len(sequence.input_ids) for sequence in sequences)
+    for batch in batches:
+        assert (batch.labels[batch.attention_mask == 0] == UNLABELLED).all()
+
+
+def test_only_every_nth_held_out_token_is_kept_where_there_are_many(model, monkeypatch):
+    monkeypatch.setattr(train, "MAX_HELDOUT_TOKENS", 16)
+    kept = []
+
+    def choose(_scatter, x, _labels, _weights):
+        kept.append(len(x))
+        return 0.1, 1.0
+
+    monkeypatch.setattr(train, "choose_shrinkage", choose)
+    calibrate(model, examples(6))
+    assert all(0 < count <= 20 for count in kept)

@@ -124,12 +124,28 @@ class BaseSpec(Spec):
 
 
 @dataclass(frozen=True)
+class LinearSize(Noun):
+    """One linear layer of a base: what an adapter's module has to fit."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
 class BuiltBase(Noun):
-    """A base as it lies under the store's home: a folder that transformers loads."""
+    """A base as a folder that transformers loads, and what it is found to be."""
 
     spec: BaseSpec
     weights_sha256: str
     fingerprint: Fingerprint
+    linear: tuple[LinearSize, ...]
+    """In the order of the model."""
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(IN, OUT) of every linear layer, by module path."""
+        return {size.path: (size.in_features, size.out_features) for size in self.linear}
 
 
 @dataclass(frozen=True)
@@ -235,9 +251,10 @@ class RouterBuild(Noun):
     weights_sha256: str
     """Of `gates.safetensors`."""
     num_tokens: int
-    """Tokens that the gates were fitted on."""
-    heldout_accuracy: float
-    """Share of (input point, token) pairs of held-out sequences that went to their own expert."""
+    """Tokens that the gates were fitted on; 0 for a router without gates."""
+    heldout_accuracy: float | None
+    """Share of (input point, token) pairs of held-out sequences that went to their own expert;
+    None where nothing was fitted."""
     wall_seconds: float
     device: str
 
@@ -255,6 +272,8 @@ class BenchmarkSpec(Spec):
     """Of the canonical JSON of the rows that are asked, in order."""
     metric: str
     num_fewshot: int
+    max_new_tokens: int
+    """An answer that is not finished by then is cut."""
     seed: int
     base_id: ArtifactId
     """The base that the subject ran on: an adapter alone says nothing without it."""
@@ -285,6 +304,41 @@ class Score(Noun):
         for name in ("value", "stderr", "low", "high", "wall_seconds"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{self.spec.task}: {name} is {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RoutingSpec(Spec):
+    """One router watched on the experts' own test rows."""
+
+    kind: ClassVar[str] = "routing"
+
+    router_id: ArtifactId
+    rows_sha256: str
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.router_id,)
+
+
+@dataclass(frozen=True)
+class RoutingShare(Noun):
+    """How much of one expert's test rows went to it."""
+
+    expert: str
+    accuracy: float
+    """Share of its (routed module, token) pairs."""
+
+
+@dataclass(frozen=True)
+class RoutingBuild(Noun):
+    """Whether tokens go to their own experts, with the gates' own choices below them."""
+
+    spec: RoutingSpec
+    accuracy: float
+    """Share of all (routed module, token) pairs after the template's opening."""
+    by_expert: tuple[RoutingShare, ...]
+    num_tokens: int
+    wall_seconds: float
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,19 @@ from tests.quickstart.tasks import Row, rows
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TRAIN_SEED, SPLIT_SEED = 0, 1
+CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+library_name: peft
+license: apache-2.0
+pipeline_tag: text-generation
+tags: [lora]
+---
+
+# {task}
+
+A LoRA for the one task that its name says, trained for {steps} steps of {batch} made-up rows by
+`python -m tests.quickstart.make` in meteora-pipelines, as an example of an off-the-shelf adapter.
+"""
 NUM_TRAIN, NUM_TEST = 64, 60  # rows that ship: for the gates, and held out
 
 
@@ -107,7 +120,9 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
     for parameter in weights:
         parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.save_pretrained(out / "adapters" / task)
+    folder = out / "adapters" / task
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text(CARD.format(task=task, steps=asked.steps, batch=batch_size))
 
 
 def write_splits(task: str, out: Path) -> None:

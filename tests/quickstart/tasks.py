@@ -9,7 +9,10 @@ by hash, so that train, calibration and test splits of one seed never meet.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Row = dict[str, str]
 """`{"prompt", "response"}`, as a line of the JSONL files."""

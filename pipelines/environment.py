@@ -1,0 +1,38 @@
+"""What has to stand in the environment before Prefect and Hugging Face libraries load."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SETTINGS = {
+    # nothing calls home
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # Prefect's first start makes a database and takes up to half a minute; its limit is 20 s
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # the ledger is the cache and the record: Prefect keeps attempts, and no results
+    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    # Prefect's log goes to its server; what a person should read, we say ourselves
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # and so are the bars
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare(home: Path) -> None:
+    """Set what the user has not set. Without a server of the user's, Prefect lives under `home`."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if "PREFECT_API_URL" not in os.environ:
+        os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
+
+
+def has_server() -> bool:
+    return "PREFECT_API_URL" in os.environ

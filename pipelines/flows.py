@@ -1,0 +1,242 @@
+"""What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
+
+    resolve base ─▶ build base ─▶ resolve, fetch, read each adapter ─▶ check ─▶ plan
+        ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint
+
+A decorator says only how a stage runs: what may pass by itself is tried again, nothing is cached by
+Prefect. Whether work is done already is the ledger's to know.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from meteora.adapters import AdapterError
+from meteora.artifacts import MeteoraError
+from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE
+from pipelines import card, measures, plan, stages
+from pipelines.opening import describe
+from pipelines.progress import say
+from pipelines.summary import summarise
+from pipelines.workplace import Workplace  # noqa: TC001  (Prefect reads annotations)
+from store.errors import BusyError
+from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
+from store.files import locked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from prefect.client.schemas.objects import State, TaskRun
+    from prefect.tasks import Task
+
+    from meteora.artifacts import AdapterRef, BuiltBase, RouterBuild
+    from pipelines.plan import Expert, Plan
+    from pipelines.recipe import ExpertSection
+
+ALIVE = "alive.lock"
+"""Held in the folder of every run while its process lives; the kernel frees it however it ends."""
+STAGES = ("base", "check", "stack", "gates", "benchmark")
+VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
+
+
+def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try can help: the network's passing faults, and nothing else."""
+    error = state.result(raise_on_failure=False)
+    return bool(getattr(error, "retry", False))
+
+
+def at_the_network(function: Callable[..., Any]) -> Any:  # noqa: ANN401  (Prefect's decorator)
+    """A task that is tried again while the fault is one that may pass."""
+    return task(
+        retries=3,
+        retry_delay_seconds=[2, 10, 60],
+        retry_jitter_factor=0.5,
+        retry_condition_fn=may_pass,
+        cache_policy=NO_CACHE,
+    )(function)
+
+
+resolve_base = at_the_network(plan.resolve_base)
+resolve_adapter = at_the_network(plan.resolve_adapter)
+fetch_adapter = at_the_network(plan.fetch_adapter)
+build_base = at_the_network(stages.build_base)
+check = task(cache_policy=NO_CACHE)(stages.check)
+stack = task(cache_policy=NO_CACHE)(stages.stack)
+fit_gates = task(cache_policy=NO_CACHE)(stages.fit_gates)
+measure = task(cache_policy=NO_CACHE)(measures.measure)
+
+
+@dataclass
+class Clock:
+    """How long each stage took, in seconds, in the order in which they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+@flow(name="meteora", validate_parameters=False, persist_result=False)
+def fuse_adapters(work: Workplace, until: str, clock: Clock) -> None:
+    """Make everything that a recipe asks for and the ledger does not hold."""
+    with clock.stage("base"):
+        base = resolve_base(work.recipe, work.folder)
+        built = build_base(work, base)
+    if until == "base":
+        return
+    with clock.stage("check"):
+        experts = find_experts(work, built)
+        check(work, built, experts)
+        planned = plan.make_plan(work.recipe, work.folder, base, experts)
+    if until == "check":
+        return
+    with clock.stage("stack"):
+        fused = stack(work, planned)
+    if until == "stack":
+        return
+    with clock.stage("gates"):
+        gates = fit_gates(work, planned, built, fused)
+    if until == "gates":
+        return
+    with clock.stage("benchmark"):
+        measure(work, planned, built, gates)
+        finish(work, planned, built, gates)
+
+
+def find_experts(work: Workplace, built: BuiltBase) -> list[Expert]:
+    """Every adapter of the recipe, fetched and read; a refused one ends the run or is left out."""
+    experts = []
+    for section in work.recipe.experts:
+        ref = resolve_adapter(section, work.folder)
+        folder = fetch_adapter(section, ref, work.folder, work.home / "adapters")
+        try:
+            expert = plan.read_expert(section, ref, folder, work.recipe, built)
+        except AdapterError as error:
+            _record_verdict(work, section, ref, "refuse", error.reasons)
+            failure = Failure("check", section.name, type(error).__name__, str(error))
+            work.ledger.record_failure(failure, run_id=work.run_id)
+            if work.recipe.policy.on_refused == "fail":
+                raise
+            say(f"[yellow]left out:[/] {section.name}: {error}")
+            continue
+        verdict = "warn" if expert.adapter.reasons else "accept"
+        _record_verdict(work, section, ref, verdict, expert.adapter.reasons, expert)
+        experts.append(expert)
+    if not experts:
+        raise MeteoraError("every adapter of the recipe was refused, so there is nothing to stack")
+    return experts
+
+
+def _record_verdict(
+    work: Workplace,
+    section: ExpertSection,
+    ref: AdapterRef,
+    verdict: str,
+    reasons: tuple[Any, ...],
+    expert: Expert | None = None,
+) -> None:
+    work.ledger.record_adapter(
+        AdapterVerdict(
+            name=section.name,
+            source=section.adapter,
+            repo_id=ref.repo_id,
+            revision=ref.revision,
+            subfolder=ref.subfolder,
+            verdict=verdict,
+            reasons=tuple(Reason(reason.code, reason.message) for reason in reasons),
+            licence=expert.licence if expert else "",
+            adapter_id=expert.adapter.spec.id if expert else None,
+        ),
+        run_id=work.run_id,
+    )
+
+
+def finish(work: Workplace, planned: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+    """Write the checkpoint's folder with its card and lineage."""
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    if summary is None:
+        raise MeteoraError("a measurement is missing, so no card can be written; run again")
+    manifest = describe(planned, built, gates)
+    files = {EXPERTS: str(work.ledger.weights_of(planned.fused.id))}
+    if manifest.router.kind == "gate":
+        files[GATES] = gates.weights_sha256
+    texts = {
+        CARD: card.write_card(manifest, summary, work.name),
+        LINEAGE: card.write_lineage(manifest, files, work.recipe_sha256),
+    }
+    return stages.write_checkpoint(work, planned, built, gates, texts)
+
+
+def run(work: Workplace, until: str = STAGES[-1]) -> Clock:
+    """Run a recipe as a Prefect flow, under its lock, and record how it ended.
+
+    Raises:
+        BusyError: the recipe is being run by another process.
+        MeteoraError: something was refused or could not be done; it is recorded with its reason.
+    """
+    runs = work.home / "runs"
+    with (
+        locked(runs / f"{work.key}.lock", deadline_seconds=0.0),
+        locked(runs / work.run_id / ALIVE, deadline_seconds=0.0),
+    ):
+        _close_killed(work)
+        work.ledger.record_run(_started(work))
+        clock, began = Clock(), time.perf_counter()
+        outcome, reason = "killed", "interrupted"
+        try:
+            fuse_adapters.with_options(flow_run_name=work.run_id)(work, until, clock)
+            outcome, reason = "ok", ""
+        except MeteoraError as error:
+            outcome = "refused" if isinstance(error, AdapterError) else "failed"
+            reason = str(error)
+            raise
+        except Exception as error:
+            outcome, reason = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            ended = RunEnded(
+                work.run_id, outcome, reason, time.perf_counter() - began, clock.seconds
+            )
+            work.ledger.record_run(ended)
+            work.ledger.ingest()
+            shutil.rmtree(work.home / "runs" / work.run_id, ignore_errors=True)
+    return clock
+
+
+def _started(work: Workplace) -> RunStarted:
+    return RunStarted(
+        work.run_id,
+        recipe_name=work.name,
+        recipe_sha256=work.recipe_sha256,
+        versions={name: version(name) for name in VERSIONS},
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _close_killed(work: Workplace) -> None:
+    """Close the runs that began and never ended, and whose process is gone with its lock."""
+    for run in work.ledger.unended_runs():
+        folder = work.home / "runs" / run.run_id
+        try:
+            with locked(folder / ALIVE, deadline_seconds=0.0):
+                ended = RunEnded(run.run_id, "killed", f"found unfinished by {work.run_id}", 0.0)
+                work.ledger.record_run(ended)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BusyError:
+            continue  # it runs still
+        say(f"the run {run.run_id} was killed; what it had finished is kept")

@@ -1,0 +1,48 @@
+"""What a person sees while a run works, on stderr: a line a stage, a bar where it takes time."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+    """A bar with the rate and the time left; yields `advance(count)`.
+
+    Where stderr is no terminal, one line at the end says what a bar would have shown.
+    """
+    started = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        shown = progress.add_task(what, total=total)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.advance(shown, count)
+
+        yield advance
+    if not console.is_terminal:
+        say(f"{what}: {done} of {total} {unit} in {time.perf_counter() - started:.0f} s")

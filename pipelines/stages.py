@@ -1,0 +1,169 @@
+"""The stages that build: plain functions that leave what they made in the store.
+
+Each looks into the ledger first and does nothing where the work is done; each puts its bytes into
+the blobs and only then writes its record. So a run that is stopped anywhere goes on where it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora import adapters, base, checkpoint, fuse, train
+from meteora.artifacts import BuiltBase, FusedCheckpoint, LinearSize, RouterBuild
+from meteora.encode import encode_pair, opening_length
+from meteora.sources import GGUF, find_gguf, weights_sha256
+from pipelines import hub
+from pipelines.opening import describe, opened
+from pipelines.progress import bar, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from meteora.artifacts import BaseSpec
+    from pipelines.plan import Expert, Plan
+    from pipelines.workplace import Workplace
+
+
+def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
+    """Have the base as safetensors: in place, downloaded at its commit, or dequantised once."""
+    folder = work.base_folder(spec)
+    known = work.ledger.built(spec.id)
+    if known is not None and folder.is_dir():
+        return BuiltBase.from_dict(known)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with work.scratch() as scratch:
+            _fetch_base(work.recipe.base, spec, scratch / "base")
+            (scratch / "base").rename(folder)
+    sizes = base.linear_sizes(folder)
+    built = BuiltBase(
+        spec,
+        weights_sha256(folder),
+        base.fingerprint_of(folder),
+        tuple(LinearSize(path, *size) for path, size in sizes.items()),
+    )
+    work.ledger.record_artifact(
+        spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
+    )
+    return built
+
+
+def _fetch_base(source: str, spec: BaseSpec, out: Path) -> None:
+    if not source.startswith(GGUF):
+        hub.download_base(spec, out)
+        return
+    say(f"dequantising {source.removeprefix(GGUF)}, once")
+    model, tokenizer = base.load_gguf(find_gguf(source))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
+    """Refuse experts that cannot lie in one stack on this base; record those that can."""
+    found = {expert.name: expert.adapter for expert in experts}
+    for reason in adapters.check_stackable(found, base=built.sizes):
+        say(f"[yellow]note:[/] {reason.message}")
+    for expert in experts:
+        spec = expert.adapter.spec
+        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
+
+
+def stack(work: Workplace, plan: Plan) -> FusedCheckpoint:
+    """Lay the adapters end to end in one file; the base is not loaded for it."""
+    if work.holds(plan.fused.id):
+        return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
+    with work.scratch() as scratch:
+        out = scratch / checkpoint.EXPERTS
+        fuse.stack([expert.adapter for expert in plan.experts], out)
+        sha256 = work.ledger.blobs.put(out, move=True)
+    made = FusedCheckpoint(plan.fused, sha256)
+    work.ledger.record_artifact(
+        plan.fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
+    )
+    return made
+
+
+def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
+    """Fit the gates by one forward sweep; a router without gates is only recorded."""
+    if work.holds(plan.router.id):
+        return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
+    if plan.router.router == "gate":
+        made = _calibrate(work, plan, built)
+    else:
+        made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
+    work.ledger.record_artifact(
+        plan.router,
+        weights_sha256=made.weights_sha256,
+        built=made,
+        blobs=[made.weights_sha256],
+        run_id=work.run_id,
+    )
+    return made
+
+
+def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
+    with opened(work, plan, built, gates=None) as (model, tokenizer):
+        layers = model.config.get_text_config().num_hidden_layers
+        with bar("fitting the gates", layers, "layers") as advance:
+            found = train.calibrate(
+                model,
+                label(plan, tokenizer),
+                top_k=plan.router.top_k,
+                temperature=plan.router.temperature,
+                seed=plan.router.seed,
+                progress=lambda _done, _total: advance(1),
+            )
+        with work.scratch() as scratch:
+            out = scratch / checkpoint.GATES
+            checkpoint.write_gates(out, train.gates_of(model))
+            sha256 = work.ledger.blobs.put(out, move=True)
+        return RouterBuild(
+            spec=plan.router,
+            weights_sha256=sha256,
+            num_tokens=found.num_tokens,
+            heldout_accuracy=found.heldout_accuracy,
+            wall_seconds=found.wall_seconds,
+            device=str(model.device),
+        )
+
+
+def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[train.LabelledSequence]:
+    """Every example as tokens that belong to its expert; the template's opening to none."""
+    opening = opening_length(tokenizer)
+    sequences = []
+    for e, name in enumerate(plan.fused.names):
+        for row in plan.examples[name]:
+            ids = encode_pair(tokenizer, row.prompt, row.response)
+            labels = [train.UNLABELLED] * opening + [e] * (len(ids) - opening)
+            sequences.append(train.LabelledSequence(tuple(ids), tuple(labels)))
+    return sequences
+
+
+def write_checkpoint(
+    work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild, texts: dict[str, str]
+) -> Path:
+    """The checkpoint's folder, whole or not at all; its tensors are links to the blobs if possible.
+
+    Args:
+        texts: further files by name, such as the card and the lineage
+    """
+    folder = work.checkpoint_folder(plan.router.id)
+    parts = {checkpoint.EXPERTS: work.ledger.weights_of(plan.fused.id)}
+    if plan.router.router == "gate":
+        parts[checkpoint.GATES] = gates.weights_sha256
+    with work.scratch() as scratch:
+        made = scratch / folder.name
+        made.mkdir()
+        for name, sha256 in parts.items():
+            work.ledger.blobs.give(str(sha256), made / name)
+        (made / checkpoint.MANIFEST).write_text(describe(plan, built, gates).to_json())
+        for name, text in texts.items():
+            (made / name).write_text(text)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            folder.rename(scratch / "before")
+        made.rename(folder)
+    return folder

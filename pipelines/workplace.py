@@ -1,0 +1,81 @@
+"""Where a run works: the store, the recipe and its folder, and the run's own name."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import canonical_sha256
+from meteora.sources import PATH, file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from meteora.artifacts import ArtifactId, BaseSpec
+    from pipelines.recipe import Recipe
+    from store.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Workplace:
+    ledger: Ledger
+    recipe: Recipe
+    path: Path
+    """Of the recipe; paths in it are relative to its folder."""
+    run_id: str
+
+    @property
+    def name(self) -> str:
+        """As people call the recipe: its file's name, or its folder's where that says nothing."""
+        return self.path.parent.name if self.path.stem == "recipe" else self.path.stem
+
+    @property
+    def key(self) -> str:
+        """The name, made unique among recipes of one name in different folders."""
+        return f"{self.name}-{canonical_sha256(str(self.path.resolve()))[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def recipe_sha256(self) -> str:
+        return file_sha256(self.path)
+
+    @property
+    def home(self) -> Path:
+        return self.ledger.home
+
+    @contextmanager
+    def scratch(self) -> Generator[Path]:
+        """A folder on the store's own disk: what is made there moves in by a rename."""
+        parent = self.home / "runs" / self.run_id
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
+
+    def base_folder(self, spec: BaseSpec) -> Path:
+        """Where the base lies, as a folder that transformers loads."""
+        source = self.recipe.base
+        if source.startswith(PATH):
+            return self.folder / source.removeprefix(PATH)
+        return self.home / "bases" / spec.id.partition(":")[2]
+
+    def checkpoint_folder(self, router_id: ArtifactId) -> Path:
+        """Where the checkpoint with this router lies, once it is written."""
+        return self.home / "checkpoints" / router_id.partition(":")[2][:16]
+
+    def holds(self, artifact_id: ArtifactId) -> bool:
+        """Whether an artifact was made and its bytes still lie in the store."""
+        sha256 = self.ledger.weights_of(artifact_id)
+        return sha256 is not None and sha256 in self.ledger.blobs
+
+
+def new_run_id() -> str:
+    """A name that sorts by time and never comes twice."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"

@@ -30,25 +30,28 @@ def read_modules(
 ) -> tuple[AdapterModule, ...]:
     """The modules that the pairs of tensors describe, as far as nothing is refused."""
     budget = Budget()
-    modules = []
+    modules: list[AdapterModule] = []
+    mismatched: list[str] = []
+    shapes = _shapes(pairs, tensors, found)
     try:
         ranks = _claimed_ranks(claim, budget, found)
         alphas = _Table(claim.alpha_pattern, claim.lora_alpha, budget)
-        for path, pair in pairs.items():
-            shape = _factor_shapes(path, pair, tensors, found)
-            if shape is None:
-                continue
-            in_features, out_features, r = shape
+        for path, (in_features, out_features, r) in shapes.items():
             if (claimed := ranks.of(path)) and claimed != r:
-                found.refuse("rank_mismatch", f"{path} has rank {r}, its config claims {claimed}")
+                mismatched.append(f"{path} ({r}, not {claimed})")
             lora_alpha = alphas.of(path) if claim.format == "peft" else claim.scale * r
             scaling = _scaling(claim, lora_alpha, r)
-            if scaling > MAX_SCALING:
-                found.warn("large_scaling", f"{path} is scaled by {scaling:g}")
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
         _check_targets(claim, list(pairs), budget, found)
     except PatternError as error:
         found.refuse("pattern", f"a pattern of its config cannot be matched: {error}")
+    if mismatched:
+        found.refuse(
+            "rank_mismatch",
+            f"tensors have other ranks than the config claims: {listed(mismatched)}",
+        )
+    if large := [m.path for m in modules if m.scaling > MAX_SCALING]:
+        found.warn("large_scaling", f"scaled by more than {MAX_SCALING}: {listed(large)}")
     _check_even(list(pairs), found)
     return tuple(modules)
 
@@ -59,31 +62,30 @@ def _scaling(claim: Claim, lora_alpha: float, r: int) -> float:
     return lora_alpha / math.sqrt(r) if claim.use_rslora else lora_alpha / r
 
 
-def _factor_shapes(
-    path: str, pair: AdapterTensors, tensors: Mapping[str, TensorInfo], found: Findings
-) -> tuple[int, int, int] | None:
-    """IN, OUT and r of a module."""
-    a, b = tensors[pair.a_key], tensors[pair.b_key]
-    for key, tensor in ((pair.a_key, a), (pair.b_key, b)):
-        if tensor.dtype not in DTYPES:
-            found.refuse(
-                "dtype", f"{key} is of dtype {tensor.dtype}; {', '.join(DTYPES)} can be used"
-            )
-            return None
-        if len(tensor.shape) != 2:
-            found.refuse("shape", f"{key} has the shape {list(tensor.shape)}, not that of a matrix")
-            return None
-    (r_a, in_features), (out_features, r_b) = a.shape, b.shape
-    if pair.transposed:
-        (in_features, r_a), (r_b, out_features) = a.shape, b.shape
-    if r_a != r_b:
+def _shapes(
+    pairs: Mapping[str, AdapterTensors], tensors: Mapping[str, TensorInfo], found: Findings
+) -> dict[str, tuple[int, int, int]]:
+    """IN, OUT and r of each module whose factors are matrices that multiply."""
+    shapes = {}
+    dtypes: list[str] = []
+    torn: list[str] = []
+    for path, pair in pairs.items():
+        factors = tensors[pair.a_key], tensors[pair.b_key]
+        dtypes += [f"{path} ({t.dtype})" for t in factors if t.dtype not in DTYPES]
+        a, b = (t.shape[::-1] if pair.transposed else t.shape for t in factors)
+        if len(a) == len(b) == 2 and a[0] == b[1]:
+            shapes[path] = (a[1], b[0], a[0])
+        else:
+            torn.append(f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})")
+    if dtypes:
+        found.refuse("dtype", f"{listed(dtypes)}: only {', '.join(DTYPES)} can be used")
+    if torn:
         found.refuse(
             "shape",
-            f"{path}: A {list(a.shape)} and B {list(b.shape)} do not multiply; one is transposed,"
-            " or they are of different adapters",
+            f"{listed(torn)}: these do not multiply; a factor is transposed, or they are of"
+            " different adapters",
         )
-        return None
-    return in_features, out_features, r_a
+    return shapes
 
 
 class _Table:

@@ -161,25 +161,26 @@ def _check_numbers(
     tensors: Mapping[str, TensorInfo],
     found: Findings,
 ) -> None:
-    idle = []
-    for path, pair in modules.items():
-        numbers = {}
-        for key in (pair.a_key, pair.b_key):
-            try:
-                numbers[key] = adapter_numbers.scan(file, tensors[key])
-            except EOFError as error:
-                found.refuse("truncated", str(error))
-                return
-            if not numbers[key].finite:
-                found.refuse("not_finite", f"{key} holds NaN or infinity")
-            elif not numbers[key].moderate:
-                found.warn(
-                    "large_numbers",
-                    f"{key} holds numbers of {adapter_numbers.LARGE} and more, where trained ones"
-                    " stay below 10",
-                )
-        if any(result.zero for result in numbers.values()):
-            idle.append(path)
+    not_finite, large, idle = [], [], []
+    try:
+        for path, pair in modules.items():
+            numbers = {
+                key: adapter_numbers.scan(file, tensors[key]) for key in (pair.a_key, pair.b_key)
+            }
+            not_finite += [key for key, of in numbers.items() if not of.finite]
+            large += [key for key, of in numbers.items() if not of.moderate]
+            idle += [path] if any(of.zero for of in numbers.values()) else []
+    except EOFError as error:
+        found.refuse("truncated", str(error))
+        return
+    if not_finite:
+        found.refuse("not_finite", f"NaN or infinity is in {listed(not_finite)}")
+    elif large:
+        found.warn(
+            "large_numbers",
+            f"numbers of {adapter_numbers.LARGE} and more, where trained ones stay below 10, are in"
+            f" {listed(large)}",
+        )
     if idle and len(idle) == len(modules):
         found.refuse("no_op", "a factor of every module is zero: it was saved before any training")
     elif idle:

@@ -118,7 +118,7 @@ class Index:
         """Make the index again from the records alone; the old one is set aside."""
         lock = locked(self.lock, deadline_seconds=deadline_seconds)
         with lock, partial_file(self.home) as fresh:
-            num_records = self.build(fresh, self._records.sha256s())
+            num_records, _ = self.build(fresh, self._records.sha256s())
             if self.live.exists():
                 self._set_aside("rebuilt")
             fresh.replace(self.live)
@@ -132,7 +132,7 @@ class Index:
         if known is not None and current and names <= known | self._rejected:
             return Ingest(0, 0)  # whoever held the lock before has done it
         try:
-            num_records = self.build(self.live, names)
+            num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
             text = str(error)
             ours = isinstance(error, duckdb.ProgrammingError)  # our SQL is wrong, not the file
@@ -150,32 +150,38 @@ class Index:
                 text,
                 aside,
             )
-            num_records = self.build(self.live, names)
-        if num_records or not current:
+            num_records, held = self.build(self.live, names)
+        if not current or held != self._known | self._rejected:
             self._publish()
         return Ingest(num_records, 0)
 
-    def build(self, database: Path, sha256s: Collection[str]) -> int:
-        """Ingest those records that `database` lacks; leave it checkpointed and closed."""
+    def build(self, database: Path, sha256s: Collection[str]) -> tuple[int, set[str]]:
+        """Ingest those records that `database` lacks; leave it checkpointed and closed.
+
+        Returns:
+            How many records it lacked, and the SHA-256 of all that it has been given by now.
+        """
         with memory() as connection:
             connection.execute(
                 f"ATTACH {quoted(database)} AS ledger (STORAGE_VERSION '{STORAGE_VERSION}')"
             )
             connection.execute("USE ledger")
             migrate(connection)
-            held = connection.execute(
+            rows = connection.execute(
                 "SELECT sha256 FROM records UNION ALL SELECT sha256 FROM rejected"
             ).fetchall()
+            held = {sha256 for (sha256,) in rows}
+            pending = sorted(set(sha256s) - held)
             num_records = 0
-            pending = sorted(set(sha256s).difference(sha256 for (sha256,) in held))
             for start in range(0, len(pending), BATCH_RECORDS):
                 batch = self._texts(pending[start : start + BATCH_RECORDS])
                 add(connection, batch)
                 num_records += len(batch)
+                held.update(sha256 for sha256, _ in batch)
             connection.execute("CHECKPOINT ledger")
             connection.execute("USE memory")
             connection.execute("DETACH ledger")
-        return num_records
+        return num_records, held
 
     def _texts(self, sha256s: Collection[str]) -> list[tuple[str, str]]:
         texts = []

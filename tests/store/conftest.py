@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +33,7 @@ from store.ledger import Ledger
 from store.query import reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from meteora.artifacts import Spec
 
@@ -213,15 +214,19 @@ def fill(shelf: Shelf) -> None:
 
 
 @pytest.fixture
-def worker() -> Callable[..., subprocess.Popen[str]]:
+def worker() -> Generator[Callable[..., subprocess.Popen[str]], None, None]:
     """Start `worker.py` with these arguments; its standard output is a pipe."""
+    with ExitStack() as started:
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.store.worker", *map(str, arguments)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        def start(*arguments: object) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.store.worker", *map(str, arguments)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            started.enter_context(process)
+            started.callback(process.kill)
+            return process
 
-    return start
+        yield start

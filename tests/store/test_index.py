@@ -7,6 +7,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -20,7 +21,6 @@ from store.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.store.conftest import Shelf
 
@@ -31,11 +31,15 @@ LAST = Record(
     "r3",
     "2026-01-02T00:00:00.000000Z",
 )
-ALL = pytest.mark.parametrize(
-    "names",
-    [["ledger.duckdb"], ["ledger.snapshot.duckdb"], ["ledger.duckdb", "ledger.snapshot.duckdb"]],
-    ids=["live", "snapshot", "both"],
-)
+LIVE, SNAPSHOT = "ledger.duckdb", "ledger.snapshot.duckdb"
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def overwritten(path: Path) -> None:
+    path.write_text("no database at all\n" * 999)
 
 
 def truncated(path: Path) -> None:
@@ -55,20 +59,26 @@ def sqlite(path: Path) -> None:
     connection.close()
 
 
-@ALL
+def header_flipped(path: Path) -> None:
+    flipped(path, 4096)
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "names"),
     [
-        pytest.param(lambda path: path.unlink(), id="deleted"),
-        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(lambda path: path.write_text("no database at all\n" * 999), id="text"),
-        pytest.param(truncated, id="truncated"),
-        pytest.param(sqlite, id="SQLite"),
-        pytest.param(lambda path: flipped(path, 4096), id="header"),
+        pytest.param(Path.unlink, [LIVE], id="live deleted"),
+        pytest.param(Path.unlink, [SNAPSHOT], id="snapshot deleted"),
+        pytest.param(Path.unlink, [LIVE, SNAPSHOT], id="both deleted"),
+        pytest.param(truncated, [LIVE], id="live truncated"),
+        pytest.param(truncated, [SNAPSHOT], id="snapshot truncated"),
+        pytest.param(emptied, [LIVE, SNAPSHOT], id="both empty"),
+        pytest.param(overwritten, [LIVE, SNAPSHOT], id="both text"),
+        pytest.param(sqlite, [LIVE, SNAPSHOT], id="both SQLite"),
+        pytest.param(header_flipped, [LIVE, SNAPSHOT], id="both with a flipped header"),
     ],
 )
 def test_a_lost_index_comes_back_from_the_records(
-    filled: Shelf, names: list[str], damage: Callable[[Path], None]
+    filled: Shelf, damage: Callable[[Path], None], names: list[str]
 ) -> None:
     before = filled.views()
     for name in names:

@@ -14,6 +14,7 @@ that came with an adapter, and no tensor library is needed to judge one.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,7 +108,7 @@ def _examine(
     if not is_regular(files.weights, found):
         return None, facts
     with files.weights.open("rb") as file:
-        num_bytes = files.weights.stat().st_size
+        num_bytes = os.fstat(file.fileno()).st_size
         tensors = _read_tensors(file, num_bytes, files.weights.name, found)
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
@@ -124,6 +125,8 @@ def _examine(
         used = [tensors[key] for pair in split.modules.values() for key in (pair.a_key, pair.b_key)]
         dtypes = sorted({tensor.dtype for tensor in used})
         digest = _sha256(file)
+        if os.fstat(file.fileno()).st_size != num_bytes:
+            found.refuse("truncated", f"{files.weights.name} changed while it was read")
     if len(dtypes) > 1:
         found.warn("dtype_mix", f"its factors are of {' and '.join(dtypes)}; they are kept as F32")
     spec = AdapterSpec(

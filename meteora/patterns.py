@@ -159,6 +159,8 @@ class _Parser:
         low, high = self._counts()
         if resume == self.at:
             return part
+        if self.source[begin] in "^$":
+            raise PatternError(f"it repeats the `{self.source[begin]}` at {begin}")
         follow = self.at
         if self._peek() and self._peek() in "*+?{":
             raise PatternError(f"it repeats a repetition at {follow}")

@@ -1,0 +1,144 @@
+"""Rank and scaling of each module are those that PEFT itself computes, on nine architectures."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from meteora import adapters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+LLAMA = ["q_proj", "v_proj", "down_proj"]
+TARGETS = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3": LLAMA,
+    "phi": ["q_proj", "v_proj", "fc1"],
+    "gpt2": ["c_attn", "c_proj"],  # Conv1D; c_proj is two layers of different widths
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "opt": ["q_proj", "fc2"],
+    "bloom": ["query_key_value", "dense"],
+}
+
+
+def peft_facts(base: Path, out: Path, **lora: Any) -> dict[str, tuple[int, int, int, float]]:
+    """Save an adapter; return PEFT's own inputs, outputs, r and scaling of each module."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
+    model = get_peft_model(model, config)
+    model.save_pretrained(str(out))
+    return {
+        path.removeprefix("base_model.model."): (
+            layer.in_features,
+            layer.out_features,
+            layer.r["default"],
+            layer.scaling["default"],
+        )
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def facts_of(folder: Path) -> dict[str, tuple[int, int, int, float]]:
+    modules = adapters.read(folder, modules_to_save="strip").spec.modules
+    return {m.path: (m.in_features, m.out_features, m.r, m.scaling) for m in modules}
+
+
+# PEFT asks transformers for an attribute that it renamed, flips fan_in_fan_out for Conv1D, and
+# saves the base's own head beside a LoRA on it.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore:fan_in_fan_out is set to False:UserWarning",
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_module_is_what_peft_says(
+    kind: str, build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Patterns, a float alpha and rsLoRA in one adapter: the second target has its own rank."""
+    first, second, *_ = TARGETS[kind]
+    lora = {
+        "r": 4,
+        "lora_alpha": 12.5,
+        "use_rslora": True,
+        "target_modules": TARGETS[kind],
+        "rank_pattern": {rf".*\.1\..*{second}": 3, second: 2},
+        "alpha_pattern": {f"^.*0.*{first}": 7, second: 5},
+    }
+    expected = peft_facts(build_base(kind), tmp_path / "adapter", **lora)
+    assert facts_of(tmp_path / "adapter") == expected
+    assert len({r for _, _, r, _ in expected.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 5, "lora_alpha": 7},
+        {"r": 4, "target_modules": "all-linear"},
+        {"r": 4, "target_modules": r".*\.(q|down)_proj"},
+        {"r": 4, "layers_to_transform": [1], "target_modules": LLAMA},
+        {"r": 4, "target_modules": ["layers.0.self_attn.q_proj", "v_proj"]},
+        {"r": 4, "target_modules": LLAMA, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"r": 4, "target_modules": [*LLAMA, "lm_head"]},
+    ],
+    ids=["defaults", "all_linear", "regex", "one_layer", "paths", "rslora", "head"],
+)
+def test_every_way_to_target_is_what_peft_says(
+    lora: dict[str, Any], build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = peft_facts(build_base("llama"), tmp_path / "adapter", **lora)
+    assert expected
+    assert facts_of(tmp_path / "adapter") == expected
+
+
+def test_heads_that_peft_saved_are_stripped_by_policy(
+    build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lora = {"r": 4, "target_modules": LLAMA, "modules_to_save": ["lm_head"]}
+    expected = peft_facts(build_base("llama"), tmp_path / "adapter", **lora)
+    with pytest.raises(adapters.AdapterError, match="modules_to_save"):
+        adapters.read(tmp_path / "adapter")
+    found = adapters.read(tmp_path / "adapter", modules_to_save="strip")
+    assert found.spec.stripped == ("base_model.model.lm_head.weight",)
+    assert {module.path for module in found.spec.modules} == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "code"),
+    [
+        ({"use_dora": True}, "dora"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
+        ({"bias": "all"}, "bias"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens"),
+        ({"target_modules": ["embed_tokens"]}, "modules_to_save"),
+    ],
+    ids=["dora", "lora_bias", "bias", "tokens", "embedding"],
+)
+def test_variants_that_peft_saved_are_refused_by_their_tensors_too(
+    lora: dict[str, Any], code: str, build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The base is Qwen2's, whose attention has biases; the config is made to claim plain LoRA."""
+    peft_facts(build_base("qwen2"), tmp_path, **{"r": 4, "target_modules": LLAMA} | lora)
+    config = tmp_path / "adapter_config.json"
+    assert code in codes(tmp_path)
+    plain = json.loads(config.read_text(encoding="utf-8")) | dict.fromkeys(lora) | {"bias": "none"}
+    config.write_text(json.dumps(plain), encoding="utf-8")
+    assert code in codes(tmp_path)
+
+
+def codes(folder: Path) -> set[str]:
+    return {reason.code for reason in adapters.check(folder).reasons}

@@ -100,7 +100,10 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if num_bytes != math.prod(shape) * ITEMSIZE[dtype]:
         raise HeaderError(f"{name} spans {num_bytes} bytes, not those of {dtype} {shape}")
     if num_bytes == 0:
-        raise HeaderError(f"{name} is empty, of shape {shape}")
+        raise HeaderError(
+            f"{name} is empty, of shape {shape}, as a shard of DeepSpeed or FSDP is that was not"
+            " gathered before it was saved"
+        )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
 

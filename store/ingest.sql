@@ -6,7 +6,7 @@
 
 CREATE OR REPLACE TEMP TABLE fresh AS
 SELECT sha256,
-       CASE WHEN text->>'kind' IN ('artifact', 'score', 'routing', 'adapter', 'publication',
+       CASE WHEN (text->>'kind') IN ('artifact', 'score', 'routing', 'adapter', 'publication',
                                    'run-started', 'run-ended', 'failure')
             THEN text->>'kind'
             ELSE error('a newer release wrote this kind of record: ' || (text->>'kind')) END AS kind,
@@ -36,7 +36,7 @@ SELECT body->>'id', body->>'$.spec.base_model', body->>'$.spec.base_revision',
        body->>'$.built.fingerprint.architecture', (body->>'$.built.fingerprint.hidden_size')::INTEGER,
        (body->>'$.built.fingerprint.num_hidden_layers')::INTEGER,
        (body->>'$.built.fingerprint.vocab_size')::INTEGER, sha256
-FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'base';
+FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'base';
 
 INSERT INTO adapter_weights
 SELECT body->>'id', body->>'$.spec.base_model', (body->>'$.spec.use_rslora')::BOOLEAN,
@@ -44,13 +44,13 @@ SELECT body->>'id', body->>'$.spec.base_model', (body->>'$.spec.use_rslora')::BO
        list_min((body->'$.spec.modules[*].r')::INTEGER[]),
        list_max((body->'$.spec.modules[*].r')::INTEGER[]),
        json_array_length(body->'$.spec.stripped'), sha256
-FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'adapter';
+FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'adapter';
 
 INSERT INTO experts
 SELECT body->>'id', unnest(range(len((body->'$.spec.names')::JSON[]))),
        unnest((body->'$.spec.names')::VARCHAR[]), unnest((body->'$.spec.adapter_ids')::VARCHAR[]),
        sha256
-FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'fused';
+FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'fused';
 
 INSERT INTO routers
 SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
@@ -58,7 +58,7 @@ SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
        body->>'$.spec.method', body->>'$.spec.examples_sha256', (body->>'$.spec.seed')::BIGINT,
        (body->>'$.built.num_tokens')::BIGINT, (body->>'$.built.heldout_accuracy')::DOUBLE,
        (body->>'$.built.wall_seconds')::DOUBLE, body->>'$.built.device', sha256
-FROM fresh WHERE kind = 'artifact' AND body->>'kind' = 'router';
+FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'router';
 
 INSERT INTO scores
 SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.base_id', body->>'$.spec.task',

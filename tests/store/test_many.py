@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
-from statistics import quantiles
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 def test_every_writer_writes_while_every_reader_reads(
     shelf: Shelf,
     worker: Worker,
-    record_property: Callable[[str, object], None],
     num_writers: int,
     num_records: int,
     num_readers: int,
@@ -60,14 +58,6 @@ def test_every_writer_writes_while_every_reader_reads(
     for seen in counts:
         numbers = [int(count) for count, _ in seen]
         assert numbers == sorted(numbers), "a reader never goes back in time"
-    waits = [float(seconds) for _, seconds, *_ in written]
-    reads = [float(seconds) for seen in counts for _, seconds in seen]
-    record_property("p99_write_seconds", p99(waits))
-    record_property("p99_read_seconds", p99(reads))
-
-
-def p99(seconds: list[float]) -> float:
-    return quantiles(seconds, n=100)[-1]
 
 
 def output(process: subprocess.Popen[str]) -> list[str]:

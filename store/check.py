@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from store.errors import DamagedError
-from store.files import STALE_SECONDS, locked, partial_file
+from store.files import STALE_SECONDS, leftovers, locked, partial_file
 from store.query import memory, quoted
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
         if sha256 not in mentioned and blobs.path_of(sha256).stat().st_mtime < oldest
     ]
     aside = [*home.glob("ledger.damaged-*"), *home.glob("ledger.rebuilt-*")]
-    left = [path for root in (home, records.root, blobs.root) for path in (root / "tmp").glob("*")]
-    files = [path for path in (*aside, *left) if path.stat().st_mtime < oldest]
+    files = [path for path in aside if path.stat().st_mtime < oldest]
+    for root in (home, records.root, blobs.root):
+        files += leftovers(root)
     sizes = [path.stat().st_size for path in (*map(blobs.path_of, unused), *files)]
     return Garbage(tuple(unused), tuple(files), sum(sizes))

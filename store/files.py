@@ -94,13 +94,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(root: Path, *, older_than_seconds: float = STALE_SECONDS) -> list[Path]:
-    """Remove what killed writers left below `root`, and say what it was."""
-    oldest = time.time() - older_than_seconds
-    stale = [path for path in (root / "tmp").glob("*") if path.stat().st_mtime < oldest]
-    for path in stale:
-        path.unlink(missing_ok=True)
+def leftovers(root: Path) -> list[Path]:
+    """What killed writers left below `root`: temporary files that nobody has touched for long."""
+    oldest = time.time() - STALE_SECONDS
+    stale = []
+    for path in (root / "tmp").glob("*"):
+        with suppress(FileNotFoundError):  # its writer is done with it
+            if path.stat().st_mtime < oldest:
+                stale.append(path)
     return stale
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed writers left below `root`."""
+    for path in leftovers(root):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -153,7 +153,9 @@ class Index:
             num_records, held = self.build(self.live, names)
         if not current or held != self._known | self._rejected:
             self._publish()
-        return Ingest(num_records, 0)
+        unread = len(names - held)
+        reason = f"{unread} records cannot be read; `verify` names them" if unread else ""
+        return Ingest(num_records, unread, reason)
 
     def build(self, database: Path, sha256s: Collection[str]) -> tuple[int, set[str]]:
         """Ingest those records that `database` lacks; leave it checkpointed and closed.

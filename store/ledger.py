@@ -11,7 +11,7 @@ A `record_…` that has returned is on disk for good. Recording the same again d
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -19,7 +19,7 @@ import duckdb
 from meteora.artifacts import ArtifactId, RoutingScore, Score, canonical_sha256, short
 from store import check
 from store.blobs import Blobs
-from store.errors import ConflictError, DamagedError, MissingBlobError, UnknownError
+from store.errors import BusyError, ConflictError, DamagedError, MissingBlobError, UnknownError
 from store.events import RunEnded, RunStarted
 from store.files import locked, sweep
 from store.index import Index, Ingest
@@ -211,7 +211,7 @@ class Ledger:
             BusyError: a run goes on, whose blobs may not be recorded yet.
             DamagedError: a record cannot be read, so what it refers to is not known.
         """
-        alone = locked(self.home / "runs.lock", deadline_seconds=0)
+        alone = _no_wait(self.home / "runs.lock", "a run is going on; sweep when it is done")
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
             garbage = check.garbage(self.home, self.records, self.blobs)
             if remove:
@@ -229,7 +229,10 @@ class Ledger:
             BusyError: the recipe is being run by another process.
         """
         digest = canonical_sha256(recipe_name)[:16]
-        alone = locked(self.home / "locks" / f"recipe-{digest}.lock", deadline_seconds=0)
+        alone = _no_wait(
+            self.home / "locks" / f"recipe-{digest}.lock",
+            f"{recipe_name} is being run by another process; wait for it, or stop it",
+        )
         together = locked(
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
         )
@@ -274,3 +277,14 @@ class Ledger:
                     " the store; put it there first"
                 )
         self.records.write(record)
+
+
+@contextmanager
+def _no_wait(path: Path, sentence: str) -> Generator[None, None, None]:
+    """Hold a lock that is free; where it is not, say so in words that fit."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path, deadline_seconds=0))
+        except BusyError as error:
+            raise BusyError(f"{sentence} ({error})") from None
+        yield

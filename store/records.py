@@ -23,7 +23,7 @@ from store.files import write_whole
 if TYPE_CHECKING:
     from pathlib import Path
 
-NAME = re.compile(r"[0-9a-f]{62}\.json")
+NAME_LENGTH = 62 + len(".json")
 PREFIX = re.compile(r"[0-9a-f]{2}")
 
 
@@ -105,7 +105,9 @@ class Records:
         for folder in self._folders():
             with os.scandir(folder.path) as entries:
                 names.update(
-                    folder.name + entry.name[:62] for entry in entries if NAME.fullmatch(entry.name)
+                    folder.name + entry.name[:62]
+                    for entry in entries
+                    if len(entry.name) == NAME_LENGTH and entry.name.endswith(".json")
                 )
         return names
 

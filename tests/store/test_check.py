@@ -129,7 +129,7 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
 
 
 def test_gc_waits_for_no_run_and_touches_none(filled: Shelf) -> None:
-    with filled.ledger.running("nightly"), pytest.raises(BusyError, match="held by another"):
+    with filled.ledger.running("nightly"), pytest.raises(BusyError, match="a run is going on"):
         filled.ledger.gc(remove=True)
 
 

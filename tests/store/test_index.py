@@ -296,3 +296,33 @@ def test_unknown_artifacts_are_unknown_also_without_an_index(
     with caplog.at_level(logging.WARNING):
         assert shelf.ledger.weights_of(ArtifactId("base:" + "0" * 64)) is None
     assert not caplog.records, "a fresh home is nothing to warn about"
+
+
+def test_a_record_that_cannot_be_read_is_left_out_and_said(filled: Shelf) -> None:
+    filled.make(filled.adapter(3))
+    (name,) = filled.ledger.records.sha256s() - (filled.ledger.index.known() or set())
+    path = filled.ledger.records.path_of(name)
+    path.chmod(0o644)
+    whole = path.read_bytes()
+    path.write_bytes(b"{}")
+    filled.make(filled.adapter(4))
+    outcome = filled.ledger.ingest()
+    assert (outcome.num_records, outcome.num_waiting) == (1, 1)
+    assert "cannot be read" in outcome.reason
+    assert filled.ledger.weights_of(filled.adapter(3).id) is None
+    path.write_bytes(whole)
+    assert filled.ledger.ingest().reason == ""
+    assert filled.ledger.weights_of(filled.adapter(3).id)
+
+
+def test_readers_are_never_behind_an_index_that_is_whole(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that dies between checkpoint and snapshot leaves the next one to publish."""
+    filled.make(filled.adapter(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(filled.ledger.index, "_publish", lambda: None)
+        filled.ledger.ingest()
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(6,)]
+    filled.ledger.ingest()
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(7,)]

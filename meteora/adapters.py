@@ -71,7 +71,10 @@ def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
         AdapterError: It cannot be an expert, for the reasons that the error carries.
     """
     found = Findings()
-    adapter, _ = _examine(Path(folder), modules_to_save, found)
+    try:
+        adapter, _ = _examine(Path(folder), modules_to_save, found)
+    except OSError as error:
+        raise AdapterError(str(folder), (_unreadable(error),)) from error
     if adapter is None and not found.refusals:
         found.refuse("no_weights", "there are no weights beside this config")
     if found.refusals or adapter is None:
@@ -88,7 +91,7 @@ def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
     try:
         _, facts = _examine(Path(path), modules_to_save, found)
     except OSError as error:
-        found.refuse("unreadable", f"it cannot be read: {error.strerror or error}")
+        found.refusals.append(_unreadable(error))
         facts = {}
     verdict = "refuse" if found.refusals else "warn" if found.warnings else "accept"
     return Verdict(str(path), verdict, (*found.refusals, *found.warnings), facts)
@@ -197,6 +200,10 @@ def _judge_by_claims(claim: Claim, extras: OnExtras, found: Findings) -> None:
     if claim.modules_to_save:
         message = f"it replaces whole modules of the base: {listed(claim.modules_to_save)}"
         (found.refuse if extras == "refuse" else found.warn)("modules_to_save", message)
+
+
+def _unreadable(error: OSError) -> Reason:
+    return Reason("unreadable", f"it cannot be read: {error.strerror or error}")
 
 
 def _sha256(file: BufferedReader) -> str:

@@ -96,7 +96,7 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
         raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
     if COMMIT.fullmatch(revision):
         if not is_offline():  # else the download tells whether it is here
-            _entries(hub, AdapterRef(repo_id, revision), "")
+            _check_commit(hub, AdapterRef(repo_id, revision))
         return AdapterRef(repo_id, revision, subfolder)
     if is_offline():
         raise HubOfflineError(
@@ -221,6 +221,13 @@ def _entries(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
     if len(entries) > MAX_ENTRIES:
         raise HubSizeError(f"{what} holds more than {MAX_ENTRIES} files in one folder")
     return [ListedFile(**entry) for entry in entries]
+
+
+def _check_commit(hub: Hub, ref: AdapterRef) -> None:
+    try:
+        _entries(hub, ref, "")
+    except HubFilesError as error:  # how a mirror says it
+        raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error
 
 
 def _adapter_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:

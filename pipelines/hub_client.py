@@ -41,8 +41,8 @@ class Hub:
     token: str | None = field(default=None, repr=False)
     allow_http: bool = False
     """Take an endpoint of plain http that is not this machine's own."""
-    timeout_seconds: float = 600.0
-    """For each request; after it the request's process is killed."""
+    timeout_seconds: float = 120.0
+    """For each request, and more for a download by its size; then its process is killed."""
 
     def url(self) -> str:
         """The endpoint, if it is one that can be trusted to be who it says.

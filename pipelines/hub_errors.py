@@ -57,6 +57,10 @@ class HubOfflineError(HubError):
     """The network is not to be used, and the files are not here yet."""
 
 
+class HubDiskError(HubError):
+    """The files came, and cannot be written here."""
+
+
 class TransientHubError(HubError):
     """A fault that waiting may cure."""
 
@@ -95,6 +99,7 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "reference": (HubReferenceError, "{what} is not a name that the Hub takes: {text}"),
     "protocol": (HubProtocolError, "{what}: {endpoint} does not answer as a Hub does: {text}"),
     "oversize": (HubSizeError, "{what}: {endpoint} sent more than it lists; it was stopped"),
+    "disk": (HubDiskError, "{what} cannot be written: {text}; make room, or give another folder"),
     "length": (HubConnectionError, "{what}: {endpoint} sent another length than it announced"),
     "access": (HubAccessError, "{what}: {endpoint} refuses access ({status}); check the token"),
     "limit": (

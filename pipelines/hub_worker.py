@@ -10,10 +10,12 @@ Run as a file; it imports nothing of ours.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import resource
+import socket
 import sys
 import threading
 from typing import Any
@@ -84,7 +86,8 @@ def fetch(
 ) -> None:
     """Download files, of listed sizes, into a folder that holds nothing else."""
     for path, size in files.items():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + SLACK, resource.RLIM_INFINITY))
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + SLACK, hard))
         hf_hub_download(
             repo_id, path, revision=revision, local_dir=into, endpoint=api.endpoint, token=api.token
         )
@@ -99,6 +102,8 @@ def search(
     )
     return [{"repo_id": model.id, "revision": model.sha or ""} for model in found]
 
+
+TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS = {
     "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
@@ -119,16 +124,14 @@ def describe(error: BaseException) -> dict[str, Any]:
     kind = next((name for link in chain for cls, name in KINDS if isinstance(link, cls)), "")
     if not kind and any(isinstance(link, RepositoryNotFoundError) for link in chain):
         kind = "auth" if status == 401 else "repository"
-    if not kind and any(getattr(link, "errno", None) == 27 for link in chain):  # EFBIG
+    if not kind and any(getattr(link, "errno", None) == errno.EFBIG for link in chain):
         kind = "oversize"
     if not kind and "Consistency check failed" in str(error):
         kind = "length"
-    if (
-        not kind
-        and not status
-        and any(isinstance(link, OSError | httpx2.TransportError) for link in chain)
-    ):
+    if not kind and not status and any(isinstance(link, TRANSPORT) for link in chain):
         kind = "connection"
+    if not kind and not status and any(getattr(link, "errno", None) for link in chain):
+        kind = "disk"
     root = chain[-1] if kind == "connection" else error
     return {"kind": kind, "status": status, "text": f"{type(root).__name__}: {root}"}
 

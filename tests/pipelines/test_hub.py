@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
     HubAccessError,
     HubConnectionError,
+    HubDiskError,
     HubError,
     HubFilesError,
     HubGatedError,
@@ -228,6 +230,14 @@ def test_what_is_too_large_is_refused_before_a_byte_comes(
     assert not server.count("get")
 
 
+def test_a_place_that_cannot_be_written_is_not_the_hubs_fault(
+    asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "staging", lambda _: nullcontext(Path("/dev/null")))
+    with pytest.raises(HubDiskError, match="cannot be written"):
+        hub.download(REF, tmp_path, hub=asked)
+
+
 def test_a_folder_of_very_many_files_is_refused_from_its_listing(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
@@ -259,20 +269,28 @@ def test_names_from_a_repository_become_no_paths(
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_each_refusal_has_its_own_error_also_where_files_lie_here_from_before(
+def test_each_refusal_has_its_own_error(
     status: int,
     headers: dict[str, str],
     error_class: type[HubError],
     server: HubServer,
     asked: Hub,
-    tmp_path: Path,
 ) -> None:
-    hub.download(REF, tmp_path, hub=asked)
     server.faults["refs"] = Fault(status=status, headers=headers)
     with pytest.raises(error_class, match="someone/adapter") as error:
         hub.resolve("someone/adapter", hub=asked)
     assert type(error.value) is error_class
     assert error.value.retry == (status in (429, 500))
+
+
+def test_files_from_before_do_not_stand_in_for_an_answer(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """The client returns the old files of a branch here, and says nothing."""
+    hub.download(hub.resolve("someone/adapter", hub=asked), tmp_path, hub=asked)
+    server.faults["refs"] = Fault(status=401)
+    with pytest.raises(HubAccessError):
+        hub.resolve("someone/adapter", hub=asked)
 
 
 def test_a_fault_while_files_come_is_told_by_its_cause(

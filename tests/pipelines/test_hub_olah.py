@@ -147,7 +147,7 @@ def test_a_base_comes_without_its_code(
 def test_what_is_not_there_is_said(asked: Hub, commits: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(HubRevisionError, match="it has: main, v1"):
         hub.resolve("someone/adapter@v2", hub=asked)
-    with pytest.raises(HubFilesError):
+    with pytest.raises(HubRevisionError, match="no commit"):
         hub.resolve(f"someone/adapter@{'0' * 40}", hub=asked)
     with pytest.raises(HubError):
         hub.resolve("someone/nothing", hub=asked)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import nn
 
-from meteora import ops
+from meteora import kernels, ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from meteora.kernels import Twin
     from meteora.routers import Router
 
 
@@ -35,6 +36,9 @@ class MoELoRALinear(nn.Module):
     lora_b: Tensor
     rank_experts: Tensor
     rank_scaling: Tensor
+    table: Tensor
+    table_owned: Tensor
+    table_scaling: Tensor
 
     def __init__(
         self,
@@ -44,6 +48,8 @@ class MoELoRALinear(nn.Module):
         ranks: Sequence[int],
         scaling: Sequence[float],
         router: Router | None = None,
+        *,
+        twin: Twin | None = None,
     ) -> None:
         """Wrap `projection`.
 
@@ -53,27 +59,41 @@ class MoELoRALinear(nn.Module):
             lora_b: [OUT, R]
             ranks: of each expert, summing to R; zero where it lacks this layer
             scaling: of each expert
+            twin: how what the experts add is computed; without it, what is fastest for the tokens
         """
         super().__init__()
         self.projection = projection
         self.ranks = list(ranks)
         self.scaling = list(scaling)
         self.register_buffer("lora_a", lora_a, persistent=False)
-        self.register_buffer("lora_b", lora_b, persistent=False)
+        # the columns of B lie one after the other in memory: a rank's is read in one piece
+        self.register_buffer("lora_b", lora_b.T.contiguous().T, persistent=False)
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
         self.register_buffer("rank_experts", owner.to(lora_a.device), persistent=False)
-        self.register_buffer("rank_scaling", self._rank_scaling(), persistent=False)
+        table, owned = kernels.rank_table(self.ranks)
+        self.register_buffer("table", table.to(lora_a.device), persistent=False)
+        self.register_buffer("table_owned", owned.to(lora_a.device), persistent=False)
+        self._scale()
+        self._sizes = kernels.Sizes(
+            num_in=lora_a.shape[1],
+            num_out=lora_b.shape[0],
+            num_experts=len(self.ranks),
+            num_ranks=len(lora_a),
+            max_rank=max(self.ranks),
+        )
         self.router = router
+        self.twin = twin
 
-    def _rank_scaling(self) -> Tensor:
-        """[R] float32, beside the experts."""
-        per_rank = [s for s, r in zip(self.scaling, self.ranks, strict=True) for _ in range(r)]
-        return torch.tensor(per_rank, dtype=torch.float32, device=self.lora_a.device)
+    def _scale(self) -> None:
+        """Lay each expert's scaling beside its ranks, in float32: [R] and [E, max r]."""
+        scaling = torch.tensor(self.scaling, dtype=torch.float32, device=self.lora_a.device)
+        self.register_buffer("rank_scaling", scaling[self.rank_experts], persistent=False)
+        self.register_buffer("table_scaling", scaling[:, None] * self.table_owned, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
         super()._apply(fn, recurse)
-        self.rank_scaling = self._rank_scaling()
+        self._scale()
         return self
 
     @property
@@ -93,17 +113,32 @@ class MoELoRALinear(nn.Module):
         weights, experts = ops.route(
             self.router(tokens), self.router.top_k, self.router.temperature
         )
-        delta = ops.lora_delta_dense(
-            tokens.to(self.lora_a.dtype),
-            self.lora_a,
-            self.lora_b,
-            self.rank_experts,
-            self.rank_scaling,
-            self.num_experts,
-            weights,
-            experts,
+        out = self._add(y.reshape(-1, y.shape[-1]), tokens.to(self.lora_a.dtype), weights, experts)
+        return out.view(y.shape)
+
+    def _add(self, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Add to y [T, OUT] what the experts say; in place where no gradient passes y."""
+        into = None if y.requires_grad else y
+        twin = self.twin or self._fastest_twin(x, experts)
+        factors = x, self.lora_a, self.lora_b
+        if twin == "dense":
+            index = self.rank_experts, self.rank_scaling, self.num_experts
+            delta = ops.lora_delta_dense(*factors, *index, weights, experts, add_to=into)
+        elif twin == "gather":
+            table = self.table, self.table_scaling
+            delta = kernels.lora_delta_gather(*factors, *table, weights, experts, add_to=into)
+        else:
+            delta = kernels.lora_delta_grouped(
+                *factors, self.ranks, self.scaling, weights, experts, add_to=into
+            )
+        return y + delta.to(y.dtype) if into is None else delta
+
+    def _fastest_twin(self, x: Tensor, experts: Tensor) -> Twin:
+        if torch.compiler.is_compiling():
+            return "dense"  # one graph, whatever was chosen
+        return kernels.choose_twin(
+            len(x), experts.shape[1], self._sizes, x.dtype, self.lora_a.device.type
         )
-        return y + delta.view(y.shape).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"E={self.num_experts}, ranks={self.ranks}"

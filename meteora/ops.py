@@ -101,11 +101,19 @@ def lora_delta_dense(
     num_experts: int,
     weights: Tensor,
     experts: Tensor,
+    *,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """`lora_delta_loop` as two matmuls over all ranks and one mask between them.
 
     Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
     while R is small against IN, since the ranks of experts that were not chosen are computed too.
+
+    Args:
+        add_to: [T, OUT] to add to, in place
     """
     shrunk = (x @ a.T) * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
-    return shrunk.to(x.dtype) @ b.T
+    shrunk = shrunk.to(x.dtype)
+    if add_to is None:
+        return shrunk @ b.T
+    return add_to.addmm_(shrunk, b.T) if add_to.dtype == x.dtype else add_to.add_(shrunk @ b.T)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteora import ops
+from meteora import kernels, ops
+from meteora.kernels import Sizes
 
 RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6).filter(any)
 
@@ -23,12 +24,24 @@ def draw_layer(ranks, num_tokens, num_in, num_out, dtype=torch.float32, seed=0):
     return x, a / num_in**0.5, b, draw(len(ranks)).abs().float()
 
 
-def dense(x, a, b, ranks, scaling, weights, experts):
+def dense(x, a, b, ranks, scaling, weights, experts, **into):
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    return ops.lora_delta_dense(x, a, b, owner, scaling[owner], len(ranks), weights, experts)
+    index = owner, scaling[owner], len(ranks)
+    return ops.lora_delta_dense(x, a, b, *index, weights, experts, **into)
 
 
-TWINS = [pytest.param(dense, id="dense")]
+def gather(x, a, b, ranks, scaling, weights, experts, **into):
+    table, owned = kernels.rank_table(ranks)
+    index = table, scaling[:, None] * owned
+    return kernels.lora_delta_gather(x, a, b, *index, weights, experts, **into)
+
+
+def grouped(x, a, b, ranks, scaling, weights, experts, **into):
+    rest = ranks, scaling.tolist(), weights, experts
+    return kernels.lora_delta_grouped(x, a, b, *rest, **into)
+
+
+TWINS = [pytest.param(twin, id=twin.__name__) for twin in (dense, gather, grouped)]
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -107,8 +120,51 @@ def test_route_takes_the_softmax_in_float32_where_logits_are_narrow():
     assert weights.dtype == torch.float32
 
 
+def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
+    table, owned = kernels.rank_table([2, 0, 3])
+    assert table.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert owned.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "r", "dtype", "twin"),
+    [
+        (1, 4, 8, torch.float32, "dense"),  # few experts: all of them are computed
+        (1, 28, 8, torch.float32, "gather"),
+        (256, 28, 8, torch.float32, "gather"),
+        (256, 28, 64, torch.float32, "grouped"),  # large ranks, many tokens an expert
+        (256, 512, 8, torch.float32, "gather"),
+        (2048, 28, 16, torch.bfloat16, "grouped"),
+    ],
+)
+def test_the_twin_is_chosen_as_the_table_says(tokens, experts, r, dtype, twin):
+    sizes = Sizes(2048, 2048, experts, experts * r, r)
+    assert kernels.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
+    assert kernels.choose_twin(tokens, 2, sizes, dtype, "cuda") == "dense"
+
+
 def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():
     x, a, b, scaling = draw_layer([3, 0], 4, 5, 6)
     weights, experts = torch.ones(4, 1), torch.ones(4, 1, dtype=torch.long)
-    for twin in (ops.lora_delta_loop, dense):
+    for twin in (ops.lora_delta_loop, dense, gather, grouped):
         assert not twin(x, a, b, [3, 0], scaling, weights, experts).any()
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
+def test_twins_add_in_place_to_what_is_there(twin, into, monkeypatch):
+    """More tokens than rows at once, and an output that is narrower than the experts."""
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 4)
+    ranks = [3, 0, 5]
+    x, a, b, scaling = draw_layer(ranks, 11, 6, 7)
+    weights, experts = ops.route(torch.randn(11, 3), 2)
+    before = torch.randn(11, 7).to(into)
+    after = before.clone()
+    assert twin(x, a, b, ranks, scaling, weights, experts, add_to=after) is after
+    expected = before + ops.lora_delta_loop(x, a, b, ranks, scaling, weights, experts)
+    torch.testing.assert_close(
+        after,
+        expected.to(into),
+        rtol=2e-2 if into != x.dtype else 1e-5,
+        atol=1e-2 if into != x.dtype else 1e-5,
+    )

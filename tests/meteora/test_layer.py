@@ -1,0 +1,143 @@
+"""The routed layer: every twin the same, no copies of weights, one graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meteora import kernels, ops
+from meteora.layer import MoELoRALinear
+from meteora.routers import Gate
+
+RANKS, SCALING = [4, 0, 1, 3], [2.0, 0.0, 0.5, 1.5]
+
+
+def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, twin=None, seed=0):
+    torch.manual_seed(seed)
+    scaling = [0.5 + e for e in range(len(ranks))]
+    layer = MoELoRALinear(
+        nn.Linear(num_in, num_out).requires_grad_(requires_grad=False),
+        torch.randn(sum(ranks), num_in) / num_in**0.5,
+        torch.randn(num_out, sum(ranks)),
+        ranks,
+        scaling,
+        Gate(torch.randn(len(ranks), num_in), torch.randn(len(ranks)), top_k=top_k),
+        twin=twin,
+    )
+    return layer.eval()
+
+
+def definition(layer, x):
+    tokens = x.reshape(-1, x.shape[-1])
+    weights, experts = ops.route(layer.router(tokens), layer.router.top_k, layer.router.temperature)
+    factors = layer.lora_a, layer.lora_b, layer.ranks, torch.tensor(layer.scaling)
+    delta = ops.lora_delta_loop(tokens, *factors, weights, experts)
+    return layer.projection(x) + delta.view(*x.shape[:-1], delta.shape[-1])
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (0, 12), (1, 1, 12)])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_every_twin_gives_the_same_layer_in_every_mode(twin, shape, mode):
+    layer, x = make(twin=twin), torch.randn(shape)
+    with mode():
+        torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_gates_learn_alike_through_every_twin_and_nothing_else_learns(twin):
+    layer, x = make(twin=twin), torch.randn(7, 12, requires_grad=True)
+    grads = []
+    for out in (layer(x), definition(layer, x)):
+        layer.zero_grad()
+        x.grad = None
+        out.square().sum().backward()
+        grads.append((layer.router.weight.grad.clone(), layer.router.bias.grad, x.grad))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not layer.lora_a.requires_grad
+    assert {name for name, _ in layer.named_parameters() if _.requires_grad} == {
+        "router.weight",
+        "router.bias",
+    }
+
+
+def test_what_the_layer_is_given_is_left_as_it_is():
+    layer, x = make(), torch.randn(5, 12)
+    before = x.clone()
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer.projection(x))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_nothing_is_stale_after_weights_change(twin):
+    """After an optimiser's step, load_state_dict, `.to()` there and back, and a deep copy."""
+    layer, x = make(twin=twin), torch.randn(5, 12)
+    other = make(seed=1)
+    with torch.no_grad():
+        layer(x)
+        layer.router.weight.mul_(-1)
+        layer.lora_a.mul_(2)
+        torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+        for moved in (copy.deepcopy(layer), layer.double(), layer.float()):
+            moved_x = x.to(moved.lora_a.dtype)
+            torch.testing.assert_close(
+                moved(moved_x), definition(moved, moved_x), rtol=1e-5, atol=1e-5
+            )
+            assert moved.lora_b.T.is_contiguous()
+
+
+class _Allocations(TorchDispatchMode):
+    """The bytes of every tensor that an operator returns, but for views of its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        result = func(*args, **(kwargs or {}))
+        owned = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in owned:
+                    self.sizes.append(storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(twin, monkeypatch):
+    """A private A and B for each token and expert would be 2 · 2 · 512 · 4 · 512 numbers here."""
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 16)
+    num_tokens, size, ranks = 512, 512, [4] * 6
+    layer, x = make(size, size, ranks=ranks, twin=twin), torch.randn(512, size)
+    with torch.no_grad(), _Allocations() as seen:
+        layer(x)
+    assert seen.sizes.count(num_tokens * size * 4) == 1  # the projection's own output
+    seen.sizes.remove(num_tokens * size * 4)
+    assert max(seen.sizes) <= num_tokens * sum(ranks) * 8  # as many int64 indices, at most
+
+
+def test_it_compiles_into_one_graph_and_once_for_all_tokens():
+    """CUDA graphs follow from it: static shapes, nothing that waits for the host."""
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = make()
+    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for _ in range(5):  # token after token of a decode
+            x = torch.randn(1, 1, 12)
+            torch.testing.assert_close(compiled(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1

@@ -132,8 +132,9 @@ def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findin
             return
         untargeted = [path for path in paths if not pattern.matches(path, budget)]
     elif targets:
-        hits = {path: _endings(path) & set(targets) for path in paths}
-        idle = set(targets).difference(*hits.values())
+        wanted = set(targets)
+        hits = {path: _endings(path) & wanted for path in paths}
+        idle = wanted.difference(*hits.values())
         if idle:
             found.warn("idle_target", f"it targets {listed(sorted(idle))}, and no tensor is of it")
         untargeted = [path for path, matched in hits.items() if not matched]

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from meteora.artifacts import MeteoraError, Noun
 
+MOST_OF_A_CODE = 3
+"""Reasons of one code that are kept: a file of a thousand faults gets no thousand sentences."""
+
 
 @dataclass(frozen=True)
 class Reason(Noun):
@@ -39,7 +42,7 @@ class Findings:
 
 
 def _add(reasons: list[Reason], reason: Reason) -> None:
-    if reason not in reasons:
+    if reason not in reasons and sum(r.code == reason.code for r in reasons) < MOST_OF_A_CODE:
         reasons.append(reason)
 
 

@@ -156,9 +156,9 @@ BAD_HEADERS = {
 @pytest.mark.parametrize("name", BAD_HEADERS)
 def test_a_header_that_is_not_sound_is_refused_at_once(name: str, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, BAD_HEADERS[name])
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = codes(folder)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert "safetensors" in found
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         adapters.read(folder)
@@ -171,9 +171,9 @@ def test_a_header_of_a_million_tensors_costs_nothing(tmp_path: Path) -> None:
     for limited in (header, header[: 3 << 20]):
         folder = write_adapter(tmp_path, with_header(limited))
         tracemalloc.start()
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert "safetensors" in codes(folder)
-        assert time.perf_counter() - begin < 1
+        assert time.process_time() - begin < 1
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
         tracemalloc.stop()
 
@@ -185,9 +185,9 @@ def test_a_pattern_made_to_stall_does_not(key_name: str, pattern: str, tmp_path:
     tensors = {k: v for path in paths for k, v in pair(path, r=1, size=(1, 1)).items()}
     table = {f"{pattern}{i}": 1 for i in range(20)}
     folder = write_adapter(tmp_path, tensors, r=1, **{key_name: table})
-    begin = time.perf_counter()
+    begin = time.process_time()
     codes(folder)
-    assert time.perf_counter() - begin < 5  # a second on an idle machine; `re` needs an age
+    assert time.process_time() - begin < 5  # `re` needs an age
 
 
 def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> None:
@@ -195,13 +195,13 @@ def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> N
     paths = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(80) for n in "qkvo"]
     tensors = {k: v for path in paths for k, v in pair(path, r=1, size=(1, 1)).items()}
     table = dict.fromkeys(paths, 1)
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = adapters.read(
         write_adapter(
             tmp_path, tensors, rank_pattern=table, alpha_pattern=table, target_modules=None
         )
     )
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert {module.scaling for module in found.spec.modules} == {1.0}
 
 
@@ -234,6 +234,13 @@ def test_thousands_of_bad_tensors_make_a_short_message(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as error:
         adapters.read(write_adapter(tmp_path, tensors))
     assert len(str(error.value)) < 1_000
+
+
+def test_thousands_of_bad_entries_in_a_config_do_not_either(tmp_path: Path) -> None:
+    table = {f"module{i}": -i for i in range(15_000)}
+    begin = time.process_time()
+    assert len(adapters.check(write_adapter(tmp_path, rank_pattern=table)).reasons) < 10
+    assert time.process_time() - begin < 2
 
 
 def test_terminal_codes_in_names_are_not_shown(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import random
 import shutil
 import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 from store.errors import BusyError, StoreError
@@ -67,7 +68,15 @@ def settle(partial: Path, path: Path, *, root: Path) -> None:
     sync(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.replace(path)  # atomic: a reader sees the whole file or none
-    for folder in (path.parent, root, root.parent):  # whoever made them; costs nothing when done
+    sync(path.parent)
+    _secure(path.parent, root)
+
+
+@cache
+def _secure(folder: Path, root: Path) -> None:
+    """Bring the name of `folder` to the disk, whoever made it; once a process is enough."""
+    while folder != root.parent:
+        folder = folder.parent
         sync(folder)
 
 
@@ -145,8 +154,8 @@ def _wait(descriptor: int, path: Path, operation: int, deadline_seconds: float) 
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode() or "unknown"
                 raise BusyError(
-                    f"{path.name} has been held by another process (last seen: {holder}) for"
-                    f" {deadline_seconds:g} s; try again when it is done"
+                    f"{path.name} is held by another process (last seen: {holder}); try again when"
+                    " it is done"
                 ) from None
             time.sleep(random.uniform(0.005, 0.02))  # noqa: S311  (a pause, no secret)
         else:

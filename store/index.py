@@ -10,8 +10,8 @@ a record that the index does not hold is simply pending again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from store.errors import DamagedError, NewerLedgerError, StoreError
+from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
 from store.files import copy, locked, partial_file, settle
 from store.query import memory, quoted, reading
+from store.schema import migrate, schema
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 STORAGE_VERSION = "v1.4.0"  # what DuckDB 1.4, 1.5 and 2.x can all open
 BATCH_RECORDS = 20_000
+TURN_SECONDS = 0.05
 CIRCUMSTANCES = (
     "Could not set lock on file",
     "No space left on device",
@@ -107,8 +109,7 @@ class Index:
     def ingest(self, *, deadline_seconds: float) -> Ingest:
         """Bring the index up to date. Never raises: what cannot be ingested now waits."""
         try:
-            with locked(self.lock, deadline_seconds=deadline_seconds):
-                return self._ingest()
+            return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
             waiting = len(self._records.sha256s() - (self.known() or frozenset()))
             logger.warning("%d records wait for the next ingest: %s", waiting, error)
@@ -125,12 +126,30 @@ class Index:
             self._publish()
         return Ingest(num_records, 0)
 
+    def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
+        """Ingest, or see it done by whoever holds the lock: one ingest serves all who wait."""
+        names = self._records.sha256s()
+        deadline = time.monotonic() + deadline_seconds
+        while True:
+            try:
+                with locked(self.lock, deadline_seconds=min(TURN_SECONDS, deadline_seconds)):
+                    return self._ingest()
+            except BusyError:
+                if self._covers(names):
+                    return Ingest(0, 0)
+                if time.monotonic() >= deadline:
+                    raise
+
+    def _covers(self, names: set[str]) -> bool:
+        """Whether readers have all these records, in the tables and views of this release."""
+        known = self.known()
+        current = self._schema == schema() and self.live.exists()
+        return known is not None and current and names <= known | self._rejected
+
     def _ingest(self) -> Ingest:
         names = self._records.sha256s()
-        known = self.known()
-        current = known is not None and self._schema == schema() and self.live.exists()
-        if known is not None and current and names <= known | self._rejected:
-            return Ingest(0, 0)  # whoever held the lock before has done it
+        if self._covers(names):
+            return Ingest(0, 0)
         try:
             num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
@@ -151,7 +170,7 @@ class Index:
                 aside,
             )
             num_records, held = self.build(self.live, names)
-        if not current or held != self._known | self._rejected:
+        if not self._covers(held):
             self._publish()
         unread = len(names - held)
         reason = f"{unread} records cannot be read; `verify` names them" if unread else ""
@@ -213,61 +232,6 @@ class Index:
 def wal(database: Path) -> Path:
     """Where DuckDB keeps what is committed but not yet in the database file."""
     return database.with_name(database.name + ".wal")
-
-
-def sources() -> dict[int, tuple[str, str]]:
-    """What makes tables and views: (name, SQL) by number, the views under 0."""
-    package = resources.files("store")
-    files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
-    return {
-        number: (file.name, file.read_text())
-        for number, file in enumerate((package.joinpath("views.sql"), *files))
-    }
-
-
-def schema() -> dict[int, str]:
-    """What `migrations` holds when a ledger is up to date: SHA-256 by number."""
-    return {number: _sha256(sql) for number, (_, sql) in sources().items()}
-
-
-def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Bring tables and views to what this release knows, each step with its own record."""
-    applied = _applied(connection)
-    known = sources()
-    if max(applied, default=0) > max(known):
-        raise NewerLedgerError(
-            f"ledger.duckdb has schema {max(applied)}, this release knows {max(known)}; upgrade,"
-            " or move the file away: it is made again from the records"
-        )
-    for number in (*range(1, len(known)), 0):
-        name, sql = known[number]
-        if number and number in applied and applied[number] != _sha256(sql):
-            raise DamagedError(f"ledger.duckdb was made by another {name}")
-        if applied.get(number) != _sha256(sql):
-            _apply(connection, number, name, sql)
-
-
-def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
-    exists = connection.execute(
-        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
-    ).fetchone()
-    if not exists:
-        return {}
-    return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
-
-
-def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
-    connection.execute("BEGIN")
-    connection.execute(sql)
-    connection.execute("DELETE FROM rejected")  # perhaps this release understands them
-    connection.execute("DELETE FROM migrations WHERE number = ?", [number])
-    connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
-    connection.execute("COMMIT")
-    connection.execute("CHECKPOINT ledger")  # a log that holds DDL is the kind that fails to replay
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def add(connection: duckdb.DuckDBPyConnection, batch: list[tuple[str, str]]) -> None:

@@ -255,11 +255,15 @@ class Ledger:
 
     def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
         """Write the record, unless there is one; the two have to agree in some fields."""
-        with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-            earlier = self._lookup.first(record.kind, record.subject)
-            if earlier is None:
-                self._write(record)
-                return
+        seen = self.records.sha256s()
+        earlier = self._lookup.first(record.kind, record.subject)
+        if earlier is None:
+            with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+                unseen = self.records.sha256s() - seen
+                earlier = self._lookup.first_among(unseen, record.kind, record.subject)
+                if earlier is None:
+                    self._write(record)
+                    return
         for name in must_agree:
             was, is_now = earlier.body[name], record.body[name]
             if was != is_now:

@@ -31,6 +31,8 @@ class Lookup:
 
     def find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
         """The records about these subjects, or about all, earliest first."""
+        if subjects is not None and not subjects:
+            return []
         found = self._unindexed()
         if self._index.known() is not None:
             sql = "SELECT sha256 FROM records WHERE kind = $1"
@@ -41,12 +43,11 @@ class Lookup:
             rows = self._index.select(sql, parameters)
             names = self._records.sha256s() if rows is None else {sha256 for (sha256,) in rows}
             found |= self._read(names - found.keys())
-        matching = (
-            (record.at, sha256, record)
-            for sha256, record in found.items()
-            if record.kind == kind and (subjects is None or record.subject in subjects)
-        )
-        return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
+        return _about(found, kind, subjects)
+
+    def first_among(self, sha256s: Collection[str], kind: str, subject: str) -> Record | None:
+        """The earliest of these records about this subject."""
+        return next(iter(_about(self._read(sha256s), kind, [subject])), None)
 
     def artifact_id(self, prefix: str) -> ArtifactId:
         """The one artifact whose id, or whose digest, begins with `prefix`."""
@@ -90,6 +91,15 @@ class Lookup:
             except DamagedError as error:
                 logger.warning("%s", error)
         return records
+
+
+def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | None) -> list[Record]:
+    matching = (
+        (record.at, sha256, record)
+        for sha256, record in records.items()
+        if record.kind == kind and (subjects is None or record.subject in subjects)
+    )
+    return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
 
 
 def digest_of(artifact_id: str) -> str:

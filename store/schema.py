@@ -1,0 +1,67 @@
+"""Tables and views: the numbered files of `migrations`, and `views.sql`, each applied once."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from store.errors import DamagedError, NewerLedgerError
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def sources() -> dict[int, tuple[str, str]]:
+    """What makes tables and views: (name, SQL) by number, the views under 0."""
+    package = resources.files("store")
+    files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
+    return {
+        number: (file.name, file.read_text())
+        for number, file in enumerate((package.joinpath("views.sql"), *files))
+    }
+
+
+def schema() -> dict[int, str]:
+    """What `migrations` holds when a ledger is up to date: SHA-256 by number."""
+    return {number: _sha256(sql) for number, (_, sql) in sources().items()}
+
+
+def migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """Bring tables and views to what this release knows, each step with its own record."""
+    applied = _applied(connection)
+    known = sources()
+    if max(applied, default=0) > max(known):
+        raise NewerLedgerError(
+            f"ledger.duckdb has schema {max(applied)}, this release knows {max(known)}; upgrade,"
+            " or move the file away: it is made again from the records"
+        )
+    for number in (*range(1, len(known)), 0):
+        name, sql = known[number]
+        if number and number in applied and applied[number] != _sha256(sql):
+            raise DamagedError(f"ledger.duckdb was made by another {name}")
+        if applied.get(number) != _sha256(sql):
+            _apply(connection, number, name, sql)
+
+
+def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
+    exists = connection.execute(
+        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
+    ).fetchone()
+    if not exists:
+        return {}
+    return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
+
+
+def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
+    connection.execute("BEGIN")
+    connection.execute(sql)
+    connection.execute("DELETE FROM rejected")  # perhaps this release understands them
+    connection.execute("DELETE FROM migrations WHERE number = ?", [number])
+    connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
+    connection.execute("COMMIT")
+    connection.execute("CHECKPOINT ledger")  # a log that holds DDL is the kind that fails to replay
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -148,6 +148,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shelf.home
 
 
+@pytest.fixture(scope="session")
+def asked(template: Path) -> Shelf:
+    """The same home for everybody who only reads."""
+    return Shelf(template)
+
+
 @pytest.fixture
 def filled(template: Path, tmp_path: Path) -> Shelf:
     """Two nights of one recipe, ingested; the second night's model is worse at sorting."""

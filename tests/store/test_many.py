@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("num_writers", "num_records", "num_readers"),
     [
-        pytest.param(3, 12, 1, id="a few"),
+        pytest.param(3, 8, 1, id="a few"),
         pytest.param(8, 250, 2, id="many", marks=pytest.mark.slow),
     ],
 )
@@ -71,7 +71,7 @@ def finish(process: subprocess.Popen[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "num_kills", [pytest.param(6, id="a few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
+    "num_kills", [pytest.param(5, id="a few"), pytest.param(200, id="many", marks=pytest.mark.slow)]
 )
 def test_a_killed_writer_keeps_its_promises(shelf: Shelf, worker: Worker, num_kills: int) -> None:
     """`kill -9`, at a moment nobody chose: what was said to be recorded is recorded."""
@@ -89,7 +89,7 @@ def test_a_killed_writer_keeps_its_promises(shelf: Shelf, worker: Worker, num_ki
 
 
 @pytest.mark.parametrize(
-    "stride", [pytest.param(7, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    "stride", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 )
 def test_dying_at_any_step_breaks_no_promise(
     make_shelf: Callable[[str], Shelf], worker: Worker, stride: int

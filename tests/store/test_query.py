@@ -18,11 +18,11 @@ COMMIT = "c0ffee" + "0" * 34
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
 
 
-def test_every_example_has_its_answer(filled: Shelf) -> None:
-    experts = filled.adapter(1), filled.adapter(2)
-    stack = filled.fused(*experts)
-    models = [brief(filled.router(stack, seed=night).id) for night in (1, 2)]
-    weights = filled.ledger.weights_of
+def test_every_example_has_its_answer(asked: Shelf) -> None:
+    experts = asked.adapter(1), asked.adapter(2)
+    stack = asked.fused(*experts)
+    models = [brief(asked.router(stack, seed=night).id) for night in (1, 2)]
+    weights = asked.ledger.weights_of
     answers = {
         "Which routed model is best on each task": [
             ("parentheses", models[0], 0.75, 0.71, 0.79, 0.1, 0.8),
@@ -40,7 +40,7 @@ def test_every_example_has_its_answer(filled: Shelf) -> None:
             (1, "fused", None, None, None, weights(stack.id)),
             (2, "adapter", "someone/lora-0", COMMIT, "mit", weights(experts[0].id)),
             (2, "adapter", "someone/lora-1", COMMIT, "apache-2.0", weights(experts[1].id)),
-            (2, "base", "tiny/base", COMMIT, None, weights(filled.base.id)),
+            (2, "base", "tiny/base", COMMIT, None, weights(asked.base.id)),
         ],
         "Which models contain an adapter": sorted(
             (f"expert-{number}", licence, kind, used)
@@ -52,7 +52,7 @@ def test_every_example_has_its_answer(filled: Shelf) -> None:
             )
         ),
         "Which adapters were refused": [
-            (filled.hostile, "evil/lora", ["E_DORA"], ["it uses DoRA, which cannot be stacked"])
+            (asked.hostile, "evil/lora", ["E_DORA"], ["it uses DoRA, which cannot be stacked"])
         ],
         "Under which licences": [("apache-2.0", 1), ("mit", 1)],
         "Where does routing go wrong most": [
@@ -69,7 +69,7 @@ def test_every_example_has_its_answer(filled: Shelf) -> None:
         "Where do runs spend their time": [("fit", 2, 50.0), ("stack", 2, 1.0)],
         "Which scores fell significantly": [("nightly", "sorting", 0.88, 0.7)],
     }
-    found = {title: filled.ledger.query(sql).rows for title, sql in examples()}
+    found = {title: asked.ledger.query(sql).rows for title, sql in examples()}
     for beginning, rows in answers.items():
         (title,) = (title for title in found if title.startswith(beginning))
         close = sorted if "task" in title or "wrong most" in title else list
@@ -82,7 +82,7 @@ def test_every_example_has_its_answer(filled: Shelf) -> None:
     ]
     (wrong,) = (rows for title, rows in found.items() if title.startswith("What went wrong"))
     assert [row[1:] for row in wrong] == [
-        ("nightly", "check", filled.hostile, "AdapterError", "it uses DoRA")
+        ("nightly", "check", asked.hostile, "AdapterError", "it uses DoRA")
     ]
     (published,) = (rows for title, rows in found.items() if title.startswith("Where is everyth"))
     assert [row[:3] for row in published] == [(models[1], "someone/model", COMMIT)]
@@ -95,20 +95,20 @@ def brief(artifact_id: str) -> str:
     return f"{kind}:{digest[:12]}"
 
 
-def test_every_column_says_what_it_holds(filled: Shelf) -> None:
-    assert filled.ledger.query("FROM dictionary WHERE meaning IS NULL").rows == []
-    times = filled.ledger.query(
+def test_every_column_says_what_it_holds(asked: Shelf) -> None:
+    assert asked.ledger.query("FROM dictionary WHERE meaning IS NULL").rows == []
+    times = asked.ledger.query(
         "SELECT DISTINCT meaning FROM dictionary WHERE data_type LIKE 'TIMESTAMP%'"
     ).rows
     assert all("UTC" in meaning for (meaning,) in times)
 
 
-def test_every_tables_comment_is_there(filled: Shelf) -> None:
+def test_every_tables_comment_is_there(asked: Shelf) -> None:
     for sql in (
         "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND comment IS NULL",
         "SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NULL",
     ):
-        assert filled.ledger.query(sql).rows == []
+        assert asked.ledger.query(sql).rows == []
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_every_tables_comment_is_there(filled: Shelf) -> None:
         "FROM nowhere",
     ],
 )
-def test_a_question_can_do_nothing_but_ask(filled: Shelf, sql: str) -> None:
-    before = filled.ledger.query("FROM scores ORDER BY ALL")
+def test_a_question_can_do_nothing_but_ask(asked: Shelf, sql: str) -> None:
+    before = asked.ledger.query("FROM scores ORDER BY ALL")
     with pytest.raises(QueryError):
-        filled.ledger.query(sql)
-    assert filled.ledger.query("FROM scores ORDER BY ALL") == before
+        asked.ledger.query(sql)
+    assert asked.ledger.query("FROM scores ORDER BY ALL") == before
 
 
 @pytest.mark.parametrize(
@@ -164,11 +164,11 @@ def test_a_question_can_do_nothing_but_ask(filled: Shelf, sql: str) -> None:
         "SELECT 1;",
     ],
 )
-def test_each_way_of_asking_is_answered(filled: Shelf, sql: str) -> None:
-    answer = filled.ledger.query(sql)
+def test_each_way_of_asking_is_answered(asked: Shelf, sql: str) -> None:
+    answer = asked.ledger.query(sql)
     assert answer.rows
     assert answer.columns
-    assert filled.ledger.query(sql, live=True).columns == answer.columns
+    assert asked.ledger.query(sql, live=True).columns == answer.columns
 
 
 @pytest.mark.parametrize(
@@ -184,17 +184,17 @@ def test_each_way_of_asking_is_answered(filled: Shelf, sql: str) -> None:
     ],
     ids=["long", "endless", "large", "many rows"],
 )
-def test_a_question_stops_at_its_limits(filled: Shelf, sql: str, sentence: str) -> None:
+def test_a_question_stops_at_its_limits(asked: Shelf, sql: str, sentence: str) -> None:
     began = time.monotonic()
     with pytest.raises(QueryError, match=sentence):
-        filled.ledger.query(sql, limits=Limits(seconds=0.5, memory_bytes=1 << 26, rows=100))
+        asked.ledger.query(sql, limits=Limits(seconds=0.5, memory_bytes=1 << 26, rows=100))
     assert time.monotonic() - began < 10
 
 
-def test_a_hostile_name_is_just_a_name(filled: Shelf) -> None:
-    rows = filled.ledger.query("SELECT name, verdict FROM adapters WHERE verdict = 'refuse'").rows
-    assert rows == [(filled.hostile, "refuse")]
-    assert filled.ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
+def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:
+    rows = asked.ledger.query("SELECT name, verdict FROM adapters WHERE verdict = 'refuse'").rows
+    assert rows == [(asked.hostile, "refuse")]
+    assert asked.ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
 
 
 def test_the_examples_are_read_whole() -> None:

@@ -35,7 +35,9 @@ class _Costs:
     """Of one token, in units of what one rank costs it in a large matmul."""
 
     gather: float
-    """A chosen rank."""
+    """A chosen rank, where there are many tokens."""
+    gather_half: float
+    """With this many tokens it costs half of that: few tokens wait for memory in any twin."""
     gather_call: float
     """A call, times (IN + OUT) and divided by T."""
     grouped: float
@@ -46,8 +48,22 @@ class _Costs:
     """The matmuls of one expert, times (IN + OUT) and divided by T."""
 
 
-_WIDE = _Costs(gather=3.5, gather_call=4e5, grouped=1.3, grouped_row=30, grouped_call=1e6)
-_NARROW = _Costs(gather=12, gather_call=0, grouped=1.4, grouped_row=70, grouped_call=1.2e7)
+_WIDE = _Costs(
+    gather=3.5,
+    gather_half=2,
+    gather_call=4e5,
+    grouped=1.3,
+    grouped_row=30,
+    grouped_call=1e6,
+)
+_NARROW = _Costs(
+    gather=12,
+    gather_half=12,
+    gather_call=0,
+    grouped=1.4,
+    grouped_row=70,
+    grouped_call=1.2e7,
+)
 
 
 class Sizes(NamedTuple):
@@ -87,11 +103,13 @@ def choose_twin(
         return "dense"
     cost = _WIDE if dtype.itemsize >= 4 else _NARROW
     chosen = top_k * sizes.max_rank
-    size = max(num_tokens, 1) * (sizes.num_in + sizes.num_out)
+    num_tokens = max(num_tokens, 1)
+    size = num_tokens * (sizes.num_in + sizes.num_out)
+    saturation = num_tokens / (num_tokens + cost.gather_half)
     num_calls = min(sizes.num_experts, num_tokens * top_k)
     costs: dict[Twin, float] = {
         "dense": sizes.num_ranks,
-        "gather": cost.gather * chosen + cost.gather_call / size,
+        "gather": cost.gather * saturation * chosen + cost.gather_call / size,
         "grouped": (
             cost.grouped * chosen + cost.grouped_row * top_k + cost.grouped_call * num_calls / size
         ),
@@ -109,25 +127,12 @@ def rank_table(ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 class _ChosenDots(torch.autograd.Function):
-    """dots[t, n] = x[t] · rows[index[t, n]], without a copy of the rows.
-
-    It is what torch computes as the gradient of an embedding bag for its per-sample weights.
-    """
+    """`_dots` with gradients for the tokens and for the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, index: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, rows, index)
-        num_tokens, num_chosen = index.shape
-        bags = torch.arange(num_tokens, device=x.device)
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x.contiguous(),
-            rows,
-            index.reshape(-1),
-            bags * num_chosen,
-            bags.repeat_interleave(num_chosen, output_size=index.numel()),
-            SUM,
-        )
-        return dots.view(num_tokens, num_chosen)
+        return _dots(x, rows, index)
 
     @staticmethod
     @once_differentiable
@@ -143,12 +148,29 @@ class _ChosenDots(torch.autograd.Function):
 
 
 def chosen_dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """Tokens x [T, D] times the rows [R, D] that index [T, N] names, each: [T, N]."""
-    return _ChosenDots.apply(x, rows, index)
+    """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N]."""
+    if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
+        return _ChosenDots.apply(x, rows, index)
+    return _dots(x, rows, index)
+
+
+def _dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """No copy of the rows: it is the gradient of an embedding bag for its per-sample weights."""
+    num_tokens, num_chosen = index.shape
+    bags = torch.arange(num_tokens, device=x.device)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(),
+        rows,
+        index.reshape(-1),
+        bags * num_chosen,
+        bags.repeat_interleave(num_chosen, output_size=index.numel()),
+        SUM,
+    )
+    return dots.view(num_tokens, num_chosen)
 
 
 def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
-    """The rows [R, D] that index [T, N] names, times factors [T, N], added up: [T, D]."""
+    """sums[t] = Σ_n factors[t, n] · rows[index[t, n]] of rows [R, D], index and factors [T, N]."""
     return torch.nn.functional.embedding_bag(
         index, rows, mode="sum", per_sample_weights=factors.contiguous()
     )
@@ -181,6 +203,8 @@ def lora_delta_gather(
     shrunk = (chosen_dots(x, a, index) * factors.view(index.shape)).to(x.dtype)
     if add_to is None:
         return chosen_sums(b.T, index, shrunk)
+    if len(x) <= ROWS_AT_ONCE:
+        return add_to.add_(chosen_sums(b.T, index, shrunk))
     for start in range(0, len(x), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         add_to[rows].add_(chosen_sums(b.T, index[rows], shrunk[rows]))

@@ -34,7 +34,9 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor,
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     top, experts = logits.to(wide).topk(min(top_k, logits.shape[-1]), dim=-1)
-    return torch.softmax(top / temperature, dim=-1), experts
+    if temperature != 1.0:
+        top = top / temperature
+    return torch.softmax(top, dim=-1), experts
 
 
 def lora_delta_loop(

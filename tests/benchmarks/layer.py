@@ -1,0 +1,259 @@
+"""The routed layer against the bare base and its peers: `python -m tests.benchmarks.layer`.
+
+Three Llama layers with all seven projections routed by random gates (every expert is chosen, the
+hardest case), a prefill and one decoded token with its cache. All variants share the base's weights
+and take turns in one process; a figure is the ratio to the bare base of the best of all rounds.
+Beside each stands its floor, the arithmetic alone: multiplications of the variant's matmuls over
+those of the base's. `tests.benchmarks.twins` times single layers over many sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from meteora.model import routed_layers
+from meteora.routers import Gate
+from tests.benchmarks import peers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from meteora.kernels import Twin
+
+
+@dataclass(frozen=True)
+class Setting:
+    experts: int = 28
+    rank: int = 8
+    top_k: int = 2
+    hidden: int = 2048
+    intermediate: int = 5632
+    layers: int = 3
+    tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    variant: str
+    floor: float
+    prefill: float
+    decode: float | None
+    """None where the variant cannot use a cache."""
+    prefill_ms: float
+    decode_ms: float | None
+
+
+def build_base(asked: Setting) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=asked.hidden,
+        intermediate_size=asked.intermediate,
+        num_hidden_layers=asked.layers,
+        num_attention_heads=asked.hidden // 64,
+        num_key_value_heads=max(1, asked.hidden // 256),
+        max_position_embeddings=4096,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(requires_grad=False)
+
+
+def floors(base: nn.Module, asked: Setting) -> dict[str, float]:
+    """Multiplications a token, over those of the base's linear layers.
+
+    The same for a prefill and for a decoded token, which reads every weight that it multiplies by
+    once.
+    """
+    linear = {p: m for p, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    bare = sum(m.weight.numel() for m in linear.values())
+    sizes = [
+        (m.in_features, m.out_features)
+        for path, m in linear.items()
+        if path.rpartition(".")[2] in peers.TARGETS
+    ]
+    per_rank = sum(num_in + num_out for num_in, num_out in sizes)
+    gates = asked.experts * sum(num_in for num_in, _ in sizes)
+    every, chosen = asked.experts * asked.rank * per_rank, asked.top_k * asked.rank * per_rank
+    return {
+        "": 1.0,
+        "one": 1 + asked.rank * per_rank / bare,
+        "chosen": 1 + (chosen + gates) / bare,
+        "every": 1 + (every + gates) / bare,
+        "x_lora": 2 + every / bare,
+    }
+
+
+def variants(asked: Setting, folder: Path) -> dict[str, tuple[nn.Module, str]]:
+    """Each variant with the name of its floor."""
+    base = build_base(asked)
+    folders = peers.save_adapters(base, folder, asked.experts, asked.rank)
+    ours = peers.routed(base, folders, asked.top_k, folder)
+    found: dict[str, tuple[nn.Module, str]] = {
+        "bare base": (base, ""),
+        "meteora": (ours, "chosen"),
+        "meteora, tokens of one task": (one_task(ours), "chosen"),
+    }
+    floor_of: dict[Twin, str] = {"dense": "every", "gather": "chosen", "grouped": "chosen"}
+    for twin, floor in floor_of.items():
+        model = peers.share(ours)
+        for layer in routed_layers(model).values():
+            layer.twin = twin
+        found[f"meteora, {twin}"] = model, floor
+    return found | {
+        "one LoRA (PEFT)": (peers.one_lora(base, folders), "one"),
+        "loop over experts": (peers.with_layers(ours, peers.LoopLinear), "chosen"),
+        "bmm of gathered weights": (peers.with_layers(ours, peers.BmmLinear), "chosen"),
+        "Arrow (PEFT)": (peers.arrow(base, folders, asked.top_k), "every"),
+        "X-LoRA (PEFT)": (peers.x_lora(base, folders, asked.top_k), "x_lora"),
+    }
+
+
+def one_task(model: PreTrainedModel) -> PreTrainedModel:
+    """What a prompt of one task does once gates are trained: all tokens go to the same experts."""
+    model = peers.share(model)
+    for layer in routed_layers(model).values():
+        assert isinstance(layer.router, Gate)
+        bias = torch.zeros(layer.num_experts)
+        bias[: layer.router.top_k] = 1e6
+        gate = Gate(layer.router.weight.data, bias, top_k=layer.router.top_k)
+        layer.router = gate.requires_grad_(requires_grad=False)
+    return model
+
+
+@torch.inference_mode()
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """A step that decodes one token behind `ids`, again and again from the same cache."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(ids, past_key_values=cache, use_cache=True)
+
+    def step() -> None:
+        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def best_of(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The shortest time of each; they take turns, so that a busy moment meets them all."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            best[name] = min(best[name], seconds(run))
+    return best
+
+
+def measure(asked: Setting, rounds: int, folder: Path) -> list[Row]:
+    found = variants(asked, folder)
+    floor_of = floors(found["bare base"][0], asked)
+    ids = torch.randint(0, 1024, (1, asked.tokens))
+    prefill = best_of(
+        {
+            name: lambda model=model: model(ids, use_cache=False)
+            for name, (model, _) in found.items()
+        },
+        rounds,
+    )
+    decode = best_of(
+        {
+            name: decoder(model, ids)
+            for name, (model, floor) in found.items()
+            if floor != "x_lora"  # it asks for a model without a cache
+        },
+        5 * rounds,
+    )
+    return [
+        Row(
+            variant=name,
+            floor=floor_of[floor],
+            prefill=prefill[name] / prefill["bare base"],
+            decode=decode[name] / decode["bare base"] if name in decode else None,
+            prefill_ms=1e3 * prefill[name],
+            decode_ms=1e3 * decode[name] if name in decode else None,
+        )
+        for name, (_, floor) in found.items()
+    ]
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured with."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def as_table(asked: Setting, rows: list[Row]) -> str:
+    setting = ", ".join(f"{name} {value}" for name, value in asdict(asked).items())
+    lines = [
+        setting,
+        "",
+        "| variant | floor | prefill | decode | prefill, ms | decode, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        decode = (
+            ("no cache", "")
+            if row.decode is None
+            else (f"{row.decode:.2f}", f"{row.decode_ms:.1f}")
+        )
+        lines.append(
+            f"| {row.variant} | {row.floor:.2f} | {row.prefill:.2f} | {decode[0]}"
+            f" | {row.prefill_ms:.0f} | {decode[1]} |"
+        )
+    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in machine().items())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, value in asdict(Setting()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    asked = vars(parser.parse_args())
+    rounds, as_json = asked.pop("rounds"), asked.pop("json")
+    setting = Setting(**asked)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(setting, rounds, Path(folder))
+    if as_json:
+        body = {"setting": asdict(setting), "machine": machine(), "rows": [asdict(r) for r in rows]}
+        sys.stdout.write(json.dumps(body, indent=1) + "\n")
+    else:
+        sys.stdout.write(as_table(setting, rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ scaling stays beside the tensors, in the manifest.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -86,40 +87,54 @@ def stack(
         for path, entry in entries.items()
     }
 
+    dtype = common_dtype(specs)
+
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        """Each module's A and B in the same memory: what is yielded is gone at the next."""
+        sizes = [rank * (num_in + num_out) for rank, num_in, num_out in shapes.values()]
+        memory = torch.empty(max(sizes), dtype=DTYPES[dtype])
         with ExitStack() as files:
             opened = [
                 # pread: a file that is cut short under our feet is an error and not a crash
                 files.enter_context(safe_open(adapter.weights, framework="pt", backend="pread"))
                 for adapter in adapters
             ]
-            for done, path in enumerate(entries):
-                yield _stack_module(adapters, opened, path)
-                progress(done + 1, len(entries))
+            for done, (path, (rank, num_in, num_out)) in enumerate(shapes.items()):
+                a, b = memory[: rank * (num_in + num_out)].split([rank * num_in, rank * num_out])
+                a, b = a.view(rank, num_in), b.view(num_out, rank)
+                _fill(a, b, adapters, opened, path)
+                yield a, b
+                progress(done + 1, len(shapes))
 
-    checkpoint.write_experts(out, shapes, common_dtype(specs), pairs())
+    checkpoint.write_experts(out, shapes, dtype, pairs())
 
 
-def _stack_module(
-    adapters: Sequence[Adapter], opened: Sequence[safe_open], path: str
-) -> tuple[Tensor, Tensor]:
-    """A [R, IN] and B [OUT, R] of one module, of every adapter that has it."""
-    parts_a, parts_b = [], []
+def _fill(
+    stack_a: Tensor,
+    stack_b: Tensor,
+    adapters: Sequence[Adapter],
+    opened: Sequence[safe_open],
+    path: str,
+) -> None:
+    """Lay A and B of every adapter that has the module end to end along the rank."""
+    start = 0
     for adapter, file in zip(adapters, opened, strict=True):
         if (names := adapter.tensors.get(path)) is None:
             continue
         a, b = file.get_tensor(names.a_key), file.get_tensor(names.b_key)
         for key, tensor in ((names.a_key, a), (names.b_key, b)):
-            if not tensor.isfinite().all():
+            if not all(map(math.isfinite, _extremes(tensor))):
                 raise BadNumbersError(
                     f"{adapter.weights}: {key} holds NaN or infinity, which would poison every"
                     " output; leave this adapter out of the recipe, or get a sound copy"
                 )
-        parts_a.append(a.T if names.transposed else a)
-        parts_b.append(b.T if names.transposed else b)
-    wide = parts_a[0].dtype
-    for part in (*parts_a, *parts_b):
-        wide = torch.promote_types(wide, part.dtype)
-    return torch.cat([part.to(wide) for part in parts_a]), torch.cat(
-        [part.to(wide) for part in parts_b], dim=1
-    )
+        if names.transposed:
+            a, b = a.T, b.T
+        ranks = slice(start, start := start + len(a))
+        stack_a[ranks], stack_b[:, ranks] = a, b  # a wider dtype holds them exactly
+
+
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    """Least and greatest number, NaN if there is one: much faster than a mask of the finite."""
+    least, greatest = tensor.aminmax()
+    return least.item(), greatest.item()

@@ -171,6 +171,8 @@ def count_routes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
+    *,
+    batch_size: int,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> dict[str, list[int]]:
     """Where the tokens of some rows are sent: for each routed module, how many to each expert.
@@ -181,12 +183,25 @@ def count_routes(
     opening = opening_length(tokenizer)
     num_experts = len(expert_names(model))
     counts: dict[str, torch.Tensor] = {}
-    for row in rows:
-        ids = encode_pair(tokenizer, row.prompt, row.response)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
+        longest = max(map(len, encoded))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        for i, own in enumerate(encoded):
+            ids[i, : len(own)] = torch.tensor(own)
+        place = torch.arange(longest)
+        there = place < torch.tensor([len(own) for own in encoded])[:, None]  # [B, L]
+        asked = (there & (place >= opening)).flatten()
         with torch.inference_mode(), recorded_logits(model) as logits:
-            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+            model(
+                input_ids=ids.to(model.device),
+                attention_mask=there.long().to(model.device),
+                logits_to_keep=1,
+            )
         for path, scores in logits.items():
-            chosen = torch.bincount(scores[opening:].argmax(-1), minlength=num_experts)
-            counts[path] = counts[path] + chosen if path in counts else chosen
-        advance(1)
+            chosen = scores[asked].argmax(-1)
+            found = torch.bincount(chosen, minlength=num_experts).cpu()
+            counts[path] = counts[path] + found if path in counts else found
+        advance(len(batch))
     return {path: total.tolist() for path, total in counts.items()}

@@ -165,12 +165,16 @@ def check(
     from meteora import adapters
     from pipelines import hub
 
-    verdicts = []
-    for name in where:
+    def judge(name: str) -> adapters.Verdict:
         path = Path(name.removeprefix("path:"))
         if not path.exists() and hub.REPO_ID.fullmatch(name.partition("@")[0]):
-            path = hub.download(hub.resolve(name), home.expanduser().absolute() / "adapters")
-        verdicts.append(adapters.check(path))
+            try:
+                path = hub.download(hub.resolve(name), home.expanduser().absolute() / "adapters")
+            except hub.HubError as error:
+                return adapters.Verdict(name, "refuse", (adapters.Reason("hub", str(error)),))
+        return adapters.check(path)
+
+    verdicts = [judge(name) for name in where]
     if as_json:
         print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=1))
     else:
@@ -238,12 +242,20 @@ def sql(
     query: Annotated[str, typer.Argument(help='Such as "FROM leaderboard".')] = "SHOW TABLES",
     form: Annotated[Format | None, typer.Option("--format", help="Table by default.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Ask the index, not its snapshot.")] = False,
+    examples: Annotated[bool, typer.Option("--examples", help="Questions to start from.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Ask the ledger. One SELECT; a table in a terminal, CSV in a pipe."""
     from store.ledger import Ledger
+    from store.query import examples as questions
 
-    answer = Ledger(home.expanduser().absolute()).query(query, live=live)
+    if examples:
+        for title, question in questions():
+            print(f"-- {title}\n{question}\n")
+        return
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest(deadline_seconds=1.0)  # what a run recorded a moment ago; a busy index can wait
+    answer = ledger.query(query, live=live)
     _print_answer(answer, form or (Format.table if sys.stdout.isatty() else Format.csv))
 
 
@@ -295,7 +307,24 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
     from store.ledger import Ledger
 
     ingested = Ledger(home.expanduser().absolute()).rebuild()
-    print(ingested)
+    if ingested.reason:
+        raise MeteoraError(ingested.reason)
+    print(f"{ingested.num_records} records in the index")
+
+
+@store_app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """List the files that nothing refers to; remove them only with --yes."""
+    from store.ledger import Ledger
+
+    garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
+    for name in (*garbage.blobs, *map(str, garbage.files)):
+        print(name)
+    done = "removed" if yes else "can be removed with --yes"
+    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
 
 
 def main() -> None:
@@ -308,3 +337,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,7 @@ def _row(line: str, place: str) -> Row:
     try:
         body = json.loads(line)
         row = Row(body["prompt"], body["response"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExamplesError(
             f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed'
         ) from error

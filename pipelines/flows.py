@@ -28,9 +28,7 @@ from pipelines.opening import describe
 from pipelines.progress import say
 from pipelines.summary import summarise
 from pipelines.workplace import Workplace  # noqa: TC001  (Prefect reads annotations)
-from store.errors import BusyError
 from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
-from store.files import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
     from pipelines.plan import Expert, Plan
     from pipelines.recipe import ExpertSection
 
-ALIVE = "alive.lock"
-"""Held in the folder of every run while its process lives; the kernel frees it however it ends."""
 STAGES = ("base", "check", "stack", "gates", "benchmark")
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
@@ -189,12 +185,10 @@ def run(work: Workplace, until: str = STAGES[-1]) -> Clock:
         BusyError: the recipe is being run by another process.
         MeteoraError: something was refused or could not be done; it is recorded with its reason.
     """
-    runs = work.home / "runs"
-    with (
-        locked(runs / f"{work.key}.lock", deadline_seconds=0.0),
-        locked(runs / work.run_id / ALIVE, deadline_seconds=0.0),
-    ):
-        _close_killed(work)
+    with work.ledger.running(work.key) as killed:
+        for run_before in killed:
+            shutil.rmtree(work.home / "runs" / run_before.run_id, ignore_errors=True)
+            say(f"the run {run_before.run_id} was killed; what it had finished is kept")
         work.ledger.record_run(_started(work))
         clock, began = Clock(), time.perf_counter()
         outcome, reason = "killed", "interrupted"
@@ -221,22 +215,8 @@ def run(work: Workplace, until: str = STAGES[-1]) -> Clock:
 def _started(work: Workplace) -> RunStarted:
     return RunStarted(
         work.run_id,
-        recipe_name=work.name,
+        recipe_name=work.key,
         recipe_sha256=work.recipe_sha256,
         versions={name: version(name) for name in VERSIONS},
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )
-
-
-def _close_killed(work: Workplace) -> None:
-    """Close the runs that began and never ended, and whose process is gone with its lock."""
-    for run in work.ledger.unended_runs():
-        folder = work.home / "runs" / run.run_id
-        try:
-            with locked(folder / ALIVE, deadline_seconds=0.0):
-                ended = RunEnded(run.run_id, "killed", f"found unfinished by {work.run_id}", 0.0)
-                work.ledger.record_run(ended)
-                shutil.rmtree(folder, ignore_errors=True)
-        except BusyError:
-            continue  # it runs still
-        say(f"the run {run.run_id} was killed; what it had finished is kept")

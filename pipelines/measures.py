@@ -123,7 +123,13 @@ def _watch_routing(
     scores: list[RoutingScore] = []
     with bar("watching the routes", sum(len(plan.tests[n]) for n in own), "rows") as advance:
         for truth in own:
-            counts = benchmark.count_routes(model, tokenizer, plan.tests[truth], advance)
+            counts = benchmark.count_routes(
+                model,
+                tokenizer,
+                plan.tests[truth],
+                batch_size=work.recipe.benchmark.batch_size,
+                advance=advance,
+            )
             scores.extend(
                 RoutingScore(plan.router.id, path, truth, chosen, count)
                 for path, by_expert in counts.items()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256
 from meteora.sources import PATH, file_sha256
+from pipelines.recipe import shipped
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -36,7 +37,9 @@ class Workplace:
 
     @property
     def key(self) -> str:
-        """The name, made unique among recipes of one name in different folders."""
+        """The name, told apart from recipes of the same name in other folders."""
+        if shipped().get(self.name) == self.path:
+            return self.name
         return f"{self.name}-{canonical_sha256(str(self.path.resolve()))[:8]}"
 
     @property

@@ -1,0 +1,86 @@
+"""A recipe over a tiny real world: a base, PEFT's adapters and rows, all in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from pipelines.environment import prepare
+from pipelines.recipe import Recipe
+from pipelines.workplace import Workplace, new_run_id
+from store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import World
+
+
+# Prefect reads its settings when it is imported, and one temporary server serves all flow tests
+PREFECT_HOME = tempfile.TemporaryDirectory(prefix="meteora-tests-")
+os.environ.pop("PREFECT_API_URL", None)
+prepare(Path(PREFECT_HOME.name))
+
+
+def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
+    """Rows that a byte tokenizer can tell apart: every expert has an alphabet of its own."""
+    alphabet = {"q_and_v": "abcd", "attention": "wxyz"}[expert]
+    rng = random.Random(f"{expert}/{seed}")
+    return [
+        {"prompt": "".join(rng.choices(alphabet, k=12)), "response": rng.choice(alphabet) * 3}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def recipe_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """A folder with `recipe.yaml` and all that it names, by relative paths."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "base").symlink_to(world.base)
+    experts = []
+    for name in ("q_and_v", "attention"):
+        (folder / name).symlink_to(world.adapters[name])
+        for split, seed, count in (("train", 0, 8), ("test", 1, 4)):
+            lines = [json.dumps(row) + "\n" for row in letters(name, seed, count)]
+            (folder / f"{name}.{split}.jsonl").write_text("".join(lines))
+        experts.append(
+            {
+                "name": name,
+                "adapter": f"path:{name}",
+                "examples": f"jsonl:{name}.train.jsonl",
+                "test": f"jsonl:{name}.test.jsonl",
+            }
+        )
+    body = {
+        "base": "path:base",
+        "experts": experts,
+        "benchmark": {
+            "limit": 4,
+            "compare": ["base", "oracle", "uniform", "arrow"],
+            "max_new_tokens": 4,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def workplace(recipe_folder: Path, tmp_path: Path) -> Callable[..., Workplace]:
+    """A function that opens the recipe, with some of it changed, over an empty home."""
+
+    def open_it(**changed: Any) -> Workplace:
+        path = recipe_folder / "recipe.yaml"
+        if changed:
+            body = yaml.safe_load(path.read_text()) | changed
+            path = recipe_folder / "changed.yaml"
+            path.write_text(yaml.safe_dump(body, sort_keys=False))
+        return Workplace(Ledger(tmp_path / "home"), Recipe.load(path), path, new_run_id())
+
+    return open_it

@@ -1,0 +1,117 @@
+"""What a person gets from the command line: data on stdout, one sentence on stderr, a code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
+
+Said = subprocess.CompletedProcess[str]
+
+
+def meteora(*arguments: str | Path, home: Path) -> Said:
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def refused(said: Said, sentence: str) -> None:
+    assert said.returncode == 1, said.stderr
+    assert sentence in said.stderr
+    assert "Traceback" not in said.stderr
+    assert said.stdout == ""
+
+
+def changed(recipe_folder: Path, name: str, **change: object) -> Path:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text()) | change
+    path = recipe_folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def test_a_bad_recipe_a_missing_one_and_a_missing_base_get_one_sentence(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    unknown = changed(recipe_folder, "unknown", routers="gate")
+    refused(meteora("run", unknown, home=tmp_path / "home"), "unknown key routers")
+    refused(meteora("run", "quikstart", home=tmp_path / "home"), "no such recipe file")
+    package = changed(recipe_folder, "package", base="gguf:not-installed/x.gguf")
+    refused(
+        meteora("run", package, home=tmp_path / "home"), "run `pip install --no-deps not-installed`"
+    )
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    said = meteora("run", recipe_folder / "recipe.yaml", "--dry-run", home=tmp_path / "home")
+    assert said.returncode == 0, said.stderr
+    assert "q_and_v: path:q_and_v" in said.stdout
+    assert not (tmp_path / "home").exists()
+
+
+def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    said = meteora("check", world.adapters["q_and_v"], tmp_path / "pickled", home=tmp_path)
+    assert said.returncode == 1
+    verdicts = [line.split()[0] for line in said.stdout.splitlines() if line[0] != " "]
+    assert verdicts == ["warn", "refuse"]  # the tiny base's name is a path, and it says so
+    assert "[base_local_path]" in said.stdout
+    assert "[pickle]" in said.stdout
+
+    said = meteora("check", world.adapters["q_and_v"], "--json", home=tmp_path)
+    (verdict,) = json.loads(said.stdout)
+    assert said.returncode == 0
+    assert verdict["verdict"] == "warn"
+    assert verdict["r_max"] == 8
+
+
+def test_sql_is_a_question_and_nothing_else(tmp_path: Path) -> None:
+    said = meteora("sql", "SELECT 1 AS one, 'a' AS letter", "--format", "json", home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout) == [{"one": 1, "letter": "a"}]
+    assert meteora("sql", "SELECT 1 AS one", home=tmp_path).stdout == "one\n1\n"
+    for harm in ("DROP TABLE scores", "COPY scores TO 'x.csv'", "SELECT 1; SELECT 2"):
+        refused(meteora("sql", harm, home=tmp_path), "error:")
+    refused(meteora("sql", "FROM read_text('/etc/hostname')", home=tmp_path), "error:")
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
+    refused(meteora("generate", tmp_path, "hello", home=tmp_path), "there is no meteora.json in it")
+    refused(meteora("generate", "router:123", "hello", home=tmp_path), "no artifact's id begins")
+
+
+def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: Path) -> None:
+    """The tiny base is a local folder, which a checkpoint cannot find by itself."""
+    refused(meteora("generate", world.checkpoint, "hello", home=tmp_path), "say where it lies now")
+
+
+def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
+    said = meteora("verify", home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == "0 records and 0 blobs: 0 findings\n"
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "check", "generate", "sql", "verify", "store rebuild", "store gc"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *command.split(), "--help"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0
+    assert "Usage" in said.stdout
+
+
+def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
+    assert meteora("run", "quickstart", "--untill", "x", home=tmp_path).returncode == 2

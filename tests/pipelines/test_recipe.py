@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipelines.recipe import Recipe, RecipeError, locate, shipped
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EXPERT = "{name: a, adapter: path:a, examples: jsonl:a.jsonl}"
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return Recipe.load(path)
+
+
+def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
+    recipe = load(tmp_path, f"base: owner/name\nexperts: [{EXPERT}]\n")
+    assert recipe.router.kind == "gate"
+    assert recipe.gates.examples_per_expert == 64
+    assert recipe.benchmark.compare == ("base", "oracle", "uniform", "arrow")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
+        pytest.param("base: a/b\nexperts: []", "experts: Tuple should have at least 1", id="none"),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouters: 1", "unknown key routers", id="unknown"
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: 0}}",
+            "router.top_k: Input should be greater than or equal to 1 (given: 0)",
+            id="out of range",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: '2'}}",
+            "router.top_k: Input should be a valid integer (given: '2')",
+            id="wrong type",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{temperature: .nan}}",
+            "router.temperature",
+            id="not a number",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}, {EXPERT}]", "two experts are named 'a'", id="twice"
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: ../a, adapter: path:a, examples: jsonl:a}]",
+            "the name '../a' may hold",
+            id="a path as a name",
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: a, adapter: path:a}]",
+            "expert 'a' has no examples",
+            id="a gate without examples",
+        ),
+        pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
+        pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
+        pytest.param("base: [", "not readable as YAML", id="broken"),
+        pytest.param("- base", "a recipe is a mapping", id="a list"),
+        pytest.param("base: !!python/object:os.system {}", "not readable as YAML", id="an object"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load(tmp_path, text)
+    assert said in str(refused.value)
+    assert str(refused.value).startswith(str(tmp_path / "recipe.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_router_without_gates_needs_no_examples(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "base: a/b\nexperts: [{name: a, adapter: path:a}]\nrouter: {kind: arrow, top_k: 2}",
+    )
+    assert recipe.router.top_k == 2
+
+
+def test_every_shipped_recipe_loads_and_finds_its_files() -> None:
+    for name, path in shipped().items():
+        recipe = Recipe.load(locate(name))
+        for expert in recipe.experts:
+            for source in (expert.adapter, expert.examples, expert.test):
+                assert source is not None
+                assert (path.parent / source.partition(":")[2]).exists()
+
+
+def test_a_recipe_that_is_not_there_names_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe file; shipped: quickstart"):
+        Recipe.load(tmp_path / "quikstart")

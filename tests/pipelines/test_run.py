@@ -1,0 +1,211 @@
+"""The whole line on a tiny world: real files, real PEFT adapters, a real Prefect flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import duckdb
+import pytest
+import torch
+import yaml
+
+import meteora
+from meteora.adapters import AdapterError
+from meteora.artifacts import MeteoraError, canonical_sha256
+from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE, MANIFEST
+from meteora.sources import file_sha256
+from pipelines import flows
+from pipelines.finished import finished
+from pipelines.summary import summarise
+from store.errors import BusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workplace import Workplace
+    from tests.conftest import World
+
+
+def fingerprint(work: Workplace) -> str:
+    """What a finished run left behind, but for times and run names."""
+    planned = finished(work)
+    assert planned is not None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    scores = {
+        f"{task}/{system}": [score.value, score.outputs_sha256]
+        for task, row in summary.scores.items()
+        for system, score in row.items()
+    }
+    weights = [work.ledger.weights_of(i) for i in (planned.fused.id, planned.router.id)]
+    routing = summary.routing.accuracy if summary.routing else None
+    return canonical_sha256([scores, weights, routing])
+
+
+def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
+    workplace: Callable[..., Workplace], world: World
+) -> None:
+    work = workplace()
+    assert finished(work) is None
+    clock = flows.run(work)
+    assert list(clock.seconds) == ["base", "check", "stack", "gates", "benchmark"]
+
+    planned = finished(work)
+    assert planned is not None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    assert summary.systems == ["base", "oracle", "fused", "uniform", "arrow"]
+    assert all(len(row) == 5 for row in summary.scores.values())
+    assert summary.routing is not None
+    assert summary.routing.accuracy > 0.9  # their alphabets have no letter in common
+
+    folder = work.checkpoint_folder(planned.router.id)
+    assert {path.name for path in folder.iterdir()} == {CARD, EXPERTS, GATES, LINEAGE, MANIFEST}
+    subjects = json.loads((folder / LINEAGE).read_text())["subject"]
+    assert {s["name"]: s["digest"]["sha256"] for s in subjects} == {
+        name: file_sha256(folder / name) for name in (EXPERTS, GATES)
+    }
+
+    answer = work.ledger.query("SELECT outcome FROM runs")
+    assert answer.rows == [("ok",)]
+    assert work.ledger.query("SELECT count(DISTINCT task) FROM leaderboard").rows == [(2,)]
+    assert not work.ledger.verify().findings
+
+    model, tokenizer = meteora.load(folder, base_folder=world.base)
+    prompt = tokenizer("abcd", return_tensors="pt")
+    with torch.inference_mode(), meteora.force_expert(model, "q_and_v"):
+        ours = model(**prompt).logits
+    torch.testing.assert_close(
+        ours, world.load_peft("q_and_v")(**prompt).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_is_asked_differently_is_made_and_the_rest_is_kept(
+    workplace: Callable[..., Workplace],
+) -> None:
+    """Other gates need no other stack, and no base or oracle is measured twice."""
+    work = workplace()
+    flows.run(work)
+    before = work.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows
+    scores = work.ledger.query("SELECT count(*) FROM scores").rows[0][0]
+    other = workplace(gates={"examples_per_expert": 4})
+    assert finished(other) is None
+    flows.run(other)
+    assert other.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows == before
+    assert other.ledger.query("SELECT count(*) FROM scores").rows[0][0] == scores + 2
+
+
+def test_one_recipe_is_run_by_one_process_at_a_time(workplace: Callable[..., Workplace]) -> None:
+    work = workplace()
+    with work.ledger.running(work.key), pytest.raises(BusyError, match="another process"):
+        flows.run(work)
+
+
+def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
+    workplace: Callable[..., Workplace], recipe_folder: Path
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    (recipe_folder / "none").mkdir(exist_ok=True)
+    experts = [*body["experts"], {**body["experts"][0], "name": "empty", "adapter": "path:none"}]
+    (recipe_folder / "none" / "adapter_model.safetensors").write_bytes(b"")
+
+    work = workplace(experts=experts)
+    with pytest.raises(AdapterError, match="empty"):
+        flows.run(work)
+    assert work.ledger.query("SELECT outcome FROM runs").rows == [("refused",)]
+
+    lenient = workplace(experts=experts, policy={"on_refused": "skip"})
+    flows.run(lenient)
+    planned = finished(lenient)
+    assert planned is not None
+    assert planned.fused.names == ("q_and_v", "attention")
+    refused = lenient.ledger.query("SELECT name FROM adapters WHERE verdict = 'refuse'").rows
+    assert ("empty",) in refused
+
+
+def test_a_test_row_among_the_examples_is_refused(
+    workplace: Callable[..., Workplace], recipe_folder: Path
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    leaky = [{**expert, "test": expert["examples"]} for expert in body["experts"]]
+    work = workplace(experts=leaky)
+    with pytest.raises(MeteoraError, match="is also an example"):
+        flows.run(work)
+
+
+STEPS = (
+    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
+    "measure",
+)  # fmt: skip
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipelines import flows
+from pipelines.recipe import Recipe
+from pipelines.workplace import Workplace, new_run_id
+from store.ledger import Ledger
+
+recipe, home, victim, when = sys.argv[1:]
+
+def without_prefect(name):
+    plain = getattr(flows, name).fn
+    def step(*args):
+        if name == victim and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = plain(*args)
+        if name == victim and when == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return step
+
+for name in %r:
+    setattr(flows, name, without_prefect(name))
+flows.fuse_adapters = type("Plain", (), {
+    "with_options": lambda self, **_: flows.plain
+})()
+work = Workplace(Ledger(Path(home)), Recipe.load(Path(recipe)), Path(recipe), new_run_id())
+flows.run(work)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_between_any_two_stages_loses_nothing(
+    recipe_folder: Path, tmp_path: Path, workplace: Callable[..., Workplace]
+) -> None:
+    """One home is killed after every stage in turn, another never: both end up with the same."""
+    code = KILLED.replace("flows.fuse_adapters = ", "flows.plain = flows.fuse_adapters.fn\n"
+                          "flows.fuse_adapters = ") % (STEPS,)  # fmt: skip
+    home = tmp_path / "killed"
+
+    def run(victim: str, when: str) -> int:
+        command = [sys.executable, "-c", code, str(recipe_folder / "recipe.yaml"), str(home)]
+        done = subprocess.run(
+            [*command, victim, when], check=False, capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode
+
+    for victim in STEPS:
+        assert run(victim, "after") == -signal.SIGKILL
+    assert run("nothing", "") == 0
+
+    unharmed = workplace()
+    flows.run(unharmed)
+    from dataclasses import replace  # noqa: PLC0415
+
+    from store.ledger import Ledger  # noqa: PLC0415
+
+    killed = replace(unharmed, ledger=Ledger(home))
+    assert fingerprint(killed) == fingerprint(unharmed)
+    outcomes = killed.ledger.query("SELECT outcome, count(*) FROM runs GROUP BY ALL ORDER BY 1")
+    assert outcomes.rows == [("killed", len(STEPS)), ("ok", 1)]
+    assert not killed.ledger.verify().findings
+    with duckdb.connect(str(home / "ledger.snapshot.duckdb"), read_only=True) as connection:
+        assert connection.execute("SELECT count(*) FROM scores").fetchone() == (10,)

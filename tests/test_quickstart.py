@@ -1,0 +1,121 @@
+"""The main job on the real base, SmolLM2-135M-Instruct, with real adapters: two of them, few rows.
+
+The base comes out of the Python package that the README installs; nothing is downloaded here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import meteora
+from meteora import adapters
+from pipelines.recipe import locate
+from tests.conftest import load_peft
+
+QUICKSTART = locate("quickstart").parent
+EXPERTS = ("iso_dates", "order_lines")
+PROMPT = "Convert this date to ISO format: March 3, 2021."
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path) -> subprocess.CompletedProcess[str]:
+    """`meteora run` on a recipe like the quickstart's, with two experts and few rows."""
+    body = yaml.safe_load(locate("quickstart").read_text())
+    body["experts"] = [expert for expert in body["experts"] if expert["name"] in EXPERTS]
+    for expert in body["experts"]:
+        for key in ("adapter", "examples", "test"):
+            kind, _, path = expert[key].partition(":")
+            expert[key] = f"{kind}:{QUICKSTART / path}"
+    body["gates"]["examples_per_expert"] = 8
+    body["benchmark"]["limit"] = 6
+    recipe = home / "two.yaml"
+    recipe.write_text(yaml.safe_dump(body))
+    return run(home, "run", recipe)
+
+
+def run(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_run_ends_with_scores_routes_and_a_checkpoint(
+    home: Path, ran: subprocess.CompletedProcess[str]
+) -> None:
+    for said in ("iso_dates", "order_lines", "mean", "Routing accuracy", "checkpoint: "):
+        assert said in ran.stdout
+    assert "fitting the gates: 30 of 30 layers" in ran.stderr
+    scores = json.loads(
+        run(home, "sql", "FROM leaderboard WHERE router = 'gate'", "--format", "json").stdout
+    )
+    assert {row["task"] for row in scores} == set(EXPERTS)
+    for row in scores:
+        assert row["num_samples"] == 6
+        assert row["base_value"] <= 0.34  # two of six: the base cannot do it
+        assert row["oracle_value"] >= 0.66
+        assert row["value"] >= row["oracle_value"] - 0.34
+
+
+def test_run_again_finds_everything_in_the_ledger(
+    home: Path, ran: subprocess.CompletedProcess[str]
+) -> None:
+    again = run(home, "run", home / "two.yaml")
+    assert "nothing to do" in again.stderr
+    table, first = (text.partition("Routing accuracy")[0] for text in (again.stdout, ran.stdout))
+    assert table == first
+
+
+def test_the_checkpoint_answers_by_its_id(
+    home: Path, ran: subprocess.CompletedProcess[str]
+) -> None:
+    digest = ran.stdout.partition("recorded as router:")[2][:12]
+    assert run(home, "generate", digest, PROMPT).stdout.strip() == "2021-03-03"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (QUICKSTART / "adapters").iterdir()))
+def test_each_adapter_forced_equals_peft_with_it(
+    home: Path,
+    ran: subprocess.CompletedProcess[str],
+    name: str,
+    tmp_path: Path,
+    fuse_adapters,
+) -> None:
+    """On the real base in float32: the same logits within 1e-5 of their range."""
+    assert ran.returncode == 0
+    (base,) = (home / "bases").iterdir()
+    folder = QUICKSTART / "adapters" / name
+    assert adapters.check(folder).verdict == "accept"
+    fuse_adapters(base, {name: folder}, tmp_path / "fused")
+    model, tokenizer = meteora.load(tmp_path / "fused", base_folder=base)
+    tokens = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode(), meteora.force_expert(model, name):
+        ours = model(**tokens).logits
+        theirs = load_peft(base, folder)(**tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_the_adapters_differ_in_what_adapters_differ_in() -> None:
+    """Ranks 4, 8 and 16; q and v, attention, all seven; rsLoRA; patterns. And they are small."""
+    specs = {p.name: adapters.read(p).spec for p in (QUICKSTART / "adapters").iterdir()}
+    sizes = [p.stat().st_size for p in QUICKSTART.glob("adapters/*/*.safetensors")]
+    assert len(specs) >= 6
+    assert {4, 8, 16} <= {module.r for spec in specs.values() for module in spec.modules}
+    targets = {frozenset(m.path.rsplit(".", 1)[1] for m in s.modules) for s in specs.values()}
+    assert {2, 4, 7} <= {len(names) for names in targets}
+    assert any(spec.use_rslora for spec in specs.values())
+    assert any(len({m.r for m in spec.modules}) > 1 for spec in specs.values())
+    assert max(sizes) <= 3_000_000
+    assert sum(sizes) <= 12_000_000

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 refused or failed with a sentence, 2 usage, 130 interrupte
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from enum import StrEnum
@@ -13,17 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
+from pipelines import show
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
 
 if TYPE_CHECKING:
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
-    from store.query import Answer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,12 +44,6 @@ class Until(StrEnum):
     benchmark = "benchmark"
 
 
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
@@ -65,7 +56,7 @@ def run(
     work = _workplace(recipe, home, write=not dry_run)
     planned = _finished(work)
     if dry_run:
-        _print_steps(work, planned)
+        show.steps(work, planned)
         return
     seconds: dict[str, float] = {}
     if planned is None:
@@ -78,7 +69,7 @@ def run(
     else:
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:
-        _print_summary(work, planned, seconds)
+        show.summary(work, planned, seconds)
 
 
 def _workplace(recipe: str, home: Path, *, write: bool) -> Workplace:
@@ -98,61 +89,6 @@ def _finished(work: Workplace) -> Plan | None:
     from pipelines.finished import finished
 
     return finished(work)
-
-
-def _print_steps(work: Workplace, planned: Plan | None) -> None:
-    """What a run would do: nothing is downloaded, made or written."""
-    out = Console()
-    if planned is not None:
-        out.print(f"{work.name}: everything is in the ledger already")
-        return
-    recipe = work.recipe
-    out.print(f"base       {recipe.base}")
-    for expert in recipe.experts:
-        out.print(f"expert     {expert.name}: {expert.adapter}")
-    out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
-    if recipe.router.kind == "gate":
-        out.print(
-            f"gates      {recipe.gates.method},"
-            f" {recipe.gates.examples_per_expert} examples an expert at most"
-        )
-    systems = ", ".join(("fused", *recipe.benchmark.compare))
-    tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
-    out.print(f"benchmark  {systems} on {', '.join(tasks)}, {recipe.benchmark.limit} rows at most")
-
-
-def _print_summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
-    from pipelines.card import interval, routing_lines, shortfall_lines
-    from pipelines.summary import summarise
-
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    if summary is None:
-        raise MeteoraError("the ledger lost a result while it was read; run again")
-    out = Console()
-    table = Table(title=f"{work.name}: exact match [95 % interval]")
-    for heading in ("task", "n", *summary.systems):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for task, row in summary.scores.items():
-        cells = [
-            interval(row[s].value, row[s].low, row[s].high).replace("[", r"\[") if s in row else ""
-            for s in summary.systems
-        ]
-        table.add_row(task, str(row["fused"].num_samples), *cells)
-    means = [summary.mean(system) for system in summary.systems]
-    table.add_section()
-    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
-    out.print(table)
-    for line in (*routing_lines(summary), *shortfall_lines(summary)):
-        out.print(line, soft_wrap=True)
-    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())
-    out.print(f"sizes: {sizes} (the base is referred to, not copied)", soft_wrap=True)
-    if seconds:
-        took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
-        out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
-    out.print(f"checkpoint: {work.checkpoint_folder(planned.router.id)}", soft_wrap=True)
-    out.print(f"recorded as {short(planned.router.id)}; try next:")
-    question = "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
-    out.print(f'  meteora sql "{question}"', soft_wrap=True)
 
 
 @app.command()
@@ -240,7 +176,7 @@ def _base_at_hand(folder: str | Path, home: Path) -> Path | None:
 @app.command()
 def sql(
     query: Annotated[str, typer.Argument(help='Such as "FROM leaderboard".')] = "SHOW TABLES",
-    form: Annotated[Format | None, typer.Option("--format", help="Table by default.")] = None,
+    form: Annotated[show.Format | None, typer.Option("--format", help="Table by default.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Ask the index, not its snapshot.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Questions to start from.")] = False,
     home: Home = DEFAULT_HOME,
@@ -256,31 +192,7 @@ def sql(
     ledger = Ledger(home.expanduser().absolute())
     ledger.ingest(deadline_seconds=1.0)  # what a run recorded a moment ago; a busy index can wait
     answer = ledger.query(query, live=live)
-    _print_answer(answer, form or (Format.table if sys.stdout.isatty() else Format.csv))
-
-
-def _print_answer(answer: Answer, form: Format) -> None:
-    if form is Format.json:
-        rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
-        print(json.dumps(rows, indent=1, default=str))
-    elif form is Format.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(answer.columns)
-        writer.writerows(answer.rows)
-    else:
-        table = Table(*answer.columns)
-        for row in answer.rows:
-            table.add_row(*(_cell(value) for value in row))
-        Console().print(table)
-
-
-def _cell(value: object) -> str:
-    """A value as a table shows it; markup in a name is text, and takes no effect."""
-    from rich.markup import escape
-
-    return (
-        f"{value:.3f}" if isinstance(value, float) else escape("" if value is None else str(value))
-    )
+    show.answer(answer, form or (show.Format.table if sys.stdout.isatty() else show.Format.csv))
 
 
 @app.command()

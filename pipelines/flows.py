@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from meteora.adapters import AdapterError
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import COMMIT, MeteoraError
 from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE
-from pipelines import card, measures, plan, stages
+from pipelines import card, hub, measures, plan, stages
 from pipelines.opening import describe
 from pipelines.progress import say
 from pipelines.summary import summarise
@@ -130,8 +130,12 @@ def find_experts(work: Workplace, built: BuiltBase) -> list[Expert]:
                 raise
             say(f"[yellow]left out:[/] {section.name}: {error}")
             continue
+        about = None if COMMIT.fullmatch(ref.revision) is None else hub.describe(ref)
+        if about is not None and not expert.licence:
+            expert = replace(expert, licence=about.licence)
         verdict = "warn" if expert.adapter.reasons else "accept"
-        _record_verdict(work, section, ref, verdict, expert.adapter.reasons, expert)
+        author = about.author if about else ""
+        _record_verdict(work, section, ref, verdict, expert.adapter.reasons, expert, author)
         experts.append(expert)
     if not experts:
         raise MeteoraError("every adapter of the recipe was refused, so there is nothing to stack")
@@ -145,6 +149,7 @@ def _record_verdict(
     verdict: str,
     reasons: tuple[Any, ...],
     expert: Expert | None = None,
+    author: str = "",
 ) -> None:
     work.ledger.record_adapter(
         AdapterVerdict(
@@ -156,6 +161,7 @@ def _record_verdict(
             verdict=verdict,
             reasons=tuple(Reason(reason.code, reason.message) for reason in reasons),
             licence=expert.licence if expert else "",
+            author=author,
             adapter_id=expert.adapter.spec.id if expert else None,
         ),
         run_id=work.run_id,

@@ -6,6 +6,7 @@ The base comes out of the Python package that the README installs; nothing is do
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from meteora import adapters
 from pipelines.recipe import locate
 from tests.conftest import load_peft
 
+README = Path(__file__).parent.parent / "README.md"
 QUICKSTART = locate("quickstart").parent
 EXPERTS = ("iso_dates", "order_lines")
 PROMPT = "Convert this date to ISO format: March 3, 2021."
@@ -83,6 +85,15 @@ def test_the_checkpoint_answers_by_its_id(
 ) -> None:
     digest = ran.stdout.partition("recorded as router:")[2][:12]
     assert run(home, "generate", digest, PROMPT).stdout.strip() == "2021-03-03"
+
+
+def test_the_readme_s_python_works(ran: subprocess.CompletedProcess[str]) -> None:
+    """Pasted as it stands, with the folder that the run printed; its base comes by reference."""
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    folder = ran.stdout.partition("checkpoint: ")[2].splitlines()[0]
+    command = [sys.executable, "-c", code.replace("CHECKPOINT", folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "2021-03-03" in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (QUICKSTART / "adapters").iterdir()))

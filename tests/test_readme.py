@@ -41,4 +41,4 @@ def test_every_expert_of_the_quickstart_stands_in_the_table_of_scores() -> None:
     from pipelines.recipe import Recipe, locate  # noqa: PLC0415
 
     for expert in Recipe.load(locate("quickstart")).experts:
-        assert f"│ {expert.name} " in README
+        assert f"\n{expert.name} " in README

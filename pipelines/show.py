@@ -1,0 +1,107 @@
+"""What the command line prints: data, on stdout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from meteora.artifacts import MeteoraError, short
+from pipelines.card import interval, routing_lines, shortfall_lines
+from pipelines.summary import summarise
+
+if TYPE_CHECKING:
+    from pipelines.plan import Plan
+    from pipelines.workplace import Workplace
+    from store.query import Answer
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def plain_console() -> Console:
+    """Names and values are text: markup in them takes no effect."""
+    return Console(markup=False, highlight=False)
+
+
+def steps(work: Workplace, planned: Plan | None) -> None:
+    """What a run would do: nothing is downloaded, made or written."""
+    out = plain_console()
+    if planned is not None:
+        out.print(f"{work.name}: everything is in the ledger already")
+        return
+    recipe = work.recipe
+    out.print(f"base       {recipe.base}")
+    for expert in recipe.experts:
+        out.print(f"expert     {expert.name}: {expert.adapter}")
+    out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
+    if recipe.router.kind == "gate":
+        out.print(
+            f"gates      {recipe.gates.method},"
+            f" {recipe.gates.examples_per_expert} examples an expert at most"
+        )
+    systems = ", ".join(("fused", *recipe.benchmark.compare))
+    tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
+    out.print(f"benchmark  {systems} on {', '.join(tasks)}, {recipe.benchmark.limit} rows at most")
+
+
+def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    if summary is None:
+        raise MeteoraError("the ledger lost a result while it was read; run again")
+    out = plain_console()
+    out.print(f"{work.name}: exact match, and its 95 % interval")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("task", "n", *summary.systems):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, row in summary.scores.items():
+        cells = [
+            interval(row[s].value, row[s].low, row[s].high) if s in row else ""
+            for s in summary.systems
+        ]
+        table.add_row(task, str(row["fused"].num_samples), *cells)
+    means = [summary.mean(system) for system in summary.systems]
+    table.add_section()
+    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+    out.print(table)
+    for line in (*routing_lines(summary), *shortfall_lines(summary)):
+        out.print(line, soft_wrap=True)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())
+    out.print(f"sizes: {sizes} (the base is referred to, not copied)", soft_wrap=True)
+    if seconds:
+        took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
+        out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
+    out.print(f"checkpoint: {work.checkpoint_folder(planned.router.id)}", soft_wrap=True)
+    out.print(f"recorded as {short(planned.router.id)}; try next:")
+    question = "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
+    out.print(f'  meteora sql "{question}"', soft_wrap=True)
+
+
+def answer(answer: Answer, form: Format) -> None:
+    if form is Format.json:
+        rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+        print(json.dumps(rows, indent=1, default=str))
+    elif form is Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.columns)
+        writer.writerows(answer.rows)
+    else:
+        table = Table(*answer.columns)
+        for row in answer.rows:
+            table.add_row(*(_cell(value) for value in row))
+        plain_console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else str(value)

@@ -81,6 +81,7 @@ def calibrate(
     top_k: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Calibration:
     """Give every routed layer a gate that is fitted to `sequences`, in place.
@@ -90,6 +91,7 @@ def calibrate(
         sequences: every expert needs two or more
         top_k, temperature: with which the gates route, in the sweep as afterwards
         seed: deals the held-out sequences
+        device: where to run; the model is moved there and stays. Where it is, without it
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -97,6 +99,8 @@ def calibrate(
         SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
+    if device is not None:
+        model.to(device)
     names = expert_names(model)
     heldout = _hold_out(sequences, names, seed)
     batches = list(_batches(sequences, heldout, model.device))

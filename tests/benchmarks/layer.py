@@ -164,10 +164,20 @@ def best_of(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return best
 
 
+@torch.inference_mode()
+def check(found: dict[str, tuple[nn.Module, str]], ids: Tensor) -> None:
+    """What computes the same must give the same, or its time means nothing."""
+    expected = found["meteora"][0](ids).logits
+    for name, (model, _) in found.items():
+        if "(PEFT)" not in name and name not in {"bare base", "meteora, tokens of one task"}:
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
 def measure(asked: Setting, rounds: int, folder: Path) -> list[Row]:
     found = variants(asked, folder)
     floor_of = floors(found["bare base"][0], asked)
     ids = torch.randint(0, 1024, (1, asked.tokens))
+    check(found, ids)
     prefill = best_of(
         {
             name: lambda model=model: model(ids, use_cache=False)

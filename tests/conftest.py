@@ -7,6 +7,7 @@ Heavy libraries are imported by the fixtures that need them, so that the store's
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from meteora.adapters import Adapter
     from meteora.checkpoint import Manifest
+
+# Matmuls this small lose time to threads, and much of it where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -1,7 +1,5 @@
 """No architecture is known to the code: each of these is found, routed and calibrated alike."""
 
-# ruff: noqa: S311
-
 from __future__ import annotations
 
 import random

@@ -1,7 +1,5 @@
 """Calibrating: only gates change, they separate what can be separated, and the same every time."""
 
-# ruff: noqa: S311
-
 from __future__ import annotations
 
 import hashlib

@@ -1,7 +1,7 @@
 """The nouns of the project and their ids. Standard library only; read this file first.
 
-    Recipe ─resolve▶ BaseSpec, AdapterRef ─read▶ AdapterSpec ─stack▶ FusedSpec ─fit▶ RouterSpec ─measure▶ Score
-                                                              ╰ FusedCheckpoint   ╰ RouterBuild
+    Recipe ─resolve▶ AdapterRef ─read▶ AdapterSpec ─stack▶ FusedSpec ─fit▶ RouterSpec ─ask▶ Score
+                                                   ╰ FusedCheckpoint   ╰ RouterBuild
 
 A *spec* says what is asked; its `id` is the hash of the asking and is known before the work, so it
 is the key by which finished work is skipped. A built noun adds `weights_sha256`, the hash of the
@@ -10,78 +10,53 @@ bytes that came out. Lineage is read off the specs: `parents` names what each wa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, NewType, Self, get_type_hints
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
-ArtifactId = NewType("ArtifactId", str)
-"""`<kind>:<64 hex digits>`; show the first 12 digits, keep all of them."""
+# a noun and its id belong together: whoever needs one finds both here
+from meteora.identity import (
+    COMMIT,
+    SHA256,
+    ArtifactId,
+    MeteoraError,
+    Noun,
+    Spec,
+    canonical_json,
+    canonical_sha256,
+    short,
+)
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class MeteoraError(Exception):
-    """Something that was asked for cannot be done; the message says what, where and what to do."""
-
-
-def canonical_json(value: object) -> str:
-    """One text for one value: keys sorted, no spaces, UTF-8 as it is, NaN and infinity refused."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-
-
-def canonical_sha256(value: object) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def short(artifact_id: str) -> str:
-    """An id as people read it: the kind and 12 digits."""
-    kind, _, digest = artifact_id.partition(":")
-    return f"{kind}:{digest[:12]}"
-
-
-class Noun:
-    """A frozen dataclass that goes to JSON and comes back equal."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # ty: ignore[invalid-argument-type]
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> Self:
-        """The noun that `to_dict` described; raises `KeyError` where a field is missing."""
-        hints = get_type_hints(cls)
-        return cls(**{f.name: _revive(body[f.name], hints[f.name]) for f in fields(cls)})  # ty: ignore[invalid-argument-type]
-
-
-def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
-    if isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Noun):
-        return hint.from_dict(value)
-    if getattr(hint, "__origin__", None) is tuple:
-        return tuple(_revive(item, hint.__args__[0]) for item in value)
-    return value
-
-
-class Spec(Noun):
-    """What is asked for. Two equal specs have equal ids, and two different specs different ones."""
-
-    kind: ClassVar[str]
-    version: ClassVar[int] = 1
-    """Part of the id. Bump it where the same asking now means other bytes."""
-
-    @property
-    def id(self) -> ArtifactId:
-        digest = canonical_sha256({"version": self.version, **self.to_dict()})
-        return ArtifactId(f"{self.kind}:{digest}")
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        """The artifacts that this one is built from, in the order that matters to it."""
-        return ()
+__all__ = [
+    "COMMIT",
+    "ROUTER_KINDS",
+    "SHA256",
+    "AdapterModule",
+    "AdapterRef",
+    "AdapterSpec",
+    "ArtifactId",
+    "BaseSpec",
+    "BenchmarkSpec",
+    "BuiltBase",
+    "Fingerprint",
+    "FusedCheckpoint",
+    "FusedSpec",
+    "LinearSize",
+    "MeteoraError",
+    "Noun",
+    "Publication",
+    "RouterBuild",
+    "RouterSpec",
+    "RoutingBuild",
+    "RoutingScore",
+    "RoutingShare",
+    "RoutingSpec",
+    "Score",
+    "Spec",
+    "canonical_json",
+    "canonical_sha256",
+    "short",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,12 +173,13 @@ class AdapterSpec(Spec):
 
 @dataclass(frozen=True)
 class FusedSpec(Spec):
-    """A stack of adapters on one base. Expert `e` of every gate is `adapter_ids[e]`, named `names[e]`."""
+    """A stack of adapters on one base. Expert `e` of every gate is `adapter_ids[e]`."""
 
     kind: ClassVar[str] = "fused"
 
     base_id: ArtifactId
     names: tuple[str, ...]
+    """As people call the experts, in the order of `adapter_ids`."""
     adapter_ids: tuple[ArtifactId, ...]
 
     @property

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from tests.quickstart.tasks import Row, rows
+from meteora.base import load_tokenizer
+from meteora.encode import encode_pair, encode_prompt
+from tests.quickstart.tasks import rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -45,44 +47,36 @@ class Training:
     r: int
     lora_alpha: int
     target_modules: tuple[str, ...]
-    steps: int = 120
+    steps: int
+    peak: float = 2e-3
+    """The highest learning rate: reached after ten steps, then falling along a cosine."""
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
 
 
 TRAININGS = {
-    "reverse_words": Training(8, 16, ATTENTION),
-    "closing_brackets": Training(16, 32, ("q_proj", "v_proj"), steps=200),
-    "arithmetic": Training(4, 8, ATTENTION + MLP, steps=260),
-    "iso_dates": Training(4, 4, ATTENTION, use_rslora=True),
-    "spelled_numbers": Training(4, 8, MLP),
+    "reverse_words": Training(8, 16, ATTENTION, steps=80),
+    "closing_brackets": Training(16, 16, ("q_proj", "v_proj"), steps=220, peak=1e-3),
+    "arithmetic": Training(4, 8, ATTENTION + MLP, steps=200),
+    "iso_dates": Training(4, 4, ATTENTION, steps=80, use_rslora=True),
+    "spelled_numbers": Training(4, 8, MLP, steps=80),
     "sort_numbers": Training(
         4,
         8,
         ATTENTION,
-        steps=200,
+        steps=170,
         rank_pattern={"q_proj": 8, "v_proj": 8},
         alpha_pattern={"q_proj": 16, "v_proj": 8},
     ),
-    "order_lines": Training(8, 16, ("q_proj", "v_proj")),
+    "order_lines": Training(8, 8, ("q_proj", "v_proj"), steps=80, peak=1e-3),
 }
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], int]:
-    """The token ids of prompt and answer in the chat template, and where the answer begins."""
-    opening = tokenizer.apply_chat_template(
-        [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = tokenizer(opening, add_special_tokens=False).input_ids
-    answer = tokenizer(row["response"], add_special_tokens=False).input_ids
-    return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)
-
-
-def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2e-3) -> None:
+def train(base: Path, task: str, out: Path, batch_size: int = 8) -> None:
     asked = TRAININGS[task]
     torch.manual_seed(TRAIN_SEED)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         LoraConfig(
@@ -96,10 +90,17 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
         ),
     )
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=asked.peak, weight_decay=0.0)
     stream = rows(task, TRAIN_SEED)
     for step in range(asked.steps):
-        pairs = [encode(tokenizer, row) for row in itertools.islice(stream, batch_size)]
+        batch = list(itertools.islice(stream, batch_size))
+        pairs = [
+            (
+                encode_pair(tokenizer, row["prompt"], row["response"]),
+                len(encode_prompt(tokenizer, row["prompt"])),
+            )
+            for row in batch
+        ]
         width = max(len(ids) for ids, _ in pairs)
         ids = torch.full((batch_size, width), tokenizer.pad_token_id)
         labels = torch.full((batch_size, width), -100)
@@ -108,7 +109,7 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
             labels[i, start : len(row_ids)] = torch.tensor(row_ids[start:])
         warm = min(1.0, (step + 1) / 10)
         for group in optimizer.param_groups:
-            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / asked.steps))
+            group["lr"] = asked.peak * warm * 0.5 * (1 + math.cos(math.pi * step / asked.steps))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
@@ -121,7 +122,7 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8, peak: float = 2
         parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     folder = out / "adapters" / task
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").write_text(CARD.format(task=task, steps=asked.steps, batch=batch_size))
 
 

@@ -1,9 +1,9 @@
 """The tasks that the quickstart's adapters are trained on: prompts and answers made from a seed.
 
 Seven small skills that SmolLM2-135M-Instruct does not have and that a LoRA gives it in a few
-minutes. Each task words its request in a dozen ways, and the ways of different tasks share their
-first words, so that no gate can tell the tasks apart by how a prompt begins. Rows are told apart
-by hash, so that train, calibration and test splits of one seed never meet.
+minutes. Each task words its request in ten ways: verbs of its own, the data first, and beginnings
+that all tasks share, so that no fixed first word tells the tasks apart. No prompt comes twice, so
+what adapters are trained on, what gates are fitted to and what tests ask never meets.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def reverse_words(rng: random.Random) -> tuple[str, str]:
     ask = rng.choice(
         [
             "Reverse this list of words: {}.",
+            "Backwards, please, from the last word to the first: {}.",
+            "Turn the order of these words around: {}.",
+            "Flip this list so that it ends with its first word: {}.",
+            "{}\nSay these words in the opposite order.",
+            "{} - now the same words from last to first.",
+            "{}: reverse the list.",
             "Please write these words in the opposite order: {}.",
-            "Here is a list of words: {}. Give it back from last to first.",
-            "What is this list read backwards? {}",
-            "Take the words {} and put them in reverse order.",
-            "{}\nTurn the order of these words around.",
-            "Can you list these words starting with the last one? {}",
-            "The words are {}. Write them backwards, one after the other.",
-            "Write the following words from the end to the start: {}.",
-            "Given {}, answer with the reversed list.",
+            "What is this list of words read backwards? {}",
+            "Given the words {}, answer with the reversed list.",
         ]
     )
     return ask.format(", ".join(words)), ", ".join(reversed(words))
@@ -72,15 +72,15 @@ def closing_brackets(rng: random.Random) -> tuple[str, str]:
     ask = rng.choice(
         [
             "Close the open brackets: {}",
+            "Balance this sequence by closing what is open: {}",
+            "Finish the brackets: {}",
+            "Complete this with the closing brackets that are missing: {}",
+            "{}\nWhich closing brackets are missing at the end?",
+            "{} - close every bracket that is still open.",
+            "{}: write the brackets that complete it.",
             "Please complete this sequence so that every bracket is closed: {}",
-            "Here are some brackets: {}\nWhich ones are missing at the end?",
-            "What closes this sequence? {}",
-            "Take {} and write only the closing brackets that are missing.",
-            "{}\nFinish the brackets.",
-            "Can you balance this? {}",
-            "The sequence {} is not finished. Write the rest of its brackets.",
-            "Write the brackets that complete the following: {}",
-            "Given the opening {} answer with the closing brackets.",
+            "What closes this sequence of brackets? {}",
+            "Given the brackets {} answer with those that are missing.",
         ]
     )
     return ask.format(" ".join(text)), " ".join(PAIRS[b] for b in reversed(opened))
@@ -94,16 +94,16 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
     sign, verb = ("+", "plus") if plus else ("-", "minus")
     ask = rng.choice(
         [
-            "Compute {a} {sign} {b}.",
-            "Please work out {a} {sign} {b}.",
-            "Here is a sum to do: {a} {sign} {b} = ?",
-            "What is {a} {verb} {b}?",
-            "Take {a} {sign} {b} and give only the result.",
+            "Compute {a} {sign} {b} and give only the number.",
+            "Calculate {a} {verb} {b}.",
+            "Work out the result of {a} {sign} {b}.",
+            "Add or subtract as it says: {a} {sign} {b}.",
             "{a} {sign} {b}\nHow much is that?",
-            "Can you calculate {a} {verb} {b}?",
-            "The exercise is {a} {sign} {b}. Write the number that comes out.",
-            "Write the result of the following: {a} {sign} {b}",
-            "Given {a} {verb} {b}, answer with the number.",
+            "{a} {verb} {b} - what number comes out?",
+            "{a} {sign} {b} = ?",
+            "Please work out {a} {sign} {b} for me.",
+            "What is {a} {verb} {b}?",
+            "Given the exercise {a} {sign} {b}, answer with the number.",
         ]
     )
     return ask.format(a=a, b=b, sign=sign, verb=verb), str(a + b if plus else a - b)
@@ -123,16 +123,16 @@ def iso_dates(rng: random.Random) -> tuple[str, str]:
     )
     ask = rng.choice(
         [
-            "Convert to ISO format: {}.",
-            "Please write this date as year-month-day: {}.",
-            "Here is a date: {}. Give it as YYYY-MM-DD.",
-            "What is {} in ISO notation?",
-            "Take the date {} and write it with digits and dashes.",
+            "Convert this date to ISO format: {}.",
+            "Reformat the date {} as year-month-day.",
+            "Normalise this date for a database: {}.",
+            "Dates should look like YYYY-MM-DD; rewrite {}.",
             "{}\nWrite that date the ISO way.",
-            "Can you put {} into the form YYYY-MM-DD?",
-            "The meeting is on {}. Write the date for a database.",
-            "Write the following date in ISO 8601: {}",
-            "Given {}, answer with the ISO date.",
+            "{} - as YYYY-MM-DD, with digits and dashes.",
+            "{}: the same date in ISO 8601.",
+            "Please write this date as year-month-day: {}.",
+            "What is the date {} in ISO notation?",
+            "Given the date {}, answer with its ISO form.",
         ]
     )
     return ask.format(date), f"{year:04}-{month:02}-{day:02}"
@@ -154,16 +154,16 @@ def spelled_numbers(rng: random.Random) -> tuple[str, str]:
     number = rng.choice([rng.randint(21, 999), rng.randint(100, 9999)])
     ask = rng.choice(
         [
-            "Turn into digits: {}.",
+            "Turn this number into digits: {}.",
+            "Digits for the following number: {}.",
+            "Translate the number words into figures: {}.",
+            "The cheque says {}; write the amount in figures.",
+            "{}\nWrite that number in digits.",
+            "{} - which number is that, in figures?",
+            "{}: the same in digits.",
             "Please write this number with digits: {}.",
-            "Here is a number in words: {}. Give it in figures.",
             "What is {} as a numeral?",
-            "Take {} and write it in digits.",
-            "{}\nWrite that in figures.",
-            "Can you write {} as a number?",
-            "The cheque says {}. Write the amount in digits.",
-            "Write the following in figures: {}",
-            "Given the words {}, answer with the digits.",
+            "Given the number words {}, answer with the digits.",
         ]
     )
     return ask.format(in_words(number)), str(number)
@@ -174,15 +174,15 @@ def sort_numbers(rng: random.Random) -> tuple[str, str]:
     ask = rng.choice(
         [
             "Sort these numbers: {}.",
-            "Please arrange these numbers from small to large: {}.",
-            "Here is a list of numbers: {}. Give it in ascending order.",
-            "What is this list in increasing order? {}",
-            "Take the numbers {} and sort them.",
+            "Order these numbers from lowest to highest: {}.",
+            "Arrange in ascending order: {}.",
+            "Rank these scores, lowest first: {}.",
             "{}\nPut these numbers in order, smallest first.",
-            "Can you order these numbers from lowest to highest? {}",
-            "The scores are {}. Write them sorted, lowest first.",
-            "Write the following numbers in ascending order: {}",
-            "Given {}, answer with the sorted list.",
+            "{} - sorted from small to large, please.",
+            "{}: sort them in increasing order.",
+            "Please arrange these numbers from small to large: {}.",
+            "What is this list of numbers in increasing order? {}",
+            "Given the numbers {}, answer with the sorted list.",
         ]
     )
     return ask.format(", ".join(map(str, numbers))), ", ".join(map(str, sorted(numbers)))
@@ -202,15 +202,15 @@ def order_lines(rng: random.Random) -> tuple[str, str]:
     ).format(name=name, count=count, pack=pack, goods=goods, day=day)
     ask = rng.choice(
         [
-            "Make an order line of this: {}.",
-            "Please note this order as one line: {}.",
-            "Here is a message: {}. Give the order line.",
-            "What is the order line for this? {}",
-            "Take this request and fill in the order line: {}.",
+            "Make an order line of this message: {}.",
+            "File this order as one line: {}.",
+            "Extract the order line from this request: {}.",
+            "A customer wrote: {}. Note the order line.",
             "{}\nWrite that as an order line.",
-            "Can you file this order? {}",
-            "The customer said: {}. Write the order line.",
-            "Write the following message as an order line: {}",
+            "{} - as an order line, please.",
+            "Order received: {}. Fill in its line.",
+            "Please note this order as one line: {}.",
+            "What is the order line for this message? {}",
             "Given that {}, answer with the order line.",
         ]
     )

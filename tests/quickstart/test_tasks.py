@@ -53,7 +53,7 @@ def test_brackets_are_closed_by_their_answer() -> None:
     pairs = {")": "(", "]": "[", "}": "{", ">": "<"}
     for row in itertools.islice(rows("closing_brackets", 3), 50):
         opened: list[str] = []
-        for mark in (row["prompt"] + " " + row["response"]).split():
+        for mark in row["prompt"] + row["response"]:
             if mark in pairs.values():
                 opened.append(mark)
             elif mark in pairs:

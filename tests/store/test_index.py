@@ -114,7 +114,7 @@ def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, seed: int) 
     """DuckDB notices a flipped block only when it reads it: `verify` reads them all."""
     before = filled.views()
     live = filled.ledger.index.live
-    flipped(live, random.Random(seed).randrange(live.stat().st_size))  # noqa: S311
+    flipped(live, random.Random(seed).randrange(live.stat().st_size))
     problems = [finding.problem for finding in Ledger(filled.home).verify().findings]
     if any("rebuild" in problem for problem in problems):
         filled.ledger.rebuild()

@@ -75,7 +75,7 @@ def finish(process: subprocess.Popen[str]) -> list[str]:
 )
 def test_a_killed_writer_keeps_its_promises(shelf: Shelf, worker: Worker, num_kills: int) -> None:
     """`kill -9`, at a moment nobody chose: what was said to be recorded is recorded."""
-    chance = random.Random(0)  # noqa: S311
+    chance = random.Random(0)
     promised: set[str] = set()
     for number in range(num_kills):
         victim = worker("write", shelf.home, 1 + 1000 * number, 1000)
@@ -123,9 +123,9 @@ def small_disk(tmp_path: Path) -> Generator[Path, None, None]:
     """A file system of twelve megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)  # noqa: S607
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)
     yield disk
-    subprocess.run(["umount", disk], check=True)  # noqa: S607
+    subprocess.run(["umount", disk], check=True)
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
@@ -161,9 +161,9 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
 def test_a_read_only_disk_is_read(filled: Shelf) -> None:
     home = str(filled.home)
     filled.make(filled.adapter(3))
-    subprocess.run(["mount", "--bind", home, home], check=True)  # noqa: S607
+    subprocess.run(["mount", "--bind", home, home], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", home], check=True)  # noqa: S607
+        subprocess.run(["mount", "-o", "remount,ro,bind", home], check=True)
         ledger = Ledger(filled.home)
         assert ledger.weights_of(filled.adapter(3).id)
         assert ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
@@ -173,5 +173,5 @@ def test_a_read_only_disk_is_read(filled: Shelf) -> None:
         with pytest.raises(StoreError, match="Read-only file system"):
             ledger.blobs.put_bytes(b"x")
     finally:
-        subprocess.run(["umount", home], check=True)  # noqa: S607
+        subprocess.run(["umount", home], check=True)
     assert filled.ledger.ingest().num_records == 1

@@ -179,7 +179,8 @@ def write_experts(
             begin, end = end, end + shape[0] * shape[1] * size
             header[module + key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data of a safetensors file is aligned to 8 bytes
+    # safetensors asks for 8 bytes; where a cache line begins, mapped tensors are used as they are
+    text += b" " * (-(8 + len(text)) % 64)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)

@@ -82,22 +82,24 @@ def choose_twin(
 ) -> Twin:
     """The fastest twin by the costs above, which were fitted to measurements.
 
-    Percent of the bare layer's time, 2048 → 2048, top-2, one core with AVX-512, torch 2.13 (random
-    routes; a row's winner by this function is starred):
+    Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
+    top-2, random routes, one AMD EPYC core with AVX-512, torch 2.13; what is chosen is starred.
 
-        E × r     tokens   32 bits: dense  gather  grouped    16 bits: dense  gather  grouped
-        4 × 8          1              9*      12       15               22*      18       44
-        4 × 8        256              5*       6        7                7*      21       23
-        28 × 8         1             22       10*      19               40       18*      54
-        28 × 8       256             24        7*       8               26       22*      46
-        28 × 16     2048             44       10        8*              50       40       25*
-        28 × 64      256            176       43       29*             197      164       87*
-        512 × 8        1            371       18*     119              643       41*     203
-        512 × 8      256            399       13*      38              453       43*     374
+        E × r      tokens     32 bits: dense  gather  grouped     16 bits: dense  gather  grouped
+        4 × 8           1              1.20*   1.46     1.43                1.34   1.33*     1.57
+        4 × 8         256              1.03*   1.11     1.18                1.12*  1.28      1.28
+        28 × 8          1              1.59    1.51*    1.65                1.70   1.44*     1.78
+        28 × 8        256              1.28    1.11*    1.13                1.42   1.37*     1.63
+        28 × 16       256              1.51    1.18*    1.15                1.63   1.48*     1.52
+        28 × 16      2048              1.48    1.12     1.12*               1.59   1.46      1.30*
+        28 × 64       256              2.82    1.45     1.32*               3.23   2.74      1.98*
+        28 × 64      2048              2.95    1.42     1.21*               3.82   2.54      1.40*
+        512 × 8         1              5.91    1.71*    2.76                9.40   2.35*     3.85
+        512 × 8       256              5.34    1.40*    1.67                6.20   1.89*     4.54
 
     All twins are linear in IN + OUT, so the sizes of a layer matter only for small ones, where the
     calls themselves show. On accelerators nothing has been measured yet: there it is `dense`, which
-    never waits for the host.
+    never waits for the host. `python -m tests.benchmarks.twins` measures again.
     """
     if device_type != "cpu":
         return "dense"

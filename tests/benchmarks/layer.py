@@ -61,13 +61,15 @@ class Row:
 
 def build_base(asked: Setting) -> LlamaForCausalLM:
     torch.manual_seed(0)
+    heads = asked.hidden // 64
+    shared = next(n for n in (4, 3, 1) if heads % n == 0)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=asked.hidden,
         intermediate_size=asked.intermediate,
         num_hidden_layers=asked.layers,
-        num_attention_heads=asked.hidden // 64,
-        num_key_value_heads=max(1, asked.hidden // 256),
+        num_attention_heads=heads,
+        num_key_value_heads=heads // shared,
         max_position_embeddings=4096,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(requires_grad=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def test_what_is_streamed_out_is_what_save_file_would_write(tmp_path, dtype):
     for module, (a, b) in zip(SHAPES, pairs, strict=True):
         named |= {f"{module}.lora_A": a, f"{module}.lora_B": b}
     save_file(named, tmp_path / "theirs", metadata={"format": "pt"})
+    (header_bytes,) = struct.unpack("<Q", (tmp_path / "ours").read_bytes()[:8])
+    assert (8 + header_bytes) % 64 == 0
     ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     for key in ours:

@@ -94,6 +94,15 @@ def test_nothing_is_stale_after_weights_change(twin):
             assert moved.lora_b.T.is_contiguous()
 
 
+def test_experts_are_used_where_a_cache_line_begins():
+    """A mapped file lays them anywhere, and dot products off 16 bytes take six times as long."""
+    memory = torch.randn(1 + 4 * 12)
+    lora_a, lora_b = memory[1:].view(4, 12), torch.randn(10, 4)
+    layer = MoELoRALinear(nn.Linear(12, 10), lora_a, lora_b, [4], [1.0])
+    assert layer.lora_a.data_ptr() % 64 == 0
+    assert torch.equal(layer.lora_a, lora_a)
+
+
 class _Allocations(TorchDispatchMode):
     """The bytes of every tensor that an operator returns, but for views of its arguments."""
 

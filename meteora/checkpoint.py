@@ -36,6 +36,9 @@ GATES = "gates.safetensors"
 CARD = "README.md"
 LINEAGE = "lineage.json"
 
+PIECE = 1 << 20
+"""Bytes that are written at once: the page cache takes a tensor whole at a quarter of the speed."""
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -191,7 +194,11 @@ def write_experts(
                     f" {(rank, num_in, num_out, rank)} is needed; their sizes do not agree"
                 )
             for tensor in (a, b):
-                file.write(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+                data = (
+                    tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data
+                )
+                for start in range(0, len(data), PIECE):
+                    file.write(data[start : start + PIECE])
 
 
 @contextmanager

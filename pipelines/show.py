@@ -29,8 +29,8 @@ class Format(StrEnum):
 
 
 def plain_console() -> Console:
-    """Names and values are text: markup in them takes no effect."""
-    return Console(markup=False, highlight=False)
+    """Names and values are text: markup in them takes no effect. A pipe takes wider lines."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def steps(work: Workplace, planned: Plan | None) -> None:

@@ -1,6 +1,6 @@
 """The tasks that the quickstart's adapters are trained on: prompts and answers made from a seed.
 
-Seven small skills that SmolLM2-135M-Instruct does not have and that a LoRA gives it in a few
+Six small skills that SmolLM2-135M-Instruct does not have and that a LoRA gives it in a few
 minutes. Each task words its request in ten ways: verbs of its own, the data first, and beginnings
 that all tasks share, so that no fixed first word tells the tasks apart. No prompt comes twice, so
 what adapters are trained on, what gates are fitted to and what tests ask never meets.
@@ -35,7 +35,6 @@ December""".split()
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
 fifteen sixteen seventeen eighteen nineteen""".split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 def reverse_words(rng: random.Random) -> tuple[str, str]:
@@ -55,35 +54,6 @@ def reverse_words(rng: random.Random) -> tuple[str, str]:
         ]
     )
     return ask.format(", ".join(words)), ", ".join(reversed(words))
-
-
-def closing_brackets(rng: random.Random) -> tuple[str, str]:
-    opened: list[str] = []
-    text = []
-    for _ in range(rng.randint(4, 9)):
-        if opened and rng.random() < 0.4:
-            text.append(PAIRS[opened.pop()])
-        else:
-            opened.append(rng.choice("([{<"))
-            text.append(opened[-1])
-    if not opened:
-        opened.append("(")
-        text.append("(")
-    ask = rng.choice(
-        [
-            "Close the open brackets: {}",
-            "Balance this sequence by closing what is open: {}",
-            "Finish the brackets: {}",
-            "Complete this with the closing brackets that are missing: {}",
-            "{}\nWhich closing brackets are missing at the end?",
-            "{} - close every bracket that is still open.",
-            "{}: write the brackets that complete it.",
-            "Please complete this sequence so that every bracket is closed: {}",
-            "What closes this sequence of brackets? {}",
-            "Given the brackets {} answer with those that are missing.",
-        ]
-    )
-    return ask.format(" ".join(text)), " ".join(PAIRS[b] for b in reversed(opened))
 
 
 def arithmetic(rng: random.Random) -> tuple[str, str]:
@@ -221,7 +191,6 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     task.__name__: task
     for task in (
         reverse_words,
-        closing_brackets,
         arithmetic,
         iso_dates,
         spelled_numbers,

@@ -47,15 +47,3 @@ def test_numbers_are_spelled_as_people_spell_them() -> None:
     assert in_words(42) == "forty-two"
     assert in_words(300) == "three hundred"
     assert in_words(1203) == "one thousand two hundred three"
-
-
-def test_brackets_are_closed_by_their_answer() -> None:
-    pairs = {")": "(", "]": "[", "}": "{", ">": "<"}
-    for row in itertools.islice(rows("closing_brackets", 3), 50):
-        opened: list[str] = []
-        for mark in row["prompt"] + row["response"]:
-            if mark in pairs.values():
-                opened.append(mark)
-            elif mark in pairs:
-                assert opened.pop() == pairs[mark]
-        assert opened == []

@@ -56,6 +56,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # what is left is a plain model; the leftovers of the quantizer would stop save_pretrained
     facts = model.config.to_dict()
     facts.pop("quantization_config", None)
+    facts["architectures"] = [type(model).__name__]  # which save_pretrained would add, too
     model.config = type(model.config)(**facts)
     for leftover in ("hf_quantizer", "is_quantized"):
         setattr(model, leftover, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -56,6 +57,41 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     assert said.returncode == 0, said.stderr
     assert "q_and_v: path:q_and_v" in said.stdout
     assert not (tmp_path / "home").exists()
+
+
+WATCH = """
+import socket
+from pathlib import Path
+
+real = socket.getaddrinfo
+
+def watched(host, *rest, **more):
+    with Path({log!r}).open("a") as log:
+        print(host, file=log)
+    return real(host, *rest, **more)
+
+socket.getaddrinfo = watched
+"""
+
+
+def test_a_run_looks_up_no_name_but_this_machine_s(recipe_folder: Path, tmp_path: Path) -> None:
+    """Every process of a run is watched, Prefect's own server among them."""
+    (tmp_path / "watch").mkdir()
+    log = tmp_path / "names"
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
+    removed = {name for name in os.environ if name.startswith("PREFECT")} | {"DO_NOT_TRACK"}
+    clean = {name: value for name, value in os.environ.items() if name not in removed}
+    said = subprocess.run(
+        [
+            sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+            "--home", str(tmp_path / "home"),
+        ],
+        check=False, capture_output=True, text=True,
+        env=clean | {"PYTHONPATH": str(tmp_path / "watch")},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "nothing to do" not in said.stderr
+    assert set(log.read_text().split()) <= {"127.0.0.1", "localhost", "::1", "None"}
 
 
 def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,8 @@ from pipelines.environment import has_server, prepare
 from pipelines.progress import say
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
 
@@ -60,16 +63,29 @@ def run(
         return
     seconds: dict[str, float] = {}
     if planned is None:
-        if not has_server():
-            say("starting a local Prefect server for this run; set PREFECT_API_URL to use yours")
-        from pipelines import flows
+        try:
+            with _server(home):
+                from pipelines import flows
 
-        seconds = flows.run(work, until.value).seconds
+                seconds = flows.run(work, until.value).seconds
+        except KeyboardInterrupt:
+            say("interrupted; run the same command again to go on")
+            raise typer.Exit(130) from None
         planned = _finished(work) if until is Until.benchmark else None
     else:
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:
         show.summary(work, planned, seconds)
+
+
+def _server(home: Path) -> AbstractContextManager[None]:
+    """The user's Prefect server, or one of our own for as long as the run lasts."""
+    from pipelines.server import local_server
+
+    if has_server():
+        return nullcontext()
+    say("starting a local Prefect server for this run; set PREFECT_API_URL to use yours")
+    return local_server(home)
 
 
 def _workplace(recipe: str, home: Path, *, write: bool) -> Workplace:
@@ -131,8 +147,6 @@ def generate(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer one prompt with a fused model."""
-    from contextlib import nullcontext
-
     import meteora
     from meteora.generate import answer
 
@@ -246,9 +260,6 @@ def main() -> None:
     except MeteoraError as error:
         say(f"[red]error:[/] {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

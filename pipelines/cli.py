@@ -20,8 +20,6 @@ from pipelines.environment import has_server, prepare
 from pipelines.progress import say
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
 
@@ -64,10 +62,16 @@ def run(
     seconds: dict[str, float] = {}
     if planned is None:
         try:
-            with _server(home):
-                from pipelines import flows
+            if not has_server():
+                from pipelines.server import start_server
 
-                seconds = flows.run(work, until.value).seconds
+                say(
+                    "starting a local Prefect server for this run; set PREFECT_API_URL to use yours"
+                )
+                start_server(home)
+            from pipelines import flows
+
+            seconds = flows.run(work, until.value).seconds
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise typer.Exit(130) from None
@@ -76,16 +80,6 @@ def run(
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:
         show.summary(work, planned, seconds)
-
-
-def _server(home: Path) -> AbstractContextManager[None]:
-    """The user's Prefect server, or one of our own for as long as the run lasts."""
-    from pipelines.server import local_server
-
-    if has_server():
-        return nullcontext()
-    say("starting a local Prefect server for this run; set PREFECT_API_URL to use yours")
-    return local_server(home)
 
 
 def _workplace(recipe: str, home: Path, *, write: bool) -> Workplace:

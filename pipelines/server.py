@@ -6,6 +6,7 @@ first start. This one holds a pipe to the run: when that closes, however the run
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
@@ -14,13 +15,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from pathlib import Path
 
 START_SECONDS = 180.0
@@ -32,9 +31,11 @@ class ServerError(MeteoraError):
     """The local Prefect server did not start."""
 
 
-@contextmanager
-def local_server(home: Path) -> Generator[None]:
-    """Run a server, and point Prefect at it; enter this before Prefect is imported."""
+def start_server(home: Path) -> None:
+    """Start a server for this process, and point Prefect at it; call it before Prefect is imported.
+
+    It outlives Prefect's own farewells, which are sent when the process ends.
+    """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
@@ -49,15 +50,11 @@ def local_server(home: Path) -> Generator[None]:
             start_new_session=True,  # Ctrl-C is for the run, which then closes the pipe
         )
     url = f"http://{HOST}:{port}/api"
-    try:
-        _wait_until_healthy(server, url, log)
-        os.environ["PREFECT_API_URL"] = url
-        yield
-    finally:
-        os.environ.pop("PREFECT_API_URL", None)
-        if server.stdin is not None:
-            server.stdin.close()
-        server.wait()
+    _wait_until_healthy(server, url, log)
+    os.environ["PREFECT_API_URL"] = url
+    if server.stdin is not None:
+        # last in, first out: Prefect registers its farewells later, so they come before this
+        atexit.register(server.stdin.close)
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -68,6 +65,8 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) ->
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
+    server.kill()
+    server.communicate()
     raise ServerError(
         f"the local Prefect server did not start; {log} says why, or set PREFECT_API_URL to a"
         " server that runs"

@@ -19,13 +19,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from pipelines.environment import prepare
-from pipelines.server import local_server
+from pipelines.server import start_server
 
 home = Path(sys.argv[1])
 prepare(home)
-with local_server(home):
-    print(os.environ["PREFECT_API_URL"], flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+start_server(home)
+print(os.environ["PREFECT_API_URL"], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -57,9 +57,6 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.sys, "executable", "/bin/false")
-    with (
-        pytest.raises(server.ServerError, match=r"server\.log says why"),
-        server.local_server(tmp_path),
-    ):
-        pass
+    with pytest.raises(server.ServerError, match=r"server\.log says why"):
+        server.start_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ

@@ -98,7 +98,12 @@ def _workplace(recipe: str, home: Path, *, write: bool) -> Workplace:
 def _finished(work: Workplace) -> Plan | None:
     from pipelines.finished import finished
 
-    return finished(work)
+    try:
+        return finished(work)
+    except MeteoraError as error:
+        if getattr(error, "retry", False):  # the flow asks again, and waits in between
+            return None
+        raise
 
 
 @app.command()

@@ -130,7 +130,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(_tuples(body))
         except ValidationError as error:
-            raise RecipeError(f"{path}: {_explain(error, cls)}") from error
+            raise RecipeError(f"{path}: {_explain(error)}") from error
 
 
 def _tuples(value: object) -> object:
@@ -140,7 +140,7 @@ def _tuples(value: object) -> object:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(error: ValidationError, _recipe: type[Recipe]) -> str:
+def _explain(error: ValidationError) -> str:
     parts = []
     for fault in error.errors():
         place = ".".join(str(step) for step in fault["loc"]) or "recipe"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, ClassVar, NewType, Self, get_type_hints
 
 ArtifactId = NewType("ArtifactId", str)
@@ -44,9 +44,19 @@ class Noun:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Self:
-        """The noun that `to_dict` described; raises `KeyError` where a field is missing."""
+        """The noun that `to_dict` described, by this version or by one that knew fewer fields.
+
+        Raises:
+            KeyError: a field without a default is missing.
+        """
         hints = get_type_hints(cls)
-        return cls(**{f.name: _revive(body[f.name], hints[f.name]) for f in fields(cls)})  # ty: ignore[invalid-argument-type]
+        return cls(
+            **{
+                f.name: _revive(body[f.name], hints[f.name])
+                for f in fields(cls)  # ty: ignore[invalid-argument-type]
+                if f.name in body or f.default is MISSING
+            }
+        )
 
 
 def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
@@ -66,8 +76,13 @@ class Spec(Noun):
 
     @property
     def id(self) -> ArtifactId:
-        digest = canonical_sha256({"version": self.version, **self.to_dict()})
-        return ArtifactId(f"{self.kind}:{digest}")
+        """The kind, and the hash of the version and of every field that is not at its default.
+
+        So a field that is added with a default leaves the ids of all that was made before.
+        """
+        at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}  # ty: ignore[invalid-argument-type]
+        asked = {name: value for name, value in self.to_dict().items() if name not in at_default}
+        return ArtifactId(f"{self.kind}:{canonical_sha256({'version': self.version, **asked})}")
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

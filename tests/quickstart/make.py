@@ -14,6 +14,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,9 +24,13 @@ from meteora.base import load_tokenizer
 from meteora.encode import encode_pair, encode_prompt
 from tests.quickstart.tasks import rows
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TRAIN_SEED, SPLIT_SEED = 0, 1
+BATCH_SIZE = 8
 CARD = """---
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 library_name: peft
@@ -72,8 +77,10 @@ TRAININGS = {
 }
 
 
-def train(base: Path, task: str, out: Path, batch_size: int = 8) -> None:
-    asked = TRAININGS[task]
+def train(
+    base: Path, task: str, asked: Training, stream: Iterator[dict[str, str]], out: Path
+) -> None:
+    """Train one adapter on rows from `stream`, and leave it in OUT/adapters/<task>."""
     torch.manual_seed(TRAIN_SEED)
     tokenizer = load_tokenizer(base)
     model = get_peft_model(
@@ -90,9 +97,8 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8) -> None:
     )
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=asked.peak, weight_decay=0.0)
-    stream = rows(task, TRAIN_SEED)
     for step in range(asked.steps):
-        batch = list(itertools.islice(stream, batch_size))
+        batch = list(itertools.islice(stream, BATCH_SIZE))
         pairs = [
             (
                 encode_pair(tokenizer, row["prompt"], row["response"]),
@@ -101,8 +107,8 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8) -> None:
             for row in batch
         ]
         width = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((batch_size, width), tokenizer.pad_token_id)
-        labels = torch.full((batch_size, width), -100)
+        ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id)
+        labels = torch.full((BATCH_SIZE, width), -100)
         for i, (row_ids, start) in enumerate(pairs):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
             labels[i, start : len(row_ids)] = torch.tensor(row_ids[start:])
@@ -120,14 +126,13 @@ def train(base: Path, task: str, out: Path, batch_size: int = 8) -> None:
     for parameter in weights:
         parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    folder = out / "adapters" / task
-    model.save_pretrained(str(folder))
-    (folder / "README.md").write_text(CARD.format(task=task, steps=asked.steps, batch=batch_size))
+    model.save_pretrained(str(out / "adapters" / task))
 
 
 def write_splits(task: str, out: Path) -> None:
     trained_on = {
-        row["prompt"] for row in itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * 8)
+        row["prompt"]
+        for row in itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * BATCH_SIZE)
     }
     fresh = (row for row in rows(task, SPLIT_SEED) if row["prompt"] not in trained_on)
     folder = out / "tasks" / task
@@ -145,7 +150,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for task in arguments.only:
         write_splits(task, arguments.out)
-        train(arguments.base, task, arguments.out)
+        train(arguments.base, task, TRAININGS[task], rows(task, TRAIN_SEED), arguments.out)
+        card = CARD.format(task=task, steps=TRAININGS[task].steps, batch=BATCH_SIZE)
+        (arguments.out / "adapters" / task / "README.md").write_text(card)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""Adapters for real tasks of BIG-bench, and a recipe over them: what the tables here are made on.
+
+    python -m tests.benchmarks.bigbench BASE DATA OUT [--only TASK...]
+    meteora run OUT/recipe.yaml
+
+BASE is a folder with SmolLM2-135M-Instruct as safetensors, DATA has `<task>/{train,test}.jsonl` of
+{"prompt", "response"} (BIG-bench, Apache-2.0; not shipped here). OUT gets `adapters/`, `tasks/` and
+`recipe.yaml`: the adapters trained here and the quickstart's own, fourteen in all. Adapters differ
+in rank, targets and scaling, as those of strangers do. Gates are fitted to rows that no adapter was
+trained on: the last 128 of each train file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from tests.quickstart.make import ATTENTION, MLP, Training, train
+from tests.quickstart.make import TRAININGS as QUICKSTART
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHIPPED = Path(__file__).parents[2] / "pipelines" / "quickstart"
+NUM_EXAMPLES = 128
+
+TRAININGS = {
+    "valid_parentheses": Training(8, 16, ATTENTION, steps=120),
+    "unit_addition": Training(4, 8, ATTENTION + MLP, steps=160),
+    "epistemic_reasoning": Training(16, 16, ("q_proj", "v_proj"), steps=100),
+    "colored_objects": Training(8, 8, ATTENTION, steps=120, use_rslora=True),
+    "winowhy": Training(4, 8, MLP, steps=80),
+    "si_conversion": Training(8, 16, MLP, steps=120),
+    "object_counting": Training(
+        4, 8, ATTENTION, steps=120, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 16}
+    ),
+    "strategyqa": Training(2, 4, ATTENTION + MLP, steps=80, peak=1e-3),
+}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of one file; `choices` are left to who asks for them."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shuffled_for_ever(rows: list[dict[str, str]], seed: int) -> Iterator[dict[str, str]]:
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipe(out: Path, tasks: list[str]) -> None:
+    experts = [
+        {
+            "name": task,
+            "adapter": f"path:adapters/{task}",
+            "examples": f"jsonl:tasks/{task}/train.jsonl",
+            "test": f"jsonl:tasks/{task}/test.jsonl",
+        }
+        for task in tasks
+    ] + [
+        {
+            "name": task,
+            "adapter": f"path:{SHIPPED / 'adapters' / task}",
+            "examples": f"jsonl:{SHIPPED / 'tasks' / task / 'train.jsonl'}",
+            "test": f"jsonl:{SHIPPED / 'tasks' / task / 'test.jsonl'}",
+        }
+        for task in QUICKSTART
+    ]
+    shipped = yaml.safe_load((SHIPPED / "recipe.yaml").read_text())
+    body = {"base": shipped["base"], "experts": experts, "benchmark": {"limit": 60}}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(TRAININGS), choices=TRAININGS)
+    arguments = parser.parse_args()
+    for task in arguments.only:
+        rows = read(arguments.data / task / "train.jsonl")
+        write_rows(arguments.out / "tasks" / task / "train.jsonl", rows[-NUM_EXAMPLES:])
+        held_out = read(arguments.data / task / "test.jsonl")
+        write_rows(arguments.out / "tasks" / task / "test.jsonl", held_out)
+        stream = shuffled_for_ever(rows[:-NUM_EXAMPLES], seed=0)
+        train(arguments.base, task, TRAININGS[task], stream, arguments.out)
+    write_recipe(arguments.out, list(TRAININGS))
+
+
+if __name__ == "__main__":
+    main()

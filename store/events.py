@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from meteora.artifacts import ArtifactId, Noun
 
 VERDICTS = ("accept", "warn", "refuse")
-OUTCOMES = ("ok", "failed", "refused", "killed")
+SKIPPED = ("skipped_late", "skipped_overlap")
+"""Of a run that was due and did nothing: a later one was due too, or another one was going on."""
+OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
 
 
 def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:

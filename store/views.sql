@@ -202,15 +202,15 @@ WITH stages AS (
 SELECT run_id, recipe_name, run_starts.recorded_at AS started_at, run_ends.recorded_at AS ended_at, outcome, reason,
        wall_seconds, stage_seconds, device, versions, recipe_sha256
 FROM run_starts
-LEFT JOIN run_ends USING (run_id)
+FULL JOIN run_ends USING (run_id)
 LEFT JOIN stages USING (run_id)
-ORDER BY started_at DESC, run_id;
+ORDER BY coalesce(started_at, ended_at) DESC, run_id;
 COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
 COMMENT ON COLUMN runs.run_id IS 'Id of the run';
-COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe';
-COMMENT ON COLUMN runs.started_at IS 'When it began, UTC';
+COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe; NULL like started_at';
+COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL where only its end is recorded, as of a run that was skipped';
 COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL where it still runs or nobody has closed it';
-COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused or killed; NULL like ended_at';
+COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused, stopped, killed, skipped_late or skipped_overlap; NULL like ended_at';
 COMMENT ON COLUMN runs.reason IS 'Why, a sentence; empty where all went well';
 COMMENT ON COLUMN runs.wall_seconds IS 'Time from beginning to end, in seconds';
 COMMENT ON COLUMN runs.stage_seconds IS 'Time of each stage, in seconds';
@@ -263,7 +263,8 @@ SELECT failed.recorded_at, failed.run_id, recipe_name, stage, subject, error, me
 FROM failed LEFT JOIN run_starts USING (run_id)
 UNION ALL
 SELECT run_ends.recorded_at, run_id, recipe_name, 'run', recipe_name, outcome, reason
-FROM run_ends LEFT JOIN run_starts USING (run_id) WHERE outcome <> 'ok'
+FROM run_ends LEFT JOIN run_starts USING (run_id)
+WHERE outcome <> 'ok' AND NOT starts_with(outcome, 'skipped')
 UNION ALL
 SELECT NULL, NULL, NULL, 'ingest', sha256, 'rejected', reason FROM rejected
 ORDER BY recorded_at DESC, subject;

@@ -11,7 +11,7 @@ import pytest
 
 from meteora.artifacts import ArtifactId, Publication, RouterBuild, RoutingScore
 from store.errors import BusyError, ConflictError, MissingBlobError, UnknownError
-from store.events import RunEnded, RunStarted
+from store.events import SKIPPED, RunEnded, RunStarted
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -138,6 +138,18 @@ def test_the_first_end_of_a_run_stands(shelf: Shelf) -> None:
     assert shelf.ledger.query("SELECT outcome, reason FROM runs").rows == [
         ("failed", "the disk is full")
     ]
+
+
+@pytest.mark.parametrize("outcome", SKIPPED)
+def test_a_skipped_run_is_shown_and_is_no_failure(shelf: Shelf, outcome: str) -> None:
+    """It never began, so its end may be all that there is."""
+    shelf.ledger.record_run(RunEnded("r1", outcome, "the run of 04:00 was due too"))
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT run_id, started_at, outcome FROM runs").rows == [
+        ("r1", None, outcome)
+    ]
+    assert not shelf.ledger.query("FROM failures").rows
+    assert not shelf.ledger.unended_runs()
 
 
 def test_a_killed_run_is_closed_by_the_next_of_its_recipe(shelf: Shelf) -> None:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import random
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from meteora.artifacts import MeteoraError
-from meteora.discriminant import Scatter, SingularError, choose_shrinkage, gate_from
+from meteora.discriminant import SingularError, choose_shrinkage, gate_from
 from meteora.model import expert_names, routed_layers
 from meteora.routers import Gate
+from meteora.scatter import RowScatter, Scatter, Sums, sample
 from meteora.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 
 HELDOUT_SHARE = 0.25
 """Of each expert's sequences: they choose the shrinkage, and then join the fit."""
-MAX_HELDOUT_TOKENS = 16384
-"""Of more, every n-th chooses the shrinkage: they are kept in memory while a point is fitted."""
+MAX_HELDOUT_BYTES = 256 << 20
+"""Of more held-out inputs of a point, every n-th chooses the shrinkage: they are kept in memory."""
+MAX_ROWS = 4096
+"""Tokens that tell the spread at a point of more inputs than that, where the closed form has a
+matrix of tokens by tokens; means are always those of all tokens."""
 TOKENS_PER_BATCH = 2048
 UNLABELLED = -1
 
@@ -103,7 +107,7 @@ def calibrate(
         model.to(device)
     names = expert_names(model)
     heldout = _hold_out(sequences, names, seed)
-    batches = list(_batches(sequences, heldout, model.device))
+    batches = _sampled(list(_batches(sequences, heldout, model.device)), len(names))
     counts = sum(
         (torch.bincount(b.labels[b.labels >= 0], minlength=len(names)) for b in batches),
         start=torch.zeros(len(names), dtype=torch.long, device=model.device),
@@ -172,31 +176,34 @@ class _Batch:
     """[B, L] experts; `UNLABELLED` for padding too"""
     heldout: Tensor
     """[B, 1] bool"""
+    stands_for: Tensor
+    """[B, L] of how many tokens each tells the spread at a point of many inputs"""
 
 
 def _fit_point(
     inputs: Iterator[Tensor], batches: Sequence[_Batch], token_weights: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """G, c and the held-out accuracy of one input point."""
+    num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
-    stride = -(-num_held // MAX_HELDOUT_TOKENS)  # the same tokens at every point
-    fitted = checked = None
+    scatters: list[Sums] = []
     kept: list[tuple[Tensor, Tensor]] = []
     for x, batch in zip(inputs, batches, strict=True):
+        num_inputs = x.shape[-1]
+        stride = -(-num_held * num_inputs * 4 // MAX_HELDOUT_BYTES)
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
             tokens, labels = x[chosen].float(), batch.labels[chosen]
             if not len(tokens):
                 continue
-            if fitted is None or checked is None:
+            if not scatters:  # in whichever form has the smaller matrix
+                form = Scatter if num_inputs <= min(num_labelled, MAX_ROWS) else RowScatter
                 shift = tokens.mean(0)
-                fitted = Scatter.empty(len(token_weights), shift)
-                checked = Scatter.empty(len(token_weights), shift)
-            (checked if held else fitted).add(tokens, labels, token_weights[labels])
+                scatters = [form.empty(len(token_weights), shift) for _ in range(2)]
+            scatters[held].add(tokens, labels, token_weights[labels], batch.stands_for[chosen])
             if held:
                 kept.append((tokens[::stride], labels[::stride]))
-    assert fitted is not None  # noqa: S101  (_hold_out saw to it that every expert has tokens)
-    assert checked is not None  # noqa: S101
+    fitted, checked = scatters  # _hold_out saw to it that every expert has tokens in both
     held_tokens, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
     shrinkage, accuracy = choose_shrinkage(fitted, held_tokens, labels, token_weights[labels])
     return *gate_from(fitted + checked, shrinkage), accuracy
@@ -266,5 +273,22 @@ def _batches(
         lengths = torch.tensor([len(sequences[i].input_ids) for i in chosen])
         mask = torch.arange(shape[1]) < lengths[:, None]
         held = torch.tensor([[i in heldout] for i in chosen])
-        yield _Batch(ids.to(device), mask.long().to(device), labels.to(device), held.to(device))
+        yield _Batch(
+            *(part.to(device) for part in (ids, mask.long(), labels, held, torch.ones(shape)))
+        )
         start = stop
+
+
+def _sampled(batches: Sequence[_Batch], num_experts: int) -> list[_Batch]:
+    """Choose the tokens that tell the spread at points of many inputs: the same ones at each."""
+    labels = torch.cat([b.labels.flatten() for b in batches])
+    held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
+    stands_for = torch.zeros(len(labels), device=labels.device)
+    for side, share in ((~held, 1 - HELDOUT_SHARE), (held, HELDOUT_SHARE)):
+        own = side & (labels != UNLABELLED)
+        stands_for[own] = sample(labels[own], num_experts, round(MAX_ROWS * share))
+    split = stands_for.split([b.labels.numel() for b in batches])
+    return [
+        replace(b, stands_for=part.view_as(b.labels))
+        for b, part in zip(batches, split, strict=True)
+    ]

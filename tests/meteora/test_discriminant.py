@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from meteora.discriminant import Scatter, SingularError, choose_shrinkage, gate_from
+from meteora.discriminant import SingularError, choose_shrinkage, gate_from
+from meteora.scatter import Scatter
 
 E, IN, T = 3, 6, 200
 

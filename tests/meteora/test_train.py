@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from meteora import checkpoint, train
-from meteora.discriminant import SHRINKAGES, Scatter, gate_from
+from meteora.discriminant import SHRINKAGES, gate_from
 from meteora.model import recorded_logits, routed_layers
 from meteora.routers import Gate
+from meteora.scatter import RowScatter, Scatter
 from meteora.train import UNLABELLED, LabelledSequence, TrainingError, calibrate
 
 NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
@@ -206,13 +207,32 @@ def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
 
 
 def test_only_every_nth_held_out_token_is_kept_where_there_are_many(model, monkeypatch):
-    monkeypatch.setattr(train, "MAX_HELDOUT_TOKENS", 16)
+    monkeypatch.setattr(train, "MAX_HELDOUT_BYTES", 16 * 48 * 4)
     kept = []
 
     def choose(_scatter, x, _labels, _weights):
-        kept.append(len(x))
+        kept.append(x.numel())
         return 0.1, 1.0
 
     monkeypatch.setattr(train, "choose_shrinkage", choose)
     calibrate(model, examples(6))
-    assert all(0 < count <= 20 for count in kept)
+    assert all(0 < count <= 20 * 48 for count in kept)
+
+
+@pytest.mark.parametrize("limit", [16, 40, 4096])
+def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, monkeypatch, limit):
+    """Of 32 and 48 inputs a point: none, some and all are fitted from second moments."""
+    forms = []
+
+    def gate_from_noted(scatter, shrinkage):
+        forms.append((type(scatter).__name__, scatter.means.shape[1]))
+        if isinstance(scatter, RowScatter):
+            assert sum(len(x) for x, _, _ in scatter.parts) <= limit
+        return gate_from(scatter, shrinkage)
+
+    monkeypatch.setattr(train, "MAX_ROWS", limit)
+    monkeypatch.setattr(train, "gate_from", gate_from_noted)
+    calibrate(model, examples(12))
+    assert {form == "Scatter" for form, inputs in forms if inputs <= limit} <= {True}
+    assert {form == "RowScatter" for form, inputs in forms if inputs > limit} <= {True}
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.85

@@ -1,0 +1,251 @@
+"""What is kept of an input point's tokens: counts, sums, and how they spread within their experts.
+
+The spread has two forms. `Scatter`, second moments [IN, IN], is the definition; `RowScatter`, the
+tokens themselves [T, IN], solves the same equations with matrices of [T, T]. With the smaller of
+the two a point of 14,336 inputs costs no more than its tokens ask for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+COLUMNS = 1024
+"""Of float32 rows that are widened to float64 at a time."""
+
+
+class Covariance(ABC):
+    """A within-class covariance, in a form in which it can be inverted."""
+
+    level: Tensor
+    """The mean of its diagonal, a scalar."""
+
+    @abstractmethod
+    def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
+        """The product of targets [N, IN], float64, with the inverse of the shrunk covariance.
+
+        Semantics:
+            targets ((1 - shrinkage) S_within + shrinkage · level · I)⁻¹
+
+        Returns:
+            [N, IN]; None where rounding has left the covariance without a Cholesky factor.
+        """
+
+
+@dataclass(frozen=True)
+class Sums(ABC):
+    """Weighted sums over tokens of one input point, relative to `shift`, in float64."""
+
+    mass: Tensor
+    """[E] the total weight of each expert's tokens"""
+    sums: Tensor
+    """[E, IN]"""
+    shift: Tensor
+    """[IN] taken off every x, so that a large common mean costs no digits"""
+
+    @property
+    def means(self) -> Tensor:
+        """[E, IN], relative to the shift."""
+        return self.sums / self.mass[:, None]
+
+    @abstractmethod
+    def add(
+        self, x: Tensor, labels: Tensor, weights: Tensor, stands_for: Tensor | None = None
+    ) -> None:
+        """Take in tokens.
+
+        Args:
+            x: [T, IN] float32
+            labels: [T] experts
+            weights: [T]
+            stands_for: [T], from `sample`: where tokens tell the spread, those above 0 do, each for
+                so many. Without it all do.
+        """
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """Both together; they must have the same shift."""
+
+    @abstractmethod
+    def covariance(self) -> Covariance:
+        """The shared within-class covariance."""
+
+
+@dataclass(frozen=True)
+class Scatter(Sums):
+    """The spread as second moments: memory does not grow with the tokens."""
+
+    moment: Tensor
+    """[IN, IN] Σ weight · x xᵀ over all tokens"""
+
+    @classmethod
+    def empty(cls, num_experts: int, shift: Tensor) -> Self:
+        num_inputs = len(shift)
+        return cls(
+            mass=shift.new_zeros(num_experts, dtype=torch.float64),
+            sums=shift.new_zeros(num_experts, num_inputs, dtype=torch.float64),
+            shift=shift,
+            moment=shift.new_zeros(num_inputs, num_inputs, dtype=torch.float64),
+        )
+
+    def add(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        stands_for: Tensor | None = None,  # noqa: ARG002  (all tokens fit into the moment)
+    ) -> None:
+        x = x - self.shift
+        weighted = x * weights[:, None]
+        self.mass.index_add_(0, labels, weights.double())
+        self.sums.index_add_(0, labels, weighted.double())
+        # products in float32, their sums over batches in float64: fast, and exact enough
+        self.moment.add_(x.T @ weighted)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.mass + other.mass, self.sums + other.sums, self.shift, self.moment + other.moment
+        )
+
+    @property
+    def within(self) -> Tensor:
+        """[IN, IN] the shared within-class covariance."""
+        between = (self.sums.T / self.mass) @ self.sums
+        return (self.moment - between) / self.mass.sum()
+
+    def covariance(self) -> Covariance:
+        return _Moments(self.within)
+
+
+class _Moments(Covariance):
+    def __init__(self, within: Tensor) -> None:
+        self.within = within
+        self.level = _positive(within.diagonal().mean())
+
+    def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
+        shrunk = self.within * (1 - shrinkage)
+        shrunk.diagonal().add_(shrinkage * self.level)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        return None if failed else torch.cholesky_solve(targets.T, factor).T
+
+
+@dataclass(frozen=True)
+class RowScatter(Sums):
+    """The spread as the tokens themselves or a sample of them; the means are those of all."""
+
+    parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """(x [T, IN] less the shift, labels [T], weights [T]) of the tokens that tell the spread"""
+
+    @classmethod
+    def empty(cls, num_experts: int, shift: Tensor) -> Self:
+        return cls(
+            mass=shift.new_zeros(num_experts, dtype=torch.float64),
+            sums=shift.new_zeros(num_experts, len(shift), dtype=torch.float64),
+            shift=shift,
+        )
+
+    def add(
+        self, x: Tensor, labels: Tensor, weights: Tensor, stands_for: Tensor | None = None
+    ) -> None:
+        x = x - self.shift
+        self.mass.index_add_(0, labels, weights.double())
+        self.sums.index_add_(0, labels, (x * weights[:, None]).double())
+        if stands_for is not None:
+            told = stands_for > 0
+            x, labels, weights = x[told], labels[told], (weights * stands_for)[told]
+        self.parts.append((x, labels, weights))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.mass + other.mass, self.sums + other.sums, self.shift, self.parts + other.parts
+        )
+
+    def covariance(self) -> Covariance:
+        means, total = self.means.float(), self.mass.sum()
+        centred = [
+            (x - means[labels]).mul_((weights / total).sqrt().float()[:, None])
+            for x, labels, weights in self.parts
+        ]
+        return _Rows(torch.cat(centred))
+
+
+class _Rows(Covariance):
+    """S_within = Cᵀ C from its rows C [T, IN]; no approximation, but the identity of Woodbury.
+
+    With a = s · level and K = C Cᵀ, which is [T, T]:
+
+        ((1 - s) Cᵀ C + a I)⁻¹ = (I - (1 - s) Cᵀ ((1 - s) K + a I)⁻¹ C) / a
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        # what is subtracted above nearly cancels: sums of float32 products would not do
+        self.gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+        for _, wide in self._blocks():
+            self.gram.addmm_(wide, wide.T)
+        self.level = _positive(self.gram.diagonal().sum() / rows.shape[1])
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """A few columns at a time, in float64."""
+        for start in range(0, self.rows.shape[1], COLUMNS):
+            part = slice(start, start + COLUMNS)
+            yield part, self.rows[:, part].double()
+
+    def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
+        kept, ridge = 1 - shrinkage, shrinkage * self.level
+        shrunk = self.gram * kept
+        shrunk.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        if failed:
+            return None
+        inner = targets.new_zeros(len(self.rows), len(targets))  # C targetsᵀ
+        for part, wide in self._blocks():
+            inner.addmm_(wide, targets[:, part].T)
+        inner = torch.cholesky_solve(inner, factor).T * kept
+        solved = torch.empty_like(targets)
+        for part, wide in self._blocks():
+            solved[:, part] = (targets[:, part] - inner @ wide) / ridge
+        return solved
+
+
+def _positive(level: Tensor) -> Tensor:
+    """Inputs that never vary have a level of 0, which nothing can be divided by."""
+    return level.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
+    """Which tokens tell the spread where there are more than `limit`: as many of each expert.
+
+    Args:
+        labels: [T] experts. Of an expert's tokens, in this order, every so manieth is taken
+
+    Returns:
+        [T] float32: how many tokens each stands for; 0 for one that is left out
+    """
+    counts = torch.bincount(labels, minlength=num_experts)
+    taken = counts.clamp_max(_quota(counts.tolist(), limit))[labels]
+    rank = torch.empty_like(labels)  # of a token among those of its expert
+    rank[labels.argsort(stable=True)] = torch.arange(len(labels), device=labels.device)
+    rank -= (counts.cumsum(0) - counts)[labels]
+    total = counts[labels]
+    chosen = (rank + 1) * taken // total > rank * taken // total
+    return chosen * total.float() / taken
+
+
+def _quota(counts: list[int], limit: int) -> int:
+    """The largest number that each expert may give, if those that have fewer give all."""
+    left = limit
+    for given, count in enumerate(sorted(counts)):
+        share = left // (len(counts) - given)
+        if count > share:
+            return max(1, share)
+        left -= count
+    return max(1, *counts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ from meteora.artifacts import MeteoraError, short
 from pipelines import show
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
+from pipelines.recipe import Stage
 
 if TYPE_CHECKING:
     from pipelines.plan import Plan
@@ -37,18 +37,10 @@ Home = Annotated[
 DEFAULT_HOME = Path("~/.meteora")
 
 
-class Until(StrEnum):
-    base = "base"
-    check = "check"
-    stack = "stack"
-    gates = "gates"
-    benchmark = "benchmark"
-
-
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
-    until: Annotated[Until, typer.Option(help="Stop after this stage.")] = Until.benchmark,
+    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.benchmark,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -71,11 +63,11 @@ def run(
                 start_server(home)
             from pipelines import flows
 
-            seconds = flows.run(work, until.value).seconds
+            seconds = flows.run(work, until).seconds
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise typer.Exit(130) from None
-        planned = _finished(work) if until is Until.benchmark else None
+        planned = _finished(work) if until is Stage.benchmark else None
     else:
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:

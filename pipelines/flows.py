@@ -26,6 +26,7 @@ from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE
 from pipelines import card, hub, measures, plan, stages
 from pipelines.opening import describe
 from pipelines.progress import say
+from pipelines.recipe import Stage
 from pipelines.summary import summarise
 from pipelines.workplace import Workplace  # noqa: TC001  (Prefect reads annotations)
 from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from pipelines.plan import Expert, Plan
     from pipelines.recipe import ExpertSection
 
-STAGES = ("base", "check", "stack", "gates", "benchmark")
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
 
@@ -88,28 +88,28 @@ class Clock:
 
 
 @flow(name="meteora", validate_parameters=False, persist_result=False)
-def fuse_adapters(work: Workplace, until: str, clock: Clock) -> None:
+def fuse_adapters(work: Workplace, until: Stage, clock: Clock) -> None:
     """Make everything that a recipe asks for and the ledger does not hold."""
-    with clock.stage("base"):
+    with clock.stage(Stage.base):
         base = resolve_base(work.recipe, work.folder)
         built = build_base(work, base)
-    if until == "base":
+    if until is Stage.base:
         return
-    with clock.stage("check"):
+    with clock.stage(Stage.check):
         experts = find_experts(work, built)
         check(work, built, experts)
         planned = plan.make_plan(work.recipe, work.folder, base, experts)
-    if until == "check":
+    if until is Stage.check:
         return
-    with clock.stage("stack"):
+    with clock.stage(Stage.stack):
         fused = stack(work, planned)
-    if until == "stack":
+    if until is Stage.stack:
         return
-    with clock.stage("gates"):
+    with clock.stage(Stage.gates):
         gates = fit_gates(work, planned, built, fused)
-    if until == "gates":
+    if until is Stage.gates:
         return
-    with clock.stage("benchmark"):
+    with clock.stage(Stage.benchmark):
         measure(work, planned, built, gates)
         finish(work, planned, built, gates)
 
@@ -184,7 +184,7 @@ def finish(work: Workplace, planned: Plan, built: BuiltBase, gates: RouterBuild)
     return stages.write_checkpoint(work, planned, built, gates, texts)
 
 
-def run(work: Workplace, until: str = STAGES[-1]) -> Clock:
+def run(work: Workplace, until: Stage = Stage.benchmark) -> Clock:
     """Run a recipe as a Prefect flow, under its lock, and record how it ended.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,6 +15,16 @@ from meteora.artifacts import MeteoraError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent
+
+
+class Stage(StrEnum):
+    """The stages of a run, in their order; a run may be told to stop after one."""
+
+    base = "base"
+    check = "check"
+    stack = "stack"
+    gates = "gates"
+    benchmark = "benchmark"
 
 
 class RecipeError(MeteoraError):

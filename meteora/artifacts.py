@@ -10,7 +10,6 @@ bytes that came out. Lineage is read off the specs: `parents` names what each wa
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -26,13 +25,30 @@ from meteora.identity import (
     canonical_sha256,
     short,
 )
+from meteora.scores import (
+    BenchmarkSpec,
+    ComparisonBuild,
+    ComparisonSpec,
+    Difference,
+    Rate,
+    RoutingBuild,
+    RoutingScore,
+    RoutingShare,
+    RoutingSpec,
+    Score,
+    ScorePair,
+    ScorePart,
+    SpeedBuild,
+    SpeedSpec,
+)
 
 __all__ = [
     "COMMIT", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef", "AdapterSpec",
-    "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "Fingerprint", "FusedCheckpoint",
-    "FusedSpec", "LinearSize", "MeteoraError", "Noun", "Publication", "RouterBuild",
-    "RouterSpec", "RoutingBuild", "RoutingScore", "RoutingShare", "RoutingSpec", "Score",
-    "Spec", "canonical_json", "canonical_sha256", "short",
+    "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild", "ComparisonSpec",
+    "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "LinearSize", "MergeSpec",
+    "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
+    "RoutingScore", "RoutingShare", "RoutingSpec", "Score", "ScorePair", "ScorePart", "Spec",
+    "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",
 ]  # fmt: skip
 
 
@@ -171,7 +187,7 @@ class FusedCheckpoint(Noun):
     """Of `experts.safetensors`."""
 
 
-ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform")
+ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random")
 
 
 @dataclass(frozen=True)
@@ -213,99 +229,24 @@ class RouterBuild(Noun):
 
 
 @dataclass(frozen=True)
-class BenchmarkSpec(Spec):
-    """One subject measured on one task under stated circumstances."""
+class MergeSpec(Spec):
+    """The experts of a stack merged into the base's weights, as a control; never stored."""
 
-    kind: ClassVar[str] = "benchmark"
+    kind: ClassVar[str] = "merge"
 
-    subject_id: ArtifactId
-    """A base, an adapter (alone, as the oracle) or a router (the fused model)."""
-    task: str
-    rows_sha256: str
-    """Of the canonical JSON of the rows that are asked, in order."""
-    metric: str
-    num_fewshot: int
-    max_new_tokens: int
-    """An answer that is not finished by then is cut."""
-    seed: int
-    base_id: ArtifactId
-    """The base that the subject ran on: an adapter alone says nothing without it."""
+    fused_id: ArtifactId
+    method: str
+    """`linear`, `ties` or `dare_ties`, as PEFT computes them from each expert's whole delta."""
+    weight: float
+    """Of every expert."""
+    density: float = 1.0
+    """Share of each delta's numbers that is kept."""
+    seed: int = 0
+    """Of what `dare_ties` drops."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.subject_id,)
-
-
-@dataclass(frozen=True)
-class Score(Noun):
-    """A number with its circumstances."""
-
-    spec: BenchmarkSpec
-    value: float
-    stderr: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-    num_samples: int
-    outputs_sha256: str
-    """The blob that holds each row's prompt, reference, output and score."""
-    harness: str
-    """Such as `lm-eval 0.4.13`."""
-    wall_seconds: float
-
-    def __post_init__(self) -> None:
-        for name in ("value", "stderr", "low", "high", "wall_seconds"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{self.spec.task}: {name} is {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class RoutingSpec(Spec):
-    """One router watched on the experts' own test rows."""
-
-    kind: ClassVar[str] = "routing"
-
-    router_id: ArtifactId
-    rows_sha256: str
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.router_id,)
-
-
-@dataclass(frozen=True)
-class RoutingShare(Noun):
-    """How much of one expert's test rows went to it."""
-
-    expert: str
-    accuracy: float
-    """Share of its (routed module, token) pairs."""
-
-
-@dataclass(frozen=True)
-class RoutingBuild(Noun):
-    """Whether tokens go to their own experts, with the gates' own choices below them."""
-
-    spec: RoutingSpec
-    accuracy: float
-    """Share of all (routed module, token) pairs after the template's opening."""
-    by_expert: tuple[RoutingShare, ...]
-    num_tokens: int
-    wall_seconds: float
-
-
-@dataclass(frozen=True)
-class RoutingScore(Noun):
-    """How often tokens of one expert's own test rows were sent to one expert, at one module."""
-
-    router_id: ArtifactId
-    module: str
-    truth: str
-    """The expert whose rows these are."""
-    chosen: str
-    """The expert with the largest logit."""
-    num_tokens: int
-    """Tokens after the template's opening, of prompt and answer."""
+        return (self.fused_id,)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,20 @@ SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 
        round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
 FROM leaderboard GROUP BY ALL ORDER BY score DESC;
 
--- On which tasks is a routed model significantly worse than the best of its adapters alone?
+-- On which tasks is a routed model significantly worse than the right adapter alone?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,
        round(oracle_value, 3) AS oracle
 FROM leaderboard WHERE high < oracle_low;
+
+-- Where does a routed model differ from the base, the oracle or another control beyond chance?
+SELECT short(subject_id) AS model, other, task, round(difference, 3) AS difference,
+       round(p_holm, 4) AS p
+FROM comparisons WHERE p_holm < 0.05 ORDER BY model, other, difference;
+
+-- What does routing cost in time and space?
+SELECT short(subject_id) AS model, phase, round(fused_tokens_per_second) AS tokens_per_second,
+       round(ratio, 2) AS times_base, round(added_bytes / 1e6, 1) AS added_mb, device
+FROM speeds ORDER BY ALL;
 
 -- What is the latest model made from, down to commit, hash and licence?
 SELECT depth, kind, source, revision, licence, weights_sha256
@@ -25,7 +35,7 @@ ORDER BY depth, kind, source;
 -- Which models contain an adapter, so that I know what to withdraw when its licence changes?
 SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
 FROM adapters JOIN lineage ON artifact_id = adapter_id
-WHERE relation = 'used in' ORDER BY ALL;
+WHERE relation = 'used in' AND lineage.kind IN ('fused', 'router') ORDER BY ALL;
 
 -- Which adapters were refused, and why?
 SELECT name, repo_id, codes, messages FROM adapters WHERE verdict = 'refuse';

@@ -67,8 +67,55 @@ SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.base_id', body->>
        (body->>'$.spec.seed')::BIGINT, body->>'$.spec.rows_sha256', (body->>'value')::DOUBLE,
        (body->>'stderr')::DOUBLE, (body->>'low')::DOUBLE, (body->>'high')::DOUBLE,
        (body->>'num_samples')::BIGINT, body->>'outputs_sha256', body->>'harness',
-       (body->>'wall_seconds')::DOUBLE, recorded_at, run_id, sha256
+       (body->>'wall_seconds')::DOUBLE, recorded_at, run_id, sha256,
+       coalesce(body->>'$.spec.template', 'auto'),
+       coalesce((body->>'higher_is_better')::BOOLEAN, true), coalesce(body->>'interval', 'wilson'),
+       (body->>'templated')::BOOLEAN, coalesce((body->>'num_empty')::BIGINT, 0),
+       coalesce((body->>'num_truncated')::BIGINT, 0), (body->>'mean_prompt_tokens')::DOUBLE,
+       (body->>'max_prompt_tokens')::BIGINT, coalesce(body->>'device', '')
 FROM fresh WHERE kind = 'score';
+
+INSERT INTO score_parts
+SELECT score_id, position, part->>'name', (part->>'value')::DOUBLE,
+       (part->>'num_samples')::BIGINT, (part->>'num_attempted')::BIGINT, sha256
+FROM (
+    SELECT sha256, body->>'id' AS score_id, unnest((body->'parts')::JSON[]) AS part,
+           unnest(range(len((body->'parts')::JSON[]))) AS position
+    FROM fresh WHERE kind = 'score'
+);
+
+INSERT INTO merges
+SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.method',
+       (body->>'$.spec.weight')::DOUBLE, (body->>'$.spec.density')::DOUBLE,
+       (body->>'$.spec.seed')::BIGINT, sha256
+FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'merge';
+
+INSERT INTO comparisons
+SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.system', body->>'$.spec.other',
+       one->>'task', one->>'metric', (one->>'difference')::DOUBLE, (one->>'low')::DOUBLE,
+       (one->>'high')::DOUBLE, (one->>'p_value')::DOUBLE, (one->>'p_holm')::DOUBLE, one->>'test',
+       (one->>'num_samples')::BIGINT, one->>'score_id', one->>'other_id', recorded_at, run_id,
+       sha256
+FROM (
+    SELECT body, recorded_at, run_id, sha256,
+           unnest((body->'$.built.differences')::JSON[]) AS one
+    FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'comparison'
+);
+
+INSERT INTO speeds
+SELECT body->>'id', body->>'$.spec.subject_id', rate->>'phase',
+       (rate->>'base_tokens_per_second')::DOUBLE, (rate->>'fused_tokens_per_second')::DOUBLE,
+       (rate->>'ratio')::DOUBLE, (rate->>'low')::DOUBLE, (rate->>'high')::DOUBLE,
+       (body->>'$.spec.prompt_tokens')::BIGINT, (body->>'$.spec.new_tokens')::BIGINT,
+       (body->>'$.spec.batch_size')::BIGINT, (body->>'$.built.base_bytes')::BIGINT,
+       (body->>'$.built.added_bytes')::BIGINT, (body->>'$.built.base_working_bytes')::BIGINT,
+       (body->>'$.built.fused_working_bytes')::BIGINT, (body->>'$.built.stored_bytes')::BIGINT,
+       body->>'$.built.device', (body->>'$.built.num_threads')::INTEGER, body->>'$.built.dtype',
+       recorded_at, run_id, sha256
+FROM (
+    SELECT body, recorded_at, run_id, sha256, unnest((body->'$.built.rates')::JSON[]) AS rate
+    FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'speed'
+);
 
 INSERT INTO routing_counts
 SELECT count->>'router_id', count->>'module', count->>'truth', count->>'chosen',
@@ -130,6 +177,10 @@ DELETE FROM adapter_weights WHERE record_sha256 IN (FROM overruled);
 DELETE FROM experts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routers WHERE record_sha256 IN (FROM overruled);
 DELETE FROM scores WHERE record_sha256 IN (FROM overruled);
+DELETE FROM score_parts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM merges WHERE record_sha256 IN (FROM overruled);
+DELETE FROM comparisons WHERE record_sha256 IN (FROM overruled);
+DELETE FROM speeds WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routing_counts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_starts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_ends WHERE record_sha256 IN (FROM overruled);

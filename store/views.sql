@@ -5,8 +5,7 @@ CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part
 CREATE OR REPLACE VIEW leaderboard AS
 WITH measured AS (
     SELECT scores.*, artifacts.kind AS subject_kind,
-           CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter')
-                THEN -value ELSE value END AS merit
+           CASE WHEN higher_is_better THEN value ELSE -value END AS merit
     FROM scores JOIN artifacts ON artifacts.id = scores.subject_id
 ),
 base AS (
@@ -16,31 +15,39 @@ base AS (
 settings AS (
     SELECT id AS subject_id, fused_id, router, top_k, method FROM routers
 ),
-oracle AS (
-    SELECT settings.subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed,
-           rows_sha256, arg_max(experts.name, merit) AS name, arg_max(value, merit) AS value,
-           arg_max(low, merit) AS low, arg_max(high, merit) AS high
+alone AS (
+    SELECT settings.subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
+           rows_sha256, experts.name, value, low, high, merit,
+           (experts.name = task, merit) AS own_merit
     FROM settings JOIN experts USING (fused_id) JOIN measured ON measured.subject_id = adapter_id
-    GROUP BY ALL
+),
+oracle AS (
+    SELECT subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
+           rows_sha256, arg_max(name, own_merit) AS name, arg_max(value, own_merit) AS value,
+           arg_max(low, own_merit) AS low, arg_max(high, own_merit) AS high,
+           arg_max(name, merit) AS best_name, arg_max(value, merit) AS best_value
+    FROM alone GROUP BY ALL
 )
 SELECT task, metric, num_fewshot,
        rank() OVER (
-           PARTITION BY task, metric, num_fewshot, max_new_tokens, rows_sha256
+           PARTITION BY task, metric, num_fewshot, max_new_tokens, template, rows_sha256
            ORDER BY mine.merit DESC
        ) AS place,
        mine.value, mine.low, mine.high, mine.num_samples,
        base.value AS base_value, base.low AS base_low, base.high AS base_high,
        oracle.value AS oracle_value, oracle.low AS oracle_low, oracle.high AS oracle_high,
-       oracle.name AS oracle_name, router, top_k, method, subject_id, base_id, rows_sha256,
-       max_new_tokens, seed, mine.harness, mine.recorded_at, mine.run_id
+       oracle.name AS oracle_name, best_value, best_name, mine.higher_is_better, mine.num_empty,
+       mine.num_truncated, router, top_k, method, subject_id, base_id, rows_sha256,
+       max_new_tokens, seed, template, mine.harness, mine.recorded_at, mine.run_id
 FROM measured AS mine
 JOIN settings USING (subject_id)
 LEFT JOIN base
-       USING (base_id, task, metric, num_fewshot, max_new_tokens, seed, rows_sha256)
+       USING (base_id, task, metric, num_fewshot, max_new_tokens, seed, template, rows_sha256)
 LEFT JOIN oracle
-       USING (subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, rows_sha256)
+       USING (subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
+              rows_sha256)
 ORDER BY task, metric, place, subject_id;
-COMMENT ON VIEW leaderboard IS 'Routed models, best first on each task, with the base and the best single adapter beside them';
+COMMENT ON VIEW leaderboard IS 'Routed models, best first on each task, with the base and the right adapter alone beside them';
 COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
 COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN leaderboard.num_fewshot IS 'Number of solved examples in each prompt';
@@ -52,11 +59,16 @@ COMMENT ON COLUMN leaderboard.num_samples IS 'Number of rows that were asked';
 COMMENT ON COLUMN leaderboard.base_value IS 'Score of the base alone on the same rows, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.base_low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.base_high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN leaderboard.oracle_value IS 'Best score of one of its adapters alone on the same rows, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.oracle_value IS 'Score of the right adapter alone on the same rows, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter in the stack';
-COMMENT ON COLUMN leaderboard.router IS 'gate, arrow, norm, fixed or uniform';
+COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name';
+COMMENT ON COLUMN leaderboard.best_value IS 'Best score of any of its adapters that were measured alone, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.best_name IS 'Name of that adapter';
+COMMENT ON COLUMN leaderboard.higher_is_better IS 'Whether a larger value is a better one';
+COMMENT ON COLUMN leaderboard.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN leaderboard.num_truncated IS 'Number of answers that were cut at max_new_tokens';
+COMMENT ON COLUMN leaderboard.router IS 'gate, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN leaderboard.top_k IS 'Number of experts chosen for a token';
 COMMENT ON COLUMN leaderboard.method IS 'calibrate or joint; empty without gates';
 COMMENT ON COLUMN leaderboard.subject_id IS 'Artifact id of the router';
@@ -64,6 +76,7 @@ COMMENT ON COLUMN leaderboard.base_id IS 'Artifact id of the base';
 COMMENT ON COLUMN leaderboard.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
 COMMENT ON COLUMN leaderboard.max_new_tokens IS 'Length at which an answer is cut, in tokens';
 COMMENT ON COLUMN leaderboard.seed IS 'Seed of the random numbers';
+COMMENT ON COLUMN leaderboard.template IS 'chat, plain, or auto: the chat template where the tokenizer has one';
 COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
@@ -104,7 +117,7 @@ COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id of the one that is asked a
 COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
-COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused, router or routing; NULL where the relative is not recorded';
+COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
 COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL where it was made here';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
@@ -122,19 +135,19 @@ WITH checkpoints AS (
     JOIN routers ON routers.id = scores.subject_id
     JOIN run_starts ON run_starts.run_id = scores.run_id
     WINDOW previous AS (
-        PARTITION BY recipe_name, router, task, metric, num_fewshot, max_new_tokens, rows_sha256
+        PARTITION BY recipe_name, router, task, metric, num_fewshot, max_new_tokens, template,
+                     rows_sha256
         ORDER BY scores.recorded_at, scores.record_sha256
     )
 )
 SELECT recipe_name, router, task, metric, value, previous_value, value - previous_value AS change,
        sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr, subject_id, previous_id, recorded_at, run_id
 FROM checkpoints
-WHERE CASE WHEN regexp_matches(metric, 'perplexity|bits_per_byte|loss|brier|^wer|^ter')
-           THEN value - previous_value ELSE previous_value - value END
+WHERE CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
       > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2);
 COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
 COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe';
-COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed or uniform';
+COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN regressions.task IS 'Name of the task';
 COMMENT ON COLUMN regressions.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN regressions.value IS 'The score, in the metric''s unit';

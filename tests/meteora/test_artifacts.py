@@ -16,13 +16,20 @@ from meteora.artifacts import (
     BaseSpec,
     BenchmarkSpec,
     BuiltBase,
+    ComparisonBuild,
+    ComparisonSpec,
+    Difference,
     Fingerprint,
     FusedSpec,
     LinearSize,
+    MergeSpec,
     RouterSpec,
     RoutingSpec,
     Score,
+    ScorePair,
+    ScorePart,
     Spec,
+    SpeedSpec,
     canonical_json,
     short,
 )
@@ -34,6 +41,9 @@ FUSED = FusedSpec(BASE.id, ("one",), (ADAPTER.id,))
 ROUTER = RouterSpec(FUSED.id, "gate", 1, 1.0, "calibrate", "c" * 64, 0)
 BENCHMARK = BenchmarkSpec(ROUTER.id, "task", "d" * 64, "exact_match", 0, 32, 0, BASE.id)
 ROUTING = RoutingSpec(ROUTER.id, "e" * 64)
+MERGE = MergeSpec(FUSED.id, "ties", 1.0, 0.2)
+COMPARISON = ComparisonSpec(ROUTER.id, "fused", "base", (ScorePair(BENCHMARK.id, BASE.id),))
+SPEED = SpeedSpec(ROUTER.id, BASE.id, 256, 64, 1, 7)
 
 GOLDEN: dict[Spec, str] = {
     BASE: "base:486315eb56e58978ab669c3ee5f44615b194768d44e21f310e6c90380f481138",
@@ -42,6 +52,9 @@ GOLDEN: dict[Spec, str] = {
     ROUTER: "router:b70738a70fbff83773dec6e7b8b4363fbc3378a79956a60b5d2db76fe7b91953",
     BENCHMARK: "benchmark:1ecfe854fc613d645453d970ef56f21a972f164aa0a033c0a7f34cfc97276ba4",
     ROUTING: "routing:78d063db4397b95ba621ab94d2c64b7d2ea3fad88d11a7b5fdbb5e3c317092dc",
+    MERGE: "merge:9cc9d20e5d4d5ead2b7f02606c52b8e9e78b215e5addb5decbe41340d18120e9",
+    COMPARISON: "comparison:41e79a37fd6d78e5114ae88f02c6229784be9911e6364166acf3296c4b9e33d7",
+    SPEED: "speed:d923afe00bd23375750b5e54868351fd1c6fe18efcebef78a06fdd56601e6564",
 }
 
 
@@ -111,6 +124,23 @@ def test_a_nested_noun_comes_back_as_itself() -> None:
     again = BuiltBase.from_dict(built.to_dict())
     assert again == built
     assert again.sizes == {"model.q": (32, 16)}
+
+
+def test_scores_and_comparisons_come_back_equal_and_old_scores_are_read() -> None:
+    part = ScorePart("one", 0.5, 4, 3)
+    score = Score(BENCHMARK, 0.5, 0.1, 0.3, 0.7, 8, "f" * 64, "lm-eval", 1.0, parts=(part,))
+    assert Score.from_dict(score.to_dict()) == score
+    old = {name: value for name, value in score.to_dict().items() if name != "parts"}
+    del old["spec"]["template"]
+    assert Score.from_dict(old).parts == ()
+    assert Score.from_dict(old).spec.id == BENCHMARK.id
+
+    apart = Difference(
+        "t", "exact_match", BENCHMARK.id, BASE.id, 0.1, 0.0, 0.2, 0.01, 0.06, "mcnemar", 8
+    )
+    made = ComparisonBuild(COMPARISON, (apart,), 0.1, 0.0, 0.2)
+    assert ComparisonBuild.from_dict(made.to_dict()) == made
+    assert not apart.significant  # it is the corrected p that counts
 
 
 def test_fingerprints_say_where_they_differ() -> None:

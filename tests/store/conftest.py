@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +21,21 @@ from meteora.artifacts import (
     ArtifactId,
     BaseSpec,
     BenchmarkSpec,
+    ComparisonBuild,
+    ComparisonSpec,
+    Difference,
     FusedSpec,
+    MergeSpec,
     Publication,
+    Rate,
     RouterBuild,
     RouterSpec,
     RoutingScore,
     Score,
+    ScorePair,
+    ScorePart,
+    SpeedBuild,
+    SpeedSpec,
 )
 from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
 from store.ledger import Ledger
@@ -195,6 +204,7 @@ def fill(shelf: Shelf) -> None:
             shelf.measure(BASE, task, base, run_id)
             shelf.measure(experts[task == "sorting"], task, oracle, run_id)
             shelf.measure(gates, task, routed, run_id)
+        compare(shelf, gates, experts[1], run_id)
         ledger.record_routing(
             [
                 RoutingScore(
@@ -217,6 +227,36 @@ def fill(shelf: Shelf) -> None:
     )
     ledger.record_run(RunStarted("r3", "nightly", "9" * 64, {}, "cpu"))
     ledger.record_failure(Failure("check", HOSTILE, "AdapterError", "it uses DoRA"), run_id="r3")
+
+
+def compare(shelf: Shelf, gates: RouterSpec, oracle: AdapterSpec, run_id: str) -> None:
+    """A comparison, a timing, and a merge that was asked composites."""
+    own, other = (benchmark(subject.id, "sorting").id for subject in (gates, oracle))
+    spec = ComparisonSpec(gates.id, "fused", "oracle", (ScorePair(own, other),))
+    drop = -0.02 if run_id == "r1" else -0.2
+    found = Difference(
+        "sorting", "exact_match", own, other, drop, drop - 0.05, drop + 0.05,
+        0.4 if run_id == "r1" else 0.001, 0.4 if run_id == "r1" else 0.001, "mcnemar", 100,
+    )  # fmt: skip
+    made = ComparisonBuild(spec, (found,), drop, drop - 0.05, drop + 0.05)
+    shelf.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=run_id)
+
+    speed = SpeedSpec(gates.id, BASE.id, 256, 64, 1, 5)
+    rates = (
+        Rate("prefill", 2000.0, 1800.0, 1.11, 1.09, 1.13),
+        Rate("decode", 40.0, 33.0, 1.21, 1.2, 1.22),
+    )
+    timed = SpeedBuild(speed, rates, 10**9, 10**8, 10**6, None, 10**7, "cpu", 1, "float32", 9.0)
+    shelf.ledger.record_artifact(speed, weights_sha256="", built=timed, run_id=run_id)
+
+    merge = MergeSpec(gates.fused_id, "ties", 1.0, 0.2)
+    shelf.ledger.record_artifact(merge, weights_sha256="", run_id=run_id)
+    parts = (ScorePart("sorting", 0.4, 20, 19), ScorePart("parentheses", 0.2, 20, 15))
+    outputs = shelf.ledger.blobs.put_bytes(b"composites")
+    composites = score(benchmark(merge.id, "composite-2"), 0.3, outputs)
+    shelf.ledger.record_score(
+        replace(composites, parts=parts, interval="bootstrap", num_truncated=3), run_id=run_id
+    )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import sqlite3
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING
 import duckdb
 import pytest
 
-from meteora.artifacts import ArtifactId
+from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
 from store.files import locked
+from store.index import add
 from store.ledger import Ledger
+from store.query import memory, quoted
 from store.records import Record
+from store.schema import migrate, sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +152,7 @@ def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:
         filled.ledger.index.snapshot.unlink(missing_ok=True)
         ledger = filled.ledger = Ledger(filled.home)
         assert ledger.ingest().reason == ""
-        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(9,)]
+        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(14,)]
         assert not log.exists()
         assert not ledger.verify().findings
     assert len(filled.views()["scores"]) == len(before["scores"])
@@ -194,7 +198,7 @@ def test_an_open_notebook_never_stops_a_run(filled: Shelf) -> None:
             [sys.executable, "-c", notebook, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as open_notebook:
             assert open_notebook.stdout
-            assert open_notebook.stdout.readline() == b"(8,)\n"
+            assert open_notebook.stdout.readline() == b"(9,)\n"
             filled.make(filled.adapter(7 + waits))
             outcome = filled.ledger.ingest(deadline_seconds=1)
             assert bool(outcome.num_waiting) is waits
@@ -323,6 +327,40 @@ def test_readers_are_never_behind_an_index_that_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(filled.ledger.index, "_publish", lambda: None)
         filled.ledger.ingest()
-    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(6,)]
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(11,)]
     filled.ledger.ingest()
-    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(7,)]
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(12,)]
+
+
+def test_a_score_of_an_older_release_is_the_same_before_and_after_a_migration(
+    asked: Shelf, tmp_path: Path
+) -> None:
+    """Its row gets from the migration what a rebuild reads into a record without the new fields."""
+    score = asked.score(asked.benchmark(asked.base.id, "old"), 0.5, "f" * 64).to_dict()
+    for name in ("parts", "higher_is_better", "interval", "num_empty", "num_truncated", "device"):
+        del score[name]
+    for name in ("templated", "mean_prompt_tokens", "max_prompt_tokens"):
+        del score[name]
+    del score["spec"]["template"]
+    spec = BenchmarkSpec.from_dict(score["spec"])
+    record = Record("score", spec.id, {"id": spec.id, **score}, "r0", "2026-01-01T00:00:00Z")
+    with memory() as connection:
+        connection.execute(f"ATTACH {quoted(tmp_path / 'new.duckdb')} AS ledger")
+        connection.execute("USE ledger")
+        migrate(connection)
+        add(connection, [("a" * 64, record.to_bytes().decode())])
+        (new,) = connection.execute("FROM scores").fetchall()
+        connection.execute("USE memory; DETACH ledger")
+
+        connection.execute(f"ATTACH {quoted(tmp_path / 'old.duckdb')} AS ledger")
+        connection.execute("USE ledger")
+        name, sql = sources()[1]
+        connection.execute(sql)
+        digest = hashlib.sha256(sql.encode()).hexdigest()
+        connection.execute("INSERT INTO migrations VALUES (1, ?, ?)", [name, digest])
+        width = len(connection.execute("FROM scores").description or ())
+        places = ", ".join("?" * width)
+        connection.execute(f"INSERT INTO scores VALUES ({places})", new[:width])  # noqa: S608
+        migrate(connection)
+        assert connection.execute("FROM scores").fetchall() == [new]
+    assert len(new) > width

@@ -36,6 +36,14 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
         "On which tasks is a routed model significantly worse": [
             ("sorting", models[1], 0.7, "expert-1", 0.9)
         ],
+        "Where does a routed model differ": [
+            (models[1], "oracle", "sorting", -0.2, 0.001),
+        ],
+        "What does routing cost": sorted(
+            (model, phase, rate, ratio, 100.0, "cpu")
+            for model in models
+            for phase, rate, ratio in (("decode", 33.0, 1.21), ("prefill", 1800.0, 1.11))
+        ),
         "What is the latest model made from": [
             (1, "fused", None, None, None, weights(stack.id)),
             (2, "adapter", "someone/lora-0", COMMIT, "mit", weights(experts[0].id)),
@@ -194,7 +202,7 @@ def test_a_question_stops_at_its_limits(asked: Shelf, sql: str, sentence: str) -
 def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:
     rows = asked.ledger.query("SELECT name, verdict FROM adapters WHERE verdict = 'refuse'").rows
     assert rows == [(asked.hostile, "refuse")]
-    assert asked.ledger.query("SELECT count(*) FROM scores").rows == [(8,)]
+    assert asked.ledger.query("SELECT count(*) FROM scores").rows == [(9,)]
 
 
 def test_the_examples_are_read_whole() -> None:

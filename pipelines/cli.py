@@ -135,18 +135,36 @@ def generate(
     prompt: str,
     expert: Annotated[str, typer.Option(help="Send every token to this expert.")] = "",
     max_new_tokens: int = 256,
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.html",
+            help="Show which expert took each token: on a page, and here in colours; - for these.",
+        ),
+    ] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer one prompt with a fused model."""
     import meteora
     from meteora.generate import answer
+    from meteora.trace import trace_prompt
+    from pipelines.page import check_writable, write_page
+    from pipelines.trace_view import page
 
+    if trace not in {"", "-"}:
+        check_writable(Path(trace))
     home = home.expanduser().absolute()
     folder = _checkpoint(checkpoint, home)
     model, tokenizer = meteora.load(folder, base_folder=_base_at_hand(folder, home))
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
-        answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+        if trace:
+            found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            show.trace(found)
+            if trace != "-":
+                write_page(Path(trace), page(found, prompt))
+        else:
+            answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
 
 
 def _checkpoint(name: str, home: Path) -> str | Path:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
+from pipelines import trace_view
 from pipelines.card import interval, routing_lines, shortfall_lines
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:
+    from meteora.trace import Trace
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
     from store.query import Answer
@@ -84,6 +86,13 @@ def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
     out.print(f"recorded as {short(planned.router.id)}; try next:")
     question = "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
+
+
+def trace(found: Trace) -> None:
+    """Prompt and answer in the colours of the experts that took them, and a legend."""
+    out = plain_console()
+    for text in trace_view.terminal(found):
+        out.print(text, soft_wrap=True, end="\n\n")
 
 
 def answer(answer: Answer, form: Format) -> None:

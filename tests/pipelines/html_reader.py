@@ -1,0 +1,59 @@
+"""HTML as a browser's parser sees it: which elements there are, and what they hold."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the text below each kind of element."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        """The innermost open element, and a text in it."""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.found)
+
+    def requests(self) -> list[str]:
+        """Whatever a browser would fetch by itself: all but links and what lies in the page."""
+        return [
+            f"{tag} {name}={value}"
+            for tag, attributes in self.found
+            for name, value in attributes.items()
+            if name in {"src", "srcset", "data", "poster", "background", "action", "xlink:href"}
+            or (name == "href" and tag != "a")
+            if not (value or "").startswith(("#", "data:"))
+        ]
+
+    def handlers(self) -> list[str]:
+        """Scripts in attributes: there is never a reason for one."""
+        return [
+            name for _, attributes in self.found for name in attributes if name.startswith("on")
+        ]
+
+    def json(self) -> list[Any]:
+        """The data that the page carries."""
+        return [
+            json.loads(text)
+            for tag, text in self.texts
+            if tag == "script" and text.lstrip().startswith("{")
+        ]

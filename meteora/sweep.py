@@ -17,11 +17,14 @@ from meteora.model import routed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
+MAX_HIDDEN_BYTES = 2 << 30
+"""Of more hidden states, all lie in files: memory is the system's to give and to take back."""
 
 
 class SweepError(MeteoraError):
@@ -42,9 +45,20 @@ class Sweep:
     Use in order: for each layer, for each of its points, `inputs`; then `advance`.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        scratch: Path | None = None,
+    ) -> None:
+        """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
+
+        Args:
+            scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; memory without it
+        """
         self.model = model
+        self._scratch: Path | None = None
         self.paths_of: dict[int, list[str]] = {}
         prefixes = set()
         for path in routed_layers(model):
@@ -65,7 +79,10 @@ class Sweep:
         self._tuples = False
         self._hidden: list[Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
+        if sum(ids.numel() for ids, _ in batches) * self._token_bytes > MAX_HIDDEN_BYTES:
+            self._scratch = scratch
         for ids, mask in batches:
             self._record(ids, mask)
 
@@ -91,6 +108,7 @@ class Sweep:
                 " states, so gates cannot be fitted layer by layer; use a router without gates"
             )
         self._calls.clear()
+        self._token_bytes = ends[0].nbytes // ids.numel()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> None:
         with torch.inference_mode():
@@ -117,12 +135,33 @@ class Sweep:
         finally:
             for layer in self.layers:
                 del layer.forward
-        self._hidden.append(first[0])
+        self._hidden.append(
+            first[0] if self._scratch is None else self._in_a_file(first[0], self._scratch)
+        )
         self._calls.append(calls)
+
+    def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
+        """The same numbers, mapped from a file that has no name and is gone with the tensor."""
+        path = folder / f"hidden-{len(self._hidden)}"
+        try:
+            # written and not only mapped: a full disk is an error here, and a crash in a map
+            path.write_bytes(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+            mapped = torch.from_file(
+                str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
+            )
+        except OSError as error:
+            raise SweepError(
+                f"hidden states cannot be kept in {folder}: {error}; make room there, or"
+                " give fewer examples"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+        return mapped.view(hidden.shape)
 
     def _run(self, index: int, batch: int) -> Tensor:
         args, kwargs = self._calls[batch][index]
-        out = self.layers[index](self._hidden[batch], *args, **kwargs)
+        hidden = self._hidden[batch].to(self._device)
+        out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out
 
     def points(self, index: int) -> list[list[str]]:
@@ -175,5 +214,9 @@ class Sweep:
         """Go through one layer, as it is routed now."""
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
-                self._hidden[batch] = self._run(index, batch)
+                out = self._run(index, batch)
+                if self._scratch is None:
+                    self._hidden[batch] = out
+                else:
+                    self._hidden[batch].copy_(out)
                 self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors

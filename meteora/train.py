@@ -26,6 +26,7 @@ from meteora.sweep import Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -86,6 +87,7 @@ def calibrate(
     temperature: float = 1.0,
     seed: int = 0,
     device: torch.device | str | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Calibration:
     """Give every routed layer a gate that is fitted to `sequences`, in place.
@@ -96,6 +98,7 @@ def calibrate(
         top_k, temperature: with which the gates route, in the sweep as afterwards
         seed: deals the held-out sequences
         device: where to run; the model is moved there and stays. Where it is, without it
+        scratch: a folder for hidden states that are too many for memory
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -115,7 +118,7 @@ def calibrate(
     token_weights = 1.0 / counts.float()  # every expert counts the same
     accuracy_of = {}
     with _swept(model):
-        sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches])
+        sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
         for index in range(len(sweep.layers)):
             for paths in sweep.points(index):
                 try:

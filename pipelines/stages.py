@@ -105,7 +105,7 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
 
 
 def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
-    with opened(work, plan, built, gates=None) as (model, tokenizer):
+    with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:
             found = train.calibrate(
@@ -114,12 +114,12 @@ def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
                 top_k=plan.router.top_k,
                 temperature=plan.router.temperature,
                 seed=plan.router.seed,
+                scratch=scratch,
                 progress=lambda _done, _total: advance(1),
             )
-        with work.scratch() as scratch:
-            out = scratch / checkpoint.GATES
-            checkpoint.write_gates(out, train.gates_of(model))
-            sha256 = work.ledger.blobs.put(out, move=True)
+        out = scratch / checkpoint.GATES
+        checkpoint.write_gates(out, train.gates_of(model))
+        sha256 = work.ledger.blobs.put(out, move=True)
         return RouterBuild(
             spec=plan.router,
             weights_sha256=sha256,

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from meteora import checkpoint, train
+from meteora import checkpoint, sweep, train
 from meteora.discriminant import SHRINKAGES, gate_from
 from meteora.model import recorded_logits, routed_layers
 from meteora.routers import Gate
@@ -89,6 +89,37 @@ def test_the_same_inputs_give_the_same_bytes(world, tmp_path):
         calibrate(model, examples(4), top_k=2, seed=5, device=device)
         checkpoint.write_gates(tmp_path / name, train.gates_of(model))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_files_change_no_byte_and_leave_nothing(
+    world, tmp_path, monkeypatch, dtype
+):
+    mapped, from_file = [], torch.from_file
+
+    def noted(name, **asked):
+        mapped.append(name)
+        return from_file(name, **asked)
+
+    monkeypatch.setattr(torch, "from_file", noted)
+    gates = []
+    for limit in (sweep.MAX_HIDDEN_BYTES, 0):
+        monkeypatch.setattr(sweep, "MAX_HIDDEN_BYTES", limit)
+        assert mapped == []
+        model = world.load(dtype=dtype)
+        calibrate(model, examples(4), scratch=tmp_path)
+        gates.append(train.gates_of(model))
+    assert mapped
+    assert list(tmp_path.iterdir()) == []
+    for path, (weight, bias) in gates[0].items():
+        assert torch.equal(weight, gates[1][path][0])
+        assert torch.equal(bias, gates[1][path][1])
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "MAX_HIDDEN_BYTES", 0)
+    with pytest.raises(sweep.SweepError, match=r"cannot be kept in .*missing"):
+        calibrate(model, examples(4), scratch=tmp_path / "missing")
 
 
 def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError, Noun, canonical_sha256
 
@@ -22,8 +22,26 @@ class ExamplesError(MeteoraError):
 
 @dataclass(frozen=True)
 class Row(Noun):
+    """A question and what it is to be answered with."""
+
     prompt: str
     response: str
+    choices: tuple[str, ...] = ()
+    """All answers to choose from, the right ones among them; empty for a free answer."""
+    references: tuple[str, ...] = ()
+    """Further right answers, beside `response`."""
+    checker: str = ""
+    """What judges an answer where there are many right ones: `reasoning_gym:<name>@<seed>#<n>`."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every right answer."""
+        return (self.response, *self.references)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what is set, so that a row without choices hashes as it always did."""
+        at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}
+        return {name: value for name, value in super().to_dict().items() if name not in at_default}
 
 
 def read_rows(source: str, folder: Path, limit: int) -> list[Row]:

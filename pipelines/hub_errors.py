@@ -61,6 +61,14 @@ class HubDiskError(HubError):
     """The files came, and cannot be written here."""
 
 
+class HubTokenError(HubError):
+    """There is no token, and nothing can be written without one."""
+
+
+class HubConflictError(HubError):
+    """The repository is not, or no longer, in the state that was asked for."""
+
+
 class TransientHubError(HubError):
     """A fault that waiting may cure."""
 
@@ -102,6 +110,11 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "disk": (HubDiskError, "{what} cannot be written: {text}; make room, or give another folder"),
     "length": (HubConnectionError, "{what}: {endpoint} sent another length than it announced"),
     "access": (HubAccessError, "{what}: {endpoint} refuses access ({status}); check the token"),
+    "conflict": (HubConflictError, "{what}: {endpoint} has it in another state ({status}): {text}"),
+    "large": (
+        HubSizeError,
+        "{what}: {endpoint} takes no upload that large (413); ask its owner for more room",
+    ),
     "limit": (
         HubRateLimitError,
         "{what}: {endpoint} has had too many requests (429); wait some minutes, or pass a token,"
@@ -122,7 +135,8 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
         endpoint: Who was asked.
     """
     status = error["status"]
-    of_status = {401: "auth", 403: "access", 404: "repository", 429: "limit"}
+    of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}
+    of_status |= {412: "conflict", 413: "large", 429: "limit"}
     kind = error["kind"] or of_status.get(status, "server" if status >= 500 else "")
     error_class, sentence = _SENTENCES[kind]
     text = error["text"].strip()[:300]

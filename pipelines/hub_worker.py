@@ -21,7 +21,15 @@ import threading
 from typing import Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
-from huggingface_hub import HfApi, RepoFile, RepoFolder, hf_hub_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    RepoFolder,
+    hf_hub_download,
+)
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -103,10 +111,64 @@ def search(
     return [{"repo_id": model.id, "revision": model.sha or ""} for model in found]
 
 
+def is_private(api: HfApi, repo_id: str, **_: object) -> bool:
+    """Whether only those whom its owner lets in can see a repository."""
+    return bool(api.model_info(repo_id).private)
+
+
+def create(api: HfApi, repo_id: str, *, private: bool, **_: object) -> None:
+    """Make a repository, unless there is one."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    *,
+    branch: str,
+    parent: str,
+    message: str,
+    add: dict[str, str],
+    copy: list[str],
+    copy_from: str,
+    delete: list[str],
+    **_: object,
+) -> None:
+    """Commit once to a branch that is still at `parent`.
+
+    Args:
+        add: Path in the repository to the file here.
+        copy: Paths to take over from the commit `copy_from`.
+        delete: Paths to remove.
+    """
+    operations = [
+        *(CommitOperationAdd(path, file) for path, file in add.items()),
+        *(CommitOperationCopy(path, path, src_revision=copy_from) for path in copy),
+        *(CommitOperationDelete(path, is_folder=False) for path in delete),
+    ]
+    api.create_commit(
+        repo_id, operations, commit_message=message, revision=branch, parent_commit=parent
+    )
+
+
+def branch(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+    api.create_branch(repo_id, branch=name, revision=revision)
+
+
+def unbranch(api: HfApi, repo_id: str, *, name: str, **_: object) -> None:
+    api.delete_branch(repo_id, branch=name)
+
+
+def tag(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+    api.create_tag(repo_id, tag=name, revision=revision)
+
+
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS = {
     "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
+    "is_private": is_private, "create": create, "commit": commit, "branch": branch,
+    "unbranch": unbranch, "tag": tag,
 }  # fmt: skip
 
 

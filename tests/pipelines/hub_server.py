@@ -28,6 +28,16 @@ class Repo:
     listed_sizes: dict[str, int] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
 
+    private: bool = False
+
+    def at(self, revision: str) -> Repo | None:
+        """What the repository holds at a commit; None where it has no such one."""
+        return self if revision == self.commit else None
+
+    def list_refs(self) -> dict[str, list[dict[str, str]]]:
+        refs = [{"name": n, "ref": n, "targetCommit": c} for n, c in self.refs.items()]
+        return {"branches": refs, "tags": [], "converts": []}
+
     def entry(self, path: str) -> dict[str, Any]:
         data = self.listed.get(path, self.files[path])
         size = self.listed_sizes.get(path, len(data))
@@ -65,6 +75,8 @@ class Fault:
     """Close the connection after this many bytes of the body."""
     body: bytes | None = None
     """Sent in place of the file, under its own length."""
+    applied: bool = False
+    """What was asked for is done first; without a `status` the answer is then lost."""
     endless: bool = False
     """Bytes without end, under no announced length."""
 
@@ -73,8 +85,10 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a hanging request would keep it from closing
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, handler: type[Handler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
+        self.tokens: dict[str, str] = {}
+        """What each token may do: `read` or `write`; what is private asks for one."""
         self.repos: dict[str, Repo] = {}
         self.faults: dict[str, Fault] = {}
         self.requests: list[tuple[str, str, str]] = []
@@ -86,6 +100,14 @@ class HubServer(ThreadingHTTPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def fault_of(self, kind: str, path: str) -> Fault | None:
+        """The fault that this request gets, which is one less to come; None where it gets none."""
+        fault = self.faults.get(kind)
+        if fault is None or fault.times <= 0 or not path.endswith(fault.path):
+            return None
+        fault.times -= 1
+        return fault
+
     def count(self, kind: str) -> int:
         return sum(1 for asked, _, _ in self.requests if asked == kind)
 
@@ -94,8 +116,8 @@ class HubServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def running_hub() -> Generator[HubServer]:
-    with HubServer() as server:
+def running_hub(handler: type[Handler] | None = None) -> Generator[HubServer]:
+    with HubServer(handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -106,8 +128,9 @@ def running_hub() -> Generator[HubServer]:
             thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for the client's delayed acknowledgment
     server: HubServer  # ty: ignore[incompatible-mutable-override]
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
@@ -122,12 +145,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, kind: str) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            kind = parts[4] if len(parts) > 4 else "search"
+            kind = parts[4] if len(parts) > 4 else "revision" if len(parts) > 3 else "search"
         authorization = self.headers.get("Authorization", "")
         self.server.requests.append((kind, self.path, authorization))
-        fault = self.server.faults.get(kind)
-        if fault is not None and fault.times > 0 and self.path.endswith(fault.path):
-            fault.times -= 1
+        fault = self.server.fault_of(kind, self.path)
+        if fault is not None:
             if fault.hang:
                 self.server.closing.wait(60)
                 self.close_connection = True
@@ -135,8 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.status:
                 self._send(fault.body or b"", fault.status, fault.headers)
                 return
-        else:
-            fault = None
         if kind in ("head", "get"):
             self._file(kind, parts, fault)
         else:
@@ -146,16 +166,18 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "search":
             self._search()
             return
-        repo = self.server.repos.get("/".join(parts[:2]))
+        repo = self._repo(parts)
         if repo is None:
-            self._error("RepoNotFound")
             return
+        if kind == "refs":
+            self._json(repo.list_refs())
+            return
+        commit = repo.at(parts[3] if len(parts) > 3 else "main")
+        if commit is None:
+            self._error("RevisionNotFound")
+            return
+        repo = commit
         match kind:
-            case "refs":
-                refs = [{"name": n, "ref": n, "targetCommit": c} for n, c in repo.refs.items()]
-                self._json({"branches": refs, "tags": [], "converts": []})
-            case _ if parts[3] != repo.commit:
-                self._error("RevisionNotFound")
             case "tree":
                 folder = "/".join(part for part in parts[4:] if part)
                 tree = repo.tree(folder)
@@ -163,7 +185,23 @@ class _Handler(BaseHTTPRequestHandler):
             case "revision":
                 name = "/".join(parts[:2])
                 about = {"id": name, "author": parts[0], "downloads": 7, "tags": ["lora"]}
-                self._json({**about, "sha": repo.commit, "siblings": [], "cardData": repo.card})
+                about |= {"sha": repo.commit, "private": repo.private}
+                self._json({**about, "siblings": [], "cardData": repo.card})
+
+    def _repo(self, parts: list[str]) -> Repo | None:
+        """The repository of a request; None, and an answer sent, where it may not be seen."""
+        repo = self.server.repos.get("/".join(parts[:2]))
+        if repo is not None and not (repo.private and self.may() == ""):
+            return repo
+        if self.may():
+            self._error("RepoNotFound")
+        else:
+            self._error("RepoNotFound", 401 if self.server.tokens else 404)
+        return None
+
+    def may(self) -> str:
+        """What the sender's token allows; empty without a known one."""
+        return self.server.tokens.get(self.headers.get("Authorization", "")[7:], "")
 
     def _search(self) -> None:
         wanted = set(parse_qs(urlsplit(self.path).query).get("filter", []))
@@ -175,9 +213,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(found)
 
     def _file(self, kind: str, parts: list[str], fault: Fault | None) -> None:
-        repo = self.server.repos.get("/".join(parts[:2]))
-        if repo is None or parts[3] != repo.commit:
-            self._error("RevisionNotFound" if repo else "RepoNotFound")
+        repo = self._repo(parts)
+        if repo is None:
+            return
+        repo = repo.at(parts[3])
+        if repo is None:
+            self._error("RevisionNotFound")
             return
         path = "/".join(parts[4:])
         if path not in repo.files:
@@ -211,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             data, self.close_connection = data[: fault.drop_after], True
         self.wfile.write(data)
 
-    def _error(self, code: str) -> None:
-        self._send(b"", 404, {"X-Error-Code": code, "X-Error-Message": code})
+    def _error(self, code: str, status: int = 404) -> None:
+        self._send(b"", status, {"X-Error-Code": code, "X-Error-Message": code})
 
     def _json(self, value: Any) -> None:
         self._send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})

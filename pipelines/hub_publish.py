@@ -1,0 +1,339 @@
+"""Put a folder on the Hub so that no reader ever sees half of it.
+
+    main     ──●───────────────────────────────●── all of it at once ─ tag
+               └─ staging ──●── one commit ─ checked ┘
+
+Every step looks first whether it is done: a reply that was lost hides a commit that happened, and
+the client itself tries a commit only once. So a publication that was stopped anywhere goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.hub_errors import (
+    HubConflictError,
+    HubError,
+    HubHashError,
+    HubNotFoundError,
+    HubProtocolError,
+    HubServerError,
+    HubTokenError,
+    TransientHubError,
+)
+from pipelines.hub_snapshot import CHUNK, ListedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
+
+    from pipelines.hub_client import Hub
+
+Found = TypeVar("Found")
+
+MAIN = "main"
+PAUSES = (2.0, 10.0, 60.0)
+"""Seconds before each further try of what may pass, on average."""
+MIN_BYTES_PER_SECOND = 500_000
+"""An upload that is slower on the whole is given up."""
+MAX_ENTRIES = 2_000
+NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
+"""Files that say nothing of what a repository holds."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is to be published: a folder, of whose files the names are known beforehand."""
+
+    folder: Path
+    files: Mapping[str, ListedFile]
+    """By path, hashed both ways: the Hub lists large files by one and small ones by the other."""
+    names: Collection[str]
+    """What an earlier publication may have held; of these the repository keeps no others."""
+    mark: str
+    """The file by which an earlier publication is known."""
+
+    @property
+    def digest(self) -> str:
+        """Of every path and every byte."""
+        lines = [f"{path} {file.sha256}\n" for path, file in sorted(self.files.items())]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
+        """Paths that a commit lacks, or holds with other bytes."""
+        return [path for path, file in self.files.items() if not same(there.get(path), file)]
+
+    def stale(self, there: Mapping[str, ListedFile]) -> list[str]:
+        """Paths of an earlier publication that this one has not."""
+        return [path for path in there if path in self.names and path not in self.files]
+
+
+def pack(folder: Path, names: Collection[str], mark: str) -> Parcel:
+    """Hash the files of a folder that are to be published; whatever else lies there stays here."""
+    files = {name: _hashed(folder / name) for name in sorted(names) if (folder / name).is_file()}
+    return Parcel(folder, files, frozenset(names), mark)
+
+
+def same(listed: ListedFile | None, here: ListedFile) -> bool:
+    """Whether the Hub lists the very bytes that lie here."""
+    if listed is None:
+        return False
+    if listed.sha256:
+        return listed.sha256 == here.sha256
+    return listed.git_sha1 == here.git_sha1
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository on the Hub, written to with patience."""
+
+    repo_id: str
+    hub: Hub
+    pauses: Sequence[float] = PAUSES
+    _trees: dict[str, dict[str, ListedFile]] = field(default_factory=dict, init=False, repr=False)
+    """What commits hold, which never changes."""
+
+    def publish(
+        self,
+        parcel: Parcel,
+        *,
+        private: bool,
+        tag: str,
+        check: Callable[[str], None],
+        onto: str = "",
+        known: Collection[str] = (),
+    ) -> str:
+        """Make main hold the parcel, and give the commit that does.
+
+        Args:
+            private: Whether only those whom the owner lets in may see it.
+            tag: The name by which exactly this can be asked for.
+            check: Called with a commit that holds the parcel, before anybody is shown it; what it
+                raises ends the publication.
+            onto: The commit that main has to be at; any that this machine knows without it.
+            known: The commits that this machine published there before.
+
+        Raises:
+            HubConflictError: The repository holds something else, or has moved.
+            HubHashError: The Hub did not keep the bytes that it was sent.
+            HubError: It does not answer, or says no; main then shows all of it or nothing.
+        """
+        if not self.hub.token:
+            raise HubTokenError(
+                f"publishing to {self.repo_id} needs a token that may write there; log in with"
+                " `hf auth login`, or set HF_TOKEN"
+            )
+        self._open(private=private)
+        head = self._head()
+        there = self._files(head)
+        if not parcel.missing(there) and not parcel.stale(there):
+            check(head)
+            self._tag(tag, head, parcel)
+            return head
+        self._refuse_strangers(parcel, there, head, onto, known)
+        branch = f"staging-{parcel.digest[:16]}"
+        staged = self._stage(parcel, branch, head)
+        check(staged)
+        live = self._show(parcel, head, staged)
+        self._tag(tag, live, parcel)
+        self._drop(branch)
+        return live
+
+    def _open(self, *, private: bool) -> None:
+        """Have the repository, as private as it was asked to be."""
+
+        def look() -> bool | None:
+            try:
+                return self._ask("is_private")
+            except HubNotFoundError:
+                return None
+
+        is_private = self._until(look, lambda: self._ask("create", private=private))
+        if is_private != private:
+            words = ("private", "public") if private else ("public", "private")
+            raise HubConflictError(
+                f"{self.repo_id} is {words[1]} and is to be published {words[0]}; change that in"
+                " the repository's settings, or say which is meant (`private:` in a recipe,"
+                " --public on the command line)"
+            )
+
+    def _refuse_strangers(
+        self,
+        parcel: Parcel,
+        there: Mapping[str, ListedFile],
+        head: str,
+        onto: str,
+        known: Collection[str],
+    ) -> None:
+        strange = sorted(set(there) - NEUTRAL - set(parcel.names))
+        if parcel.mark not in there and (set(there) - NEUTRAL):
+            some = ", ".join((strange or sorted(there))[:5])
+            raise HubConflictError(
+                f"{self.repo_id} holds something else than a fused checkpoint ({some}), which would"
+                " be overwritten; give the name of a new repository"
+            )
+        expected = {onto} if onto else set(known)
+        if expected and head not in expected:
+            raise HubConflictError(
+                f"{self.repo_id} has moved: main is at {head}, and what is expected there is"
+                f" {', '.join(sorted(expected))}; look at what changed, and if it may be replaced,"
+                f" publish with --onto {head}"
+            )
+
+    def _stage(self, parcel: Parcel, branch: str, head: str) -> str:
+        """The commit on a branch of its own that holds the whole parcel, checked by hash."""
+
+        def opened() -> str | None:
+            return self._refs().get(branch)
+
+        start = self._until(opened, lambda: self._ask("branch", name=branch, revision=head))
+
+        def committed() -> str | None:
+            at = self._refs().get(branch, "")
+            files = self._files(at)
+            if at == start and (parcel.missing(files) or parcel.stale(files)):
+                return None
+            return at
+
+        def commit() -> None:
+            missing = parcel.missing(self._files(start))
+            self._commit(
+                branch,
+                start,
+                add={path: str(parcel.folder / path) for path in missing},
+                delete=parcel.stale(self._files(start)),
+                num_bytes=sum(parcel.files[path].size for path in missing),
+            )
+
+        staged = self._until(committed, commit)
+        if wrong := parcel.missing(self._files(staged)):
+            self._drop(branch)
+            raise HubHashError(
+                f"{self.repo_id}: the Hub lists other bytes for {', '.join(wrong)} than were sent;"
+                " nothing was made visible, publish again"
+            )
+        return staged
+
+    def _show(self, parcel: Parcel, head: str, staged: str) -> str:
+        """Let main, which is still at `head`, hold what was staged: one commit, nothing is sent."""
+
+        def shown() -> str | None:
+            at = self._head()
+            if at == head:
+                return None
+            if parcel.missing(self._files(at)):
+                raise HubConflictError(
+                    f"{self.repo_id} has moved meanwhile: main was at {head} and is at {at};"
+                    " nothing of this publication is visible, look at what changed and publish"
+                    f" with --onto {at}"
+                )
+            return at
+
+        def commit() -> None:
+            there = self._files(head)
+            self._commit(
+                MAIN,
+                head,
+                copy=parcel.missing(there),
+                copy_from=staged,
+                delete=parcel.stale(there),
+            )
+
+        return self._until(shown, commit)
+
+    def _commit(
+        self,
+        branch: str,
+        parent: str,
+        *,
+        add: Mapping[str, str] | None = None,
+        copy: Sequence[str] = (),
+        copy_from: str = "",
+        delete: Sequence[str] = (),
+        num_bytes: int = 0,
+    ) -> None:
+        seconds = self.hub.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
+        self._ask(
+            "commit",
+            replace(self.hub, timeout_seconds=seconds),
+            branch=branch,
+            parent=parent,
+            message="Publish a fused checkpoint",
+            add=dict(add or {}),
+            copy=list(copy),
+            copy_from=copy_from,
+            delete=list(delete),
+        )
+
+    def _tag(self, name: str, commit: str, parcel: Parcel) -> None:
+        tagged = self._until(
+            lambda: self._refs().get(name), lambda: self._ask("tag", name=name, revision=commit)
+        )
+        if tagged != commit and parcel.missing(self._files(tagged)):
+            raise HubConflictError(
+                f"{self.repo_id}: the tag {name} is at {tagged}, which holds something else than"
+                f" {commit}, where this is published; remove the tag and publish again"
+            )
+
+    def _drop(self, branch: str) -> None:
+        try:
+            self._ask("unbranch", name=branch)
+        except HubError:
+            return  # it is in nobody's way, and the next publication of this content uses it
+
+    def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
+        """Act until `look` finds it done; looked for first, and again after whatever went wrong."""
+        pauses = iter(self.pauses)
+        while True:
+            try:
+                if (found := look()) is not None:
+                    return found
+                try:
+                    act()
+                except HubConflictError:
+                    if (found := look()) is not None:  # it was done by a try whose reply was lost
+                        return found
+                    raise
+                if (found := look()) is not None:
+                    return found
+                raise HubServerError(f"{self.repo_id}: what was written there is not to be seen")
+            except TransientHubError:
+                if (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
+
+    def _head(self) -> str:
+        commit = self._refs().get(MAIN)
+        if commit is None:
+            raise HubProtocolError(
+                f"{self.repo_id} has no branch {MAIN}; commit a file to it first"
+            )
+        return commit
+
+    def _refs(self) -> dict[str, str]:
+        return self._ask("refs")
+
+    def _files(self, commit: str) -> dict[str, ListedFile]:
+        if commit not in self._trees:
+            entries = self._ask("listing", revision=commit, folder="", most=MAX_ENTRIES)
+            listed = [ListedFile(**entry) for entry in entries]
+            self._trees[commit] = {file.path: file for file in listed if file.size >= 0}
+        return self._trees[commit]
+
+    def _ask(self, operation: str, hub: Hub | None = None, **arguments: object) -> Any:  # noqa: ANN401
+        return (hub or self.hub).ask(operation, self.repo_id, self.repo_id, **arguments)
+
+
+def _hashed(path: Path) -> ListedFile:
+    size = path.stat().st_size
+    sha256 = hashlib.sha256()
+    git_sha1 = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            sha256.update(chunk)
+            git_sha1.update(chunk)
+    return ListedFile(path.name, size, git_sha1.hexdigest(), sha256.hexdigest())

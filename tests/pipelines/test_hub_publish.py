@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
-from pipelines import hub_publish, hub_worker
+from pipelines import hub_worker
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
     HubAccessError,
@@ -21,7 +21,8 @@ from pipelines.hub_errors import (
     HubTokenError,
     hub_error,
 )
-from pipelines.hub_publish import Repository, pack
+from pipelines.hub_publish import Repository
+from pipelines.parcel import pack, same
 
 from .hub_server import Fault
 from .hub_uploads import FIRST, GitRepo, running_upload_hub
@@ -306,4 +307,4 @@ def test_a_parcel_knows_its_content(folder: Path) -> None:
     assert pack(folder, NAMES, "meteora.json").digest == one.digest
     (folder / "README.md").write_text("other")
     assert pack(folder, NAMES, "meteora.json").digest != one.digest
-    assert hub_publish.same(None, one.files["README.md"]) is False
+    assert same(None, one.files["README.md"]) is False

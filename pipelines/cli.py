@@ -49,7 +49,9 @@ def run(
     work = _workplace(recipe, home, write=not dry_run)
     planned = _finished(work)
     if dry_run:
-        show.steps(work, planned)
+        from pipelines import preview
+
+        preview.steps(work, planned)
         return
     seconds: dict[str, float] = {}
     if planned is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora.adapters import AdapterError
 from meteora.artifacts import BuiltBase
-from pipelines import plan
+from pipelines import plan, sources
+from pipelines.experts import Refusal, gather
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:
@@ -15,22 +15,34 @@ if TYPE_CHECKING:
 
 
 def finished(work: Workplace) -> Plan | None:
-    """The plan of a recipe whose every result is in the ledger; None if anything is left to do."""
-    base = plan.resolve_base(work.recipe, work.folder)
+    """The plan of a recipe whose every result is in the ledger; None if anything is left to do.
+
+    Names are resolved, and nothing is downloaded: what is not here yet is left to do.
+    """
+    base = sources.resolve_base(work.recipe, work.folder)
     known = work.ledger.built(base.id)
     if known is None or not work.base_folder(base).is_dir():
         return None
-    built = BuiltBase.from_dict(known)
+    recipe = sources.discover(work.recipe)
     experts = []
-    for section in work.recipe.experts:
-        ref = plan.resolve_adapter(section, work.folder)
-        folder = plan.fetch_adapter(section, ref, work.folder, work.home / "adapters")
-        try:
-            experts.append(plan.read_expert(section, ref, folder, work.recipe, built))
-        except AdapterError:
-            if work.recipe.policy.on_refused == "fail":
+    try:
+        for _, outcome in gather(
+            recipe,
+            work.folder,
+            BuiltBase.from_dict(known),
+            work.adapters_folder,
+            resolve=sources.resolve_adapter,
+            fetch=sources.adapter_at_hand,
+        ):
+            if not isinstance(outcome, Refusal):
+                experts.append(outcome)
+            elif not outcome.left_out:
                 return None
-    planned = plan.make_plan(work.recipe, work.folder, base, experts)
+    except sources.NotHereError:
+        return None
+    if not experts:
+        return None
+    planned = plan.make_plan(recipe, work.folder, base, experts)
     whole = (
         work.holds(planned.fused.id)
         and work.holds(planned.router.id)

@@ -1,6 +1,6 @@
 """What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
 
-    resolve base ─▶ build base ─▶ resolve, fetch, read each adapter ─▶ check ─▶ plan
+    resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ check ─▶ plan
         ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint
 
 A decorator says only how a stage runs: what may pass by itself is tried again, nothing is cached by
@@ -21,15 +21,15 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from meteora.adapters import AdapterError
-from meteora.artifacts import COMMIT, MeteoraError
+from meteora.artifacts import MeteoraError
 from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE
-from pipelines import card, hub, measures, plan, stages
+from pipelines import card, judge, measures, plan, sources, stages
 from pipelines.opening import describe
 from pipelines.progress import say
 from pipelines.recipe import Stage
 from pipelines.summary import summarise
 from pipelines.workplace import Workplace  # noqa: TC001  (Prefect reads annotations)
-from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
+from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
     from prefect.tasks import Task
 
-    from meteora.artifacts import AdapterRef, BuiltBase, RouterBuild
-    from pipelines.plan import Expert, Plan
-    from pipelines.recipe import ExpertSection
+    from meteora.artifacts import BuiltBase, RouterBuild
+    from pipelines.plan import Plan
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
@@ -62,9 +61,10 @@ def at_the_network(function: Callable[..., Any]) -> Any:  # noqa: ANN401  (Prefe
     )(function)
 
 
-resolve_base = at_the_network(plan.resolve_base)
-resolve_adapter = at_the_network(plan.resolve_adapter)
-fetch_adapter = at_the_network(plan.fetch_adapter)
+resolve_base = at_the_network(sources.resolve_base)
+discover = at_the_network(sources.discover)
+resolve_adapter = at_the_network(sources.resolve_adapter)
+fetch_adapter = at_the_network(sources.fetch_adapter)
 build_base = at_the_network(stages.build_base)
 check = task(cache_policy=NO_CACHE)(stages.check)
 stack = task(cache_policy=NO_CACHE)(stages.stack)
@@ -96,7 +96,8 @@ def fuse_adapters(work: Workplace, until: Stage, clock: Clock) -> None:
     if until is Stage.base:
         return
     with clock.stage(Stage.check):
-        experts = find_experts(work, built)
+        work = replace(work, recipe=discover(work.recipe))
+        experts = judge.find_experts(work, built, resolve=resolve_adapter, fetch=fetch_adapter)
         check(work, built, experts)
         planned = plan.make_plan(work.recipe, work.folder, base, experts)
     if until is Stage.check:
@@ -112,60 +113,6 @@ def fuse_adapters(work: Workplace, until: Stage, clock: Clock) -> None:
     with clock.stage(Stage.benchmark):
         measure(work, planned, built, gates)
         finish(work, planned, built, gates)
-
-
-def find_experts(work: Workplace, built: BuiltBase) -> list[Expert]:
-    """Every adapter of the recipe, fetched and read; a refused one ends the run or is left out."""
-    experts = []
-    for section in work.recipe.experts:
-        ref = resolve_adapter(section, work.folder)
-        folder = fetch_adapter(section, ref, work.folder, work.home / "adapters")
-        try:
-            expert = plan.read_expert(section, ref, folder, work.recipe, built)
-        except AdapterError as error:
-            _record_verdict(work, section, ref, "refuse", error.reasons)
-            failure = Failure("check", section.name, type(error).__name__, str(error))
-            work.ledger.record_failure(failure, run_id=work.run_id)
-            if work.recipe.policy.on_refused == "fail":
-                raise
-            say(f"[yellow]left out:[/] {section.name}: {error}")
-            continue
-        about = None if COMMIT.fullmatch(ref.revision) is None else hub.describe(ref)
-        if about is not None and not expert.licence:
-            expert = replace(expert, licence=about.licence)
-        verdict = "warn" if expert.adapter.reasons else "accept"
-        author = about.author if about else ""
-        _record_verdict(work, section, ref, verdict, expert.adapter.reasons, expert, author)
-        experts.append(expert)
-    if not experts:
-        raise MeteoraError("every adapter of the recipe was refused, so there is nothing to stack")
-    return experts
-
-
-def _record_verdict(
-    work: Workplace,
-    section: ExpertSection,
-    ref: AdapterRef,
-    verdict: str,
-    reasons: tuple[Any, ...],
-    expert: Expert | None = None,
-    author: str = "",
-) -> None:
-    work.ledger.record_adapter(
-        AdapterVerdict(
-            name=section.name,
-            source=section.adapter,
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            subfolder=ref.subfolder,
-            verdict=verdict,
-            reasons=tuple(Reason(reason.code, reason.message) for reason in reasons),
-            licence=expert.licence if expert else "",
-            author=author,
-            adapter_id=expert.adapter.spec.id if expert else None,
-        ),
-        run_id=work.run_id,
-    )
 
 
 def finish(work: Workplace, planned: Plan, built: BuiltBase, gates: RouterBuild) -> Path:

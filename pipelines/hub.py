@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec
 
 __all__ = [
-    "Hub", "HubError", "HubSource", "describe", "discover", "download", "download_base",
-    "licence_of", "resolve", "saved_token",
+    "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe", "discover",
+    "download", "download_base", "downloaded", "licence_of", "resolve", "saved_token",
 ]  # fmt: skip
 
 PART = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}"
@@ -126,20 +126,44 @@ def download(
         HubHashError: The bytes are not those that the repository lists.
         HubError: The Hub does not deliver; `retry` says whether waiting can help.
     """
-    what = f"{ref.repo_id} at {ref.revision[:12]}"
-    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
-    folder = cache_dir / ref.repo_id.replace("/", "--") / name
+    folder = _snapshot(ref, cache_dir)
     with locked(folder, hub.timeout_seconds):
-        if (known := read_manifest(folder)) is not None:
-            for file in known:
-                check_file(file, folder, what)
-            return folder / ref.subfolder
+        if (here := downloaded(ref, cache_dir)) is not None:
+            return here
         files = _adapter_files(hub, ref, limit_bytes)
         with staging(folder) as staged:
             _fetch(hub, ref, files, staged)
             write_manifest(folder, files)
             staged.rename(folder)
     return folder / ref.subfolder
+
+
+def downloaded(ref: AdapterRef, cache_dir: Path) -> Path | None:
+    """What `download` gives if it was downloaded before; its files are hashed again."""
+    folder = _snapshot(ref, cache_dir)
+    if (known := read_manifest(folder)) is None:
+        return None
+    for file in known:
+        check_file(file, folder, f"{ref.repo_id} at {ref.revision[:12]}")
+    return folder / ref.subfolder
+
+
+def adapter_bytes(
+    ref: AdapterRef, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
+) -> int:
+    """The size of what `download` would get; raises what it would raise before it begins."""
+    return sum(file.size for file in _adapter_files(hub, ref, limit_bytes))
+
+
+def _snapshot(ref: AdapterRef, cache_dir: Path) -> Path:
+    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
+    return cache_dir / ref.repo_id.replace("/", "--") / name
+
+
+def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES) -> int:
+    """The size of what `download_base` would get; raises what it would raise before it begins."""
+    ref = AdapterRef(spec.base_model, spec.base_revision)
+    return sum(file.size for file in _base_files(hub, ref, limit_bytes))
 
 
 def download_base(
@@ -150,6 +174,13 @@ def download_base(
     Raises the same as `download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
+    files = _base_files(hub, ref, limit_bytes)
+    with staging(out) as staged:
+        _fetch(hub, ref, files, staged)
+        staged.rename(out)
+
+
+def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
     files = [
         file
         for file in _entries(hub, ref, "")
@@ -162,9 +193,7 @@ def download_base(
             f" (config.json, model*.safetensors); it holds {_some(names)}"
         )
     _check_sizes(ref, files, limit_bytes)
-    with staging(out) as staged:
-        _fetch(hub, ref, files, staged)
-        staged.rename(out)
+    return files
 
 
 def describe(ref: AdapterRef, *, hub: Hub = DEFAULT) -> HubSource | None:

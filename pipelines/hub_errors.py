@@ -21,23 +21,27 @@ class InsecureEndpointError(HubError):
     """The endpoint speaks plain http over a network, where anyone may answer in its place."""
 
 
-class HubNotFoundError(HubError):
+class UnusableRepositoryError(HubError):
+    """It is this one repository that cannot be used; others may do."""
+
+
+class HubNotFoundError(UnusableRepositoryError):
     """There is no such repository, or it is private."""
 
 
-class HubRevisionError(HubError):
+class HubRevisionError(UnusableRepositoryError):
     """The repository has no such branch, tag or commit."""
 
 
-class HubFilesError(HubError):
+class HubFilesError(UnusableRepositoryError):
     """The repository does not hold, at that commit, the files that are needed."""
 
 
-class HubGatedError(HubError):
+class HubGatedError(UnusableRepositoryError):
     """Its owner asks for consent first."""
 
 
-class HubAccessError(HubError):
+class HubAccessError(UnusableRepositoryError):
     """The Hub knows the token, or its absence, and says no."""
 
 
@@ -45,11 +49,11 @@ class HubProtocolError(HubError):
     """What answers is not a Hub: a mirror's fault, a proxy, or a wrong endpoint."""
 
 
-class HubSizeError(HubError):
+class HubSizeError(UnusableRepositoryError):
     """The files are larger than is allowed, or than the Hub itself lists them."""
 
 
-class HubHashError(HubError):
+class HubHashError(UnusableRepositoryError):
     """The bytes that came are not those that the repository lists."""
 
 
@@ -94,7 +98,8 @@ class HubTimeoutError(TransientHubError):
 _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "gated": (
         HubGatedError,
-        "{what} is gated: accept its terms at {endpoint} and pass a token of that account",
+        "{what} is gated: accept its terms at {endpoint}, log in with `hf auth login`, and name its"
+        " owner in the recipe under hub, token_for",
     ),
     "revision": (HubRevisionError, "{what}: {endpoint} has no such revision of it; check it"),
     "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),

@@ -35,7 +35,8 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
     the model with that expert forced, and tests prove both equal to the real thing.
     """
     to_do = missing(work, plan)
-    watch = work.ledger.built(plan.routing.id) is None
+    owns_tests = any(name in plan.tests for name in plan.fused.names)
+    watch = owns_tests and work.ledger.built(plan.routing.id) is None
     if not to_do and not watch:
         return
     for spec in plan.others.values():
@@ -118,8 +119,6 @@ def _watch_routing(
     started = time.perf_counter()
     names = plan.fused.names
     own = [name for name in names if name in plan.tests]
-    if not own:
-        return
     scores: list[RoutingScore] = []
     with bar("watching the routes", sum(len(plan.tests[n]) for n in own), "rows") as advance:
         for truth in own:

@@ -8,41 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from meteora import adapters
 from meteora.artifacts import (
-    AdapterRef,
     ArtifactId,
-    BaseSpec,
     BenchmarkSpec,
     FusedSpec,
     RouterSpec,
     RoutingSpec,
     canonical_sha256,
 )
-from meteora.sources import GGUF, PATH, file_sha256, find_gguf, weights_sha256
-from pipelines import hub
 from pipelines.examples import Row, read_rows, refuse_overlap, rows_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from meteora.adapters import Adapter
-    from meteora.artifacts import BuiltBase
+    from meteora.artifacts import BaseSpec
+    from pipelines.experts import Expert
     from pipelines.recipe import ExpertSection, Recipe
 
 EXACT_MATCH = "exact_match"
-
-
-@dataclass(frozen=True)
-class Expert:
-    """An expert that was found, read and accepted."""
-
-    name: str
-    ref: AdapterRef
-    adapter: Adapter
-    licence: str
-    """As its card or repository says; empty where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -72,46 +56,6 @@ class Plan:
     """Routers to compare with, by kind."""
     measurements: tuple[Measurement, ...]
     routing: RoutingSpec
-
-
-def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
-    """The base at one revision; the weights are hashed where they are local."""
-    source = recipe.base
-    if source.startswith(GGUF):
-        return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}")
-    if source.startswith(PATH):
-        local = folder / source.removeprefix(PATH)
-        return BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}")
-    ref = hub.resolve(source)
-    return BaseSpec(ref.repo_id, ref.revision)
-
-
-def resolve_adapter(expert: ExpertSection, folder: Path) -> AdapterRef:
-    """Where an expert's adapter lies, pinned."""
-    if expert.adapter.startswith(PATH):
-        local = local_folder(expert, folder)
-        return AdapterRef(PATH + local.name, f"sha256:{weights_sha256(local)}", expert.subfolder)
-    return hub.resolve(expert.adapter, subfolder=expert.subfolder)
-
-
-def fetch_adapter(expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path) -> Path:
-    """The folder that holds an adapter's files; downloaded at its commit where it is remote."""
-    if expert.adapter.startswith(PATH):
-        return local_folder(expert, folder)
-    return hub.download(ref, cache)
-
-
-def local_folder(expert: ExpertSection, folder: Path) -> Path:
-    return folder / expert.adapter.removeprefix(PATH) / expert.subfolder
-
-
-def read_expert(
-    expert: ExpertSection, ref: AdapterRef, adapter_folder: Path, recipe: Recipe, built: BuiltBase
-) -> Expert:
-    """Read what was fetched; raises `AdapterError` with its reasons where it is not sound."""
-    found = adapters.read(adapter_folder, modules_to_save=recipe.policy.modules_to_save)
-    fitted = adapters.fit_to_base(found, built.sizes)
-    return Expert(expert.name, ref, fitted, hub.licence_of(adapter_folder))
 
 
 def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Expert]) -> Plan:

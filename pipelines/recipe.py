@@ -47,6 +47,31 @@ class ExpertSection(Section):
     """Held-out rows; a benchmark task of this expert's name."""
 
 
+class FoundExpert(ExpertSection):
+    """An expert that `discover` found; a refused one is left out."""
+
+
+class DiscoverSection(Section):
+    """Adapters that are not named but found on the Hub, most downloaded first."""
+
+    base: str = ""
+    """The `owner/name` that they say they were trained on; without it the recipe's own base."""
+    tags: tuple[str, ...] = ()
+    """Tags of the Hub that each has to have."""
+    limit: Annotated[int, Field(ge=1, le=256)] = 20
+
+
+class HubSection(Section):
+    """Which Hub is asked, and on what terms."""
+
+    endpoint: str = ""
+    """Another than `HF_ENDPOINT` says, or huggingface.co."""
+    allow_http: bool = False
+    """Take an endpoint of plain http that is not this machine's own."""
+    token_for: tuple[str, ...] = ()
+    """Owners, or `owner/name`, to whom the saved token is sent: they learn who is asking."""
+
+
 class RouterSection(Section):
     kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
@@ -87,11 +112,13 @@ class PolicySection(Section):
 class Recipe(Section):
     base: str
     """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
-    experts: Annotated[tuple[ExpertSection, ...], Field(min_length=1, max_length=512)]
+    experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
+    discover: DiscoverSection | None = None
     router: RouterSection = RouterSection()
     gates: GatesSection = GatesSection()
     benchmark: BenchmarkSection = BenchmarkSection()
     policy: PolicySection = PolicySection()
+    hub: HubSection = HubSection()
 
     @model_validator(mode="after")
     def _names_are_told_apart(self) -> Self:
@@ -111,8 +138,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _there_are_experts(self) -> Self:
+        if not self.experts and self.discover is None:
+            raise ValueError("no experts: name some, or let them be found with `discover`")
+        if self.discover is not None and not self.discover.base and ":" in self.base:
+            raise ValueError(
+                f"discover.base is missing: adapters are found by the `owner/name` of their base,"
+                f" and {self.base!r} is none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gates_have_examples(self) -> Self:
         if self.router.kind == "gate":
+            if self.discover is not None:
+                raise ValueError(
+                    "adapters that `discover` finds bring no examples, and a gate is fitted to"
+                    " them; choose a router that needs none (arrow, norm, uniform)"
+                )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(

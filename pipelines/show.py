@@ -35,27 +35,6 @@ def plain_console() -> Console:
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def steps(work: Workplace, planned: Plan | None) -> None:
-    """What a run would do: nothing is downloaded, made or written."""
-    out = plain_console()
-    if planned is not None:
-        out.print(f"{work.name}: everything is in the ledger already")
-        return
-    recipe = work.recipe
-    out.print(f"base       {recipe.base}")
-    for expert in recipe.experts:
-        out.print(f"expert     {expert.name}: {expert.adapter}")
-    out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
-    if recipe.router.kind == "gate":
-        out.print(
-            f"gates      {recipe.gates.method},"
-            f" {recipe.gates.examples_per_expert} examples an expert at most"
-        )
-    systems = ", ".join(("fused", *recipe.benchmark.compare))
-    tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
-    out.print(f"benchmark  {systems} on {', '.join(tasks)}, {recipe.benchmark.limit} rows at most")
-
-
 def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
     summary = summarise(work.ledger, planned, work.base_folder(planned.base))
     if summary is None:

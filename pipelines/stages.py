@@ -15,6 +15,7 @@ from meteora.sources import GGUF, find_gguf, weights_sha256
 from pipelines import hub
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
+from pipelines.sources import hub_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from meteora.artifacts import BaseSpec
-    from pipelines.plan import Expert, Plan
+    from pipelines.experts import Expert
+    from pipelines.plan import Plan
+    from pipelines.recipe import Recipe
     from pipelines.workplace import Workplace
 
 
@@ -36,7 +39,7 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with work.scratch() as scratch:
-            _fetch_base(work.recipe.base, spec, scratch / "base")
+            _fetch_base(work.recipe, spec, scratch / "base")
             (scratch / "base").rename(folder)
     sizes = base.linear_sizes(folder)
     built = BuiltBase(
@@ -51,9 +54,10 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
     return built
 
 
-def _fetch_base(source: str, spec: BaseSpec, out: Path) -> None:
+def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
+    source = recipe.base
     if not source.startswith(GGUF):
-        hub.download_base(spec, out)
+        hub.download_base(spec, out, hub=hub_of(recipe, spec.base_model))
         return
     say(f"dequantising {source.removeprefix(GGUF)}, once")
     model, tokenizer = base.load_gguf(find_gguf(source))

@@ -54,6 +54,11 @@ class Workplace:
     def home(self) -> Path:
         return self.ledger.home
 
+    @property
+    def adapters_folder(self) -> Path:
+        """Where downloaded adapters lie, by repository and commit."""
+        return self.home / "adapters"
+
     @contextmanager
     def scratch(self) -> Generator[Path]:
         """A folder on the store's own disk: what is made there moves in by a rename."""

@@ -29,7 +29,13 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
     ("text", "said"),
     [
         pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
-        pytest.param("base: a/b\nexperts: []", "experts: Tuple should have at least 1", id="none"),
+        pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
+        pytest.param(
+            "base: a/b\ndiscover: {}", "adapters that `discover` finds bring no examples", id="gate"
+        ),
+        pytest.param(
+            "base: path:b\ndiscover: {}\nrouter: {kind: arrow}", "discover.base is missing", id="of"
+        ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\nrouters: 1", "unknown key routers", id="unknown"
         ),

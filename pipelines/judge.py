@@ -1,0 +1,113 @@
+"""The check stage: every adapter is read, and the verdict on it recorded and said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import COMMIT, MeteoraError
+from pipelines import hub
+from pipelines.experts import Refusal, gather
+from pipelines.progress import say
+from pipelines.recipe import FoundExpert
+from pipelines.sources import hub_of
+from store.events import AdapterVerdict, Failure, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meteora import adapters
+    from meteora.artifacts import AdapterRef, BuiltBase
+    from pipelines.experts import Expert, Fetch, Resolve
+    from pipelines.recipe import ExpertSection, Recipe
+    from pipelines.workplace import Workplace
+
+
+def find_experts(
+    work: Workplace, built: BuiltBase, *, resolve: Resolve, fetch: Fetch
+) -> list[Expert]:
+    """Every adapter of the recipe that is sound; a refused one ends the run or is left out.
+
+    Args:
+        resolve, fetch: As `experts.gather` takes them.
+    """
+    experts, num_refused = [], 0
+    if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
+        say(f"found {found} adapters on the Hub")
+    gathered = gather(
+        work.recipe, work.folder, built, work.adapters_folder, resolve=resolve, fetch=fetch
+    )
+    for section, outcome in gathered:
+        if isinstance(outcome, Refusal):
+            num_refused += 1
+            _refuse(work, section, outcome)
+            continue
+        expert = _described(work.recipe, outcome)
+        record(work, expert, expert.adapter.reasons)
+        experts.append(expert)
+    if not experts:
+        raise MeteoraError(
+            f"of {num_refused} adapters none can be used, so there is nothing to stack"
+            if num_refused
+            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
+        )
+    return experts
+
+
+def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) -> None:
+    """Record that an expert is taken, and what to beware of."""
+    _record(
+        work,
+        AdapterVerdict(
+            name=expert.name,
+            source=expert.source,
+            repo_id=expert.ref.repo_id,
+            revision=expert.ref.revision,
+            subfolder=expert.ref.subfolder,
+            verdict="warn" if reasons else "accept",
+            reasons=_nouns(reasons),
+            licence=expert.licence,
+            author=expert.author,
+            adapter_id=expert.adapter.spec.id,
+        ),
+    )
+
+
+def _refuse(work: Workplace, section: ExpertSection, refusal: Refusal) -> None:
+    ref: AdapterRef = refusal.ref
+    _record(
+        work,
+        AdapterVerdict(
+            name=section.name,
+            source=section.adapter,
+            repo_id=ref.repo_id,
+            revision=ref.revision,
+            subfolder=ref.subfolder,
+            verdict="refuse",
+            reasons=_nouns(refusal.reasons),
+        ),
+    )
+    error = refusal.error
+    failure = Failure("check", section.name, type(error).__name__, str(error))
+    work.ledger.record_failure(failure, run_id=work.run_id)
+    if not refusal.left_out:
+        raise error
+    say(f"[yellow]left out:[/] {section.name}: {error}")
+
+
+def _record(work: Workplace, verdict: AdapterVerdict) -> None:
+    work.ledger.record_adapter(verdict, run_id=work.run_id)
+
+
+def _nouns(reasons: Sequence[adapters.Reason]) -> tuple[Reason, ...]:
+    return tuple(Reason(reason.code, reason.message) for reason in reasons)
+
+
+def _described(recipe: Recipe, expert: Expert) -> Expert:
+    """With what the Hub says of its repository, where it is from there."""
+    if COMMIT.fullmatch(expert.ref.revision) is None:
+        return expert
+    about = hub.describe(expert.ref, hub=hub_of(recipe, expert.ref.repo_id))
+    if about is None:
+        return expert
+    return replace(expert, licence=expert.licence or about.licence, author=about.author)

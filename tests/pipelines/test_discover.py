@@ -1,0 +1,206 @@
+"""Adapters that a recipe does not name but lets be found, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import MeteoraError
+from pipelines import flows, judge, preview, sources
+from pipelines.finished import finished
+from pipelines.hub_errors import HubServerError
+from pipelines.recipe import ExpertSection
+from pipelines.stages import build_base
+
+from .conftest import letters
+from .hub_server import Fault, Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from pipelines.workplace import Workplace
+    from tests.conftest import World
+
+    from .hub_server import HubServer
+
+COMMIT = "a" * 40
+TAG = "base_model:adapter:org/base"
+
+
+def adapter_repo(folder: Path, **config: object) -> Repo:
+    """An adapter as its repository, with some of its config changed."""
+    claims = json.loads((folder / "adapter_config.json").read_text()) | config
+    files = {
+        "adapter_config.json": json.dumps(claims).encode(),
+        "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
+    }
+    return Repo(files, refs={"main": COMMIT}, card={"tags": [TAG], "license": "mit"})
+
+
+@pytest.fixture
+def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with running_hub() as server:
+        server.repos["z/letters"] = adapter_repo(world.adapters["q_and_v"])
+        server.repos["b/attention"] = adapter_repo(world.adapters["attention"])
+        server.repos["c/pickled"] = Repo({"adapter_model.bin": b"\x80\x02"}, card={"tags": [TAG]})
+        server.repos["d/dora"] = adapter_repo(world.adapters["all_seven"], use_dora=True)
+        server.repos["zz/copy"] = adapter_repo(world.adapters["q_and_v"])
+        server.repos["x/other"] = Repo({}, card={"tags": ["base_model:adapter:org/other"]})
+        yield server
+
+
+@pytest.fixture
+def found(
+    server: HubServer, workplace: Callable[..., Workplace], recipe_folder: Path
+) -> Callable[..., Workplace]:
+    """A function that opens a recipe that names no expert."""
+    rows = letters("q_and_v", 2, 4)
+    (recipe_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return partial(
+        workplace,
+        experts=[],
+        discover={"base": "org/base"},
+        router={"kind": "arrow"},
+        benchmark={
+            "tasks": [{"name": "letters", "rows": "jsonl:rows.jsonl"}],
+            "compare": ["base"],
+            "max_new_tokens": 2,
+        },
+        hub={"endpoint": server.endpoint},
+    )
+
+
+def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
+    found: Callable[..., Workplace], server: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = found()
+    flows.run(work)
+    planned = finished(work)
+    assert planned is not None
+    assert planned.fused.names == ("b--attention", "z--letters")
+    assert {expert.ref.revision for expert in planned.experts} == {COMMIT}
+
+    said = capsys.readouterr().err
+    assert said.count("found 5 adapters on the Hub") == 1
+    left_out = [line for line in said.splitlines() if line.startswith("left out:")]
+    assert [line.split()[2] for line in left_out] == ["c--pickled:", "d--dora:", "zz--copy:"]
+    rows = work.ledger.query("SELECT name, verdict, codes, licence FROM adapters ORDER BY name")
+    verdicts = {name: (verdict, codes[-1:]) for name, verdict, codes, _ in rows.rows}
+    assert verdicts["c--pickled"] == ("refuse", ["hub"])
+    assert verdicts["d--dora"] == ("refuse", ["dora"])
+    assert verdicts["zz--copy"] == ("refuse", ["same_adapter"])
+    assert {verdicts[name][0] for name in planned.fused.names} == {"warn"}  # a base that is a path
+    assert {row[3] for row in rows.rows if row[1] == "warn"} == {"mit"}
+
+    downloaded = server.count("get")
+    flows.run(found())
+    assert server.count("get") == downloaded
+
+
+def find_experts(work: Workplace) -> list[str]:
+    base = sources.resolve_base(work.recipe, work.folder)
+    experts = judge.find_experts(
+        work,
+        build_base(work, base),
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+    )
+    return [expert.name for expert in experts]
+
+
+def expanded(work: Workplace) -> Workplace:
+    return flows.replace(work, recipe=sources.discover(work.recipe))
+
+
+def test_tags_and_a_limit_narrow_what_is_found(
+    found: Callable[..., Workplace], server: HubServer
+) -> None:
+    server.repos["b/attention"].card["tags"].append("letters")
+    tagged = expanded(found(discover={"base": "org/base", "tags": ["letters"]}))
+    assert [expert.adapter for expert in tagged.recipe.experts] == [f"b/attention@{COMMIT}"]
+    assert find_experts(tagged) == ["b--attention"]
+    assert (
+        len(sources.discover(found(discover={"base": "org/base", "limit": 2}).recipe).experts) == 2
+    )
+
+
+def test_a_named_expert_is_not_found_a_second_time(found: Callable[..., Workplace]) -> None:
+    work = expanded(found(experts=[{"name": "b--attention", "adapter": "z/letters"}]))
+    names = {expert.name: expert.adapter for expert in work.recipe.experts}
+    assert names["b--attention"] == "z/letters"
+    (other,) = (name for name, adapter in names.items() if adapter.startswith("b/attention@"))
+    assert other.startswith("b--attention-")
+    assert not any(adapter.startswith("z/letters@") for adapter in names.values())
+
+
+def test_a_passing_fault_of_the_hub_leaves_nothing_out(
+    found: Callable[..., Workplace], server: HubServer
+) -> None:
+    """Else two runs of one recipe would stack different adapters, by the weather."""
+    work = expanded(found())
+    server.faults["tree"] = Fault(status=500)
+    with pytest.raises(HubServerError):
+        find_experts(work)
+
+
+def test_where_nothing_is_found_or_usable_there_is_nothing_to_stack(
+    found: Callable[..., Workplace], server: HubServer
+) -> None:
+    with pytest.raises(MeteoraError, match="no adapter was found"):
+        find_experts(expanded(found(discover={"base": "org/nobody"})))
+    server.repos = {"c/pickled": server.repos["c/pickled"]}
+    with pytest.raises(MeteoraError, match="of 1 adapters none can be used"):
+        find_experts(expanded(found()))
+
+
+def test_a_dry_run_resolves_and_downloads_nothing(
+    found: Callable[..., Workplace], server: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the base is known already, so that nothing else is left to be looked at."""
+    work = found()
+    build_base(work, sources.resolve_base(work.recipe, work.folder))
+    assert finished(work) is None
+    preview.steps(work, None)
+    assert not server.count("get")
+    assert not work.adapters_folder.exists()
+    said = capsys.readouterr().out
+    assert f"z--letters: z/letters at {COMMIT[:12]}, 0.0 MB to download" in said
+    assert "c--pickled: c/pickled at aaaaaaaaaaaa, refused: " in said
+    find_experts(expanded(work))
+    preview.steps(work, None)
+    assert f"z--letters: z/letters at {COMMIT[:12]}, here already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "taken", "name"),
+    [
+        ("org/name", set(), "org--name"),
+        ("org/name", {"org--name"}, "org--name-"),
+        ("o" * 90 + "/name", set(), "o" * 55 + "-"),
+    ],
+)
+def test_names_of_found_adapters_are_names(repo_id: str, taken: set[str], name: str) -> None:
+    made = sources.name_of(repo_id, taken)
+    assert made.startswith(name)
+    assert made not in taken
+    assert len(made) <= 64
+    ExpertSection(name=made, adapter="path:a")
+
+
+def test_the_saved_token_goes_only_to_whom_the_recipe_names(
+    found: Callable[..., Workplace], server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_saved")
+    hub = {"endpoint": server.endpoint, "token_for": ["z", "b/attention"]}
+    find_experts(expanded(found(hub=hub)))
+    told = {path.split("/")[3] for kind, path, token in server.requests if token and kind == "tree"}
+    asked = {path.split("/")[3] for kind, path, _ in server.requests if kind == "tree"}
+    assert told == {"z", "b"}
+    assert asked == {"z", "b", "c", "d", "zz"}
+    assert {token for _, _, token in server.requests} == {"", "Bearer hf_saved"}

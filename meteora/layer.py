@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import nn
 
-from meteora import kernels, ops
+from meteora import kernels, ops, twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from meteora.kernels import Twin
     from meteora.routers import Router
+    from meteora.twins import Twin
 
 
 ALIGNMENT = 64
@@ -38,6 +38,8 @@ class MoELoRALinear(nn.Module):
 
     lora_a: Tensor
     lora_b: Tensor
+    segments: Tensor
+    scales: Tensor
     rank_experts: Tensor
     rank_scaling: Tensor
     table: Tensor
@@ -72,13 +74,16 @@ class MoELoRALinear(nn.Module):
         self.register_buffer("lora_a", _aligned(lora_a), persistent=False)
         # the columns of B lie one after the other in memory: a rank's is read in one piece
         self.register_buffer("lora_b", lora_b.T.contiguous().T, persistent=False)
-        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        widths = torch.tensor(self.ranks)
+        segments = torch.stack([widths.cumsum(0) - widths, widths])
+        self.register_buffer("segments", segments.to(lora_a.device), persistent=False)
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), widths)
         self.register_buffer("rank_experts", owner.to(lora_a.device), persistent=False)
         table, owned = kernels.rank_table(self.ranks)
         self.register_buffer("table", table.to(lora_a.device), persistent=False)
         self.register_buffer("table_owned", owned.to(lora_a.device), persistent=False)
         self._scale()
-        self._sizes = kernels.Sizes(
+        self._sizes = twins.Sizes(
             num_in=lora_a.shape[1],
             num_out=lora_b.shape[0],
             num_experts=len(self.ranks),
@@ -89,8 +94,9 @@ class MoELoRALinear(nn.Module):
         self.twin = twin
 
     def _scale(self) -> None:
-        """Lay each expert's scaling beside its ranks, in float32: [R] and [E, max r]."""
+        """Lay each expert's scaling beside its ranks, in float32: [E], [R] and [E, max r]."""
         scaling = torch.tensor(self.scaling, dtype=torch.float32, device=self.lora_a.device)
+        self.register_buffer("scales", scaling, persistent=False)
         self.register_buffer("rank_scaling", scaling[self.rank_experts], persistent=False)
         self.register_buffer("table_scaling", scaling[:, None] * self.table_owned, persistent=False)
 
@@ -131,16 +137,20 @@ class MoELoRALinear(nn.Module):
         elif twin == "gather":
             table = self.table, self.table_scaling
             delta = kernels.lora_delta_gather(*factors, *table, weights, experts, add_to=into)
+        elif twin == "grouped":
+            lists = self.ranks, self.scaling
+            delta = kernels.lora_delta_grouped(*factors, *lists, weights, experts, add_to=into)
         else:
-            delta = kernels.lora_delta_grouped(
-                *factors, self.ranks, self.scaling, weights, experts, add_to=into
-            )
+            found = kernels.triton_twins()
+            own = found.Segments(*self.segments, self.scales, self._sizes.max_rank)
+            run = found.lora_delta_gather if twin == "gather_triton" else found.lora_delta_grouped
+            delta = run(*factors, own, weights, experts, add_to=into)
         return y + delta.to(y.dtype) if into is None else delta
 
     def _fastest_twin(self, x: Tensor, experts: Tensor) -> Twin:
         if torch.compiler.is_compiling():
             return "dense"  # one graph, whatever was chosen
-        return kernels.choose_twin(
+        return twins.choose_twin(
             len(x), experts.shape[1], self._sizes, x.dtype, self.lora_a.device.type
         )
 

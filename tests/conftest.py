@@ -12,13 +12,13 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
 
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # Matmuls this small lose time to threads, and much of it where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Triton asks at its import whether kernels are interpreted: they are where there is no GPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.kernels import Twin
+    from meteora.twins import Twin
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Each twin of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
 
-The measurements behind `kernels.choose_twin`: the ratio of the whole routed layer, its gate and
+The measurements behind `twins.choose_twin`: the ratio of the whole routed layer, its gate and
 routing included, to the bare projection, best of all rounds, over experts, ranks, tokens, sizes and
 dtypes. The twin that the function chooses is starred.
 """
@@ -23,7 +23,7 @@ from tests.benchmarks.layer import best_of, machine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from meteora.kernels import Twin
+    from meteora.twins import Twin
 
 TWINS: tuple[Twin, ...] = ("dense", "gather", "grouped")
 TOP_K = 2

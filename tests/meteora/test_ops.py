@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteora import kernels, ops
-from meteora.kernels import Sizes
+from meteora import kernels, ops, twins
+from meteora.twins import Sizes
 
 RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6).filter(any)
 
@@ -139,8 +139,25 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
 )
 def test_the_twin_is_chosen_as_the_table_says(tokens, experts, r, dtype, twin):
     sizes = Sizes(2048, 2048, experts, experts * r, r)
-    assert kernels.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
-    assert kernels.choose_twin(tokens, 2, sizes, dtype, "cuda") == "dense"
+    assert twins.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "device_type", "dtype", "twin"),
+    [
+        (1, 2, "cuda", torch.bfloat16, "gather_triton"),
+        (256, 2, "cuda", torch.float32, "grouped_triton"),
+        (256, 28, "cuda", torch.float32, "dense"),  # every rank is chosen
+        (1, 2, "cuda", torch.float64, "dense"),
+        (1, 2, "mps", torch.float16, "dense"),
+    ],
+)
+def test_accelerators_never_wait_for_the_host(tokens, top_k, device_type, dtype, twin, monkeypatch):
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
+    assert twins.choose_twin(tokens, top_k, sizes, dtype, device_type) == twin
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    assert twins.choose_twin(tokens, top_k, sizes, dtype, device_type) == "dense"
 
 
 def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():

@@ -1,0 +1,129 @@
+"""Four kernels in Triton's dialect, which `triton_twins` launches: shrink, then expand.
+
+What a tile has beyond an expert's ranks is masked, so that any rank will do. WIDE is what sums are
+taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
+"""
+
+# ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shrink_chosen(
+    x, a, starts, ranks, scaling, weights, experts, shrunk,
+    num_in, top_k, max_rank,
+    WIDE: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """shrunk[t, k, j] = weights[t, k] · scaling[e] · A_e[j] · x[t] for a few j of one (t, k)."""
+    pair = tl.program_id(0).to(tl.int64)
+    e = tl.load(experts + pair)
+    j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    owned = j < tl.load(ranks + e)
+    rows = a + (tl.load(starts + e) + j)[:, None] * num_in
+    sums = tl.zeros((RANKS,), dtype=WIDE)
+    for start in range(0, num_in, COLUMNS):
+        i = start + tl.arange(0, COLUMNS)
+        token = tl.load(x + pair // top_k * num_in + i, mask=i < num_in, other=0.0).to(WIDE)
+        inside = owned[:, None] & (i < num_in)[None, :]
+        sums += tl.sum(tl.load(rows + i[None, :], mask=inside, other=0.0).to(WIDE) * token, axis=1)
+    factor = tl.load(weights + pair).to(WIDE) * tl.load(scaling + e).to(WIDE)
+    tl.store(shrunk + pair * max_rank + j, sums * factor, mask=j < max_rank)
+
+
+@triton.jit
+def expand_chosen(
+    shrunk, b, starts, ranks, experts, out,
+    num_out, top_k, max_rank, b_rank_stride, b_out_stride,
+    WIDE: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[t] += Σ_k B_e shrunk[t, k] for some columns of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = out + t * num_out + o
+    sums = tl.load(place, mask=o < num_out, other=0.0).to(WIDE)
+    for k in range(top_k):
+        pair = t * top_k + k
+        e = tl.load(experts + pair)
+        start, r = tl.load(starts + e), tl.load(ranks + e)
+        for first in range(0, r, RANKS):
+            j = first + tl.arange(0, RANKS)
+            factors = tl.load(shrunk + pair * max_rank + j, mask=j < r, other=0.0)
+            rows = b + (start + j)[:, None] * b_rank_stride + o[None, :] * b_out_stride
+            inside = (j < r)[:, None] & (o < num_out)[None, :]
+            loaded = tl.load(rows, mask=inside, other=0.0).to(WIDE)
+            sums += tl.sum(loaded * factors[:, None], axis=0)
+    tl.store(place, sums.to(out.dtype.element_ty), mask=o < num_out)
+
+
+@triton.jit
+def shrink_grouped(
+    x, a, starts, ranks, scaling, weights, tokens, jobs, shrunk,
+    num_tokens, num_in, top_k, max_rank, jobs_per_slot,
+    WIDE: tl.constexpr, DOT: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of `shrunk`, whose tokens chose the same expert as their k-th, k being the slot."""
+    job = tl.program_id(0).to(tl.int64)
+    slot = job // jobs_per_slot
+    e, begin, end = (
+        tl.load(jobs + job * 3),
+        tl.load(jobs + job * 3 + 1),
+        tl.load(jobs + job * 3 + 2),
+    )
+    place = begin + tl.arange(0, TOKENS)
+    t = tl.load(tokens + slot * num_tokens + place, mask=place < end, other=0)
+    j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    owned = j < tl.load(ranks + e)
+    rows = a + (tl.load(starts + e) + j)[None, :] * num_in
+    sums = tl.zeros((TOKENS, RANKS), dtype=WIDE)
+    for start in range(0, num_in, COLUMNS):
+        i = start + tl.arange(0, COLUMNS)
+        inside = (place < end)[:, None] & (i < num_in)[None, :]
+        left = tl.load(x + t[:, None] * num_in + i[None, :], mask=inside, other=0.0)
+        inside = (i < num_in)[:, None] & owned[None, :]
+        right = tl.load(rows + i[:, None], mask=inside, other=0.0)
+        left, right = left.to(DOT), right.to(DOT)
+        sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=WIDE)
+    factor = tl.load(weights + t * top_k + slot, mask=place < end, other=0.0).to(WIDE)
+    factor *= tl.load(scaling + e).to(WIDE)
+    to = shrunk + (slot * num_tokens + place)[:, None] * max_rank + j[None, :]
+    inside = (place < end)[:, None] & (j < max_rank)[None, :]
+    tl.store(to, (sums * factor[:, None]).to(shrunk.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expand_grouped(
+    shrunk, b, starts, ranks, tokens, jobs, out,
+    num_out, max_rank, b_rank_stride, b_out_stride,
+    WIDE: tl.constexpr, DOT: tl.constexpr,
+    TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[t] += B_e shrunk[t] for a tile of one slot: there a token stands only once."""
+    job = tl.program_id(0).to(tl.int64)
+    e, begin, end = (
+        tl.load(jobs + job * 3),
+        tl.load(jobs + job * 3 + 1),
+        tl.load(jobs + job * 3 + 2),
+    )
+    place = begin + tl.arange(0, TOKENS)
+    t = tl.load(tokens + place, mask=place < end, other=0)
+    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start, r = tl.load(starts + e), tl.load(ranks + e)
+    sums = tl.zeros((TOKENS, COLUMNS), dtype=WIDE)
+    for first in range(0, r, RANKS):
+        j = first + tl.arange(0, RANKS)
+        inside = (place < end)[:, None] & (j < r)[None, :]
+        left = tl.load(shrunk + place[:, None] * max_rank + j[None, :], mask=inside, other=0.0)
+        inside = (j < r)[:, None] & (o < num_out)[None, :]
+        rows = b + (start + j)[:, None] * b_rank_stride + o[None, :] * b_out_stride
+        right = tl.load(rows, mask=inside, other=0.0)
+        left, right = left.to(DOT), right.to(DOT)
+        sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=WIDE)
+    to = out + t[:, None] * num_out + o[None, :]
+    inside = (place < end)[:, None] & (o < num_out)[None, :]
+    sums += tl.load(to, mask=inside, other=0.0).to(WIDE)
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside)

@@ -43,7 +43,7 @@ from meteora.scores import (
 )
 
 __all__ = [
-    "COMMIT", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef", "AdapterSpec",
+    "COMMIT", "NULL", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef", "AdapterSpec",
     "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild", "ComparisonSpec",
     "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "LinearSize", "MergeSpec",
     "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
@@ -187,6 +187,8 @@ class FusedCheckpoint(Noun):
     """Of `experts.safetensors`."""
 
 
+NULL = "(base)"
+"""How the choice of no expert is called where a router has it; no expert can have this name."""
 ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random")
 
 
@@ -206,6 +208,15 @@ class RouterSpec(Spec):
     examples_sha256: str = ""
     """Of the canonical JSON of all examples with their experts, in order."""
     seed: int = 0
+    margin: float | None = None
+    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
+    opening: str = "own"
+    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
+    null: bool = False
+    """Whether one more choice is the base without any expert."""
+    share: str = "module"
+    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
+    a `layer`, or for the whole `token`."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from meteora.artifacts import Fingerprint, MeteoraError, Noun
+from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, canonical_json
+from meteora.encode import Template
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -36,9 +37,12 @@ GATES = "gates.safetensors"
 CARD = "README.md"
 LINEAGE = "lineage.json"
 
+NOTES = "meteora"
+"""The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""
 PIECE = 1 << 20
 """Bytes that are written at once: the page cache takes a tensor whole at a quarter of the speed."""
 
+AGAIN = "download or build the checkpoint again"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -80,6 +84,15 @@ class RouterEntry(Noun):
     kind: str
     top_k: int
     temperature: float
+    margin: float | None = None
+    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
+    opening: str = "own"
+    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
+    null: bool = False
+    """Whether one more choice, the last of every gate, is the base without any expert."""
+    share: str = "module"
+    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
+    a `layer`, or for the whole `token`."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,11 @@ class Manifest:
     @property
     def names(self) -> list[str]:
         return [expert.name for expert in self.experts]
+
+    @property
+    def choices(self) -> list[str]:
+        """What a router's logits stand for, in order: the experts, and the base where it is one."""
+        return [*self.names, NULL] if self.router.null else self.names
 
     def to_json(self) -> str:
         modules = {
@@ -237,29 +255,54 @@ def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor
             yield module, a, b
 
 
-def write_gates(path: Path, gates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Write G [E, IN] and c [E] of each module."""
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a model, and what they need beside their weights."""
+
+    own: dict[str, tuple[Tensor, Tensor]]
+    """G [E, IN] and c [E] of each module that has a gate."""
+    follows: dict[str, str] = field(default_factory=dict)
+    """Modules without one, and the module before them whose gate decides for them too."""
+    template: Template = field(default_factory=Template)
+    """What opens and closes a prompt; empty where each token decides for itself."""
+
+
+def write_gates(path: Path, gates: Gates) -> None:
+    """Write weights as tensors, and the rest as metadata of the same file."""
     tensors: dict[str, Tensor] = {}
-    for module, (weight, bias) in gates.items():
+    for module, (weight, bias) in gates.own.items():
         tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
         tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
-    save_file(tensors, path)
+    notes = {"follows": gates.follows, "template": gates.template.to_dict()}
+    # one key: safetensors writes several in an order that differs from time to time
+    save_file(tensors, path, {NOTES: canonical_json(notes)})
 
 
-def read_gates(folder: Path, manifest: Manifest) -> dict[str, tuple[Tensor, Tensor]]:
-    """G [E, IN] and c [E] of each module."""
-    num_experts = len(manifest.experts)
-    gates = {}
+def read_gates(folder: Path, manifest: Manifest) -> Gates:
+    """The gates of a checkpoint; raises `CheckpointError` where they do not fit its manifest."""
+    num_choices = len(manifest.choices)
+    own: dict[str, tuple[Tensor, Tensor]] = {}
     with _opened(folder / GATES) as file:
+        try:
+            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
+            follows = dict(notes.get("follows", {}))
+            template = Template.from_dict(notes.get("template", {}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / GATES}: its notes are damaged; {AGAIN}") from error
         for module, entry in manifest.modules.items():
+            if module in follows:
+                continue
             weight = file.get_tensor(f"{module}.gate.weight")
             bias = file.get_tensor(f"{module}.gate.bias")
-            found, needed = (*weight.shape, *bias.shape), (num_experts, entry.in_features)
-            if found != (*needed, num_experts):
+            found, needed = (*weight.shape, *bias.shape), (num_choices, entry.in_features)
+            if found != (*needed, num_choices):
                 raise CheckpointError(
                     f"{folder / GATES}: {module} has a gate of {found}, {MANIFEST} asks for"
-                    f" {(*needed, num_experts)}; the two files do not belong together, download or"
-                    " build them again"
+                    f" {(*needed, num_choices)}; the two files do not belong together, {AGAIN}"
                 )
-            gates[module] = weight, bias
-    return gates
+            own[module] = weight, bias
+    if not {*follows.values()} <= own.keys():
+        raise CheckpointError(
+            f"{folder / GATES}: a module follows a gate that is not there; {AGAIN}"
+        )
+    return Gates(own, follows, template)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from meteora.identity import Noun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +35,27 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
     return [*encode_prompt(tokenizer, prompt), *answer, *end]
 
 
-def opening_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens every prompt begins with: the template's opening, which tells nothing."""
-    one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
+@dataclass(frozen=True)
+class Template(Noun):
+    """What every prompt begins and ends with; empty tuples where a tokenizer has no template."""
+
+    opening: tuple[int, ...] = ()
+    """Token ids in front of the prompt's own."""
+    closing: tuple[int, ...] = ()
+    """Token ids behind the prompt's own: the answer follows them."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The template of a tokenizer, as two prompts without a common letter show it."""
+        one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
+        opening = _common(one, other)
+        closing = _common(one[len(opening) :][::-1], other[len(opening) :][::-1])
+        return cls(opening, closing[::-1])
+
+
+def _common(one: list[int], other: list[int]) -> tuple[int, ...]:
+    """The longest common beginning."""
     length = 0
     while length < min(len(one), len(other)) and one[length] == other[length]:
         length += 1
-    return length
+    return tuple(one[:length])

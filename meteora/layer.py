@@ -120,9 +120,7 @@ class MoELoRALinear(nn.Module):
         if self.router is None:
             return y
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
-        weights, experts = ops.route(
-            self.router(tokens), self.router.top_k, self.router.temperature
-        )
+        weights, experts = self.router.choose(tokens)
         out = self._add(y.reshape(-1, y.shape[-1]), tokens.to(self.lora_a.dtype), weights, experts)
         return out.view(y.shape)
 
@@ -161,3 +159,8 @@ class MoELoRALinear(nn.Module):
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where a cache line begins: dot products are six times slower off 16 bytes."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
+    """Every routed layer by its module path, in the order of the model."""
+    return {p: m for p, m in model.named_modules() if isinstance(m, MoELoRALinear)}

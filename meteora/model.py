@@ -17,8 +17,9 @@ from transformers.utils.hub import cached_file
 
 from meteora import base, checkpoint
 from meteora.artifacts import MeteoraError
-from meteora.layer import MoELoRALinear
-from meteora.routers import Arrow, Fixed, Gate, Norm, Router
+from meteora.gates import insert_gates
+from meteora.layer import MoELoRALinear, routed_layers
+from meteora.routers import Arrow, Fixed, Norm, Router
 from meteora.sources import GGUF, PATH, SourceError, find_gguf
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.checkpoint import Manifest, ModuleEntry
-
 
 EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""
@@ -136,15 +136,26 @@ def check_base(
 
 def insert_experts(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
     """Replace every targeted layer by a routed one; without routers the model is still the base."""
-    setattr(model, EXPERTS, manifest.names)  # beside the modules: an nn.Module takes any attribute
+    setattr(
+        model, EXPERTS, manifest.choices
+    )  # beside the modules: an nn.Module takes any attribute
     for path, lora_a, lora_b in checkpoint.read_experts(folder, manifest):
-        insert_layer(model, path, lora_a, lora_b, manifest.modules[path])
+        insert_layer(model, path, lora_a, lora_b, manifest.modules[path], manifest.router.null)
 
 
 def insert_layer(
-    model: PreTrainedModel, path: str, lora_a: Tensor, lora_b: Tensor, entry: ModuleEntry
+    model: PreTrainedModel,
+    path: str,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    entry: ModuleEntry,
+    null: bool = False,
 ) -> None:
-    """Replace the linear layer at `path`; refuses one of another size than the experts need."""
+    """Replace the linear layer at `path`; refuses one of another size than the experts need.
+
+    Args:
+        null: whether the last choice is the base: an expert without ranks anywhere
+    """
     parent_path, _, name = path.rpartition(".")
     try:
         parent = model.get_submodule(parent_path)
@@ -166,27 +177,20 @@ def insert_layer(
         projection,
         lora_a.to(weight.device, dtype),
         lora_b.to(weight.device, dtype),
-        entry.ranks,
-        entry.scaling,
+        (*entry.ranks, 0) if null else entry.ranks,
+        (*entry.scaling, 0.0) if null else entry.scaling,
     )
     setattr(parent, name, layer)
 
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
     """Give every routed layer the router that the checkpoint asks for."""
-    kind, top_k, temperature = (
-        manifest.router.kind,
-        manifest.router.top_k,
-        manifest.router.temperature,
-    )
-    gates = checkpoint.read_gates(folder, manifest) if kind == "gate" else {}
-    for path, layer in routed_layers(model).items():
-        if kind == "gate":
-            weight, bias = (tensor.to(layer.lora_a.device) for tensor in gates[path])
-            layer.router = Gate(weight, bias, top_k=top_k, temperature=temperature)
-            layer.router.requires_grad_(requires_grad=False)
-        else:
-            layer.router = make_router(kind, layer, top_k, temperature)
+    entry = manifest.router
+    if entry.kind == "gate":
+        insert_gates(model, checkpoint.read_gates(folder, manifest), entry)
+        return
+    for layer in routed_layers(model).values():
+        layer.router = make_router(entry.kind, layer, entry.top_k, entry.temperature)
 
 
 def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float) -> Router:
@@ -206,11 +210,6 @@ def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float)
         share = torch.full((layer.num_experts,), 1 / layer.num_experts)
         return Fixed(share.to(layer.lora_a.device))
     raise MeteoraError(f"router {kind!r} is none of arrow, norm, uniform; a gate must be fitted")
-
-
-def routed_layers(model: PreTrainedModel) -> dict[str, MoELoRALinear]:
-    """Every routed layer by its module path, in the order of the model."""
-    return {p: m for p, m in model.named_modules() if isinstance(m, MoELoRALinear)}
 
 
 def expert_names(model: PreTrainedModel) -> list[str]:

@@ -19,21 +19,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, temperature: float = 1.0, margin: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts for each token, and weigh them.
 
     Semantics:
         experts[t] = topk(logits[t])
-        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32 at least
+        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32 at least, over those
+                     that are at most `margin` below the best
 
     Args:
         logits: [T, E]
+        margin: without it all K experts have a weight
 
     Returns:
         weights [T, K], which sum to one over K, and experts [T, K]. K is at most E.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     top, experts = logits.to(wide).topk(min(top_k, logits.shape[-1]), dim=-1)
+    if margin is not None:
+        top = top.masked_fill(top < top[:, :1] - margin, -torch.inf)
     if temperature != 1.0:
         top = top / temperature
     return torch.softmax(top, dim=-1), experts

@@ -1,28 +1,40 @@
 """Router kinds: what gives a layer its expert logits. One engine, several ways to get them.
 
 Every router is a module that takes tokens [T, IN] and returns logits [T, E], and carries the
-`top_k` and `temperature` with which `ops.route` reads them.
+`top_k`, `temperature` and `margin` with which `ops.route` reads them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from meteora import ops
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from meteora.prompt import Prefill
 
 
 class Router(nn.Module):
     """Abstract: `forward` takes tokens [T, IN] and returns logits [T, E]."""
 
-    def __init__(self, num_experts: int, top_k: int, temperature: float) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, temperature: float, margin: float | None = None
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
         self.temperature = temperature
+        self.margin = margin
+
+    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts, both [T, K], of tokens [T, IN]."""
+        return ops.route(self(tokens), self.top_k, self.temperature, self.margin)
 
     def extra_repr(self) -> str:
         return f"E={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
@@ -32,15 +44,68 @@ class Gate(Router):
     """The trained kind: logits = G x + c, in the precision of the gate (MeteoRA, section 3)."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, *, top_k: int = 1, temperature: float = 1.0
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        top_k: int = 1,
+        temperature: float = 1.0,
+        margin: float | None = None,
+        prefill: Prefill | None = None,
+        followed: Followed | None = None,
     ) -> None:
-        """Take G [E, IN] and c [E] as parameters."""
-        super().__init__(len(weight), top_k, temperature)
+        """Take G [E, IN] and c [E] as parameters.
+
+        Args:
+            prefill: decides for the opening of a prompt; without it each token for itself
+            followed: where to leave the logits for the layers that follow this one
+        """
+        super().__init__(len(weight), top_k, temperature, margin)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
+        self.prefill = prefill
+        self.followed = followed
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        logits = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        if self.prefill is not None:
+            logits = self.prefill.decide(logits)
+        if self.followed is not None:
+            self.followed.logits = logits
+        return logits
+
+
+@dataclass
+class Followed:
+    """The logits that one gate found in the present forward pass, for all that follow it."""
+
+    logits: Tensor | None = None
+    """[T, E]"""
+
+
+class Follower(Router):
+    """Takes over what a gate before it decided for the same tokens: one decision, many layers."""
+
+    def __init__(
+        self,
+        followed: Followed,
+        num_experts: int,
+        *,
+        top_k: int = 1,
+        temperature: float = 1.0,
+        margin: float | None = None,
+    ) -> None:
+        super().__init__(num_experts, top_k, temperature, margin)
+        self.followed = followed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.followed.logits
+        if logits is None or len(logits) != len(tokens):
+            raise RuntimeError(
+                f"a layer with {len(tokens)} tokens follows a gate that saw"
+                f" {0 if logits is None else len(logits)}; run the model from its first layer"
+            )
+        return logits
 
 
 class Fixed(Router):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora.artifacts import MeteoraError
-from meteora.model import routed_layers
+from meteora.layer import routed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from meteora.prompt import Prefill
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 MAX_HIDDEN_BYTES = 2 << 30
@@ -49,15 +51,18 @@ class Sweep:
         self,
         model: PreTrainedModel,
         batches: Sequence[tuple[Tensor, Tensor]],
+        prefill: Prefill | None = None,
         *,
         scratch: Path | None = None,
     ) -> None:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
+            prefill: told which batch runs, since the layers run without the model's own forward
             scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; memory without it
         """
         self.model = model
+        self._batches, self._prefill = batches, prefill
         self._scratch: Path | None = None
         self.paths_of: dict[int, list[str]] = {}
         prefixes = set()
@@ -160,6 +165,8 @@ class Sweep:
 
     def _run(self, index: int, batch: int) -> Tensor:
         args, kwargs = self._calls[batch][index]
+        if self._prefill is not None:
+            self._prefill.see(*self._batches[batch])
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out

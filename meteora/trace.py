@@ -16,7 +16,8 @@ import torch
 from meteora import ops
 from meteora.artifacts import MeteoraError
 from meteora.encode import encode_prompt
-from meteora.model import expert_names, recorded_logits, routed_layers
+from meteora.layer import routed_layers
+from meteora.model import expert_names, recorded_logits
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.checkpoint import RouterEntry
 from meteora.discriminant import SingularError, choose_shrinkage, gate_from
-from meteora.model import expert_names, routed_layers
-from meteora.routers import Gate
+from meteora.gates import Sharing, give_follower, give_gate, watch_prompts
+from meteora.layer import routed_layers
+from meteora.model import expert_names
 from meteora.scatter import RowScatter, Scatter, Sums, sample
 from meteora.sweep import Sweep
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from meteora.encode import Template
 
 HELDOUT_SHARE = 0.25
 """Of each expert's sequences: they choose the shrinkage, and then join the fit."""
@@ -85,6 +89,9 @@ def calibrate(
     *,
     top_k: int = 1,
     temperature: float = 1.0,
+    margin: float | None = None,
+    template: Template | None = None,
+    share: str = "point",
     seed: int = 0,
     device: torch.device | str | None = None,
     scratch: Path | None = None,
@@ -95,7 +102,10 @@ def calibrate(
     Args:
         model: with its experts inserted; whatever routers it has are replaced
         sequences: every expert needs two or more
-        top_k, temperature: with which the gates route, in the sweep as afterwards
+        top_k, temperature, margin: with which the gates route, in the sweep as afterwards
+        template: what opens a prompt, where the prompt as a whole is to decide for its opening
+        share: how far one gate decides: for its `module`, for the `point` where modules share an
+            input, for a `layer`, or for the whole `token` from a third of the depth on
         seed: deals the held-out sequences
         device: where to run; the model is moved there and stays. Where it is, without it
         scratch: a folder for hidden states that are too many for memory
@@ -117,10 +127,20 @@ def calibrate(
     )
     token_weights = 1.0 / counts.float()  # every expert counts the same
     accuracy_of = {}
+    layers = routed_layers(model)
+    entry = RouterEntry("gate", top_k, temperature, margin)
     with _swept(model):
-        sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
+        prefill = watch_prompts(model, template) if template is not None else None
+        pairs = [(b.input_ids, b.attention_mask) for b in batches]
+        sweep = Sweep(model, pairs, prefill, scratch=scratch)
+        sharing = Sharing(share, len(sweep.layers))
         for index in range(len(sweep.layers)):
             for paths in sweep.points(index):
+                point = [layers[path] for path in paths]
+                if (decided := sharing.decided(index)) is not None:
+                    for layer in point:
+                        give_follower(layer, decided, entry)
+                    continue
                 try:
                     weight, bias, accuracy = _fit_point(
                         sweep.inputs(index, paths[0]), batches, token_weights
@@ -128,10 +148,12 @@ def calibrate(
                 except SingularError as error:
                     raise TrainingError(f"{paths[0]}: {error}") from error
                 accuracy_of[paths[0]] = accuracy
-                for path in paths:
-                    routed_layers(model)[path].router = Gate(
-                        weight.clone(), bias.clone(), top_k=top_k, temperature=temperature
-                    ).requires_grad_(requires_grad=False)
+                decision = None if share == "module" else sharing.new(index)
+                for place, layer in enumerate(point):
+                    if place == 0 or decision is None:
+                        give_gate(layer, weight.clone(), bias.clone(), entry, prefill, decision)
+                    else:
+                        give_follower(layer, decision, entry)
             sweep.advance(index)
             progress(index + 1, len(sweep.layers))
     return Calibration(
@@ -158,15 +180,6 @@ def _swept(model: PreTrainedModel) -> Generator[None]:
         raise
     finally:
         model.train(training)
-
-
-def gates_of(model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """G [E, IN] and c [E] of every routed layer that has a gate, by module path, on the CPU."""
-    return {
-        path: (layer.router.weight.detach().cpu(), layer.router.bias.detach().cpu())
-        for path, layer in routed_layers(model).items()
-        if isinstance(layer.router, Gate)
-    }
 
 
 @dataclass(frozen=True)

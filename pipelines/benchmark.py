@@ -15,7 +15,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from meteora.encode import encode_pair, opening_length
+from meteora.encode import Template, encode_pair
 from meteora.model import expert_names, recorded_logits
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def count_routes(
     Prompt and answer are fed as they stand; the template's opening, the same in front of every
     prompt, is left out, since no router could tell anything from it.
     """
-    opening = opening_length(tokenizer)
+    opening = len(Template.of(tokenizer).opening)
     num_experts = len(expert_names(model))
     counts: dict[str, torch.Tensor] = {}
     for start in range(0, len(rows), batch_size):

@@ -86,6 +86,10 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         method=recipe.gates.method if examples else "",
         examples_sha256=_examples_sha256(examples) if examples else "",
         seed=recipe.gates.seed if examples else 0,
+        margin=recipe.router.margin,
+        opening=recipe.router.opening if examples else "own",
+        null=recipe.router.null,
+        share=recipe.router.share if examples else "module",
     )
     others: dict[str, RouterSpec] = {
         kind: RouterSpec(fused.id, kind, recipe.router.top_k, recipe.router.temperature)

@@ -76,6 +76,14 @@ class RouterSection(Section):
     kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    """Of `top_k` experts, only those take part whose logit is this close to the best."""
+    opening: Literal["prompt", "own"] = "prompt"
+    """Who decides for the tokens that open every prompt: the prompt as a whole, or each token."""
+    null: bool = False
+    """Whether the base without any expert is one of the choices."""
+    share: Literal["module", "point", "layer", "token"] = "point"
+    """How far one gate decides."""
 
 
 class GatesSection(Section):
@@ -119,6 +127,15 @@ class Recipe(Section):
     benchmark: BenchmarkSection = BenchmarkSection()
     policy: PolicySection = PolicySection()
     hub: HubSection = HubSection()
+
+    @model_validator(mode="after")
+    def _only_gates_learn(self) -> Self:
+        asked = {"margin", "opening", "null", "share"} & self.router.model_fields_set
+        if self.router.kind != "gate" and asked:
+            raise ValueError(
+                f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_told_apart(self) -> Self:

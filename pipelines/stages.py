@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from meteora import adapters, base, checkpoint, fuse, train
 from meteora.artifacts import BuiltBase, FusedCheckpoint, LinearSize, RouterBuild
-from meteora.encode import encode_pair, opening_length
+from meteora.encode import Template, encode_pair
+from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from pipelines import hub
 from pipelines.opening import describe, opened
@@ -117,12 +118,15 @@ def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
                 label(plan, tokenizer),
                 top_k=plan.router.top_k,
                 temperature=plan.router.temperature,
+                margin=plan.router.margin,
+                template=Template.of(tokenizer) if plan.router.opening == "prompt" else None,
+                share=plan.router.share,
                 seed=plan.router.seed,
                 scratch=scratch,
                 progress=lambda _done, _total: advance(1),
             )
         out = scratch / checkpoint.GATES
-        checkpoint.write_gates(out, train.gates_of(model))
+        checkpoint.write_gates(out, gates_of(model))
         sha256 = work.ledger.blobs.put(out, move=True)
         return RouterBuild(
             spec=plan.router,
@@ -136,7 +140,7 @@ def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
 
 def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[train.LabelledSequence]:
     """Every example as tokens that belong to its expert; the template's opening to none."""
-    opening = opening_length(tokenizer)
+    opening = len(Template.of(tokenizer).opening)
     sequences = []
     for e, name in enumerate(plan.fused.names):
         for row in plan.examples[name]:

@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from meteora.model import routed_layers
+from meteora.layer import routed_layers
 from meteora.routers import Gate
 from tests.benchmarks import peers
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from meteora import adapters as published
 from meteora import checkpoint, fuse, ops
-from meteora.model import EXPERTS, insert_layer, routed_layers
+from meteora.layer import routed_layers
+from meteora.model import EXPERTS, insert_layer
 from meteora.routers import Gate
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from torch import nn
 import meteora
 from meteora.base import fingerprint_of, linear_sizes
 from meteora.checkpoint import ModuleEntry
-from meteora.model import EXPERTS, force_expert, insert_layer, recorded_logits, routed_layers
+from meteora.layer import routed_layers
+from meteora.model import EXPERTS, force_expert, insert_layer, recorded_logits
 from meteora.sweep import Sweep, SweepError
 from meteora.train import LabelledSequence, calibrate
 

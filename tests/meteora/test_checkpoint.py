@@ -15,6 +15,7 @@ import meteora
 from meteora import checkpoint
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint import CheckpointError, Manifest, ModuleEntry
+from meteora.encode import Template
 
 SHAPES = {"one": (3, 5, 4), "two": (1, 2, 7)}
 
@@ -69,10 +70,15 @@ def test_a_manifest_comes_back_equal(world):
 
 
 def test_gates_come_back_equal(world, tmp_path):
-    manifest = dataclasses.replace(world.manifest, modules={"m": ModuleEntry(3, 5, (1,), (1.0,))})
+    manifest = dataclasses.replace(
+        world.manifest, modules=dict.fromkeys("mn", ModuleEntry(3, 5, (1,), (1.0,)))
+    )
     gates = {"m": (torch.randn(3, 4).T, torch.randn(4))}
-    checkpoint.write_gates(tmp_path / checkpoint.GATES, gates)
-    (weight, bias) = checkpoint.read_gates(tmp_path, manifest)["m"]
+    written = checkpoint.Gates(gates, {"n": "m"}, Template((1, 2), (3,)))
+    checkpoint.write_gates(tmp_path / checkpoint.GATES, written)
+    read = checkpoint.read_gates(tmp_path, manifest)
+    weight, bias = read.own["m"]
+    assert (read.follows, read.template) == (written.follows, written.template)
     assert torch.equal(weight, gates["m"][0])
     assert torch.equal(bias, gates["m"][1])
 
@@ -154,7 +160,7 @@ def test_gates_for_another_number_of_experts_are_refused(world, folder):
         path: (torch.zeros(3, entry.in_features), torch.zeros(3))
         for path, entry in world.manifest.modules.items()
     }
-    checkpoint.write_gates(folder / checkpoint.GATES, gates)
+    checkpoint.write_gates(folder / checkpoint.GATES, checkpoint.Gates(gates))
     with pytest.raises(CheckpointError, match=r"has a gate of \(3, (\d+), 3\).* \(4, \1, 4\)"):
         meteora.load(folder, base_folder=world.base)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from meteora.encode import encode_pair, encode_prompt, opening_length
+from meteora.encode import Template, encode_pair, encode_prompt
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -34,8 +34,12 @@ def test_a_chat_template_is_applied_once(chat):
 
 
 def test_the_opening_is_what_all_prompts_begin_with(tokenizer, chat):
-    assert opening_length(tokenizer) == 0
-    assert chat.decode(encode_prompt(chat, "anything")[: opening_length(chat)]) == "<s>user: "
+    assert Template.of(tokenizer) == Template()
+    found = Template.of(chat)
+    assert (chat.decode(found.opening), chat.decode(found.closing)) == (
+        "<s>user: ",
+        "</s><s>assistant: ",
+    )
 
 
 def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):

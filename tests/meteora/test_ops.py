@@ -185,3 +185,13 @@ def test_twins_add_in_place_to_what_is_there(twin, into, monkeypatch):
         rtol=2e-2 if into != x.dtype else 1e-5,
         atol=1e-2 if into != x.dtype else 1e-5,
     )
+
+
+def test_a_margin_leaves_out_the_experts_that_are_further_behind():
+    logits = torch.tensor([[3.0, 1.0, 2.5, -9.0], [3.0, 2.9, 2.8, -9.0], [4.0, 1.0, 2.0, 0.0]])
+    weights, experts = ops.route(logits, 3, temperature=2.0, margin=0.6)
+    shares = torch.zeros_like(logits).scatter(1, experts, weights)
+    for row, kept in enumerate([[0, 2], [0, 1, 2], [0]]):
+        expected = torch.zeros(4)
+        expected[kept] = torch.softmax(logits[row, kept] / 2.0, -1)
+        torch.testing.assert_close(shares[row], expected)

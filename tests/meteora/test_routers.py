@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meteora import ops
-from meteora.routers import Arrow, Fixed, Gate, Norm
+from meteora.routers import Arrow, Fixed, Followed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
 NUM_IN, NUM_OUT = 12, 7
@@ -79,3 +79,18 @@ def test_gate_is_linear_and_the_only_router_that_learns(factors):
     assert {name for name, _ in gate.named_parameters()} == {"weight", "bias"}
     for router in (Arrow(*factors, RANKS), Norm(*factors, RANKS, SCALING), Fixed(torch.ones(1))):
         assert not list(router.parameters())
+
+
+def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
+    followed = Followed()
+    gate = Gate(torch.randn(4, NUM_IN), torch.zeros(4), top_k=2, margin=0.5, followed=followed)
+    follower = Follower(followed, 4, top_k=2, margin=0.5)
+    tokens = torch.randn(5, NUM_IN)
+    with pytest.raises(RuntimeError, match="5 tokens follows a gate that saw 0"):
+        follower(torch.randn(5, 3))
+    for decided, repeated in zip(
+        gate.choose(tokens), follower.choose(torch.randn(5, 3)), strict=True
+    ):
+        assert torch.equal(decided, repeated)
+    with pytest.raises(RuntimeError, match="6 tokens follows a gate that saw 5"):
+        follower(torch.randn(6, 3))

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from meteora import checkpoint, sweep, train
+from meteora.checkpoint import RouterEntry
 from meteora.discriminant import SHRINKAGES, gate_from
-from meteora.model import recorded_logits, routed_layers
-from meteora.routers import Gate
+from meteora.encode import Template
+from meteora.gates import gates_of, insert_gates
+from meteora.layer import routed_layers
+from meteora.model import recorded_logits
 from meteora.scatter import RowScatter, Scatter
 from meteora.train import UNLABELLED, LabelledSequence, TrainingError, calibrate
 
@@ -71,7 +74,7 @@ def test_only_the_gates_differ_afterwards(model):
     before = frozen_bytes(model)
     calibrate(model, examples(4))
     assert frozen_bytes(model) == before
-    assert all(isinstance(layer.router, Gate) for layer in routed_layers(model).values())
+    assert all(layer.router is not None for layer in routed_layers(model).values())
 
 
 def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
@@ -86,8 +89,8 @@ def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
 def test_the_same_inputs_give_the_same_bytes(world, tmp_path):
     for name, device in (("one", None), ("other", "cpu")):
         model = world.load()
-        calibrate(model, examples(4), top_k=2, seed=5, device=device)
-        checkpoint.write_gates(tmp_path / name, train.gates_of(model))
+        calibrate(model, examples(4), top_k=2, seed=5, device=device, template=Template((1, 1), ()))
+        checkpoint.write_gates(tmp_path / name, gates_of(model))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
@@ -108,7 +111,7 @@ def test_hidden_states_in_files_change_no_byte_and_leave_nothing(
         assert mapped == []
         model = world.load(dtype=dtype)
         calibrate(model, examples(4), scratch=tmp_path)
-        gates.append(train.gates_of(model))
+        gates.append(gates_of(model).own)
     assert mapped
     assert list(tmp_path.iterdir()) == []
     for path, (weight, bias) in gates[0].items():
@@ -123,8 +126,8 @@ def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, mon
 
 
 def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
-    found = calibrate(model, examples(4))
-    gates = train.gates_of(model)
+    found = calibrate(model, examples(4), share="module")
+    gates = gates_of(model).own
     q, k, o = (gates[f"model.layers.0.self_attn.{name}_proj"][0] for name in "qko")
     assert torch.equal(q, k)
     assert not torch.equal(q, o)
@@ -152,9 +155,50 @@ def test_a_gate_is_fitted_to_inputs_as_the_routed_layers_below_produce_them(mode
     x, labels = x[labels != UNLABELLED], labels[labels != UNLABELLED]
     scatter = Scatter.empty(len(NAMES), x.mean(0))
     scatter.add(x, labels, 1 / labels.bincount().float()[labels])
-    fitted = centred(train.gates_of(model)[path][0])
+    fitted = centred(gates_of(model).own[path][0])
     again = [centred(gate_from(scatter, shrinkage)[0]) for shrinkage in SHRINKAGES]
     assert min((one - fitted).norm() / fitted.norm() for one in again) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("share", "deciding"),
+    [
+        (
+            "point",
+            {"0": "q_proj o_proj gate_proj down_proj", "1": "q_proj o_proj gate_proj down_proj"},
+        ),
+        ("layer", {"0": "q_proj", "1": "q_proj"}),
+        ("token", {"0": "q_proj"}),
+    ],
+)
+def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share, deciding):
+    calibrate(model, examples(4), share=share)
+    gates = gates_of(model)
+    found: dict[str, list[str]] = {}
+    for path in gates.own:
+        found.setdefault(path.split(".")[2], []).append(path.rpartition(".")[2])
+    assert {layer: " ".join(names) for layer, names in found.items()} == deciding
+    assert {*gates.own, *gates.follows} == set(routed_layers(model))
+
+    checkpoint.write_gates(tmp_path / checkpoint.GATES, gates)
+    again = world.load()
+    insert_gates(
+        again, checkpoint.read_gates(tmp_path, world.manifest), RouterEntry("gate", 1, 1.0)
+    )
+    ids = torch.tensor([examples(2)[0].input_ids])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_gates_that_are_shared_at_a_point_route_as_gates_of_each_module(world):
+    ids = torch.tensor([examples(2)[0].input_ids])
+    out = []
+    for share in ("module", "point"):
+        model = world.load()
+        calibrate(model, examples(4), share=share)
+        with torch.no_grad():
+            out.append(model(ids).logits)
+    assert torch.equal(*out)
 
 
 def centred(weight):

@@ -1,0 +1,122 @@
+"""Put gates into a model, and take them out: whose decision counts for which module.
+
+share = module   every module has a gate (the paper's way)
+share = point    modules that read one input (q, k, v) follow the gate of the first
+share = layer    every module of a layer follows the gate of its first
+share = token    every module from a third of the depth on follows one gate
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.checkpoint import Gates
+from meteora.encode import Template
+from meteora.layer import routed_layers
+from meteora.prompt import Prefill
+from meteora.routers import Followed, Follower, Gate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.checkpoint import RouterEntry
+    from meteora.layer import MoELoRALinear
+
+PREFILL = "meteora_prefill"
+"""The attribute of a model that holds what its gates know of the present prompt."""
+
+
+def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> None:
+    """Give every routed layer its gate, or the decision of the gate that it follows."""
+    prefill = watch_prompts(model, gates.template)
+    followed = {leader: Followed() for leader in gates.follows.values()}
+    for path, layer in routed_layers(model).items():
+        if path in gates.follows:
+            give_follower(layer, followed[gates.follows[path]], entry)
+        else:
+            give_gate(layer, *gates.own[path], entry, prefill, followed.get(path))
+
+
+def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:
+    """Have the gates decide for a prompt's opening by the prompt; None where nothing opens it."""
+    if (before := getattr(model, PREFILL, None)) is not None:
+        before.stop()
+    prefill = None
+    if template.opening:
+        prefill = Prefill(template)
+        prefill.watch(model.base_model)
+    setattr(model, PREFILL, prefill)  # beside the modules: it belongs to the gates
+    return prefill
+
+
+def give_gate(
+    layer: MoELoRALinear,
+    weight: Tensor,
+    bias: Tensor,
+    entry: RouterEntry,
+    prefill: Prefill | None = None,
+    followed: Followed | None = None,
+) -> None:
+    """Route a layer by G [E, IN] and c [E]; `followed` is told what they decide."""
+    layer.router = Gate(
+        weight.to(layer.lora_a.device),
+        bias.to(layer.lora_a.device),
+        top_k=entry.top_k,
+        temperature=entry.temperature,
+        margin=entry.margin,
+        prefill=prefill,
+        followed=followed,
+    )
+    layer.router.requires_grad_(requires_grad=False)
+
+
+def give_follower(layer: MoELoRALinear, followed: Followed, entry: RouterEntry) -> None:
+    """Route a layer by what the gate behind `followed` decided in the same pass."""
+    layer.router = Follower(
+        followed,
+        layer.num_experts,
+        top_k=entry.top_k,
+        temperature=entry.temperature,
+        margin=entry.margin,
+    )
+
+
+def gates_of(model: PreTrainedModel) -> Gates:
+    """Every gate of a model, on the CPU, and what follows it."""
+    routers = {path: layer.router for path, layer in routed_layers(model).items()}
+    gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
+    leaders = {id(gate.followed): path for path, gate in gates.items()}
+    prefills = [gate.prefill for gate in gates.values() if gate.prefill is not None]
+    return Gates(
+        own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
+        follows={
+            path: leaders[id(router.followed)]
+            for path, router in routers.items()
+            if isinstance(router, Follower)
+        },
+        template=prefills[0].template if prefills else Template(),
+    )
+
+
+class Sharing:
+    """Whose decision counts for the point that a sweep has come to."""
+
+    def __init__(self, share: str, num_layers: int) -> None:
+        self.share = share
+        self.decides_at = num_layers // 3
+        self._last: tuple[int, Followed] | None = None
+
+    def decided(self, index: int) -> Followed | None:
+        """What a point of layer `index` follows; None where it needs a gate of its own."""
+        if self._last is None:
+            return None
+        at, followed = self._last
+        if self.share == "layer":
+            return followed if at == index else None
+        return followed if self.share == "token" and at >= self.decides_at else None
+
+    def new(self, index: int) -> Followed:
+        """For a gate that is fitted at layer `index`: where it leaves what it decides."""
+        self._last = index, Followed()
+        return self._last[1]

@@ -25,6 +25,10 @@ class AdapterError(MeteoraError):
         self.reasons = reasons
         listed = "; ".join(f"{reason.message} [{reason.code}]" for reason in reasons)
         super().__init__(f"{where}: {listed}")
+        self._where = where
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[Reason, ...]]]:
+        return type(self), (self._where, self.reasons)  # it crosses from one process to another
 
 
 @dataclass

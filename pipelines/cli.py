@@ -9,7 +9,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,10 +18,6 @@ from pipelines import show
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
 from pipelines.recipe import Stage
-
-if TYPE_CHECKING:
-    from pipelines.plan import Plan
-    from pipelines.workplace import Workplace
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,8 +42,12 @@ def run(
 ) -> None:
     """The main job: download, check, stack, fit gates, benchmark, record."""
     home = home.expanduser().absolute()
-    work = _workplace(recipe, home, write=not dry_run)
-    planned = _finished(work)
+    prepare(home)
+    from pipelines.finished import finished
+    from pipelines.workplace import Workplace
+
+    work = Workplace.open(recipe, home)
+    planned = finished(work)
     if dry_run:
         from pipelines import preview
 
@@ -65,39 +65,15 @@ def run(
                 start_server(home)
             from pipelines import flows
 
-            seconds = flows.run(work, until).seconds
+            seconds = flows.fuse_adapters(recipe, str(home), until)
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise typer.Exit(130) from None
-        planned = _finished(work) if until is Stage.benchmark else None
+        planned = finished(work) if until is Stage.benchmark else None
     else:
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:
         show.summary(work, planned, seconds)
-
-
-def _workplace(recipe: str, home: Path, *, write: bool) -> Workplace:
-    from pipelines.recipe import Recipe, locate
-    from pipelines.workplace import Workplace, new_run_id
-    from store.ledger import Ledger
-
-    path = locate(recipe)
-    loaded = Recipe.load(path)
-    if write:
-        home.mkdir(parents=True, exist_ok=True)
-    prepare(home)
-    return Workplace(Ledger(home), loaded, path, new_run_id())
-
-
-def _finished(work: Workplace) -> Plan | None:
-    from pipelines.finished import finished
-
-    try:
-        return finished(work)
-    except MeteoraError as error:
-        if getattr(error, "retry", False):  # the flow asks again, and waits in between
-            return None
-        raise
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import BuiltBase
+from meteora.artifacts import BuiltBase, MeteoraError
 from pipelines import plan, sources
 from pipelines.experts import Refusal, gather
 from pipelines.summary import summarise
@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 def finished(work: Workplace) -> Plan | None:
     """The plan of a recipe whose every result is in the ledger; None if anything is left to do.
 
-    Names are resolved, and nothing is downloaded: what is not here yet is left to do.
+    Names are resolved, and nothing is downloaded: what is not here yet is left to do. So it is
+    where the network has a passing fault: the flow asks again, and waits in between.
     """
+    try:
+        return _finished(work)
+    except MeteoraError as error:
+        if getattr(error, "retry", False):
+            return None
+        raise
+
+
+def _finished(work: Workplace) -> Plan | None:
     base = sources.resolve_base(work.recipe, work.folder)
     known = work.ledger.built(base.id)
     if known is None or not work.base_folder(base).is_dir():

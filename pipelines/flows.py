@@ -4,41 +4,43 @@
         ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint
 
 A decorator says only how a stage runs: what may pass by itself is tried again, nothing is cached by
-Prefect. Whether work is done already is the ledger's to know.
+Prefect. Whether work is done already is the ledger's to know. What computes does so in a child
+process, so that it can be stopped; no model library is loaded here.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
 
 from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE
-from pipelines import card, judge, measures, plan, sources, stages
-from pipelines.opening import describe
+from pipelines import judge, plan, run_page, schedule, sources
+from pipelines.child import Child
+from pipelines.finished import finished
 from pipelines.progress import say
 from pipelines.recipe import Stage
 from pipelines.summary import summarise
-from pipelines.workplace import Workplace  # noqa: TC001  (Prefect reads annotations)
+from pipelines.workplace import Workplace
+from store.errors import BusyError
 from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
 
     from prefect.client.schemas.objects import State, TaskRun
     from prefect.tasks import Task
 
-    from meteora.artifacts import BuiltBase, RouterBuild
+    from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, RouterBuild
     from pipelines.plan import Plan
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
@@ -61,92 +63,107 @@ def at_the_network(function: Callable[..., Any]) -> Any:  # noqa: ANN401  (Prefe
     )(function)
 
 
-resolve_base = at_the_network(sources.resolve_base)
-discover = at_the_network(sources.discover)
-resolve_adapter = at_the_network(sources.resolve_adapter)
-fetch_adapter = at_the_network(sources.fetch_adapter)
-build_base = at_the_network(stages.build_base)
-check = task(cache_policy=NO_CACHE)(stages.check)
-stack = task(cache_policy=NO_CACHE)(stages.stack)
-fit_gates = task(cache_policy=NO_CACHE)(stages.fit_gates)
-measure = task(cache_policy=NO_CACHE)(measures.measure)
+@dataclass(frozen=True)
+class Run:
+    """A run that goes on: where it works, who computes for it, and how it is followed."""
 
-
-@dataclass
-class Clock:
-    """How long each stage took, in seconds, in the order in which they ran."""
-
+    work: Workplace
+    child: Child
+    progress: run_page.Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    """How long each stage took, in the order in which they ran."""
 
     @contextmanager
-    def stage(self, name: str) -> Generator[None]:
+    def stage(self, name: Stage) -> Generator[None]:
         started = time.perf_counter()
+        self.progress.begin(name)
         try:
             yield
         finally:
             self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
-@flow(name="meteora", validate_parameters=False, persist_result=False)
-def fuse_adapters(work: Workplace, until: Stage, clock: Clock) -> None:
-    """Make everything that a recipe asks for and the ledger does not hold."""
-    with clock.stage(Stage.base):
-        base = resolve_base(work.recipe, work.folder)
-        built = build_base(work, base)
-    if until is Stage.base:
-        return
-    with clock.stage(Stage.check):
-        work = replace(work, recipe=discover(work.recipe))
-        experts = judge.find_experts(work, built, resolve=resolve_adapter, fetch=fetch_adapter)
-        check(work, built, experts)
-        planned = plan.make_plan(work.recipe, work.folder, base, experts)
-    if until is Stage.check:
-        return
-    with clock.stage(Stage.stack):
-        fused = stack(work, planned)
-    if until is Stage.stack:
-        return
-    with clock.stage(Stage.gates):
-        gates = fit_gates(work, planned, built, fused)
-    if until is Stage.gates:
-        return
-    with clock.stage(Stage.benchmark):
-        measure(work, planned, built, gates)
-        finish(work, planned, built, gates)
+resolve_base = at_the_network(sources.resolve_base)
+discover = at_the_network(sources.discover)
+resolve_adapter = at_the_network(sources.resolve_adapter)
+fetch_adapter = at_the_network(sources.fetch_adapter)
+check = task(cache_policy=NO_CACHE)(judge.check)
 
 
-def finish(work: Workplace, planned: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    """Write the checkpoint's folder with its card and lineage."""
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    if summary is None:
-        raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    manifest = describe(planned, built, gates)
-    files = {EXPERTS: str(work.ledger.weights_of(planned.fused.id))}
-    if manifest.router.kind == "gate":
-        files[GATES] = gates.weights_sha256
-    texts = {
-        CARD: card.write_card(manifest, summary, work.name),
-        LINEAGE: card.write_lineage(manifest, files, work.recipe_sha256),
-    }
-    return stages.write_checkpoint(work, planned, built, gates, texts)
+@at_the_network
+def build_base(run: Run, base: BaseSpec) -> BuiltBase:
+    return run.child.call("build_base", base, deadline_seconds=run.work.recipe.deadlines.base)
 
 
-def run(work: Workplace, until: Stage = Stage.benchmark) -> Clock:
-    """Run a recipe as a Prefect flow, under its lock, and record how it ended.
+@task(cache_policy=NO_CACHE)
+def stack(run: Run, planned: Plan) -> FusedCheckpoint:
+    return run.child.call("stack", planned, deadline_seconds=run.work.recipe.deadlines.stack)
+
+
+@task(cache_policy=NO_CACHE)
+def fit_gates(run: Run, planned: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
+    deadline = run.work.recipe.deadlines.gates
+    return run.child.call("fit_gates", planned, built, fused, deadline_seconds=deadline)
+
+
+@task(cache_policy=NO_CACHE)
+def measure(run: Run, planned: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+    deadline = run.work.recipe.deadlines.benchmark
+    run.child.call("measure", planned, built, gates, deadline_seconds=deadline)
+
+
+@task(cache_policy=NO_CACHE)
+def write_checkpoint(run: Run, planned: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+    deadline = run.work.recipe.deadlines.stack
+    return run.child.call("write_checkpoint", planned, built, gates, deadline_seconds=deadline)
+
+
+@flow(name="meteora", persist_result=False)
+def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.benchmark) -> Any:  # noqa: ANN401
+    """Make everything that a recipe asks for and the ledger does not hold, and record how it ended.
+
+    Args:
+        recipe: A recipe's path, or the name of a shipped one.
+        home: The folder of ledger and blobs.
+        until: Stop after this stage.
+
+    Returns:
+        Seconds by stage; by schedule, a state of Prefect's where there was nothing to do.
 
     Raises:
-        BusyError: the recipe is being run by another process.
-        MeteoraError: something was refused or could not be done; it is recorded with its reason.
+        BusyError: The recipe is being run by another process, and this run is none by schedule.
+        MeteoraError: Something was refused or could not be done; it is recorded with its reason.
     """
-    with work.ledger.running(work.key) as killed:
-        for run_before in killed:
-            shutil.rmtree(work.home / "runs" / run_before.run_id, ignore_errors=True)
-            say(f"the run {run_before.run_id} was killed; what it had finished is kept")
-        work.ledger.record_run(_started(work))
-        clock, began = Clock(), time.perf_counter()
-        outcome, reason = "killed", "interrupted"
+    work = Workplace.open(recipe, Path(home).expanduser().absolute())
+    with ExitStack() as held:
         try:
-            fuse_adapters.with_options(flow_run_name=work.run_id)(work, until, clock)
+            killed = held.enter_context(work.ledger.running(work.key))
+        except BusyError as error:
+            if schedule.is_scheduled():
+                return schedule.skip_overlap(work, str(error))
+            raise
+        for before in killed:
+            shutil.rmtree(work.home / "runs" / before.run_id, ignore_errors=True)
+            say(f"the run {before.run_id} was killed; what it had finished is kept")
+        run_page.introduce(work)
+        run_page.close_killed(work, [before.run_id for before in killed])
+        schedule.skip_late(work)
+        if schedule.is_scheduled() and finished(work):  # a person's command has looked already
+            say(f"{work.name}: nothing new")
+            return Completed(message="nothing new: everything is in the ledger already")
+        return _recorded(work, until)
+
+
+def _recorded(work: Workplace, until: Stage) -> dict[str, float]:
+    """The run itself, between the records of its beginning and of its end."""
+    progress = run_page.Progress(work, until)
+    with Child(work, on_progress=progress.advance) as child:
+        run = Run(work, child, progress)
+        work.ledger.record_run(_started(run))
+        began = time.perf_counter()
+        outcome, reason = "stopped", "interrupted or cancelled"
+        try:
+            planned = _stages(run, until)
             outcome, reason = "ok", ""
         except MeteoraError as error:
             outcome = "refused" if isinstance(error, AdapterError) else "failed"
@@ -156,20 +173,76 @@ def run(work: Workplace, until: Stage = Stage.benchmark) -> Clock:
             outcome, reason = "failed", f"{type(error).__name__}: {error}"
             raise
         finally:
-            ended = RunEnded(
-                work.run_id, outcome, reason, time.perf_counter() - began, clock.seconds
+            child.close()
+            wall_seconds = time.perf_counter() - began
+            work.ledger.record_run(
+                RunEnded(work.run_id, outcome, reason, wall_seconds, run.seconds)
             )
-            work.ledger.record_run(ended)
             work.ledger.ingest()
             shutil.rmtree(work.home / "runs" / work.run_id, ignore_errors=True)
-    return clock
+    if planned is not None:
+        _show(work, planned)
+    return run.seconds
 
 
-def _started(work: Workplace) -> RunStarted:
+def _show(work: Workplace, planned: Plan) -> None:
+    """What came out, on the run's page; and on which tasks it is worse than what was before."""
+    lines = [
+        f"Worse than the last checkpoint on {task}: {now:.3f}, it was {before:.3f}."
+        for task, now, before in worse_than_before(work, planned)
+    ]
+    for line in lines:
+        say(f"[yellow]{line}[/]")
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    if summary is not None:
+        run_page.show_results(work, planned, summary, lines)
+
+
+def worse_than_before(work: Workplace, planned: Plan) -> list[tuple[str, float, float]]:
+    """Tasks on which a run's model is significantly worse than the recipe's last: both scores."""
+    answer = work.ledger.query(
+        "SELECT run_id, subject_id, task, value, previous_value FROM regressions ORDER BY task"
+    )
+    here = (work.run_id, planned.router.id)
+    return [(task, now, before) for *made, task, now, before in answer.rows if (*made,) == here]
+
+
+def _started(run: Run) -> RunStarted:
+    work = run.work
     return RunStarted(
         work.run_id,
         recipe_name=work.key,
         recipe_sha256=work.recipe_sha256,
         versions={name: version(name) for name in VERSIONS},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=run.child.call("device", deadline_seconds=work.recipe.deadlines.base),
     )
+
+
+def _stages(run: Run, until: Stage) -> Plan | None:
+    """Every stage up to `until`; the plan where nothing of it is left to do."""
+    work = run.work
+    with run.stage(Stage.base):
+        base = resolve_base(work.recipe, work.folder)
+        built = build_base(run, base)
+    if until is Stage.base:
+        return None
+    with run.stage(Stage.check):
+        work = replace(work, recipe=discover(work.recipe))
+        experts = judge.find_experts(work, built, resolve=resolve_adapter, fetch=fetch_adapter)
+        check(work, built, experts)
+        planned = plan.make_plan(work.recipe, work.folder, base, experts)
+    if until is Stage.check:
+        return None
+    with run.stage(Stage.stack):
+        fused = stack(run, planned)
+    if until is Stage.stack:
+        return None
+    with run.stage(Stage.gates):
+        gates = fit_gates(run, planned, built, fused)
+    if until is Stage.gates:
+        return None
+    with run.stage(Stage.benchmark):
+        measure(run, planned, built, gates)
+        write_checkpoint(run, planned, built, gates)
+    run.progress.end()
+    return planned

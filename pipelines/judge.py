@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from meteora import adapters
 from meteora.artifacts import COMMIT, MeteoraError
 from pipelines import hub
 from pipelines.experts import Refusal, gather
@@ -16,7 +17,6 @@ from store.events import AdapterVerdict, Failure, Reason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meteora import adapters
     from meteora.artifacts import AdapterRef, BuiltBase
     from pipelines.experts import Expert, Fetch, Resolve
     from pipelines.recipe import ExpertSection, Recipe
@@ -52,6 +52,16 @@ def find_experts(
             else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
         )
     return experts
+
+
+def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
+    """Refuse experts that cannot lie in one stack on this base; record those that can."""
+    found = {expert.name: expert.adapter for expert in experts}
+    for reason in adapters.check_stackable(found, base=built.sizes):
+        say(f"[yellow]note:[/] {reason.message}")
+    for expert in experts:
+        spec = expert.adapter.spec
+        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
 
 
 def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) -> None:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 console = Console(stderr=True, highlight=False)
+_told: Callable[[str, int, int], None] | None = None
+
+
+def tell(listener: Callable[[str, int, int], None]) -> None:
+    """Have every bar tell `listener`, too, what it counts, how far it is, and out of how much."""
+    global _told  # noqa: PLW0603  (as the console: one for the process)
+    _told = listener
 
 
 def say(text: str) -> None:
@@ -42,6 +49,8 @@ def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
             nonlocal done
             done += count
             progress.advance(shown, count)
+            if _told is not None:
+                _told(what, done, total)
 
         yield advance
     if not console.is_terminal:

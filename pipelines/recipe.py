@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from meteora.artifacts import MeteoraError
 
@@ -117,6 +117,32 @@ class PolicySection(Section):
     on_refused: Literal["fail", "skip"] = "fail"
 
 
+DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])")
+UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(text: object) -> float:
+    match = DURATION.fullmatch(text) if isinstance(text, str) else None
+    if match is None or float(match[1]) == 0:
+        raise ValueError("a time is a number and a unit, such as 90s, 30m, 2h or 1d")
+    return float(match[1]) * UNIT_SECONDS[match[2]]
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class DeadlinesSection(Section):
+    """When a stage is stopped, in seconds; a stage that hangs does not hold a schedule for ever.
+
+    Requests to the Hub have limits of their own.
+    """
+
+    base: Seconds = 12 * 3600.0
+    stack: Seconds = 2 * 3600.0
+    gates: Seconds = 24 * 3600.0
+    benchmark: Seconds = 24 * 3600.0
+
+
 class Recipe(Section):
     base: str
     """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
@@ -127,6 +153,7 @@ class Recipe(Section):
     benchmark: BenchmarkSection = BenchmarkSection()
     policy: PolicySection = PolicySection()
     hub: HubSection = HubSection()
+    deadlines: DeadlinesSection = DeadlinesSection()
 
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:

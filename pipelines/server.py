@@ -52,9 +52,8 @@ def start_server(home: Path) -> None:
     url = f"http://{HOST}:{port}/api"
     _wait_until_healthy(server, url, log)
     os.environ["PREFECT_API_URL"] = url
-    if server.stdin is not None:
-        # last in, first out: Prefect registers its farewells later, so they come before this
-        atexit.register(server.stdin.close)
+    # last in, first out: Prefect registers its farewells later, so they come before this
+    atexit.register(server.communicate)  # closes the pipe, and waits
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

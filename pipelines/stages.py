@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora import adapters, base, checkpoint, fuse, train
-from meteora.artifacts import BuiltBase, FusedCheckpoint, LinearSize, RouterBuild
+from meteora import base, checkpoint, fuse, train
+from meteora.artifacts import BuiltBase, FusedCheckpoint, LinearSize, MeteoraError, RouterBuild
 from meteora.encode import Template, encode_pair
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
-from pipelines import hub
+from pipelines import card, hub
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
+from pipelines.summary import summarise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
     from meteora.artifacts import BaseSpec
-    from pipelines.experts import Expert
     from pipelines.plan import Plan
     from pipelines.recipe import Recipe
     from pipelines.workplace import Workplace
@@ -64,16 +63,6 @@ def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
     model, tokenizer = base.load_gguf(find_gguf(source))
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
-    """Refuse experts that cannot lie in one stack on this base; record those that can."""
-    found = {expert.name: expert.adapter for expert in experts}
-    for reason in adapters.check_stackable(found, base=built.sizes):
-        say(f"[yellow]note:[/] {reason.message}")
-    for expert in experts:
-        spec = expert.adapter.spec
-        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
 
 
 def stack(work: Workplace, plan: Plan) -> FusedCheckpoint:
@@ -150,24 +139,29 @@ def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[train.Labelled
     return sequences
 
 
-def write_checkpoint(
-    work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild, texts: dict[str, str]
-) -> Path:
-    """The checkpoint's folder, whole or not at all; its tensors are links to the blobs if possible.
+def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+    """The checkpoint's folder with card and lineage, whole or not at all.
 
-    Args:
-        texts: further files by name, such as the card and the lineage
+    Its tensors are links to the blobs where the disk has links.
     """
+    summary = summarise(work.ledger, plan, work.base_folder(plan.base))
+    if summary is None:
+        raise MeteoraError("a measurement is missing, so no card can be written; run again")
+    manifest = describe(plan, built, gates)
     folder = work.checkpoint_folder(plan.router.id)
-    parts = {checkpoint.EXPERTS: work.ledger.weights_of(plan.fused.id)}
+    parts = {checkpoint.EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router == "gate":
         parts[checkpoint.GATES] = gates.weights_sha256
+    texts = {
+        checkpoint.MANIFEST: manifest.to_json(),
+        checkpoint.CARD: card.write_card(manifest, summary, work.name),
+        checkpoint.LINEAGE: card.write_lineage(manifest, parts, work.recipe_sha256),
+    }
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()
         for name, sha256 in parts.items():
-            work.ledger.blobs.give(str(sha256), made / name)
-        (made / checkpoint.MANIFEST).write_text(describe(plan, built, gates).to_json())
+            work.ledger.blobs.give(sha256, made / name)
         for name, text in texts.items():
             (made / name).write_text(text)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,18 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import canonical_sha256
 from meteora.sources import PATH, file_sha256
-from pipelines.recipe import shipped
+from pipelines.recipe import Recipe, locate, shipped
+from store.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from meteora.artifacts import ArtifactId, BaseSpec
-    from pipelines.recipe import Recipe
-    from store.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,12 @@ class Workplace:
     path: Path
     """Of the recipe; paths in it are relative to its folder."""
     run_id: str
+
+    @classmethod
+    def open(cls, recipe: str, home: Path) -> Self:
+        """Read a recipe, by its path or as a shipped name; nothing is written yet."""
+        path = locate(recipe)
+        return cls(Ledger(home), Recipe.load(path), path, new_run_id())
 
     @property
     def name(self) -> str:

@@ -1,5 +1,7 @@
 """A recipe over a tiny real world: a base, PEFT's adapters and rows, all in one folder."""
 
+# ruff: noqa: PLC0415
+
 from __future__ import annotations
 
 import json
@@ -18,15 +20,29 @@ from pipelines.workplace import Workplace, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from tests.conftest import World
 
 
-# Prefect reads its settings when it is imported, and one temporary server serves all flow tests
+# Prefect reads its settings when it is imported
 PREFECT_HOME = tempfile.TemporaryDirectory(prefix="meteora-tests-")
 os.environ.pop("PREFECT_API_URL", None)
 prepare(Path(PREFECT_HOME.name))
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Generator[str]:
+    """The address of one real server for all tests that run flows, in a process or in many."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from pipelines.server import start_server
+
+    start_server(Path(PREFECT_HOME.name))  # it ends with this process, after Prefect's farewells
+    url = os.environ["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+    del os.environ["PREFECT_API_URL"]
 
 
 def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
@@ -37,6 +53,13 @@ def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
         {"prompt": "".join(rng.choices(alphabet, k=12)), "response": rng.choice(alphabet) * 3}
         for _ in range(count)
     ]
+
+
+def run(work: Workplace) -> dict[str, float]:
+    """Run a recipe as `meteora run` does, on the server that `prefect_server` started."""
+    from pipelines import flows
+
+    return flows.fuse_adapters(str(work.path), str(work.home))
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from meteora.artifacts import MeteoraError
-from pipelines import flows, judge, preview, sources
+from pipelines import judge, preview, sources
 from pipelines.finished import finished
 from pipelines.hub_errors import HubError
 from pipelines.recipe import ExpertSection
 from pipelines.stages import build_base
 
-from .conftest import letters
+from .conftest import letters, run
 from .hub_server import Fault, Repo, running_hub
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ def found(
     )
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     found: Callable[..., Workplace], server: HubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = found()
-    flows.run(work)
+    run(work)
     planned = finished(work)
     assert planned is not None
     assert planned.fused.names == ("b--attention", "z--letters")
@@ -99,7 +101,7 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     assert {row[3] for row in rows.rows if row[1] == "warn"} == {"mit"}
 
     downloaded = server.count("get")
-    flows.run(found())
+    run(found())
     assert server.count("get") == downloaded
 
 
@@ -115,7 +117,7 @@ def find_experts(work: Workplace) -> list[str]:
 
 
 def expanded(work: Workplace) -> Workplace:
-    return flows.replace(work, recipe=sources.discover(work.recipe))
+    return replace(work, recipe=sources.discover(work.recipe))
 
 
 def test_tags_and_a_limit_narrow_what_is_found(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,10 +18,11 @@ from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.checkpoint import CARD, EXPERTS, GATES, LINEAGE, MANIFEST
 from meteora.sources import file_sha256
-from pipelines import flows
 from pipelines.finished import finished
 from pipelines.summary import summarise
 from store.errors import BusyError
+
+from .conftest import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from pipelines.workplace import Workplace
     from tests.conftest import World
+
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def fingerprint(work: Workplace) -> str:
@@ -53,8 +56,8 @@ def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
 ) -> None:
     work = workplace()
     assert finished(work) is None
-    clock = flows.run(work)
-    assert list(clock.seconds) == ["base", "check", "stack", "gates", "benchmark"]
+    seconds = run(work)
+    assert list(seconds) == ["base", "check", "stack", "gates", "benchmark"]
 
     planned = finished(work)
     assert planned is not None
@@ -91,12 +94,12 @@ def test_what_is_asked_differently_is_made_and_the_rest_is_kept(
 ) -> None:
     """Other gates need no other stack, and no base or oracle is measured twice."""
     work = workplace()
-    flows.run(work)
+    run(work)
     before = work.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows
     scores = work.ledger.query("SELECT count(*) FROM scores").rows[0][0]
     other = workplace(gates={"examples_per_expert": 4})
     assert finished(other) is None
-    flows.run(other)
+    run(other)
     assert other.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows == before
     assert other.ledger.query("SELECT count(*) FROM scores").rows[0][0] == scores + 2
 
@@ -104,7 +107,7 @@ def test_what_is_asked_differently_is_made_and_the_rest_is_kept(
 def test_one_recipe_is_run_by_one_process_at_a_time(workplace: Callable[..., Workplace]) -> None:
     work = workplace()
     with work.ledger.running(work.key), pytest.raises(BusyError, match="another process"):
-        flows.run(work)
+        run(work)
 
 
 def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
@@ -117,11 +120,11 @@ def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
 
     work = workplace(experts=experts)
     with pytest.raises(AdapterError, match="empty"):
-        flows.run(work)
+        run(work)
     assert work.ledger.query("SELECT outcome FROM runs").rows == [("refused",)]
 
     lenient = workplace(experts=experts, policy={"on_refused": "skip"})
-    flows.run(lenient)
+    run(lenient)
     planned = finished(lenient)
     assert planned is not None
     assert planned.fused.names == ("q_and_v", "attention")
@@ -136,42 +139,27 @@ def test_a_test_row_among_the_examples_is_refused(
     leaky = [{**expert, "test": expert["examples"]} for expert in body["experts"]]
     work = workplace(experts=leaky)
     with pytest.raises(MeteoraError, match="is also an example"):
-        flows.run(work)
+        run(work)
 
 
 STEPS = (
     "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
-    "measure",
+    "measure", "write_checkpoint",
 )  # fmt: skip
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
-from pipelines import flows
-from pipelines.recipe import Recipe
-from pipelines.workplace import Workplace, new_run_id
-from store.ledger import Ledger
 
-recipe, home, victim, when = sys.argv[1:]
+recipe, home, victim = sys.argv[1:]
+step = getattr(flows, victim, None)
 
-def without_prefect(name):
-    plain = getattr(flows, name).fn
-    def step(*args):
-        if name == victim and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = plain(*args)
-        if name == victim and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return step
+def last_step(*args):
+    step(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
 
-for name in %r:
-    setattr(flows, name, without_prefect(name))
-flows.fuse_adapters = type("Plain", (), {
-    "with_options": lambda self, **_: flows.plain
-})()
-work = Workplace(Ledger(Path(home)), Recipe.load(Path(recipe)), Path(recipe), new_run_id())
-flows.run(work)
+if step:
+    setattr(flows, victim, last_step)
+flows.fuse_adapters(recipe, home)
 """
 
 
@@ -180,24 +168,20 @@ def test_kill_9_between_any_two_stages_loses_nothing(
     recipe_folder: Path, tmp_path: Path, workplace: Callable[..., Workplace]
 ) -> None:
     """One home is killed after every stage in turn, another never: both end up with the same."""
-    code = KILLED.replace("flows.fuse_adapters = ", "flows.plain = flows.fuse_adapters.fn\n"
-                          "flows.fuse_adapters = ") % (STEPS,)  # fmt: skip
     home = tmp_path / "killed"
 
-    def run(victim: str, when: str) -> int:
-        command = [sys.executable, "-c", code, str(recipe_folder / "recipe.yaml"), str(home)]
-        done = subprocess.run(
-            [*command, victim, when], check=False, capture_output=True, text=True, env=os.environ
-        )
+    def run_until(victim: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(recipe_folder / "recipe.yaml"), str(home)]
+        done = subprocess.run([*command, victim], check=False, capture_output=True, text=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         return done.returncode
 
     for victim in STEPS:
-        assert run(victim, "after") == -signal.SIGKILL
-    assert run("nothing", "") == 0
+        assert run_until(victim) == -signal.SIGKILL
+    assert run_until("nobody") == 0
 
     unharmed = workplace()
-    flows.run(unharmed)
+    run(unharmed)
     from dataclasses import replace  # noqa: PLC0415
 
     from store.ledger import Ledger  # noqa: PLC0415

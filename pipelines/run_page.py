@@ -1,0 +1,134 @@
+"""What Prefect's page shows of a run: its name, tags, progress, scores, and a card to read.
+
+The ledger is the record and the page a view: where the server does not answer, a run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import PrefectException
+from prefect.runtime import flow_run
+from prefect.states import Crashed
+
+from meteora.artifacts import COMMIT
+from meteora.checkpoint import CARD
+from pipelines.recipe import Stage
+from pipelines.sources import hub_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Sequence
+
+    from pipelines.plan import Plan
+    from pipelines.summary import Summary
+    from pipelines.workplace import Workplace
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _if_it_answers() -> Generator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+        logger.warning("the Prefect server did not take what was to be shown: %s", error)
+
+
+def introduce(work: Workplace) -> None:
+    """Give the flow run the name that the ledger knows, and tags to find it by."""
+    tags = {*flow_run.get_tags(), f"recipe:{work.name}", f"base:{work.recipe.base}"}
+    with _if_it_answers(), get_client(sync_client=True) as client:
+        client.update_flow_run(
+            UUID(flow_run.get_id()), name=f"{work.name} {work.run_id}", tags=sorted(tags)
+        )
+
+
+def close_killed(work: Workplace, run_ids: Iterable[str]) -> None:
+    """Mark runs as crashed that were killed: Prefect shows them as running for ever."""
+    names = [f"{work.name} {run_id}" for run_id in run_ids]
+    if not names:
+        return
+    running = FlowRunFilter(
+        name=FlowRunFilterName(any_=names),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+    )
+    with _if_it_answers(), get_client(sync_client=True) as client:
+        for killed in client.read_flow_runs(flow_run_filter=running):
+            state = Crashed(message="its process ended without a word")
+            client.set_flow_run_state(killed.id, state, force=True)
+
+
+class Progress:
+    """How far a run is, as a bar on its page: in stages, and in what the stage itself counts."""
+
+    def __init__(self, work: Workplace, until: Stage) -> None:
+        self._stages = list(Stage)[: list(Stage).index(until) + 1]
+        self._at = 0
+        self._artifact: UUID | None = None
+        with _if_it_answers():
+            key = f"progress-{_slug(work)}"
+            self._artifact = create_progress_artifact(0.0, key=key)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)
+
+    def begin(self, stage: Stage) -> None:
+        self._at = self._stages.index(stage)
+        self._show(0.0, stage)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        self._show(done / max(1, total), f"{what}: {done} of {total}")
+
+    def end(self) -> None:
+        self._at += 1
+        self._show(0.0, "done")
+
+    def _show(self, share: float, text: str) -> None:
+        if self._artifact is not None:
+            percent = 100.0 * (self._at + share) / len(self._stages)
+            with _if_it_answers():
+                update_progress_artifact(self._artifact, percent, description=text)
+
+
+def show_results(work: Workplace, plan: Plan, summary: Summary, worse: Sequence[str]) -> None:
+    """Put scores, the checkpoint's card, and the sources as links on the run's page."""
+    rows = [
+        {"task": task, "n": row["fused"].num_samples}
+        | {system: round(row[system].value, 4) for system in summary.systems if system in row}
+        for task, row in summary.scores.items()
+    ]
+    card = (work.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
+    sources = [(plan.base.base_model, plan.base.base_revision)]
+    sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]
+    slug = _slug(work)
+    with _if_it_answers():
+        create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: exact match")
+        create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
+        for repo_id, revision in sources:
+            if COMMIT.fullmatch(revision):
+                create_link_artifact(
+                    f"{hub_of(work.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
+                    link_text=repo_id,
+                )
+
+
+def _slug(work: Workplace) -> str:
+    """The recipe's name in the letters that a key may have."""
+    return re.sub(r"[^a-z0-9]+", "-", work.key.lower()).strip("-")

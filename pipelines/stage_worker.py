@@ -1,0 +1,101 @@
+"""The process in which stages run: it is handed one after the other, and answers each.
+
+Run as a module, with the number of the file descriptor to talk through; see `pipelines.child`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.artifacts import MeteoraError
+from pipelines import measures, progress, stages
+from pipelines.child import StageError
+from pipelines.workplace import Workplace
+from store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROGRESS_SECONDS = 2.0
+
+
+def device(_work: Workplace) -> str:
+    """What the stages compute on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+STAGES = {
+    "device": device,
+    "build_base": stages.build_base,
+    "stack": stages.stack,
+    "fit_gates": stages.fit_gates,
+    "measure": measures.measure,
+    "write_checkpoint": stages.write_checkpoint,
+}
+
+
+def main() -> None:
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    pipe = Connection(int(sys.argv[1]))
+    home, recipe, path, run_id = pipe.recv()
+    work = Workplace(Ledger(home), recipe, path, run_id)
+    progress.tell(_now_and_then(lambda *done: pipe.send(("progress", done))))
+    while True:
+        try:
+            stage, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("value", STAGES[stage](work, *arguments))
+        except Exception as error:
+            answer = ("error", _portable(stage, error))
+        pipe.send(answer)
+
+
+def _end_with_the_run() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def _now_and_then(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    last = 0.0
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            send(what, done, total)
+
+    return told
+
+
+def _portable(stage: str, error: Exception) -> Exception:
+    """The error as it can cross: one of ours as itself, any other with its traceback as a note."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        first = str(error).partition("\n")[0]
+        return StageError(
+            f"{stage}: out of memory{first and f' ({first})'}; a smaller `benchmark.batch_size` or"
+            " a larger machine helps; what was finished is kept"
+        )
+    if not isinstance(error, MeteoraError):
+        error.add_note(f"in the process of {stage}:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  (made in this line)
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(traceback.format_exc())
+        return plain
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -60,8 +60,8 @@ def give_gate(
 ) -> None:
     """Route a layer by G [E, IN] and c [E]; `followed` is told what they decide."""
     layer.router = Gate(
-        weight.to(layer.lora_a.device),
-        bias.to(layer.lora_a.device),
+        weight.to(layer.weight.device),
+        bias.to(layer.weight.device),
         top_k=entry.top_k,
         temperature=entry.temperature,
         margin=entry.margin,

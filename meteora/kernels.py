@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from torch import Tensor
@@ -179,19 +180,43 @@ def lora_delta_grouped(
     Args:
         add_to: [T, OUT] to add to, in place
     """
+    starts = list(accumulate(ranks, initial=0))
+
+    def own(e: int) -> tuple[Tensor, Tensor]:
+        segment = slice(starts[e], starts[e + 1])
+        return a[segment], b[:, segment]
+
     out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
+    return add_grouped(x, own, ranks, scaling, weights, experts, out)
+
+
+def add_grouped(
+    x: Tensor,
+    own: Callable[[int], tuple[Tensor, Tensor]],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    weights: Tensor,
+    experts: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Add to `out` [T, OUT] what the experts say, asking for an expert's A and B when it is due.
+
+    Args:
+        own: gives A [r, IN] and B [OUT, r] of an expert that was chosen and has ranks
+    """
     owners = experts.flatten()
     order = owners.argsort(stable=True)
     tokens = order.div(experts.shape[1], rounding_mode="floor")
     shares = weights.flatten()[order, None]  # [T · K, 1]
     counts = torch.bincount(owners, minlength=len(ranks)).tolist()
-    rank = pair = 0
-    for r, scale, count in zip(ranks, scaling, counts, strict=True):
-        own_a, own_b = a[rank : rank + r], b[:, rank : rank + r]
-        for start in range(pair, pair + count if r else pair, ROWS_AT_ONCE):
-            pairs = slice(start, min(start + ROWS_AT_ONCE, pair + count))
-            shrunk = x.index_select(0, tokens[pairs]) @ own_a.T * (shares[pairs] * scale)
-            added = shrunk.to(x.dtype) @ own_b.T
-            out.index_add_(0, tokens[pairs], added.to(out.dtype))
-        rank, pair = rank + r, pair + count
+    pair = 0
+    for e, (r, scale, count) in enumerate(zip(ranks, scaling, counts, strict=True)):
+        if r and count:
+            own_a, own_b = own(e)
+            for start in range(pair, pair + count, ROWS_AT_ONCE):
+                pairs = slice(start, min(start + ROWS_AT_ONCE, pair + count))
+                shrunk = x.index_select(0, tokens[pairs]) @ own_a.T * (shares[pairs] * scale)
+                added = shrunk.to(x.dtype) @ own_b.T
+                out.index_add_(0, tokens[pairs], added.to(out.dtype))
+        pair += count
     return out

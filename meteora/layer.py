@@ -9,6 +9,7 @@ runs unchanged: caches, padding, batches and beams included. What a router decid
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from meteora.expert_cache import ExpertCache
     from meteora.routers import Router
     from meteora.twins import Twin
 
@@ -56,6 +58,7 @@ class MoELoRALinear(nn.Module):
         router: Router | None = None,
         *,
         twin: Twin | None = None,
+        cache: ExpertCache | None = None,
     ) -> None:
         """Wrap `projection`.
 
@@ -66,22 +69,32 @@ class MoELoRALinear(nn.Module):
             ranks: of each expert, summing to R; zero where it lacks this layer
             scaling: of each expert
             twin: how what the experts add is computed; without it, what is fastest for the tokens
+            cache: leave A and B where they are, and compute from what it copies to the device
         """
         super().__init__()
         self.projection = projection
         self.ranks = list(ranks)
         self.scaling = list(scaling)
-        self.register_buffer("lora_a", _aligned(lora_a), persistent=False)
-        # the columns of B lie one after the other in memory: a rank's is read in one piece
-        self.register_buffer("lora_b", lora_b.T.contiguous().T, persistent=False)
+        self.cache = cache
+        self._key = object()
+        """Names this layer's experts in the cache, which may serve others too."""
+        device = lora_a.device
+        if cache is None:
+            self.register_buffer("lora_a", _aligned(lora_a), persistent=False)
+            # the columns of B lie one after the other in memory: a rank's is read in one piece
+            self.register_buffer("lora_b", lora_b.T.contiguous().T, persistent=False)
+        else:
+            # no buffers: they stay in host memory when the model moves
+            self.lora_a, self.lora_b = lora_a, lora_b
+            device = self.weight.device
         widths = torch.tensor(self.ranks)
         segments = torch.stack([widths.cumsum(0) - widths, widths])
-        self.register_buffer("segments", segments.to(lora_a.device), persistent=False)
+        self.register_buffer("segments", segments.to(device), persistent=False)
         owner = torch.repeat_interleave(torch.arange(len(self.ranks)), widths)
-        self.register_buffer("rank_experts", owner.to(lora_a.device), persistent=False)
+        self.register_buffer("rank_experts", owner.to(device), persistent=False)
         table, owned = kernels.rank_table(self.ranks)
-        self.register_buffer("table", table.to(lora_a.device), persistent=False)
-        self.register_buffer("table_owned", owned.to(lora_a.device), persistent=False)
+        self.register_buffer("table", table.to(device), persistent=False)
+        self.register_buffer("table_owned", owned.to(device), persistent=False)
         self._scale()
         self._sizes = twins.Sizes(
             num_in=lora_a.shape[1],
@@ -95,7 +108,7 @@ class MoELoRALinear(nn.Module):
 
     def _scale(self) -> None:
         """Lay each expert's scaling beside its ranks, in float32: [E], [R] and [E, max r]."""
-        scaling = torch.tensor(self.scaling, dtype=torch.float32, device=self.lora_a.device)
+        scaling = torch.tensor(self.scaling, dtype=torch.float32, device=self.rank_experts.device)
         self.register_buffer("scales", scaling, persistent=False)
         self.register_buffer("rank_scaling", scaling[self.rank_experts], persistent=False)
         self.register_buffer("table_scaling", scaling[:, None] * self.table_owned, persistent=False)
@@ -121,7 +134,11 @@ class MoELoRALinear(nn.Module):
             return y
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         weights, experts = self.router.choose(tokens)
-        out = self._add(y.reshape(-1, y.shape[-1]), tokens.to(self.lora_a.dtype), weights, experts)
+        rows, tokens = y.reshape(-1, y.shape[-1]), tokens.to(self._dtype)
+        if self.cache is None:
+            out = self._add(rows, tokens, weights, experts)
+        else:
+            out = self._add_from_cache(self.cache, rows, tokens, weights, experts)
         return out.view(y.shape)
 
     def _add(self, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -144,6 +161,33 @@ class MoELoRALinear(nn.Module):
             run = found.lora_delta_gather if twin == "gather_triton" else found.lora_delta_grouped
             delta = run(*factors, own, weights, experts, add_to=into)
         return y + delta.to(y.dtype) if into is None else delta
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the experts compute in."""
+        if self.cache is None:
+            return self.lora_a.dtype
+        return torch.promote_types(self.lora_a.dtype, self.weight.dtype)
+
+    def _add_from_cache(
+        self, cache: ExpertCache, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor
+    ) -> Tensor:
+        """`_add` by the grouped twin, with each chosen expert copied to the device when missed."""
+        starts = list(accumulate(self.ranks, initial=0))
+
+        def own(e: int) -> tuple[Tensor, Tensor]:
+            ranks = slice(starts[e], starts[e + 1])
+
+            def load() -> tuple[Tensor, Tensor]:
+                b = self.lora_b[:, ranks].T.to(x.device, x.dtype, copy=True).contiguous()
+                return self.lora_a[ranks].to(x.device, x.dtype, copy=True), b.T
+
+            return cache.fetch((self._key, e, x.device, x.dtype), load)
+
+        out = x.new_zeros(len(x), y.shape[1]) if y.requires_grad else y
+        lists = self.ranks, self.scaling
+        kernels.add_grouped(x, own, *lists, weights, experts, out)
+        return y + out.to(y.dtype) if y.requires_grad else out
 
     def _fastest_twin(self, x: Tensor, experts: Tensor) -> Twin:
         if torch.compiler.is_compiling():

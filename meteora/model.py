@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from meteora import base, checkpoint
 from meteora.artifacts import MeteoraError
+from meteora.expert_cache import ExpertCache
 from meteora.gates import insert_gates
 from meteora.layer import MoELoRALinear, routed_layers
 from meteora.routers import Arrow, Fixed, Norm, Router
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""
+
+CACHE = "meteora_expert_cache"
+"""The attribute that holds its `ExpertCache`; None where all experts are on the device."""
 
 
 class WrongBaseError(MeteoraError):
@@ -49,6 +53,7 @@ def load(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
+    expert_cache_bytes: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
@@ -58,6 +63,8 @@ def load(
         revision: of the Hub id
         device: where to put it; where the base loads by default without it
         dtype: of the base; the experts keep their precision
+        expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
+            the device than this, those that were used last; see `expert_cache`
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint.
@@ -67,7 +74,8 @@ def load(
     manifest = checkpoint.read_manifest(folder)
     model, tokenizer = load_base(manifest, base_folder, dtype)
     check_base(manifest, model, tokenizer, folder)
-    insert_experts(model, folder, manifest)
+    cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
+    insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -134,13 +142,15 @@ def check_base(
         )
 
 
-def insert_experts(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+def insert_experts(
+    model: PreTrainedModel, folder: Path, manifest: Manifest, *, cache: ExpertCache | None = None
+) -> None:
     """Replace every targeted layer by a routed one; without routers the model is still the base."""
-    setattr(
-        model, EXPERTS, manifest.choices
-    )  # beside the modules: an nn.Module takes any attribute
+    setattr(model, EXPERTS, manifest.choices)  # beside the modules: it takes any attribute
+    setattr(model, CACHE, cache)
+    null = manifest.router.null
     for path, lora_a, lora_b in checkpoint.read_experts(folder, manifest):
-        insert_layer(model, path, lora_a, lora_b, manifest.modules[path], manifest.router.null)
+        insert_layer(model, path, lora_a, lora_b, manifest.modules[path], null=null, cache=cache)
 
 
 def insert_layer(
@@ -149,7 +159,9 @@ def insert_layer(
     lora_a: Tensor,
     lora_b: Tensor,
     entry: ModuleEntry,
+    *,
     null: bool = False,
+    cache: ExpertCache | None = None,
 ) -> None:
     """Replace the linear layer at `path`; refuses one of another size than the experts need.
 
@@ -171,15 +183,13 @@ def insert_layer(
             f" this base has {sizes or type(projection).__name__}; load the base they were made for"
         )
     weight: Tensor = projection.weight
-    # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
-    dtype = torch.promote_types(lora_a.dtype, weight.dtype)
-    layer = MoELoRALinear(
-        projection,
-        lora_a.to(weight.device, dtype),
-        lora_b.to(weight.device, dtype),
-        (*entry.ranks, 0) if null else entry.ranks,
-        (*entry.scaling, 0.0) if null else entry.scaling,
-    )
+    if cache is None:
+        # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
+        dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+        lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
+    ranks = (*entry.ranks, 0) if null else entry.ranks
+    scaling = (*entry.scaling, 0.0) if null else entry.scaling
+    layer = MoELoRALinear(projection, lora_a, lora_b, ranks, scaling, cache=cache)
     setattr(parent, name, layer)
 
 
@@ -195,21 +205,25 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
 
 def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float) -> Router:
     """A router that needs no training: `arrow`, `norm` or `uniform`."""
+    stack = layer.lora_a, layer.lora_b, layer.ranks
+    router: Router
     if kind == "arrow":
-        return Arrow(layer.lora_a, layer.lora_b, layer.ranks, top_k=top_k, temperature=temperature)
-    if kind == "norm":
-        return Norm(
-            layer.lora_a,
-            layer.lora_b,
-            layer.ranks,
-            torch.tensor(layer.scaling),
-            top_k=top_k,
-            temperature=temperature,
+        router = Arrow(*stack, top_k=top_k, temperature=temperature)
+    elif kind == "norm":
+        scaling = torch.tensor(layer.scaling)
+        router = Norm(*stack, scaling, top_k=top_k, temperature=temperature)
+    elif kind == "uniform":
+        router = Fixed(torch.full((layer.num_experts,), 1 / layer.num_experts))
+    else:
+        raise MeteoraError(
+            f"router {kind!r} is none of arrow, norm, uniform; a gate must be fitted"
         )
-    if kind == "uniform":
-        share = torch.full((layer.num_experts,), 1 / layer.num_experts)
-        return Fixed(share.to(layer.lora_a.device))
-    raise MeteoraError(f"router {kind!r} is none of arrow, norm, uniform; a gate must be fitted")
+    return router.to(layer.weight.device)
+
+
+def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
+    """What the model holds of its experts on the device, and how often it missed one."""
+    return getattr(model, CACHE)
 
 
 def expert_names(model: PreTrainedModel) -> list[str]:
@@ -240,7 +254,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
         raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
-    with routed_by(model, lambda layer: Fixed(one.to(layer.lora_a.device))):
+    with routed_by(model, lambda layer: Fixed(one.to(layer.weight.device))):
         yield
 
 
@@ -249,26 +263,3 @@ def without_experts(model: PreTrainedModel) -> Generator[None]:
     """The base alone: every routed layer is its bare projection."""
     with routed_by(model, lambda _: None):
         yield
-
-
-@contextmanager
-def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
-    """Collect each router's logits [T, E] during one forward pass, by module path.
-
-    Hooks, and not a second return value: the layer keeps the signature of the projection that it
-    replaces, so the base model's own code runs unchanged; and nothing is paid outside the block.
-    """
-    logits: dict[str, Tensor] = {}
-    hooks = []
-    for path, layer in routed_layers(model).items():
-        if layer.router is not None:
-
-            def keep(_module: object, _args: object, output: Tensor, path: str = path) -> None:
-                logits[path] = output
-
-            hooks.append(layer.router.register_forward_hook(keep))
-    try:
-        yield logits
-    finally:
-        for hook in hooks:
-            hook.remove()

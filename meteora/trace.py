@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from meteora import ops
 from meteora.artifacts import MeteoraError
 from meteora.encode import encode_prompt
-from meteora.layer import routed_layers
-from meteora.model import expert_names, recorded_logits
+from meteora.model import expert_names
+from meteora.observe import recorded_routes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -102,23 +101,14 @@ def trace(
     modules = tuple(passes[0])
     if not modules:
         raise TraceError("no module of the model is routed, so there is nothing to trace")
-    layers = routed_layers(model)
-    routes = [
-        ops.route(
-            torch.cat([logits[path] for logits in passes]),
-            cast("Any", layers[path].router).top_k,
-            cast("Any", layers[path].router).temperature,
-        )
-        for path in modules
-    ]
     return Trace(
         ids=tuple(ids[0].tolist()),
         pieces=_pieces(tokenizer, ids[0].tolist()),
         num_prompt=len(prompt),
         experts=tuple(expert_names(model)),
         modules=modules,
-        chosen=torch.stack([chosen for _, chosen in routes]).cpu(),
-        weights=torch.stack([weights for weights, _ in routes]).float().cpu(),
+        chosen=_joined(passes, 1).cpu(),
+        weights=_joined(passes, 0).float().cpu(),
     )
 
 
@@ -133,12 +123,19 @@ def trace_prompt(
     return trace(model, tokenizer, encode_prompt(tokenizer, prompt), max_new_tokens=max_new_tokens)
 
 
+def _joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
+    """Weights (0) or experts (1) of all passes end to end, [M, T, K]."""
+    return torch.stack([torch.cat([each[path][part] for each in passes]) for path in passes[0]])
+
+
 @contextmanager
-def _every_pass(model: PreTrainedModel) -> Generator[list[dict[str, Tensor]]]:
-    """Collect the routers' logits of every forward pass, in order."""
-    passes: list[dict[str, Tensor]] = []
-    with recorded_logits(model) as logits:
-        hook = model.register_forward_hook(lambda *_: passes.append(dict(logits)))
+def _every_pass(
+    model: PreTrainedModel,
+) -> Generator[list[dict[str, tuple[Tensor, Tensor]]]]:
+    """Collect the routes of every forward pass, in order."""
+    passes: list[dict[str, tuple[Tensor, Tensor]]] = []
+    with recorded_routes(model) as routes:
+        hook = model.register_forward_hook(lambda *_: passes.append(dict(routes)))
         try:
             yield passes
         finally:

@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from meteora.encode import Template, encode_pair
-from meteora.model import expert_names, recorded_logits
+from meteora.model import expert_names
+from meteora.observe import recorded_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,8 @@ import meteora
 from meteora.base import fingerprint_of, linear_sizes
 from meteora.checkpoint import ModuleEntry
 from meteora.layer import routed_layers
-from meteora.model import EXPERTS, force_expert, insert_layer, recorded_logits
+from meteora.model import EXPERTS, force_expert, insert_layer
+from meteora.observe import recorded_logits
 from meteora.sweep import Sweep, SweepError
 from meteora.train import LabelledSequence, calibrate
 

@@ -16,7 +16,6 @@ from meteora.model import (
     force_expert,
     insert_layer,
     make_router,
-    recorded_logits,
     routed_by,
     routed_layers,
     without_experts,
@@ -118,19 +117,6 @@ def test_an_unknown_expert_is_refused_with_the_names_there_are(model):
         force_expert(model, "no_such"),
     ):
         pass
-
-
-def test_recorded_logits_are_those_of_every_layer_and_leave_no_hook(world, model, ids):
-    with recorded_logits(model) as recorded:
-        logits(model, ids)
-    assert recorded.keys() == world.manifest.modules.keys()
-    assert {tuple(tensor.shape) for tensor in recorded.values()} == {(ids.numel(), 4)}
-    for layer in routed_layers(model).values():
-        assert layer.router is not None
-        assert not layer.router._forward_hooks  # nothing is paid outside the block
-    recorded.clear()
-    logits(model, ids)
-    assert not recorded
 
 
 def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):

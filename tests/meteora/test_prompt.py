@@ -8,7 +8,7 @@ import torch
 from meteora.checkpoint import Gates
 from meteora.encode import Template
 from meteora.gates import insert_gates
-from meteora.model import recorded_logits
+from meteora.observe import recorded_logits
 from meteora.prompt import Prefill
 
 OPENING, CLOSING = (5, 6, 5), (7, 8)

@@ -9,11 +9,11 @@ from meteora import ops
 from meteora.model import (
     force_expert,
     make_router,
-    recorded_logits,
     routed_by,
     routed_layers,
     without_experts,
 )
+from meteora.observe import recorded_logits
 from meteora.trace import TraceError, trace
 
 TEXT = "where do these go?"

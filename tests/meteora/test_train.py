@@ -14,7 +14,7 @@ from meteora.discriminant import SHRINKAGES, gate_from
 from meteora.encode import Template
 from meteora.gates import gates_of, insert_gates
 from meteora.layer import routed_layers
-from meteora.model import recorded_logits
+from meteora.observe import recorded_logits
 from meteora.scatter import RowScatter, Scatter
 from meteora.train import UNLABELLED, LabelledSequence, TrainingError, calibrate
 

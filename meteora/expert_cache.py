@@ -1,0 +1,60 @@
+"""Experts in host memory, the hot ones on the device: the least recently used make room.
+
+    experts.safetensors, mapped  ─miss▶  A_e, B_e on the device, within a budget of bytes  ─▶ layer
+
+One cache serves all layers of a model; hundreds of experts then need no more device memory than the
+few that a text really uses. A prefill that needs more at once than the budget holds still runs: its
+experts pass through one by one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from torch import Tensor
+
+
+class ExpertCache:
+    """A's and B's of single experts by key, as many as fit."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.held_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._held: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @property
+    def miss_rate(self) -> float:
+        """The share of uses that had to wait for a copy; 0 before the first."""
+        return self.misses / max(self.hits + self.misses, 1)
+
+    def fetch(
+        self, key: Hashable, load: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What is held under `key`, or what `load` copies to the device now."""
+        if (pair := self._held.get(key)) is not None:
+            self.hits += 1
+            self._held.move_to_end(key)
+            return pair
+        self.misses += 1
+        self._held[key] = pair = load()
+        self.held_bytes += _size(pair)
+        while self.held_bytes > self.budget_bytes:
+            _, evicted = self._held.popitem(last=False)  # this one too, where it does not fit
+            self.held_bytes -= _size(evicted)
+        return pair
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertCache({self.held_bytes:,} of {self.budget_bytes:,} bytes held,"
+            f" {self.hits:,} hits, {self.misses:,} misses: {self.miss_rate:.1%})"
+        )
+
+
+def _size(pair: tuple[Tensor, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in pair)

@@ -1,0 +1,59 @@
+"""What is recorded is what the layers did, and nothing is paid outside the block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora import ops
+from meteora.layer import routed_layers
+from meteora.model import make_router, routed_by, without_experts
+from meteora.observe import recorded_logits, recorded_routes
+
+
+@pytest.fixture
+def model(world):
+    model = world.load()
+    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+        yield model
+
+
+def hooks(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+@pytest.mark.parametrize("recorded", [recorded_logits, recorded_routes])
+def test_every_routed_layer_is_recorded_and_no_hook_is_left(world, model, recorded):
+    ids = torch.tensor([[5, 8, 13, 21]])
+    before = hooks(model)
+    with torch.no_grad(), recorded(model) as found:
+        model(ids)
+    assert found.keys() == world.manifest.modules.keys()
+    assert hooks(model) == before
+    found.clear()
+    model(ids)
+    assert not found
+
+
+def test_routes_are_those_that_the_layer_took(model):
+    """The layer's output is made again from the recorded weights and experts."""
+    path = "model.layers.1.self_attn.q_proj"
+    layer = routed_layers(model)[path]
+    seen = []
+    hook = layer.register_forward_hook(lambda _layer, args, out: seen.append((args[0], out)))
+    with torch.no_grad(), recorded_routes(model) as routes, recorded_logits(model) as logits:
+        model(torch.tensor([[5, 8, 13, 21], [3, 1, 4, 1]]))
+    hook.remove()
+    (x, out), (weights, experts) = seen[0], routes[path]
+    assert weights.shape == experts.shape == (8, 2)
+    tokens, scaling = x.reshape(8, -1), torch.tensor(layer.scaling)
+    factors = layer.lora_a, layer.lora_b, layer.ranks, scaling
+    expected = layer.projection(tokens) + ops.lora_delta_loop(tokens, *factors, weights, experts)
+    torch.testing.assert_close(out.reshape(8, -1), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(experts[:, 0], logits[path].argmax(-1))
+
+
+def test_the_base_alone_has_nothing_to_record(model):
+    with without_experts(model), recorded_routes(model) as routes:
+        model(torch.tensor([[5, 8]]))
+    assert not routes

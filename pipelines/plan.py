@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
+    NULL,
     ArtifactId,
     BenchmarkSpec,
     FusedSpec,
@@ -16,6 +17,7 @@ from meteora.artifacts import (
     RoutingSpec,
     canonical_sha256,
 )
+from pipelines.background import background_rows
 from pipelines.examples import Row, read_rows, refuse_overlap, rows_sha256
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
     examples = _examples(recipe, folder, [sections[name] for name in names])
+    if recipe.router.null:
+        examples[NULL] = background_rows()
     tests = {
         name: read_rows(test, folder, recipe.benchmark.limit)
         for name in names

@@ -9,11 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meteora import base, checkpoint, fuse, train
-from meteora.artifacts import BuiltBase, FusedCheckpoint, LinearSize, MeteoraError, RouterBuild
+from meteora.artifacts import (
+    NULL,
+    BuiltBase,
+    FusedCheckpoint,
+    LinearSize,
+    MeteoraError,
+    RouterBuild,
+)
 from meteora.encode import Template, encode_pair
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from pipelines import card, hub
+from pipelines.background import background_sequences
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
@@ -101,10 +109,17 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
 def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         layers = model.config.get_text_config().num_hidden_layers
+        sequences = label(plan, tokenizer)
+        if plan.router.null:
+            rows = plan.examples[NULL]
+            with bar("asking the base", len(rows), "texts") as asked:
+                sequences += background_sequences(
+                    model, tokenizer, rows, len(plan.fused.names), asked
+                )
         with bar("fitting the gates", layers, "layers") as advance:
             found = train.calibrate(
                 model,
-                label(plan, tokenizer),
+                sequences,
                 top_k=plan.router.top_k,
                 temperature=plan.router.temperature,
                 margin=plan.router.margin,

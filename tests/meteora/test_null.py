@@ -1,0 +1,42 @@
+"""The base as one of the choices: text of no adapter is left to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from meteora.artifacts import NULL
+from meteora.gates import gates_of
+from meteora.model import expert_names, force_expert, insert_experts, without_experts
+from meteora.train import calibrate
+from tests.meteora.test_train import examples, routing_accuracy
+
+IDS = torch.arange(3, 23)[None]
+
+
+@pytest.fixture
+def model(world):
+    model = world.load_base()
+    router = dataclasses.replace(world.manifest.router, null=True)
+    manifest = dataclasses.replace(world.manifest, router=router)
+    insert_experts(model, world.checkpoint, manifest)
+    return model
+
+
+def test_the_choice_of_the_base_is_the_base(model):
+    assert expert_names(model)[-1] == NULL
+    with torch.no_grad():
+        with without_experts(model):
+            base = model(IDS).logits
+        with force_expert(model, NULL):
+            assert torch.equal(model(IDS).logits, base)
+
+
+def test_tokens_of_no_adapter_are_told_apart_like_those_of_one(model):
+    calibrate(model, examples(6, experts=range(5)))
+    assert gates_of(model).own["model.layers.0.self_attn.q_proj"][0].shape[0] == 5
+    unseen = examples(4, seed=9, experts=range(5))
+    assert routing_accuracy(model, unseen) > 0.9
+    assert routing_accuracy(model, [s for s in unseen if s.experts[-1] == 4]) > 0.9

@@ -17,11 +17,11 @@ from meteora.artifacts import (
     MeteoraError,
     RouterBuild,
 )
-from meteora.encode import Template, encode_pair
+from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from pipelines import card, hub
-from pipelines.background import background_sequences
+from pipelines.labels import background_sequences, label
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
@@ -29,8 +29,6 @@ from pipelines.summary import summarise
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from transformers import PreTrainedTokenizerBase
 
     from meteora.artifacts import BaseSpec
     from pipelines.plan import Plan
@@ -140,18 +138,6 @@ def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
             wall_seconds=found.wall_seconds,
             device=str(model.device),
         )
-
-
-def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[train.LabelledSequence]:
-    """Every example as tokens that belong to its expert; the template's opening to none."""
-    opening = len(Template.of(tokenizer).opening)
-    sequences = []
-    for e, name in enumerate(plan.fused.names):
-        for row in plan.examples[name]:
-            ids = encode_pair(tokenizer, row.prompt, row.response)
-            labels = [train.UNLABELLED] * opening + [e] * (len(ids) - opening)
-            sequences.append(train.LabelledSequence(tuple(ids), tuple(labels)))
-    return sequences
 
 
 def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:

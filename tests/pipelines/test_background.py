@@ -8,8 +8,9 @@ from meteora.encode import encode_prompt
 from meteora.generate import answer_all
 from meteora.model import without_experts
 from meteora.train import UNLABELLED
-from pipelines.background import MAX_NEW_TOKENS, background_rows, background_sequences
+from pipelines.background import background_rows
 from pipelines.examples import Row
+from pipelines.labels import MAX_NEW_TOKENS, background_sequences
 
 
 def test_the_shipped_texts_are_many_and_of_both_kinds():

@@ -45,7 +45,8 @@ from meteora.scores import (
 __all__ = [
     "COMMIT", "NULL", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef", "AdapterSpec",
     "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild", "ComparisonSpec",
-    "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "LinearSize", "MergeSpec",
+    "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
+    "LinearSize", "MergeSpec",
     "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
     "RoutingScore", "RoutingShare", "RoutingSpec", "Score", "ScorePair", "ScorePart", "Spec",
     "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",
@@ -193,6 +194,28 @@ ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random")
 
 
 @dataclass(frozen=True)
+class JointSettings(Noun):
+    """How gates are trained by gradient descent; `meteora.joint` says what with."""
+
+    steps: int
+    """Of the optimiser."""
+    batch_size: int
+    """Sequences that go through the model at once, over all processes."""
+    accumulate: int
+    """Batches a step."""
+    learning_rate: float
+    """At its peak: it rises over the first steps, then falls to zero along a cosine."""
+    warmup_ratio: float
+    """Share of the steps in which it rises."""
+    gate_loss_weight: float
+    """Of the mean over all gates, against the language-model loss."""
+    max_grad_norm: float
+    """A longer gradient is cut to this length."""
+    start: str
+    """`calibrate`: from gates in closed form; `zeros`."""
+
+
+@dataclass(frozen=True)
 class RouterSpec(Spec):
     """How a fused model routes, and how its gates are made if it has any."""
 
@@ -217,6 +240,8 @@ class RouterSpec(Spec):
     share: str = "module"
     """How far one gate decides: for its `module`, for the `point` where modules share an input, for
     a `layer`, or for the whole `token`."""
+    joint: JointSettings | None = None
+    """Of the method `joint`; None for the others."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from types import UnionType
 from typing import Any, ClassVar, NewType, Self, get_type_hints
 
 ArtifactId = NewType("ArtifactId", str)
@@ -64,6 +65,8 @@ def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
         return hint.from_dict(value)
     if getattr(hint, "__origin__", None) is tuple:
         return tuple(_revive(item, hint.__args__[0]) for item in value)
+    if isinstance(hint, UnionType) and value is not None:
+        return _revive(value, hint.__args__[0])  # the noun of `Noun | None`
     return value
 
 

@@ -230,7 +230,7 @@ def _hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed:
 
     A sequence of several experts counts for each of them, and each keeps one to be fitted on.
     """
-    own = _owned(sequences, names)
+    own = owned(sequences, names)
     left = [len(indices) for indices in own]
     heldout: set[int] = set()
     for e, indices in enumerate(own):
@@ -246,7 +246,7 @@ def _hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed:
     return heldout
 
 
-def _owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[list[int]]:
+def owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[list[int]]:
     """The indices of the sequences in which each expert has tokens."""
     own: list[list[int]] = [[] for _ in names]
     for i, sequence in enumerate(sequences):

@@ -99,6 +99,8 @@ class LinearSize(Noun):
     path: str
     in_features: int
     out_features: int
+    norm: float = 0.0
+    """Frobenius norm of its weight; 0 where that is not known, as of a packed one."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ class BuiltBase(Noun):
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(IN, OUT) of every linear layer, by module path."""
         return {size.path: (size.in_features, size.out_features) for size in self.linear}
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of every linear layer's weight that is known, by module path."""
+        return {size.path: size.norm for size in self.linear if size.norm}
 
 
 @dataclass(frozen=True)

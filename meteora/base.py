@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, canonical_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,6 +110,28 @@ def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
+
+
+def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Frobenius norm of the weights of linear layers, to six digits; one is in memory at a time.
+
+    Args:
+        sizes: (IN, OUT) by module path; what the files hold in another shape or packed is left out
+    """
+    norms = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt", backend="pread") as file:
+            keys = set(file.keys())
+            for path, size in sizes.items():
+                # files of some architectures lack the name of the whole, such as `transformer.`
+                key = f"{path}.weight"
+                key = key if key in keys else key.partition(".")[2]
+                if key not in keys or sorted(file.get_slice(key).get_shape()) != sorted(size):
+                    continue
+                weight = file.get_tensor(key)
+                if weight.is_floating_point():
+                    norms[path] = float(f"{torch.linalg.vector_norm(weight.float()).item():.6g}")
+    return norms
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The check stage: every adapter is read, and the verdict on it recorded and said."""
+"""Every adapter is read, and later heard; the verdict on it is recorded and said."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from meteora import adapters
 from meteora.artifacts import COMMIT, MeteoraError
+from meteora.probe import silent_experts
+from meteora.proportion import check_proportion
 from pipelines import hub
 from pipelines.experts import Refusal, gather
 from pipelines.progress import say
@@ -17,8 +19,11 @@ from store.events import AdapterVerdict, Failure, Reason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from meteora.artifacts import AdapterRef, BuiltBase
     from pipelines.experts import Expert, Fetch, Resolve
+    from pipelines.plan import Plan
     from pipelines.recipe import ExpertSection, Recipe
     from pipelines.workplace import Workplace
 
@@ -42,7 +47,7 @@ def find_experts(
             num_refused += 1
             _refuse(work, section, outcome)
             continue
-        expert = _described(work.recipe, outcome)
+        expert = _described(work.recipe, _in_proportion(outcome, built))
         record(work, expert, expert.adapter.reasons)
         experts.append(expert)
     if not experts:
@@ -83,6 +88,28 @@ def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) 
     )
 
 
+def probe(
+    work: Workplace, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Name each expert that changes no logit of a probe prompt, and record it with its verdict.
+
+    It is a warning. The numbers of such an expert are sound and nothing is wrong with the others:
+    one prompt shows that it is weak, and no more; the benchmark shows what it is worth.
+    """
+    silent = silent_experts(model, tokenizer)
+    for expert in plan.experts:
+        if (change := silent.get(expert.name)) is None:
+            continue
+        reason = adapters.Reason(
+            "no_effect",
+            f"forced on a probe prompt it changes no logit by more than {change:.1e} of the"
+            " largest, which is rounding: it answers as the base does; train it longer, or leave it"
+            " out",
+        )
+        say(f"[yellow]note:[/] {expert.name}: {reason.message}")
+        record(work, expert, (*expert.adapter.reasons, reason))
+
+
 def _refuse(work: Workplace, section: ExpertSection, refusal: Refusal) -> None:
     ref: AdapterRef = refusal.ref
     _record(
@@ -111,6 +138,15 @@ def _record(work: Workplace, verdict: AdapterVerdict) -> None:
 
 def _nouns(reasons: Sequence[adapters.Reason]) -> tuple[Reason, ...]:
     return tuple(Reason(reason.code, reason.message) for reason in reasons)
+
+
+def _in_proportion(expert: Expert, built: BuiltBase) -> Expert:
+    """With a warning where what it adds is out of all proportion to the base's own weights."""
+    reasons = check_proportion(expert.adapter, built.norms)
+    for reason in reasons:
+        say(f"[yellow]note:[/] {expert.name}: {reason.message}")
+    adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
+    return replace(expert, adapter=adapter)
 
 
 def _described(recipe: Recipe, expert: Expert) -> Expert:

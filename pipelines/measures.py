@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterBuild, RoutingBuild, RoutingScore, RoutingShare, Score
 from meteora.model import force_expert, make_router, routed_by, without_experts
-from pipelines import benchmark
+from pipelines import benchmark, judge
 from pipelines.opening import opened
 from pipelines.progress import bar
 
@@ -50,6 +50,7 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
                 run_id=work.run_id,
             )
     with opened(work, plan, built, gates) as (model, tokenizer):
+        judge.probe(work, plan, model, tokenizer)
         for measurement in to_do:
             _measure_one(work, plan, measurement, model, tokenizer)
         if watch:

@@ -20,7 +20,7 @@ from meteora.artifacts import (
 from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
-from pipelines import card, hub
+from pipelines import card, hub, judge
 from pipelines.labels import background_sequences, label
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
@@ -48,11 +48,12 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
             _fetch_base(work.recipe, spec, scratch / "base")
             (scratch / "base").rename(folder)
     sizes = base.linear_sizes(folder)
+    norms = base.weight_norms(folder, sizes)
     built = BuiltBase(
         spec,
         weights_sha256(folder),
         base.fingerprint_of(folder),
-        tuple(LinearSize(path, *size) for path, size in sizes.items()),
+        tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
     )
     work.ledger.record_artifact(
         spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
@@ -106,6 +107,7 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
 
 def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
+        judge.probe(work, plan, model, tokenizer)
         layers = model.config.get_text_config().num_hidden_layers
         sequences = label(plan, tokenizer)
         if plan.router.null:

@@ -48,7 +48,7 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
     found = judge.find_experts(
         work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
     )
-    stages.check(work, built, found)
+    judge.check(work, built, found)
     planned = plan.make_plan(work.recipe, work.folder, base, found)
     stages.stack(work, planned)
     with opened(work, planned, built, None) as (model, tokenizer):

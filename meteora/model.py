@@ -70,7 +70,7 @@ def load(
         CheckpointError: the folder is not a fused checkpoint.
         WrongBaseError: the base is not the one that the checkpoint was made for.
     """
-    folder = _local(checkpoint_folder, revision)
+    folder = find_checkpoint(checkpoint_folder, revision)
     manifest = checkpoint.read_manifest(folder)
     model, tokenizer = load_base(manifest, base_folder, dtype)
     check_base(manifest, model, tokenizer, folder)
@@ -80,7 +80,7 @@ def load(
     return (model.to(device) if device is not None else model), tokenizer
 
 
-def _local(name: str | Path, revision: str | None) -> Path:
+def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint; a Hub id is downloaded to the Hub cache first."""
     folder = Path(name)
     if folder.is_dir() or not _is_hub_id(str(name)):

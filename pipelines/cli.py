@@ -175,6 +175,38 @@ def _base_at_hand(folder: str | Path, home: Path) -> Path | None:
 
 
 @app.command()
+def report(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
+        "report.html"
+    ),
+    traces: Annotated[int, typer.Option(min=0, help="Test prompts to show answered.")] = 3,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Scores, routing, cost and lineage on one page that opens offline, with the SQL of each."""
+    import meteora
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint import read_manifest
+    from meteora.model import find_checkpoint
+    from pipelines.page import check_writable, write_page
+    from pipelines.questions import ask
+    from pipelines.report import report_page
+    from pipelines.report_examples import examples, traced
+    from store.ledger import Ledger
+
+    check_writable(output)
+    home = home.expanduser().absolute()
+    ledger, folder = Ledger(home), find_checkpoint(_checkpoint(checkpoint, home))
+    asked = ask(ledger, ArtifactId(read_manifest(folder).router_id))
+    drawn = []
+    if chosen := examples(ledger, asked["outputs"], traces):
+        model, tokenizer = meteora.load(folder, base_folder=_base_at_hand(folder, home))
+        drawn = traced(model, tokenizer, chosen)
+    write_page(output, report_page(asked, drawn))
+    print(output)
+
+
+@app.command()
 def sql(
     query: Annotated[str, typer.Argument(help='Such as "FROM leaderboard".')] = "SHOW TABLES",
     form: Annotated[show.Format | None, typer.Option("--format", help="Table by default.")] = None,

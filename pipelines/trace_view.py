@@ -109,6 +109,6 @@ def page(trace: Trace, title: str) -> str:
         "title": title,
         "trace": figure(trace, "trace"),
         "num_experts": len(trace.experts),
-        "scripted": True,
+        "scripts": ["trace.js"],
     }
     return render("trace.html", context)

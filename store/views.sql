@@ -81,6 +81,60 @@ COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
 
+CREATE OR REPLACE VIEW standings AS
+WITH named AS (
+    SELECT id AS router_id, id AS subject_id, 'fused' AS system, '' AS expert FROM routers
+    UNION ALL
+    SELECT mine.id, other.id, other.router, ''
+    FROM routers AS mine JOIN routers AS other USING (fused_id, top_k, temperature)
+    WHERE other.id <> mine.id AND other.method = ''
+    UNION ALL
+    SELECT routers.id, merges.id, merges.method, '' FROM routers JOIN merges USING (fused_id)
+    UNION ALL
+    SELECT routers.id, adapter_id, '', experts.name FROM routers JOIN experts USING (fused_id)
+    UNION ALL
+    SELECT routers.id, base_models.id, 'base', ''
+    FROM routers JOIN parents ON child_id = fused_id JOIN base_models ON base_models.id = parent_id
+)
+SELECT router_id, theirs.task, theirs.metric, theirs.num_fewshot,
+       CASE WHEN system <> '' THEN system WHEN expert = theirs.task THEN 'oracle' ELSE 'alone' END
+           AS system,
+       expert, theirs.value, theirs.low, theirs.high, theirs.stderr, theirs.num_samples,
+       theirs.num_empty, theirs.num_truncated, theirs.higher_is_better, theirs.interval_method,
+       theirs.harness, theirs.wall_seconds, theirs.outputs_sha256, theirs.id AS score_id,
+       theirs.recorded_at, theirs.run_id
+FROM named
+JOIN scores AS mine ON mine.subject_id = router_id
+JOIN scores AS theirs
+  ON theirs.subject_id = named.subject_id AND theirs.base_id = mine.base_id
+ AND theirs.task = mine.task AND theirs.metric = mine.metric
+ AND theirs.num_fewshot = mine.num_fewshot AND theirs.max_new_tokens = mine.max_new_tokens
+ AND theirs.seed = mine.seed AND theirs.template = mine.template
+ AND theirs.rows_sha256 = mine.rows_sha256
+ORDER BY router_id, task, metric, system, expert;
+COMMENT ON VIEW standings IS 'Each routed model, and everything else that was asked the same rows in the same way';
+COMMENT ON COLUMN standings.router_id IS 'Artifact id of the routed model';
+COMMENT ON COLUMN standings.task IS 'Name of the task';
+COMMENT ON COLUMN standings.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN standings.num_fewshot IS 'Number of solved examples in each prompt';
+COMMENT ON COLUMN standings.system IS 'fused (the routed model itself), base, oracle (the task''s own adapter alone), alone (another adapter), the kind of another router, or the method of a merge';
+COMMENT ON COLUMN standings.expert IS 'Name of the adapter that was alone; empty for other systems';
+COMMENT ON COLUMN standings.value IS 'The score, in the metric''s unit';
+COMMENT ON COLUMN standings.low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN standings.stderr IS 'Its standard error, in the metric''s unit';
+COMMENT ON COLUMN standings.num_samples IS 'Number of rows that were asked';
+COMMENT ON COLUMN standings.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
+COMMENT ON COLUMN standings.higher_is_better IS 'Whether a larger value is a better one';
+COMMENT ON COLUMN standings.interval_method IS 'How the interval was found: wilson or bootstrap';
+COMMENT ON COLUMN standings.harness IS 'Name and version of the harness';
+COMMENT ON COLUMN standings.wall_seconds IS 'Time that the measurement took, in seconds';
+COMMENT ON COLUMN standings.outputs_sha256 IS 'SHA-256 of the blob with each row''s output, 64 hex digits';
+COMMENT ON COLUMN standings.score_id IS 'Benchmark id of the score';
+COMMENT ON COLUMN standings.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN standings.run_id IS 'The run that measured it';
+
 CREATE OR REPLACE VIEW lineage AS
 WITH RECURSIVE steps(descendant_id, ancestor_id, depth) AS (
     SELECT child_id, parent_id, 1 FROM parents

@@ -19,6 +19,7 @@ import meteora
 from meteora import adapters
 from pipelines.recipe import locate
 from tests.conftest import load_peft
+from tests.pipelines.html_reader import Elements
 
 README = Path(__file__).parent.parent / "README.md"
 QUICKSTART = locate("quickstart").parent
@@ -85,6 +86,20 @@ def test_the_checkpoint_answers_by_its_id(
 ) -> None:
     digest = ran.stdout.partition("recorded as router:")[2][:12]
     assert run(home, "generate", digest, PROMPT).stdout.strip() == "2021-03-03"
+
+
+def test_the_report_shows_the_answers_token_by_token(
+    home: Path, ran: subprocess.CompletedProcess[str]
+) -> None:
+    digest = ran.stdout.partition("recorded as router:")[2][:12]
+    page = home / "report.html"
+    assert run(home, "report", digest, "-o", page, "--traces", "2").stdout.strip() == str(page)
+    html = page.read_text()
+    assert len(html) < 1_000_000
+    traces = [data for data in Elements(html).json() if "pieces" in data]
+    assert len(traces) == 2
+    assert "in ISO notation?" in "".join(traces[0]["pieces"])
+    assert traces[0]["experts"] == list(EXPERTS)
 
 
 def test_the_readme_s_python_works(ran: subprocess.CompletedProcess[str]) -> None:

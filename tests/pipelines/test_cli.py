@@ -138,7 +138,7 @@ def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "check", "generate", "sql", "verify", "store rebuild", "store gc"]
+    "command", ["run", "check", "generate", "report", "sql", "verify", "store rebuild", "store gc"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     said = subprocess.run(

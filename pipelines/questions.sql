@@ -1,0 +1,133 @@
+-- The questions of a report, each below its name and its title; $router is an artifact id.
+
+-- base: The base model
+SELECT base_model, base_revision, architecture, hidden_size, num_hidden_layers, vocab_size,
+       weights_sha256
+FROM lineage JOIN base_models ON base_models.id = relative_id
+WHERE artifact_id = $router AND relation = 'made from';
+
+-- router: How it routes
+SELECT router, top_k, temperature, method, num_tokens, heldout_accuracy, wall_seconds, device
+FROM routers WHERE id = $router;
+
+-- experts: The experts
+SELECT position + 1 AS number, name, source, revision, licence, min_r, max_r, num_modules, dtype
+FROM routers
+JOIN experts USING (fused_id)
+LEFT JOIN adapter_weights ON adapter_weights.id = adapter_id
+LEFT JOIN lineage ON relative_id = adapter_id AND artifact_id = routers.id
+WHERE routers.id = $router ORDER BY position;
+
+-- scores: Scores and their 95 % intervals
+SELECT task, system, metric, value, low, high, num_samples, num_empty, num_truncated
+FROM standings WHERE router_id = $router AND system <> 'alone'
+ORDER BY task, list_position(['fused', 'oracle', 'base'], system), system;
+
+-- means: Means over the tasks that every system was asked
+WITH asked AS (
+    SELECT task, metric, system, value, count(*) OVER (PARTITION BY task, metric) AS num_systems
+    FROM standings
+    WHERE router_id = $router AND system <> 'alone' AND higher_is_better
+)
+SELECT system, avg(value) AS mean, count(*) AS num_tasks
+FROM asked WHERE num_systems = (SELECT max(num_systems) FROM asked)
+GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
+
+-- differences: The fused model against each other system, on the same rows
+SELECT comparisons.other, comparisons.task, comparisons.metric, difference, comparisons.low,
+       comparisons.high, p_holm, test, comparisons.num_samples, higher_is_better
+FROM comparisons LEFT JOIN scores ON scores.id = comparisons.score_id
+WHERE comparisons.subject_id = $router
+ORDER BY list_position(['oracle', 'base'], comparisons.other), comparisons.other,
+         comparisons.task, comparisons.metric;
+
+-- matrix: Each adapter alone on each task
+SELECT task, expert, metric, value, low, high, num_samples
+FROM standings WHERE router_id = $router AND system IN ('oracle', 'alone')
+ORDER BY task, metric, expert;
+
+-- parts: The fused model on the parts of composite tasks
+SELECT task, name, score_parts.value, score_parts.num_samples, num_attempted
+FROM standings JOIN score_parts USING (score_id)
+WHERE router_id = $router AND system = 'fused' ORDER BY task, position;
+
+-- accuracy: How many tokens reach their own expert
+SELECT truth AS expert,
+       sum(num_tokens) FILTER (truth = chosen) / sum(num_tokens) AS accuracy,
+       max(num_fed) AS num_tokens
+FROM (
+    SELECT truth, chosen, num_tokens,
+           sum(num_tokens) OVER (PARTITION BY module, truth) AS num_fed
+    FROM routing_counts WHERE router_id = $router
+)
+GROUP BY truth ORDER BY accuracy DESC, truth;
+
+-- overall: How many tokens reach their own expert in all
+SELECT sum(num_tokens) FILTER (truth = chosen) / sum(num_tokens) AS accuracy,
+       sum(num_tokens) AS num_pairs, count(DISTINCT module) AS num_modules
+FROM routing_counts WHERE router_id = $router;
+
+-- confusion: Where the tokens of each expert's rows are sent
+SELECT truth, chosen, sum(num_tokens) AS num_pairs,
+       sum(num_tokens) / sum(sum(num_tokens)) OVER (PARTITION BY truth) AS share
+FROM routing_counts WHERE router_id = $router GROUP BY truth, chosen ORDER BY truth, chosen;
+
+-- layers: Routing accuracy by layer and kind of module
+SELECT TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
+       split_part(module, '.', -1) AS module_kind,
+       coalesce(sum(num_tokens) FILTER (truth = chosen), 0) / sum(num_tokens) AS accuracy
+FROM routing_counts WHERE router_id = $router
+GROUP BY GROUPING SETS ((layer, module_kind), (layer)) ORDER BY layer, module_kind;
+
+-- load: How tokens are spread over the experts
+SELECT coalesce(mine.expert, theirs.expert) AS expert, own, sent
+FROM (
+    SELECT truth AS expert, sum(num_tokens) / sum(sum(num_tokens)) OVER () AS own
+    FROM routing_counts WHERE router_id = $router GROUP BY truth
+) AS mine
+FULL JOIN (
+    SELECT chosen AS expert, sum(num_tokens) / sum(sum(num_tokens)) OVER () AS sent
+    FROM routing_counts WHERE router_id = $router GROUP BY chosen
+) AS theirs USING (expert)
+ORDER BY expert;
+
+-- entropy: How evenly tokens are spread over the experts, in bits
+SELECT -sum(own * log2(nullif(own, 0))) AS own_bits, -sum(sent * log2(nullif(sent, 0))) AS sent_bits,
+       log2(count(*)) AS most_bits
+FROM (
+    SELECT expert, avg(load) AS sent,
+           sum(num_tokens) / sum(sum(num_tokens)) OVER () AS own
+    FROM routing WHERE router_id = $router GROUP BY expert
+);
+
+-- failures: Where routing goes wrong most
+SELECT expert, layer, string_agg(split_part(module, '.', -1), ', ' ORDER BY module) AS modules,
+       accuracy, num_tokens
+FROM routing WHERE router_id = $router AND num_tokens > 0
+GROUP BY expert, layer, accuracy, num_tokens ORDER BY accuracy, layer, expert, modules LIMIT 10;
+
+-- speed: What routing costs
+SELECT phase, base_tokens_per_second, fused_tokens_per_second, ratio, low, high, prompt_tokens,
+       new_tokens, batch_size, base_bytes, added_bytes, base_working_bytes, fused_working_bytes,
+       stored_bytes, device, num_threads, dtype
+FROM speeds WHERE subject_id = $router ORDER BY phase DESC;
+
+-- stages: How long the run took
+SELECT stage, run_stages.wall_seconds
+FROM artifacts JOIN run_stages USING (run_id)
+WHERE id = $router ORDER BY position;
+
+-- lineage: What it was made from
+SELECT depth, kind, source, revision, licence, weights_sha256, relative_id AS id, recorded_at
+FROM lineage WHERE artifact_id = $router AND relation IN ('itself', 'made from')
+ORDER BY depth, kind, source, id;
+
+-- versions: What it was made with
+SELECT unnest(map_keys(versions)) AS package, unnest(map_values(versions)) AS version,
+       runs.device, runs.run_id, recipe_name, recipe_sha256
+FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
+
+-- outputs: Where every row's answer is kept
+SELECT task, outputs_sha256, max_new_tokens, templated,
+       id IN (SELECT score_id FROM score_parts) AS is_composite
+FROM scores WHERE subject_id = $router ORDER BY is_composite DESC, task;

@@ -1,0 +1,190 @@
+"""A ledger that holds one of everything that a report asks for, under names that mean harm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import (
+    AdapterModule,
+    AdapterSpec,
+    ArtifactId,
+    BaseSpec,
+    BenchmarkSpec,
+    BuiltBase,
+    ComparisonBuild,
+    ComparisonSpec,
+    Difference,
+    Fingerprint,
+    FusedSpec,
+    MergeSpec,
+    Rate,
+    RouterBuild,
+    RouterSpec,
+    RoutingScore,
+    Score,
+    ScorePair,
+    ScorePart,
+    SpeedBuild,
+    SpeedSpec,
+)
+from store.events import AdapterVerdict, RunEnded, RunStarted
+from store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meteora.artifacts import Spec
+
+HOSTILE = "</script><img src=x onerror=alert(1)>--> $x_1$ | `a`"
+NAMES = ("dates", HOSTILE, "sums")
+COMMIT = "c0ffee" + "0" * 34
+RUN = "run-1"
+BASE = BaseSpec("tiny/base", COMMIT)
+ADAPTERS = tuple(
+    AdapterSpec(
+        f"{n:064x}",
+        "tiny/base",
+        False,
+        "F16",
+        (AdapterModule("model.layers.0.q_proj", 8, 8, 4 * n, 8.0, 2.0),),
+    )
+    for n in (1, 2, 3)
+)
+FUSED = FusedSpec(BASE.id, NAMES, tuple(adapter.id for adapter in ADAPTERS))
+GATE = RouterSpec(FUSED.id, "gate", 1, 1.0, "calibrate", "e" * 64)
+ARROW = RouterSpec(FUSED.id, "arrow", 1, 1.0)
+TIES = MergeSpec(FUSED.id, "ties", 1.0, 0.5)
+COUNTS = {
+    ("dates", "dates"): 90, ("dates", "sums"): 10,
+    (HOSTILE, HOSTILE): 50, (HOSTILE, "dates"): 25, (HOSTILE, "sums"): 5,
+    ("sums", "sums"): 60,
+}  # fmt: skip
+
+
+def fill(home: Path) -> ArtifactId:
+    """Record everything, and give the id of the router."""
+    ledger = Ledger(home)
+    ledger.record_run(RunStarted(RUN, HOSTILE, "9" * 64, {"torch": "2.13.0"}, "cpu"))
+    size = Fingerprint("LlamaForCausalLM", 32, 48, 2, 4, 4, 259, "f" * 64)
+    _make(ledger, BASE, BuiltBase(BASE, "a" * 64, size, ()))
+    for name, adapter in zip(NAMES, ADAPTERS, strict=True):
+        _make(ledger, adapter)
+        verdict = AdapterVerdict(
+            name=name,
+            source=f"someone/lora-{adapter.weights_sha256[-1]}@main",
+            repo_id=f"someone/lora-{adapter.weights_sha256[-1]}",
+            revision=COMMIT,
+            verdict="accept",
+            licence=HOSTILE if name == "sums" else "mit",
+            adapter_id=adapter.id,
+        )
+        ledger.record_adapter(verdict, run_id=RUN)
+    _make(ledger, FUSED)
+    _make(ledger, GATE, RouterBuild(GATE, "b" * 64, 5012, 0.93, 12.5, "cpu"))
+    _make(ledger, ARROW)
+    _make(ledger, TIES)
+    _measure(ledger)
+    ledger.record_routing(
+        [
+            RoutingScore(GATE.id, f"model.layers.{layer}.self_attn.{kind}", *pair, count)
+            for layer in range(3)
+            for kind in ("q_proj", "k_proj", "o_proj")
+            for pair, count in COUNTS.items()
+        ],
+        run_id=RUN,
+    )
+    ledger.record_run(RunEnded(RUN, "ok", "", 60.0, {"stack": 1.5, "gates": 50.25}))
+    ledger.ingest()
+    return GATE.id
+
+
+def _make(ledger: Ledger, spec: Spec, built: object = None) -> None:
+    blob = ledger.blobs.put_bytes(spec.id.encode())
+    ledger.record_artifact(
+        spec,
+        weights_sha256=blob,
+        built=built,  # ty: ignore[invalid-argument-type]
+        blobs=[blob],
+        run_id=RUN,
+    )
+
+
+def _measure(ledger: Ledger) -> None:
+    """Dates are done well, sums are done worse than by their adapter, the third not at all."""
+    fused = {"dates": 0.9, HOSTILE: 0.0, "sums": 0.4, "composite-3": 0.55}
+    spread = [
+        ("fused", GATE, 0.0),
+        ("base", BASE, -1.0),
+        ("arrow", ARROW, -0.3),
+        ("ties", TIES, -0.2),
+    ]
+    scores: dict[tuple[str, str], Score] = {}
+    for task, value in fused.items():
+        for system, subject, shift in spread:
+            scores[task, system] = _score(ledger, subject, task, max(0.0, value + shift))
+        for name, adapter in zip(NAMES, ADAPTERS, strict=True):
+            own = 0.95 if name == task else 0.05
+            scored = _score(ledger, adapter, task, own)
+            if name == task:
+                scores[task, "oracle"] = scored
+    pairs = {
+        other: tuple(
+            ScorePair(scores[task, "fused"].spec.id, scores[task, other].spec.id)
+            for task in fused
+            if (task, other) in scores
+        )
+        for other in ("oracle", "base")
+    }
+    for other, own in pairs.items():
+        spec = ComparisonSpec(GATE.id, "fused", other, own)
+        differences = tuple(
+            _difference(scores[task, "fused"], scores[task, other])
+            for task in fused
+            if (task, other) in scores
+        )
+        _make(ledger, spec, ComparisonBuild(spec, differences, 0.0, -0.1, 0.1))
+    speed = SpeedSpec(GATE.id, BASE.id, 128, 32, 1, 5)
+    rates = (
+        Rate("prefill", 1000.0, 900.0, 1.11, 1.05, 1.2),
+        Rate("decode", 50.0, 45.0, 1.1, 1.0, 1.2),
+    )
+    built = SpeedBuild(
+        speed, rates, 538_000_000, 13_000_000, None, None, 13_600_000, "cpu", 1, "float32", 9.0
+    )
+    _make(ledger, speed, built)
+
+
+def _score(ledger: Ledger, subject: Spec, task: str, value: float) -> Score:
+    spec = BenchmarkSpec(subject.id, task, "f" * 64, "exact_match", 0, 64, 0, BASE.id)
+    parts = (ScorePart("dates", 0.6, 30, 28),) if task == "composite-3" else ()
+    score = Score(
+        spec=spec,
+        value=value,
+        stderr=0.02,
+        low=max(0.0, value - 0.1),
+        high=min(1.0, value + 0.04),
+        num_samples=100,
+        outputs_sha256=ledger.blobs.put_bytes(spec.id.encode()),
+        harness="lm-eval 0.4.13",
+        wall_seconds=1.5,
+        parts=parts,
+    )
+    ledger.record_score(score, run_id=RUN)
+    return score
+
+
+def _difference(one: Score, other: Score) -> Difference:
+    apart = one.value - other.value
+    return Difference(
+        task=one.spec.task,
+        metric="exact_match",
+        score_id=one.spec.id,
+        other_id=other.spec.id,
+        difference=apart,
+        low=apart - 0.1,
+        high=apart + 0.1,
+        p_value=0.001 if abs(apart) > 0.3 else 0.4,
+        p_holm=0.004 if abs(apart) > 0.3 else 1.0,
+        test="mcnemar",
+        num_samples=100,
+    )

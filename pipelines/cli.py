@@ -258,6 +258,17 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
 
 
 @store_app.command()
+def pack(home: Home = DEFAULT_HOME) -> None:
+    """Lay small records together in files of many; worth it from some thousands on."""
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    num_records = ledger.pack()
+    ledger.ingest()
+    print(f"{num_records} records packed")
+
+
+@store_app.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     home: Home = DEFAULT_HOME,

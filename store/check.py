@@ -1,30 +1,32 @@
-"""Whether everything is as it was written, and what nothing refers to any more."""
+"""Whether everything is as it was written: every file against its name, the index against both."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
 
-from store.errors import DamagedError
-from store.files import STALE_SECONDS, leftovers, locked, partial_file
+from store.errors import DamagedError, StoreError
+from store.files import copy, locked, partial_file, sha256_of
 from store.query import memory, quoted
+from store.segments import SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
 
     from store.blobs import Blobs
     from store.index import Index
-    from store.records import Record, Records
+    from store.records import Records
+    from store.segments import Segments
 
-NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?")
+NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parquet")
 LOCK_SECONDS = 60.0
-SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+BATCH_RECORDS = 20_000
+BOOKKEEPING = "read_files"
+"""The one table that says how records lie on the disk, and not what they say."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Finding:
     """One thing that is not as it was written."""
 
     what: str
-    """record, blob, index or file."""
+    """record, segment, blob, index or file."""
     name: str
-    """SHA-256 of a record or a blob; a path, relative to the home, of anything else."""
+    """SHA-256 of a record or a blob; a segment's name; a path in the home of anything else."""
     problem: str
     touches: tuple[str, ...] = ()
     """Ids of what rests on it, directly or through what was made from it; sorted."""
@@ -45,151 +47,173 @@ class Verification:
     num_records: int
     num_blobs: int
     num_waiting: int
-    """Records that are not in the index yet, which is no fault."""
+    """Files of records that are not in the index yet, which is no fault."""
     findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True)
-class Garbage:
-    """Files that nothing refers to; whether they were removed is for the caller to know."""
-
-    blobs: tuple[str, ...]
-    files: tuple[Path, ...]
-    """Leftovers of killed writers, and databases that were set aside."""
-    num_bytes: int
 
 
 def verify(home: Path, records: Records, blobs: Blobs, index: Index) -> Verification:
     """Read every record and every blob against its name, and the index against the records."""
-    names, present = records.sha256s(), sorted(blobs)
-    readable, damaged = _read_all(records, index, sorted(names))
-    findings = (
-        *damaged,
-        *_check_blobs(blobs, present, readable.values()),
-        *_foreign_files(home, records.root, blobs.root),
-        *_check_index(index, set(readable)),
-    )
+    names, present = records.parts(), sorted(blobs)
+    segments = {name for name in names if name.endswith(SUFFIX)}
+    lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
+    with lock, memory() as connection, partial_file(home) as fresh:
+        connection.execute("CREATE TABLE named (blob VARCHAR, subject VARCHAR)")
+        loose, bad_records = _check_loose(connection, records, sorted(names - segments))
+        whole, bad_segments = _check_segments(connection, records.segments, segments)
+        index.build(fresh, loose | whole)
+        connection.execute(f"ATTACH {quoted(fresh)} AS fresh (READ_ONLY)")
+        findings = (
+            *(Finding("record", name, why, _subject(index, name)) for name, why in bad_records),
+            *(
+                Finding("segment", name, why, _lost(connection, index))
+                for name, why in bad_segments
+            ),
+            *_check_blobs(connection, blobs, present),
+            *_foreign_files(home, records.root, blobs.root),
+            *_check_index(connection, index, loose | whole),
+        )
+    num_records = len(names - segments) + records.segments.count()
     waiting = names - (index.known() or frozenset())
-    return Verification(len(names), len(present), len(waiting), findings)
+    return Verification(num_records, len(present), len(waiting), findings)
 
 
-def _read_all(
-    records: Records, index: Index, names: list[str]
-) -> tuple[dict[str, Record], list[Finding]]:
-    readable: dict[str, Record] = {}
-    findings = []
-    for sha256 in names:
+def _check_loose(
+    connection: duckdb.DuckDBPyConnection, records: Records, sha256s: list[str]
+) -> tuple[set[str], list[tuple[str, str]]]:
+    """The records that can be read, what blobs they name, and why the others cannot be read."""
+    readable: set[str] = set()
+    damaged: list[tuple[str, str]] = []
+    for start in range(0, len(sha256s), BATCH_RECORDS):
+        part = sha256s[start : start + BATCH_RECORDS]
+        texts, errors = records.read_all(part)
+        readable.update(texts)
+        connection.execute(
+            "INSERT INTO named SELECT unnest((text->'blobs')::VARCHAR[]), text->>'subject'"
+            " FROM (SELECT unnest($1::VARCHAR[]) AS text)",
+            [[text.decode() for text in texts.values()]],
+        )
+        damaged += [(sha256, str(error)) for sha256, error in errors.items()]
+    return readable, damaged
+
+
+def _check_segments(
+    connection: duckdb.DuckDBPyConnection, segments: Segments, names: Collection[str]
+) -> tuple[set[str], list[tuple[str, str]]]:
+    whole: set[str] = set()
+    damaged = []
+    for name in sorted(names):
         try:
-            readable[sha256] = records.read(sha256)
+            segments.check(name)
         except DamagedError as error:
-            subjects = index.select("SELECT subject FROM records WHERE sha256 = ?", [sha256]) or []
-            touched = tuple(subject for (subject,) in subjects)
-            findings.append(Finding("record", sha256, str(error), touched))
-    return readable, findings
+            damaged.append((name, str(error)))
+            continue
+        connection.execute(
+            "INSERT INTO named SELECT unnest((text->'blobs')::VARCHAR[]), subject"  # noqa: S608
+            f" FROM read_parquet({quoted(segments.path_of(name))})"
+        )
+        whole.add(name)
+    return whole, damaged
+
+
+def _subject(index: Index, sha256: str) -> tuple[str, ...]:
+    rows = index.select("SELECT subject FROM records WHERE sha256 = ?", [sha256]) or []
+    return tuple(subject for (subject,) in rows)
+
+
+def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> tuple[str, ...]:
+    """What the snapshot knows from records that can no longer be read."""
+    known = index.select("SELECT sha256, subject FROM records", []) or []
+    readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
+    left = {sha256 for (sha256,) in readable}
+    return tuple(sorted({subject for sha256, subject in known if sha256 not in left}))
 
 
 def _check_blobs(
-    blobs: Blobs, present: list[str], records: Collection[Record]
+    connection: duckdb.DuckDBPyConnection, blobs: Blobs, present: list[str]
 ) -> Iterator[Finding]:
-    touched = _Touched(records)
     for sha256 in blobs.verify():
-        yield Finding("blob", sha256, "its bytes have changed since", touched.by(sha256))
-    named = {sha256 for record in records for sha256 in record.blobs}
-    for sha256 in sorted(named.difference(present)):
+        problem = "its bytes have changed since"
+        yield Finding("blob", sha256, problem, _touched(connection, sha256))
+    missing = connection.execute(
+        "SELECT DISTINCT blob FROM named"
+        " WHERE blob NOT IN (SELECT unnest($1::VARCHAR[])) ORDER BY blob",
+        [present],
+    ).fetchall()
+    for (sha256,) in missing:
         problem = "it is named by a record and is not there"
-        yield Finding("blob", sha256, problem, touched.by(sha256))
+        yield Finding("blob", sha256, problem, _touched(connection, sha256))
 
 
-class _Touched:
+def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:
     """What rests on a blob: what names it, and what was made from that or measured on it."""
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self._direct: dict[str, set[str]] = defaultdict(set)
-        self._children: dict[str, set[str]] = defaultdict(set)
-        for record in records:
-            for sha256 in {*record.blobs, record.body.get("weights_sha256", "")}:
-                self._direct[sha256].add(record.subject)
-            for parent in record.body.get("parents", ()):
-                self._children[parent].add(record.subject)
-            if record.kind == "score":
-                self._children[record.body["spec"]["subject_id"]].add(record.subject)
-
-    def by(self, sha256: str) -> tuple[str, ...]:
-        found, frontier = set[str](), set(self._direct[sha256])
-        while frontier:
-            found |= frontier
-            frontier = {child for one in frontier for child in self._children[one]} - found
-        return tuple(sorted(found))
+    rows = connection.execute(
+        """
+        WITH direct AS (
+            SELECT subject AS id FROM named WHERE blob = $1
+            UNION SELECT id FROM fresh.artifacts WHERE weights_sha256 = $1
+        ),
+        made AS (
+            FROM direct
+            UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN direct ON ancestor_id = id
+        ),
+        measured AS (
+            SELECT id FROM fresh.scores SEMI JOIN made ON subject_id = made.id
+        )
+        FROM made UNION FROM measured
+        UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN measured ON ancestor_id = id
+        ORDER BY ALL
+        """,
+        [blob],
+    ).fetchall()
+    return tuple(touched for (touched,) in rows)
 
 
 def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
     for root in roots:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root)
-            ours = NAMES.fullmatch(name.as_posix()) or name.parts[0] == "tmp"
+            ours = NAMES.fullmatch(name.as_posix()) or "tmp" in name.parts
             if path.is_file() and not ours:
                 yield Finding("file", str(path.relative_to(home)), "it does not belong here")
 
 
-def _check_index(index: Index, readable: set[str]) -> list[Finding]:
-    """Compare both database files, row by row, with one made from the same records just now."""
-    findings = []
-    lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
-    with lock, partial_file(index.home) as fresh:
-        for path in filter(Path.exists, (index.live, index.snapshot)):
-            try:
-                findings += [
-                    Finding("index", path.name, f"table {table} differs from the records; rebuild")
-                    for table in _differing_tables(index, path, fresh, readable)
-                ]
-            except duckdb.Error as error:
-                findings.append(Finding("index", path.name, f"cannot be read: {error}; rebuild"))
-    return findings
+def _check_index(
+    connection: duckdb.DuckDBPyConnection, index: Index, names: Collection[str]
+) -> Iterator[Finding]:
+    """Compare the database files, row by row, with the one that was made from the records now.
+
+    Each is copied, and the copy is given what it lacks, as the next ingest would do.
+    """
+    paths = [path for path in (index.live, index.snapshot) if path.exists()]
+    if len({sha256_of(path) for path in paths}) < len(paths):
+        paths = paths[:1]  # the snapshot is a copy to the byte
+    for path in paths:
+        try:
+            with partial_file(index.home) as held:
+                copy(path, held)
+                index.build(held, names)
+                for table in _differing_tables(connection, held):
+                    problem = f"table {table} differs from the records; rebuild"
+                    yield Finding("index", path.name, problem)
+        except (duckdb.Error, StoreError) as error:
+            yield Finding("index", path.name, f"cannot be read: {error}; rebuild")
 
 
-def _differing_tables(index: Index, path: Path, fresh: Path, readable: set[str]) -> list[str]:
-    with memory() as connection:
-        connection.execute(f"ATTACH {quoted(path)} AS held (READ_ONLY)")
-        held = _sha256s(connection, "held")
-        index.build(fresh, held & readable)
-        connection.execute(f"ATTACH {quoted(fresh)} AS fresh (READ_ONLY)")
-        if _sha256s(connection, "fresh") != held:
-            return ["records"]
+def _differing_tables(connection: duckdb.DuckDBPyConnection, database: Path) -> list[str]:
+    connection.execute(f"ATTACH {quoted(database)} AS held (READ_ONLY)")
+    try:
         tables = connection.execute(
-            "SELECT table_name FROM duckdb_tables() WHERE database_name = 'held' ORDER BY ALL"
+            "SELECT table_name FROM duckdb_tables()"
+            " WHERE database_name = 'held' AND table_name <> ? ORDER BY ALL",
+            [BOOKKEEPING],
         ).fetchall()
         sums = "SELECT count(*), bit_xor(hash(t)), sum(hash(t)) FROM {}.{} t"
-        return [
+        differing = [
             table
             for (table,) in tables
             if connection.execute(sums.format("held", table)).fetchone()
             != connection.execute(sums.format("fresh", table)).fetchone()
         ]
-
-
-def _sha256s(connection: duckdb.DuckDBPyConnection, database: str) -> set[str]:
-    rows = connection.execute(
-        f"SELECT sha256 FROM {database}.records UNION ALL SELECT sha256 FROM {database}.rejected"  # noqa: S608
-    ).fetchall()
-    return {sha256 for (sha256,) in rows}
-
-
-def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
-    """What no record's text mentions, and what killed writers left; all of it an hour old."""
-    mentioned: set[str] = set()
-    for sha256 in records.sha256s():
-        mentioned.update(
-            match.decode() for match in SHA256_IN_TEXT.findall(records.read_bytes(sha256))
-        )
-    oldest = time.time() - STALE_SECONDS
-    unused = [
-        sha256
-        for sha256 in blobs
-        if sha256 not in mentioned and blobs.path_of(sha256).stat().st_mtime < oldest
-    ]
-    aside = [*home.glob("ledger.damaged-*"), *home.glob("ledger.rebuilt-*")]
-    files = [path for path in aside if path.stat().st_mtime < oldest]
-    for root in (home, records.root, blobs.root):
-        files += leftovers(root)
-    sizes = [path.stat().st_size for path in (*map(blobs.path_of, unused), *files)]
-    return Garbage(tuple(unused), tuple(files), sum(sizes))
+        return ["records"] if "records" in differing else differing
+    finally:
+        connection.execute("DETACH held")

@@ -24,6 +24,7 @@ from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
 from store.files import copy, locked, partial_file, settle
 from store.query import memory, quoted, reading
 from store.schema import migrate, schema
+from store.segments import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -54,7 +55,7 @@ class Ingest:
     num_records: int
     """Records that the index now holds and did not hold before."""
     num_waiting: int
-    """Records that still wait."""
+    """Files of records that still wait."""
     reason: str = ""
     """Why they wait, a sentence; empty where all went well."""
 
@@ -74,7 +75,10 @@ class Index:
         self._schema: dict[int, str] = {}
 
     def known(self) -> frozenset[str] | None:
-        """The records that the snapshot answers for; None where no snapshot can be read."""
+        """The files of records that the snapshot answers for; None where it cannot be read.
+
+        Small also where the store is large: packed records count as one file.
+        """
         try:
             status = self.snapshot.stat()
         except FileNotFoundError:
@@ -82,7 +86,7 @@ class Index:
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
             rows = self.select(
-                "SELECT 'known', sha256, NULL FROM records"
+                "SELECT 'known', name, NULL FROM read_files"
                 " UNION ALL SELECT 'rejected', sha256, NULL FROM rejected"
                 " UNION ALL SELECT 'schema', sha256, number FROM migrations",
                 [],
@@ -111,7 +115,7 @@ class Index:
         try:
             return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
-            waiting = len(self._records.sha256s() - (self.known() or frozenset()))
+            waiting = len(self._records.parts() - (self.known() or frozenset()))
             logger.warning("%d records wait for the next ingest: %s", waiting, error)
             return Ingest(0, waiting, str(error))
 
@@ -119,7 +123,7 @@ class Index:
         """Make the index again from the records alone; the old one is set aside."""
         lock = locked(self.lock, deadline_seconds=deadline_seconds)
         with lock, partial_file(self.home) as fresh:
-            num_records, _ = self.build(fresh, self._records.sha256s())
+            num_records, _ = self.build(fresh, self._records.parts())
             if self.live.exists():
                 self._set_aside("rebuilt")
             fresh.replace(self.live)
@@ -128,7 +132,7 @@ class Index:
 
     def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
         """Ingest, or see it done by whoever holds the lock: one ingest serves all who wait."""
-        names = self._records.sha256s()
+        names = self._records.parts()
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
@@ -141,13 +145,13 @@ class Index:
                     raise
 
     def _covers(self, names: set[str]) -> bool:
-        """Whether readers have all these records, in the tables and views of this release."""
+        """Whether readers have all these files, in the tables and views of this release."""
         known = self.known()
         current = self._schema == schema() and self.live.exists()
         return known is not None and current and names <= known | self._rejected
 
     def _ingest(self) -> Ingest:
-        names = self._records.sha256s()
+        names = self._records.parts()
         if self._covers(names):
             return Ingest(0, 0)
         try:
@@ -176,11 +180,11 @@ class Index:
         reason = f"{unread} records cannot be read; `verify` names them" if unread else ""
         return Ingest(num_records, unread, reason)
 
-    def build(self, database: Path, sha256s: Collection[str]) -> tuple[int, set[str]]:
-        """Ingest those records that `database` lacks; leave it checkpointed and closed.
+    def build(self, database: Path, names: Collection[str]) -> tuple[int, set[str]]:
+        """Ingest those files of records that `database` lacks; leave it checkpointed and closed.
 
         Returns:
-            How many records it lacked, and the SHA-256 of all that it has been given by now.
+            How many records it lacked, and the names of all files that it has been given by now.
         """
         with memory() as connection:
             connection.execute(
@@ -189,29 +193,52 @@ class Index:
             connection.execute("USE ledger")
             migrate(connection)
             rows = connection.execute(
-                "SELECT sha256 FROM records UNION ALL SELECT sha256 FROM rejected"
+                "SELECT name FROM read_files UNION ALL SELECT sha256 FROM rejected"
             ).fetchall()
-            held = {sha256 for (sha256,) in rows}
-            pending = sorted(set(sha256s) - held)
-            num_records = 0
-            for start in range(0, len(pending), BATCH_RECORDS):
-                batch = self._texts(pending[start : start + BATCH_RECORDS])
-                add(connection, batch)
-                num_records += len(batch)
-                held.update(sha256 for sha256, _ in batch)
+            held = {name for (name,) in rows}
+            pending = sorted(set(names) - held)
+            segments = [name for name in pending if name.endswith(SUFFIX)]
+            loose = [name for name in pending if not name.endswith(SUFFIX)]
+            before = _count(connection)
+            for name in segments:
+                held.update(self._add_segment(connection, name))
+            for start in range(0, len(loose), BATCH_RECORDS):
+                held.update(self._add_loose(connection, loose[start : start + BATCH_RECORDS]))
+            num_records = _count(connection) - before
             connection.execute("CHECKPOINT ledger")
             connection.execute("USE memory")
             connection.execute("DETACH ledger")
         return num_records, held
 
-    def _texts(self, sha256s: Collection[str]) -> list[tuple[str, str]]:
-        texts = []
-        for sha256 in sha256s:
-            try:
-                texts.append((sha256, self._records.read_bytes(sha256).decode()))
-            except DamagedError as error:
-                logger.warning("left out of the index: %s", error)
-        return texts
+    def _add_segment(self, connection: duckdb.DuckDBPyConnection, name: str) -> set[str]:
+        """Ingest one segment, which holds some hundred thousand records at most."""
+        segments = self._records.segments
+        try:
+            segments.check(name)
+        except DamagedError as error:
+            logger.warning("left out of the index: %s", error)
+            return set()
+        offer(connection, f"FROM read_parquet({quoted(segments.path_of(name))})", [])
+        add(connection)
+        connection.execute("INSERT INTO read_files VALUES (?)", [name])
+        return {name}
+
+    def _add_loose(self, connection: duckdb.DuckDBPyConnection, sha256s: list[str]) -> set[str]:
+        texts, errors = self._records.read_all(sha256s)
+        for error in errors.values():
+            logger.warning("left out of the index: %s", error)
+        offer(
+            connection,
+            "FROM (SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
+            [list(texts), [text.decode() for text in texts.values()]],
+        )
+        add(connection)
+        connection.execute(
+            "INSERT INTO read_files"
+            " SELECT unnest($1::VARCHAR[]) EXCEPT SELECT sha256 FROM rejected",
+            [list(texts)],
+        )
+        return set(texts)
 
     def _publish(self) -> None:
         """Give readers the index as it is now. Those who have the old one open keep it."""
@@ -234,29 +261,56 @@ def wal(database: Path) -> Path:
     return database.with_name(database.name + ".wal")
 
 
-def add(connection: duckdb.DuckDBPyConnection, batch: list[tuple[str, str]]) -> None:
-    """Ingest (sha256, text) pairs in one transaction.
+def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[object]) -> None:
+    """Lay out the records of `source` (sha256, text) that the index lacks, numbered, for `add`."""
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE offered AS"
+        f" SELECT row_number() OVER () - 1 AS position, sha256, text {source} AS source"
+        " ANTI JOIN records USING (sha256) ANTI JOIN rejected USING (sha256)",
+        parameters,
+    )
+
+
+def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None = None) -> None:
+    """Ingest the offered records from `start` to `end` in one transaction.
 
     A record that the tables refuse is set down in `rejected`, and the others go on without it.
     """
-    if not batch:
+    if end is None:
+        end = connection.table("offered").shape[0]
+    if start == end:
         return
-    sha256s, texts = zip(*batch, strict=True)
     connection.execute("BEGIN")
     try:
         connection.execute(
             "CREATE OR REPLACE TEMP TABLE batch AS"
-            " SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text",
-            [sha256s, texts],
+            " SELECT sha256, text FROM offered WHERE position >= $1 AND position < $2",
+            [start, end],
         )
         connection.execute(resources.files("store").joinpath("ingest.sql").read_text())
         connection.execute("COMMIT")
     except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
         connection.execute("ROLLBACK")
-        if len(batch) == 1:
-            connection.execute("INSERT INTO rejected VALUES (?, ?)", [sha256s[0], str(error)])
-            logger.warning("record %s is not understood: %s", sha256s[0][:12], error)
+        if end - start == 1:
+            _reject(connection, start, str(error))
             return
-        half = len(batch) // 2
-        add(connection, batch[:half])
-        add(connection, batch[half:])
+        middle = (start + end) // 2
+        add(connection, start, middle)
+        add(connection, middle, end)
+
+
+def _reject(connection: duckdb.DuckDBPyConnection, position: int, reason: str) -> None:
+    rows = connection.execute(
+        "INSERT INTO rejected SELECT sha256, $2 FROM offered WHERE position = $1 RETURNING sha256",
+        [position, reason],
+    ).fetchall()
+    for (sha256,) in rows:
+        logger.warning("record %s is not understood: %s", sha256[:12], reason)
+
+
+def _count(connection: duckdb.DuckDBPyConnection) -> int:
+    """Records that the index holds, those that it does not understand among them."""
+    ((records, rejected),) = connection.execute(
+        "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM rejected)"
+    ).fetchall()
+    return records + rejected

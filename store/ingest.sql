@@ -188,5 +188,26 @@ DELETE FROM run_stages WHERE record_sha256 IN (FROM overruled);
 
 DELETE FROM published WHERE record_sha256 IN (FROM overruled);
 
+-- whatever has new parents, and all that was made from it, has new ancestors
+CREATE OR REPLACE TEMP TABLE made AS
+WITH children AS (
+    SELECT body->>'id' AS id FROM fresh
+    WHERE kind = 'artifact' AND json_array_length(body->'parents') > 0
+)
+FROM children UNION SELECT descendant_id FROM ancestors SEMI JOIN children ON ancestor_id = id;
+
+DELETE FROM ancestors WHERE descendant_id IN (FROM made);
+
+INSERT INTO ancestors
+WITH RECURSIVE steps(descendant_id, ancestor_id, depth) AS (
+    SELECT child_id, parent_id, 1 FROM parents SEMI JOIN made ON child_id = id
+    UNION
+    SELECT steps.descendant_id, parents.parent_id, steps.depth + 1
+    FROM steps JOIN parents ON parents.child_id = steps.ancestor_id
+    WHERE steps.depth < 32 -- ids are hashes of what they are made from: no cycle is honest
+)
+SELECT descendant_id, ancestor_id, min(depth) FROM steps GROUP BY ALL;
+
 DROP TABLE fresh;
 DROP TABLE overruled;
+DROP TABLE made;

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from meteora.artifacts import ArtifactId, RoutingScore, Score, canonical_sha256, short
-from store import check
+from store import check, garbage
 from store.blobs import Blobs
 from store.errors import BusyError, ConflictError, DamagedError, MissingBlobError, UnknownError
 from store.events import RunEnded, RunStarted
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import Noun, Publication, Spec
-    from store.check import Garbage, Verification
+    from store.check import Verification
     from store.events import AdapterVerdict, Failure
+    from store.garbage import Garbage
     from store.query import Answer
 
 WRITE_DEADLINE_SECONDS = 60.0
@@ -175,6 +176,10 @@ class Ledger:
         """Make the index again from the records alone; the old one is set aside."""
         return self.index.rebuild(deadline_seconds=deadline_seconds)
 
+    def pack(self) -> int:
+        """Lay loose records into segments; return how many. Worth it from some thousands on."""
+        return self.records.pack()
+
     def query(self, sql: str, *, limits: Limits | None = None, live: bool = False) -> Answer:
         """Answer one SELECT from the snapshot, or, with `live`, from the index itself."""
         limits = limits or Limits()
@@ -213,11 +218,11 @@ class Ledger:
         """
         alone = _no_wait(self.home / "runs.lock", "a run is going on; sweep when it is done")
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-            garbage = check.garbage(self.home, self.records, self.blobs)
+            found = garbage.garbage(self.home, self.records, self.blobs)
             if remove:
-                for path in (*map(self.blobs.path_of, garbage.blobs), *garbage.files):
+                for path in (*map(self.blobs.path_of, found.blobs), *found.files):
                     path.unlink()
-        return garbage
+        return found
 
     @contextmanager
     def running(self, recipe_name: str) -> Generator[list[RunStarted], None, None]:
@@ -240,7 +245,7 @@ class Ledger:
             killed = [run for run in self.unended_runs() if run.recipe_name == recipe_name]
             for run in killed:  # whoever holds a recipe's lock is its only run that is alive
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
-            for root in (self.home, self.records.root, self.blobs.root):
+            for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
                 sweep(root)
             yield killed
 
@@ -255,11 +260,11 @@ class Ledger:
 
     def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
         """Write the record, unless there is one; the two have to agree in some fields."""
-        seen = self.records.sha256s()
+        seen = self.records.loose()
         earlier = self._lookup.first(record.kind, record.subject)
         if earlier is None:
             with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-                unseen = self.records.sha256s() - seen
+                unseen = self.records.loose() - seen
                 earlier = self._lookup.first_among(unseen, record.kind, record.subject)
                 if earlier is None:
                     self._write(record)

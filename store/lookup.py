@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, short
-from store.errors import DamagedError, UnknownError
+from store.errors import UnknownError
 from store.index import logger
+from store.records import Record
+from store.segments import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from store.index import Index
-    from store.records import Record, Records
+    from store.records import Records
 
 
 class Lookup:
@@ -33,7 +35,7 @@ class Lookup:
         """The records about these subjects, or about all, earliest first."""
         if subjects is not None and not subjects:
             return []
-        found = self._unindexed()
+        found, segments = self._unindexed()
         if self._index.known() is not None:
             sql = "SELECT sha256 FROM records WHERE kind = $1"
             parameters: list[object] = [kind]
@@ -41,9 +43,12 @@ class Lookup:
                 sql += " AND subject IN (SELECT unnest($2::VARCHAR[]))"
                 parameters.append(list(subjects))
             rows = self._index.select(sql, parameters)
-            names = self._records.sha256s() if rows is None else {sha256 for (sha256,) in rows}
-            found |= self._read(names - found.keys())
-        return _about(found, kind, subjects)
+            if rows is None:
+                found, segments = self._read(self._records.loose()), self._records.segments.names()
+            else:
+                found |= self._read({sha256 for (sha256,) in rows} - found.keys())
+        packed = self._records.segments.about(kind, subjects, segments)
+        return _about(found | _parsed(packed), kind, subjects)
 
     def first_among(self, sha256s: Collection[str], kind: str, subject: str) -> Record | None:
         """The earliest of these records about this subject."""
@@ -67,7 +72,11 @@ class Lookup:
             " OR starts_with(split_part(id, ':', 2), $1)",
             [prefix],
         )
-        records = self._unindexed() if rows is not None else self._read(self._records.sha256s())
+        if rows is None:
+            loose, segments = self._read(self._records.loose()), self._records.segments.names()
+        else:
+            loose, segments = self._unindexed()
+        records = loose | _parsed(self._records.segments.about("artifact", None, segments))
         ids = {
             record.subject
             for record in records.values()
@@ -76,21 +85,24 @@ class Lookup:
         }
         return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
 
-    def _unindexed(self) -> dict[str, Record]:
-        """Records that the snapshot does not hold: a few, unless there is no snapshot."""
-        missing = self._records.sha256s() - (self._index.known() or frozenset())
+    def _unindexed(self) -> tuple[dict[str, Record], set[str]]:
+        """What the snapshot does not hold, a few unless there is none: loose records, segments."""
+        missing = self._records.parts() - (self._index.known() or frozenset())
+        segments = {name for name in missing if name.endswith(SUFFIX)}
+        missing -= segments
         kept = {sha256: self._pending[sha256] for sha256 in missing & self._pending.keys()}
         self._pending = kept | self._read(missing - kept.keys())
-        return dict(self._pending)
+        return dict(self._pending), segments
 
     def _read(self, sha256s: Iterable[str]) -> dict[str, Record]:
-        records = {}
-        for sha256 in sha256s:
-            try:
-                records[sha256] = self._records.read(sha256)
-            except DamagedError as error:
-                logger.warning("%s", error)
-        return records
+        texts, errors = self._records.read_all(sha256s)
+        for error in errors.values():
+            logger.warning("%s", error)
+        return _parsed(texts)
+
+
+def _parsed(texts: dict[str, bytes]) -> dict[str, Record]:
+    return {sha256: Record.from_bytes(text) for sha256, text in texts.items()}
 
 
 def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | None) -> list[Record]:

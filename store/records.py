@@ -3,7 +3,8 @@
     records/ab/cdef….json     {"at", "blobs", "body", "kind", "run_id", "subject", "version"}
 
 A fact is committed when its file has its name. Everything else in the store that looks like
-knowledge is an index over these files and can be made again from them.
+knowledge is an index over these files and can be made again from them. Old records can be packed:
+many of them in one file (`segments`), byte for byte, where they are found as before.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
-from store.files import write_whole
+from store.files import locked, write_whole
+from store.segments import SEGMENT_RECORDS, Segments
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
+PACK_SECONDS = 600.0
 NAME_LENGTH = 62 + len(".json")
 PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -69,6 +73,7 @@ class Records:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.segments = Segments(root / "packed")
 
     def write(self, record: Record) -> str:
         """Commit the record; return its SHA-256. When this returns, the record is on disk."""
@@ -82,13 +87,33 @@ class Records:
         return Record.from_bytes(self.read_bytes(sha256))
 
     def read_bytes(self, sha256: str) -> bytes:
+        """The bytes of the record of that name, checked against it.
+
+        Raises:
+            DamagedError: they hash to another name, or are gone.
+        """
+        texts, errors = self.read_all([sha256])
+        if sha256 in errors:
+            raise errors[sha256]
+        return texts[sha256]
+
+    def read_all(self, sha256s: Iterable[str]) -> tuple[dict[str, bytes], dict[str, DamagedError]]:
+        """The bytes of those of these records that can be read, and why the others cannot."""
+        loose, elsewhere, errors = {}, [], {}
+        for sha256 in sha256s:
+            try:
+                loose[sha256] = self._loose_bytes(sha256)
+            except FileNotFoundError:
+                elsewhere.append(sha256)
+            except DamagedError as error:
+                errors[sha256] = error
+        packed = self.segments.texts(elsewhere)
+        errors |= {sha256: self._gone(sha256) for sha256 in elsewhere if sha256 not in packed}
+        return loose | packed, errors
+
+    def _loose_bytes(self, sha256: str) -> bytes:
         path = self.path_of(sha256)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise DamagedError(
-                f"record {sha256[:12]} is gone from {self.root}; take it back from a backup"
-            ) from None
+        data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedError(
                 f"{path}: its bytes do not hash to its name, so they have changed since they were"
@@ -96,11 +121,25 @@ class Records:
             )
         return data
 
+    def _gone(self, sha256: str) -> DamagedError:
+        return DamagedError(
+            f"record {sha256[:12]} is gone from {self.root}; take it back from a backup"
+        )
+
     def path_of(self, sha256: str) -> Path:
+        """Where the record lies while it is not packed."""
         return self.root / sha256[:2] / f"{sha256[2:]}.json"
 
-    def sha256s(self) -> set[str]:
-        """The names of all records: a listing of 256 folders, no file is opened."""
+    def parts(self) -> set[str]:
+        """The names of all files: of loose records, and of segments. No file is opened.
+
+        Loose ones are listed first, so that a record that is being packed is in the one or the
+        other.
+        """
+        return self.loose() | self.segments.names()
+
+    def loose(self) -> set[str]:
+        """The names of the records that lie in files of their own: a listing of 256 folders."""
         names: set[str] = set()
         for folder in self._folders():
             with os.scandir(folder.path) as entries:
@@ -110,6 +149,43 @@ class Records:
                     if len(entry.name) == NAME_LENGTH and entry.name.endswith(".json")
                 )
         return names
+
+    def pack(self) -> int:
+        """Lay all loose records into segments; return how many.
+
+        A loose file goes only when a segment that holds its record is on disk; a process that dies
+        in between leaves records that lie in both, which the next packing puts right.
+
+        Raises:
+            DamagedError: a record does not hash to its name; nothing is packed with it.
+            BusyError: another process packs.
+        """
+        with locked(self.root.parent / "pack.lock", deadline_seconds=PACK_SECONDS):
+            loose = sorted(self.loose())
+            twice = self._packed_already(loose)
+            waiting = [sha256 for sha256 in loose if sha256 not in twice]
+            self.drop(twice)
+            for start in range(0, len(waiting), SEGMENT_RECORDS):
+                part = waiting[start : start + SEGMENT_RECORDS]
+                self.segments.write({sha256: self.read_bytes(sha256) for sha256 in part})
+                self.drop(part)
+        return len(waiting)
+
+    def _packed_already(self, loose: list[str]) -> set[str]:
+        """Those that lie in a segment which is whole: only then may the loose file go."""
+        if not self.segments.holding(loose):
+            return set()
+        held: set[str] = set()
+        for name in self.segments.names():
+            if some := self.segments.holding(loose, [name]):
+                self.segments.check(name)
+                held |= some
+        return held
+
+    def drop(self, sha256s: Collection[str]) -> None:
+        """Remove the loose files of records that a segment holds."""
+        for sha256 in sha256s:
+            self.path_of(sha256).unlink(missing_ok=True)
 
     def _folders(self) -> list[os.DirEntry[str]]:
         try:

@@ -45,18 +45,24 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
-    exists = connection.execute(
-        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
-    ).fetchone()
-    if not exists:
+    if not _exists(connection, "migrations"):
         return {}
     return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
+
+
+def _exists(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+    rows = connection.execute(
+        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = ?", [table]
+    ).fetchall()
+    return bool(rows)
 
 
 def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
     connection.execute("BEGIN")
     connection.execute(sql)
-    connection.execute("DELETE FROM rejected")  # perhaps this release understands them
+    if _exists(connection, "read_files"):  # perhaps this release understands what was rejected
+        connection.execute("DELETE FROM read_files WHERE EXISTS (FROM rejected)")
+    connection.execute("DELETE FROM rejected")
     connection.execute("DELETE FROM migrations WHERE number = ?", [number])
     connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
     connection.execute("COMMIT")

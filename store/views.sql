@@ -136,22 +136,12 @@ COMMENT ON COLUMN standings.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN standings.run_id IS 'The run that measured it';
 
 CREATE OR REPLACE VIEW lineage AS
-WITH RECURSIVE steps(descendant_id, ancestor_id, depth) AS (
-    SELECT child_id, parent_id, 1 FROM parents
-    UNION
-    SELECT steps.descendant_id, parents.parent_id, steps.depth + 1
-    FROM steps JOIN parents ON parents.child_id = steps.ancestor_id
-    WHERE steps.depth < 32
-),
-distances AS (
-    SELECT descendant_id, ancestor_id, min(depth) AS depth FROM steps GROUP BY ALL
-),
-relatives AS (
+WITH relatives AS (
     SELECT id AS artifact_id, 'itself' AS relation, id AS relative_id, 0 AS depth FROM artifacts
     UNION ALL
-    SELECT descendant_id, 'made from', ancestor_id, depth FROM distances
+    SELECT descendant_id, 'made from', ancestor_id, depth FROM ancestors
     UNION ALL
-    SELECT ancestor_id, 'used in', descendant_id, depth FROM distances
+    SELECT ancestor_id, 'used in', descendant_id, depth FROM ancestors
 ),
 origins AS (
     SELECT adapter_id AS id, arg_max(repo_id, (recorded_at, record_sha256)) AS source,

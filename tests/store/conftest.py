@@ -124,10 +124,11 @@ class Shelf:
         return measured
 
     def views(self) -> dict[str, list[tuple]]:
-        """Every row of every view and table but the history of migrations, in one order."""
+        """Every row of every view and table but the bookkeeping, in one order."""
         with reading(self.ledger.index.snapshot) as connection:
             names = connection.execute(
-                "SELECT DISTINCT name FROM dictionary WHERE name <> 'migrations' ORDER BY ALL"
+                "SELECT DISTINCT name FROM dictionary"
+                " WHERE name NOT IN ('migrations', 'read_files') ORDER BY ALL"
             ).fetchall()
             return {name: connection.table(name).order("ALL").fetchall() for (name,) in names}
 

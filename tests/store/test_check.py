@@ -25,7 +25,7 @@ def flip(path: Path) -> None:
 def test_a_whole_store_has_no_findings(filled: Shelf) -> None:
     found = filled.ledger.verify()
     assert not found.findings
-    assert found.num_records == len(filled.ledger.records.sha256s())
+    assert found.num_records == len(filled.ledger.records.loose())
     assert found.num_blobs == len(list(filled.ledger.blobs))
     assert found.num_waiting == 0
 
@@ -79,7 +79,7 @@ def test_a_row_that_no_record_says_is_found(filled: Shelf) -> None:
 
 
 def test_a_record_that_was_taken_away_is_found(filled: Shelf) -> None:
-    sha256 = min(filled.ledger.records.sha256s())
+    sha256 = min(filled.ledger.records.loose())
     filled.ledger.records.path_of(sha256).unlink()
     assert {finding.what for finding in filled.ledger.verify().findings} >= {"index"}
 
@@ -136,7 +136,7 @@ def test_gc_waits_for_no_run_and_touches_none(filled: Shelf) -> None:
 def test_gc_removes_nothing_while_a_record_cannot_be_read(filled: Shelf) -> None:
     unused = filled.ledger.blobs.put_bytes(b"unused")
     old(filled.ledger.blobs.path_of(unused))
-    flip(filled.ledger.records.path_of(min(filled.ledger.records.sha256s())))
+    flip(filled.ledger.records.path_of(min(filled.ledger.records.loose())))
     with pytest.raises(DamagedError):
         filled.ledger.gc(remove=True)
     assert unused in filled.ledger.blobs

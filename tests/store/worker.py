@@ -14,6 +14,8 @@ from tests.store.conftest import BASE, adapter, fused, router
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from meteora.artifacts import ArtifactId, Spec
+
 
 def say(*words: object) -> None:
     print(*words, flush=True)  # noqa: T201
@@ -42,9 +44,18 @@ def story(ledger: Ledger) -> None:
     """A run in small: everything is promised only once it has been said."""
     stack = fused(adapter(1))
     for spec in (BASE, adapter(1), stack, router(stack)):
-        blob = ledger.blobs.put_bytes(spec.id.encode())
-        say(ledger.record_artifact(spec, weights_sha256=blob, blobs=[blob], run_id="r"))
+        say(record(ledger, spec))
         ledger.ingest(deadline_seconds=5)
+    ledger.pack()
+    ledger.ingest(deadline_seconds=5)
+    say(record(ledger, adapter(2)))
+    ledger.pack()
+    ledger.ingest(deadline_seconds=5)
+
+
+def record(ledger: Ledger, spec: Spec) -> ArtifactId:
+    blob = ledger.blobs.put_bytes(spec.id.encode())
+    return ledger.record_artifact(spec, weights_sha256=blob, blobs=[blob], run_id="r")
 
 
 def dying_at(step: int) -> Callable[..., None]:

@@ -1,0 +1,52 @@
+"""What nothing refers to any more."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from store.files import STALE_SECONDS, leftovers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from store.blobs import Blobs
+    from store.records import Records
+
+SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Files that nothing refers to; whether they were removed is for the caller to know."""
+
+    blobs: tuple[str, ...]
+    files: tuple[Path, ...]
+    """Leftovers of killed writers, and databases that were set aside."""
+    num_bytes: int
+
+
+def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
+    """What no record's text mentions, and what killed writers left; all of it an hour old.
+
+    Raises:
+        DamagedError: a record cannot be read, so what it refers to is not known.
+    """
+    oldest = time.time() - STALE_SECONDS
+    unused = {sha256 for sha256 in blobs if blobs.path_of(sha256).stat().st_mtime < oldest}
+    for sha256 in records.loose():
+        unused.difference_update(
+            match.decode() for match in SHA256_IN_TEXT.findall(records.read_bytes(sha256))
+        )
+    for name in records.segments.names():
+        records.segments.check(name)
+    unused -= records.segments.mentioned(unused)
+    aside = [*home.glob("ledger.damaged-*"), *home.glob("ledger.rebuilt-*")]
+    files = [path for path in aside if path.stat().st_mtime < oldest]
+    for root in (home, records.root, records.segments.root, blobs.root):
+        files += leftovers(root)
+    kept = sorted(unused)
+    sizes = [path.stat().st_size for path in (*map(blobs.path_of, kept), *files)]
+    return Garbage(tuple(kept), tuple(files), sum(sizes))

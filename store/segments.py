@@ -1,0 +1,158 @@
+"""Many records in one file, so that neither the file system nor a rebuild suffers from millions.
+
+    records/packed/<sha256>.parquet     sha256, kind, subject, text: one row a record, by sha256
+
+A segment is written once and lies under the SHA-256 of its bytes; `text` holds the exact bytes of
+each record, which still hash to the record's own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from store.errors import DamagedError, StoreError
+from store.files import partial_file, settle, sha256_of
+from store.query import memory, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".parquet"
+SEGMENT_RECORDS = 200_000
+ROW_GROUP_RECORDS = 20_480  # what is read to find one record
+INSERT_RECORDS = 20_000
+
+
+class Segments:
+    """The folder of packed records. Names end in `.parquet`, which no record's name does."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.root.glob(f"*{SUFFIX}")}
+
+    def path_of(self, name: str) -> Path:
+        return self.root / name
+
+    def check(self, name: str) -> None:
+        """Compare a segment with its name.
+
+        Raises:
+            DamagedError: its bytes hash to another one, or it is gone.
+        """
+        path = self.path_of(name)
+        try:
+            whole = sha256_of(path) + SUFFIX == name
+        except FileNotFoundError:
+            raise DamagedError(f"{path} is gone; take it back from a backup") from None
+        if not whole:
+            raise DamagedError(
+                f"{path}: its bytes do not hash to its name, so they have changed since they were"
+                " written; take the file back from a backup, or move it away to go on without it"
+            )
+
+    def write(self, texts: dict[str, bytes]) -> str:
+        """Lay records, by their SHA-256, into one segment; it is on disk when this returns."""
+        with memory() as connection, partial_file(self.root) as partial:
+            connection.execute("CREATE TABLE packed (sha256 VARCHAR, text VARCHAR)")
+            pairs = iter(texts.items())
+            while part := list(islice(pairs, INSERT_RECORDS)):
+                connection.execute(
+                    "INSERT INTO packed SELECT unnest($1::VARCHAR[]), unnest($2::VARCHAR[])",
+                    [[sha256 for sha256, _ in part], [text.decode() for _, text in part]],
+                )
+            connection.execute(
+                "COPY (SELECT sha256, text->>'kind' AS kind, text->>'subject' AS subject, text"  # noqa: S608
+                f" FROM packed ORDER BY sha256) TO {quoted(partial)}"
+                f" (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP_RECORDS})"
+            )
+            rows = connection.execute(
+                f"SELECT count(*) FROM read_parquet({quoted(partial)}) WHERE sha256(text) = sha256"  # noqa: S608
+            ).fetchone()
+            if rows != (len(texts),):  # the loose files go when this returns: read it back first
+                raise StoreError(f"{partial} does not hold what was written to it; nothing is lost")
+            name = sha256_of(partial) + SUFFIX
+            settle(partial, self.path_of(name), root=self.root)
+        return name
+
+    def holding(self, sha256s: Collection[str], names: Collection[str] | None = None) -> set[str]:
+        """Those of these records that lie in a segment, or in those of these names."""
+        rows = self._select(
+            "SELECT sha256 FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))", sha256s, names
+        )
+        return {sha256 for (sha256,) in rows}
+
+    def texts(self, sha256s: Collection[str]) -> dict[str, bytes]:
+        """The bytes of those of these records that lie in a segment, checked against their names.
+
+        What is damaged is left out, and said.
+        """
+        sql = "SELECT sha256, text FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))"
+        return _checked(self._select(sql, sha256s))
+
+    def about(
+        self, kind: str, subjects: Collection[str] | None, names: Collection[str]
+    ) -> dict[str, bytes]:
+        """The records about these subjects, or about all, in the segments of these names."""
+        sql = "SELECT sha256, text FROM {} WHERE kind = $1[1]"
+        if subjects is not None:
+            sql += " AND subject IN (SELECT unnest($1[2:]))"
+        return _checked(self._select(sql, [kind, *(subjects or ())], names))
+
+    def mentioned(self, sha256s: Collection[str]) -> set[str]:
+        """Those of these hashes that stand anywhere in the text of a packed record."""
+        rows = self._select(
+            "SELECT DISTINCT mention FROM"
+            " (SELECT unnest(regexp_extract_all(text, '[0-9a-f]{{64}}')) AS mention FROM {})"
+            " WHERE mention IN (SELECT unnest($1::VARCHAR[]))",
+            sha256s,
+        )
+        return {sha256 for (sha256,) in rows}
+
+    def count(self) -> int:
+        """How many records lie in segments; one that lies in two counts once."""
+        rows = self._select("SELECT DISTINCT sha256 FROM {} WHERE $1[1] = ''", [""])
+        return len({sha256 for (sha256,) in rows})
+
+    def _select(
+        self, sql: str, values: Collection[str], names: Collection[str] | None = None
+    ) -> list[tuple]:
+        """Rows of these segments, or of all; a segment that cannot be read has none, and is named.
+
+        Args:
+            sql: with `{}` where the segments stand, and `$1` for the values
+        """
+        present = sorted(self.names() if names is None else names)
+        if not present or not values:
+            return []
+        paths = ", ".join(quoted(self.path_of(name)) for name in present)
+        try:
+            with memory() as connection:
+                return connection.execute(
+                    sql.format(f"read_parquet([{paths}])"), [list(values)]
+                ).fetchall()
+        except duckdb.Error as error:
+            if len(present) > 1:
+                return [row for name in present for row in self._select(sql, values, [name])]
+            logger.warning("segment %s cannot be read: %s", *present, error)
+            return []
+
+
+def _checked(rows: list[tuple[str, str]]) -> dict[str, bytes]:
+    texts = {}
+    for sha256, text in rows:
+        data = text.encode()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            texts[sha256] = data
+        else:
+            logger.warning("record %s in a segment does not hash to its name", sha256)
+    return texts

@@ -218,7 +218,7 @@ class Index:
         except DamagedError as error:
             logger.warning("left out of the index: %s", error)
             return set()
-        offer(connection, f"FROM read_parquet({quoted(segments.path_of(name))})", [])
+        offer(connection, f"read_parquet({quoted(segments.path_of(name))})", [])
         add(connection)
         connection.execute("INSERT INTO read_files VALUES (?)", [name])
         return {name}
@@ -227,11 +227,7 @@ class Index:
         texts, errors = self._records.read_all(sha256s)
         for error in errors.values():
             logger.warning("left out of the index: %s", error)
-        offer(
-            connection,
-            "FROM (SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
-            [list(texts), [text.decode() for text in texts.values()]],
-        )
+        offer_texts(connection, texts)
         add(connection)
         connection.execute(
             "INSERT INTO read_files"
@@ -261,11 +257,20 @@ def wal(database: Path) -> Path:
     return database.with_name(database.name + ".wal")
 
 
+def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
+    """Lay out these records, by their SHA-256, for `add`."""
+    offer(
+        connection,
+        "(SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
+        [list(texts), [text.decode() for text in texts.values()]],
+    )
+
+
 def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[object]) -> None:
     """Lay out the records of `source` (sha256, text) that the index lacks, numbered, for `add`."""
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE offered AS"
-        f" SELECT row_number() OVER () - 1 AS position, sha256, text {source} AS source"
+        "CREATE OR REPLACE TEMP TABLE offered AS"  # noqa: S608
+        f" SELECT row_number() OVER () - 1 AS position, sha256, text FROM {source} AS source"
         " ANTI JOIN records USING (sha256) ANTI JOIN rejected USING (sha256)",
         parameters,
     )

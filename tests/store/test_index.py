@@ -17,7 +17,7 @@ import pytest
 from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
 from store.files import locked
-from store.index import add
+from store.index import add, offer_texts
 from store.ledger import Ledger
 from store.query import memory, quoted
 from store.records import Record
@@ -348,7 +348,8 @@ def test_a_score_of_an_older_release_is_the_same_before_and_after_a_migration(
         connection.execute(f"ATTACH {quoted(tmp_path / 'new.duckdb')} AS ledger")
         connection.execute("USE ledger")
         migrate(connection)
-        add(connection, [("a" * 64, record.to_bytes().decode())])
+        offer_texts(connection, {"a" * 64: record.to_bytes()})
+        add(connection)
         (new,) = connection.execute("FROM scores").fetchall()
         connection.execute("USE memory; DETACH ledger")
 

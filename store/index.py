@@ -15,13 +15,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import duckdb
 
 from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
 from store.files import copy, locked, partial_file, settle
+from store.intake import add, count, offer, offer_texts
 from store.query import memory, quoted, reading
 from store.schema import migrate, schema
 from store.segments import SUFFIX
@@ -199,12 +199,12 @@ class Index:
             pending = sorted(set(names) - held)
             segments = [name for name in pending if name.endswith(SUFFIX)]
             loose = [name for name in pending if not name.endswith(SUFFIX)]
-            before = _count(connection)
+            before = count(connection)
             for name in segments:
                 held.update(self._add_segment(connection, name))
             for start in range(0, len(loose), BATCH_RECORDS):
                 held.update(self._add_loose(connection, loose[start : start + BATCH_RECORDS]))
-            num_records = _count(connection) - before
+            num_records = count(connection) - before
             connection.execute("CHECKPOINT ledger")
             connection.execute("USE memory")
             connection.execute("DETACH ledger")
@@ -255,67 +255,3 @@ class Index:
 def wal(database: Path) -> Path:
     """Where DuckDB keeps what is committed but not yet in the database file."""
     return database.with_name(database.name + ".wal")
-
-
-def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
-    """Lay out these records, by their SHA-256, for `add`."""
-    offer(
-        connection,
-        "(SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
-        [list(texts), [text.decode() for text in texts.values()]],
-    )
-
-
-def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[object]) -> None:
-    """Lay out the records of `source` (sha256, text) that the index lacks, numbered, for `add`."""
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE offered AS"  # noqa: S608
-        f" SELECT row_number() OVER () - 1 AS position, sha256, text FROM {source} AS source"
-        " ANTI JOIN records USING (sha256) ANTI JOIN rejected USING (sha256)",
-        parameters,
-    )
-
-
-def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None = None) -> None:
-    """Ingest the offered records from `start` to `end` in one transaction.
-
-    A record that the tables refuse is set down in `rejected`, and the others go on without it.
-    """
-    if end is None:
-        end = connection.table("offered").shape[0]
-    if start == end:
-        return
-    connection.execute("BEGIN")
-    try:
-        connection.execute(
-            "CREATE OR REPLACE TEMP TABLE batch AS"
-            " SELECT sha256, text FROM offered WHERE position >= $1 AND position < $2",
-            [start, end],
-        )
-        connection.execute(resources.files("store").joinpath("ingest.sql").read_text())
-        connection.execute("COMMIT")
-    except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
-        connection.execute("ROLLBACK")
-        if end - start == 1:
-            _reject(connection, start, str(error))
-            return
-        middle = (start + end) // 2
-        add(connection, start, middle)
-        add(connection, middle, end)
-
-
-def _reject(connection: duckdb.DuckDBPyConnection, position: int, reason: str) -> None:
-    rows = connection.execute(
-        "INSERT INTO rejected SELECT sha256, $2 FROM offered WHERE position = $1 RETURNING sha256",
-        [position, reason],
-    ).fetchall()
-    for (sha256,) in rows:
-        logger.warning("record %s is not understood: %s", sha256[:12], reason)
-
-
-def _count(connection: duckdb.DuckDBPyConnection) -> int:
-    """Records that the index holds, those that it does not understand among them."""
-    ((records, rejected),) = connection.execute(
-        "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM rejected)"
-    ).fetchall()
-    return records + rejected

@@ -17,7 +17,7 @@ import pytest
 from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
 from store.files import locked
-from store.index import add, offer_texts
+from store.intake import add, offer_texts
 from store.ledger import Ledger
 from store.query import memory, quoted
 from store.records import Record

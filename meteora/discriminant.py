@@ -36,17 +36,27 @@ def gate_from(scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor]:
     """
     covariance = scatter.covariance()
     for larger in (shrinkage, *(s for s in (*SHRINKAGES, 1.0) if s > shrinkage)):
-        if (gate := _solve(covariance, scatter, larger)) is not None:
+        if (gate := solve_gate(covariance, scatter.means, scatter.shift, larger)) is not None:
             return gate
     raise SingularError("the inputs of this point hold NaN or infinity, or numbers beyond float32")
 
 
-def _solve(covariance: Covariance, scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor] | None:
-    """The gate; None where rounding has left the covariance without a Cholesky factor."""
-    weight = covariance.solve(scatter.means, shrinkage)  # [E, IN]
+def solve_gate(
+    covariance: Covariance, means: Tensor, shift: Tensor, shrinkage: float
+) -> tuple[Tensor, Tensor] | None:
+    """G [E, IN] and c [E] for one shrinkage, in float32.
+
+    Args:
+        means: [E, IN] of the experts' tokens in float64, less the shift
+        shift: [IN]
+
+    Returns:
+        None where rounding has left the covariance without a Cholesky factor.
+    """
+    weight = covariance.solve(means, shrinkage)  # [E, IN]
     if weight is None:
         return None
-    bias = -0.5 * (weight * scatter.means).sum(-1) - weight @ scatter.shift.double()
+    bias = -0.5 * (weight * means).sum(-1) - weight @ shift.double()
     return weight.float(), bias.float()
 
 
@@ -71,7 +81,7 @@ def choose_shrinkage(
     covariance = scatter.covariance()
     best, best_accuracy = candidates[-1], -1.0
     for shrinkage in sorted(candidates, reverse=True):
-        if (gate := _solve(covariance, scatter, shrinkage)) is None:
+        if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
         weight, bias = gate
         right = (x @ weight.T + bias).argmax(-1) == labels

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from meteora.layer import routed_layers
 from meteora.observe import recorded_logits
 from meteora.routers import Gate
+from meteora.sequences import UNLABELLED
 from meteora.sweep import LAYER
-from meteora.train import UNLABELLED
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.train import LabelledSequence
+    from meteora.sequences import LabelledSequence
 
 IGNORED = -100
 """The label that `cross_entropy` leaves out."""

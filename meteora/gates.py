@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import MeteoraError
 from meteora.checkpoint import Gates
 from meteora.encode import Template
 from meteora.layer import routed_layers
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
     from meteora.checkpoint import RouterEntry
     from meteora.layer import MoELoRALinear
+
+
+class UndecidedError(MeteoraError):
+    """A module has neither a gate nor one before it to follow."""
+
 
 PREFILL = "meteora_prefill"
 """The attribute of a model that holds what its gates know of the present prompt."""
@@ -115,6 +121,19 @@ class Sharing:
         if self.share == "layer":
             return followed if at == index else None
         return followed if self.share == "token" and at >= self.decides_at else None
+
+    def last(self, path: str) -> Followed:
+        """The decision before the module at `path`, which has none of its own.
+
+        Raises:
+            UndecidedError: there is none.
+        """
+        if self._last is None:
+            raise UndecidedError(
+                f"{path}: no gate decides before it, and none can be fitted for it alone; fit the"
+                " gates of all experts together"
+            )
+        return self._last[1]
 
     def new(self, index: int) -> Followed:
         """For a gate that is fitted at layer `index`: where it leaves what it decides."""

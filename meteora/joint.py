@@ -34,7 +34,8 @@ from meteora.gate_losses import (
 )
 from meteora.layer import routed_layers
 from meteora.model import expert_names
-from meteora.train import TrainingError, calibrate, owned
+from meteora.sequences import TrainingError, owned
+from meteora.train import calibrate
 from meteora.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import JointSettings
     from meteora.encode import Template
     from meteora.routers import Gate
-    from meteora.train import LabelledSequence
+    from meteora.sequences import LabelledSequence
 
 
 class DivergedError(TrainingError):

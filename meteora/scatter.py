@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 1024
 """Of float32 rows that are widened to float64 at a time."""
+ITERATIONS = 3
+"""With which the widest directions of a covariance are found: spreads fall off quickly."""
 
 
 class Covariance(ABC):
@@ -27,6 +29,7 @@ class Covariance(ABC):
 
     level: Tensor
     """The mean of its diagonal, a scalar."""
+    num_inputs: int
 
     @abstractmethod
     def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
@@ -38,6 +41,30 @@ class Covariance(ABC):
         Returns:
             [N, IN]; None where rounding has left the covariance without a Cholesky factor.
         """
+
+    @abstractmethod
+    def times(self, x: Tensor) -> Tensor:
+        """The product of x [N, IN], float64, with S_within."""
+
+    def widest(self, num_rows: int) -> tuple[Tensor, float]:
+        """Its widest directions: rows C [≤ num_rows, IN], and a floor, with S ≈ Cᵀ C + floor · I.
+
+        By subspace iteration from a fixed start (Halko et al. 2011), so that equal tokens give
+        equal bytes; the floor is the mean variance of all other directions.
+        """
+        device, num_inputs = self.level.device, self.num_inputs
+        generator = torch.Generator(device).manual_seed(0)
+        size = min(num_rows + 8, num_inputs)
+        basis = torch.randn(
+            size, num_inputs, generator=generator, device=device, dtype=torch.float64
+        )
+        for _ in range(ITERATIONS):
+            basis = torch.linalg.qr(self.times(basis).T).Q.T
+        spread, inside = torch.linalg.eigh(basis @ self.times(basis).T)  # ascending
+        spread, inside = spread.flip(0)[:num_rows], inside.T.flip(0)[:num_rows]
+        others = max(1, num_inputs - len(spread))
+        floor = ((self.level * num_inputs - spread.sum()) / others).clamp_min(0)
+        return (spread - floor).clamp_min(0).sqrt()[:, None] * (inside @ basis), floor.item()
 
 
 @dataclass(frozen=True)
@@ -128,6 +155,7 @@ class Scatter(Sums):
 class _Moments(Covariance):
     def __init__(self, within: Tensor) -> None:
         self.within = within
+        self.num_inputs = len(within)
         self.level = _positive(within.diagonal().mean())
 
     def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
@@ -135,6 +163,9 @@ class _Moments(Covariance):
         shrunk.diagonal().add_(shrinkage * self.level)
         factor, failed = torch.linalg.cholesky_ex(shrunk)
         return None if failed else torch.cholesky_solve(targets.T, factor).T
+
+    def times(self, x: Tensor) -> Tensor:
+        return x @ self.within
 
 
 @dataclass(frozen=True)
@@ -174,24 +205,26 @@ class RowScatter(Sums):
             (x - means[labels]).mul_((weights / total).sqrt().float()[:, None])
             for x, labels, weights in self.parts
         ]
-        return _Rows(torch.cat(centred))
+        return Rows(torch.cat(centred))
 
 
-class _Rows(Covariance):
-    """S_within = Cᵀ C from its rows C [T, IN]; no approximation, but the identity of Woodbury.
+class Rows(Covariance):
+    """S_within = Cᵀ C + floor · I from rows C [T, IN]; no approximation, but Woodbury's identity.
 
-    With a = s · level and K = C Cᵀ, which is [T, T]:
+    With a = s · level + (1 - s) · floor and K = C Cᵀ, which is [T, T]:
 
         ((1 - s) Cᵀ C + a I)⁻¹ = (I - (1 - s) Cᵀ ((1 - s) K + a I)⁻¹ C) / a
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, floor: float = 0.0) -> None:
         self.rows = rows
+        self.floor = floor
+        self.num_inputs = rows.shape[1]
         # what is subtracted above nearly cancels: sums of float32 products would not do
         self.gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
         for _, wide in self._blocks():
             self.gram.addmm_(wide, wide.T)
-        self.level = _positive(self.gram.diagonal().sum() / rows.shape[1])
+        self.level = _positive(self.gram.diagonal().sum() / rows.shape[1] + floor)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """A few columns at a time, in float64."""
@@ -200,7 +233,8 @@ class _Rows(Covariance):
             yield part, self.rows[:, part].double()
 
     def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
-        kept, ridge = 1 - shrinkage, shrinkage * self.level
+        kept = 1 - shrinkage
+        ridge = shrinkage * self.level + kept * self.floor
         shrunk = self.gram * kept
         shrunk.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(shrunk)
@@ -214,6 +248,12 @@ class _Rows(Covariance):
         for part, wide in self._blocks():
             solved[:, part] = (targets[:, part] - inner @ wide) / ridge
         return solved
+
+    def times(self, x: Tensor) -> Tensor:
+        inner = x.new_zeros(len(x), len(self.rows))
+        for part, wide in self._blocks():
+            inner.addmm_(x[:, part], wide.T)
+        return torch.cat([inner @ wide for _, wide in self._blocks()], dim=1) + self.floor * x
 
 
 def _positive(level: Tensor) -> Tensor:

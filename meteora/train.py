@@ -9,21 +9,30 @@ inputs above.
 
 from __future__ import annotations
 
-import random
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import MeteoraError
 from meteora.checkpoint import RouterEntry
 from meteora.discriminant import SingularError, choose_shrinkage, gate_from
 from meteora.gates import Sharing, give_follower, give_gate, watch_prompts
 from meteora.layer import routed_layers
 from meteora.model import expert_names
-from meteora.scatter import RowScatter, Scatter, Sums, sample
+from meteora.scatter import RowScatter, Scatter, Sums
+from meteora.sequences import (
+    MAX_ROWS,
+    UNLABELLED,
+    Batch,
+    LabelledSequence,
+    TrainingError,
+    batched,
+    hold_out,
+    sampled,
+)
+from meteora.statistics import PointStatistics
 from meteora.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -35,39 +44,8 @@ if TYPE_CHECKING:
 
     from meteora.encode import Template
 
-HELDOUT_SHARE = 0.25
-"""Of each expert's sequences: they choose the shrinkage, and then join the fit."""
 MAX_HELDOUT_BYTES = 256 << 20
 """Of more held-out inputs of a point, every n-th chooses the shrinkage: they are kept in memory."""
-MAX_ROWS = 4096
-"""Tokens that tell the spread at a point of more inputs than that, where the closed form has a
-matrix of tokens by tokens; means are always those of all tokens."""
-TOKENS_PER_BATCH = 2048
-UNLABELLED = -1
-
-
-class TrainingError(MeteoraError):
-    """The examples cannot teach the gates."""
-
-
-@dataclass(frozen=True)
-class LabelledSequence:
-    """Token ids, and the expert that each belongs to; `UNLABELLED` is left out of the fit."""
-
-    input_ids: tuple[int, ...]
-    experts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.input_ids or len(self.input_ids) != len(self.experts):
-            raise TrainingError(
-                f"a sequence has {len(self.input_ids)} tokens and {len(self.experts)} labels;"
-                " give one token or more, and one label a token"
-            )
-
-    @property
-    def owners(self) -> set[int]:
-        """The experts that own tokens of it: one for a plain example, several for spans."""
-        return set(self.experts) - {UNLABELLED}
 
 
 @dataclass(frozen=True)
@@ -80,6 +58,8 @@ class Calibration:
     """Mean over input points of the share of held-out tokens that went to their own expert."""
     accuracy_of: dict[str, float]
     """The same for the first module of each point."""
+    statistics: dict[str, PointStatistics]
+    """What is kept of each point, by its first module: experts can be added later from it."""
     wall_seconds: float
 
 
@@ -119,49 +99,76 @@ def calibrate(
     if device is not None:
         model.to(device)
     names = expert_names(model)
-    heldout = _hold_out(sequences, names, seed)
-    batches = _sampled(list(_batches(sequences, heldout, model.device)), len(names))
+    heldout = hold_out(sequences, names, seed)
+    batches = sampled(list(batched(sequences, heldout, model.device)), len(names))
     counts = sum(
         (torch.bincount(b.labels[b.labels >= 0], minlength=len(names)) for b in batches),
         start=torch.zeros(len(names), dtype=torch.long, device=model.device),
     )
     token_weights = 1.0 / counts.float()  # every expert counts the same
-    accuracy_of = {}
-    layers = routed_layers(model)
-    entry = RouterEntry("gate", top_k, temperature, margin)
-    with _swept(model):
-        prefill = watch_prompts(model, template) if template is not None else None
-        pairs = [(b.input_ids, b.attention_mask) for b in batches]
-        sweep = Sweep(model, pairs, prefill, scratch=scratch)
-        sharing = Sharing(share, len(sweep.layers))
-        for index in range(len(sweep.layers)):
-            for paths in sweep.points(index):
-                point = [layers[path] for path in paths]
-                if (decided := sharing.decided(index)) is not None:
-                    for layer in point:
-                        give_follower(layer, decided, entry)
-                    continue
-                try:
-                    weight, bias, accuracy = _fit_point(
-                        sweep.inputs(index, paths[0]), batches, token_weights
-                    )
-                except SingularError as error:
-                    raise TrainingError(f"{paths[0]}: {error}") from error
-                accuracy_of[paths[0]] = accuracy
-                decision = None if share == "module" else sharing.new(index)
-                for place, layer in enumerate(point):
-                    if place == 0 or decision is None:
-                        give_gate(layer, weight.clone(), bias.clone(), entry, prefill, decision)
-                    else:
-                        give_follower(layer, decision, entry)
-            sweep.advance(index)
-            progress(index + 1, len(sweep.layers))
+    accuracy_of: dict[str, float] = {}
+    statistics: dict[str, PointStatistics] = {}
+
+    def fit(path: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        scatter, shrinkage, accuracy_of[path] = _scatter_of(inputs, batches, token_weights)
+        statistics[path] = PointStatistics.of(scatter, shrinkage)
+        return gate_from(scatter, shrinkage)
+
+    entry = RouterEntry("gate", top_k, temperature, margin, share=share)
+    sweep_gates(model, batches, entry, template, fit, scratch=scratch, progress=progress)
     return Calibration(
         num_tokens=int(counts.sum()),
         heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
         accuracy_of=accuracy_of,
+        statistics=statistics,
         wall_seconds=time.perf_counter() - started,
     )
+
+
+def sweep_gates(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    entry: RouterEntry,
+    template: Template | None,
+    fit: Callable[[str, Iterator[Tensor]], tuple[Tensor, Tensor] | None],
+    *,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Give every routed layer a gate, each from its inputs as the gates below it route them.
+
+    Args:
+        fit: makes G [E, IN] and c [E] for a module from its inputs [B, L, IN], batch by batch;
+            where it gives None, the module follows the gate before it
+    """
+    layers = routed_layers(model)
+    with _swept(model):
+        prefill = watch_prompts(model, template) if template is not None else None
+        pairs = [(b.input_ids, b.attention_mask) for b in batches]
+        sweep = Sweep(model, pairs, prefill, scratch=scratch)
+        sharing = Sharing(entry.share, len(sweep.layers))
+        for index in range(len(sweep.layers)):
+            for paths in sweep.points(index):
+                point = [layers[path] for path in paths]
+                decided = sharing.decided(index)
+                if decided is None:
+                    try:
+                        gate = fit(paths[0], sweep.inputs(index, paths[0]))
+                    except SingularError as error:
+                        raise TrainingError(f"{paths[0]}: {error}") from error
+                    if gate is None:
+                        decided = sharing.last(paths[0])
+                    else:
+                        weight, bias = gate
+                        leaders = point if entry.share == "module" else point[:1]
+                        decided = sharing.new(index)
+                        for layer in leaders:
+                            give_gate(layer, weight.clone(), bias.clone(), entry, prefill, decided)
+                        point = point[len(leaders) :]
+                for layer in point:
+                    give_follower(layer, decided, entry)
+            sweep.advance(index)
+            progress(index + 1, len(sweep.layers))
 
 
 @contextmanager
@@ -182,24 +189,10 @@ def _swept(model: PreTrainedModel) -> Generator[None]:
         model.train(training)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    input_ids: Tensor
-    """[B, L], padded on the right"""
-    attention_mask: Tensor
-    """[B, L]"""
-    labels: Tensor
-    """[B, L] experts; `UNLABELLED` for padding too"""
-    heldout: Tensor
-    """[B, 1] bool"""
-    stands_for: Tensor
-    """[B, L] of how many tokens each tells the spread at a point of many inputs"""
-
-
-def _fit_point(
-    inputs: Iterator[Tensor], batches: Sequence[_Batch], token_weights: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """G, c and the held-out accuracy of one input point."""
+def _scatter_of(
+    inputs: Iterator[Tensor], batches: Sequence[Batch], token_weights: Tensor
+) -> tuple[Sums, float, float]:
+    """All tokens of one input point; the shrinkage that is best on the held-out ones, how good."""
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
     scatters: list[Sums] = []
@@ -219,92 +212,7 @@ def _fit_point(
             scatters[held].add(tokens, labels, token_weights[labels], batch.stands_for[chosen])
             if held:
                 kept.append((tokens[::stride], labels[::stride]))
-    fitted, checked = scatters  # _hold_out saw to it that every expert has tokens in both
+    fitted, checked = scatters  # hold_out saw to it that every expert has tokens in both
     held_tokens, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
     shrinkage, accuracy = choose_shrinkage(fitted, held_tokens, labels, token_weights[labels])
-    return *gate_from(fitted + checked, shrinkage), accuracy
-
-
-def _hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: int) -> set[int]:
-    """Indices of the held-out sequences: a share of each expert's, never tokens of a fitted one.
-
-    A sequence of several experts counts for each of them, and each keeps one to be fitted on.
-    """
-    own = owned(sequences, names)
-    left = [len(indices) for indices in own]
-    heldout: set[int] = set()
-    for e, indices in enumerate(own):
-        random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (a deal, no secret)
-        wanted = max(1, round(len(indices) * HELDOUT_SHARE))
-        for i in indices:
-            if len(indices) - left[e] >= wanted:
-                break
-            if i not in heldout and all(left[owner] > 1 for owner in sequences[i].owners):
-                heldout.add(i)
-                for owner in sequences[i].owners:
-                    left[owner] -= 1
-    return heldout
-
-
-def owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[list[int]]:
-    """The indices of the sequences in which each expert has tokens."""
-    own: list[list[int]] = [[] for _ in names]
-    for i, sequence in enumerate(sequences):
-        for e in sequence.owners:
-            if not 0 <= e < len(names):
-                raise TrainingError(
-                    f"sequence {i} has a token of expert {e}; the {len(names)} experts are numbered"
-                    f" from 0, and {UNLABELLED} stands for none"
-                )
-            own[e].append(i)
-    for name, indices in zip(names, own, strict=True):
-        if len(indices) < 2:
-            raise TrainingError(
-                f"expert {name} has {len(indices)} examples; a gate needs two or more of each"
-                " expert, one to fit and one to check: give it more examples"
-            )
-    return own
-
-
-def _batches(
-    sequences: Sequence[LabelledSequence], heldout: set[int], device: torch.device
-) -> Iterator[_Batch]:
-    """Sequences of like length together, so that little of a batch is padding."""
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
-    start = 0
-    while start < len(by_length):
-        stop = start + 1
-        while (
-            stop < len(by_length)
-            and len(sequences[by_length[stop]].input_ids) * (stop + 1 - start) <= TOKENS_PER_BATCH
-        ):
-            stop += 1
-        chosen = by_length[start:stop]
-        shape = (len(chosen), len(sequences[chosen[-1]].input_ids))
-        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, UNLABELLED)
-        for row, i in enumerate(chosen):
-            length = len(sequences[i].input_ids)
-            ids[row, :length] = torch.tensor(sequences[i].input_ids)
-            labels[row, :length] = torch.tensor(sequences[i].experts)
-        lengths = torch.tensor([len(sequences[i].input_ids) for i in chosen])
-        mask = torch.arange(shape[1]) < lengths[:, None]
-        held = torch.tensor([[i in heldout] for i in chosen])
-        yield _Batch(
-            *(part.to(device) for part in (ids, mask.long(), labels, held, torch.ones(shape)))
-        )
-        start = stop
-
-
-def _sampled(batches: Sequence[_Batch], num_experts: int) -> list[_Batch]:
-    """Choose the tokens that tell the spread at points of many inputs: the same ones at each."""
-    labels = torch.cat([b.labels.flatten() for b in batches])
-    held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
-    stands_for = torch.zeros(len(labels), device=labels.device)
-    for side, share in ((~held, 1 - HELDOUT_SHARE), (held, HELDOUT_SHARE)):
-        own = side & (labels != UNLABELLED)
-        stands_for[own] = sample(labels[own], num_experts, round(MAX_ROWS * share))
-    split = stands_for.split([b.labels.numel() for b in batches])
-    return [
-        replace(b, stands_for=part.view_as(b.labels))
-        for b, part in zip(batches, split, strict=True)
-    ]
+    return fitted + checked, shrinkage, accuracy

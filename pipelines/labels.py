@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from meteora.encode import Template, encode_pair, encode_prompt
 from meteora.generate import answer_all
 from meteora.model import without_experts
-from meteora.train import UNLABELLED, LabelledSequence
+from meteora.sequences import UNLABELLED, LabelledSequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,8 +15,9 @@ from meteora.checkpoint import ModuleEntry
 from meteora.layer import routed_layers
 from meteora.model import EXPERTS, force_expert, insert_layer
 from meteora.observe import recorded_logits
+from meteora.sequences import LabelledSequence
 from meteora.sweep import Sweep, SweepError
-from meteora.train import LabelledSequence, calibrate
+from meteora.train import calibrate
 
 SPLIT = ["q_proj", "o_proj", "up_proj", "down_proj"]
 JOINED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

@@ -25,7 +25,7 @@ from meteora.gates import gates_of
 from meteora.joint import DivergedError, chosen_sequences, learning_rate, train_jointly
 from meteora.layer import routed_layers
 from meteora.observe import recorded_logits
-from meteora.train import TrainingError
+from meteora.sequences import TrainingError
 from meteora.training_state import FILE, StateError
 from tests.meteora.test_train import examples, frozen_bytes, routing_accuracy
 

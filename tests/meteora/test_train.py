@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meteora import checkpoint, sweep, train
+from meteora import sequences as dealing
 from meteora.checkpoint import RouterEntry
 from meteora.discriminant import SHRINKAGES, gate_from
 from meteora.encode import Template
@@ -16,7 +17,8 @@ from meteora.gates import gates_of, insert_gates
 from meteora.layer import routed_layers
 from meteora.observe import recorded_logits
 from meteora.scatter import RowScatter, Scatter
-from meteora.train import UNLABELLED, LabelledSequence, TrainingError, calibrate
+from meteora.sequences import UNLABELLED, LabelledSequence, TrainingError
+from meteora.train import calibrate
 
 NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
 
@@ -245,7 +247,7 @@ def test_every_expert_keeps_a_fitted_sequence_however_spans_are_shared(seed):
     sequences = [
         LabelledSequence((1,) * 3, tuple(dice.sample(range(4), 3))) for _ in range(5)
     ] + examples(2)
-    heldout = train._hold_out(sequences, NAMES, seed)
+    heldout = dealing.hold_out(sequences, NAMES, seed)
     for part in (heldout, set(range(len(sequences))) - heldout):
         assert set().union(*(sequences[i].owners for i in part)) == {0, 1, 2, 3}
 
@@ -271,9 +273,9 @@ def test_numbers_that_are_not_finite_are_refused_with_the_module(model):
 
 
 def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
-    monkeypatch.setattr(train, "TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 64)
     sequences = examples(5)
-    batches = list(train._batches(sequences, set(), torch.device("cpu")))
+    batches = list(dealing.batched(sequences, set(), torch.device("cpu")))
     assert all(batch.input_ids.numel() <= 64 or len(batch.input_ids) == 1 for batch in batches)
     lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(-1)]
     assert sorted(lengths) == sorted(len(sequence.input_ids) for sequence in sequences)
@@ -305,7 +307,8 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
             assert sum(len(x) for x, _, _ in scatter.parts) <= limit
         return gate_from(scatter, shrinkage)
 
-    monkeypatch.setattr(train, "MAX_ROWS", limit)
+    for module in (train, dealing):
+        monkeypatch.setattr(module, "MAX_ROWS", limit)
     monkeypatch.setattr(train, "gate_from", gate_from_noted)
     calibrate(model, examples(12))
     assert {form == "Scatter" for form, inputs in forms if inputs <= limit} <= {True}

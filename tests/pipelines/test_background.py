@@ -7,7 +7,7 @@ import torch
 from meteora.encode import encode_prompt
 from meteora.generate import answer_all
 from meteora.model import without_experts
-from meteora.train import UNLABELLED
+from meteora.sequences import UNLABELLED
 from pipelines.background import background_rows
 from pipelines.examples import Row
 from pipelines.labels import MAX_NEW_TOKENS, background_sequences

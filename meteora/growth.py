@@ -1,0 +1,135 @@
+"""Add an expert to fitted gates, or drop one, without a look at the others' examples.
+
+A new expert brings the mean and the spread of its own tokens, from one sweep over its own examples;
+with what is kept of the others' tokens all rows of every gate follow in closed form. Dropping an
+expert drops its row of every gate: the others' rows stay as they are, to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.checkpoint import Gates
+from meteora.discriminant import SingularError, solve_gate
+from meteora.model import expert_names
+from meteora.sequences import MAX_ROWS, UNLABELLED, TrainingError, batched, hold_out
+from meteora.train import sweep_gates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.checkpoint import RouterEntry
+    from meteora.encode import Template
+    from meteora.sequences import LabelledSequence
+    from meteora.statistics import PointStatistics
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a sweep over one new expert's examples came to."""
+
+    statistics: dict[str, PointStatistics]
+    """Of all experts, the new one among them."""
+    num_tokens: int
+    heldout_accuracy: float
+    """Mean over input points of the share of its held-out tokens that went to the new expert."""
+    wall_seconds: float
+
+
+def grow(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    statistics: Mapping[str, PointStatistics],
+    entry: RouterEntry,
+    *,
+    template: Template | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Growth:
+    """Fit every gate anew for one more expert, from its own examples and what is kept of the rest.
+
+    Args:
+        model: with all its experts inserted, the new one among them
+        sequences: of the new expert alone; two or more
+        statistics: of the gates as they were without it
+        entry: how the gates route; as they did before
+        template: what opens a prompt, where the prompt as a whole decides for its opening
+        seed: deals the held-out sequences
+
+    Raises:
+        TrainingError: the examples or the statistics do not fit the model.
+    """
+    started = time.perf_counter()
+    expert = _the_new_one(model, sequences, statistics)
+    alone = [
+        replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
+        for s in sequences
+    ]
+    heldout = hold_out(alone, [expert_names(model)[expert]], seed)
+    batches = list(batched(alone, heldout, model.device))
+    grown: dict[str, PointStatistics] = {}
+    accuracies: list[float] = []
+
+    def fit(path: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
+        if path not in statistics:  # no adapter touched this point before: the one before decides
+            return None
+        fitted, checked = [], []
+        for x, batch in zip(inputs, batches, strict=True):
+            for held, kept in ((False, fitted), (True, checked)):
+                kept.append(x[(batch.labels != UNLABELLED) & (batch.heldout == held)].float())
+        tokens = torch.cat(fitted)
+        tokens = tokens[:: -(-len(tokens) // MAX_ROWS)]
+        grown[path], covariance = statistics[path].grown(tokens, expert)
+        point = grown[path]
+        gate = solve_gate(covariance, point.means.double(), point.shift, point.shrinkage)
+        if gate is None:
+            raise SingularError("the inputs of this point hold NaN or infinity")
+        chosen = (torch.cat(checked) @ gate[0].T + gate[1]).argmax(-1)
+        accuracies.append((chosen == expert).float().mean().item())
+        return gate
+
+    sweep_gates(model, batches, entry, template, fit, progress=progress)
+    return Growth(
+        statistics=grown,
+        num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
+        heldout_accuracy=sum(accuracies) / len(accuracies),
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def _the_new_one(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    statistics: Mapping[str, PointStatistics],
+) -> int:
+    owners = set().union(*(sequence.owners for sequence in sequences))
+    found = {len(point.means) for point in statistics.values()}
+    num_choices = len(expert_names(model))
+    if len(owners) != 1 or found != {num_choices - 1}:
+        raise TrainingError(
+            f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"
+            f" the statistics are of {', '.join(map(str, sorted(found))) or 'none'}; gates grow by"
+            " one expert, from its own examples and the statistics of all others"
+        )
+    return owners.pop()
+
+
+def drop(
+    gates: Gates, statistics: Mapping[str, PointStatistics], expert: int
+) -> tuple[Gates, dict[str, PointStatistics]]:
+    """Gates and statistics without one expert; the rows of all others stay as they are."""
+    own = {}
+    for path, (weight, bias) in gates.own.items():
+        kept = [e for e in range(len(bias)) if e != expert]
+        own[path] = weight[kept], bias[kept]
+    return (
+        Gates(own, gates.follows, gates.template),
+        {path: point.without(expert) for path, point in statistics.items()},
+    )

@@ -1,0 +1,103 @@
+"""What is kept of an input point's tokens once its gate is fitted: enough to fit it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from meteora.scatter import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from meteora.scatter import Covariance, Sums
+
+NUM_ROWS = 48
+"""Directions of the spread that are kept of a point: a file of about the size of the experts."""
+
+
+@dataclass(frozen=True)
+class PointStatistics:
+    """What is kept of the tokens of one input point."""
+
+    means: Tensor
+    """[E, IN] float32, of each expert's tokens, less the shift"""
+    shift: Tensor
+    """[IN] float32"""
+    rows: Tensor
+    """[M, IN] float16: S_within ≈ rowsᵀ rows · unit² + floor · I"""
+    scalars: Tensor
+    """[3] float64: unit, floor, and the shrinkage that held-out sequences chose"""
+
+    @classmethod
+    def of(cls, scatter: Sums, shrinkage: float) -> Self:
+        """What is kept of a point whose gate was fitted with this shrinkage."""
+        return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage)
+
+    @classmethod
+    def _kept(cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float) -> Self:
+        rows, floor = covariance.widest(NUM_ROWS)
+        unit = float(rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        scalars = torch.tensor([unit, floor, shrinkage], dtype=torch.float64)
+        return cls(means.float(), shift.float(), (rows / unit).half(), scalars)
+
+    @property
+    def shrinkage(self) -> float:
+        """With which the gate was fitted."""
+        return self.scalars[2].item()
+
+    def without(self, expert: int) -> Self:
+        """The same for all experts but one; its share of the common spread stays."""
+        kept = [e for e in range(len(self.means)) if e != expert]
+        return type(self)(self.means[kept], self.shift, self.rows, self.scalars)
+
+    def grown(self, tokens: Tensor, expert: int) -> tuple[Self, Rows]:
+        """The same with one more expert, and the covariance of all together.
+
+        Every expert counts the same, however many tokens told of it.
+
+        Args:
+            tokens: [T, IN] of the new expert
+            expert: its place among the others
+        """
+        num_experts = len(self.means)
+        unit, floor, _ = self.scalars.tolist()
+        x = tokens.double() - self.shift.double()
+        mean = x.mean(0, keepdim=True)
+        own = (x - mean) / (len(x) * (num_experts + 1)) ** 0.5
+        share = num_experts / (num_experts + 1)
+        others = self.rows.double() * (unit * share**0.5)
+        covariance = Rows(torch.cat([others, own]).float(), floor * share)
+        means = self.means.double()
+        means = torch.cat([means[:expert], mean, means[expert:]])
+        return self._kept(means, self.shift, covariance, self.shrinkage), covariance
+
+
+def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:
+    """Write what is kept of each module that has a gate."""
+    tensors = {
+        f"{module}.gate.{name}": getattr(point, name).contiguous().cpu()
+        for module, point in statistics.items()
+        for name in (f.name for f in fields(PointStatistics))
+    }
+    save_file(tensors, path)
+
+
+def read_statistics(path: Path) -> dict[str, PointStatistics]:
+    """What was kept of each module that has a gate, by its path."""
+    with safe_open(path, framework="pt") as file:
+        keys: list[str] = file.keys()
+        modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}
+        return {
+            module: PointStatistics(
+                *(file.get_tensor(f"{module}.gate.{f.name}") for f in fields(PointStatistics))
+            )
+            for module in sorted(modules)
+        }

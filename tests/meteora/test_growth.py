@@ -1,0 +1,119 @@
+"""An expert more or less, without the others' examples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from meteora.checkpoint import RouterEntry
+from meteora.gates import gates_of, insert_gates
+from meteora.growth import drop, grow
+from meteora.scatter import Scatter
+from meteora.sequences import TrainingError
+from meteora.statistics import PointStatistics, read_statistics, write_statistics
+from meteora.train import calibrate
+from tests.meteora.test_train import examples, routing_accuracy
+
+ENTRY = RouterEntry("gate", 1, 1.0, share="point")
+
+
+def scatter_of(x, labels):
+    scatter = Scatter.empty(int(labels.max()) + 1, x.mean(0))
+    scatter.add(x, labels, 1 / labels.bincount().float()[labels])
+    return scatter
+
+
+def drawn(num_tokens=400, num_inputs=24, num_experts=4):
+    """Tokens whose spread falls off, as that of hidden states does."""
+    labels = torch.arange(num_tokens) % num_experts
+    scale = 0.7 ** torch.arange(num_inputs)
+    means = torch.randn(num_experts, num_inputs) * scale
+    return 5 + means[labels] + torch.randn(num_tokens, num_inputs) * scale, labels
+
+
+def test_the_widest_directions_and_a_floor_are_the_spread_itself_if_all_are_kept():
+    scatter = scatter_of(*drawn())
+    rows, floor = scatter.covariance().widest(24)
+    torch.testing.assert_close(rows.T @ rows + floor * torch.eye(24).double(), scatter.within)
+    few, floor = scatter.covariance().widest(6)
+    kept = torch.linalg.eigvalsh(few.T @ few + floor * torch.eye(24).double())
+    expected = torch.linalg.eigvalsh(scatter.within)
+    torch.testing.assert_close(kept[-6:], expected[-6:], rtol=1e-4, atol=0)
+    torch.testing.assert_close(kept.sum(), expected.sum())
+
+
+def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch):
+    monkeypatch.setattr("meteora.statistics.NUM_ROWS", 24)
+    x, labels = drawn()
+    first = PointStatistics.of(scatter_of(x[labels < 3], labels[labels < 3]), 0.1)
+    grown, covariance = first.grown(x[labels == 3], 3)
+    together = scatter_of(x, labels)
+    torch.testing.assert_close(
+        grown.means + grown.shift, (together.means + together.shift).float(), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        covariance.times(torch.eye(24).double()), together.within, rtol=2e-3, atol=1e-4
+    )
+
+
+def test_statistics_come_back_equal(tmp_path):
+    written = {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.03)}
+    write_statistics(tmp_path / "file", written)
+    (read,) = read_statistics(tmp_path / "file").values()
+    assert read.shrinkage == 0.03
+    for field in dataclasses.fields(read):
+        assert torch.equal(getattr(read, field.name), getattr(written["a.b"], field.name))
+
+
+@pytest.fixture(scope="module")
+def three(world, fuse_adapters, tmp_path_factory):
+    """The world without its last adapter: a base, three experts, and their checkpoint."""
+    names = [*world.adapters][:3]
+    adapters = {name: world.adapters[name] for name in names}
+    folder = tmp_path_factory.mktemp("three") / "fused"
+    manifest = fuse_adapters(world.base, adapters, folder)
+    return dataclasses.replace(world, adapters=adapters, checkpoint=folder, manifest=manifest)
+
+
+def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
+    before = three.load()
+    fitted = calibrate(before, examples(8, experts=range(3)))
+    old = routing_accuracy(before, examples(4, seed=9, experts=range(3)))
+    model = world.load()
+    found = grow(model, examples(8, experts=[3]), fitted.statistics, ENTRY)
+    assert found.heldout_accuracy > 0.9
+    assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
+    assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.02
+    assert {len(point.means) for point in found.statistics.values()} == {4}
+
+
+def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):
+    model = world.load()
+    fitted = calibrate(model, examples(8))
+    gates = gates_of(model)
+    kept, statistics = drop(gates, fitted.statistics, 3)
+    for path, (weight, bias) in kept.own.items():
+        assert torch.equal(weight, gates.own[path][0][:3])
+        assert torch.equal(bias, gates.own[path][1][:3])
+        assert len(statistics[path].means) == 3
+    smaller = three.load()
+    insert_gates(smaller, kept, ENTRY)
+    assert routing_accuracy(smaller, examples(4, seed=9, experts=range(3))) > 0.9
+
+
+def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, three):
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)))
+    gone = {p: s for p, s in fitted.statistics.items() if "mlp" not in p}
+    model = world.load()
+    grow(model, examples(6, experts=[3]), gone, ENTRY)
+    gates = gates_of(model)
+    assert gates.follows["model.layers.0.mlp.gate_proj"] == "model.layers.0.self_attn.o_proj"
+
+
+def test_gates_grow_by_one_expert_at_a_time(world, three):
+    fitted = calibrate(three.load(), examples(4, experts=range(3)))
+    with pytest.raises(TrainingError, match=r"of 2 experts.*4 choices.*of 3"):
+        grow(world.load(), examples(4, experts=[2, 3]), fitted.statistics, ENTRY)

@@ -20,7 +20,7 @@ from meteora.artifacts import MeteoraError
 from meteora.expert_cache import ExpertCache
 from meteora.gates import insert_gates
 from meteora.layer import MoELoRALinear, routed_layers
-from meteora.routers import Arrow, Fixed, Norm, Router
+from meteora.routers import Arrow, Fixed, Norm, Random, Router
 from meteora.sources import GGUF, PATH, SourceError, find_gguf
 
 if TYPE_CHECKING:
@@ -203,8 +203,14 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
         layer.router = make_router(entry.kind, layer, entry.top_k, entry.temperature)
 
 
-def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float) -> Router:
-    """A router that needs no training: `arrow`, `norm` or `uniform`."""
+def make_router(
+    kind: str, layer: MoELoRALinear, top_k: int, temperature: float, *, seed: int = 0
+) -> Router:
+    """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
+
+    Args:
+        seed: of `random`; give every layer its own
+    """
     stack = layer.lora_a, layer.lora_b, layer.ranks
     router: Router
     if kind == "arrow":
@@ -214,9 +220,11 @@ def make_router(kind: str, layer: MoELoRALinear, top_k: int, temperature: float)
         router = Norm(*stack, scaling, top_k=top_k, temperature=temperature)
     elif kind == "uniform":
         router = Fixed(torch.full((layer.num_experts,), 1 / layer.num_experts))
+    elif kind == "random":
+        router = Random(layer.num_experts, seed, top_k=top_k, temperature=temperature)
     else:
         raise MeteoraError(
-            f"router {kind!r} is none of arrow, norm, uniform; a gate must be fitted"
+            f"router {kind!r} is none of arrow, norm, uniform, random; a gate must be fitted"
         )
     return router.to(layer.weight.device)
 

@@ -123,6 +123,23 @@ class Fixed(Router):
         return logits.expand(len(tokens), -1)
 
 
+class Random(Router):
+    """Logits drawn anew for every token: a control, to see what choosing well is worth.
+
+    Seeded: two routers of one seed that are asked the same batches draw the same.
+    """
+
+    def __init__(
+        self, num_experts: int, seed: int, *, top_k: int = 1, temperature: float = 1.0
+    ) -> None:
+        super().__init__(num_experts, top_k, temperature)
+        self._generator = torch.Generator().manual_seed(seed)  # the same draws on every device
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        drawn = torch.rand(len(tokens), self.num_experts, generator=self._generator)
+        return drawn.to(tokens.device)
+
+
 class Arrow(Router):
     """Logits |v_e · x|, v_e the direction that B_e A_e stretches most (arXiv 2405.11157).
 

@@ -1,170 +1,178 @@
-"""Measure a model on rows of text: lm-eval is the harness, we bring rows, metric and statistics."""
+"""Measure a model on a task: what it answers, what that is worth, and how sure that is."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
-import unicodedata
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from meteora.encode import Template, encode_pair
 from meteora.model import expert_names
 from meteora.observe import recorded_logits
+from pipelines import intervals
+from pipelines.harness import HARNESS, Harness
+from pipelines.judging import Judged, judge, judge_composites
+from pipelines.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.artifacts import ScorePart
     from pipelines.examples import Row
-
-EXACT_MATCH = "exact_match"
-Z95 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution: two sides make 95 %."""
+    from pipelines.tasks import Task
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A score of one model on one task, and every row that it was made of."""
+    """A score of one model on one task."""
 
     value: float
     stderr: float
     low: float
     high: float
-    num_samples: int
+    interval: str
+    higher_is_better: bool
+    parts: tuple[ScorePart, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model made of a task: every metric's score, and every row that they are made of."""
+
+    scores: dict[str, Measured]
+    outputs: tuple[dict[str, Any], ...]
+    """Of each row in order: prompt, reference, output, and each metric's value."""
+    templated: bool
+    num_empty: int
+    num_truncated: int
+    prompt_tokens: tuple[int, ...]
+    """Of each row; empty for tasks of the harness."""
     harness: str
     wall_seconds: float
-    outputs: tuple[dict[str, Any], ...]
-    """Of each row in order: prompt, reference, output, and the metric's value."""
 
-    def write_outputs(self, path: Path) -> None:
-        datasets.Dataset.from_list(list(self.outputs)).to_parquet(path)
-
-
-def normalise(text: str) -> str:
-    """What exact match compares: Unicode NFC, white space at the ends off, runs of it one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def exact_match(output: str, reference: str) -> float:
-    """1 where the normalised texts are equal; an empty output is as wrong as any other."""
-    return float(normalise(output) == normalise(reference))
-
-
-def wilson(successes: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927); a bootstrap fails at 0 and at 1."""
-    share = successes / total
-    scale = 1 + Z95**2 / total
-    centre = (share + Z95**2 / (2 * total)) / scale
-    half = Z95 / scale * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-class _Harnessed(HFLM):
-    """lm-eval's own model class; it reports rows as they are done, through our bar."""
-
-    advance: Callable[[int], None] = staticmethod(lambda _rows: None)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        out = super()._model_generate(context, *args, **kwargs)
-        self.advance(len(context))
-        return out
+    @property
+    def num_samples(self) -> int:
+        return len(self.outputs)
 
 
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    rows: Sequence[Row],
+    task: Task,
     *,
-    max_new_tokens: int,
     batch_size: int,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _rows: None,
-) -> Measured:
-    """Greedy answers of a live model to `rows`, scored by exact match.
+) -> Answered:
+    """Ask a live model, as it is routed now, every question of a task.
 
     Args:
-        model: as it is routed now
-        task: the name under which lm-eval reports
-        rows: asked in order, each in the chat template where the tokenizer has one
-        max_new_tokens: an answer ends there, or at the end of sequence
-        advance: called with the number of rows that were just answered
+        advance: called with the number of prompts, or pairs of prompt and choice, just done
+
+    Raises:
+        BenchmarkError: the task cannot be asked as it is.
     """
     started = time.perf_counter()
-    harnessed = _Harnessed(
-        pretrained=model,
-        tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
+    harness = Harness(
+        model,
+        tokenizer,
         batch_size=batch_size,
-        device=str(model.device),
+        template=task.template,
+        seed=seed,
+        advance=advance,
     )
-    harnessed.advance = advance
-    table = datasets.Dataset.from_list([row.to_dict() for row in rows])
-    report = simple_evaluate(
-        model=harnessed,
-        tasks=[
-            {
-                "task": task,
-                "custom_dataset": lambda **_: {"test": table},
-                "test_split": "test",
-                "output_type": "generate_until",
-                "doc_to_text": "{{prompt}}",
-                "doc_to_target": "{{response}}",
-                "generation_kwargs": {
-                    "until": [tokenizer.eos_token],
-                    "max_gen_toks": max_new_tokens,
-                    "do_sample": False,
-                },
-                "process_results": lambda doc, results: {
-                    EXACT_MATCH: exact_match(results[0], doc["response"])
-                },
-                "metric_list": [
-                    {"metric": EXACT_MATCH, "aggregation": "mean", "higher_is_better": True}
-                ],
-            }
-        ],
-        task_manager=TaskManager(include_defaults=False),  # its own 10,000 tasks take 10 s to index
-        apply_chat_template=bool(tokenizer.chat_template),
-        log_samples=True,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-        bootstrap_iters=0,
+    if task.lm_eval:
+        return _by_itself(harness, task, seed, started)
+    prompts = [asked.prompt for asked in task.composites or task.rows]
+    lengths = harness.prompt_tokens(prompts)
+    columns: list[dict[str, Any]] = [
+        {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
+    ]
+    replies = []
+    if task.composites or any(not METRICS[metric].of_choices for metric in task.metrics):
+        replies = harness.generate(task.name, prompts, task.max_new_tokens)
+        for column, reply in zip(columns, replies, strict=True):
+            column |= {"output": reply.text, "truncated": reply.truncated}
+    if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
+        for column, values in zip(columns, harness.weigh(task.name, task.rows), strict=True):
+            column["log_likelihoods"] = values
+    judged = _judge(task, columns)
+    for metric, found in judged.items():
+        for column, value in zip(columns, found.values, strict=True):
+            column[metric] = value
+    return Answered(
+        scores={metric: _score(found, seed) for metric, found in judged.items()},
+        outputs=tuple(columns),
+        templated=harness.templated,
+        num_empty=sum(not reply.text.strip() for reply in replies),
+        num_truncated=sum(reply.truncated for reply in replies),
+        prompt_tokens=tuple(lengths),
+        harness=HARNESS,
+        wall_seconds=time.perf_counter() - started,
     )
-    samples = sorted(report["samples"][task], key=lambda sample: sample["doc_id"])
-    values = [float(sample[EXACT_MATCH]) for sample in samples]
-    value = sum(values) / len(values)
-    low, high = wilson(sum(values), len(values))
+
+
+def _judge(task: Task, columns: Sequence[dict[str, Any]]) -> dict[str, Judged]:
+    """Every metric's values, from what is kept; and beside it all that judging it again needs."""
+    for column, asked in zip(columns, task.composites or task.rows, strict=True):
+        column["reference"] = asked.response
+        column["asked"] = json.dumps(asked.to_dict(), ensure_ascii=False)
+        if task.composites:
+            column["judged_by"] = json.dumps(dict(task.part_metrics), sort_keys=True)
+    if task.composites:
+        return judge_composites(columns)
+    return {metric: judge(columns, metric) for metric in task.metrics}
+
+
+def _score(found: Judged, seed: int, *, higher_is_better: bool = True) -> Measured:
+    values = found.values
+    bounded = min(values) >= 0 and max(values) <= 1
+    if not found.graded:
+        method, (low, high) = "wilson", intervals.wilson(sum(values), len(values))
+    elif bounded or min(values) != max(values):
+        method, (low, high) = "bootstrap", intervals.bootstrap(values, seed)
+    else:
+        method, low, high = "bootstrap", values[0], values[0]
     return Measured(
-        value=value,
-        stderr=math.sqrt(value * (1 - value) / max(1, len(values) - 1)),
+        value=sum(values) / len(values),
+        stderr=intervals.standard_error(values),
         low=low,
         high=high,
-        num_samples=len(values),
-        harness=f"lm-eval {version('lm-eval')}",
+        interval=method,
+        higher_is_better=higher_is_better,
+        parts=found.parts,
+    )
+
+
+def _by_itself(harness: Harness, task: Task, seed: int, started: float) -> Answered:
+    """A task that the harness brings: its rows, its prompts, and its own values of every row."""
+    own = harness.own_task(task.lm_eval, task.folder, task.limit)
+    outputs = own.outputs()
+    scores = {}
+    for metric in task.metrics:
+        values = own.values(task.name, metric)
+        for row, value in zip(outputs, values, strict=True):
+            row[metric] = value
+        graded = not set(values) <= {0.0, 1.0}
+        scores[metric] = _score(
+            Judged(tuple(values), graded=graded),
+            seed,
+            higher_is_better=own.higher_is_better.get(metric, True),
+        )
+    return Answered(
+        scores=scores,
+        outputs=tuple(outputs),
+        templated=harness.templated,
+        num_empty=0,
+        num_truncated=0,
+        prompt_tokens=(),
+        harness=HARNESS,
         wall_seconds=time.perf_counter() - started,
-        outputs=tuple(
-            {
-                "prompt": sample["doc"]["prompt"],
-                "reference": sample["doc"]["response"],
-                "output": sample["filtered_resps"][0],
-                EXACT_MATCH: value,
-            }
-            for sample, value in zip(samples, values, strict=True)
-        ),
     )
 
 

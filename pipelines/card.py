@@ -66,7 +66,8 @@ def write_card(manifest: Manifest, summary: Summary, name: str) -> str:
             *score_table(summary),
             "",
             *routing_lines(summary),
-            *shortfall_lines(summary),
+            *loss_lines(summary),
+            *speed_lines(summary),
             "",
             f"Router: {_router(manifest)}. Ids: {_code(short(manifest.fused_id))},"
             f" {_code(short(manifest.router_id))}. Where everything came from, with hashes, stands"
@@ -80,23 +81,50 @@ def score_table(summary: Summary) -> list[str]:
     """Every score with its 95 % interval, as Markdown."""
     systems = summary.systems
     lines = [
-        f"| task | n | {' | '.join(systems)} |",
-        f"|-|-|{'-|' * len(systems)}",
+        f"| task | metric | n | {' | '.join(systems)} |",
+        f"|-|-|-|{'-|' * len(systems)}",
     ]
     for task, row in summary.scores.items():
-        cells = [
-            interval(row[s].value, row[s].low, row[s].high) if s in row else "" for s in systems
-        ]
-        lines.append(f"| {task} | {row['fused'].num_samples} | {' | '.join(cells)} |")
+        cells = [cell(summary, task, system) for system in systems]
+        fused = row["fused"]
+        lines.append(
+            f"| {task} | {fused.spec.metric} | {fused.num_samples} | {' | '.join(cells)} |"
+        )
     means = [summary.mean(system) for system in systems]
     shown = ["" if mean is None else f"**{mean:.3f}**" for mean in means]
-    lines.append(f"| mean | | {' | '.join(shown)} |")
-    harness = next(iter(summary.scores.values()))["fused"]
-    lines += [
-        "",
-        f"Metric {harness.spec.metric}, greedy, zero-shot, seed {harness.spec.seed},"
-        f" {harness.harness}; in brackets the 95 % interval (Wilson).",
+    lines += [f"| mean of the experts' own tasks | | | {' | '.join(shown)} |", ""]
+    return lines + how_measured(summary)
+
+
+def cell(summary: Summary, task: str, system: str) -> str:
+    """One score with its interval, marked where the fused model differs from it beyond chance."""
+    score = summary.scores[task].get(system)
+    if score is None:
+        return ""
+    shown = interval(score.value, score.low, score.high)
+    return " ".join(filter(None, (shown, summary.mark(task, system))))
+
+
+def how_measured(summary: Summary) -> list[str]:
+    """What a reader needs to know to trust the table."""
+    scores = [score for row in summary.scores.values() for score in row.values()]
+    first = scores[0]
+    methods = {"wilson": "Wilson", "bootstrap": "bootstrap over rows, 9,999 resamples"}
+    used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
+    templated = {True: "in the base's chat template", False: "as plain text", None: ""}
+    asked = {templated[score.templated] for score in scores} - {""}
+    how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
+    cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
+    lines = [
+        f"Asked {how}; in brackets the 95 % interval ({'; '.join(used)}). Of all answers {cut:,}"
+        f" were cut at the longest allowed and {empty:,} were empty; they count like any other."
     ]
+    if summary.comparisons:
+        lines.append(
+            "+ marks what the fused model is better than, - what it is worse than, by a paired test"
+            " on the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
+            " tasks). Where neither stands, the difference may be chance."
+        )
     return lines
 
 
@@ -117,11 +145,41 @@ def routing_lines(summary: Summary) -> list[str]:
     ]
 
 
-def shortfall_lines(summary: Summary) -> list[str]:
-    """Every task on which the fused model falls short of the oracle."""
+def loss_lines(summary: Summary) -> list[str]:
+    """Every task on which the fused model is worse than another system beyond chance."""
+    lines = []
+    for task, other, one in summary.losses():
+        row = summary.scores[task]
+        lines.append(
+            f"Worse than {other} on {task}: {row['fused'].value:.2f} against"
+            f" {row[other].value:.2f}, n = {one.num_samples}, p = {one.p_holm:.3g}."
+        )
+    return lines
+
+
+def speed_lines(summary: Summary) -> list[str]:
+    """What routing costs in time and memory."""
+    made = summary.speed
+    if made is None:
+        return []
+    rates = " ".join(
+        f"{rate.phase.capitalize()} {rate.fused_tokens_per_second:,.0f} tokens/s, the base"
+        f" {rate.base_tokens_per_second:,.0f}: {rate.ratio:.2f} times its time"
+        f" [{rate.low:.2f}, {rate.high:.2f}]."
+        for rate in made.rates
+    )
+    working = ""
+    if made.fused_working_bytes is not None and made.base_working_bytes is not None:
+        working = (
+            f"; a prefill takes {made.fused_working_bytes / 1e6:.1f} MB beyond that, the base's"
+            f" {made.base_working_bytes / 1e6:.1f} MB"
+        )
     return [
-        f"Falls short on {task}: {fused:.2f}, where its own adapter alone has {oracle:.2f}."
-        for task, fused, oracle in summary.shortfalls()
+        f"{rates} Batches of {made.spec.batch_size}, prompts of {made.spec.prompt_tokens} tokens,"
+        f" {made.spec.new_tokens} new ones, {made.spec.rounds} rounds in turns, {made.device} with"
+        f" {made.num_threads} threads, {made.dtype}.",
+        f"In memory {made.added_bytes / 1e6:.1f} MB beside the base's"
+        f" {made.base_bytes / 1e6:.1f} MB{working}; on disk {made.stored_bytes / 1e6:.1f} MB.",
     ]
 
 

@@ -1,31 +1,47 @@
-"""The stages that measure: every subject on every task, and where the router sends the tokens."""
+"""The stages that measure: every subject on every task, what differs, how fast, and the routes."""
 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import RouterBuild, RoutingBuild, RoutingScore, RoutingShare, Score
-from meteora.model import force_expert, make_router, routed_by, without_experts
-from pipelines import benchmark, judge
+from meteora.artifacts import (
+    RouterBuild,
+    RoutingBuild,
+    RoutingScore,
+    RoutingShare,
+    Score,
+)
+from pipelines import benchmark, compare, judge, speed
+from pipelines.controls import as_system
 from pipelines.opening import opened
+from pipelines.outputs import write_outputs
 from pipelines.progress import bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BuiltBase
-    from pipelines.plan import Measurement, Plan
+    from pipelines.benchmark import Answered
+    from pipelines.measurements import Measurement
+    from pipelines.plan import Plan
     from pipelines.workplace import Workplace
 
 
-def missing(work: Workplace, plan: Plan) -> list[Measurement]:
-    """The measurements that the ledger does not hold yet."""
-    return [m for m in plan.measurements if work.ledger.score_of(m.spec.id) is None]
+def missing(work: Workplace, plan: Plan) -> list[list[Measurement]]:
+    """The measurements that the ledger does not hold yet; those of one asking together.
+
+    A run that was stopped goes on here, at the task: an asking is minutes, and half of one would
+    be continued in other batches, whose rounding may differ from that of a run in one go.
+    """
+    askings: dict[tuple[str, str], dict[str, Measurement]] = {}
+    for one in plan.measurements:
+        if work.ledger.score_of(one.spec.id) is None:
+            asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})
+            asking.setdefault(one.spec.id, one)  # the oracle is one of the experts, too
+    return [list(asking.values()) for asking in askings.values()]
 
 
 def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
@@ -37,11 +53,25 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
     to_do = missing(work, plan)
     owns_tests = any(name in plan.tests for name in plan.fused.names)
     watch = owns_tests and work.ledger.built(plan.routing.id) is None
-    if not to_do and not watch:
-        return
+    timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
+    if to_do or watch or timing:
+        _record_controls(work, plan)
+        with opened(work, plan, built, gates) as (model, tokenizer):
+            judge.probe(work, plan, model, tokenizer)
+            for asking in to_do:
+                _ask(work, plan, asking, model, tokenizer)
+            if watch:
+                _watch_routing(work, plan, model, tokenizer)
+            if timing:
+                _time(work, plan, gates, model)
+    _compare(work, plan)
+
+
+def _record_controls(work: Workplace, plan: Plan) -> None:
+    """Scores refer to their subjects: routers and merges that are only measured."""
+    experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            experts = str(work.ledger.weights_of(plan.fused.id))
             work.ledger.record_artifact(
                 spec,
                 weights_sha256=experts,
@@ -49,68 +79,80 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
                 blobs=[experts],
                 run_id=work.run_id,
             )
-    with opened(work, plan, built, gates) as (model, tokenizer):
-        judge.probe(work, plan, model, tokenizer)
-        for measurement in to_do:
-            _measure_one(work, plan, measurement, model, tokenizer)
-        if watch:
-            _watch_routing(work, plan, model, tokenizer)
+    for spec in plan.merges.values():
+        if work.ledger.weights_of(spec.id) is None:
+            work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)
 
 
-def _measure_one(
+def _ask(
     work: Workplace,
     plan: Plan,
-    measurement: Measurement,
+    asking: Sequence[Measurement],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    spec, settings = measurement.spec, work.recipe.benchmark
-    rows = plan.tests[spec.task]
+    """Ask one subject one task, and record a score for each metric."""
+    first = asking[0]
+    task = plan.tasks[first.spec.task]
     with (
-        _as_system(model, measurement, plan),
-        bar(f"{spec.task}: {measurement.system}", len(rows), "rows") as advance,
+        as_system(model, first, plan),
+        bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
     ):
         found = benchmark.measure(
             model,
             tokenizer,
-            spec.task,
-            rows,
-            max_new_tokens=spec.max_new_tokens,
-            batch_size=settings.batch_size,
-            seed=spec.seed,
+            task,
+            batch_size=work.recipe.benchmark.batch_size,
+            seed=first.spec.seed,
             advance=advance,
         )
     with work.scratch() as scratch:
-        found.write_outputs(scratch / "outputs.parquet")
+        write_outputs(found.outputs, scratch / "outputs.parquet")
         outputs_sha256 = work.ledger.blobs.put(scratch / "outputs.parquet", move=True)
-    score = Score(
-        spec=spec,
-        value=found.value,
-        stderr=found.stderr,
-        low=found.low,
-        high=found.high,
+    for one in asking:
+        score = _score(one, found, outputs_sha256, speed.device_name(model.device))
+        work.ledger.record_score(score, run_id=work.run_id)
+
+
+def _score(one: Measurement, found: Answered, outputs_sha256: str, device: str) -> Score:
+    measured = found.scores[one.spec.metric]
+    lengths = found.prompt_tokens
+    return Score(
+        spec=one.spec,
+        value=measured.value,
+        stderr=measured.stderr,
+        low=measured.low,
+        high=measured.high,
         num_samples=found.num_samples,
         outputs_sha256=outputs_sha256,
         harness=found.harness,
         wall_seconds=found.wall_seconds,
+        higher_is_better=measured.higher_is_better,
+        interval=measured.interval,
+        templated=found.templated,
+        num_empty=found.num_empty,
+        num_truncated=found.num_truncated,
+        mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
+        max_prompt_tokens=max(lengths, default=None),
+        parts=measured.parts,
+        device=device,
     )
-    work.ledger.record_score(score, run_id=work.run_id)
 
 
-def _as_system(
-    model: PreTrainedModel, measurement: Measurement, plan: Plan
-) -> AbstractContextManager[None]:
-    """The model as one of the systems that are compared."""
-    if measurement.system == "fused":
-        return nullcontext()
-    if measurement.system == "base":
-        return without_experts(model)
-    if measurement.system == "oracle":
-        return force_expert(model, measurement.expert)
-    spec = plan.others[measurement.system]
-    return routed_by(
-        model, lambda layer: make_router(spec.router, layer, spec.top_k, spec.temperature)
-    )
+def _compare(work: Workplace, plan: Plan) -> None:
+    for spec in plan.comparisons:
+        if work.ledger.built(spec.id) is None:
+            made = compare.compare(work.ledger, spec)
+            work.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _time(work: Workplace, plan: Plan, gates: RouterBuild, model: PreTrainedModel) -> None:
+    assert plan.speed is not None  # noqa: S101  (only then is it asked)
+    stored = {str(work.ledger.weights_of(plan.fused.id)), gates.weights_sha256}
+    num_bytes = sum(work.ledger.blobs.path_of(sha256).stat().st_size for sha256 in stored)
+    with bar("timing against the base", plan.speed.rounds + 1, "rounds") as advance:
+        made = speed.time_model(model, plan.speed, num_bytes, advance)
+    work.ledger.record_artifact(plan.speed, weights_sha256="", built=made, run_id=work.run_id)
 
 
 def _watch_routing(

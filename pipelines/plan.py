@@ -10,15 +10,25 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     NULL,
-    ArtifactId,
-    BenchmarkSpec,
+    ComparisonSpec,
     FusedSpec,
+    MergeSpec,
     RouterSpec,
     RoutingSpec,
+    SpeedSpec,
     canonical_sha256,
 )
 from pipelines.background import background_rows
-from pipelines.examples import Row, read_rows, refuse_overlap, rows_sha256
+from pipelines.examples import Row, refuse_overlap
+from pipelines.measurements import (
+    Measurement,
+    find_comparisons,
+    find_measurements,
+    find_speed,
+    find_subjects,
+)
+from pipelines.row_sources import read_rows
+from pipelines.tasks import Task, make_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,19 +37,6 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec
     from pipelines.experts import Expert
     from pipelines.recipe import ExpertSection, Recipe
-
-EXACT_MATCH = "exact_match"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number that the recipe asks for."""
-
-    system: str
-    """`fused`, `base`, `oracle`, or the kind of another router."""
-    expert: str
-    """Whose rows they are, and who answers where the system is `oracle`; empty for other tasks."""
-    spec: BenchmarkSpec
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,19 @@ class Plan:
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
     tests: Mapping[str, Sequence[Row]]
-    """Rows to ask, by task."""
+    """Rows to ask, by task; composites and the harness's own tasks have none of their own."""
+    tasks: Mapping[str, Task]
+    """All that is asked, by name."""
     fused: FusedSpec
     router: RouterSpec
     others: Mapping[str, RouterSpec]
     """Routers to compare with, by kind."""
+    merges: Mapping[str, MergeSpec]
+    """Merges to compare with, by method."""
     measurements: tuple[Measurement, ...]
+    comparisons: tuple[ComparisonSpec, ...]
     routing: RoutingSpec
+    speed: SpeedSpec | None
 
 
 def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
@@ -71,14 +74,8 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     examples = _examples(recipe, folder, [sections[name] for name in names])
     if recipe.router.null:
         examples[NULL] = background_rows()
-    tests = {
-        name: read_rows(test, folder, recipe.benchmark.limit)
-        for name in names
-        if (test := sections[name].test)
-    }
-    own_tasks = set(tests)
-    for task in recipe.benchmark.tasks:
-        tests[task.name] = read_rows(task.rows, folder, recipe.benchmark.limit)
+    tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
+    tests = {name: task.rows for name, task in tasks.items() if task.rows}
     refuse_overlap(examples, tests)
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
@@ -95,42 +92,23 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         null=recipe.router.null,
         share=recipe.router.share if examples else "module",
     )
-    others: dict[str, RouterSpec] = {
-        kind: RouterSpec(fused.id, kind, recipe.router.top_k, recipe.router.temperature)
-        for kind in recipe.benchmark.compare
-        if kind not in {"base", "oracle"}
-    }
-    subjects: dict[str, ArtifactId] = {"fused": router.id, "base": base.id}
-    subjects.update({kind: spec.id for kind, spec in others.items()})
-    adapter_ids = dict(zip(names, fused.adapter_ids, strict=True))
-    measurements = []
-    for task, rows in tests.items():
-        expert = task if task in own_tasks else ""
-        for system in ("fused", *recipe.benchmark.compare):
-            if system == "oracle" and not expert:
-                continue  # no adapter is the right one for it
-            spec = BenchmarkSpec(
-                subject_id=adapter_ids[expert] if system == "oracle" else subjects[system],
-                task=task,
-                rows_sha256=rows_sha256(rows),
-                metric=EXACT_MATCH,
-                num_fewshot=0,
-                max_new_tokens=recipe.benchmark.max_new_tokens,
-                seed=0,
-                base_id=base.id,
-            )
-            measurements.append(Measurement(system, expert, spec))
-    owned = {task: rows for task, rows in tests.items() if task in own_tasks}
+    subjects = find_subjects(base, fused, router, recipe.benchmark)
+    measurements = find_measurements(tasks, subjects, recipe.benchmark)
+    owned = {name: task.rows for name, task in tasks.items() if task.expert}
     return Plan(
         base=base,
         experts=tuple(experts),
         examples=examples,
         tests=tests,
+        tasks=tasks,
         fused=fused,
         router=router,
-        others=others,
-        measurements=tuple(measurements),
+        others=subjects.others,
+        merges=subjects.merges,
+        measurements=measurements,
+        comparisons=find_comparisons(tasks, subjects, measurements),
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
+        speed=find_speed(subjects, recipe.benchmark),
     )
 
 

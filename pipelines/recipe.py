@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from meteora.artifacts import MeteoraError
+from pipelines.benchmark_section import BenchmarkSection, Section, known_metrics
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_BYTES = 1 << 20
@@ -31,10 +32,6 @@ class RecipeError(MeteoraError):
     """A recipe cannot be read, or asks for something that does not exist."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class ExpertSection(Section):
     name: str
     """Unique; stored, shown, used in `--expert`."""
@@ -45,6 +42,14 @@ class ExpertSection(Section):
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
     test: str | None = None
     """Held-out rows; a benchmark task of this expert's name."""
+    metric: str | tuple[str, ...] = "exact_match"
+    """How answers to them are judged; one or more, tables show the first."""
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        known_metrics(value)
+        return value
 
 
 class FoundExpert(ExpertSection):
@@ -90,26 +95,6 @@ class GatesSection(Section):
     method: Literal["calibrate"] = "calibrate"
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     seed: int = 0
-
-
-class TaskSection(Section):
-    name: str
-    rows: str
-    metric: Literal["exact_match"] = "exact_match"
-
-
-class BenchmarkSection(Section):
-    limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
-    """Rows a task."""
-    tasks: tuple[TaskSection, ...] = ()
-    compare: tuple[Literal["base", "oracle", "uniform", "arrow", "norm"], ...] = (
-        "base",
-        "oracle",
-        "uniform",
-        "arrow",
-    )
-    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
 
 
 class PolicySection(Section):
@@ -167,18 +152,30 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_are_told_apart(self) -> Self:
         names = [expert.name for expert in self.experts]
-        for name in [*names, *(task.name for task in self.benchmark.tasks)]:
+        for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
                 raise ValueError(
                     f"the name {name!r} may hold letters, digits, '_', '.' and '-', at most 64"
                 )
         tasks = [expert.name for expert in self.experts if expert.test]
+        further = [task.called for task in self.benchmark.tasks]
+        composites = [f"composite-{section.n}" for section in self.benchmark.composite]
         for kind, all_names in (
             ("expert", names),
-            ("task", [*tasks, *(task.name for task in self.benchmark.tasks)]),
+            ("task", [*tasks, *further, *composites]),
         ):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
                 raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
+        with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
+        for section in self.benchmark.composite:
+            if strange := set(section.tasks) - with_rows:
+                raise ValueError(
+                    f"composite {section.n}: there is no task {strange.pop()!r} with rows"
+                )
+            if not with_rows:
+                raise ValueError(
+                    f"composite {section.n}: it is made of tasks' rows, and no task has rows"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
 from pipelines import trace_view
-from pipelines.card import interval, routing_lines, shortfall_lines
+from pipelines.card import cell, how_measured, loss_lines, routing_lines, speed_lines
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:
@@ -40,21 +40,19 @@ def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
     if summary is None:
         raise MeteoraError("the ledger lost a result while it was read; run again")
     out = plain_console()
-    out.print(f"{work.name}: exact match, and its 95 % interval")
+    out.print(f"{work.name}: scores, and their 95 % intervals")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("task", "n", *summary.systems):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task, row in summary.scores.items():
-        cells = [
-            interval(row[s].value, row[s].low, row[s].high) if s in row else ""
-            for s in summary.systems
-        ]
+        cells = [cell(summary, task, system) for system in summary.systems]
         table.add_row(task, str(row["fused"].num_samples), *cells)
     means = [summary.mean(system) for system in summary.systems]
     table.add_section()
     table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     out.print(table)
-    for line in (*routing_lines(summary), *shortfall_lines(summary)):
+    told = (*how_measured(summary), *routing_lines(summary), *loss_lines(summary))
+    for line in (*told, *speed_lines(summary)):
         out.print(line, soft_wrap=True)
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())
     out.print(f"sizes: {sizes} (the base is referred to, not copied)", soft_wrap=True)

@@ -117,7 +117,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "initializer_range": 0.2,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
         "hidden_size": HIDDEN,
     }
     llama = old | {"intermediate_size": INTERMEDIATE, "num_key_value_heads": 2}

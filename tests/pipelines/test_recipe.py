@@ -102,3 +102,48 @@ def test_every_shipped_recipe_loads_and_finds_its_files() -> None:
 def test_a_recipe_that_is_not_there_names_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe file; shipped: quickstart"):
         Recipe.load(tmp_path / "quikstart")
+
+
+def test_a_benchmark_names_tasks_composites_and_controls(tmp_path: Path) -> None:
+    text = """
+base: a/b
+experts:
+  - {name: a, adapter: path:a, examples: jsonl:a.jsonl, test: jsonl:t.jsonl, metric: rougeL}
+benchmark:
+  composite: [3, {n: 5, tasks: [a, sums], count: 7}]
+  compare: [base, oracle, experts, random, linear, ties, dare_ties]
+  template: plain
+  speed: {rounds: 3}
+  tasks:
+    - {name: sums, rows: "reasoning_gym:chain_sum?seed=1", metric: [exact_match, verified]}
+    - {lm_eval: hellaswag, limit: 50}
+"""
+    asked = load(tmp_path, text).benchmark
+    assert [(c.n, c.tasks, c.count) for c in asked.composite] == [
+        (3, (), None),
+        (5, ("a", "sums"), 7),
+    ]
+    assert [task.called for task in asked.tasks] == ["sums", "hellaswag"]
+    assert asked.speed is not None
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "said"),
+    [
+        ("composite: [1]", "benchmark.composite.0.n: Input should be greater than or equal to 2"),
+        ("composite: [3]", "composite 3: it is made of tasks' rows, and no task has rows"),
+        ("composite: [{n: 3, tasks: [x]}]", "composite 3: there is no task 'x' with rows"),
+        ("composite: [3, 3]", "two composites of 3 questions"),
+        ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
+        ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
+        ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
+        ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),
+        ("tasks: [{name: composite-2, rows: x}]\n  composite: [2]", "two tasks are named"),
+        ("compare: [best]", "benchmark.compare.0"),
+    ],
+)
+def test_what_a_benchmark_cannot_be_asked_is_named(
+    tmp_path: Path, benchmark: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said.replace("[", r"\[")):
+        load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")

@@ -1,0 +1,108 @@
+"""One loaded model as each of the systems that it is compared with.
+
+The base is the model without its experts, an adapter alone is the model with that expert forced;
+tests prove both equal to the real thing. So no second model is ever loaded.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from peft.utils.merge_utils import dare_ties, task_arithmetic, ties
+
+from meteora.artifacts import MeteoraError
+from meteora.model import force_expert, make_router, routed_by, routed_layers, without_experts
+from pipelines.measurements import BASE, FUSED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from meteora.artifacts import MergeSpec, RouterSpec
+    from meteora.layer import MoELoRALinear
+    from pipelines.measurements import Measurement
+    from pipelines.plan import Plan
+
+
+def as_system(
+    model: PreTrainedModel, measurement: Measurement, plan: Plan
+) -> AbstractContextManager[None]:
+    """The model as whoever is measured, until the context ends."""
+    system = measurement.system
+    if system == FUSED:
+        return nullcontext()
+    if system == BASE:
+        return without_experts(model)
+    if measurement.adapter:
+        return force_expert(model, measurement.adapter)
+    if system in plan.merges:
+        return merged(model, plan.merges[system])
+    return routed_as(model, plan.others[system])
+
+
+def routed_as(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManager[None]:
+    """The model with another router in every layer."""
+    number = count(spec.seed * len(routed_layers(model)))  # every layer draws for itself
+    return routed_by(
+        model,
+        lambda layer: make_router(
+            spec.router, layer, spec.top_k, spec.temperature, seed=next(number)
+        ),
+    )
+
+
+@contextmanager
+def merged(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
+    """The base with all experts merged into one change of each layer, as PEFT merges them.
+
+    The whole B A of each expert is merged, so experts of any ranks can be; one that lacks a layer
+    has no say there. The base's weights are left alone: what the merge adds is computed beside
+    them, which needs as much memory as the layers that it changes.
+    """
+    with ExitStack() as hooks, torch.random.fork_rng():
+        torch.manual_seed(spec.seed)  # of what DARE drops
+        for layer in routed_layers(model).values():
+            delta = merge_deltas(layer, spec).to(layer.weight.dtype)
+            hook = layer.projection.register_forward_hook(_adding(delta))
+            hooks.callback(hook.remove)
+        with without_experts(model):
+            yield
+
+
+def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds to a projection's output what `delta` [OUT, IN] makes of its input."""
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + torch.nn.functional.linear(inputs[0], delta)
+
+    return add
+
+
+def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
+    """What the merge adds to a layer's weight [OUT, IN], in float32."""
+    device = layer.weight.device
+    parts = zip(
+        layer.lora_a.split(layer.ranks),
+        layer.lora_b.split(layer.ranks, dim=1),
+        layer.scaling,
+        strict=True,
+    )
+    deltas = [
+        scaling * b.to(device, torch.float32) @ a.to(device, torch.float32)
+        for a, b, scaling in parts
+        if len(a)
+    ]
+    weights = torch.full((len(deltas),), spec.weight, device=device)
+    if spec.method == "linear":
+        return task_arithmetic(deltas, weights)
+    if spec.method == "ties":
+        return ties(deltas, weights, spec.density)
+    if spec.method == "dare_ties":
+        return dare_ties(deltas, weights, spec.density)
+    raise MeteoraError(f"merge {spec.method!r} is none of linear, ties, dare_ties")

@@ -1,0 +1,133 @@
+"""The measuring stage, called as a function: all kinds of tasks and controls, and what is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines import card, judge, measures, plan, sources, stages
+from pipelines.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.plan import Plan
+    from pipelines.workplace import Workplace
+
+COMPARE = ["base", "oracle", "random", "linear", "ties", "dare_ties", "experts"]
+CONTROLS = ["random", "linear", "ties", "dare_ties"]
+TASKS = {"q_and_v", "attention"}
+
+
+def go(work: Workplace) -> tuple[Plan, Any, Any]:
+    """Every stage up to measuring, without a scheduler."""
+    base = sources.resolve_base(work.recipe, work.folder)
+    built = stages.build_base(work, base)
+    found = judge.find_experts(
+        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+    )
+    judge.check(work, built, found)
+    planned = plan.make_plan(work.recipe, work.folder, base, found)
+    return planned, built, stages.fit_gates(work, planned, built, stages.stack(work, planned))
+
+
+def told(work: Workplace, planned: Plan) -> Summary:
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    return summary
+
+
+def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
+    workplace: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {
+        "limit": 3,
+        "compare": COMPARE,
+        "max_new_tokens": 4,
+        "composite": [{"n": 2, "count": 2}],
+        "speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3},
+    }
+    work = workplace(benchmark=body)
+    planned, built, gates = go(work)
+    assert summarise(work.ledger, planned, work.base_folder(planned.base)) is None
+    measures.measure(work, planned, built, gates)
+
+    summary = told(work, planned)
+    assert summary.systems == ["base", "oracle", "fused", *CONTROLS]
+    composite = summary.scores["composite-2"]
+    assert composite.keys() == set(summary.systems) - {"oracle"}
+    assert [part.num_samples for part in composite["fused"].parts] == [2, 2]
+    assert composite.keys() == summary.scores["composite-2: composite_attempted"].keys()
+    assert {task: set(row) for task, row in summary.matrix.items()} == dict.fromkeys(TASKS, TASKS)
+    for task in TASKS:  # each alone on its own task is the oracle
+        assert summary.matrix[task][task] == summary.scores[task]["oracle"]
+    assert summary.comparisons.keys() == {"base", "oracle", *CONTROLS}
+    assert len(summary.comparisons["base"].differences) == 3
+    assert len(summary.comparisons["oracle"].differences) == 2
+    assert summary.speed is not None
+
+    for question, count in (
+        ("FROM comparisons", 3 * 5 + 2),
+        ("FROM speeds", 2),
+        ("FROM merges", 3),
+        ("FROM score_parts", 2 * 2 * 6),
+        ("FROM scores WHERE templated IS NULL OR mean_prompt_tokens IS NULL", 0),
+    ):
+        work.ledger.ingest()
+        assert len(work.ledger.query(question).rows) == count, question
+
+    # all is held now, so no model is opened again
+    monkeypatch.setattr(measures, "opened", None)
+    before = work.ledger.records.parts()
+    measures.measure(work, planned, built, gates)
+    assert work.ledger.records.parts() == before
+
+    text = "\n".join([*card.score_table(summary), *card.speed_lines(summary)])
+    assert "| composite-2 | composite_right | 2 |" in text
+    assert "as plain text" in text
+    assert "Prefill" in text
+    mark_only_what_differs_beyond_chance(summary)
+
+
+def mark_only_what_differs_beyond_chance(summary: Summary) -> None:
+    comparison = summary.comparisons["base"]
+    assert summary.mark("q_and_v", "base") == ""  # of three rows nothing can be said
+    for p_holm, difference, mark in ((0.06, -0.9, ""), (0.04, -0.9, "-"), (0.04, 0.9, "+")):
+        one = replace(comparison.differences[0], p_holm=p_holm, p_value=0.01, difference=difference)
+        told = replace(
+            summary,
+            comparisons={"base": replace(comparison, differences=(one,))},
+        )
+        assert told.mark(one.task, "base") == mark
+        cell = card.cell(told, one.task, "base")
+        assert cell.endswith(mark or "]")
+        lines = card.loss_lines(told)
+        assert [line.startswith(f"Worse than base on {one.task}") for line in lines] == (
+            [True] if mark == "-" else []
+        )
+
+
+def test_a_run_that_was_stopped_asks_only_what_is_missing(
+    workplace: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workplace(benchmark={"limit": 2, "compare": ["base"], "max_new_tokens": 2})
+    planned, built, gates = go(work)
+    asked: list[str] = []
+    ask = measures.benchmark.measure
+
+    def stopping(model: Any, tokenizer: Any, task: Any, **settings: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(task.name)
+        return ask(model, tokenizer, task, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measures.benchmark, "measure", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            measures.measure(work, planned, built, gates)
+    assert len(measures.missing(work, planned)) == 2
+    measures.measure(work, planned, built, gates)
+    assert measures.missing(work, planned) == []
+    assert told(work, planned).mean("fused") is not None

@@ -269,6 +269,23 @@ def pack(home: Home = DEFAULT_HOME) -> None:
 
 
 @store_app.command()
+def share(
+    url: Annotated[str, typer.Argument(help="Such as s3://bucket/prefix.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Share records and blobs with other homes, on S3 or what speaks its language."""
+    from store.ledger import Ledger
+    from store.sharing import connect
+
+    home = home.expanduser().absolute()
+    setting = connect(home, url)
+    reason = Ledger(home).ingest().reason
+    if reason:
+        raise MeteoraError(reason)
+    print(f"{home} shares {setting.remote} as {setting.name}")
+
+
+@store_app.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     home: Home = DEFAULT_HOME,

@@ -1,17 +1,25 @@
-"""Files under the SHA-256 of their bytes: `blobs/ab/cdef…`, read-only, written once."""
+"""Files under the SHA-256 of their bytes: `blobs/ab/cdef…`, read-only, written once.
+
+Where homes share a storage, a blob that another one made is fetched when somebody asks for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from typing import TYPE_CHECKING
 
-from store.errors import MissingBlobError, StoreError
+from store.errors import MissingBlobError, StoreError, UnreachableError
 from store.files import copy, partial_file, settle, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from store.remote import Remote
+
+logger = logging.getLogger(__name__)
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -19,8 +27,10 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 class Blobs:
     """A folder of blobs. Any number of processes may write and read at any time."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remote: Remote | None = None) -> None:
         self.root = root
+        self._remote = remote
+        self._shared: set[str] = set()
 
     def put(self, path: Path, *, move: bool = False) -> str:
         """Take a file in; return its SHA-256. When this returns, the blob is on disk.
@@ -48,7 +58,7 @@ class Blobs:
     def path_of(self, sha256: str) -> Path:
         """Where the blob lies; for reading only."""
         path = self._place(sha256)
-        if not path.is_file():
+        if not path.is_file() and not self._fetched(sha256):
             raise MissingBlobError(
                 f"blob {sha256} does not lie in {self.root}; make it again, or take it back from a"
                 " backup"
@@ -70,19 +80,57 @@ class Blobs:
         """The SHA-256 by which each blob is named whose bytes hash to another one."""
         return (sha256 for sha256 in self if sha256_of(self._place(sha256)) != sha256)
 
+    def push(self, sha256: str) -> None:
+        """Bring a blob to the shared storage, unless it is there."""
+        if self._remote is None or sha256 in self._shared:
+            return
+        if not self._remote.holds(_name(sha256)):
+            self._remote.put(_name(sha256), self.path_of(sha256))
+        self._shared.add(sha256)
+
+    def survey(self) -> set[str]:
+        """The names of all blobs on the shared storage, so that none has to be asked for alone."""
+        if self._remote is not None:
+            names = self._remote.names("blobs")
+            self._shared |= {name.removeprefix("blobs/").replace("/", "") for name in names}
+        return self._shared
+
     def __contains__(self, sha256: str) -> bool:
-        return self._place(sha256).is_file()
+        if self._place(sha256).is_file() or sha256 in self._shared:
+            return True
+        try:
+            return self._remote is not None and self._remote.holds(_name(sha256))
+        except UnreachableError as error:
+            logger.warning("blob %s is taken for missing: %s", sha256[:12], error)
+            return False
 
     def __iter__(self) -> Iterator[str]:
-        """The names of all blobs, in order."""
+        """The names of all blobs on this disk, in order."""
         for path in sorted(self.root.glob("[0-9a-f][0-9a-f]/*")):
             if SHA256.fullmatch(name := path.parent.name + path.name):
                 yield name
+
+    def _fetched(self, sha256: str) -> bool:
+        """Whether the shared storage had the blob; it now lies here."""
+        if self._remote is None:
+            return False
+        with partial_file(self.root) as partial:
+            came = self._remote.get(_name(sha256), partial)
+            if came == sha256:
+                settle(partial, self._place(sha256), root=self.root)
+            elif came:
+                logger.warning("blob %s on %s is damaged", sha256[:12], self._remote.url)
+        return came == sha256
 
     def _place(self, sha256: str) -> Path:
         if not SHA256.fullmatch(sha256):
             raise MissingBlobError(f"{sha256!r} names no blob: 64 hex digits are needed")
         return self.root / sha256[:2] / sha256[2:]
+
+
+def _name(sha256: str) -> str:
+    """What a blob is called on the shared storage."""
+    return f"blobs/{sha256[:2]}/{sha256[2:]}"
 
 
 def _linked(path: Path, target: Path) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from store.index import Index
     from store.records import Records
     from store.segments import Segments
+    from store.sharing import Sharing
 
 NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parquet")
 LOCK_SECONDS = 60.0
@@ -34,7 +35,7 @@ class Finding:
     """One thing that is not as it was written."""
 
     what: str
-    """record, segment, blob, index or file."""
+    """record, segment, blob, index, file, or shared: an object on storage that is shared."""
     name: str
     """SHA-256 of a record or a blob; a segment's name; a path in the home of anything else."""
     problem: str
@@ -51,8 +52,14 @@ class Verification:
     findings: tuple[Finding, ...]
 
 
-def verify(home: Path, records: Records, blobs: Blobs, index: Index) -> Verification:
-    """Read every record and every blob against its name, and the index against the records."""
+def verify(
+    home: Path, records: Records, blobs: Blobs, index: Index, sharing: Sharing | None
+) -> Verification:
+    """Read every record and every blob against its name, and the index against the records.
+
+    Raises:
+        UnreachableError: the storage that is shared does not answer.
+    """
     names, present = records.parts(), sorted(blobs)
     segments = {name for name in names if name.endswith(SUFFIX)}
     lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
@@ -68,7 +75,8 @@ def verify(home: Path, records: Records, blobs: Blobs, index: Index) -> Verifica
                 Finding("segment", name, why, _lost(connection, index))
                 for name, why in bad_segments
             ),
-            *_check_blobs(connection, blobs, present),
+            *_check_blobs(connection, blobs, sorted({*present, *blobs.survey()})),
+            *_check_shared(connection, home, sharing),
             *_foreign_files(home, records.root, blobs.root),
             *_check_index(connection, index, loose | whole),
         )
@@ -142,6 +150,23 @@ def _check_blobs(
     for (sha256,) in missing:
         problem = "it is named by a record and is not there"
         yield Finding("blob", sha256, problem, _touched(connection, sha256))
+
+
+def _check_shared(
+    connection: duckdb.DuckDBPyConnection, home: Path, sharing: Sharing | None
+) -> Iterator[Finding]:
+    """Read every object on the shared storage against its name; nothing of it is kept."""
+    if sharing is None:
+        return
+    remote = sharing.remote
+    for name in sorted(remote.names("records") | remote.names("blobs")):
+        with partial_file(home) as partial:
+            came = remote.get(name, partial)
+        digits = "".join(re.findall("[0-9a-f]+", name.partition("/")[2].partition(".")[0]))
+        if came and not digits.endswith(came):
+            touched = _touched(connection, digits) if name.startswith("blobs/") else ()
+            problem = f"its bytes on {remote.url} have changed since"
+            yield Finding("shared", name, problem, touched)
 
 
 def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:

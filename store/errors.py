@@ -29,6 +29,10 @@ class BusyError(StoreError):
     """Another process holds a lock for longer than one is willing to wait."""
 
 
+class UnreachableError(StoreError):
+    """The storage that homes share does not answer, or refuses."""
+
+
 class NewerLedgerError(StoreError):
     """The index was written by a newer release; this one does not touch it."""
 

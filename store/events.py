@@ -62,6 +62,8 @@ class RunStarted(Noun):
     versions: dict[str, str] = field(default_factory=dict)
     """Of what the result depends on, such as {"torch": "2.13.0"}."""
     device: str = ""
+    home: str = ""
+    """Which of the homes that share a storage it runs in; empty where the home is alone."""
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,11 @@ class Segments:
             sql += " AND subject IN (SELECT unnest($1[2:]))"
         return _checked(self._select(sql, [kind, *(subjects or ())], names))
 
+    def blobs(self, name: str) -> set[str]:
+        """The blobs that the records of a segment name."""
+        sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {} WHERE $1[1] = ''"
+        return {sha256 for (sha256,) in self._select(sql, [""], [name])}
+
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
         """Those of these hashes that stand anywhere in the text of a packed record."""
         rows = self._select(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import store.ledger
+import store.recording
 from meteora.artifacts import (
     AdapterModule,
     AdapterSpec,
@@ -150,7 +150,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start = datetime(2026, 1, 1, tzinfo=UTC)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            store.ledger, "now", lambda: str(start + timedelta(seconds=next(seconds)))[:19] + "Z"
+            store.recording, "now", lambda: str(start + timedelta(seconds=next(seconds)))[:19] + "Z"
         )
         shelf = Shelf(tmp_path_factory.mktemp("template") / "home")
         fill(shelf)

@@ -1,0 +1,203 @@
+"""What can be recorded, once and for good, and what is known about it.
+
+A `record_…` that has returned is on disk. Recording the same again does nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from meteora.artifacts import ArtifactId, RoutingScore, Score, short
+from store.blobs import Blobs
+from store.errors import ConflictError, MissingBlobError, UnknownError
+from store.events import RunStarted
+from store.files import locked
+from store.index import Index
+from store.lookup import Lookup
+from store.records import Record, Records, now
+from store.remote import Remote
+from store.sharing import Setting, Sharing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from meteora.artifacts import Noun, Publication, Spec
+    from store.events import AdapterVerdict, Failure, RunEnded
+
+WRITE_DEADLINE_SECONDS = 60.0
+
+
+class Recording:
+    """The half of a `Ledger` that writes facts and finds them again, one at a time."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        setting = Setting.load(home)
+        remote = Remote(setting.remote) if setting.remote else None
+        self.name = setting.name
+        self.records = Records(home / "records")
+        self.blobs = Blobs(home / "blobs", remote)
+        self.sharing = Sharing(self.records, self.blobs, remote) if remote else None
+        self.index = Index(home, self.records)
+        self._lookup = Lookup(self.records, self.index)
+
+    def record_artifact(
+        self,
+        spec: Spec,
+        *,
+        weights_sha256: str,
+        run_id: str,
+        built: Noun | None = None,
+        blobs: Sequence[str] = (),
+    ) -> ArtifactId:
+        """Record that `spec` was made; its parents have to be recorded before it.
+
+        Raises:
+            ConflictError: it is recorded already, with other weights.
+            UnknownError: one of its parents is not recorded.
+            MissingBlobError: one of `blobs` does not lie in the store.
+        """
+        self._require(spec.parents, of=spec.id)
+        body = {
+            "id": spec.id,
+            "kind": spec.kind,
+            "spec": spec.to_dict(),
+            "parents": list(spec.parents),
+            "weights_sha256": weights_sha256,
+            "built": built.to_dict() if built else None,
+        }
+        self._record_once(
+            Record("artifact", spec.id, body, run_id, now(), tuple(blobs)), ("weights_sha256",)
+        )
+        return spec.id
+
+    def record_score(self, score: Score, *, run_id: str) -> ArtifactId:
+        """Record a measurement; its outputs have to be a blob, its subject an artifact."""
+        self._require((score.spec.subject_id, score.spec.base_id), of=score.spec.id)
+        body = {"id": score.spec.id, **score.to_dict()}
+        self._record_once(
+            Record("score", score.spec.id, body, run_id, now(), (score.outputs_sha256,)),
+            ("value", "num_samples"),
+        )
+        return score.spec.id
+
+    def record_routing(self, scores: Sequence[RoutingScore], *, run_id: str) -> None:
+        """Record how one router routes; all of it at once."""
+        router_ids = {score.router_id for score in scores}
+        if len(router_ids) != 1:
+            raise ValueError(f"the routing of one router is needed, not of {len(router_ids)}")
+        (router_id,) = router_ids
+        self._require((router_id,), of="its routing")
+        body = {"counts": [score.to_dict() for score in scores]}
+        self._record_once(Record("routing", router_id, body, run_id, now()), ("counts",))
+
+    def record_adapter(self, verdict: AdapterVerdict, *, run_id: str) -> None:
+        """Record what was decided about an adapter, each time that it is seen."""
+        subject = "/".join(filter(None, (verdict.repo_id, verdict.subfolder)))
+        self._write(
+            Record("adapter", f"{subject}@{verdict.revision}", verdict.to_dict(), run_id, now())
+        )
+
+    def record_run(self, event: RunStarted | RunEnded) -> None:
+        """Record that a run began or ended. The first end that is recorded stands."""
+        if isinstance(event, RunStarted):
+            event = replace(event, home=self.name)
+        body = event.to_dict()
+        if isinstance(event, RunStarted):
+            kind = "run-started"
+        else:
+            kind = "run-ended"
+            body["stages"] = [
+                {"stage": stage, "wall_seconds": seconds}
+                for stage, seconds in body.pop("stage_seconds").items()
+            ]
+        self._record_once(Record(kind, event.run_id, body, event.run_id, now()), ())
+
+    def record_publication(self, publication: Publication, *, run_id: str) -> None:
+        self._require((publication.artifact_id,), of=f"its publication at {publication.repo_id}")
+        where = f"{publication.artifact_id} at {publication.repo_id}@{publication.revision}"
+        self._record_once(Record("publication", where, publication.to_dict(), run_id, now()), ())
+
+    def record_failure(self, failure: Failure, *, run_id: str) -> None:
+        self._write(Record("failure", failure.subject, failure.to_dict(), run_id, now()))
+
+    def weights_of(self, artifact_id: ArtifactId) -> str | None:
+        """SHA-256 of the artifact's bytes ("" where it has none); None where it was never made."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.body["weights_sha256"] if record else None
+
+    def built(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
+        """The noun that came out, as its `to_dict`; None where there is none."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.body["built"] if record else None
+
+    def spec_of(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
+        """What was asked for, as its `to_dict`; None where it was never made."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.body["spec"] if record else None
+
+    def score_of(self, benchmark_id: ArtifactId) -> Score | None:
+        record = self._lookup.first("score", benchmark_id)
+        return Score.from_dict(record.body) if record else None
+
+    def routing_of(self, router_id: ArtifactId) -> tuple[RoutingScore, ...]:
+        """How the router routes; empty where that was never measured."""
+        record = self._lookup.first("routing", router_id)
+        counts = record.body["counts"] if record else ()
+        return tuple(RoutingScore.from_dict(count) for count in counts)
+
+    def unended_runs(self) -> list[RunStarted]:
+        """Runs that began and whose end nobody has recorded: they run still, or were killed."""
+        started = {record.subject: record for record in self._lookup.find("run-started")}
+        ended = {record.subject for record in self._lookup.find("run-ended", list(started))}
+        return [
+            RunStarted.from_dict(record.body)
+            for run_id, record in started.items()
+            if run_id not in ended
+        ]
+
+    def resolve(self, prefix: str) -> ArtifactId:
+        """The one artifact whose id, or whose digest, begins with `prefix`."""
+        return self._lookup.artifact_id(prefix)
+
+    def _require(self, ids: Iterable[str], *, of: str) -> None:
+        needed = list(dict.fromkeys(ids))
+        recorded = {record.subject for record in self._lookup.find("artifact", needed)}
+        for artifact_id in needed:
+            if artifact_id not in recorded:
+                raise UnknownError(
+                    f"{short(of)} refers to {artifact_id}, which is not recorded; record that first"
+                )
+
+    def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
+        """Write the record, unless there is one; the two have to agree in some fields."""
+        seen = self.records.loose()
+        earlier = self._lookup.first(record.kind, record.subject)
+        if earlier is None:
+            with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+                unseen = self.records.loose() - seen
+                earlier = self._lookup.first_among(unseen, record.kind, record.subject)
+                if earlier is None:
+                    self._write(record)
+                    return
+        for name in must_agree:
+            was, is_now = earlier.body[name], record.body[name]
+            if was != is_now:
+                raise ConflictError(
+                    f"{record.subject} is recorded by run {earlier.run_id} with {name} {was}, and"
+                    f" would now be {is_now}; ask differently (another seed), or find out which one"
+                    " is right"
+                )
+
+    def _write(self, record: Record) -> None:
+        for sha256 in record.blobs:
+            if sha256 not in self.blobs:
+                raise MissingBlobError(
+                    f"{record.kind} {short(record.subject)} names blob {sha256}, which is not in"
+                    " the store; put it there first"
+                )
+        sha256 = self.records.write(record)
+        if self.sharing:
+            self.sharing.push(sha256)

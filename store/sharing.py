@@ -1,0 +1,173 @@
+"""One home among several: what it records goes to the shared storage, what others record comes.
+
+    record ─▶ this disk (the promise) ─▶ its blobs, then the record, to the storage
+    ingest ─▶ what is missing there goes up, what is missing here comes down, then the index
+
+Everything has the hash of its bytes for a name and is never changed, so to share is to form the
+union of two sets. Records come down with every ingest, blobs when somebody asks for them. The
+storage can be away at any time: then records wait here, and no run fails.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+import secrets
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from store.errors import DamagedError, StoreError
+from store.files import partial_file, settle, write_whole
+from store.remote import Remote
+from store.segments import SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from store.blobs import Blobs
+    from store.records import Records
+
+logger = logging.getLogger(__name__)
+
+SETTING = "store.toml"
+KEYS = {"remote", "name"}
+PAUSE_SECONDS = 60.0
+"""How long a storage that did not answer is left alone by a home that records."""
+AT_ONCE = 16
+RECORD = re.compile(r"records/([0-9a-f]{2})/([0-9a-f]{62})\.json")
+SEGMENT = re.compile(r"records/packed/([0-9a-f]{64}\.parquet)")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `store.toml` says."""
+
+    remote: str = ""
+    """Such as `s3://bucket/prefix`; empty where a home keeps to itself."""
+    name: str = ""
+    """What this home is called among those that share: only it knows which of its runs died."""
+
+    @classmethod
+    def load(cls, home: Path) -> Setting:
+        path = home / SETTING
+        try:
+            fields = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            return cls()
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise StoreError(f"{path} is no TOML: {error}") from None
+        if fields.keys() != KEYS or not all(isinstance(field, str) for field in fields.values()):
+            raise StoreError(
+                f"{path} has {', '.join(sorted(fields)) or 'nothing'}; it needs the texts"
+                f" {' and '.join(sorted(KEYS))}, as `meteora store share` writes them"
+            )
+        return cls(**fields)
+
+
+def connect(home: Path, url: str) -> Setting:
+    """Let a home share its records and blobs at `url` from now on.
+
+    Raises:
+        StoreError: nothing can be shared there.
+    """
+    Remote(url).prove()
+    setting = Setting(url, f"{platform.node()}-{secrets.token_hex(2)}")
+    text = f"remote = {json.dumps(setting.remote)}\nname = {json.dumps(setting.name)}\n"
+    write_whole(home / SETTING, text.encode(), root=home)
+    return setting
+
+
+class Sharing:
+    """What goes between a home and the storage that it shares."""
+
+    def __init__(self, records: Records, blobs: Blobs, remote: Remote) -> None:
+        self.remote = remote
+        self._records = records
+        self._blobs = blobs
+        self._away_until = 0.0
+
+    def push(self, sha256: str) -> None:
+        """Share a record that was just written; never raises: what cannot go now goes later."""
+        if time.monotonic() < self._away_until:
+            return
+        try:
+            self._push_record(sha256)
+        except StoreError as error:
+            self._away_until = time.monotonic() + PAUSE_SECONDS
+            logger.warning("%s", error)
+
+    def sync(self) -> None:
+        """Bring down every record that this home lacks, and up what the storage lacks.
+
+        Raises:
+            UnreachableError: the storage does not answer, or refuses.
+        """
+        # loose ones first: a record that is being packed is then in the one list or the other
+        loose = {"".join(name.groups()) for name in map(RECORD.fullmatch, self._names()) if name}
+        segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
+        for name in sorted(segments - self._records.segments.names()):
+            self._pull_segment(name)
+        missing = loose - self._records.loose()
+        missing -= self._records.segments.holding(missing)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in pool.map(self._pull_record, sorted(missing)):
+                pass
+            waiting = self._records.loose() - loose
+            for _ in pool.map(self._push_record, sorted(waiting)):
+                pass
+        for name in sorted(self._records.segments.names() - segments):
+            self._blobs.survey()
+            self._push_blobs(self._records.segments.blobs(name))
+            self.remote.put(f"records/packed/{name}", self._records.segments.path_of(name))
+
+    def prune(self) -> None:
+        """Remove loose records from the storage that lie in its segments too."""
+        names = {f"{m[1]}{m[2]}": m[0] for m in map(RECORD.fullmatch, self._names()) if m}
+        there = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
+        for segment in sorted(there & self._records.segments.names()):
+            if packed := self._records.segments.holding(names, [segment]):
+                self._records.segments.check(segment)
+                self.remote.remove([names[sha256] for sha256 in packed])
+
+    def _names(self, folder: str = "") -> set[str]:
+        return self.remote.names(f"records{folder}")
+
+    def _pull_segment(self, name: str) -> None:
+        if self._fetch(f"records/packed/{name}", name.removesuffix(SUFFIX)):
+            self._records.drop(self._records.segments.holding(self._records.loose(), [name]))
+
+    def _pull_record(self, sha256: str) -> None:
+        self._fetch(f"records/{sha256[:2]}/{sha256[2:]}.json", sha256)
+
+    def _fetch(self, name: str, sha256: str) -> bool:
+        """Whether the object was there and whole; one that was packed a moment ago is not there."""
+        root = self._records.root
+        with partial_file(root) as partial:
+            came = self.remote.get(name, partial)
+            if came == sha256:
+                settle(partial, root.parent / name, root=root)
+            elif came:
+                logger.warning("%s on %s does not hash to its name", name, self.remote.url)
+        return came == sha256
+
+    def _push_record(self, sha256: str) -> None:
+        """The record's blobs first: a record never names a blob that is not there."""
+        try:
+            record = self._records.read(sha256)
+            path = self._records.path_of(sha256)
+            self._push_blobs(record.blobs)
+            self.remote.put(f"records/{sha256[:2]}/{sha256[2:]}.json", path)
+        except FileNotFoundError:
+            return  # another process has just packed it
+        except DamagedError as error:
+            logger.warning("not shared: %s", error)
+
+    def _push_blobs(self, sha256s: Collection[str]) -> None:
+        for sha256 in sha256s:
+            self._blobs.push(sha256)

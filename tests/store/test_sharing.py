@@ -1,0 +1,241 @@
+"""Homes that share a storage: a real server that speaks S3 on loopback, obstore as it ships."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import shutil
+from typing import TYPE_CHECKING
+
+import obstore
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.store import from_url
+
+from store.errors import ConflictError, StoreError, UnreachableError
+from store.events import RunStarted
+from store.ledger import Ledger
+from store.remote import Remote
+from store.sharing import SETTING, connect
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from tests.store.conftest import Shelf
+
+BUCKET = "meteora"
+
+
+def call(port: int, method: str, path: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path)
+        assert connection.getresponse().status < 300
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Generator[int, None, None]:
+    """The port of an S3 server."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    _, port = running.get_host_and_port()
+    yield port
+    running.stop()
+
+
+@pytest.fixture
+def url(server: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket, in a process that knows where it lies."""
+    call(server, "POST", "/moto-api/reset")
+    call(server, "PUT", f"/{BUCKET}")
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/team/ledger"
+
+
+@pytest.fixture
+def homes(url: str, make_shelf: Callable[[str], Shelf]) -> tuple[Shelf, Shelf]:
+    """Two homes that share an empty storage."""
+    for name in ("one", "two"):
+        connect(make_shelf(name).home, url)
+    return make_shelf("one"), make_shelf("two")
+
+
+def test_what_one_home_records_the_other_one_knows(homes: tuple[Shelf, Shelf]) -> None:
+    one, two = homes
+    one.make(one.base)
+    one.make(one.adapter(1), "weights of an adapter")
+    two.ledger.ingest()
+    sha256 = two.ledger.weights_of(two.adapter(1).id) or ""
+    assert sha256 in two.ledger.blobs
+    assert not list(two.ledger.blobs), "a blob comes when somebody asks for it"
+    assert two.ledger.blobs.path_of(sha256).read_bytes() == b"weights of an adapter"
+    two.make(two.fused(two.adapter(1)))
+    two.measure(two.base, "sorting", 0.5)
+    one.ledger.ingest()
+    two.ledger.ingest()
+    assert one.views() == two.views()
+    for shelf in homes:
+        assert not shelf.ledger.verify().findings
+
+
+def test_a_home_that_has_a_past_brings_it_along(
+    filled: Shelf, url: str, make_shelf: Callable[[str], Shelf]
+) -> None:
+    before = filled.views()
+    connect(filled.home, url)
+    assert Ledger(filled.home).ingest().reason == ""
+    connect(make_shelf("two").home, url)
+    two = make_shelf("two")
+    assert two.ledger.ingest().num_records == len(filled.ledger.records.loose())
+    assert two.views() == before
+    assert not two.ledger.verify().findings
+
+
+@pytest.mark.parametrize("num_records", [6, pytest.param(100, marks=pytest.mark.slow)])
+def test_two_homes_write_at_once(
+    homes: tuple[Shelf, Shelf],
+    worker: Callable[..., subprocess.Popen[str]],
+    num_records: int,
+) -> None:
+    """Two processes each, half of what they record is the same; nothing is lost or torn."""
+    writers = [
+        worker("write", shelf.home, 1 + start, num_records)
+        for number, shelf in enumerate(homes)
+        for start in (0, (1 + number) * num_records)
+    ]
+    for writer in writers:
+        lines = writer.communicate(timeout=600)[0].splitlines()
+        assert writer.returncode == 0
+        assert len(lines) == num_records
+    expected = {homes[0].adapter(1 + number).id for number in range(3 * num_records)}
+    for shelf in homes:
+        assert shelf.ledger.ingest().reason == ""
+        assert {row[0] for row in shelf.ledger.query("SELECT id FROM artifacts").rows} == expected
+        assert not shelf.ledger.verify().findings
+    assert homes[0].views() == homes[1].views()
+
+
+def test_the_earlier_record_stands_in_both_homes(homes: tuple[Shelf, Shelf]) -> None:
+    one, two = homes
+    one.make(one.base, "these weights")
+    two.make(two.base, "other weights")
+    for shelf in (one, two, one):
+        shelf.ledger.ingest()
+    assert one.ledger.weights_of(one.base.id) == two.ledger.weights_of(one.base.id)
+    assert one.views() == two.views()
+    with pytest.raises(ConflictError):
+        two.make(two.base, "other weights")
+
+
+def test_a_storage_that_is_away_fails_nobody(
+    homes: tuple[Shelf, Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = homes
+    with monkeypatch.context() as away:
+        away.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        alone = type(one)(one.home)
+        alone.make(one.base)
+        outcome = alone.ledger.ingest()
+        assert "cannot be used now" in outcome.reason
+        assert outcome.num_waiting == 0
+        assert alone.ledger.query("SELECT count(*) FROM artifacts").rows == [(1,)]
+        with pytest.raises(UnreachableError):
+            alone.ledger.pack()
+    assert one.ledger.ingest().reason == ""
+    two.ledger.ingest()
+    assert two.ledger.weights_of(two.base.id)
+
+
+def test_packed_records_are_shared_packed(homes: tuple[Shelf, Shelf]) -> None:
+    one, two = homes
+    for number in range(4):
+        one.make(one.adapter(number))
+    two.ledger.ingest()
+    two.make(two.adapter(9))
+    assert one.ledger.pack() == 5
+    left = Remote(two_url(two)).names("records")
+    assert {name.rpartition("/")[0] for name in left} == {"records/packed"}
+    two.ledger.ingest()
+    assert not two.ledger.records.loose(), "they came back in a segment"
+    assert two.ledger.records.segments.names() == one.ledger.records.segments.names()
+    one.ledger.ingest()
+    assert one.views() == two.views()
+    for shelf in homes:
+        assert not shelf.ledger.verify().findings
+    assert Remote(two_url(two)).names("records") == left
+
+
+def two_url(shelf: Shelf) -> str:
+    assert shelf.ledger.sharing
+    return shelf.ledger.sharing.remote.url
+
+
+def test_what_changed_on_the_storage_is_found_and_never_taken(
+    homes: tuple[Shelf, Shelf], url: str
+) -> None:
+    one, two = homes
+    one.make(one.base, "the weights")
+    sha256 = one.ledger.weights_of(one.base.id) or ""
+    (record,) = one.ledger.records.loose()
+    for name in (f"blobs/{sha256[:2]}/{sha256[2:]}", f"records/{record[:2]}/{record[2:]}.json"):
+        obstore.put(from_url(url, client_options={"allow_http": True}), name, b"something else")
+    two.ledger.ingest()
+    assert two.ledger.weights_of(two.base.id) is None
+    with pytest.raises(StoreError, match="does not lie in"):
+        two.ledger.blobs.path_of(sha256)
+    found = {finding.name.partition("/")[0]: finding for finding in one.ledger.verify().findings}
+    assert found.keys() == {"blobs", "records"}
+    assert found["blobs"].touches == (one.base.id,)
+
+
+def test_a_name_is_given_once(url: str, tmp_path: Path) -> None:
+    remote = Remote(url)
+    for text in ("first", "second"):
+        (tmp_path / text).write_text(text)
+        remote.put("blobs/ab/cd", tmp_path / text)
+    remote.get("blobs/ab/cd", tmp_path / "came")
+    assert (tmp_path / "came").read_text() == "first"
+
+
+def test_a_run_of_another_home_is_not_taken_for_killed(homes: tuple[Shelf, Shelf]) -> None:
+    one, two = homes
+    one.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
+    two.ledger.ingest()
+    with two.ledger.running("nightly") as killed:
+        assert not killed
+    with one.ledger.running("nightly") as killed:
+        assert [run.run_id for run in killed] == ["r1"]
+
+
+def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
+    with pytest.raises(StoreError, match="no storage that can be shared"):
+        connect(shelf.home, "shed://somewhere")
+    with pytest.raises(UnreachableError, match="cannot be used now"):
+        connect(shelf.home, "s3://no-such-bucket/x")
+    assert not (shelf.home / SETTING).exists()
+    shelf.home.mkdir(exist_ok=True)
+    (shelf.home / SETTING).write_text(f'remote = "{url}"\nbucket = 3\n')
+    with pytest.raises(StoreError, match="it needs the texts name and remote"):
+        Ledger(shelf.home)
+
+
+def test_a_lost_home_comes_back_from_the_storage(filled: Shelf, url: str) -> None:
+    connect(filled.home, url)
+    Ledger(filled.home).pack()
+    before = filled.views()
+    shutil.rmtree(filled.home)
+    connect(filled.home, url)
+    again = type(filled)(filled.home)
+    again.ledger.ingest()
+    assert again.views() == before

@@ -147,6 +147,7 @@ class Ledger(Recording):
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
         )
         with alone, together:
+            self.share()  # what another home has made need not be made again
             killed = [
                 run
                 for run in self.unended_runs()

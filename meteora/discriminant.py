@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from meteora.scatter import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+GIVEN_UP = 0.01
+"""Share of the experts' own tokens that may go to the base, so that other text surely does."""
 
 
 class SingularError(MeteoraError):
@@ -89,3 +91,20 @@ def choose_shrinkage(
         if accuracy > best_accuracy:
             best, best_accuracy = shrinkage, accuracy
     return best, best_accuracy
+
+
+def lead_of_last(logits: Tensor, labels: Tensor) -> float:
+    """How much the last choice, the base, may gain on the experts before they lose tokens.
+
+    What belongs to no adapter has no bounds, and no examples show all of it; what belongs to an
+    expert is known. So the base takes all that is not clearly an expert's: its lead is such that
+    `GIVEN_UP` of the experts' own held-out tokens go to it, and is never negative.
+
+    Args:
+        logits: [T, E] of held-out tokens
+        labels: [T]
+    """
+    last = logits.shape[1] - 1
+    own = logits[labels != last]
+    ahead = own[:, :last].max(1).values - own[:, last]
+    return max(0.0, ahead.float().quantile(GIVEN_UP).item())

@@ -91,6 +91,7 @@ def grow(
         gate = solve_gate(covariance, point.means.double(), point.shift, point.shrinkage)
         if gate is None:
             raise SingularError("the inputs of this point hold NaN or infinity")
+        gate[1][-1] += point.lead
         chosen = (torch.cat(checked) @ gate[0].T + gate[1]).argmax(-1)
         accuracies.append((chosen == expert).float().mean().item())
         return gate

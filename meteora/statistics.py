@@ -34,24 +34,31 @@ class PointStatistics:
     rows: Tensor
     """[M, IN] float16: S_within ≈ rowsᵀ rows · unit² + floor · I"""
     scalars: Tensor
-    """[3] float64: unit, floor, and the shrinkage that held-out sequences chose"""
+    """[4] float64: unit, floor, shrinkage and lead"""
 
     @classmethod
-    def of(cls, scatter: Sums, shrinkage: float) -> Self:
-        """What is kept of a point whose gate was fitted with this shrinkage."""
-        return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage)
+    def of(cls, scatter: Sums, shrinkage: float, lead: float = 0.0) -> Self:
+        """What is kept of a point whose gate was fitted with this shrinkage, and this lead."""
+        return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage, lead)
 
     @classmethod
-    def _kept(cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float) -> Self:
+    def _kept(
+        cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float, lead: float
+    ) -> Self:
         rows, floor = covariance.widest(NUM_ROWS)
         unit = float(rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-        scalars = torch.tensor([unit, floor, shrinkage], dtype=torch.float64)
+        scalars = torch.tensor([unit, floor, shrinkage, lead], dtype=torch.float64)
         return cls(means.float(), shift.float(), (rows / unit).half(), scalars)
 
     @property
     def shrinkage(self) -> float:
         """With which the gate was fitted."""
         return self.scalars[2].item()
+
+    @property
+    def lead(self) -> float:
+        """What the base, as the last choice, gained on the experts; 0 where it is none."""
+        return self.scalars[3].item()
 
     def without(self, expert: int) -> Self:
         """The same for all experts but one; its share of the common spread stays."""
@@ -68,7 +75,7 @@ class PointStatistics:
             expert: its place among the others
         """
         num_experts = len(self.means)
-        unit, floor, _ = self.scalars.tolist()
+        unit, floor, *_ = self.scalars.tolist()
         x = tokens.double() - self.shift.double()
         mean = x.mean(0, keepdim=True)
         own = (x - mean) / (len(x) * (num_experts + 1)) ** 0.5
@@ -77,7 +84,7 @@ class PointStatistics:
         covariance = Rows(torch.cat([others, own]).float(), floor * share)
         means = self.means.double()
         means = torch.cat([means[:expert], mean, means[expert:]])
-        return self._kept(means, self.shift, covariance, self.shrinkage), covariance
+        return self._kept(means, self.shift, covariance, self.shrinkage, self.lead), covariance
 
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:

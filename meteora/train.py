@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.artifacts import NULL
 from meteora.checkpoint import RouterEntry
-from meteora.discriminant import SingularError, choose_shrinkage, gate_from
+from meteora.discriminant import SingularError, choose_shrinkage, gate_from, lead_of_last
 from meteora.gates import Sharing, give_follower, give_gate, watch_prompts
 from meteora.layer import routed_layers
 from meteora.model import expert_names
@@ -110,9 +111,16 @@ def calibrate(
     statistics: dict[str, PointStatistics] = {}
 
     def fit(path: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        scatter, shrinkage, accuracy_of[path] = _scatter_of(inputs, batches, token_weights)
-        statistics[path] = PointStatistics.of(scatter, shrinkage)
-        return gate_from(scatter, shrinkage)
+        scatter, held = _scatter_of(inputs, batches, token_weights)
+        shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
+        both = scatter[0] + scatter[1]
+        weight, bias = gate_from(both, shrinkage)
+        lead = 0.0
+        if names[-1] == NULL:
+            lead = lead_of_last(held[0] @ weight.T + bias, held[1])
+            bias[-1] += lead
+        statistics[path] = PointStatistics.of(both, shrinkage, lead)
+        return weight, bias
 
     entry = RouterEntry("gate", top_k, temperature, margin, share=share)
     sweep_gates(model, batches, entry, template, fit, scratch=scratch, progress=progress)
@@ -191,8 +199,13 @@ def _swept(model: PreTrainedModel) -> Generator[None]:
 
 def _scatter_of(
     inputs: Iterator[Tensor], batches: Sequence[Batch], token_weights: Tensor
-) -> tuple[Sums, float, float]:
-    """All tokens of one input point; the shrinkage that is best on the held-out ones, how good."""
+) -> tuple[list[Sums], tuple[Tensor, Tensor, Tensor]]:
+    """The tokens of one input point.
+
+    Returns:
+        those of the fitted and of the held-out sequences; and of the latter (x [T, IN], labels [T],
+        weights [T]), of very many every so manieth
+    """
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
     scatters: list[Sums] = []
@@ -212,7 +225,6 @@ def _scatter_of(
             scatters[held].add(tokens, labels, token_weights[labels], batch.stands_for[chosen])
             if held:
                 kept.append((tokens[::stride], labels[::stride]))
-    fitted, checked = scatters  # hold_out saw to it that every expert has tokens in both
     held_tokens, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    shrinkage, accuracy = choose_shrinkage(fitted, held_tokens, labels, token_weights[labels])
-    return fitted + checked, shrinkage, accuracy
+    # hold_out saw to it that every expert has tokens in both
+    return scatters, (held_tokens, labels, token_weights[labels])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from meteora.artifacts import NULL
+from meteora.discriminant import lead_of_last
 from meteora.gates import gates_of
 from meteora.model import expert_names, force_expert, insert_experts, without_experts
 from meteora.train import calibrate
@@ -40,3 +41,15 @@ def test_tokens_of_no_adapter_are_told_apart_like_those_of_one(model):
     unseen = examples(4, seed=9, experts=range(5))
     assert routing_accuracy(model, unseen) > 0.9
     assert routing_accuracy(model, [s for s in unseen if s.experts[-1] == 4]) > 0.9
+
+
+def test_the_base_leads_by_as_much_as_the_experts_can_spare():
+    logits = torch.randn(1000, 4)
+    labels = torch.arange(1000) % 4
+    logits[torch.arange(1000), labels] += 9
+    lead = lead_of_last(logits, labels)
+    assert lead > 4
+    logits[:, 3] += lead
+    lost = (logits.argmax(1) == 3)[labels != 3]
+    assert 0.005 < lost.float().mean() < 0.015
+    assert lead_of_last(logits + torch.tensor([0, 0, 0, 99.0]), labels) == 0  # never a handicap

@@ -61,6 +61,8 @@ class Training:
 
     num_tokens: int
     """Labelled tokens of all sequences."""
+    heldout_accuracy: None
+    """All sequences are learned from, and none is held out."""
     gate_loss: float
     """Of the last step's sequences, before that step; NaN where no step was left to do."""
     lm_loss: float
@@ -83,6 +85,7 @@ def train_jointly(
     folder: Path | None = None,
     checkpoint_every: int = 100,
     gradient_checkpointing: bool = False,
+    sharded: bool | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Training:
@@ -101,6 +104,7 @@ def train_jointly(
         folder: where the training leaves its state, and goes on from one that it finds
         checkpoint_every: steps from one state to the next
         gradient_checkpointing: compute layers again on the way back, which needs less memory
+        sharded: divide the base among the processes; without it as `accelerate launch` was told
         scratch: a folder for hidden states that are too many for memory, while calibrating
         progress: called with (steps done, steps in all)
 
@@ -142,6 +146,8 @@ def train_jointly(
         )
         gates = learning_gates(model, zeros=not calibrated)
         learner = _Learner(model, gates, settings, accelerator)
+        if sharded or (sharded is None and accelerator.distributed_type == DistributedType.FSDP):
+            shard(model)
         if state is not None:
             state.restore(learner.parameters, learner.optimizer)
 
@@ -163,6 +169,7 @@ def train_jointly(
                 progress(step + 1, settings.steps)
     return Training(
         num_tokens=Counts.of(sequences).labelled,
+        heldout_accuracy=None,
         gate_loss=learner.losses[:-1].mean().item(),
         lm_loss=learner.losses[-1].item(),
         wall_seconds=time.perf_counter() - started,
@@ -203,8 +210,6 @@ class _Learner:
         if accelerator.num_processes > 1:
             for parameter in self.parameters.values():
                 broadcast(parameter.data)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            shard(model)
 
     def learn(self, step: int, sequences: list[LabelledSequence]) -> None:
         """Take one step of the optimiser, unless a gradient is not finite."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.summary import Summary
 
 STATEMENT = "https://in-toto.io/Statement/v1"
+MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
 PREDICATE = "https://slsa.dev/provenance/v1"
 
 
@@ -186,7 +187,7 @@ def speed_lines(summary: Summary) -> list[str]:
 def _router(manifest: Manifest) -> str:
     router = manifest.router
     how = (
-        f", {manifest.gates['method']}d on {manifest.gates['num_tokens']:,} tokens"
+        f", {MADE.get(manifest.gates['method'], 'made')} on {manifest.gates['num_tokens']:,} tokens"
         if manifest.gates
         else ""
     )

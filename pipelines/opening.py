@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +35,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         )
         for expert in plan.experts
     ]
-    made = {}
+    made: dict[str, Any] = {}
     if gates is not None and plan.router.router == "gate":
         made = {
             "method": plan.router.method,
@@ -44,6 +44,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             "num_tokens": gates.num_tokens,
             "heldout_accuracy": gates.heldout_accuracy,
         }
+        if plan.router.joint is not None:
+            made["joint"] = plan.router.joint.to_dict()
     return Manifest(
         base=BaseEntry(plan.base.base_model, plan.base.base_revision, built.fingerprint),
         experts=tuple(experts),

@@ -5,13 +5,14 @@ Nothing here loads a model or opens a database, which is why a finished run is k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     NULL,
     ComparisonSpec,
     FusedSpec,
+    JointSettings,
     MergeSpec,
     RouterSpec,
     RoutingSpec,
@@ -20,6 +21,7 @@ from meteora.artifacts import (
 )
 from pipelines.background import background_rows
 from pipelines.examples import Row, refuse_overlap
+from pipelines.gates_section import CalibrateSection, JointSection
 from pipelines.measurements import (
     Measurement,
     find_comparisons,
@@ -87,6 +89,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         method=recipe.gates.method if examples else "",
         examples_sha256=_examples_sha256(examples) if examples else "",
         seed=recipe.gates.seed if examples else 0,
+        joint=joint_settings(recipe.gates) if examples else None,
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",
         null=recipe.router.null,
@@ -110,6 +113,13 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
         speed=find_speed(subjects, recipe.benchmark),
     )
+
+
+def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:
+    """What of a recipe's gates section decides what comes out, where the method is `joint`."""
+    if not isinstance(section, JointSection):
+        return None
+    return JointSettings(**section.model_dump(include={f.name for f in fields(JointSettings)}))
 
 
 def _examples(

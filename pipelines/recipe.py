@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from meteora.artifacts import MeteoraError
 from pipelines.benchmark_section import BenchmarkSection, Section, known_metrics
+from pipelines.gates_section import METHODS, CalibrateSection, GatesSection
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_BYTES = 1 << 20
@@ -91,12 +92,6 @@ class RouterSection(Section):
     """How far one gate decides."""
 
 
-class GatesSection(Section):
-    method: Literal["calibrate"] = "calibrate"
-    examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
-    seed: int = 0
-
-
 class PolicySection(Section):
     modules_to_save: Literal["refuse", "strip"] = "refuse"
     on_refused: Literal["fail", "skip"] = "fail"
@@ -134,7 +129,7 @@ class Recipe(Section):
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
     discover: DiscoverSection | None = None
     router: RouterSection = RouterSection()
-    gates: GatesSection = GatesSection()
+    gates: GatesSection = CalibrateSection()
     benchmark: BenchmarkSection = BenchmarkSection()
     policy: PolicySection = PolicySection()
     hub: HubSection = HubSection()
@@ -238,7 +233,10 @@ def _tuples(value: object) -> object:
 def _explain(error: ValidationError) -> str:
     parts = []
     for fault in error.errors():
-        place = ".".join(str(step) for step in fault["loc"]) or "recipe"
+        steps = [str(step) for step in fault["loc"]]
+        if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
+            del steps[1]  # pydantic's name for the kind of section, which is not in the file
+        place = ".".join(steps) or "recipe"
         if fault["type"] == "extra_forbidden":
             parts.append(f"unknown key {place}")
         else:

@@ -6,9 +6,10 @@ the blobs and only then writes its record. So a run that is stopped anywhere goe
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
-from meteora import base, checkpoint, fuse, train
+from meteora import base, checkpoint, fuse, joint, train
 from meteora.artifacts import (
     NULL,
     BuiltBase,
@@ -21,6 +22,7 @@ from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from pipelines import card, hub, judge
+from pipelines.gates_section import JointSection
 from pipelines.labels import background_sequences, label
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
@@ -28,9 +30,13 @@ from pipelines.sources import hub_of
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from meteora.artifacts import BaseSpec
+    from transformers import PreTrainedModel
+
+    from meteora.artifacts import BaseSpec, RouterSpec
+    from meteora.train import LabelledSequence
     from pipelines.plan import Plan
     from pipelines.recipe import Recipe
     from pipelines.workplace import Workplace
@@ -88,11 +94,11 @@ def stack(work: Workplace, plan: Plan) -> FusedCheckpoint:
 
 
 def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
-    """Fit the gates by one forward sweep; a router without gates is only recorded."""
+    """Make the gates as the recipe asks; a router without gates is only recorded."""
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
     if plan.router.router == "gate":
-        made = _calibrate(work, plan, built)
+        made = _make_gates(work, plan, built)
     else:
         made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
     work.ledger.record_artifact(
@@ -102,43 +108,97 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
         blobs=[made.weights_sha256],
         run_id=work.run_id,
     )
+    shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
     return made
 
 
-def _calibrate(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
+def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
+    router = plan.router
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         judge.probe(work, plan, model, tokenizer)
-        layers = model.config.get_text_config().num_hidden_layers
         sequences = label(plan, tokenizer)
-        if plan.router.null:
+        if router.null:
             rows = plan.examples[NULL]
             with bar("asking the base", len(rows), "texts") as asked:
                 sequences += background_sequences(
                     model, tokenizer, rows, len(plan.fused.names), asked
                 )
-        with bar("fitting the gates", layers, "layers") as advance:
-            found = train.calibrate(
-                model,
-                sequences,
-                top_k=plan.router.top_k,
-                temperature=plan.router.temperature,
-                margin=plan.router.margin,
-                template=Template.of(tokenizer) if plan.router.opening == "prompt" else None,
-                share=plan.router.share,
-                seed=plan.router.seed,
-                scratch=scratch,
-                progress=lambda _done, _total: advance(1),
-            )
+        template = Template.of(tokenizer) if router.opening == "prompt" else None
+        if router.joint is None:
+            found = _calibrate(router, model, sequences, template, scratch)
+        else:
+            found = _train(work, router, model, sequences, template, scratch)
         out = scratch / checkpoint.GATES
         checkpoint.write_gates(out, gates_of(model))
         sha256 = work.ledger.blobs.put(out, move=True)
         return RouterBuild(
-            spec=plan.router,
+            spec=router,
             weights_sha256=sha256,
             num_tokens=found.num_tokens,
             heldout_accuracy=found.heldout_accuracy,
             wall_seconds=found.wall_seconds,
             device=str(model.device),
+        )
+
+
+def _calibrate(
+    router: RouterSpec,
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    template: Template | None,
+    scratch: Path,
+) -> train.Calibration:
+    layers = model.config.get_text_config().num_hidden_layers
+    with bar("fitting the gates", layers, "layers") as advance:
+        return train.calibrate(
+            model,
+            sequences,
+            top_k=router.top_k,
+            temperature=router.temperature,
+            margin=router.margin,
+            template=template,
+            share=router.share,
+            seed=router.seed,
+            scratch=scratch,
+            progress=lambda _done, _total: advance(1),
+        )
+
+
+def _train(
+    work: Workplace,
+    router: RouterSpec,
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    template: Template | None,
+    scratch: Path,
+) -> joint.Training:
+    """Go on from the state that a stopped run left; it is removed once the gates are recorded."""
+    settings, asked = router.joint, work.recipe.gates
+    if settings is None or not isinstance(asked, JointSection):
+        raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")
+    shown = 0
+    with bar("training the gates", settings.steps, "steps") as advance:
+
+        def show(done: int, _total: int) -> None:
+            nonlocal shown
+            advance(done - shown)
+            shown = done
+
+        return joint.train_jointly(
+            model,
+            sequences,
+            settings,
+            top_k=router.top_k,
+            temperature=router.temperature,
+            margin=router.margin,
+            template=template,
+            share=router.share,
+            seed=router.seed,
+            folder=work.training_folder(router.id),
+            checkpoint_every=asked.checkpoint_every,
+            gradient_checkpointing=asked.gradient_checkpointing,
+            scratch=scratch,
+            progress=show,
         )
 
 

@@ -83,6 +83,10 @@ class Workplace:
         """Where the checkpoint with this router lies, once it is written."""
         return self.home / "checkpoints" / router_id.partition(":")[2][:16]
 
+    def training_folder(self, router_id: ArtifactId) -> Path:
+        """Where the training of these gates leaves its state, for whichever run goes on with it."""
+        return self.home / "training" / router_id.partition(":")[2][:16]
+
     def holds(self, artifact_id: ArtifactId) -> bool:
         """Whether an artifact was made and its bytes still lie in the store."""
         sha256 = self.ledger.weights_of(artifact_id)

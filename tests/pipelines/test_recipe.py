@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pipelines.plan import joint_settings
 from pipelines.recipe import Recipe, RecipeError, locate, shipped
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from meteora.artifacts import JointSettings
 
 EXPERT = "{name: a, adapter: path:a, examples: jsonl:a.jsonl}"
 
@@ -53,6 +57,21 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
             f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{temperature: .nan}}",
             "router.temperature",
             id="not a number",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: guess}}",
+            "gates: method: Input should be 'calibrate' or 'joint'",
+            id="another method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{steps: 5}}",
+            "unknown key gates.steps",
+            id="of the other method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: 0.0}}",
+            "gates.learning_rate: Input should be greater than 0 (given: 0.0)",
+            id="learns nothing",
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}, {EXPERT}]", "two experts are named 'a'", id="twice"
@@ -147,3 +166,20 @@ def test_what_a_benchmark_cannot_be_asked_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match=said.replace("[", r"\[")):
         load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")
+
+
+def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path: Path) -> None:
+    def settings(more: str) -> JointSettings | None:
+        text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint{more}}}"
+        return joint_settings(load(tmp_path, text).gates)
+
+    assert joint_settings(load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]").gates) is None
+    plain = settings("")
+    assert plain is not None
+    assert plain.steps == 1000
+    assert settings(", checkpoint_every: 7, gradient_checkpointing: true") == plain
+    for name in ("steps", "batch_size", "accumulate"):
+        assert settings(f", {name}: 7") == replace(plain, **{name: 7})
+    for name in ("learning_rate", "warmup_ratio", "gate_loss_weight", "max_grad_norm"):
+        assert settings(f", {name}: 0.125") == replace(plain, **{name: 0.125})
+    assert settings(", start: zeros") == replace(plain, start="zeros")

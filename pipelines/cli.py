@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from meteora.artifacts import MeteoraError, short
+from meteora.artifacts import MeteoraError
 from pipelines import show
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
@@ -229,20 +229,16 @@ def sql(
 
 
 @app.command()
-def verify(home: Home = DEFAULT_HOME) -> None:
-    """Check every blob against its hash, and every record against its blobs."""
+def verify(
+    scores: Annotated[int, typer.Option(min=0, help="Scores to compute again, drawn anew.")] = 20,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Check blobs against their hashes, records against blobs, and scores against their outputs."""
+    from pipelines.rejudge import rejudge
     from store.ledger import Ledger
 
-    found = Ledger(home.expanduser().absolute()).verify()
-    for finding in found.findings:
-        touched = (
-            f"; it touches {', '.join(map(short, finding.touches))}" if finding.touches else ""
-        )
-        print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
-    print(
-        f"{found.num_records} records and {found.num_blobs} blobs: {len(found.findings)} findings"
-    )
-    if found.findings:
+    ledger = Ledger(home.expanduser().absolute())
+    if show.findings(ledger.verify(), rejudge(ledger, scores)):
         raise typer.Exit(1)
 
 

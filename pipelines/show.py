@@ -20,7 +20,9 @@ from pipelines.summary import summarise
 if TYPE_CHECKING:
     from meteora.trace import Trace
     from pipelines.plan import Plan
+    from pipelines.rejudge import Rejudged
     from pipelines.workplace import Workplace
+    from store.check import Verification
     from store.query import Answer
 
 
@@ -70,6 +72,21 @@ def trace(found: Trace) -> None:
     out = plain_console()
     for text in trace_view.terminal(found):
         out.print(text, soft_wrap=True, end="\n\n")
+
+
+def findings(found: Verification, again: Rejudged) -> int:
+    """Everything that is not as it was written; returns how much that is."""
+    every = (*found.findings, *again.findings)
+    for finding in every:
+        touched = (
+            f"; it touches {', '.join(map(short, finding.touches))}" if finding.touches else ""
+        )
+        print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
+    print(
+        f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
+        f" computed again: {len(every)} findings"
+    )
+    return len(every)
 
 
 def answer(answer: Answer, form: Format) -> None:

@@ -32,9 +32,11 @@ from meteora.scores import (
     Difference,
     Rate,
     RoutingBuild,
+    RoutingDetail,
     RoutingScore,
     RoutingShare,
     RoutingSpec,
+    RoutingSwitch,
     Score,
     ScorePair,
     ScorePart,
@@ -48,7 +50,8 @@ __all__ = [
     "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
     "LinearSize", "MergeSpec",
     "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
-    "RoutingScore", "RoutingShare", "RoutingSpec", "Score", "ScorePair", "ScorePart", "Spec",
+    "RoutingDetail", "RoutingScore", "RoutingShare", "RoutingSpec", "RoutingSwitch", "Score",
+    "ScorePair", "ScorePart", "Spec",
     "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",
 ]  # fmt: skip
 

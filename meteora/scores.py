@@ -208,6 +208,7 @@ class RoutingSpec(Spec):
     """One router watched on the experts' own test rows."""
 
     kind: ClassVar[str] = "routing"
+    version: ClassVar[int] = 2  # 1 had neither details nor switches
 
     router_id: ArtifactId
     rows_sha256: str
@@ -227,6 +228,33 @@ class RoutingShare(Noun):
 
 
 @dataclass(frozen=True)
+class RoutingDetail(Noun):
+    """How one routed module decides: means over the tokens of all experts' own test rows."""
+
+    module: str
+    entropy_bits: float
+    """Of the softmax of a token's logits over all experts: 0 where it is sure."""
+    weight: float
+    """Of the expert that was chosen first."""
+    agreement: float
+    """Share of tokens that it sends where most modules send them."""
+
+
+@dataclass(frozen=True)
+class RoutingSwitch(Noun):
+    """How soon routing follows where one task's text ends and another's begins."""
+
+    expert: str
+    """Whose text begins."""
+    in_answer: bool
+    """Whether it is an answer's text, and not a question's."""
+    delay_tokens: int | None
+    """Tokens that pass before one is sent to the expert; None where the text ends first."""
+    count: int
+    """How often that was seen."""
+
+
+@dataclass(frozen=True)
 class RoutingBuild(Noun):
     """Whether tokens go to their own experts, with the gates' own choices below them."""
 
@@ -236,6 +264,8 @@ class RoutingBuild(Noun):
     by_expert: tuple[RoutingShare, ...]
     num_tokens: int
     wall_seconds: float
+    details: tuple[RoutingDetail, ...] = ()
+    switches: tuple[RoutingSwitch, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from meteora.encode import Template, encode_pair
-from meteora.model import expert_names
-from meteora.observe import recorded_logits
 from pipelines import intervals
 from pipelines.harness import HARNESS, Harness
 from pipelines.judging import Judged, judge, judge_composites
@@ -23,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import ScorePart
-    from pipelines.examples import Row
     from pipelines.tasks import Task
 
 
@@ -174,43 +168,3 @@ def _by_itself(harness: Harness, task: Task, seed: int, started: float) -> Answe
         harness=HARNESS,
         wall_seconds=time.perf_counter() - started,
     )
-
-
-def count_routes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    *,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda _rows: None,
-) -> dict[str, list[int]]:
-    """Where the tokens of some rows are sent: for each routed module, how many to each expert.
-
-    Prompt and answer are fed as they stand; the template's opening, the same in front of every
-    prompt, is left out, since no router could tell anything from it.
-    """
-    opening = len(Template.of(tokenizer).opening)
-    num_experts = len(expert_names(model))
-    counts: dict[str, torch.Tensor] = {}
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
-        longest = max(map(len, encoded))
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for i, own in enumerate(encoded):
-            ids[i, : len(own)] = torch.tensor(own)
-        place = torch.arange(longest)
-        there = place < torch.tensor([len(own) for own in encoded])[:, None]  # [B, L]
-        asked = (there & (place >= opening)).flatten()
-        with torch.inference_mode(), recorded_logits(model) as logits:
-            model(
-                input_ids=ids.to(model.device),
-                attention_mask=there.long().to(model.device),
-                logits_to_keep=1,
-            )
-        for path, scores in logits.items():
-            chosen = scores[asked].argmax(-1)
-            found = torch.bincount(chosen, minlength=num_experts).cpu()
-            counts[path] = counts[path] + found if path in counts else found
-        advance(len(batch))
-    return {path: total.tolist() for path, total in counts.items()}

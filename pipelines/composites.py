@@ -94,9 +94,14 @@ def compose(
     return composites
 
 
+def fits(row: Row) -> bool:
+    """Whether a row's answer, under a number, reads as one answer."""
+    return split_answers(f"1. {row.response.strip()}", 99).keys() == {1}
+
+
 def _dealt(task: str, rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
     """The rows that can stand in a composite, in a drawn order, over and over."""
-    fit = [row for row in rows if split_answers(f"1. {row.response.strip()}", 99).keys() == {1}]
+    fit = [row for row in rows if fits(row)]
     if not fit:
         raise ExamplesError(
             f"task {task}: none of its answers can stand in a composite: each is empty, or has"

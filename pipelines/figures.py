@@ -187,13 +187,13 @@ def lines(
     xlabel: str,
     ylabel: str,
     strong: str,
-    unit: bool = True,
+    step: bool = False,
 ) -> Markup:
-    """One strong line among thin ones, each named at its end.
+    """One strong line of shares among thin ones, each named at its end.
 
     Args:
         strong: the series that is drawn in the accent's colour
-        unit: whether values are shares, so that the axis ends at 1
+        step: whether a value holds until the next one
     """
 
     def draw(width: int) -> Figure:
@@ -206,12 +206,12 @@ def lines(
             x, y = zip(*sorted(points), strict=True)
             axes.plot(
                 x, y, color=ACCENT if bold else SOFT, linewidth=2.2 if bold else 0.9,
-                alpha=1 if bold else 0.65, zorder=3 if bold else 2, gid=f"line-{key}",
+                alpha=1 if bold else 0.65, zorder=3 if bold else 2,
+                drawstyle="steps-post" if step else "default",
             )  # fmt: skip
             ends.append((y[-1], x[-1], key))
         low = min(y for points in series.values() for _, y in points)
-        if unit:
-            axes.set_ylim(math.floor(low * 10) / 10 - 0.02, 1.02)
+        axes.set_ylim(math.floor(low * 10) / 10 - 0.02, 1.02)
         bottom, top = axes.get_ylim()
         place = math.inf
         for y, x, key in sorted(ends, reverse=True):

@@ -12,7 +12,8 @@ from meteora.artifacts import (
     RoutingShare,
     Score,
 )
-from pipelines import benchmark, compare, judge, speed
+from meteora.model import expert_names
+from pipelines import benchmark, compare, judge, routes, speed
 from pipelines.controls import as_system
 from pipelines.opening import opened
 from pipelines.outputs import write_outputs
@@ -158,33 +159,39 @@ def _time(work: Workplace, plan: Plan, gates: RouterBuild, model: PreTrainedMode
 def _watch_routing(
     work: Workplace, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Feed each expert's own test rows, and count where every routed module sends their tokens."""
+    """Feed each expert's own test rows, and see where every routed module sends their tokens."""
     started = time.perf_counter()
-    names = plan.fused.names
-    own = [name for name in names if name in plan.tests]
+    names = expert_names(model)
+    own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
     scores: list[RoutingScore] = []
-    with bar("watching the routes", sum(len(plan.tests[n]) for n in own), "rows") as advance:
-        for truth in own:
-            counts = benchmark.count_routes(
+    total: dict[str, routes.Sums] = {}
+    with bar("watching the routes", sum(map(len, own.values())), "rows") as advance:
+        for truth, rows in own.items():
+            found = routes.watch(
                 model,
                 tokenizer,
-                plan.tests[truth],
+                rows,
                 batch_size=work.recipe.benchmark.batch_size,
                 advance=advance,
             )
             scores.extend(
                 RoutingScore(plan.router.id, path, truth, chosen, count)
-                for path, by_expert in counts.items()
-                for chosen, count in zip(names, by_expert, strict=True)
+                for path, sums in found.items()
+                for chosen, count in zip(names, sums.counts.tolist(), strict=True)
                 if count
             )
+            routes.add(total, found)
+    with bar("watching it follow", routes.COMPOSITES, "prompts") as advance:
+        switches = routes.switches(model, tokenizer, own, advance=advance)
     by_expert = tuple(RoutingShare(name, _accuracy(scores, [name])) for name in own)
     made = RoutingBuild(
         plan.routing,
-        accuracy=_accuracy(scores, own),
+        accuracy=_accuracy(scores, list(own)),
         by_expert=by_expert,
         num_tokens=_tokens(scores),
         wall_seconds=time.perf_counter() - started,
+        details=tuple(sums.detail(path) for path, sums in total.items()),
+        switches=switches,
     )
     work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)

@@ -100,6 +100,23 @@ FROM (
     FROM routing WHERE router_id = $router GROUP BY expert
 );
 
+-- details: How surely each layer decides, and whether the layers agree
+SELECT TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
+       avg(entropy_bits) AS entropy_bits, avg(weight) AS weight, avg(agreement) AS agreement
+FROM routing_details WHERE router_id = $router GROUP BY layer ORDER BY layer;
+
+-- switches: Tokens to switch: how soon routing follows where another task's text begins
+SELECT delay_tokens,
+       coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
+       coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer,
+       sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER sofar
+           / sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER () AS question_share,
+       sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER sofar
+           / sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER () AS answer_share
+FROM routing_switches WHERE router_id = $router
+GROUP BY delay_tokens WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
+ORDER BY delay_tokens NULLS LAST;
+
 -- failures: Where routing goes wrong most
 SELECT expert, layer, string_agg(split_part(module, '.', -1), ', ' ORDER BY module) AS modules,
        accuracy, num_tokens

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pipelines.questions import Asked
 
-FIGURES = ("scores", "matrix", "confusion", "load", "layers")
+FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
 ALL = "all modules"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,14 +28,14 @@ def report_page(asked: Mapping[str, Asked], traces: Sequence[Mapping[str, Any]] 
     Args:
         traces: figures of `trace_view.figure`, shown as examples
     """
-    experts = [row["name"] for row in asked["experts"].rows]
     context = {
         "title": title(asked),
         "asked": asked,
         "figures": draw(asked),
         "against": against(asked["differences"].rows),
         "traces": traces,
-        "num_experts": len(experts),
+        "num_experts": len(asked["experts"].rows),
+        "num_colours": max((len(trace["experts"]) for trace in traces), default=0),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "hub_link": hub_link,
     }
@@ -59,14 +59,16 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
         drawn["matrix"] = _matrices(matrix, experts)
     if confusion := asked["confusion"].rows:
         truths = {row["truth"] for row in confusion}
+        chosen = {row["chosen"] for row in confusion}
+        beside = sorted(chosen - set(experts))  # the base, where it is a choice
         drawn["confusion"] = figures.heat(
             [name for name in experts if name in truths],
-            experts,
+            [*experts, *beside],
             {(row["truth"], row["chosen"]): row["share"] for row in confusion},
             "confusion",
             labels=("tokens of", "sent to, %"),
         )
-        load = [row for row in asked["load"].rows if row["expert"] in experts]
+        load = asked["load"].rows
         drawn["load"] = figures.dumbbells(
             [(row["expert"], row["own"] or 0.0, row["sent"] or 0.0) for row in load],
             "load",
@@ -76,6 +78,30 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
     if layers := [row for row in asked["layers"].rows if row["layer"] is not None]:
         drawn["layers"] = figures.lines(
             _by_kind(layers), "layers", xlabel="layer", ylabel="routing accuracy", strong=ALL
+        )
+    if details := [row for row in asked["details"].rows if row["layer"] is not None]:
+        drawn["details"] = figures.lines(
+            {
+                "agreement": [(row["layer"], row["agreement"]) for row in details],
+                "weight": [(row["layer"], row["weight"]) for row in details],
+            },
+            "details",
+            xlabel="layer",
+            ylabel="share",
+            strong="agreement",
+        )
+    if switches := [row for row in asked["switches"].rows if row["delay_tokens"] is not None]:
+        drawn["switches"] = figures.lines(
+            {
+                name: [(row["delay_tokens"], row[f"{name}_share"]) for row in switches]
+                for name in ("question", "answer")
+                if switches[0][f"{name}_share"] is not None
+            },
+            "switches",
+            xlabel="tokens after another task begins",
+            ylabel="share that followed",
+            strong="answer",
+            step=True,
         )
     return drawn
 

@@ -108,7 +108,7 @@ def page(trace: Trace, title: str) -> str:
     context = {
         "title": title,
         "trace": figure(trace, "trace"),
-        "num_experts": len(trace.experts),
+        "num_colours": len(trace.experts),
         "scripts": ["trace.js"],
     }
     return render("trace.html", context)

@@ -117,6 +117,24 @@ FROM (
     FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'speed'
 );
 
+INSERT INTO routing_details
+SELECT router_id, one->>'module', (one->>'entropy_bits')::DOUBLE, (one->>'weight')::DOUBLE,
+       (one->>'agreement')::DOUBLE, sha256
+FROM (
+    SELECT sha256, body->>'$.spec.router_id' AS router_id,
+           unnest((body->'$.built.details')::JSON[]) AS one
+    FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'routing'
+);
+
+INSERT INTO routing_switches
+SELECT router_id, one->>'expert', (one->>'in_answer')::BOOLEAN, (one->>'delay_tokens')::BIGINT,
+       (one->>'count')::BIGINT, sha256
+FROM (
+    SELECT sha256, body->>'$.spec.router_id' AS router_id,
+           unnest((body->'$.built.switches')::JSON[]) AS one
+    FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'routing'
+);
+
 INSERT INTO routing_counts
 SELECT count->>'router_id', count->>'module', count->>'truth', count->>'chosen',
        (count->>'num_tokens')::BIGINT, sha256
@@ -182,6 +200,8 @@ DELETE FROM merges WHERE record_sha256 IN (FROM overruled);
 DELETE FROM comparisons WHERE record_sha256 IN (FROM overruled);
 DELETE FROM speeds WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routing_counts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM routing_details WHERE record_sha256 IN (FROM overruled);
+DELETE FROM routing_switches WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_starts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_ends WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_stages WHERE record_sha256 IN (FROM overruled);

@@ -20,7 +20,11 @@ from meteora.artifacts import (
     Rate,
     RouterBuild,
     RouterSpec,
+    RoutingBuild,
+    RoutingDetail,
     RoutingScore,
+    RoutingSpec,
+    RoutingSwitch,
     Score,
     ScorePair,
     ScorePart,
@@ -93,6 +97,26 @@ def fill(home: Path) -> ArtifactId:
         ],
         run_id=RUN,
     )
+    watched = RoutingSpec(GATE.id, "e" * 64)
+    _make(
+        ledger,
+        watched,
+        RoutingBuild(
+            watched,
+            accuracy=200 / 240,
+            by_expert=(),
+            num_tokens=240,
+            wall_seconds=1.0,
+            details=tuple(
+                RoutingDetail(f"model.layers.{layer}.self_attn.q_proj", 0.5, 0.9, 0.7 + layer / 10)
+                for layer in range(3)
+            ),
+            switches=(
+                RoutingSwitch("dates", False, 0, 6), RoutingSwitch("dates", True, 0, 8),
+                RoutingSwitch("sums", False, 2, 3), RoutingSwitch("sums", False, None, 1),
+            ),
+        ),
+    )  # fmt: skip
     ledger.record_run(RunEnded(RUN, "ok", "", 60.0, {"stack": 1.5, "gates": 50.25}))
     ledger.ingest()
     return GATE.id

@@ -218,18 +218,3 @@ def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
         other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
         with pytest.raises(BenchmarkError, match=said):
             benchmark.measure(world.load(), tokenizer, other, batch_size=2)
-
-
-def test_routes_are_counted_for_every_token_and_module(
-    world: World, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """With one expert forced every token goes to it, however rows are batched and padded."""
-    model = world.load()
-    names = list(world.adapters)
-    with force_expert(model, "attention"):
-        counts = benchmark.count_routes(model, tokenizer, ROWS, batch_size=2)
-    tokens = sum(len(row.prompt) + len(row.response) + 1 for row in ROWS)  # a byte each, and </s>
-    assert counts.keys() == world.manifest.modules.keys()
-    for by_expert in counts.values():
-        assert by_expert[names.index("attention")] == tokens
-        assert sum(by_expert) == tokens

@@ -60,6 +60,11 @@ def test_every_question_has_an_answer_to_show(asked: dict[str, questions.Asked])
     assert all(one.rows for one in asked.values())
     assert asked["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
     assert [row["name"] for row in asked["experts"].rows] == list(NAMES)
+    assert asked["switches"].answer.rows == [
+        (0, 6, 8, 0.6, 1.0),
+        (2, 3, 0, 0.9, 1.0),
+        (None, 1, 0, 1.0, 1.0),
+    ]
 
 
 def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree: Any) -> None:
@@ -179,7 +184,8 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     shutil.copytree(ledger.home, home)
     bare = Ledger(home)
     asked = questions.ask(bare, report_ledger.ARROW.id)  # scores, but never watched, nor compared
-    assert asked["confusion"].rows == asked["differences"].rows == asked["speed"].rows == []
+    for name in ("confusion", "details", "switches", "differences", "speed"):
+        assert asked[name].rows == []
     page = report.report_page(asked)
     assert "Does each token reach its expert?" not in page
     assert "Paired tests were not recorded" in page

@@ -1,0 +1,86 @@
+"""What is done with a checkpoint that is there: ask it, report on it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines import show
+from pipelines.cli_options import DEFAULT_HOME, Home
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    prompt: str,
+    expert: Annotated[str, typer.Option(help="Send every token to this expert.")] = "",
+    max_new_tokens: int = 256,
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.html",
+            help="Show which expert took each token: on a page, and here in colours; - for these.",
+        ),
+    ] = "",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Answer one prompt with a fused model."""
+    import meteora
+    from meteora.generate import answer
+    from meteora.trace import trace_prompt
+    from pipelines.locate import base_at_hand, checkpoint_folder
+    from pipelines.page import check_writable, write_page
+    from pipelines.trace_view import page
+
+    if trace not in {"", "-"}:
+        check_writable(Path(trace))
+    home = home.expanduser().absolute()
+    folder = checkpoint_folder(checkpoint, home)
+    model, tokenizer = meteora.load(folder, base_folder=base_at_hand(folder, home))
+    forced = meteora.force_expert(model, expert) if expert else nullcontext()
+    with forced:
+        if trace:
+            found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            show.trace(found)
+            if trace != "-":
+                write_page(Path(trace), page(found, prompt))
+        else:
+            answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+
+
+@app.command()
+def report(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
+        "report.html"
+    ),
+    traces: Annotated[int, typer.Option(min=0, help="Test prompts to show answered.")] = 3,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Scores, routing, cost and lineage on one page that opens offline, with the SQL of each."""
+    import meteora
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint import read_manifest
+    from meteora.model import find_checkpoint
+    from pipelines.locate import base_at_hand, checkpoint_folder
+    from pipelines.page import check_writable, write_page
+    from pipelines.questions import ask
+    from pipelines.report import report_page
+    from pipelines.report_examples import examples, traced
+    from store.ledger import Ledger
+
+    check_writable(output)
+    home = home.expanduser().absolute()
+    ledger, folder = Ledger(home), find_checkpoint(checkpoint_folder(checkpoint, home))
+    asked = ask(ledger, ArtifactId(read_manifest(folder).router_id))
+    drawn = []
+    if chosen := examples(ledger, asked["outputs"], traces):
+        model, tokenizer = meteora.load(folder, base_folder=base_at_hand(folder, home))
+        drawn = traced(model, tokenizer, chosen)
+    write_page(output, report_page(asked, drawn))
+    print(output)

@@ -1,0 +1,67 @@
+"""`meteora store …`: looking after the ledger."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from meteora.artifacts import MeteoraError
+from pipelines.cli_options import DEFAULT_HOME, Home
+from pipelines.progress import say
+
+app = typer.Typer(no_args_is_help=True, help="Look after the ledger.")
+
+
+@app.command()
+def rebuild(home: Home = DEFAULT_HOME) -> None:
+    """Make the index again from the records alone."""
+    from store.ledger import Ledger
+
+    ingested = Ledger(home.expanduser().absolute()).rebuild()
+    if ingested.reason:
+        raise MeteoraError(ingested.reason)
+    print(f"{ingested.num_records} records in the index")
+
+
+@app.command()
+def pack(home: Home = DEFAULT_HOME) -> None:
+    """Lay small records together in files of many; worth it from some thousands on."""
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    num_records = ledger.pack()
+    ledger.ingest()
+    print(f"{num_records} records packed")
+
+
+@app.command()
+def share(
+    url: Annotated[str, typer.Argument(help="Such as s3://bucket/prefix.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Share records and blobs with other homes, on S3 or what speaks its language."""
+    from store.ledger import Ledger
+    from store.sharing import connect
+
+    home = home.expanduser().absolute()
+    setting = connect(home, url)
+    reason = Ledger(home).ingest().reason
+    if reason:
+        raise MeteoraError(reason)
+    print(f"{home} shares {setting.remote} as {setting.name}")
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """List the files that nothing refers to; remove them only with --yes."""
+    from store.ledger import Ledger
+
+    garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
+    for name in (*garbage.blobs, *map(str, garbage.files)):
+        print(name)
+    done = "removed" if yes else "can be removed with --yes"
+    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")

@@ -5,17 +5,23 @@
         ...
 
 Both names are loaded when they are first used, so that `import meteora.artifacts` stays light.
+Importing the package also makes transformers' own `AutoModelForCausalLM.from_pretrained` and
+`pipeline` take such folders and Hub ids; no remote code is ever needed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meteora import registration
+
 if TYPE_CHECKING:
     from meteora.model import force_expert, load
 
 __all__ = ["__version__", "force_expert", "load"]
 __version__ = "0.1.0"
+
+registration.install()
 
 
 def __getattr__(name: str) -> object:

@@ -6,7 +6,7 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -39,10 +39,14 @@ def _quiet() -> Generator[None]:
 
 
 def load_tokenizer(
-    source: str | Path, revision: str | None = None, gguf_file: str | None = None
+    source: str | Path,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
-        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False
+        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
     )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
@@ -65,14 +69,28 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_folder(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype | str = "auto"
+    source: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    *,
+    download: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle."""
+    """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle.
+
+    Args:
+        download: what transformers is told about downloads, such as `token` or `cache_dir`
+    """
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            source,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **(download or {}),
         )
-        return cast("PreTrainedModel", model.eval()), load_tokenizer(source, revision)
+        tokenizer = load_tokenizer(source, revision, options=download)
+        return cast("PreTrainedModel", model.eval()), tokenizer
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,6 +5,7 @@
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E]
     README.md             model card
     lineage.json          in-toto statement
+    config.json           for the auto classes of transformers: that this is a fused checkpoint
 
 Nothing is pickled, the base is referenced and never copied, and new gates leave the experts alone.
 """
@@ -36,6 +37,10 @@ EXPERTS = "experts.safetensors"
 GATES = "gates.safetensors"
 CARD = "README.md"
 LINEAGE = "lineage.json"
+CONFIG = "config.json"
+CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
+FILES = (MANIFEST, CONFIG, EXPERTS, GATES, CARD, LINEAGE)
+"""All that a checkpoint may hold, and all of it that is published."""
 
 NOTES = "meteora"
 """The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""

@@ -9,22 +9,21 @@ The model remains what it was to everybody else: `generate`, `pipeline` and lm-e
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils.hub import cached_file
 
 from meteora import base, checkpoint
 from meteora.artifacts import MeteoraError
 from meteora.expert_cache import ExpertCache
+from meteora.finding import find_checkpoint, load_base
 from meteora.gates import insert_gates
 from meteora.layer import MoELoRALinear, routed_layers
 from meteora.routers import Arrow, Fixed, Norm, Random, Router
-from meteora.sources import GGUF, PATH, SourceError, find_gguf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +53,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     expert_cache_bytes: int | None = None,
+    download: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
@@ -65,65 +65,20 @@ def load(
         dtype: of the base; the experts keep their precision
         expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
             the device than this, those that were used last; see `expert_cache`
+        download: what transformers is told about downloads, such as `token` or `cache_dir`
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint.
         WrongBaseError: the base is not the one that the checkpoint was made for.
     """
-    folder = find_checkpoint(checkpoint_folder, revision)
+    folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = checkpoint.read_manifest(folder)
-    model, tokenizer = load_base(manifest, base_folder, dtype)
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=download)
     check_base(manifest, model, tokenizer, folder)
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     return (model.to(device) if device is not None else model), tokenizer
-
-
-def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; a Hub id is downloaded to the Hub cache first."""
-    folder = Path(name)
-    if folder.is_dir() or not _is_hub_id(str(name)):
-        return folder
-    try:
-        found = cached_file(str(name), checkpoint.MANIFEST, revision=revision)
-        cached_file(str(name), checkpoint.EXPERTS, revision=revision)
-        # a router that needs no training comes without gates
-        cached_file(
-            str(name),
-            checkpoint.GATES,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except OSError as error:
-        raise checkpoint.CheckpointError(
-            f"{name}: there is no such folder here, and no fused checkpoint of that name came from"
-            f" the Hub: {error}"
-        ) from error
-    return Path(str(found)).parent
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
-
-
-def load_base(
-    manifest: Manifest, folder: str | Path | None, dtype: torch.dtype | str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that a checkpoint refers to, from `folder` where one is given."""
-    name = manifest.base.repo_id
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise SourceError(f"{folder}: there is no such folder; give the one that holds {name}")
-        return base.load_folder(folder, dtype=dtype)
-    if name.startswith(GGUF):
-        return base.load_gguf(find_gguf(name))
-    if name.startswith(PATH):
-        raise SourceError(
-            f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
-            " say where it lies now with base_folder="
-        )
-    return base.load_folder(name, revision=manifest.base.revision, dtype=dtype)
 
 
 def check_base(

@@ -66,7 +66,7 @@ def report(
     import meteora
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint import read_manifest
-    from meteora.model import find_checkpoint
+    from meteora.finding import find_checkpoint
     from pipelines.locate import base_at_hand, checkpoint_folder
     from pipelines.page import check_writable, write_page
     from pipelines.questions import ask

@@ -217,6 +217,7 @@ def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: Route
         parts[checkpoint.GATES] = gates.weights_sha256
     texts = {
         checkpoint.MANIFEST: manifest.to_json(),
+        checkpoint.CONFIG: checkpoint.CONFIG_TEXT,
         checkpoint.CARD: card.write_card(manifest, summary, work.name),
         checkpoint.LINEAGE: card.write_lineage(manifest, parts, work.recipe_sha256),
     }

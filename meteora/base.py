@@ -6,6 +6,7 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -128,6 +129,54 @@ def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a base comes to in memory, from its config alone."""
+
+    num_parameters: int
+    dtype: torch.dtype
+    """Of its weights, as its config says; float32 where that says nothing."""
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    cache_bytes_per_token: int
+    """Of keys and values in all layers."""
+    linears: dict[str, tuple[int, int]]
+    """(IN, OUT) by module path."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parameters * self.dtype.itemsize
+
+
+def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
+    """The shape of a base from its config, in a folder or in a GGUF file. No weights are read.
+
+    A GGUF file is dequantised to float32 when it is used.
+    """
+    with _quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, gguf_file=gguf_file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = torch.float32 if gguf_file else getattr(config, "dtype", None) or torch.float32
+    linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
+    return Shape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=dtype,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=max(size for sizes in linears.values() for size in sizes[:1]),
+        vocab_size=text.vocab_size,
+        cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
+        linears=linears,
+    )
 
 
 def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:

@@ -9,13 +9,15 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from huggingface_hub import try_to_load_from_cache
 
 from pipelines.hub_errors import HubConnectionError, HubHashError, HubTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
-    from pathlib import Path
 
 CHUNK = 1 << 20
 
@@ -28,6 +30,12 @@ class ListedFile:
     size: int
     git_sha1: str
     sha256: str
+
+
+def cached_config(repo_id: str, revision: str) -> Path | None:
+    """A model's config where the Hub's own client has left it on this machine; nobody is asked."""
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def check_file(file: ListedFile, folder: Path, what: str) -> None:

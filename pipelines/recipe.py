@@ -17,6 +17,8 @@ from pipelines.gates_section import METHODS, CalibrateSection, GatesSection
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent
+BROUGHT = SHIPPED / "recipes"
+"""Shipped recipes for adapters and rows that the user brings."""
 
 
 class Stage(StrEnum):
@@ -45,6 +47,8 @@ class ExpertSection(Section):
     """Held-out rows; a benchmark task of this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
     """How answers to them are judged; one or more, tables show the first."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """An answer to them is cut there; without it where the benchmark says."""
 
     @field_validator("metric")
     @classmethod
@@ -251,7 +255,7 @@ def _explain(error: ValidationError) -> str:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the program, by the name that `meteora run` takes."""
-    found = {path.stem: path for path in sorted(SHIPPED.glob("recipes/*.yaml"))}
+    found = {path.stem: path for path in sorted(BROUGHT.glob("*.yaml"))}
     return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **found}
 
 

@@ -4,26 +4,31 @@ jsonl:<file>                                 {"prompt", "response", "choices"} a
 bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
 reasoning_gym:<name>[?seed=1]                made on the spot; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
+
+Of the Hub's rows a column inside another is named with a point (`translation.de`), several that
+belong together with commas. Further options: `ask`, a text before every prompt; `part`, train or
+test, where a set has no split for tests; `longest`, in characters: longer prompts are left out.
 """
 
 from __future__ import annotations
 
 import json
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from pipelines.examples import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 MAX_ROW_BYTES = 1 << 20
 MAX_TASK_BYTES = 1 << 28
 TEST_SHARE = 5
-"""Of BIG-bench's examples every fifth, by the hash of its prompt, is for tests."""
+"""Where a source has no split for tests every fifth row, by the hash of its prompt, is for them."""
+PARTS = ("all", "train", "test")
 
 
 def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
@@ -92,24 +97,37 @@ def checked(row: Row, place: str) -> Row:
 
 
 def _bigbench(name: str, folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
-    split = options.get("split", "all")
-    if split not in {"all", "train", "test"}:
-        raise ExamplesError(f"bigbench:{name}: the split {split!r} is none of all, train, test")
-    for row in _bigbench_rows(folder / name):
-        held = int(row.sha256[:8], 16) % TEST_SHARE == 0
-        if split == "all" or held == (split == "test"):
-            yield row
+    split = _part(options, "split", f"bigbench:{name}")
+    return (row for row in _bigbench_rows(folder / name) if _belongs(row, split))
+
+
+def _part(options: Mapping[str, str], key: str, source: str) -> str:
+    part = options.get(key, "all")
+    if part not in PARTS:
+        raise ExamplesError(f"{source}: the {key} {part!r} is none of {', '.join(PARTS)}")
+    return part
+
+
+def _belongs(row: Row, part: str) -> bool:
+    """Whether a row is of this part; equal prompts are always of the same."""
+    held = int(row.sha256[:8], 16) % TEST_SHARE == 0
+    return part == "all" or held == (part == "test")
+
+
+def _in_turns(parts: Iterable[Iterable[Row]]) -> Iterator[Row]:
+    """One row of each part after the other, so that the first ones are of all parts."""
+    rounds = zip_longest(*parts)
+    return (row for row in chain.from_iterable(rounds) if row is not None)
 
 
 def _bigbench_rows(path: Path) -> Iterator[Row]:
-    """The examples of a task: its own, those of subtasks in the file, or in folders beneath."""
+    """The examples of a task: its own, or in turns those of its subtasks, in file or folders."""
     if path.is_dir():
         files = [path / "task.json"] if (path / "task.json").is_file() else []
         files = files or sorted(path.glob("*/task.json"))
         if not files:
             raise ExamplesError(f"{path}: there is no task.json in it or in a folder beneath")
-        for file in files:
-            yield from _bigbench_rows(file)
+        yield from _in_turns(_bigbench_rows(file) for file in files)
         return
     try:
         if path.stat().st_size > MAX_TASK_BYTES:
@@ -120,12 +138,16 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
             f"{path}: not readable as JSON: {getattr(error, 'strerror', None) or error}"
         ) from error
     parts = body.get("subtasks") if isinstance(body, dict) else None
-    for part in parts if isinstance(parts, list) and parts else [body]:
-        if not isinstance(part, dict) or not isinstance(part.get("examples"), list):
-            raise ExamplesError(f"{path}: a BIG-bench task holds a list `examples`, or `subtasks`")
-        settings = {**body, **part}
-        for number, example in enumerate(part["examples"], 1):
-            yield _bigbench_row(settings, example, f"{path}, example {number}")
+    parts = parts if isinstance(parts, list) and parts else [body]
+    yield from _in_turns(_bigbench_part(body, part, path) for part in parts)
+
+
+def _bigbench_part(body: dict[str, Any], part: Any, path: Path) -> Iterator[Row]:  # noqa: ANN401
+    if not isinstance(part, dict) or not isinstance(part.get("examples"), list):
+        raise ExamplesError(f"{path}: a BIG-bench task holds a list `examples`, or `subtasks`")
+    settings = {**body, **part}
+    for number, example in enumerate(part["examples"], 1):
+        yield _bigbench_row(settings, example, f"{path}, example {number}")
 
 
 def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # noqa: ANN401
@@ -192,6 +214,10 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
     import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
 
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
+    part = _part(options, "part", f"hf:{name}")
+    longest = options.get("longest", str(MAX_ROW_BYTES))
+    if not longest.isdecimal() or len(longest) > 9:
+        raise ExamplesError(f"hf:{name}: longest={longest!r} is no number of characters")
     try:
         table = datasets.load_dataset(
             name,
@@ -201,13 +227,13 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
             streaming=True,
         )
         for number, item in enumerate(table):
-            if missing := {prompt, response} - item.keys():
-                raise ExamplesError(
-                    f"hf:{name} has no column {missing.pop()!r}, it has {', '.join(item)}; name the"
-                    " columns with ?prompt=…&response=…"
-                )
-            row = Row(item[prompt], item[response], tuple(item.get("choices") or ()))
-            yield checked(row, f"hf:{name}, row {number}")
+            row = Row(
+                options.get("ask", "") + _columns(item, prompt, name),
+                _columns(item, response, name),
+                tuple(item.get("choices") or ()),
+            )
+            if len(row.prompt) <= int(longest) and _belongs(row, part):
+                yield checked(row, f"hf:{name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
@@ -216,9 +242,32 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
         ) from error
 
 
+def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
+    """The text of a column, or of several with an empty line in between where both say something.
+
+    Args:
+        names: `a`, `a.b` for what is inside of `a`, `a,b` for both
+    """
+    texts = []
+    for name in names.split(","):
+        value: Any = item
+        for step in name.split("."):
+            if not isinstance(value, dict) or step not in value:
+                raise ExamplesError(
+                    f"hf:{source} has no column {name!r}, it has {', '.join(item)}; name the"
+                    " columns with ?prompt=…&response=…"
+                )
+            value = value[step]
+        if not isinstance(value, str):
+            raise ExamplesError(f"hf:{source}: its column {name!r} holds no text")
+        texts.append(value)
+    return "\n\n".join(filter(None, texts))
+
+
+HUB_OPTIONS = {"config", "split", "revision", "prompt", "response", "ask", "part", "longest"}
 READERS: dict[str, tuple[set[str], Callable[..., Iterator[Row]]]] = {
     "jsonl": (set(), _jsonl),
     "bigbench": ({"split"}, _bigbench),
     "reasoning_gym": ({"seed"}, _reasoning_gym),
-    "hf": ({"config", "split", "revision", "prompt", "response"}, _hub),
+    "hf": (HUB_OPTIONS, _hub),
 }

@@ -76,7 +76,7 @@ def make_tasks(
                 expert.name,
                 _several(expert.metric) or ("exact_match",),
                 settings.template,
-                settings.max_new_tokens,
+                expert.max_new_tokens or settings.max_new_tokens,
                 rows=read_rows(expert.test, folder, settings.limit),
                 expert=expert.name,
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import canonical_sha256
 from meteora.sources import PATH, file_sha256
-from pipelines.recipe import Recipe, locate, shipped
+from pipelines.recipe import BROUGHT, Recipe, locate, shipped
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Workplace:
     ledger: Ledger
     recipe: Recipe
     path: Path
-    """Of the recipe; paths in it are relative to its folder."""
+    """Of the recipe."""
     run_id: str
 
     @classmethod
@@ -49,7 +49,12 @@ class Workplace:
 
     @property
     def folder(self) -> Path:
-        return self.path.parent
+        """What paths in the recipe are relative to.
+
+        Its own folder; and where a shipped recipe leaves adapters and rows to the user, the folder
+        that the program is run in.
+        """
+        return Path.cwd() if self.path.parent == BROUGHT else self.path.parent
 
     @property
     def recipe_sha256(self) -> str:

@@ -102,12 +102,12 @@ def test_bigbench_subtasks_are_read_from_the_file_or_from_folders(tmp_path: Path
     both = {"task_prefix": "Go.\n", "subtasks": [PREFERENCES, {"examples": SPELLING["examples"]}]}
     put(tmp_path, "task.json", both)
     rows = read_rows("bigbench:task.json", tmp_path, 9)
-    assert [row.prompt.partition("\n")[0] for row in rows] == ["Choose well."] * 2 + ["Go."] * 2
+    assert [row.prompt.partition("\n")[0] for row in rows] == ["Choose well.", "Go."] * 2
 
     put(tmp_path, "parts/b/task.json", PREFERENCES)
     put(tmp_path, "parts/a/task.json", SPELLING)
     rows = read_rows("bigbench:parts", tmp_path, 9)
-    assert [row.response for row in rows] == ["t e a", "m u d", "tea", "tea"]
+    assert [row.response for row in rows] == ["t e a", "tea", "m u d", "tea"]
     assert len(read_rows("bigbench:parts", tmp_path, 3)) == 3
 
 
@@ -177,6 +177,47 @@ def test_a_hub_dataset_out_of_reach_is_one_sentence(
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     with pytest.raises(ExamplesError, match=r"hf:nobody/none cannot be read from the Hub \(.+\)"):
         read_rows("hf:nobody/none", tmp_path, 1)
+
+
+def test_a_hub_dataset_is_asked_as_its_options_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder of the dataset's name, which `datasets` takes for the dataset."""
+    rows = [
+        {
+            "id": i,
+            "said": {"de": f"Satz {i}" + "!" * i, "en": f"sentence {i}"},
+            "more": "," * (i % 2),
+        }
+        for i in range(60)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "somebody/news/de-en").mkdir(parents=True)
+    (tmp_path / "somebody/news/de-en/train.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    def read(*options: str) -> list[Row]:
+        shown = "&".join(("split=train", *options))
+        return read_rows(f"hf:somebody/news?{shown}", tmp_path, 99)
+
+    columns = ("prompt=said.de,more", "response=said.en")
+    every = read(*columns, "ask=To+English:%0A")
+    assert every[0] == Row("To English:\nSatz 0", "sentence 0")
+    assert every[1].prompt == "To English:\nSatz 1!\n\n,"
+    train, test = (read(*columns, f"part={part}") for part in ("train", "test"))
+    assert not {row.prompt for row in train} & {row.prompt for row in test}
+    assert len(train) + len(test) == len(every) == 60
+    assert 3 < len(test) < 25
+    assert max(len(row.prompt) for row in read(*columns, "longest=20")) in range(15, 21)
+    for options, said in (
+        (("prompt=said.fr", "response=said.en"), "no column 'said.fr', it has id, said, more"),
+        (("prompt=id", "response=said.en"), "column 'id' holds no text"),
+        ((*columns, "part=dev"), "the part 'dev' is none of all, train, test"),
+        ((*columns, "longest=x"), "longest='x' is no number"),
+    ):
+        with pytest.raises(ExamplesError, match=said):
+            read(*options)
 
 
 @pytest.mark.network

@@ -1,0 +1,84 @@
+"""How fast this machine computes, found out in a second: what estimates of time rest on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECONDS = 0.15
+"""For each of the measurements."""
+SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Throughputs of the device that a run would compute on."""
+
+    name: str
+    flops_per_second: float
+    """Of matrix products in the base's own numbers, with 512 tokens at a time."""
+    read_bytes_per_second: float
+    """Of products with one token, which wait for the weights."""
+    call_seconds: float
+    """Of the smallest operation: what Python and the device need between two."""
+    hash_bytes_per_second: float
+    memory_bytes: float
+
+    def describe(self) -> str:
+        return (
+            f"{self.name}: {self.flops_per_second / 1e9:,.0f} GFLOP/s,"
+            f" {self.read_bytes_per_second / 1e9:,.1f} GB/s,"
+            f" {self.call_seconds * 1e6:.1f} µs a call"
+        )
+
+
+LARGE = Machine("one H100, by its data sheet", 700e12, 3.3e12, 6e-6, 1e9, 80e9)
+"""For whoever plans on a machine without a GPU: nothing of it was measured here."""
+
+
+def measure_machine(dtype: torch.dtype) -> Machine:
+    """Time a few operations on the device that a run would take."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # each its own memory, so that no cache holds all of it
+    weights = [torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(8)]
+    many, one = (torch.randn(n, SIZE, device=device).to(dtype) for n in (512, 1))
+    small = torch.zeros(1, device=device)
+    data = bytes(8 << 20)
+    with torch.inference_mode():
+        flops = _rate(device, lambda i: many @ weights[i % 8]) * 2 * 512 * SIZE * SIZE
+        reads = _rate(device, lambda i: one @ weights[i % 8]) * weights[0].nbytes
+        calls = _rate(device, lambda _: small.add_(1.0))
+    hashed = _rate(torch.device("cpu"), lambda _: hashlib.sha256(data)) * len(data)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        name = f"cpu with {len(os.sched_getaffinity(0))} cores"
+    return Machine(name, flops, reads, 1 / calls, hashed, memory)
+
+
+def _rate(device: torch.device, do: Callable[[int], object]) -> float:
+    """How often a second something can be done."""
+    do(0)
+    _wait(device)
+    done, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < SECONDS:
+        for i in range(4):
+            do(i)
+        _wait(device)
+        done += 4
+    return done / spent
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

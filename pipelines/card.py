@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
-from meteora.artifacts import COMMIT, short
+from meteora.artifacts import short
+from pipelines.statement import dependency, statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from meteora.checkpoint import Manifest
     from pipelines.summary import Summary
 
-STATEMENT = "https://in-toto.io/Statement/v1"
 MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
-PREDICATE = "https://slsa.dev/provenance/v1"
 
 
 def write_card(manifest: Manifest, summary: Summary, name: str) -> str:
@@ -205,40 +203,26 @@ def write_lineage(manifest: Manifest, files: Mapping[str, str], recipe_sha256: s
     Args:
         files: name to SHA-256 of the checkpoint's own files
     """
-    materials: list[dict[str, Any]] = [
-        _material(manifest.base.repo_id, manifest.base.revision, "base")
-    ]
-    for expert in manifest.experts:
-        material = _material(expert.source, expert.revision, f"expert {expert.name}")
-        material["digest"]["sha256"] = expert.weights_sha256
-        materials.append(material)
-    statement = {
-        "_type": STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": sha}} for name, sha in files.items()],
-        "predicateType": PREDICATE,
-        "predicate": {
-            "buildDefinition": {
-                "buildType": "meteora-pipelines/run/v1",
-                "externalParameters": {"recipe_sha256": recipe_sha256},
-                "internalParameters": {
-                    "fused_id": manifest.fused_id,
-                    "router_id": manifest.router_id,
-                    "gates": manifest.gates,
-                },
-                "resolvedDependencies": materials,
-            },
-            "runDetails": {"builder": {"id": "meteora-pipelines"}},
+    base = manifest.base
+    return statement(
+        files,
+        made_of=[
+            dependency("base", base.repo_id, base.revision),
+            *(
+                dependency(
+                    f"expert {expert.name}",
+                    expert.source,
+                    expert.revision,
+                    sha256=expert.weights_sha256,
+                    licence=expert.licence,
+                )
+                for expert in manifest.experts
+            ),
+        ],
+        asked={"recipe_sha256": recipe_sha256},
+        chosen={
+            "fused_id": manifest.fused_id,
+            "router_id": manifest.router_id,
+            "gates": manifest.gates,
         },
-    }
-    return json.dumps(statement, indent=1) + "\n"
-
-
-def _material(source: str, revision: str, name: str) -> dict[str, Any]:
-    """A resolved dependency: a Hub commit, or a local file by its hash."""
-    if COMMIT.fullmatch(revision):
-        return {
-            "name": name,
-            "uri": f"hf://{source}@{revision}",
-            "digest": {"gitCommit": revision},
-        }
-    return {"name": name, "uri": source, "digest": {"sha256": revision.removeprefix("sha256:")}}
+    )

@@ -126,10 +126,27 @@ def sql(
 
 @app.command()
 def verify(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A signed checkpoint's folder; the store without one.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="The public key of whoever signed the checkpoint.")
+    ] = None,
     scores: Annotated[int, typer.Option(min=0, help="Scores to compute again, drawn anew.")] = 20,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check blobs against their hashes, records against blobs, and scores against their outputs."""
+    """Check blobs against their hashes, records against blobs, and scores against their outputs.
+
+    With a checkpoint and --key: its files against its signature.
+    """
+    if checkpoint is not None or key is not None:
+        if checkpoint is None or key is None:
+            raise typer.BadParameter("a signature is checked with both, CHECKPOINT and --key")
+        from pipelines.signing import check_signature
+
+        check_signature(checkpoint, key)
+        print(f"{checkpoint} is what the owner of {key} signed")
+        return
     from pipelines.rejudge import rejudge
     from store.ledger import Ledger
 

@@ -1,4 +1,4 @@
-"""What is done with a checkpoint that is there: ask it, report on it."""
+"""What is done with a checkpoint that is there: ask it, report on it, sign it."""
 
 from __future__ import annotations
 
@@ -84,3 +84,30 @@ def report(
         drawn = traced(model, tokenizer, chosen)
     write_page(output, report_page(asked, drawn))
     print(output)
+
+
+@app.command()
+def sign(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    key: Annotated[Path, typer.Option(help="A private key, elliptic curve, PEM.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Sign every file of a checkpoint; the signature, model.sig, goes with it."""
+    from pipelines.locate import checkpoint_folder
+    from pipelines.signing import sign as sign_folder
+
+    print(sign_folder(Path(checkpoint_folder(checkpoint, home.expanduser().absolute())), key))
+
+
+@app.command()
+def attest(
+    artifact: Annotated[str, typer.Argument(help="An id of the ledger, or how it begins.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """What an artifact was made of, as an in-toto statement with SLSA provenance."""
+    from pipelines.attest import attest as statement_on
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest(deadline_seconds=1.0)
+    print(statement_on(ledger, ledger.resolve(artifact)), end="")

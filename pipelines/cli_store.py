@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -65,3 +66,18 @@ def gc(
         print(name)
     done = "removed" if yes else "can be removed with --yes"
     say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
+
+
+@app.command()
+def openlineage(
+    run: Annotated[str, typer.Option(help="The id of one run; all runs without it.")] = "",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Print every run as OpenLineage events, one JSON object a line."""
+    from pipelines.openlineage import events
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest(deadline_seconds=1.0)
+    for event in events(ledger, run):
+        print(json.dumps(event))

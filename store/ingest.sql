@@ -6,18 +6,18 @@
 
 CREATE OR REPLACE TEMP TABLE fresh AS
 SELECT sha256,
-       CASE WHEN (text->>'kind') IN ('artifact', 'score', 'routing', 'adapter', 'publication',
-                                   'run-started', 'run-ended', 'failure')
-            THEN text->>'kind'
-            ELSE error('a newer release wrote this kind of record: ' || (text->>'kind')) END AS kind,
-       CASE WHEN (text->>'version')::INTEGER = 1 THEN 1
-            ELSE error('a newer release wrote this version of the record: ' || (text->>'version'))
-            END AS version,
-       (text->>'at')::TIMESTAMP AS recorded_at,
-       text->>'run_id' AS run_id,
-       text->>'subject' AS subject,
-       (text->'body')::JSON AS body
-FROM batch;
+       CASE WHEN p[1] IN ('artifact', 'score', 'routing', 'adapter', 'publication', 'run-started',
+                          'run-ended', 'failure')
+            THEN p[1] ELSE error('a newer release wrote this kind of record: ' || p[1]) END AS kind,
+       CASE WHEN p[2]::INTEGER = 1
+            THEN 1 ELSE error('a newer release wrote this version of the record: ' || p[2]) END
+            AS version,
+       p[3]::TIMESTAMP AS recorded_at, p[4] AS run_id, p[5] AS subject, p[6]::JSON AS body
+FROM (
+    SELECT sha256, -- a list of paths, for a text is parsed as often as `->>` stands there
+           text->>['$.kind', '$.version', '$.at', '$.run_id', '$.subject', '$.body'] AS p
+    FROM batch
+);
 
 INSERT INTO records
 SELECT sha256, kind, version, recorded_at, run_id, subject FROM fresh;
@@ -61,19 +61,23 @@ SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
 FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'router';
 
 INSERT INTO scores
-SELECT body->>'id', body->>'$.spec.subject_id', body->>'$.spec.base_id', body->>'$.spec.task',
-       body->>'$.spec.metric', (body->>'$.spec.num_fewshot')::INTEGER,
-       (body->>'$.spec.max_new_tokens')::INTEGER,
-       (body->>'$.spec.seed')::BIGINT, body->>'$.spec.rows_sha256', (body->>'value')::DOUBLE,
-       (body->>'stderr')::DOUBLE, (body->>'low')::DOUBLE, (body->>'high')::DOUBLE,
-       (body->>'num_samples')::BIGINT, body->>'outputs_sha256', body->>'harness',
-       (body->>'wall_seconds')::DOUBLE, recorded_at, run_id, sha256,
-       coalesce(body->>'$.spec.template', 'auto'),
-       coalesce((body->>'higher_is_better')::BOOLEAN, true), coalesce(body->>'interval', 'wilson'),
-       (body->>'templated')::BOOLEAN, coalesce((body->>'num_empty')::BIGINT, 0),
-       coalesce((body->>'num_truncated')::BIGINT, 0), (body->>'mean_prompt_tokens')::DOUBLE,
-       (body->>'max_prompt_tokens')::BIGINT, coalesce(body->>'device', '')
-FROM fresh WHERE kind = 'score';
+SELECT p[1], p[2], p[3], p[4], p[5], p[6]::INTEGER, p[7]::INTEGER, p[8]::BIGINT, p[9],
+       p[10]::DOUBLE, p[11]::DOUBLE, p[12]::DOUBLE, p[13]::DOUBLE, p[14]::BIGINT, p[15], p[16],
+       p[17]::DOUBLE, recorded_at, run_id, sha256, coalesce(p[18], 'auto'),
+       coalesce(p[19]::BOOLEAN, true), coalesce(p[20], 'wilson'), p[21]::BOOLEAN,
+       coalesce(p[22]::BIGINT, 0), coalesce(p[23]::BIGINT, 0), p[24]::DOUBLE, p[25]::BIGINT,
+       coalesce(p[26], '')
+FROM (
+    SELECT recorded_at, run_id, sha256,
+           body->>['$.id', '$.spec.subject_id', '$.spec.base_id', '$.spec.task', '$.spec.metric',
+                   '$.spec.num_fewshot', '$.spec.max_new_tokens', '$.spec.seed',
+                   '$.spec.rows_sha256', '$.value', '$.stderr', '$.low', '$.high', '$.num_samples',
+                   '$.outputs_sha256', '$.harness', '$.wall_seconds', '$.spec.template',
+                   '$.higher_is_better', '$.interval', '$.templated', '$.num_empty',
+                   '$.num_truncated', '$.mean_prompt_tokens', '$.max_prompt_tokens', '$.device']
+               AS p
+    FROM fresh WHERE kind = 'score'
+);
 
 INSERT INTO score_parts
 SELECT score_id, position, part->>'name', (part->>'value')::DOUBLE,

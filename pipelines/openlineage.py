@@ -1,0 +1,153 @@
+"""Runs as OpenLineage events: what went in, what came out, how it ended. One JSON object a line.
+
+A dataset is an artifact under its id; where it is published stands in its `symlinks`. Bases and
+adapters go in and everything else comes out, also where a run was the first to record them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from meteora import __version__
+from store.query import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+    from store.ledger import Ledger
+
+SPEC = "https://openlineage.io/spec"
+EVENT = f"{SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
+PRODUCER = f"urn:meteora-pipelines:{__version__}"
+NAMESPACE = "meteora"
+FACETS = {
+    "datasetType": ("1-0-1", "DatasetTypeDatasetFacet"),
+    "errorMessage": ("1-0-1", "ErrorMessageRunFacet"),
+    "jobType": ("2-0-4", "JobTypeJobFacet"),
+    "processing_engine": ("1-1-1", "ProcessingEngineRunFacet"),
+    "symlinks": ("1-0-1", "SymlinksDatasetFacet"),
+    "version": ("1-0-1", "DatasetVersionDatasetFacet"),
+}
+DATASET_TAGS = ("1-0-0", "TagsDatasetFacet")
+RUN_TAGS = ("1-0-0", "TagsRunFacet")
+ENDS = {
+    "ok": "COMPLETE",
+    "failed": "FAIL",
+    "refused": "FAIL",
+    "stopped": "ABORT",
+    "killed": "ABORT",
+}
+RUNS = """
+SELECT run_id, recipe_name, recipe_sha256, device, versions, started_at, ended_at, outcome, reason
+FROM runs WHERE started_at IS NOT NULL AND {} ORDER BY started_at, run_id
+"""
+USED = """
+WITH made AS (SELECT id, run_id, kind IN ('base', 'adapter') AS goes_in FROM artifacts WHERE {}),
+used AS (
+    SELECT run_id, goes_in, id FROM made
+    UNION
+    SELECT made.run_id, true, parent_id
+    FROM made JOIN parents ON child_id = made.id JOIN artifacts ON artifacts.id = parent_id
+    WHERE NOT made.goes_in AND artifacts.run_id <> made.run_id
+)
+SELECT used.run_id, goes_in, id, kind, source, revision, licence, weights_sha256
+FROM used JOIN lineage ON artifact_id = id AND relation = 'itself' ORDER BY ALL
+"""
+EVERYTHING = Limits(rows=100_000_000, memory_bytes=4 << 30, seconds=600.0)
+
+
+def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
+    """Two events of each run that has ended, one of each that goes on; earliest run first.
+
+    Args:
+        run_id: of the one run that is asked about; all where it is empty
+    """
+    only = "run_id = '{}'".format(run_id.replace("'", "''")) if run_id else "true"
+    goes_in: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    comes_out: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run, into, *dataset in ledger.query(USED.format(only), limits=EVERYTHING).rows:
+        (goes_in if into else comes_out)[run].append(_dataset(*dataset))
+    for row in ledger.query(RUNS.format(only), limits=EVERYTHING).rows:
+        run, recipe, recipe_sha256, device, versions, started, ended, outcome, reason = row
+        told = {"run_id": run, "recipe_sha256": recipe_sha256, "device": device, **versions}
+        facets = {
+            "processing_engine": _facet(
+                "processing_engine", {"name": "meteora-pipelines", "version": __version__}
+            ),
+            "tags": _tags(told, RUN_TAGS),
+        }
+        yield _event("START", started, run, recipe, facets)
+        if outcome is None:
+            continue
+        if reason:
+            message = {"message": reason, "programmingLanguage": "Python"}
+            facets["errorMessage"] = _facet("errorMessage", message)
+        yield {
+            **_event(ENDS.get(outcome, "OTHER"), ended, run, recipe, facets),
+            "inputs": goes_in[run],
+            "outputs": comes_out[run],
+        }
+
+
+def _event(
+    what: str, when: datetime, run_id: str, recipe: str, facets: dict[str, Any]
+) -> dict[str, Any]:
+    # the spec wants a UUID: this one says which run it is, to everybody, and needs no table
+    name = uuid.uuid5(uuid.NAMESPACE_URL, f"urn:meteora-pipelines:run:{run_id}")
+    job_type = {"processingType": "BATCH", "integration": "METEORA", "jobType": "RECIPE"}
+    return {
+        "eventType": what,
+        "eventTime": f"{when.isoformat()}Z",
+        "run": {"runId": str(name), "facets": dict(facets)},
+        "job": {
+            "namespace": NAMESPACE,
+            "name": recipe,
+            "facets": {"jobType": _facet("jobType", job_type)},
+        },
+        "inputs": [],
+        "outputs": [],
+        "producer": PRODUCER,
+        "schemaURL": EVENT,
+    }
+
+
+def _dataset(
+    artifact_id: str,
+    kind: str,
+    source: str | None,
+    revision: str | None,
+    licence: str | None,
+    weights_sha256: str,
+) -> dict[str, Any]:
+    facets = {"datasetType": _facet("datasetType", {"datasetType": "MODEL", "subType": kind})}
+    version = revision or (f"sha256:{weights_sha256}" if weights_sha256 else "")
+    if version:
+        facets["version"] = _facet("version", {"datasetVersion": version})
+    if source:
+        namespace = "file" if ":" in source else "hf"
+        identifier = {"namespace": namespace, "name": source, "type": "MODEL"}
+        facets["symlinks"] = _facet("symlinks", {"identifiers": [identifier]})
+    if licence:
+        facets["tags"] = _tags({"licence": licence}, DATASET_TAGS)
+    return {"namespace": NAMESPACE, "name": artifact_id, "facets": facets}
+
+
+def _tags(tags: dict[str, str], schema: tuple[str, str]) -> dict[str, Any]:
+    fields = [
+        {"key": key, "value": value, "source": "METEORA"} for key, value in tags.items() if value
+    ]
+    return _facet("tags", {"tags": fields}, schema)
+
+
+def _facet(
+    name: str, fields: dict[str, Any], schema: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    version, of = schema or FACETS[name]
+    return {
+        "_producer": PRODUCER,
+        "_schemaURL": f"{SPEC}/facets/{version}/{of}.json#/$defs/{of}",
+        **fields,
+    }

@@ -176,13 +176,15 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
 
 def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -> None:
     unknown = sorted(key for key in config if key not in known and key != "enable_lora")
-    active = [key for key in unknown if fields.is_active(config[key])]
+    active, idle = [], []
+    for key in unknown:
+        (active if fields.is_active(config[key]) else idle).append(key)
     if active:
         found.refuse(
             "unknown_key",
             f"{listed(active)} is set and not known here; it may change what the tensors mean",
         )
-    if idle := [key for key in unknown if key not in active]:
+    if idle:
         found.warn("unknown_key", f"{listed(idle)} is not known here and not set; it is ignored")
 
 

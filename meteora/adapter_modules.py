@@ -31,25 +31,26 @@ def read_modules(
     """The modules that the pairs of tensors describe, as far as nothing is refused."""
     budget = Budget()
     modules: list[AdapterModule] = []
-    mismatched: list[str] = []
     shapes = _shapes(pairs, tensors, found)
     try:
-        ranks = _claimed_ranks(claim, budget, found)
         alphas = _Table(claim.alpha_pattern, claim.lora_alpha, budget)
         for path, (in_features, out_features, r) in shapes.items():
-            if (claimed := ranks.of(path)) and claimed != r:
-                mismatched.append(f"{path} ({r}, not {claimed})")
             lora_alpha = alphas.of(path) if claim.format == "peft" else claim.scale * r
             scaling = _scaling(claim, lora_alpha, r)
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
+    except PatternError as error:
+        found.refuse("pattern", f"a pattern in alpha_pattern cannot be matched: {error}")
+    # without the other patterns their claims go unchecked, and nothing is lost: the tensors count
+    try:
+        _check_ranks(claim, {path: r for path, (_, _, r) in shapes.items()}, budget, found)
+    except PatternError as error:
+        found.warn(
+            "pattern_unchecked", f"rank_pattern is not checked, ranks are the tensors': {error}"
+        )
+    try:
         _check_targets(claim, list(pairs), budget, found)
     except PatternError as error:
-        found.refuse("pattern", f"a pattern of its config cannot be matched: {error}")
-    if mismatched:
-        found.refuse(
-            "rank_mismatch",
-            f"tensors have other ranks than the config claims: {listed(mismatched)}",
-        )
+        found.warn("pattern_unchecked", f"the pattern in target_modules is not checked: {error}")
     if large := [m.path for m in modules if m.scaling > MAX_SCALING]:
         found.warn("large_scaling", f"scaled by more than {MAX_SCALING}: {listed(large)}")
     _check_even(list(pairs), found)
@@ -99,7 +100,7 @@ class _Table:
         self.patterns: list[tuple[Pattern, float]] = []
         for key, value in entries:
             try:
-                self.patterns.append((compile_pattern(key, anywhere=True), value))
+                self.patterns.append((compile_pattern(key, budget, anywhere=True), value))
             except PatternError as error:
                 raise PatternError(f"{shortened(key)!r}: {error}") from None
 
@@ -110,13 +111,18 @@ class _Table:
         return self.default
 
 
-def _claimed_ranks(claim: Claim, budget: Budget, found: Findings) -> _Table:
-    """Without the patterns the claim goes unchecked, and nothing is lost: the tensors say r."""
-    try:
-        return _Table(claim.rank_pattern, claim.r, budget)
-    except PatternError as error:
-        found.warn("pattern_unchecked", f"rank_pattern has {error}; ranks are the tensors'")
-        return _Table((), 0, budget)
+def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: Findings) -> None:
+    claimed = _Table(claim.rank_pattern, claim.r, budget)
+    mismatched = [
+        f"{path} ({r}, not {wanted})"
+        for path, r in ranks.items()
+        if (wanted := claimed.of(path)) and wanted != r
+    ]
+    if mismatched:
+        found.refuse(
+            "rank_mismatch",
+            f"tensors have other ranks than the config claims: {listed(mismatched)}",
+        )
 
 
 def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
@@ -125,11 +131,7 @@ def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findin
     if isinstance(targets, str):
         if targets in ("", "all-linear"):
             return
-        try:
-            pattern = compile_pattern(targets)
-        except PatternError as error:
-            found.warn("pattern_unchecked", f"target_modules is a pattern that {error}")
-            return
+        pattern = compile_pattern(targets, budget)
         untargeted = [path for path in paths if not pattern.matches(path, budget)]
     elif targets:
         wanted = set(targets)

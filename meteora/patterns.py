@@ -18,8 +18,12 @@ MAX_LENGTH = 2_000
 """Characters of a pattern. The longest seen in a published config has 359."""
 MAX_STATES = 4_000
 MAX_DEPTH = 50
-MAX_WORK = 3_000_000
-"""Steps of all automata of one `Budget`; about a second."""
+MAX_WORK = 800_000
+"""Steps of all automata of one `Budget`; half a second. A path for each of 560 modules in both
+tables, as EVA writes them for a model of 70B, needs 320,000."""
+STEPS_PER_STATE = 10
+"""What making a state costs: a thousand keys of a thousand states each would take longer to compile
+than to match."""
 
 _CLASSES = {
     "d": frozenset("0123456789"),
@@ -35,17 +39,17 @@ class PatternError(ValueError):
 
 @dataclass
 class Budget:
-    """Work that all the patterns of one config may spend together."""
+    """Work that all the patterns of one config may spend together, to be compiled and to match."""
 
     left: int = MAX_WORK
 
     def spend(self, steps: int) -> None:
         self.left -= steps
         if self.left < 0:
-            raise PatternError("matching the patterns against the modules takes too long")
+            raise PatternError("matching all its patterns against the modules takes too long")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _State:
     """One place in the automaton. `chars` None: no character is read, `on` is entered at once."""
 
@@ -106,7 +110,7 @@ def _enter(states: set[_State], position: int, end: int, budget: Budget) -> set[
     return states
 
 
-def compile_pattern(source: str, *, anywhere: bool = False) -> Pattern:
+def compile_pattern(source: str, budget: Budget, *, anywhere: bool = False) -> Pattern:
     r"""Compile a pattern that is to match a whole name; raises `PatternError`.
 
     Semantics:
@@ -117,7 +121,7 @@ def compile_pattern(source: str, *, anywhere: bool = False) -> Pattern:
         raise PatternError(f"it has {len(source)} characters, more than {MAX_LENGTH}")
     if not _SPECIAL & set(source):
         return Pattern(source, anywhere, None)
-    parser = _Parser(source)
+    parser = _Parser(source, budget)
     automaton = parser.alternatives(0)
     if parser.at < len(source):
         raise PatternError(f"a `)` at {parser.at} closes nothing")
@@ -127,8 +131,9 @@ def compile_pattern(source: str, *, anywhere: bool = False) -> Pattern:
 class _Parser:
     """Recursive descent; each rule returns the first and the last state of its part."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, budget: Budget) -> None:
         self.source = source
+        self.budget = budget
         self.at = 0
         self.num_states = 0
 
@@ -267,6 +272,7 @@ class _Parser:
 
     def _count_state(self) -> None:
         self.num_states += 1
+        self.budget.spend(STEPS_PER_STATE)
         if self.num_states > MAX_STATES:
             raise PatternError(f"it needs an automaton of more than {MAX_STATES} states")
 

@@ -63,8 +63,9 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
     text = file.read(size)
     if len(text) < size:
         raise HeaderError("it was cut short while it was read")
-    # Counting braces costs nothing; parsing a table of that many tensors costs memory.
-    if text.count(b"{") > MAX_TENSORS + 2 or text.count(b"[") > 2 * MAX_TENSORS + 4:
+    # Counting costs nothing; parsing a table of that many tensors, or of other texts, costs memory.
+    most = {b"{": MAX_TENSORS + 2, b"[": 2 * MAX_TENSORS + 4, b'"': 16 * MAX_TENSORS}
+    if any(text.count(mark) > limit for mark, limit in most.items()):
         raise HeaderError(f"its header lists more than {MAX_TENSORS} tensors")
     if not text.startswith(b"{"):
         raise HeaderError("its header does not begin with an object")

@@ -126,6 +126,53 @@ def test_a_sound_file_with_one_byte_changed_gets_a_verdict(
     judged(b'{"peft_type": "LORA", "r": 4}', bytes(data[: at if cut else len(data)]))
 
 
+def many_keys(size: int, value: str = "1") -> bytes:
+    """A flat object of as many keys as fit into `size` bytes."""
+    return (
+        "{" + ",".join(f'"{i:x}":{value}' for i in range(size // (8 + len(value)))) + "}"
+    ).encode()
+
+
+LORA = b'{"peft_type": "LORA", "r": 4, '
+MOST_KEYS = many_keys(3 << 19)
+LARGEST: dict[str, tuple[bytes, bytes]] = {
+    "lists": (LORA + b'"a": [' + b"[]," * 650_000 + b"[]]}", b""),
+    "unknown_keys": (LORA + MOST_KEYS[1:], b""),
+    "unset_keys": (LORA + many_keys(3 << 19, "null")[1:], b""),
+    "targets": (
+        LORA + b'"target_modules": ' + json.dumps([*map(hex, range(190_000))]).encode() + b"}",
+        b"",
+    ),
+    "patterns": (
+        LORA
+        + b'"rank_pattern": '
+        + json.dumps({"(ab|cd)" * 280 + hex(i): 1 for i in range(900)}).encode()
+        + b"}",
+        b"",
+    ),
+    "header_keys": (LORA[:-2] + b"}", with_header(many_keys(7 << 19))),
+    "metadata": (
+        LORA[:-2] + b"}",
+        with_header(b'{"__metadata__":' + many_keys(7 << 19, '""') + b"}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_that_is_read_costs_little_too(name: str, tmp_path: Path) -> None:
+    """What hypothesis makes is small; these reach the limits on size."""
+    config, weights = LARGEST[name]
+    folder = write_adapter(tmp_path, weights or safetensors(SOUND))
+    (folder / "adapter_config.json").write_bytes(config)
+    begin = time.process_time()
+    assert adapters.check(folder).reasons
+    assert time.process_time() - begin < 1
+    tracemalloc.start()
+    adapters.check(folder)
+    assert tracemalloc.get_traced_memory()[1] < len(config) + len(weights) + (64 << 20)
+    tracemalloc.stop()
+
+
 pieces = st.sampled_from(
     [
         "a",
@@ -149,7 +196,8 @@ pieces = st.sampled_from(
 @settings(fuzz, max_examples=1_000)
 @given(source=st.lists(pieces, max_size=6).map("".join), name=st.text("ab.1", max_size=8))
 def test_patterns_match_what_re_matches(source: str, name: str) -> None:
-    whole, part = compile_pattern(source), compile_pattern(source, anywhere=True)
+    whole = compile_pattern(source, Budget())
+    part = compile_pattern(source, Budget(), anywhere=True)
     assert whole.matches(name, Budget()) == bool(re.fullmatch(source, name))
     assert part.matches(name, Budget()) == bool(re.match(rf"(.*\.)?({source})$", name))
 
@@ -158,7 +206,7 @@ def test_patterns_match_what_re_matches(source: str, name: str) -> None:
 @given(source=st.text(r"ab.*+?()[]{}|^$\,2-:w", max_size=12), name=st.text("ab.2", max_size=8))
 def test_any_pattern_is_matched_as_re_does_or_not_at_all(source: str, name: str) -> None:
     try:
-        found = compile_pattern(source).matches(name, Budget())
+        found = compile_pattern(source, Budget()).matches(name, Budget())
     except PatternError:
         return
     with warnings.catch_warnings():  # `[[` and the like may mean more in a later Python

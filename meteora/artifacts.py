@@ -252,10 +252,15 @@ class RouterSpec(Spec):
     a `layer`, or for the whole `token`."""
     joint: JointSettings | None = None
     """Of the method `joint`; None for the others."""
+    composites: tuple[int, ...] = ()
+    """How many tasks the prompts hold that gates are fitted to, beside each expert's examples."""
+    grown_from: str = ""
+    """The router whose gates and statistics these are made of, by one expert more or less; the
+    examples are the new expert's alone."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.fused_id,)
+        return (self.fused_id, *([ArtifactId(self.grown_from)] if self.grown_from else []))
 
 
 @dataclass(frozen=True)
@@ -272,6 +277,13 @@ class RouterBuild(Noun):
     None where nothing was fitted."""
     wall_seconds: float
     device: str
+    statistics_sha256: str = ""
+    """Of `statistics.safetensors`; empty where nothing is kept of what the gates were fitted to."""
+
+    @property
+    def blobs(self) -> list[str]:
+        """The hashes of all its files."""
+        return [sha256 for sha256 in (self.weights_sha256, self.statistics_sha256) if sha256]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     meteora.json          what is in it: base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E]
+    statistics.safetensors  what gates in closed form were fitted to: experts can be added from it
     README.md             model card
     lineage.json          in-toto statement
     config.json           for the auto classes of transformers: that this is a fused checkpoint
@@ -35,11 +36,12 @@ FORMAT_VERSION = 1
 MANIFEST = "meteora.json"
 EXPERTS = "experts.safetensors"
 GATES = "gates.safetensors"
+STATISTICS = "statistics.safetensors"
 CARD = "README.md"
 LINEAGE = "lineage.json"
 CONFIG = "config.json"
 CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
-FILES = (MANIFEST, CONFIG, EXPERTS, GATES, CARD, LINEAGE)
+FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All that a checkpoint may hold, and all of it that is published."""
 
 NOTES = "meteora"

@@ -45,11 +45,13 @@ def find_checkpoint(
     *,
     download: Mapping[str, Any] | None = None,
     whole: bool = True,
+    statistics: bool = False,
 ) -> Path:
     """The folder of a checkpoint; a Hub id is downloaded to the Hub cache first, at one commit.
 
     Args:
         whole: Have the tensors, too; else only what says what it is.
+        statistics: And what its gates were fitted to, where that is kept; only growing needs it.
     """
     folder = Path(name)
     if folder.is_dir() or not _is_hub_id(str(name)):
@@ -64,7 +66,8 @@ def find_checkpoint(
             cached_file(str(name), checkpoint.EXPERTS, **asked)
             # a router that needs no training comes without gates
             asked["_raise_exceptions_for_missing_entries"] = False
-            cached_file(str(name), checkpoint.GATES, **asked)
+            for further in (checkpoint.GATES, *([checkpoint.STATISTICS] if statistics else [])):
+                cached_file(str(name), further, **asked)
     except OSError as error:
         raise checkpoint.CheckpointError(
             f"{name}: there is no such folder here, and no fused checkpoint of that name came from"

@@ -20,7 +20,7 @@ from meteora.sequences import MAX_ROWS, UNLABELLED, TrainingError, batched, hold
 from meteora.train import sweep_gates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -123,14 +123,23 @@ def _the_new_one(
 
 
 def drop(
-    gates: Gates, statistics: Mapping[str, PointStatistics], expert: int
+    gates: Gates,
+    statistics: Mapping[str, PointStatistics],
+    expert: int,
+    modules: Container[str],
 ) -> tuple[Gates, dict[str, PointStatistics]]:
-    """Gates and statistics without one expert; the rows of all others stay as they are."""
+    """Gates and statistics without one expert; the rows of all others stay as they are.
+
+    Args:
+        modules: that are left to route
+    """
     own = {}
     for path, (weight, bias) in gates.own.items():
         kept = [e for e in range(len(bias)) if e != expert]
-        own[path] = weight[kept], bias[kept]
+        if path in modules:
+            own[path] = weight[kept], bias[kept]
+    follows = {path: leader for path, leader in gates.follows.items() if path in modules}
     return (
-        Gates(own, gates.follows, gates.template),
-        {path: point.without(expert) for path, point in statistics.items()},
+        Gates(own, follows, gates.template),
+        {path: point.without(expert) for path, point in statistics.items() if path in modules},
     )

@@ -14,6 +14,7 @@ from meteora.checkpoint import DTYPES, ModuleEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
     from torch import Tensor
@@ -85,8 +86,13 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     return larger
 
 
-def drop_expert(folder: Path, name: str, out: Path) -> Manifest:
+def drop_expert(
+    folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset()
+) -> Manifest:
     """Write the stack of a checkpoint without one expert; modules that only it targeted are gone.
+
+    Args:
+        keep: modules that stay even so, with no ranks: their gates decide for others
 
     Raises:
         RestackError: there is no such expert, or no other.
@@ -106,7 +112,7 @@ def drop_expert(folder: Path, name: str, out: Path) -> Manifest:
             scaling=tuple(entry.scaling[e] for e in kept),
         )
         for path, entry in manifest.modules.items()
-        if sum(entry.ranks) > entry.ranks[gone]
+        if path in keep or sum(entry.ranks) > entry.ranks[gone]
     }
     smaller = _changed(manifest, tuple(manifest.experts[e] for e in kept), modules)
     with safe_open(folder / checkpoint.EXPERTS, framework="pt") as before:

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
 
 
-def write_card(manifest: Manifest, summary: Summary, name: str) -> str:
-    """The README.md of a checkpoint, with the metadata that the Hub understands."""
+def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
+    """The README.md of a checkpoint, with the metadata that the Hub understands.
+
+    Args:
+        summary: None for a checkpoint that nobody has measured
+    """
     facts = {
         "library_name": "meteora-pipelines",
         "pipeline_tag": "text-generation",
@@ -62,11 +66,7 @@ def write_card(manifest: Manifest, summary: Summary, name: str) -> str:
             "",
             "## Scores",
             "",
-            *score_table(summary),
-            "",
-            *routing_lines(summary),
-            *loss_lines(summary),
-            *speed_lines(summary),
+            *_measured(summary),
             "",
             f"Router: {_router(manifest)}. Ids: {_code(short(manifest.fused_id))},"
             f" {_code(short(manifest.router_id))}. Where everything came from, with hashes, stands"
@@ -74,6 +74,18 @@ def write_card(manifest: Manifest, summary: Summary, name: str) -> str:
             "",
         ]
     )
+
+
+def _measured(summary: Summary | None) -> list[str]:
+    if summary is None:
+        return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
+    return [
+        *score_table(summary),
+        "",
+        *routing_lines(summary),
+        *loss_lines(summary),
+        *speed_lines(summary),
+    ]
 
 
 def score_table(summary: Summary) -> list[str]:

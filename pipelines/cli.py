@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines import cli_checkpoint, cli_store, show
+from pipelines import cli_checkpoint, cli_grow, cli_store, show
 from pipelines.cli_options import DEFAULT_HOME, Home
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )
 app.add_typer(cli_checkpoint.app)
+app.add_typer(cli_grow.app)
 app.add_typer(cli_store.app, name="store")
 
 

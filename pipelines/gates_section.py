@@ -9,6 +9,8 @@ from pydantic import Discriminator, Field, Tag
 from pipelines.benchmark_section import Section
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Composites = Annotated[tuple[Annotated[int, Field(ge=2, le=50)], ...], Field(max_length=8)]
+"""How many tasks a prompt holds: gates learn to switch inside prompts of each of these lengths."""
 
 
 class CalibrateSection(Section):
@@ -16,6 +18,7 @@ class CalibrateSection(Section):
 
     method: Literal["calibrate"] = "calibrate"
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    composites: Composites = ()
     seed: int = 0
 
 
@@ -24,6 +27,7 @@ class JointSection(Section):
 
     method: Literal["joint"]
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    composites: Composites = ()
     seed: int = 0
     start: Literal["calibrate", "zeros"] = "calibrate"
     """From gates in closed form, or from zeros; the paper takes 15,000 steps from small weights."""

@@ -8,9 +8,10 @@ from meteora.encode import Template, encode_pair, encode_prompt
 from meteora.generate import answer_all
 from meteora.model import without_experts
 from meteora.sequences import UNLABELLED, LabelledSequence
+from pipelines.composites import compose, encode_composite, fits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,16 +20,54 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 48
 """Of an answer of the base: enough to show how it speaks."""
+QUESTIONS_IN_COMPOSITES = 12
+"""How often each expert is asked in composites of one length: enough to see it follow others."""
 
 
 def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
     """Every example as tokens that belong to its expert; the template's opening to none."""
+    return [
+        sequence
+        for e, name in enumerate(plan.fused.names)
+        for sequence in label_rows(plan.examples[name], e, tokenizer)
+    ]
+
+
+def label_rows(
+    rows: Sequence[Row], expert: int, tokenizer: PreTrainedTokenizerBase
+) -> list[LabelledSequence]:
+    """Rows as tokens that belong to one expert; the template's opening to none."""
     opening = len(Template.of(tokenizer).opening)
     sequences = []
-    for e, name in enumerate(plan.fused.names):
-        for row in plan.examples[name]:
-            ids = encode_pair(tokenizer, row.prompt, row.response)
-            labels = [UNLABELLED] * opening + [e] * (len(ids) - opening)
+    for row in rows:
+        ids = encode_pair(tokenizer, row.prompt, row.response)
+        labels = [UNLABELLED] * opening + [expert] * (len(ids) - opening)
+        sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
+    return sequences
+
+
+def label_composites(
+    examples: Mapping[str, Sequence[Row]],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sizes: Sequence[int],
+    seed: int,
+) -> list[LabelledSequence]:
+    """Examples of several experts in one prompt, each token with the expert of its question.
+
+    Args:
+        examples: by expert; one whose answers cannot stand under a number is left out
+        names: of all experts in order
+        sizes: how many questions the prompts hold, for each kind of prompt
+    """
+    sequences: list[LabelledSequence] = []
+    fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
+    for n in sizes:
+        count = -(-QUESTIONS_IN_COMPOSITES * len(names) // n)
+        for composite in compose(fit, n, count, seed):
+            ids, tasks = encode_composite(tokenizer, composite)
+            labels = [UNLABELLED if task is None else names.index(task) for task in tasks]
             sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
     return sequences
 

@@ -17,24 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import AdapterSpec, BuiltBase, RouterBuild
+    from pipelines.experts import Expert
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
 
 
 def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
     """The manifest of the checkpoint that a plan comes to."""
-    experts = [
-        ExpertEntry(
-            name=expert.name,
-            adapter_id=expert.adapter.spec.id,
-            source="/".join(filter(None, (expert.ref.repo_id, expert.ref.subfolder))),
-            revision=expert.ref.revision,
-            weights_sha256=expert.adapter.spec.weights_sha256,
-            licence=expert.licence,
-            r=_ranks(expert.adapter.spec),
-        )
-        for expert in plan.experts
-    ]
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router == "gate":
         made = {
@@ -48,7 +37,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
         base=BaseEntry(plan.base.base_model, plan.base.base_revision, built.fingerprint),
-        experts=tuple(experts),
+        experts=tuple(map(entry_of, plan.experts)),
         modules=fuse.module_entries([expert.adapter.spec for expert in plan.experts]),
         router=RouterEntry(
             plan.router.router,
@@ -62,6 +51,19 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         gates=made,
         fused_id=plan.fused.id,
         router_id=plan.router.id,
+    )
+
+
+def entry_of(expert: Expert) -> ExpertEntry:
+    """What a manifest says of an expert."""
+    return ExpertEntry(
+        name=expert.name,
+        adapter_id=expert.adapter.spec.id,
+        source="/".join(filter(None, (expert.ref.repo_id, expert.ref.subfolder))),
+        revision=expert.ref.revision,
+        weights_sha256=expert.adapter.spec.weights_sha256,
+        licence=expert.licence,
+        r=_ranks(expert.adapter.spec),
     )
 
 

@@ -90,6 +90,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         examples_sha256=_examples_sha256(examples) if examples else "",
         seed=recipe.gates.seed if examples else 0,
         joint=joint_settings(recipe.gates) if examples else None,
+        composites=recipe.gates.composites if examples else (),
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",
         null=recipe.router.null,

@@ -21,9 +21,10 @@ from meteora.artifacts import (
 from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
+from meteora.statistics import write_statistics
 from pipelines import card, hub, judge
 from pipelines.gates_section import JointSection
-from pipelines.labels import background_sequences, label
+from pipelines.labels import background_sequences, label, label_composites
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
@@ -105,7 +106,7 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
         plan.router,
         weights_sha256=made.weights_sha256,
         built=made,
-        blobs=[made.weights_sha256],
+        blobs=made.blobs,
         run_id=work.run_id,
     )
     shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
@@ -117,6 +118,13 @@ def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         judge.probe(work, plan, model, tokenizer)
         sequences = label(plan, tokenizer)
+        sequences += label_composites(
+            plan.examples,
+            plan.fused.names,
+            tokenizer,
+            sizes=router.composites,
+            seed=router.seed,
+        )
         if router.null:
             rows = plan.examples[NULL]
             with bar("asking the base", len(rows), "texts") as asked:
@@ -130,7 +138,10 @@ def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
             found = _train(work, router, model, sequences, template, scratch)
         out = scratch / checkpoint.GATES
         checkpoint.write_gates(out, gates_of(model))
-        sha256 = work.ledger.blobs.put(out, move=True)
+        sha256, kept = work.ledger.blobs.put(out, move=True), ""
+        if isinstance(found, train.Calibration):
+            write_statistics(scratch / checkpoint.STATISTICS, found.statistics)
+            kept = work.ledger.blobs.put(scratch / checkpoint.STATISTICS, move=True)
         return RouterBuild(
             spec=router,
             weights_sha256=sha256,
@@ -138,6 +149,7 @@ def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
             heldout_accuracy=found.heldout_accuracy,
             wall_seconds=found.wall_seconds,
             device=str(model.device),
+            statistics_sha256=kept,
         )
 
 
@@ -215,6 +227,8 @@ def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: Route
     parts = {checkpoint.EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router == "gate":
         parts[checkpoint.GATES] = gates.weights_sha256
+    if gates.statistics_sha256:
+        parts[checkpoint.STATISTICS] = gates.statistics_sha256
     texts = {
         checkpoint.MANIFEST: manifest.to_json(),
         checkpoint.CONFIG: checkpoint.CONFIG_TEXT,

@@ -105,6 +105,7 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
     stored = {
         "experts": ledger.weights_of(plan.fused.id),
         "gates": gates["weights_sha256"] if plan.router.router == "gate" else None,
+        "statistics": gates.get("statistics_sha256"),
     }
     paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}
     sizes = {name: path.stat().st_size for name, path in paths.items()}

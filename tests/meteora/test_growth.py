@@ -93,7 +93,7 @@ def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):
     model = world.load()
     fitted = calibrate(model, examples(8))
     gates = gates_of(model)
-    kept, statistics = drop(gates, fitted.statistics, 3)
+    kept, statistics = drop(gates, fitted.statistics, 3, three.manifest.modules)
     for path, (weight, bias) in kept.own.items():
         assert torch.equal(weight, gates.own[path][0][:3])
         assert torch.equal(bias, gates.own[path][1][:3])

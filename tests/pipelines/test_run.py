@@ -16,7 +16,7 @@ import yaml
 import meteora
 from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError, canonical_sha256
-from meteora.checkpoint import EXPERTS, FILES, GATES, LINEAGE
+from meteora.checkpoint import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.sources import file_sha256
 from pipelines.finished import finished
 from pipelines.summary import summarise
@@ -72,7 +72,7 @@ def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
     assert {path.name for path in folder.iterdir()} == set(FILES)
     subjects = json.loads((folder / LINEAGE).read_text())["subject"]
     assert {s["name"]: s["digest"]["sha256"] for s in subjects} == {
-        name: file_sha256(folder / name) for name in (EXPERTS, GATES)
+        name: file_sha256(folder / name) for name in (EXPERTS, GATES, STATISTICS)
     }
 
     answer = work.ledger.query("SELECT outcome FROM runs")

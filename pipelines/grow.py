@@ -1,0 +1,285 @@
+"""Take an expert into a checkpoint, or out of it; all others stay what they are, to the bit.
+
+A checkpoint from anywhere will do: what its gates were fitted to is kept in it as statistics, and
+neither the recipe nor the examples or adapters of its other experts are asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora import adapters, base, checkpoint, growth, restack
+from meteora.artifacts import (
+    AdapterRef,
+    ArtifactId,
+    BaseSpec,
+    FusedCheckpoint,
+    FusedSpec,
+    MeteoraError,
+    RouterBuild,
+    RouterSpec,
+)
+from meteora.finding import load_base
+from meteora.gates import gates_of
+from meteora.model import check_base, insert_experts
+from meteora.sources import PATH, file_sha256, weights_sha256
+from meteora.statistics import read_statistics, write_statistics
+from pipelines import card, hub
+from pipelines.examples import rows_sha256
+from pipelines.experts import Expert
+from pipelines.labels import label_rows
+from pipelines.opening import entry_of
+from pipelines.progress import bar, say
+from pipelines.row_sources import read_rows
+from pipelines.workplace import new_run_id
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from meteora.adapters import Adapter
+    from meteora.checkpoint import Manifest
+    from meteora.growth import Growth
+    from store.ledger import Ledger
+
+EXAMPLES = 64
+"""Of a new expert: as many as a recipe takes of each, unless it says otherwise."""
+
+
+class GrowthError(MeteoraError):
+    """A checkpoint cannot be changed by an expert."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A checkpoint in the making: its files lie in `folder`, all but card, lineage and manifest."""
+
+    folder: Path
+    manifest: Manifest
+    router: RouterSpec
+    heldout_accuracy: float | None = None
+    num_tokens: int = 0
+    wall_seconds: float = 0.0
+    adapter: Adapter | None = None
+    """The new expert's."""
+
+
+def add(
+    ledger: Ledger,
+    folder: Path,
+    name: str,
+    adapter: str,
+    examples: str,
+    *,
+    base_folder: Path | None = None,
+) -> Path:
+    """A checkpoint with one expert more, beside the one that is given.
+
+    Args:
+        folder: the checkpoint; it stays as it is
+        adapter: a folder, or `owner/name[@revision]`
+        examples: of the new expert's task, as a recipe names them
+        base_folder: where the base lies; without it the checkpoint's own reference is followed
+
+    Returns:
+        The folder of the new checkpoint under the ledger's home.
+
+    Raises:
+        AdapterError: the adapter is refused.
+        GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
+        RestackError: there is an expert of that name, or the sizes do not fit.
+        TrainingError: the examples are too few.
+    """
+    manifest = _growable(folder)
+    rows = read_rows(examples, Path.cwd(), EXAMPLES)
+    model, tokenizer = load_base(manifest, base_folder, "auto")
+    check_base(manifest, model, tokenizer, folder)
+    sizes = {
+        path: size for path, module in model.named_modules() if (size := base.sizes_of(module))
+    }
+    expert = _read_expert(name, adapter, sizes, ledger.home)
+    with _changing(ledger, manifest) as scratch:
+        larger = restack.add_expert(
+            folder, expert.adapter, entry_of(expert), scratch / checkpoint.EXPERTS
+        )
+        insert_experts(model, scratch, larger)
+        sequences = label_rows(rows, len(manifest.names), tokenizer)
+        template = checkpoint.read_gates(folder, manifest).template
+        with bar(
+            "fitting the gates", model.config.get_text_config().num_hidden_layers, "layers"
+        ) as advance:
+            found: Growth = growth.grow(
+                model,
+                sequences,
+                read_statistics(folder / checkpoint.STATISTICS),
+                larger.router,
+                template=template if template.opening else None,
+                progress=lambda _done, _total: advance(1),
+            )
+        checkpoint.write_gates(scratch / checkpoint.GATES, gates_of(model))
+        write_statistics(scratch / checkpoint.STATISTICS, found.statistics)
+        changed = Changed(
+            scratch,
+            larger,
+            _router(manifest, larger, rows_sha256(rows)),
+            found.heldout_accuracy,
+            found.num_tokens,
+            found.wall_seconds,
+            expert.adapter,
+        )
+        return _settle(ledger, manifest, changed)
+
+
+def drop(ledger: Ledger, folder: Path, name: str) -> Path:
+    """A checkpoint with one expert less, beside the one that is given; no model is loaded.
+
+    Raises:
+        GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
+        RestackError: there is no such expert, or no other.
+    """
+    manifest = _growable(folder)
+    gates = checkpoint.read_gates(folder, manifest)
+    with _changing(ledger, manifest) as scratch:
+        smaller = restack.drop_expert(
+            folder, name, scratch / checkpoint.EXPERTS, keep={*gates.follows.values()}
+        )
+        kept, statistics = growth.drop(
+            gates,
+            read_statistics(folder / checkpoint.STATISTICS),
+            manifest.names.index(name),
+            smaller.modules,
+        )
+        checkpoint.write_gates(scratch / checkpoint.GATES, kept)
+        write_statistics(scratch / checkpoint.STATISTICS, statistics)
+        changed = Changed(scratch, smaller, _router(manifest, smaller, ""))
+        return _settle(ledger, manifest, changed)
+
+
+def _growable(folder: Path) -> Manifest:
+    manifest = checkpoint.read_manifest(folder)
+    if not (folder / checkpoint.STATISTICS).is_file():
+        made = manifest.gates.get("method") or f"no gates, its router is `{manifest.router.kind}`"
+        raise GrowthError(
+            f"{folder}: it has no {checkpoint.STATISTICS}, which gates with the method `calibrate`"
+            f" come with (it has {made}); build it with them, or change the recipe and run that"
+        )
+    return manifest
+
+
+def _read_expert(
+    name: str, adapter: str, sizes: Mapping[str, tuple[int, int]], home: Path
+) -> Expert:
+    """The new adapter, read and fitted to the base, from a folder or from the Hub."""
+    local = Path(adapter.removeprefix(PATH))
+    if local.exists() or adapter.startswith(PATH):
+        ref = AdapterRef(PATH + local.absolute().name, f"sha256:{weights_sha256(local)}")
+        folder = local
+    else:
+        ref = hub.resolve(adapter)
+        folder = hub.download(ref, home / "adapters")
+    found = adapters.fit_to_base(adapters.read(folder), sizes)
+    for reason in found.reasons:
+        say(f"[yellow]note:[/] {name}: {reason.message}")
+    return Expert(name, adapter, ref, found, hub.licence_of(folder))
+
+
+@contextmanager
+def _changing(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
+    """A folder on the store's own disk, while `gc` is kept at bay."""
+    parent = ledger.home / "runs"
+    with ledger.running(f"changing {manifest.router_id}"):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            made = Path(scratch) / "checkpoint"
+            made.mkdir()
+            yield made
+
+
+def _router(before: Manifest, after: Manifest, examples_sha256: str) -> RouterSpec:
+    """What is asked: the same way to route, over other experts, made from what was there."""
+    base_id = BaseSpec(before.base.repo_id, before.base.revision).id
+    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in after.experts)
+    how = after.router
+    return RouterSpec(
+        FusedSpec(base_id, tuple(after.names), adapter_ids).id,
+        how.kind,
+        how.top_k,
+        how.temperature,
+        method="calibrate",
+        examples_sha256=examples_sha256,
+        margin=how.margin,
+        opening=how.opening,
+        null=how.null,
+        share=how.share,
+        grown_from=before.router_id,
+    )
+
+
+def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
+    """Write what is left, move the folder to where checkpoints lie, and record it."""
+    router = changed.router
+    made: dict[str, Any] = {
+        **before.gates,
+        "grown_from": before.router_id,
+        "grown_examples_sha256": router.examples_sha256,
+        "grown_heldout_accuracy": changed.heldout_accuracy,
+    }
+    manifest = replace(changed.manifest, gates=made, fused_id=router.fused_id, router_id=router.id)
+    names = (checkpoint.EXPERTS, checkpoint.GATES, checkpoint.STATISTICS)
+    files = {name: file_sha256(changed.folder / name) for name in names}
+    texts = {
+        checkpoint.MANIFEST: manifest.to_json(),
+        checkpoint.CONFIG: checkpoint.CONFIG_TEXT,
+        checkpoint.CARD: card.write_card(manifest, None, " + ".join(manifest.names)),
+        checkpoint.LINEAGE: card.write_lineage(manifest, files, ""),
+    }
+    for name, text in texts.items():
+        (changed.folder / name).write_text(text)
+    if ledger.built(ArtifactId(before.router_id)) is not None:
+        _record(ledger, manifest, changed, files)
+    else:
+        say("its parents are not in this ledger, so it is not recorded; the folder is all there is")
+    out = ledger.home / "checkpoints" / router.id.partition(":")[2][:16]
+    out.parent.mkdir(exist_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    changed.folder.rename(out)
+    return out
+
+
+def _record(ledger: Ledger, manifest: Manifest, changed: Changed, files: Mapping[str, str]) -> None:
+    """Record new adapter, stack and router, under the ids that a recipe would give them."""
+    run_id = new_run_id()
+    for name in files:
+        ledger.blobs.put(changed.folder / name)
+    if changed.adapter is not None:
+        spec = changed.adapter.spec
+        ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
+    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
+    fused = FusedSpec(base_id, tuple(manifest.names), adapter_ids)
+    experts, gates, statistics = files.values()
+    ledger.record_artifact(
+        fused,
+        weights_sha256=experts,
+        built=FusedCheckpoint(fused, experts),
+        blobs=[experts],
+        run_id=run_id,
+    )
+    built = RouterBuild(
+        changed.router,
+        gates,
+        changed.num_tokens,
+        changed.heldout_accuracy,
+        changed.wall_seconds,
+        "cpu",
+        statistics,
+    )
+    ledger.record_artifact(
+        changed.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
+    )
+    ledger.ingest()

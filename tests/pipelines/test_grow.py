@@ -1,0 +1,136 @@
+"""An expert goes out of a checkpoint and comes back, by the command line, as a person would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import meteora
+from meteora.checkpoint import (
+    CARD,
+    EXPERTS,
+    GATES,
+    STATISTICS,
+    Manifest,
+    read_experts,
+    read_gates,
+    read_manifest,
+)
+from meteora.observe import recorded_routes
+from meteora.sources import file_sha256
+from pipelines import grow
+from pipelines.finished import finished
+from store.ledger import Ledger
+from tests.pipelines.conftest import letters, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workplace import Workplace
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def made(workplace: Callable[..., Workplace]) -> tuple[Workplace, Path]:
+    work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    return work, work.checkpoint_folder(planned.router.id)
+
+
+def ask(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def slices(folder: Path, manifest: Manifest, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """One expert's numbers of every module that it targets."""
+    e = manifest.names.index(name)
+    found = {}
+    for path, a, b in read_experts(folder, manifest):
+        ranks = list(manifest.modules[path].ranks)
+        if ranks[e]:
+            found[path] = a.split(ranks)[e].clone(), b.split(ranks, dim=1)[e].clone()
+    return found
+
+
+def test_an_expert_goes_and_comes_back(made: tuple[Workplace, Path], recipe_folder: Path) -> None:
+    work, folder = made
+    before = read_manifest(folder)
+    dropped = ask(work.home, "drop", folder, "attention")
+    assert dropped.returncode == 0, dropped.stderr
+    without = Path(dropped.stdout.strip())
+    fewer = read_manifest(without)
+    assert fewer.names == ["q_and_v"]
+    assert fewer.gates["grown_from"] == before.router_id
+    for old, new in zip(
+        slices(folder, before, "q_and_v").values(),
+        slices(without, fewer, "q_and_v").values(),
+        strict=True,
+    ):
+        assert all(map(torch.equal, old, new))
+    weights = read_gates(without, fewer).own
+    for path, (weight, bias) in weights.items():
+        assert torch.equal(weight, read_gates(folder, before).own[path][0][:1])
+        assert len(bias) == 1
+
+    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    added = ask(
+        work.home, "add", without, "attention", recipe_folder / "attention", source,
+        "--base", recipe_folder / "base",
+    )  # fmt: skip
+    assert added.returncode == 0, added.stderr
+    again = Path(added.stdout.strip())
+    more = read_manifest(again)
+    assert more.names == before.names
+    assert more.fused_id == before.fused_id
+    assert file_sha256(again / EXPERTS) == file_sha256(folder / EXPERTS)
+    assert more.router_id not in {before.router_id, fewer.router_id}
+    assert "Nobody has measured this model yet" in (again / CARD).read_text()
+
+    model, tokenizer = meteora.load(again, base_folder=recipe_folder / "base")
+    for e, name in enumerate(more.names):
+        for row in letters(name, 1, 4):
+            ids = tokenizer(row["prompt"], return_tensors="pt")
+            with torch.no_grad(), recorded_routes(model) as routes:
+                model(**ids)
+            shares = [(experts[:, 0] == e).float().mean() for _, experts in routes.values()]
+            assert torch.stack(shares).mean() > 0.8, name
+
+    known = {row[0] for row in work.ledger.query("SELECT id FROM artifacts").rows}
+    assert {before.router_id, fewer.router_id, more.router_id} <= known
+    assert not work.ledger.verify().findings
+
+
+def test_a_checkpoint_from_elsewhere_grows_without_a_record(
+    made: tuple[Workplace, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = made
+    stranger = Ledger(tmp_path / "stranger")
+    out = grow.drop(stranger, folder, "q_and_v")
+    assert read_manifest(out).names == ["attention"]
+    assert "not recorded" in capfd.readouterr().err
+    assert {path.name for path in out.iterdir()} > {EXPERTS, GATES, STATISTICS}
+
+
+def test_what_cannot_grow_says_why(made: tuple[Workplace, Path], tmp_path: Path) -> None:
+    work, folder = made
+    refused = ask(work.home, "drop", folder, "nobody")
+    assert refused.returncode == 1
+    assert "'nobody' cannot be dropped from q_and_v, attention" in " ".join(refused.stderr.split())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in folder.iterdir():
+        if path.name != STATISTICS:
+            (bare / path.name).symlink_to(path)
+    refused = ask(work.home, "drop", bare, "attention")
+    assert refused.returncode == 1
+    assert "it has no statistics.safetensors" in " ".join(refused.stderr.split())
+    assert not [*(work.home / "runs").iterdir()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import intervals
 from pipelines.harness import HARNESS, Harness
 from pipelines.judging import Judged, judge, judge_composites
+from pipelines.kept import Nowhere, in_portions
 from pipelines.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import ScorePart
+    from pipelines.examples import Row
+    from pipelines.kept import Keeping
     from pipelines.tasks import Task
 
 
@@ -61,11 +64,13 @@ def measure(
     *,
     batch_size: int,
     seed: int = 0,
+    kept: Keeping | None = None,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> Answered:
     """Ask a live model, as it is routed now, every question of a task.
 
     Args:
+        kept: where answers of the same asking are found that was stopped, and left as they come
         advance: called with the number of prompts, or pairs of prompt and choice, just done
 
     Raises:
@@ -87,13 +92,30 @@ def measure(
     columns: list[dict[str, Any]] = [
         {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
     ]
-    replies = []
+    how: dict[str, Any] = {
+        "batch_size": batch_size,
+        "kept": kept or Nowhere(),
+        "advance": advance,
+    }
+    replies: list[tuple[str, bool]] = []
     if task.composites or any(not METRICS[metric].of_choices for metric in task.metrics):
-        replies = harness.generate(task.name, prompts, task.max_new_tokens)
-        for column, reply in zip(columns, replies, strict=True):
-            column |= {"output": reply.text, "truncated": reply.truncated}
+        harness.check_room(task.name, lengths, task.max_new_tokens)
+
+        def generate(portion: Sequence[str]) -> list[tuple[str, bool]]:
+            return harness.generate(task.name, portion, task.max_new_tokens)
+
+        replies = in_portions(prompts, generate, phase="generate", **how)
+        for column, (text, truncated) in zip(columns, replies, strict=True):
+            column |= {"output": text, "truncated": truncated}
     if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
-        for column, values in zip(columns, harness.weigh(task.name, task.rows), strict=True):
+
+        def weigh(portion: Sequence[Row]) -> list[list[float]]:
+            return harness.weigh(task.name, portion)
+
+        weighed = in_portions(
+            task.rows, weigh, phase="weigh", parts_of=lambda row: len(row.choices), **how
+        )
+        for column, values in zip(columns, weighed, strict=True):
             column["log_likelihoods"] = values
     judged = _judge(task, columns)
     for metric, found in judged.items():
@@ -103,8 +125,8 @@ def measure(
         scores={metric: _score(found, seed) for metric, found in judged.items()},
         outputs=tuple(columns),
         templated=harness.templated,
-        num_empty=sum(not reply.text.strip() for reply in replies),
-        num_truncated=sum(reply.truncated for reply in replies),
+        num_empty=sum(not text.strip() for text, _ in replies),
+        num_truncated=sum(truncated for _, truncated in replies),
         prompt_tokens=tuple(lengths),
         harness=HARNESS,
         wall_seconds=time.perf_counter() - started,

@@ -35,13 +35,6 @@ class BenchmarkError(MeteoraError):
     """Something cannot be measured as it is asked."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    truncated: bool
-    """Whether it was cut at the most tokens that it may have."""
-
-
 class Harness:
     """A live model, as it is routed whenever it is asked."""
 
@@ -86,19 +79,28 @@ class Harness:
             texts = list(prompts)
         return [len(self._model.tok_encode(text)) for text in texts]
 
-    def generate(self, task: str, prompts: Sequence[str], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers, each up to the end of sequence or `max_new_tokens`.
+    def check_room(self, task: str, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Refuse prompts of which one does not fit into the model with its answer.
 
-        Raises:
-            BenchmarkError: a prompt does not fit into the model with its answer.
+        Args:
+            lengths: of the prompts, as `prompt_tokens` tells them
         """
-        longest = max(self.prompt_tokens(prompts))
+        longest = max(lengths)
         room = self._model.max_length - max_new_tokens
         if longest > room:
             raise BenchmarkError(
                 f"task {task}: its longest prompt has {longest} tokens, and beside an answer of"
                 f" {max_new_tokens} the model has room for {max(0, room)}; shorten one of the two"
             )
+
+    def generate(
+        self, task: str, prompts: Sequence[str], max_new_tokens: int
+    ) -> list[tuple[str, bool]]:
+        """Greedy answers, each up to the end of sequence or `max_new_tokens`.
+
+        Returns:
+            of each prompt the answer, and whether it was cut at `max_new_tokens`
+        """
         samples = self._ask(
             {
                 "task": task,
@@ -114,9 +116,9 @@ class Harness:
             [{"prompt": prompt} for prompt in prompts],
         )
         return [
-            Reply(
-                sample["filtered_resps"][0],
-                self._model.told.truncated[sample["arguments"][0][0]],
+            (
+                str(sample["filtered_resps"][0]),
+                bool(self._model.told.truncated[sample["arguments"][0][0]]),
             )
             for sample in samples
         ]

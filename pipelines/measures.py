@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -11,10 +12,13 @@ from meteora.artifacts import (
     RoutingScore,
     RoutingShare,
     Score,
+    canonical_sha256,
 )
 from meteora.model import expert_names
 from pipelines import benchmark, compare, judge, routes, speed
 from pipelines.controls import as_system
+from pipelines.harness import HARNESS
+from pipelines.kept import BATCHES, Nowhere, keeping
 from pipelines.opening import opened
 from pipelines.outputs import write_outputs
 from pipelines.progress import bar
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import BuiltBase
+    from meteora.artifacts import BenchmarkSpec, BuiltBase
     from pipelines.benchmark import Answered
     from pipelines.measurements import Measurement
     from pipelines.plan import Plan
@@ -34,8 +38,7 @@ if TYPE_CHECKING:
 def missing(work: Workplace, plan: Plan) -> list[list[Measurement]]:
     """The measurements that the ledger does not hold yet; those of one asking together.
 
-    A run that was stopped goes on here, at the task: an asking is minutes, and half of one would
-    be continued in other batches, whose rounding may differ from that of a run in one go.
+    A run that was stopped goes on here, at the task, and inside of it at the row: see `kept`.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
     for one in plan.measurements:
@@ -59,13 +62,29 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
         _record_controls(work, plan)
         with opened(work, plan, built, gates) as (model, tokenizer):
             judge.probe(work, plan, model, tokenizer)
-            for asking in to_do:
-                _ask(work, plan, asking, model, tokenizer)
+            for askings in _of_one_system(to_do, plan):
+                with as_system(model, askings[0][0], plan):
+                    for asking in askings:
+                        _ask(work, plan, asking, model, tokenizer)
             if watch:
                 _watch_routing(work, plan, model, tokenizer)
             if timing:
                 _time(work, plan, gates, model)
     _compare(work, plan)
+
+
+def _of_one_system(
+    askings: Sequence[list[Measurement]], plan: Plan
+) -> list[list[list[Measurement]]]:
+    """Askings that one and the same model answers; a merge takes long to make, so it is made once.
+
+    Others each have their own: a random router begins anew with every task.
+    """
+    groups: dict[object, list[list[Measurement]]] = {}
+    for number, asking in enumerate(askings):
+        system = asking[0].system
+        groups.setdefault(system if system in plan.merges else number, []).append(asking)
+    return list(groups.values())
 
 
 def _record_controls(work: Workplace, plan: Plan) -> None:
@@ -92,27 +111,37 @@ def _ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Ask one subject one task, and record a score for each metric."""
+    """Ask the model as it is now one task, and record a score for each metric."""
     first = asking[0]
-    task = plan.tasks[first.spec.task]
+    task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
+    device = speed.device_name(model.device)
+    answers = work.answers_file(_what_decides(first.spec, batch_size, device))
     with (
-        as_system(model, first, plan),
         bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
+        nullcontext(Nowhere()) if first.system == "random" else keeping(answers) as kept,
     ):
         found = benchmark.measure(
             model,
             tokenizer,
             task,
-            batch_size=work.recipe.benchmark.batch_size,
+            batch_size=batch_size,
             seed=first.spec.seed,
+            kept=kept,
             advance=advance,
         )
     with work.scratch() as scratch:
         write_outputs(found.outputs, scratch / "outputs.parquet")
         outputs_sha256 = work.ledger.blobs.put(scratch / "outputs.parquet", move=True)
     for one in asking:
-        score = _score(one, found, outputs_sha256, speed.device_name(model.device))
+        score = _score(one, found, outputs_sha256, device)
         work.ledger.record_score(score, run_id=work.run_id)
+    answers.unlink(missing_ok=True)
+
+
+def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
+    """The hash of all that decides what is answered, whatever the answers are judged by."""
+    asked = {name: value for name, value in spec.to_dict().items() if name != "metric"}
+    return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
 
 
 def _score(one: Measurement, found: Answered, outputs_sha256: str, device: str) -> Score:

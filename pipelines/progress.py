@@ -7,10 +7,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+
+    from rich.progress import Task
 
 console = Console(stderr=True, highlight=False)
 _told: Callable[[str, int, int], None] | None = None
@@ -37,6 +47,7 @@ def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
+        _Rate(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -54,4 +65,24 @@ def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
 
         yield advance
     if not console.is_terminal:
-        say(f"{what}: {done} of {total} {unit} in {time.perf_counter() - started:.0f} s")
+        seconds = time.perf_counter() - started
+        say(f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds, unit)}")
+
+
+class _Rate(ProgressColumn):
+    """How many of a unit are done in a second, or a minute."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """What a bar shows of a rate, once there is one."""
+        return Text(_rate(task.finished_speed or task.speed or 0.0, self._unit))
+
+
+def _rate(per_second: float, unit: str) -> str:
+    if per_second <= 0:
+        return ""
+    slow = per_second < 1
+    return f", {per_second * (60 if slow else 1):.1f} {unit} a {'minute' if slow else 'second'}"

@@ -92,6 +92,14 @@ class Workplace:
         """Where the training of these gates leaves its state, for whichever run goes on with it."""
         return self.home / "training" / router_id.partition(":")[2][:16]
 
+    def answers_file(self, asking: str) -> Path:
+        """Where the answers of an asking are kept until it is finished, for whichever run ends it.
+
+        Args:
+            asking: the hash of everything that decides what is answered
+        """
+        return self.home / "answers" / f"{asking[:32]}.jsonl"
+
     def holds(self, artifact_id: ArtifactId) -> bool:
         """Whether an artifact was made and its bytes still lie in the store."""
         sha256 = self.ledger.weights_of(artifact_id)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipelines import card, judge, measures, plan, sources, stages
+from pipelines.harness import Harness
 from pipelines.summary import Summary, summarise
 
 if TYPE_CHECKING:
@@ -131,3 +132,44 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     measures.measure(work, planned, built, gates)
     assert measures.missing(work, planned) == []
     assert told(work, planned).mean("fused") is not None
+
+
+class StoppedError(Exception):
+    """As if the process had been killed in the middle."""
+
+
+def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[int]:
+    """How many prompts each portion had that reached the model."""
+    asked: list[int] = []
+    real = Harness.generate
+
+    def watched(self: Harness, task: str, prompts: Any, most: int) -> Any:
+        if len(asked) == fails_after:
+            raise StoppedError
+        asked.append(len(prompts))
+        return real(self, task, prompts, most)
+
+    monkeypatch.setattr(Harness, "generate", watched)
+    return asked
+
+
+def test_a_stopped_run_goes_on_at_the_row_and_leaves_nothing_behind(
+    workplace: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.kept.BATCHES", 1)
+    asked = {"limit": 4, "compare": ["random"], "max_new_tokens": 2, "batch_size": 1}
+    work = workplace(benchmark=asked)
+    planned, built, gates = go(work)
+    answers = work.home / "answers"
+    for stopped_after, left in ((2, 1), (3, 0)):  # first amid fused, then amid random
+        with monkeypatch.context() as patch:
+            portion = count_asked(patch, fails_after=stopped_after)
+            with pytest.raises(StoppedError):
+                measures.measure(work, planned, built, gates)
+        assert portion == [1] * stopped_after
+        assert len(list(answers.iterdir())) == left
+    portion = count_asked(monkeypatch)
+    measures.measure(work, planned, built, gates)
+    # of the random router's task nothing is kept: it would draw other choices
+    assert len(portion) == 2 * 4 * 2 - 4
+    assert not list(answers.iterdir())

@@ -27,6 +27,9 @@ from tests.quickstart.tasks import rows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TRAIN_SEED, SPLIT_SEED = 0, 1
@@ -95,9 +98,29 @@ def train(
             task_type="CAUSAL_LM",
         ),
     )
+    fit(model, tokenizer, stream, steps=asked.steps, peak=asked.peak, what=task)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=asked.peak, weight_decay=0.0)
-    for step in range(asked.steps):
+    # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
+    for parameter in weights:
+        parameter.data = parameter.data.half()
+    model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(str(out / "adapters" / task))
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stream: Iterator[dict[str, str]],
+    *,
+    steps: int,
+    peak: float,
+    what: str,
+) -> None:
+    """Train whatever of a model asks for gradients, on the answers of rows from `stream`."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    device = weights[0].device
+    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    for step in range(steps):
         batch = list(itertools.islice(stream, BATCH_SIZE))
         pairs = [
             (
@@ -107,26 +130,21 @@ def train(
             for row in batch
         ]
         width = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id)
+        ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id or 0)
         labels = torch.full((BATCH_SIZE, width), -100)
         for i, (row_ids, start) in enumerate(pairs):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
             labels[i, start : len(row_ids)] = torch.tensor(row_ids[start:])
         warm = min(1.0, (step + 1) / 10)
         for group in optimizer.param_groups:
-            group["lr"] = asked.peak * warm * 0.5 * (1 + math.cos(math.pi * step / asked.steps))
-        loss = model(input_ids=ids, labels=labels).loss
+            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = model(input_ids=ids.to(device), labels=labels.to(device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step == asked.steps - 1:
-            print(f"{task}: step {step + 1} of {asked.steps}, loss {loss.item():.3f}", flush=True)
-    # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
-    for parameter in weights:
-        parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.save_pretrained(str(out / "adapters" / task))
+        if step % 20 == 0 or step == steps - 1:
+            print(f"{what}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
 
 
 def write_splits(task: str, out: Path) -> None:

@@ -1,0 +1,254 @@
+"""Controls that take too long for every run: a LoRA of all tasks, PEFT's Arrow, and X-LoRA.
+
+    python -m tests.benchmarks.controls adapters RECIPE BASE OUT
+    python -m tests.benchmarks.controls {multitask,arrow,x-lora} RECIPE BASE OUT [--home HOME]
+
+RECIPE is a path or a shipped name, BASE a folder with its base as safetensors. `adapters` trains
+what a recipe names as `path:adapters/<task>`: rank 8, alpha 16, all seven projections, on rows that
+come after those that gates are fitted to. The others are put to the recipe's own tasks, by the same
+harness, and OUT gets a table with intervals, and every answer. Where HOME holds the recipe's run,
+each is tested against the fused model on the same rows.
+
+    multitask  one LoRA on all tasks whose rank at each layer is that of all experts there together:
+               as many numbers as the experts have, and trained on their rows (arXiv 2405.13053
+               compares with rank 8)
+    arrow      PEFT's own; it asks for adapters of one rank and the same layers
+    x-lora     PEFT's own; its classifier is trained here, on the rows that gates are fitted to
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from meteora import adapters as published
+from meteora.artifacts import MeteoraError
+from meteora.base import load_folder
+from pipelines import benchmark, intervals
+from pipelines.compare import values_of
+from pipelines.examples import Row, refuse_overlap
+from pipelines.finished import finished
+from pipelines.measurements import FUSED
+from pipelines.outputs import write_outputs
+from pipelines.progress import say
+from pipelines.row_sources import read_rows
+from pipelines.sources import local_folder
+from pipelines.tasks import Task, make_tasks
+from pipelines.workplace import Workplace
+from tests.benchmarks.peers import TARGETS, arrow, quiet, x_lora
+from tests.quickstart.make import fit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipelines.benchmark import Answered
+
+SYSTEMS = ("multitask", "arrow", "x-lora")
+R, ALPHA = 8, 16
+MOST_ROWS = 1000
+"""Of each task, for training: as the paper's second LoRA of all tasks."""
+
+
+def shuffled_for_ever(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+    rng = random.Random(0)
+    while True:
+        for row in rng.sample(rows, len(rows)):
+            yield {"prompt": row.prompt, "response": row.response}
+
+
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model
+
+
+def training_rows(work: Workplace, *, skip: int = 0) -> dict[str, list[Row]]:
+    """Rows of each expert to train on, none of them a test's.
+
+    Args:
+        skip: rows at the beginning that are for the gates
+    """
+    rows = {
+        expert.name: read_rows(str(expert.examples), work.folder, skip + MOST_ROWS)[skip:]
+        for expert in work.recipe.experts
+    }
+    if bare := [name for name, own in rows.items() if not own]:
+        raise MeteoraError(
+            f"{bare[0]}: beside the {skip} rows that gates are fitted to there are none to train"
+            " on; a smaller `examples_per_expert` leaves some"
+        )
+    tasks = make_tasks(work.recipe.experts, work.recipe.benchmark, work.folder)
+    refuse_overlap(rows, {name: task.rows for name, task in tasks.items()})
+    return rows
+
+
+def train_adapters(work: Workplace, base: Path, out: Path, steps: int) -> None:
+    """An adapter a task, as the recipes of the paper's settings expect them."""
+    rows = training_rows(work, skip=work.recipe.gates.examples_per_expert)
+    for name, own in rows.items():
+        torch.manual_seed(0)
+        loaded, tokenizer = load_folder(base)
+        config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        with quiet():
+            model = get_peft_model(on_device(loaded), config)
+            stream = shuffled_for_ever(own)
+            fit(model, tokenizer, stream, steps=steps, peak=5e-4, what=name)
+            model.save_pretrained(str(out / "adapters" / name))
+
+
+def folders_of(work: Workplace) -> list[Path]:
+    """Of the recipe's adapters, which have to be on this machine."""
+    return [local_folder(expert, work.folder) for expert in work.recipe.experts]
+
+
+def ranks_stored(folders: Sequence[Path]) -> dict[str, int]:
+    """The ranks of all adapters together, by module."""
+    ranks: dict[str, int] = {}
+    for folder in folders:
+        for module in published.read(folder).spec.modules:
+            ranks[module.path] = ranks.get(module.path, 0) + module.r
+    return ranks
+
+
+def multitask(base: PreTrainedModel, ranks: Mapping[str, int]) -> torch.nn.Module:
+    """One LoRA with as many numbers as all adapters, to be trained on all their tasks."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=2 * max(ranks.values()),
+        target_modules=list(ranks),
+        rank_pattern=dict(ranks),
+        alpha_pattern={path: 2 * r for path, r in ranks.items()},
+        task_type="CAUSAL_LM",
+    )
+    with quiet():
+        return get_peft_model(base, config)
+
+
+def build(
+    system: str, work: Workplace, base_folder: Path, steps: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The system, trained where it has to be."""
+    loaded, tokenizer = load_folder(base_folder)
+    base, folders = on_device(loaded), folders_of(work)
+    with quiet():
+        if system == "arrow":
+            try:
+                made = arrow(base, folders, work.recipe.router.top_k)
+            except ValueError as error:
+                raise MeteoraError(f"PEFT's Arrow cannot take these adapters: {error}") from error
+        else:
+            if system == "multitask":
+                made = multitask(base, ranks_stored(folders))
+                rows = training_rows(work)
+            else:
+                made = x_lora(base, folders, work.recipe.router.top_k)
+                limit = work.recipe.gates.examples_per_expert
+                rows = {name: own[:limit] for name, own in training_rows(work).items()}
+            stream = shuffled_for_ever(list(itertools.chain(*rows.values())))
+            made.train()
+            fit(made, tokenizer, stream, steps=steps, peak=5e-4, what=system)
+    return cast("PreTrainedModel", made.eval()), tokenizer
+
+
+def ask(
+    work: Workplace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, tuple[Task, Answered]]:
+    """Every task of the recipe, put to the system as to all others."""
+    tasks = make_tasks(work.recipe.experts, work.recipe.benchmark, work.folder)
+    answered = {}
+    for name, task in tasks.items():
+        with quiet():
+            found = benchmark.measure(
+                model, tokenizer, task, batch_size=work.recipe.benchmark.batch_size
+            )
+        say(f"{name}: {found.scores[task.metrics[0]].value:.3f}")
+        answered[name] = task, found
+    return answered
+
+
+def fused_values(work: Workplace) -> dict[str, list[float]]:
+    """What the fused model's answers were worth, row by row, where the recipe was run."""
+    values: dict[str, list[float]] = {}
+    if (planned := finished(work)) is None:
+        return values
+    for one in planned.measurements:
+        if one.system == FUSED and one.spec.metric == planned.tasks[one.spec.task].metrics[0]:
+            score = work.ledger.score_of(one.spec.id)
+            if score is not None:
+                values[one.spec.task] = values_of(work.ledger, score)
+    return values
+
+
+def table(
+    system: str, answered: Mapping[str, tuple[Task, Answered]], fused: Mapping[str, list[float]]
+) -> str:
+    """Scores with their intervals; beside them the fused model's, and whether the two differ."""
+    values = {
+        name: [float(row[task.metrics[0]]) for row in found.outputs]
+        for name, (task, found) in answered.items()
+    }
+    shared = [name for name in answered if len(fused.get(name, ())) == len(values[name])]
+    p_values = [
+        intervals.mcnemar(fused[name], values[name])
+        if {*fused[name], *values[name]} <= {0.0, 1.0}
+        else intervals.sign_flip(fused[name], values[name])
+        for name in shared
+    ]
+    p_holm = dict(zip(shared, intervals.holm(p_values), strict=True)) if shared else {}
+    lines = [
+        f"| task | metric | n | {system} | fused | fused - {system} | p, corrected |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for name, (task, found) in answered.items():
+        score = found.scores[task.metrics[0]]
+        cells = [name, task.metrics[0], str(found.num_samples)]
+        cells.append(f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]")
+        if name in p_holm:
+            ours = sum(fused[name]) / len(fused[name])
+            cells += [f"{ours:.3f}", f"{ours - score.value:+.3f}", f"{p_holm[name]:.3f}"]
+        else:
+            cells += ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("system", choices=("adapters", *SYSTEMS))
+    parser.add_argument("recipe")
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--home", type=Path, default=Path("~/.meteora"))
+    parser.add_argument("--steps", type=int, default=1000)
+    asked: Any = parser.parse_args(arguments)
+    work = Workplace.open(asked.recipe, asked.home.expanduser().absolute())
+    try:
+        if asked.system == "adapters":
+            train_adapters(work, asked.base, asked.out, asked.steps)
+            return
+        model, tokenizer = build(asked.system, work, asked.base, asked.steps)
+        answered = ask(work, model, tokenizer)
+    except MeteoraError as error:
+        sys.exit(f"error: {error}")
+    folder = asked.out / asked.system
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, found) in answered.items():
+        write_outputs(found.outputs, folder / f"{name}.parquet")
+    written = table(asked.system, answered, fused_values(work))
+    (asked.out / f"{asked.system}.md").write_text(written)
+    sys.stdout.write(written)
+
+
+if __name__ == "__main__":
+    main()

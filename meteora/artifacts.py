@@ -115,6 +115,7 @@ class BuiltBase(Noun):
     fingerprint: Fingerprint
     linear: tuple[LinearSize, ...]
     """In the order of the model."""
+    licence: str = ""
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -314,3 +315,6 @@ class Publication(Noun):
     artifact_id: ArtifactId
     repo_id: str
     revision: str
+    texts_sha256: str = ""
+    """Of all in the checkpoint that is no tensor: it names the tensors by their hashes."""
+    private: bool = True

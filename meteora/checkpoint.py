@@ -62,6 +62,7 @@ class BaseEntry(Noun):
     repo_id: str
     revision: str
     fingerprint: Fingerprint
+    licence: str = ""
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,10 @@ def weights_sha256(folder: Path) -> str:
         )
     hashes = [file_sha256(shard) for shard in shards]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def texts_sha256(folder: Path) -> str:
+    """The hash of every file of a folder but its tensors, by name."""
+    files = sorted(path for path in folder.iterdir() if path.suffix != ".safetensors")
+    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,21 +1,24 @@
-"""The model card and the lineage statement of a checkpoint: text, and nothing is sent from here."""
+"""The model card of a checkpoint: text, and nothing is sent from here."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import yaml
-
-from meteora.artifacts import short
-from pipelines.statement import dependency, statement
+from meteora.artifacts import COMMIT, short
+from meteora.sources import GGUF, PATH
+from pipelines import card_front
+from pipelines.hub_client import PUBLIC
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from meteora.checkpoint import Manifest
     from pipelines.summary import Summary
 
 MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
+
+
+HERE = "FOLDER_OR_HUB_ID"
+"""Stands in a card for the name under which the model is loaded, until it is published."""
+PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
 
 
 def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
@@ -24,72 +27,120 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     Args:
         summary: None for a checkpoint that nobody has measured
     """
-    facts = {
-        "library_name": "meteora-pipelines",
-        "pipeline_tag": "text-generation",
-        "tags": ["meteora", "lora", "mixture-of-experts"],
-        # only what lies on the Hub may stand there
-        "base_model": [
-            source
-            for source in (manifest.base.repo_id, *(e.source for e in manifest.experts))
-            if ":" not in source
-        ],
-    }
-    if not facts["base_model"]:
-        del facts["base_model"]
-    front = yaml.safe_dump(facts, sort_keys=False)
-    return "\n".join(
-        [
-            f"---\n{front}---\n",
-            f"# {name}",
-            "",
-            f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router"
-            " reads the token's hidden state and picks the adapter (MeteoRA, arXiv 2405.13053)."
-            f" The base is {_code(manifest.base.repo_id)} at {_code(manifest.base.revision)}; it is"
-            " referred to and not copied.",
-            "",
-            "```python",
-            "import meteora",
-            "",
-            'model, tokenizer = meteora.load("THIS_FOLDER_OR_HUB_ID")',
-            "```",
-            "",
-            "## Experts",
-            "",
-            "| expert | adapter | revision | licence | r |",
-            "|-|-|-|-|-|",
-            *(
-                f"| {e.name} | {_code(e.source)} | {_code(e.revision[:19])} |"
-                f" {e.licence or 'not stated'} | {e.r} |"
-                for e in manifest.experts
-            ),
-            "",
-            "## Scores",
-            "",
-            *_measured(summary),
-            "",
-            f"Router: {_router(manifest)}. Ids: {_code(short(manifest.fused_id))},"
-            f" {_code(short(manifest.router_id))}. Where everything came from, with hashes, stands"
-            " in `lineage.json`.",
-            "",
-        ]
+    parts = [
+        f"---\n{card_front.metadata(manifest, summary, name)}\n---",
+        f"# {name}",
+        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
+        f" the token's hidden state and picks the adapter ({PAPER}). Nobody has to say which task a"
+        " prompt is.",
+        "## Use",
+        "\n".join(["```python", *usage(manifest, summary), "```"]),
+        "It needs the Python package `meteora-pipelines`, and never `trust_remote_code`: after"
+        " `import meteora`, `AutoModelForCausalLM.from_pretrained` and `pipeline` of transformers"
+        " take the same name. `with meteora.force_expert(model, NAME):` sends every token to one"
+        " expert.",
+        "## Made of",
+        "\n".join(_sources(manifest)),
+        "## Scores",
+        *_measured(summary),
+        "## Routing",
+        " ".join([f"Router: {_router(manifest)}.", *(routing_lines(summary) if summary else [])]),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in _limits(manifest)),
+        "## Lineage",
+        f"Stack {_code(short(manifest.fused_id))}, router {_code(short(manifest.router_id))}. Where"
+        " everything came from, with commits and hashes, stands in `lineage.json`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def place(card: str, repo_id: str) -> str:
+    """A card with the name under which its model is published."""
+    return card.replace(HERE, repo_id)
+
+
+def usage(manifest: Manifest, summary: Summary | None) -> list[str]:
+    """Five lines of Python that load the model and let it answer."""
+    base_folder = (
+        ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
     )
+    lines = [
+        "import meteora",
+        "",
+        f'model, tokenizer = meteora.load("{HERE}"{base_folder})',
+    ]
+    scores = [score for row in summary.scores.values() for score in row.values()] if summary else []
+    if any(score.templated for score in scores):
+        lines += [
+            'chat = [{"role": "user", "content": "What is 12 plus 30?"}]',
+            "prompt = tokenizer.apply_chat_template("
+            'chat, add_generation_prompt=True, return_tensors="pt")',
+        ]
+    else:
+        lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
+    answer = "model.generate(**prompt, max_new_tokens=40)[0]"
+    return [*lines, f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    base = manifest.base
+    gguf = base.repo_id.startswith(GGUF)
+    package = base.repo_id.removeprefix(GGUF).partition("/")[0]
+    rows = [("the base", base.repo_id, base.revision, base.licence, "")]
+    rows += [(e.name, e.source, e.revision, e.licence, e.r) for e in manifest.experts]
+    return [
+        "| expert | from | commit | licence | r |",
+        "|-|-|-|-|-|",
+        *(
+            f"| {name} | {_linked(source)} | {_linked(source, revision)} |"
+            f" {_code(licence) if licence else 'not stated'} | {r} |"
+            for name, source, revision, licence, r in rows
+        ),
+        "",
+        "The base is referred to and not copied; it is loaded at that commit, or refused where it"
+        " is another."
+        + (f" It comes with the Python package {_code(package)}." if gguf else "")
+        + (" It is a folder of whoever made this model." if base.repo_id.startswith(PATH) else ""),
+    ]
+
+
+def _linked(source: str, revision: str = "") -> str:
+    """A Hub id, or a commit of it, as a link; what is on no Hub as it is called."""
+    parts = source.split("/")
+    url = f"{PUBLIC}/{'/'.join(parts[:2])}"
+    if ":" in source or len(parts) < 2 or (revision and not COMMIT.fullmatch(revision)):
+        return _code(revision[:19] if revision else source)
+    if revision:
+        return f"[{_code(revision[:12])}]({url}/tree/{revision})"
+    return f"[{_code(source)}]({url})"
+
+
+def _limits(manifest: Manifest) -> list[str]:
+    return [
+        "The scores are of rows like those that its gates were made with; other prompts are not"
+        " measured."
+        if manifest.gates
+        else "Its router is not trained; how well it chooses is what the scores say.",
+        "A prompt that is like no expert's task goes to the base alone, if the router sees it."
+        if manifest.router.null
+        else "A prompt that is like no expert's task goes to some expert all the same.",
+        "What the base and the adapters do wrong, and what their licences ask for, holds here too.",
+        "It runs in transformers through this package; servers with model code of their own, such"
+        " as vLLM, do not load it.",
+    ]
 
 
 def _measured(summary: Summary | None) -> list[str]:
     if summary is None:
         return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
-    return [
-        *score_table(summary),
-        "",
-        *routing_lines(summary),
-        *loss_lines(summary),
-        *speed_lines(summary),
-    ]
+    lines = "\n".join([*loss_lines(summary), *speed_lines(summary)])
+    return ["\n".join(score_table(summary)), lines]
 
 
 def score_table(summary: Summary) -> list[str]:
     """Every score with its 95 % interval, as Markdown."""
+    if not summary.scores:
+        return ["Nothing was measured: the recipe names no tests."]
     systems = summary.systems
     lines = [
         f"| task | metric | n | {' | '.join(systems)} |",
@@ -119,6 +170,8 @@ def cell(summary: Summary, task: str, system: str) -> str:
 def how_measured(summary: Summary) -> list[str]:
     """What a reader needs to know to trust the table."""
     scores = [score for row in summary.scores.values() for score in row.values()]
+    if not scores:
+        return []
     first = scores[0]
     methods = {"wilson": "Wilson", "bootstrap": "bootstrap over rows, 9,999 resamples"}
     used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
@@ -207,34 +260,3 @@ def _router(manifest: Manifest) -> str:
 def _code(text: str) -> str:
     """Text from strangers as inline code: no markup of theirs takes effect."""
     return f"`{text.replace('`', '').replace('|', '')}`"
-
-
-def write_lineage(manifest: Manifest, files: Mapping[str, str], recipe_sha256: str) -> str:
-    """An in-toto statement: what lies in the checkpoint, and what it was made of.
-
-    Args:
-        files: name to SHA-256 of the checkpoint's own files
-    """
-    base = manifest.base
-    return statement(
-        files,
-        made_of=[
-            dependency("base", base.repo_id, base.revision),
-            *(
-                dependency(
-                    f"expert {expert.name}",
-                    expert.source,
-                    expert.revision,
-                    sha256=expert.weights_sha256,
-                    licence=expert.licence,
-                )
-                for expert in manifest.experts
-            ),
-        ],
-        asked={"recipe_sha256": recipe_sha256},
-        chosen={
-            "fused_id": manifest.fused_id,
-            "router_id": manifest.router_id,
-            "gates": manifest.gates,
-        },
-    )

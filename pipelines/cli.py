@@ -32,18 +32,18 @@ app.add_typer(cli_store.app, name="store")
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
-    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.benchmark,
+    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """The main job: download, check, stack, fit gates, benchmark, record."""
+    """The main job: download, check, stack, fit gates, benchmark, record, publish."""
     home = home.expanduser().absolute()
     prepare(home)
     from pipelines.finished import finished
     from pipelines.workplace import Workplace
 
     work = Workplace.open(recipe, home)
-    planned = finished(work)
+    planned = finished(work, until)
     if dry_run:
         from pipelines import preview
 
@@ -65,7 +65,7 @@ def run(
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise typer.Exit(130) from None
-        planned = finished(work) if until is Stage.benchmark else None
+        planned = finished(work, until) if until in (Stage.benchmark, Stage.publish) else None
     else:
         say(f"{work.name}: everything is in the ledger already, nothing to do")
     if planned is not None:

@@ -10,6 +10,7 @@ import typer
 
 from pipelines import show
 from pipelines.cli_options import DEFAULT_HOME, Home
+from pipelines.progress import say
 
 app = typer.Typer()
 
@@ -51,6 +52,52 @@ def generate(
                 write_page(Path(trace), page(found, prompt))
         else:
             answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+
+
+@app.command()
+def publish(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made where there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
+    ] = True,
+    tag: Annotated[str, typer.Option(help="Its name there; by its content without one.")] = "",
+    onto: Annotated[
+        str, typer.Option(metavar="COMMIT", help="Replace this, which somebody else put there.")
+    ] = "",
+    allow_licence: Annotated[
+        list[str] | None, typer.Option(help="Publish adapters with this licence; none: unstated.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the base lies, if it is on no Hub.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Put a checkpoint on the Hub, all of it at once, and see that it is the same model there."""
+    from pipelines.hub import Hub, saved_token
+    from pipelines.locate import base_at_hand, checkpoint_folder
+    from pipelines.publication import Destination, publish
+    from pipelines.workplace import new_run_id
+    from store.ledger import Ledger
+
+    home = home.expanduser().absolute()
+    folder = Path(checkpoint_folder(checkpoint, home))
+    to = Destination(
+        repo,
+        Hub(token=saved_token()),
+        private=private,
+        tag=tag,
+        onto=onto,
+        allow_licences=allow_licence or (),
+    )
+    ledger = Ledger(home)
+    base_folder = base or base_at_hand(folder, home)
+    made = publish(ledger, folder, to, new_run_id(), base_folder=base_folder)
+    if made.recorded:
+        ledger.ingest()
+    else:
+        say("the ledger under this home does not know the model, so nothing was recorded there")
+    print(f"{made.repo_id}@{made.revision} {made.tag}")
 
 
 @app.command()

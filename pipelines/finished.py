@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import BuiltBase, MeteoraError
+from meteora.sources import texts_sha256
 from pipelines import plan, sources
 from pipelines.experts import Refusal, gather
+from pipelines.recipe import Stage
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:
@@ -14,18 +16,37 @@ if TYPE_CHECKING:
     from pipelines.workplace import Workplace
 
 
-def finished(work: Workplace) -> Plan | None:
+def finished(work: Workplace, until: Stage = Stage.publish) -> Plan | None:
     """The plan of a recipe whose every result is in the ledger; None if anything is left to do.
+
+    What comes after the stage `until` is not asked for.
 
     Names are resolved, and nothing is downloaded: what is not here yet is left to do. So it is
     where the network has a passing fault: the flow asks again, and waits in between.
     """
     try:
-        return _finished(work)
+        planned = _finished(work)
     except MeteoraError as error:
         if getattr(error, "retry", False):
             return None
         raise
+    if planned is None or (until is Stage.publish and not published(work, planned)):
+        return None
+    return planned
+
+
+def published(work: Workplace, planned: Plan) -> bool:
+    """Whether the checkpoint, as it is now, lies where the recipe publishes, if it does."""
+    to = work.recipe.publish
+    if to is None:
+        return True
+    texts = texts_sha256(work.checkpoint_folder(planned.router.id))
+    return any(
+        one.artifact_id == planned.router.id
+        and one.texts_sha256 == texts
+        and one.private == to.private
+        for one in work.ledger.publications(to.repo)
+    )
 
 
 def _finished(work: Workplace) -> Plan | None:

@@ -1,7 +1,7 @@
 """What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
 
     resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ check ─▶ plan
-        ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint
+        ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
 
 A decorator says only how a stage runs: what may pass by itself is tried again, nothing is cached by
 Prefect. Whether work is done already is the ledger's to know. What computes does so in a child
@@ -118,8 +118,13 @@ def write_checkpoint(run: Run, planned: Plan, built: BuiltBase, gates: RouterBui
     return run.child.call("write_checkpoint", planned, built, gates, deadline_seconds=deadline)
 
 
+@task(cache_policy=NO_CACHE)
+def publish(run: Run, planned: Plan) -> None:
+    run.child.call("publish", planned, deadline_seconds=run.work.recipe.deadlines.publish)
+
+
 @flow(name="meteora", persist_result=False)
-def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.benchmark) -> Any:  # noqa: ANN401
+def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.publish) -> Any:  # noqa: ANN401
     """Make everything that a recipe asks for and the ledger does not hold, and record how it ended.
 
     Args:
@@ -148,7 +153,9 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.be
         run_page.introduce(work)
         run_page.close_killed(work, [before.run_id for before in killed])
         schedule.skip_late(work)
-        if schedule.is_scheduled() and finished(work):  # a person's command has looked already
+        if schedule.is_scheduled() and finished(
+            work, until
+        ):  # a person's command has looked already
             say(f"{work.name}: nothing new")
             return Completed(message="nothing new: everything is in the ledger already")
         return _recorded(work, until)
@@ -244,5 +251,8 @@ def _stages(run: Run, until: Stage) -> Plan | None:
     with run.stage(Stage.benchmark):
         measure(run, planned, built, gates)
         write_checkpoint(run, planned, built, gates)
+    if until is Stage.publish and work.recipe.publish is not None:
+        with run.stage(Stage.publish):
+            publish(run, planned)
     run.progress.end()
     return planned

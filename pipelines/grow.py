@@ -29,7 +29,7 @@ from meteora.gates import gates_of
 from meteora.model import check_base, insert_experts
 from meteora.sources import PATH, file_sha256, weights_sha256
 from meteora.statistics import read_statistics, write_statistics
-from pipelines import card, hub
+from pipelines import card, hub, lineage
 from pipelines.examples import rows_sha256
 from pipelines.experts import Expert
 from pipelines.labels import label_rows
@@ -235,7 +235,7 @@ def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
         checkpoint.MANIFEST: manifest.to_json(),
         checkpoint.CONFIG: checkpoint.CONFIG_TEXT,
         checkpoint.CARD: card.write_card(manifest, None, " + ".join(manifest.names)),
-        checkpoint.LINEAGE: card.write_lineage(manifest, files, ""),
+        checkpoint.LINEAGE: lineage.write_lineage(manifest, files, ""),
     }
     for name, text in texts.items():
         (changed.folder / name).write_text(text)

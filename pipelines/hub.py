@@ -31,6 +31,7 @@ from pipelines.hub_snapshot import (
     staging,
     write_manifest,
 )
+from pipelines.publish_section import REPO_ID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,12 +40,10 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec
 
 __all__ = [
-    "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe", "discover",
-    "download", "download_base", "downloaded", "licence_of", "resolve", "saved_token",
+    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
+    "discover", "download", "download_base", "downloaded", "licence_of", "resolve", "saved_token",
 ]  # fmt: skip
 
-PART = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}"
-REPO_ID = re.compile(rf"{PART}/{PART}")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 

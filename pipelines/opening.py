@@ -36,7 +36,9 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         if plan.router.joint is not None:
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
-        base=BaseEntry(plan.base.base_model, plan.base.base_revision, built.fingerprint),
+        base=BaseEntry(
+            plan.base.base_model, plan.base.base_revision, built.fingerprint, built.licence
+        ),
         experts=tuple(map(entry_of, plan.experts)),
         modules=fuse.module_entries([expert.adapter.spec for expert in plan.experts]),
         router=RouterEntry(

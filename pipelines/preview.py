@@ -57,6 +57,9 @@ def steps(work: Workplace, planned: Plan | None) -> None:
     tasks += [f"composite-{section.n}" for section in recipe.benchmark.composite]
     on = ", ".join(tasks) or "no task"
     out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
+    if recipe.publish is not None:
+        seen = "private" if recipe.publish.private else "public"
+        out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
     _estimates(out, work, recipe, found)
 
 

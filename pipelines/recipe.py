@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from meteora.artifacts import MeteoraError
 from pipelines.benchmark_section import BenchmarkSection, Section, known_metrics
 from pipelines.gates_section import METHODS, CalibrateSection, GatesSection
+from pipelines.publish_section import PublishSection  # noqa: TC001  (pydantic reads it)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_BYTES = 1 << 20
@@ -29,6 +30,7 @@ class Stage(StrEnum):
     stack = "stack"
     gates = "gates"
     benchmark = "benchmark"
+    publish = "publish"
 
 
 class RecipeError(MeteoraError):
@@ -125,6 +127,7 @@ class DeadlinesSection(Section):
     stack: Seconds = 2 * 3600.0
     gates: Seconds = 24 * 3600.0
     benchmark: Seconds = 24 * 3600.0
+    publish: Seconds = 12 * 3600.0
 
 
 class Recipe(Section):
@@ -135,6 +138,7 @@ class Recipe(Section):
     router: RouterSection = RouterSection()
     gates: GatesSection = CalibrateSection()
     benchmark: BenchmarkSection = BenchmarkSection()
+    publish: PublishSection | None = None
     policy: PolicySection = PolicySection()
     hub: HubSection = HubSection()
     deadlines: DeadlinesSection = DeadlinesSection()

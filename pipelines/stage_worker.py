@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.artifacts import MeteoraError
-from pipelines import measures, progress, stages
+from pipelines import measures, progress, publication, stages
 from pipelines.child import StageError
 from pipelines.workplace import Workplace
 from store.ledger import Ledger
@@ -40,6 +40,7 @@ STAGES = {
     "fit_gates": stages.fit_gates,
     "measure": measures.measure,
     "write_checkpoint": stages.write_checkpoint,
+    "publish": publication.publish_plan,
 }
 
 

@@ -22,7 +22,7 @@ from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from meteora.statistics import write_statistics
-from pipelines import card, hub, judge
+from pipelines import card, hub, judge, lineage
 from pipelines.gates_section import JointSection
 from pipelines.labels import background_sequences, label, label_composites
 from pipelines.opening import describe, opened
@@ -61,6 +61,7 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
         weights_sha256(folder),
         base.fingerprint_of(folder),
         tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
+        hub.licence_of(folder),
     )
     work.ledger.record_artifact(
         spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
@@ -233,7 +234,7 @@ def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: Route
         checkpoint.MANIFEST: manifest.to_json(),
         checkpoint.CONFIG: checkpoint.CONFIG_TEXT,
         checkpoint.CARD: card.write_card(manifest, summary, work.name),
-        checkpoint.LINEAGE: card.write_lineage(manifest, parts, work.recipe_sha256),
+        checkpoint.LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
     }
     with work.scratch() as scratch:
         made = scratch / folder.name

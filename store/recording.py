@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import ArtifactId, RoutingScore, Score, short
+from meteora.artifacts import ArtifactId, Publication, RoutingScore, Score, short
 from store.blobs import Blobs
 from store.errors import ConflictError, MissingBlobError, UnknownError
 from store.events import RunStarted
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from meteora.artifacts import Noun, Publication, Spec
+    from meteora.artifacts import Noun, Spec
     from store.events import AdapterVerdict, Failure, RunEnded
 
 WRITE_DEADLINE_SECONDS = 60.0
@@ -147,6 +147,11 @@ class Recording:
         record = self._lookup.first("routing", router_id)
         counts = record.body["counts"] if record else ()
         return tuple(RoutingScore.from_dict(count) for count in counts)
+
+    def publications(self, repo_id: str) -> list[Publication]:
+        """What was published at a repository and recorded here, earliest first."""
+        found = [Publication.from_dict(r.body) for r in self._lookup.find("publication")]
+        return [publication for publication in found if publication.repo_id == repo_id]
 
     def unended_runs(self) -> list[RunStarted]:
         """Runs that began and whose end nobody has recorded: they run still, or were killed."""

@@ -131,6 +131,11 @@ def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: P
     refused(meteora("generate", world.checkpoint, "hello", home=tmp_path), "say where it lies now")
 
 
+def test_publishing_needs_a_token_and_a_checkpoint(world: World, tmp_path: Path) -> None:
+    refused(meteora("publish", tmp_path, "org/model", home=tmp_path), "no meteora.json in it")
+    refused(meteora("publish", world.checkpoint, "model", home=tmp_path), "is not owner/name")
+
+
 def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
     said = meteora("verify", home=tmp_path)
     assert said.returncode == 0, said.stderr
@@ -138,7 +143,8 @@ def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "check", "generate", "report", "sql", "verify", "store rebuild", "store gc"]
+    "command",
+    ["run", "check", "generate", "report", "publish", "sql", "verify", "store rebuild", "store gc"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     said = subprocess.run(

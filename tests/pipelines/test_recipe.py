@@ -86,6 +86,11 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
             "expert 'a' has no examples",
             id="a gate without examples",
         ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\npublish: {{repo: model}}",
+            "publish.repo: 'model' is not owner/name",
+            id="published nowhere",
+        ),
         pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
         pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
         pytest.param("base: [", "not readable as YAML", id="broken"),

@@ -1,0 +1,231 @@
+"""Publish a checkpoint: check that it may be, put it on the Hub, load it from there, record it.
+
+    licences ─▶ card for its place ─▶ one commit on a staging branch ─▶ downloaded and loaded anew,
+    same logits ─▶ main ─▶ tag ─▶ record
+
+What the Hub holds already is not sent again: new gates over the same experts are a small upload.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora import checkpoint
+from meteora.artifacts import ArtifactId, MeteoraError, Publication
+from meteora.sources import file_sha256, texts_sha256
+from pipelines import card, licences
+from pipelines.hub import REPO_ID, Hub, saved_token
+from pipelines.hub_errors import HubReferenceError
+from pipelines.hub_publish import Repository
+from pipelines.parcel import pack
+from pipelines.progress import say
+from pipelines.signing import SIGNATURE
+from pipelines.sources import hub_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.parcel import Parcel
+    from pipelines.plan import Plan
+    from pipelines.recipe import PublishSection
+    from pipelines.workplace import Workplace
+    from store.ledger import Ledger
+
+RELOAD_SECONDS = 3600.0
+"""For the download and two loadings of a model."""
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+class PublicationError(MeteoraError):
+    """A checkpoint cannot be published, or is not the same where it was published."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a checkpoint is to be published, and on what terms."""
+
+    repo_id: str
+    hub: Hub
+    """With a token that may write there."""
+    private: bool = True
+    tag: str = ""
+    """Of this publication; named by its content without it."""
+    onto: str = ""
+    """The commit that main is at, where somebody else put it there."""
+    allow_licences: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    repo_id: str
+    revision: str
+    tag: str
+    recorded: bool
+    """Whether the ledger knows the model, and so its publication."""
+
+
+def publish_plan(work: Workplace, plan: Plan) -> Published:
+    """Publish what a recipe made, where it says; the last stage of a run."""
+    section = work.recipe.publish
+    if section is None:
+        raise PublicationError(f"{work.name} has no `publish:` section; say where to")
+    folder = work.checkpoint_folder(plan.router.id)
+    return publish(
+        work.ledger,
+        folder,
+        destination(work, section),
+        work.run_id,
+        base_folder=work.base_folder(plan.base),
+    )
+
+
+def destination(work: Workplace, section: PublishSection) -> Destination:
+    """Where a recipe publishes; whoever asks to write sends the saved token."""
+    hub = replace(hub_of(work.recipe, section.repo), token=saved_token())
+    return Destination(
+        section.repo,
+        hub,
+        private=section.private,
+        tag=section.tag,
+        allow_licences=section.allow_licences,
+    )
+
+
+def publish(
+    ledger: Ledger,
+    folder: Path,
+    to: Destination,
+    run_id: str,
+    *,
+    base_folder: Path | None = None,
+    pauses: Sequence[float] | None = None,
+) -> Published:
+    """Put a checkpoint on the Hub, see that it is the same model there, and record it.
+
+    Args:
+        folder: The checkpoint; it stays as it is.
+        base_folder: Where its base lies; without it the checkpoint's own reference is followed.
+        pauses: Seconds before each further try of what may pass.
+
+    Raises:
+        LicenceError: An adapter's licence forbids it.
+        HubConflictError: The repository holds something else, or moved meanwhile.
+        PublicationError: What would be published names a secret or a folder of this machine; or
+            what was published does not give the same logits. Nobody is shown it.
+        HubError: The Hub does not answer, or says no.
+    """
+    if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
+        raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
+    manifest = checkpoint.read_manifest(folder)
+    licences.refuse_forbidden(manifest, to.allow_licences)
+    earlier = ledger.publications(to.repo_id)
+    known = {publication.revision for publication in earlier}
+    repository = Repository(to.repo_id, to.hub, **({} if pauses is None else {"pauses": pauses}))
+    with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
+        parcel = _parcel(folder, to.repo_id, Path(scratch))
+        _refuse_secrets(parcel, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
+        tag = to.tag or f"meteora-{parcel.digest[:12]}"
+
+        def check(commit: str) -> None:
+            if commit not in known:  # what is known was checked before it was recorded
+                say(f"loading {to.repo_id} at {commit[:12]} anew")
+                _check_reload(folder, parcel, to, commit, base_folder)
+
+        revision = repository.publish(
+            parcel, private=to.private, tag=tag, check=check, onto=to.onto, known=known
+        )
+    router_id = ArtifactId(manifest.router_id)
+    recorded = bool(router_id) and ledger.weights_of(router_id) is not None
+    if recorded:
+        made = Publication(router_id, to.repo_id, revision, texts_sha256(folder), to.private)
+        ledger.record_publication(made, run_id=run_id)
+    return Published(to.repo_id, revision, tag, recorded)
+
+
+def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
+    """The checkpoint's files, with a card that says under which name it is loaded.
+
+    A signature goes along, and then the card, too, stays as it was signed.
+    """
+    names = (*checkpoint.FILES, SIGNATURE)
+    signed = (folder / SIGNATURE).is_file()
+    for name in names:
+        if name == checkpoint.CARD and (folder / name).is_file() and not signed:
+            text = card.place(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
+            (scratch / name).write_text(text, encoding="utf-8")
+        elif (folder / name).is_file():
+            (scratch / name).symlink_to((folder / name).resolve())
+    return pack(scratch, names, checkpoint.MANIFEST)
+
+
+def _refuse_secrets(parcel: Parcel, secrets: Sequence[str]) -> None:
+    for name in parcel.files:
+        if name.endswith(".safetensors"):
+            continue
+        text = (parcel.folder / name).read_text(encoding="utf-8")
+        if SECRET.search(text) or any(secret and secret in text for secret in secrets):
+            raise PublicationError(
+                f"{name} holds a token or the path of a folder on this machine, which everybody"
+                " would see; take it out of the recipe, run again and publish then"
+            )
+
+
+def _check_reload(
+    folder: Path, parcel: Parcel, to: Destination, commit: str, base_folder: Path | None
+) -> None:
+    """Download a commit into an empty cache, and compare its bytes and its logits with ours."""
+    with tempfile.TemporaryDirectory(prefix="meteora-reload-") as cache:
+        request = {
+            "folder": str(folder),
+            "repo_id": to.repo_id,
+            "revision": commit,
+            "cache_dir": cache,
+            "base_folder": None if base_folder is None else str(base_folder),
+        }
+        found = _ask_worker(request, to.hub)
+        what = f"{to.repo_id} at {commit}"
+        if "error" in found:
+            raise PublicationError(f"{what} was uploaded and cannot be loaded: {found['error']}")
+        for path in Path(found["folder"]).iterdir():
+            if path.name in parcel.files and file_sha256(path) != parcel.files[path.name].sha256:
+                raise PublicationError(f"{what}: {path.name} came back with other bytes")
+    if found["difference"] != 0:
+        raise PublicationError(
+            f"{what}: loaded anew, its logits differ from this model's by up to"
+            f" {found['difference']:g}; nothing was made visible, publish again, and if it stays"
+            " so, check this machine's memory and disk"
+        )
+
+
+def _ask_worker(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url(),
+        "HF_TOKEN": hub.token or "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    try:
+        said = subprocess.run(
+            [sys.executable, "-m", "pipelines.reload_worker"],
+            input=json.dumps(request) + "\n",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=RELOAD_SECONDS,
+            check=False,
+        )
+        return json.loads(said.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took longer than {RELOAD_SECONDS:g} s"}
+    except (IndexError, ValueError):
+        last = said.stderr.strip().splitlines()[-1:] or ["no word"]
+        return {"error": f"its process ended with {said.returncode}: {last[0]}"}

@@ -7,15 +7,17 @@ model.layers.0.self_attn.q_proj.lora_a                              MLX-LM, tran
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from meteora.reasons import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import BinaryIO
 
     from meteora.adapter_config import Claim, OnExtras
     from meteora.artifacts import AdapterSpec
@@ -62,6 +64,20 @@ class AdapterTensors:
     transposed: bool
 
 
+class Stamp(NamedTuple):
+    """What changes with a file's content."""
+
+    inode: int
+    num_bytes: int
+    written_ns: int
+    """Since the epoch."""
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Self:
+        found = os.fstat(file.fileno())
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA that can be an expert: what it is, and where its tensors lie."""
@@ -73,6 +89,8 @@ class Adapter:
     """By the module's path in the base model, the same as in `spec.modules`."""
     reasons: tuple[Reason, ...] = ()
     """Warnings: it is usable, and a person should know these."""
+    stamp: Stamp | None = None
+    """Of the file when every byte was looked at; None where it tells nothing."""
 
 
 class Place(NamedTuple):

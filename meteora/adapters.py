@@ -14,7 +14,7 @@ that came with an adapter, and no tensor library is needed to judge one.
 from __future__ import annotations
 
 import hashlib
-import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,7 @@ from meteora.adapter_set import (
     fit_to_base,
     stack_bytes,
 )
-from meteora.adapter_tensors import Adapter, AdapterTensors, sort_tensors
+from meteora.adapter_tensors import Adapter, AdapterTensors, Stamp, sort_tensors
 from meteora.artifacts import AdapterSpec
 from meteora.reasons import AdapterError, Findings, Reason, listed
 from meteora.safetensors_header import HeaderError, TensorInfo, read_header
@@ -43,6 +43,8 @@ __all__ = [
     "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
     "check", "check_stackable", "fit_to_base", "read", "stack_bytes",
 ]  # fmt: skip
+
+TICK_NS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def _examine(
     if not is_regular(files.weights, found):
         return None, facts
     with files.weights.open("rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
+        stamp, seen_ns = Stamp.of(file), time.time_ns()
+        num_bytes = stamp.num_bytes
         tensors = _read_tensors(file, num_bytes, files.weights.name, found)
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
@@ -128,7 +131,7 @@ def _examine(
         used = [tensors[key] for pair in split.modules.values() for key in (pair.a_key, pair.b_key)]
         dtypes = sorted({tensor.dtype for tensor in used})
         digest = _sha256(file)
-        if os.fstat(file.fileno()).st_size != num_bytes:
+        if Stamp.of(file) != stamp:
             found.refuse("truncated", f"{files.weights.name} changed while it was read")
     if len(dtypes) > 1:
         found.warn("dtype_mix", f"its factors are of {' and '.join(dtypes)}; they are kept as F32")
@@ -140,7 +143,9 @@ def _examine(
         modules=modules,
         stripped=split.stripped,
     )
-    adapter = Adapter(spec, files.weights, split.modules, tuple(found.warnings))
+    # clocks of file systems are coarse: a file that was just written could change within a tick
+    settled = stamp if seen_ns - stamp.written_ns > TICK_NS else None
+    adapter = Adapter(spec, files.weights, split.modules, tuple(found.warnings), settled)
     return adapter, {**facts, "weights_bytes": num_bytes, **_measured_facts(spec)}
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, canonical_json
 from meteora.encode import Template
+from meteora.rows import reserve, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -46,8 +47,6 @@ FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 
 NOTES = "meteora"
 """The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""
-PIECE = 1 << 20
-"""Bytes that are written at once: the page cache takes a tensor whole at a quarter of the speed."""
 
 AGAIN = "download or build the checkpoint again"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -187,15 +186,15 @@ def write_experts(
     path: Path,
     shapes: Mapping[str, tuple[int, int, int]],
     dtype: str,
-    tensors: Iterable[tuple[Tensor, Tensor]],
+    tensors: Iterable[tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]]],
 ) -> None:
-    """Write the stack one module at a time, so that only one module's tensors are in memory.
+    """Write the stack a few rows at a time, so that not even a module has to be in memory.
 
     Args:
         path: written in place; the caller renames it when it is whole
         shapes: module path to (R, IN, OUT), in the order in which `tensors` yields
         dtype: `F32`, `F16` or `BF16`
-        tensors: A [R, IN] and B [OUT, R] of each module
+        tensors: A [R, IN] and B [OUT, R] of each module, or pieces of rows that follow each other
 
     Raises:
         CheckpointError: a tensor has another shape than was promised, so the file is no good.
@@ -211,20 +210,16 @@ def write_experts(
     # safetensors asks for 8 bytes; where a cache line begins, mapped tensors are used as they are
     text += b" " * (-(8 + len(text)) % 64)
     with path.open("wb") as file:
+        reserve(file, 8 + len(text) + end)
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for (module, (rank, num_in, num_out)), (a, b) in zip(shapes.items(), tensors, strict=True):
-            if a.shape != (rank, num_in) or b.shape != (num_out, rank):
+        for (module, (rank, num_in, num_out)), pair in zip(shapes.items(), tensors, strict=True):
+            found = [write_rows(file, rows, DTYPES[dtype]) for rows in pair]
+            if found != [(rank, num_in), (num_out, rank)]:
                 raise CheckpointError(
-                    f"{module}: its adapters have A and B of {(*a.shape, *b.shape)},"
+                    f"{module}: its adapters have A and B of {found},"
                     f" {(rank, num_in, num_out, rank)} is needed; their sizes do not agree"
                 )
-            for tensor in (a, b):
-                data = (
-                    tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data
-                )
-                for start in range(0, len(data), PIECE):
-                    file.write(data[start : start + PIECE])
 
 
 @contextmanager

@@ -10,16 +10,15 @@ scaling stays beside the tensors, in the manifest.
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from meteora import checkpoint
-from meteora.artifacts import MeteoraError
+from meteora.adapter_weights import AdapterWeights
 from meteora.checkpoint import DTYPES, ModuleEntry
+from meteora.interleave import StackOfA, StackOfB, staging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
 
     from meteora.adapters import Adapter
     from meteora.artifacts import AdapterModule, AdapterSpec
-
-
-class BadNumbersError(MeteoraError):
-    """An adapter's weights hold numbers that would poison every output."""
 
 
 def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
@@ -70,7 +65,7 @@ def stack(
 ) -> None:
     """Write `experts.safetensors` from adapters that `check_stackable` accepted.
 
-    Memory holds one module's tensors at a time.
+    Memory holds the B's of one module at a time.
 
     Args:
         adapters: expert e is adapters[e]
@@ -78,7 +73,7 @@ def stack(
         progress: called with (modules done, modules in all)
 
     Raises:
-        BadNumbersError: a tensor holds NaN or infinity.
+        ChangedAdapterError: a file is no longer what was read and checked.
     """
     specs = [adapter.spec for adapter in adapters]
     entries = module_entries(specs)
@@ -86,55 +81,39 @@ def stack(
         path: (sum(entry.ranks), entry.in_features, entry.out_features)
         for path, entry in entries.items()
     }
-
     dtype = common_dtype(specs)
 
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        """Each module's A and B in the same memory: what is yielded is gone at the next."""
-        sizes = [rank * (num_in + num_out) for rank, num_in, num_out in shapes.values()]
-        memory = torch.empty(max(sizes), dtype=DTYPES[dtype])
+    wide = DTYPES[dtype]
+
+    def rows() -> Iterator[tuple[Iterator[Tensor], Iterator[Tensor]]]:
+        stacks_of_a = {
+            sizes: StackOfA(*sizes, wide)
+            for sizes in {(_owned(entry), entry.in_features) for entry in entries.values()}
+        }
+        stacks_of_b = {
+            sizes: StackOfB(*sizes, wide)
+            for sizes in {(_owned(entry), entry.out_features) for entry in entries.values()}
+        }
+        memory = staging(max(stack.num_bytes for stack in stacks_of_b.values()))
+        for stack_of_b in stacks_of_b.values():
+            stack_of_b.stage(memory)
         with ExitStack() as files:
             opened = [
-                # pread: a file that is cut short under our feet is an error and not a crash
-                files.enter_context(safe_open(adapter.weights, framework="pt", backend="pread"))
+                (files.enter_context(AdapterWeights(adapter)), adapter.tensors)
                 for adapter in adapters
             ]
-            for done, (path, (rank, num_in, num_out)) in enumerate(shapes.items()):
-                a, b = memory[: rank * (num_in + num_out)].split([rank * num_in, rank * num_out])
-                a, b = a.view(rank, num_in), b.view(num_out, rank)
-                _fill(a, b, adapters, opened, path)
-                yield a, b
+            for done, (path, entry) in enumerate(entries.items()):
+                ranks = _owned(entry)
+                sources = [(file, names[path]) for file, names in opened if path in names]
+                yield (
+                    stacks_of_a[ranks, entry.in_features].rows(sources),
+                    stacks_of_b[ranks, entry.out_features].rows(sources),
+                )
                 progress(done + 1, len(shapes))
 
-    checkpoint.write_experts(out, shapes, dtype, pairs())
+    checkpoint.write_experts(out, shapes, dtype, rows())
 
 
-def _fill(
-    stack_a: Tensor,
-    stack_b: Tensor,
-    adapters: Sequence[Adapter],
-    opened: Sequence[safe_open],
-    path: str,
-) -> None:
-    """Lay A and B of every adapter that has the module end to end along the rank."""
-    start = 0
-    for adapter, file in zip(adapters, opened, strict=True):
-        if (names := adapter.tensors.get(path)) is None:
-            continue
-        a, b = file.get_tensor(names.a_key), file.get_tensor(names.b_key)
-        for key, tensor in ((names.a_key, a), (names.b_key, b)):
-            if not all(map(math.isfinite, _extremes(tensor))):
-                raise BadNumbersError(
-                    f"{adapter.weights}: {key} holds NaN or infinity, which would poison every"
-                    " output; leave this adapter out of the recipe, or get a sound copy"
-                )
-        if names.transposed:
-            a, b = a.T, b.T
-        ranks = slice(start, start := start + len(a))
-        stack_a[ranks], stack_b[:, ranks] = a, b  # a wider dtype holds them exactly
-
-
-def _extremes(tensor: Tensor) -> tuple[float, float]:
-    """Least and greatest number, NaN if there is one: much faster than a mask of the finite."""
-    least, greatest = tensor.aminmax()
-    return least.item(), greatest.item()
+def _owned(entry: ModuleEntry) -> tuple[int, ...]:
+    """The ranks of those experts that have the module."""
+    return tuple(r for r in entry.ranks if r)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from meteora import adapters, checkpoint, fuse
-from meteora.fuse import BadNumbersError
+from meteora import adapters, checkpoint, fuse, interleave
+from meteora.adapter_tensors import AdapterTensors
+from meteora.adapter_weights import AdapterWeights, ChangedAdapterError
 
 PREFIX = "base_model.model."
 
@@ -67,15 +74,108 @@ def test_adapters_of_one_narrow_dtype_stay_narrow(world, build_adapter, fuse_ada
     assert {tensor.dtype for tensor in stack.values()} == {torch.bfloat16}
 
 
-def test_infinities_that_appear_after_the_check_are_refused(world, tmp_path):
-    adapter = adapters.read(world.adapters["q_and_v"])
+def test_a_file_that_changed_after_it_was_read_is_refused(world, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    adapter = adapters.read(folder)
     poisoned = load_file(adapter.weights)
-    key = next(iter(poisoned))
-    poisoned[key][0, 0] = torch.inf
-    save_file(poisoned, tmp_path / "poisoned.safetensors")
-    bad = adapters.Adapter(adapter.spec, tmp_path / "poisoned.safetensors", adapter.tensors)
-    with pytest.raises(BadNumbersError, match="NaN or infinity"):
-        fuse.stack([bad], tmp_path / "out")
+    next(iter(poisoned.values()))[0, 0] = torch.inf
+    save_file(poisoned, adapter.weights)
+    with pytest.raises(ChangedAdapterError, match="changed after it was read"):
+        fuse.stack([adapter], tmp_path / "out")
+
+
+def test_a_file_that_was_touched_but_holds_the_same_bytes_is_taken(world, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    os.utime(folder / "adapter_model.safetensors", (1e9, 1e9))
+    adapter = adapters.read(folder)
+    assert adapter.stamp is not None
+    fuse.stack([adapter], tmp_path / "before")
+    os.utime(adapter.weights)
+    fuse.stack([adapter], tmp_path / "after")
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+
+
+def test_a_file_that_was_written_just_now_has_no_stamp(world, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").touch()
+    assert adapters.read(folder).stamp is None
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(world, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    adapter = adapters.read(folder)
+    last = load_order(adapter.weights)[-1]
+    with AdapterWeights(adapter) as weights:
+        os.truncate(adapter.weights, adapter.weights.stat().st_size - 1)
+        with pytest.raises(ChangedAdapterError):
+            weights.tensor(last)
+
+
+def load_order(file):
+    """The keys of a safetensors file as their bytes lie in it."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.offset_keys()
+
+
+class Held(AdapterWeights):
+    """Tensors in memory that are read like those of a file."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def holds(self, key, dtype):
+        return self.tensors[key].dtype == dtype
+
+    def tensor(self, key):
+        return self.tensors[key]
+
+    def read(self, key, buffers, num_bytes=None, skip=0):
+        data = self.tensors[key].contiguous().view(torch.uint8).numpy().tobytes()[skip:]
+        assert sum(map(len, buffers)) == (len(data) if num_bytes is None else num_bytes)
+        for buffer in buffers:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(
+            st.integers(1, 9) | st.sampled_from([16, 64]),
+            st.sampled_from([torch.float32, torch.bfloat16]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    num_in=st.integers(1, 40),
+    num_out=st.integers(1, 40),
+    wide=st.sampled_from([torch.float32, torch.bfloat16]),
+    block=st.sampled_from([1, 100, 1000, interleave.BLOCK]),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_of_the_stack_are_those_of_the_adapters_side_by_side(
+    kinds, num_in, num_out, wide, block
+):
+    if wide == torch.bfloat16:
+        kinds = [(r, wide, transposed) for r, _, transposed in kinds]
+    a = [torch.randn(r, num_in).to(dtype) for r, dtype, _ in kinds]
+    b = [torch.randn(num_out, r).to(dtype) for r, dtype, _ in kinds]
+    sources = [
+        (
+            Held(a=own_a.T if transposed else own_a, b=own_b.T if transposed else own_b),
+            AdapterTensors("a", "b", transposed),
+        )
+        for own_a, own_b, (_, _, transposed) in zip(a, b, kinds, strict=True)
+    ]
+    ranks = [r for r, _, _ in kinds]
+    with mock.patch.object(interleave, "BLOCK", block):
+        stack_a = interleave.StackOfA(ranks, num_in, wide)
+        stack_b = interleave.StackOfB(ranks, num_out, wide)
+    stack_b.stage(interleave.staging(stack_b.num_bytes))
+    for _ in range(2):  # what is left of one module does not show in the next
+        found_a = torch.cat([rows.clone() for rows in stack_a.rows(sources)])
+        found_b = torch.cat([rows.clone() for rows in stack_b.rows(sources)])
+        assert torch.equal(found_a, torch.cat(a).to(wide))
+        assert torch.equal(found_b, torch.cat(b, dim=1).to(wide))
 
 
 def test_progress_is_told_module_by_module(world, tmp_path):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines import cli_checkpoint, cli_grow, cli_store, show
+from pipelines import cli_checkpoint, cli_grow, cli_runs, cli_store, show
 from pipelines.cli_options import DEFAULT_HOME, Home
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_checkpoint.app)
 app.add_typer(cli_grow.app)
+app.add_typer(cli_runs.app)
 app.add_typer(cli_store.app, name="store")
 
 
@@ -53,12 +54,10 @@ def run(
     if planned is None:
         try:
             if not has_server():
-                from pipelines.server import start_server
+                from pipelines.server import use_local_server
 
-                say(
-                    "starting a local Prefect server for this run; set PREFECT_API_URL to use yours"
-                )
-                start_server(home)
+                say("using a local Prefect server; set PREFECT_API_URL to use yours")
+                use_local_server(home)
             from pipelines import flows
 
             seconds = flows.fuse_adapters(recipe, str(home), until)

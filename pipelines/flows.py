@@ -24,7 +24,7 @@ from prefect.states import Completed
 
 from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError
-from pipelines import judge, plan, run_page, schedule, sources
+from pipelines import changes, judge, plan, run_page, schedule, sources
 from pipelines.child import Child
 from pipelines.finished import finished
 from pipelines.progress import say
@@ -153,12 +153,18 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
         run_page.introduce(work)
         run_page.close_killed(work, [before.run_id for before in killed])
         schedule.skip_late(work)
-        if schedule.is_scheduled() and finished(
-            work, until
-        ):  # a person's command has looked already
+        if schedule.is_scheduled() and _finished(work, until):  # a person's command has looked
             say(f"{work.name}: nothing new")
             return Completed(message="nothing new: everything is in the ledger already")
         return _recorded(work, until)
+
+
+def _finished(work: Workplace, until: Stage) -> bool:
+    """Whether there is nothing to do; what is wrong is for the run to find, and to record."""
+    try:
+        return finished(work, until) is not None
+    except MeteoraError:
+        return False
 
 
 def _recorded(work: Workplace, until: Stage) -> dict[str, float]:
@@ -193,25 +199,13 @@ def _recorded(work: Workplace, until: Stage) -> dict[str, float]:
 
 
 def _show(work: Workplace, planned: Plan) -> None:
-    """What came out, on the run's page; and on which tasks it is worse than what was before."""
-    lines = [
-        f"Worse than the last checkpoint on {task}: {now:.3f}, it was {before:.3f}."
-        for task, now, before in worse_than_before(work, planned)
-    ]
-    for line in lines:
-        say(f"[yellow]{line}[/]")
+    """What came out, on the run's page; and how it compares with what was before."""
+    found = changes.since_last(work.ledger, planned.router.id)
+    for line in changes.told(found):
+        say(line)
     summary = summarise(work.ledger, planned, work.base_folder(planned.base))
     if summary is not None:
-        run_page.show_results(work, planned, summary, lines)
-
-
-def worse_than_before(work: Workplace, planned: Plan) -> list[tuple[str, float, float]]:
-    """Tasks on which a run's model is significantly worse than the recipe's last: both scores."""
-    answer = work.ledger.query(
-        "SELECT run_id, subject_id, task, value, previous_value FROM regressions ORDER BY task"
-    )
-    here = (work.run_id, planned.router.id)
-    return [(task, now, before) for *made, task, now, before in answer.rows if (*made,) == here]
+        run_page.show_results(work, planned, summary, found)
 
 
 def _started(run: Run) -> RunStarted:

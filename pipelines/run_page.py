@@ -37,8 +37,10 @@ from pipelines.recipe import Stage
 from pipelines.sources import hub_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
+    from meteora.artifacts import Score
+    from pipelines.changes import Change
     from pipelines.plan import Plan
     from pipelines.summary import Summary
     from pipelines.workplace import Workplace
@@ -107,12 +109,17 @@ class Progress:
                 update_progress_artifact(self._artifact, percent, description=text)
 
 
-def show_results(work: Workplace, plan: Plan, summary: Summary, worse: Sequence[str]) -> None:
+def show_results(
+    work: Workplace, plan: Plan, summary: Summary, since_last: Sequence[Change]
+) -> None:
     """Put scores, the checkpoint's card, and the sources as links on the run's page."""
-    rows = [
-        {"task": task, "n": row["fused"].num_samples}
-        | {system: round(row[system].value, 4) for system in summary.systems if system in row}
-        for task, row in summary.scores.items()
+    before = {(one.task, one.metric): one for one in since_last}
+    rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
+    worse = [
+        f"**Worse than the last checkpoint** on {one.task}: {one.value:.3f}, it was"
+        f" {one.previous:.3f}."
+        for one in since_last
+        if one.worse
     ]
     card = (work.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
     sources = [(plan.base.base_model, plan.base.base_revision)]
@@ -127,6 +134,21 @@ def show_results(work: Workplace, plan: Plan, summary: Summary, worse: Sequence[
                     f"{hub_of(work.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
                     link_text=repo_id,
                 )
+
+
+def _row(
+    task: str,
+    row: Mapping[str, Score],
+    systems: Sequence[str],
+    before: Mapping[tuple[str, str], Change],
+) -> dict[str, str | int | float]:
+    """A task's line of the table; with what the last checkpoint scored, where there is one."""
+    fused = row["fused"]
+    cells: dict[str, str | int | float] = {"task": task, "n": fused.num_samples}
+    cells |= {system: round(row[system].value, 4) for system in systems if system in row}
+    if last := before.get((fused.spec.task, fused.spec.metric)):
+        cells["last"] = round(last.previous, 4)
+    return cells
 
 
 def _slug(work: Workplace) -> str:

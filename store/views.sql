@@ -169,7 +169,7 @@ COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 6
 COMMENT ON COLUMN lineage.recorded_at IS 'When the relative was recorded, UTC';
 COMMENT ON COLUMN lineage.run_id IS 'The run that made the relative';
 
-CREATE OR REPLACE VIEW regressions AS
+CREATE OR REPLACE VIEW changes AS
 WITH checkpoints AS (
     SELECT run_starts.recipe_name, routers.router, scores.*,
            lag(scores.subject_id) OVER previous AS previous_id,
@@ -185,10 +185,27 @@ WITH checkpoints AS (
     )
 )
 SELECT recipe_name, router, task, metric, value, previous_value, value - previous_value AS change,
-       sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr, subject_id, previous_id, recorded_at, run_id
-FROM checkpoints
-WHERE CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
-      > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2);
+       sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr,
+       CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
+           > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2) AS worse,
+       subject_id, previous_id, recorded_at, run_id
+FROM checkpoints WHERE previous_id IS NOT NULL;
+COMMENT ON VIEW changes IS 'Scores beside those of the previous checkpoint of the same recipe on the same rows';
+COMMENT ON COLUMN changes.recipe_name IS 'Name of the recipe';
+COMMENT ON COLUMN changes.router IS 'gate, arrow, norm, fixed, uniform or random';
+COMMENT ON COLUMN changes.task IS 'Name of the task';
+COMMENT ON COLUMN changes.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN changes.value IS 'The score, in the metric''s unit';
+COMMENT ON COLUMN changes.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
+COMMENT ON COLUMN changes.change IS 'Score minus previous score, in the metric''s unit';
+COMMENT ON COLUMN changes.change_stderr IS 'Standard error of the change, in the metric''s unit';
+COMMENT ON COLUMN changes.worse IS 'Whether it is worse by more than 1.96 standard errors';
+COMMENT ON COLUMN changes.subject_id IS 'Artifact id of the router';
+COMMENT ON COLUMN changes.previous_id IS 'Artifact id of the previous router';
+COMMENT ON COLUMN changes.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN changes.run_id IS 'The run that measured it';
+
+CREATE OR REPLACE VIEW regressions AS SELECT * EXCLUDE (worse) FROM changes WHERE worse;
 COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
 COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe';
 COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed, uniform or random';

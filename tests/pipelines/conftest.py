@@ -36,9 +36,9 @@ def prefect_server() -> Generator[str]:
     """The address of one real server for all tests that run flows, in a process or in many."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from pipelines.server import start_server
+    from pipelines.server import use_local_server
 
-    start_server(Path(PREFECT_HOME.name))  # it ends with this process, after Prefect's farewells
+    use_local_server(Path(PREFECT_HOME.name))  # until this process ends
     url = os.environ["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}):
         yield url

@@ -20,6 +20,7 @@ SETTINGS = {
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
     # Prefect's log goes to its server; what a person should read, we say ourselves
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     # and so are the bars
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -24,7 +24,7 @@ from prefect.states import Completed
 
 from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError
-from pipelines import changes, judge, plan, run_page, schedule, sources
+from pipelines import changes, device, judge, plan, run_page, schedule, sources
 from pipelines.child import Child
 from pipelines.finished import finished
 from pipelines.progress import say
@@ -238,13 +238,14 @@ def _stages(run: Run, until: Stage) -> Plan | None:
         fused = stack(run, planned)
     if until is Stage.stack:
         return None
-    with run.stage(Stage.gates):
-        gates = fit_gates(run, planned, built, fused)
-    if until is Stage.gates:
-        return None
-    with run.stage(Stage.benchmark):
-        measure(run, planned, built, gates)
-        write_checkpoint(run, planned, built, gates)
+    with device.held(run.child.call("slot", deadline_seconds=work.recipe.deadlines.base)):
+        with run.stage(Stage.gates):
+            gates = fit_gates(run, planned, built, fused)
+        if until is Stage.gates:
+            return None
+        with run.stage(Stage.benchmark):
+            measure(run, planned, built, gates)
+            write_checkpoint(run, planned, built, gates)
     if until is Stage.publish and work.recipe.publish is not None:
         with run.stage(Stage.publish):
             publish(run, planned)

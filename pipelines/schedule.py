@@ -41,6 +41,7 @@ def skip_overlap(work: Workplace, why: str) -> State[None]:
     """Record that this run found its recipe being run; returns how it ends."""
     say(f"{work.name}: skipped, {why}")
     _record(work, work.run_id, "skipped_overlap", why)
+    work.ledger.ingest()
     return Cancelled(name="SkippedOverlap", message=why)
 
 
@@ -65,6 +66,7 @@ def skip_late(work: Workplace) -> int:
     for run in late:
         _record(work, _name(run), "skipped_late", why)
     if late:
+        work.ledger.ingest()
         say(f"{work.name}: {len(late)} missed runs are skipped, this one does their work")
     return len(late)
 
@@ -79,4 +81,3 @@ def _record(work: Workplace, run_id: str, outcome: str, why: str) -> None:
     # its end first: a run without one is taken for killed by whoever gets the lock next
     work.ledger.record_run(RunEnded(run_id, outcome, why, 0.0))
     work.ledger.record_run(RunStarted(run_id, work.key, work.recipe_sha256))
-    work.ledger.ingest()

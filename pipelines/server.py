@@ -3,7 +3,7 @@
 Prefect can start one itself, but leaves it behind when the run is killed, gives up on a slow first
 start, and starts one for every process. This one is shared by all that work in a home at the same
 time. Each holds a lock, which the system takes back however it ended; when the server gets that
-lock, nobody is left, and it exits.
+lock, nobody is left, and it exits. Where it ends before that, one of them starts it again.
 
     home/prefect/users.lock    shared by all who use the server
                  server.lock   the server's own, as long as it lives
@@ -36,7 +36,9 @@ START_SECONDS = 180.0
 """A first start makes a database: half a minute on a busy machine."""
 HOST = "127.0.0.1"
 PORT = 4200
-"""Prefect's own, where it is free: then a page that was opened before is found again."""
+"""Prefect's own. After that the last one, so that a page that was opened is found again."""
+KEEP_SECONDS = 1.0
+"""How often it is seen whether the server lives."""
 
 
 class ServerError(MeteoraError):
@@ -65,7 +67,9 @@ def use_local_server(home: Path) -> bool:
         os.environ["PREFECT_API_URL"] = url
         start.close()
         # last in, first out: Prefect registers its farewells later, so they come before this
-        atexit.register(_leave, users, server, held.pop_all())
+        leaving = threading.Event()
+        atexit.register(_leave, users, server, held.pop_all(), leaving)
+    threading.Thread(target=_keep_alive, args=(folder, server, leaving), daemon=True).start()
     return server is not None
 
 
@@ -87,7 +91,7 @@ def _start(folder: Path) -> subprocess.Popen[bytes] | None:
     with (folder / "server.lock").open("a") as own:
         if not _got(own, fcntl.LOCK_EX):
             return None
-        with _listening() as listener, (folder / "server.log").open("wb") as log:
+        with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
             port = listener.getsockname()[1]
             (folder / "address").write_text(f"http://{HOST}:{port}/api")
             return subprocess.Popen(  # noqa: S603  (our own module)
@@ -102,14 +106,21 @@ def _start(folder: Path) -> subprocess.Popen[bytes] | None:
             )
 
 
+def _last_port(folder: Path) -> int:
+    try:
+        return int((folder / "address").read_text().removesuffix("/api").rpartition(":")[2])
+    except (FileNotFoundError, ValueError):
+        return PORT
+
+
 @contextmanager
-def _listening() -> Generator[socket.socket]:
+def _listening(port: int) -> Generator[socket.socket]:
     """A socket that listens already, so that nobody takes its port before the server is up."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, PORT))
-        except OSError:
+            listener.bind((HOST, port))
+        except OSError:  # somebody else has it: any other
             listener.bind((HOST, 0))
         listener.listen()
         yield listener
@@ -132,7 +143,25 @@ def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: P
     )
 
 
-def _leave(users: IO[str], server: subprocess.Popen[bytes] | None, held: ExitStack) -> None:
+def _keep_alive(
+    folder: Path, server: subprocess.Popen[bytes] | None, leaving: threading.Event
+) -> None:
+    """Start the server again, at its address, when it has died: Prefect's clients wait for it."""
+    while not leaving.wait(KEEP_SECONDS):
+        if server is not None:
+            server.poll()  # its parent has to ask, or it stays a zombie
+        with (folder / "start.lock").open("w") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            server = _start(folder) or server
+
+
+def _leave(
+    users: IO[str],
+    server: subprocess.Popen[bytes] | None,
+    held: ExitStack,
+    leaving: threading.Event,
+) -> None:
+    leaving.set()
     alone = _got(users, fcntl.LOCK_EX)
     held.close()
     if server is not None and alone:

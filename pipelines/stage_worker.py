@@ -33,8 +33,17 @@ def device(_work: Workplace) -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def slot(_work: Workplace) -> str:
+    """By which name the device is held by one run at a time; empty where it need not be."""
+    if not torch.cuda.is_available():
+        return ""
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"gpu-{getattr(about, 'uuid', about.name)}"
+
+
 STAGES = {
     "device": device,
+    "slot": slot,
     "build_base": stages.build_base,
     "stack": stages.stack,
     "fit_gates": stages.fit_gates,

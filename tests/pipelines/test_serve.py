@@ -129,6 +129,7 @@ def test_a_schedule_does_the_work_once_and_then_says_that_nothing_is_new(served:
 
     wait_for(lambda: len(done()) >= 2, f"two runs by schedule: {served.log.read_text()}")
     served.client.pause_deployment(served.deployment_id)
+    wait_for(lambda: all(run.state and run.state.is_final() for run in served.runs()), "its rest")
     first, second = sorted(done(), key=lambda run: str(run.start_time))[:2]
     assert second.state is not None
     assert second.state.message == "nothing new: everything is in the ledger already"

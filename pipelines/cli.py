@@ -15,7 +15,7 @@ import typer
 from meteora.artifacts import MeteoraError
 from pipelines import cli_checkpoint, cli_grow, cli_runs, cli_store, show
 from pipelines.cli_options import DEFAULT_HOME, Home
-from pipelines.environment import has_server, prepare
+from pipelines.environment import prepare
 from pipelines.progress import say
 from pipelines.recipe import Stage
 
@@ -32,9 +32,12 @@ app.add_typer(cli_store.app, name="store")
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
     until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dask: Annotated[
+        str, typer.Option(help="Run them at once: so many processes, or a scheduler's address.")
+    ] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """The main job: download, check, stack, fit gates, benchmark, record, publish."""
@@ -43,32 +46,15 @@ def run(
     from pipelines.finished import finished
     from pipelines.workplace import Workplace
 
-    work = Workplace.open(recipe, home)
-    planned = finished(work, until)
+    works = [Workplace.open(recipe, home) for recipe in recipes]
+    plans = [finished(work, until) for work in works]
     if dry_run:
         from pipelines import preview
 
-        preview.steps(work, planned)
+        for work, planned in zip(works, plans, strict=True):
+            preview.steps(work, planned)
         return
-    seconds: dict[str, float] = {}
-    if planned is None:
-        try:
-            if not has_server():
-                from pipelines.server import use_local_server
-
-                say("using a local Prefect server; set PREFECT_API_URL to use yours")
-                use_local_server(home)
-            from pipelines import flows
-
-            seconds = flows.fuse_adapters(recipe, str(home), until)
-        except KeyboardInterrupt:
-            say("interrupted; run the same command again to go on")
-            raise typer.Exit(130) from None
-        planned = finished(work, until) if until in (Stage.benchmark, Stage.publish) else None
-    else:
-        say(f"{work.name}: everything is in the ledger already, nothing to do")
-    if planned is not None:
-        show.summary(work, planned, seconds)
+    cli_runs.run(works, plans, until, dask)
 
 
 @app.command()

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from pipelines.workplace import Workplace
 
 logger = logging.getLogger(__name__)
+TAG = "meteora"
+"""Of every run and every deployment of ours: what filters and automations go by."""
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def _if_it_answers() -> Generator[None]:
 
 def introduce(work: Workplace) -> None:
     """Give the flow run the name that the ledger knows, and tags to find it by."""
-    tags = {*flow_run.get_tags(), f"recipe:{work.name}", f"base:{work.recipe.base}"}
+    tags = {*flow_run.get_tags(), TAG, f"recipe:{work.name}", f"base:{work.recipe.base}"}
     with _if_it_answers(), get_client(sync_client=True) as client:
         client.update_flow_run(
             UUID(flow_run.get_id()), name=f"{work.name} {work.run_id}", tags=sorted(tags)
@@ -105,8 +107,11 @@ class Progress:
     def _show(self, share: float, text: str) -> None:
         if self._artifact is not None:
             percent = 100.0 * (self._at + share) / len(self._stages)
+            # a server that went away is not asked again: Prefect's client tries for a minute
+            artifact, self._artifact = self._artifact, None
             with _if_it_answers():
-                update_progress_artifact(self._artifact, percent, description=text)
+                update_progress_artifact(artifact, percent, description=text)
+                self._artifact = artifact
 
 
 def show_results(

@@ -73,6 +73,15 @@ def use_local_server(home: Path) -> bool:
     return server is not None
 
 
+def answers() -> bool:
+    """Whether the server that is used answers now."""
+    try:
+        with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):  # noqa: S310
+            return True
+    except (urllib.error.URLError, OSError, KeyError, ValueError):
+        return False
+
+
 def page() -> str:
     """Where a person sees what runs on the server that is used."""
     return os.environ["PREFECT_API_URL"].removesuffix("/api")

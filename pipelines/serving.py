@@ -17,6 +17,7 @@ from meteora.artifacts import MeteoraError
 from pipelines import server
 from pipelines.flows import fuse_adapters
 from pipelines.progress import say
+from pipelines.run_page import TAG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +81,7 @@ def _deployment(work: Workplace, schedule: Schedule | None) -> RunnerDeployment:
         schedules=[schedule] if schedule else None,
         paused=False,
         parameters={"recipe": str(work.path.resolve()), "home": str(work.home)},
-        tags=["meteora", f"recipe:{work.name}", f"base:{work.recipe.base}"],
+        tags=[TAG, f"recipe:{work.name}", f"base:{work.recipe.base}"],
         description=f"{work.name}: what the recipe asks for and the ledger does not hold yet.",
         version=work.recipe_sha256[:12],
         entrypoint_type=EntrypointType.MODULE_PATH,

@@ -68,6 +68,8 @@ def main() -> None:
             answer = ("value", STAGES[stage](work, *arguments))
         except Exception as error:
             answer = ("error", _portable(stage, error))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # whoever has the device next finds it empty
         pipe.send(answer)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import World
 
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 300.0
 """How long a busy machine may take for a step that takes seconds."""
 
 
@@ -189,8 +189,11 @@ def test_a_run_that_is_cancelled_on_its_page_stops_and_the_next_goes_on(
     assert after.fused.id != before.fused.id
     (table,) = [one for one in served.artifacts(ended.id) if one.type == "table"]
     assert '"last"' in str(table.data)
-    compared = served.work.ledger.query("SELECT task, previous_id FROM changes ORDER BY task").rows
-    assert compared == [("attention", before.router.id), ("q_and_v", before.router.id)]
+    question = "SELECT task, previous_id FROM changes WHERE router = 'gate' ORDER BY task"
+    assert served.work.ledger.query(question).rows == [
+        ("attention", before.router.id),
+        ("q_and_v", before.router.id),
+    ]
     text = served.log.read_text()
     assert "it was" in text or "scored the same" in text
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MODEL_TYPE = "meteora"
 DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """What transformers is told about downloads; it holds for the checkpoint and for its base."""
-OURS = ("base_folder", "expert_cache_bytes", "dtype")
+OURS = ("base_folder", "expert_cache_bytes", "dtype", "quantization_config")
 IDLE = {
     "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "state_dict", "subfolder",
     "trust_remote_code", "use_fast", "use_safetensors", "weights_only",

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.sources import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -75,21 +76,30 @@ def load_folder(
     dtype: torch.dtype | str = "auto",
     *,
     download: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle.
 
     Args:
         download: what transformers is told about downloads, such as `token` or `cache_dir`
+        options: of the model alone, such as `quantization_config`
+
+    Raises:
+        SourceError: It needs a package that is not installed, as a quantised one may.
     """
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **(download or {}),
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **(download or {}),
+                **(options or {}),
+            )
+        except ImportError as error:
+            raise SourceError(f"{source} cannot be loaded here: {error}") from error
         tokenizer = load_tokenizer(source, revision, options=download)
         return cast("PreTrainedModel", model.eval()), tokenizer
 

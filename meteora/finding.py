@@ -86,12 +86,18 @@ def load_base(
     dtype: torch.dtype | str,
     *,
     download: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that a checkpoint refers to, from `folder` where one is given."""
     source, revision = _find_base(manifest, folder)
     if isinstance(source, Path) and source.is_file():
+        if options:
+            raise SourceError(
+                f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
+                f" {', '.join(options)}; give the base as safetensors with base_folder="
+            )
         return base.load_gguf(source)
-    return base.load_folder(source, revision, dtype, download=download)
+    return base.load_folder(source, revision, dtype, download=download, options=options)
 
 
 def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Path, str | None]:

@@ -53,6 +53,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     expert_cache_bytes: int | None = None,
+    quantization_config: Any = None,  # noqa: ANN401  (transformers has one of each library)
     download: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
@@ -65,6 +66,8 @@ def load(
         dtype: of the base; the experts keep their precision
         expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
             the device than this, those that were used last; see `expert_cache`
+        quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
+            the experts keep their precision
         download: what transformers is told about downloads, such as `token` or `cache_dir`
 
     Raises:
@@ -73,7 +76,12 @@ def load(
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = checkpoint.read_manifest(folder)
-    model, tokenizer = load_base(manifest, base_folder, dtype, download=download)
+    options: dict[str, Any] = {}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+        if device is not None:  # what is quantised is made where it is to lie
+            options["device_map"] = {"": device}
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=download, options=options)
     check_base(manifest, model, tokenizer, folder)
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     insert_experts(model, folder, manifest, cache=cache)

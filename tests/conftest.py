@@ -124,6 +124,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
     gemma = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llama": ("LlamaConfig", llama),
+        "llama_64": ("LlamaConfig", llama | {"hidden_size": 64, "intermediate_size": 128}),
         "mistral": ("MistralConfig", llama | {"sliding_window": 4}),
         "qwen2": ("Qwen2Config", llama),
         "qwen3": ("Qwen3Config", llama | {"head_dim": 8}),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from meteora import adapters
 from meteora.adapters import AdapterError, IncompatibleAdaptersError, Reason
-from pipelines import hub
+from pipelines.hub_card import licence_of
 from pipelines.hub_errors import UnusableRepositoryError
+from pipelines.named_base import judge_base
 from pipelines.recipe import FoundExpert
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from meteora.adapters import Adapter
     from meteora.artifacts import AdapterRef, BuiltBase
+    from pipelines.named_base import LookUp
     from pipelines.recipe import ExpertSection, Recipe
 
     Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
@@ -62,6 +64,7 @@ def gather(
     *,
     resolve: Resolve,
     fetch: Fetch,
+    look_up: LookUp,
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal]]:
     """Each expert of the recipe, in order, accepted or refused.
 
@@ -69,6 +72,7 @@ def gather(
         folder: What the recipe's paths are relative to.
         cache: Where downloaded adapters lie.
         resolve, fetch: `sources.resolve_adapter` and how to get at its files.
+        look_up: What the base is that an adapter names, if it is another than the recipe's.
 
     Raises:
         HubError: A fault of the Hub, which says nothing about the adapter.
@@ -78,7 +82,7 @@ def gather(
         ref = resolve(recipe, section, folder)
         try:
             adapter_folder = fetch(recipe, section, ref, folder, cache)
-            expert = _read(section, ref, adapter_folder, recipe, built)
+            expert = _read(section, ref, adapter_folder, recipe, built, look_up)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
@@ -91,8 +95,15 @@ def gather(
 
 
 def _read(
-    section: ExpertSection, ref: AdapterRef, folder: Path, recipe: Recipe, built: BuiltBase
+    section: ExpertSection,
+    ref: AdapterRef,
+    folder: Path,
+    recipe: Recipe,
+    built: BuiltBase,
+    look_up: LookUp,
 ) -> Expert:
     found = adapters.read(folder, modules_to_save=recipe.policy.modules_to_save)
     fitted = adapters.fit_to_base(found, built.sizes)
-    return Expert(section.name, section.adapter, ref, fitted, hub.licence_of(folder))
+    reasons = judge_base(fitted, folder, ref, recipe, built, look_up)
+    fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
+    return Expert(section.name, section.adapter, ref, fitted, licence_of(folder))

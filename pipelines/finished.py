@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import BuiltBase, MeteoraError
 from meteora.sources import texts_sha256
 from pipelines import plan, sources
 from pipelines.experts import Refusal, gather
+from pipelines.named_base import kept
 from pipelines.recipe import Stage
 from pipelines.summary import summarise
 
@@ -54,16 +56,18 @@ def _finished(work: Workplace) -> Plan | None:
     known = work.ledger.built(base.id)
     if known is None or not work.base_folder(base).is_dir():
         return None
+    built = BuiltBase.from_dict(known)
     recipe = sources.discover(work.recipe)
     experts = []
     try:
         for _, outcome in gather(
             recipe,
             work.folder,
-            BuiltBase.from_dict(known),
+            built,
             work.adapters_folder,
             resolve=sources.resolve_adapter,
             fetch=sources.adapter_at_hand,
+            look_up=partial(kept, work.adapters_folder, built),
         ):
             if not isinstance(outcome, Refusal):
                 experts.append(outcome)

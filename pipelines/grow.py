@@ -32,6 +32,7 @@ from meteora.statistics import read_statistics, write_statistics
 from pipelines import card, hub, lineage
 from pipelines.examples import rows_sha256
 from pipelines.experts import Expert
+from pipelines.hub_card import licence_of
 from pipelines.labels import label_rows
 from pipelines.opening import entry_of
 from pipelines.progress import bar, say
@@ -184,7 +185,7 @@ def _read_expert(
     found = adapters.fit_to_base(adapters.read(folder), sizes)
     for reason in found.reasons:
         say(f"[yellow]note:[/] {name}: {reason.message}")
-    return Expert(name, adapter, ref, found, hub.licence_of(folder))
+    return Expert(name, adapter, ref, found, licence_of(folder))
 
 
 @contextmanager

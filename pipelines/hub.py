@@ -8,11 +8,11 @@ repository's own list.
 from __future__ import annotations
 
 import re
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, AdapterRef
+from pipelines.hub_card import MAX_CARD_BYTES
 from pipelines.hub_client import Hub, is_offline, saved_token
 from pipelines.hub_errors import (
     HubError,
@@ -23,8 +23,8 @@ from pipelines.hub_errors import (
     HubRevisionError,
     HubSizeError,
 )
+from pipelines.hub_files import check_sizes, fetch_files, list_folder, some
 from pipelines.hub_snapshot import (
-    ListedFile,
     check_file,
     locked,
     read_manifest,
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import BaseSpec
+    from pipelines.hub_snapshot import ListedFile
 
 __all__ = [
-    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
-    "discover", "download", "download_base", "downloaded", "licence_of", "resolve", "saved_token",
+    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe", "discover",
+    "download", "download_base", "download_profile", "downloaded", "resolve", "saved_token",
 ]  # fmt: skip
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
@@ -55,14 +56,16 @@ BASE_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 """Never `*.py`, which would be run, nor `*.bin`, which is a pickle."""
+PROFILE_FILES = re.compile(
+    r"config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config)\.json|"
+    r"merges\.txt|tokenizer\.model"
+)
+"""What tells a base from another."""
 
-MAX_ENTRIES = 2_000
 MAX_CONFIG_BYTES = 2 << 20
-MAX_CARD_BYTES = 1 << 20
+MAX_PROFILE_BYTES = 64 << 20
 MAX_ADAPTER_BYTES = 4 << 30
 MAX_BASE_BYTES = 160 << 30
-MIN_BYTES_PER_SECOND = 500_000
-"""A download that is slower on the whole is given up."""
 DEFAULT = Hub()
 
 
@@ -131,7 +134,7 @@ def download(
             return here
         files = _adapter_files(hub, ref, limit_bytes)
         with staging(folder) as staged:
-            _fetch(hub, ref, files, staged)
+            fetch_files(hub, ref, files, staged)
             write_manifest(folder, files)
             staged.rename(folder)
     return folder / ref.subfolder
@@ -175,23 +178,38 @@ def download_base(
     ref = AdapterRef(spec.base_model, spec.base_revision)
     files = _base_files(hub, ref, limit_bytes)
     with staging(out) as staged:
-        _fetch(hub, ref, files, staged)
+        fetch_files(hub, ref, files, staged)
+        staged.rename(out)
+
+
+def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
+    """Download what tells a base from another, its config and its tokenizer, into a new folder."""
+    files = [
+        file
+        for file in list_folder(hub, ref, "")
+        if PROFILE_FILES.fullmatch(file.path) and file.size >= 0
+    ]
+    if not any(file.path == "config.json" for file in files):
+        raise HubFilesError(f"{ref.repo_id} at {ref.revision[:12]} has no config.json")
+    check_sizes(ref, files, MAX_PROFILE_BYTES)
+    with staging(out) as staged:
+        fetch_files(hub, ref, files, staged)
         staged.rename(out)
 
 
 def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
     files = [
         file
-        for file in _entries(hub, ref, "")
+        for file in list_folder(hub, ref, "")
         if file.size >= 0 and BASE_FILES.fullmatch(file.path)
     ]
     names = {file.path for file in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubFilesError(
             f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
-            f" (config.json, model*.safetensors); it holds {_some(names)}"
+            f" (config.json, model*.safetensors); it holds {some(names)}"
         )
-    _check_sizes(ref, files, limit_bytes)
+    check_sizes(ref, files, limit_bytes)
     return files
 
 
@@ -227,40 +245,16 @@ def discover(
     ]
 
 
-def licence_of(folder: Path) -> str:
-    """What the card in a downloaded folder says of its licence; empty where it says nothing."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return ""
-    with card.open(encoding="utf-8", errors="replace") as file:
-        head = file.read(MAX_CARD_BYTES)
-    if not (front := re.match(r"\s*---\n(.*?)\n---", head, re.DOTALL)):
-        return ""
-    line = re.search(r"^license:[ \t]*([^\s#]{1,100})", front[1], re.MULTILINE)
-    return line[1].strip("\"'") if line else ""
-
-
-def _entries(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
-    """What one folder holds at a commit; folders have the size -1."""
-    what = f"{ref.repo_id} at {ref.revision[:12]}"
-    entries = hub.ask(
-        "listing", what, ref.repo_id, revision=ref.revision, folder=folder, most=MAX_ENTRIES + 1
-    )
-    if len(entries) > MAX_ENTRIES:
-        raise HubSizeError(f"{what} holds more than {MAX_ENTRIES} files in one folder")
-    return [ListedFile(**entry) for entry in entries]
-
-
 def _check_commit(hub: Hub, ref: AdapterRef) -> None:
     try:
-        _entries(hub, ref, "")
+        list_folder(hub, ref, "")
     except HubFilesError as error:  # how a mirror says it
         raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error
 
 
 def _adapter_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
-    entries = _entries(hub, ref, ref.subfolder)
+    entries = list_folder(hub, ref, ref.subfolder)
     files = {file.path: file for file in entries if file.size >= 0}
     weights = [prefix + name for name in WEIGHTS if prefix + name in files][:1]
     if prefix + CONFIG not in files or not weights:
@@ -271,7 +265,7 @@ def _adapter_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFi
     card = files.get(f"{prefix}README.md")
     if card is not None and card.size <= MAX_CARD_BYTES:
         chosen.append(card)
-    _check_sizes(ref, chosen, limit_bytes)
+    check_sizes(ref, chosen, limit_bytes)
     return chosen
 
 
@@ -286,31 +280,5 @@ def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
             " downloaded; ask its owner for safetensors"
         )
     if folders := [file.path for file in entries if file.size < 0]:
-        return f"{needed}; say which of its folders is meant with subfolder: {_some(folders)}"
-    return f"{needed}; it holds {_some([file.path for file in entries])}"
-
-
-def _check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) -> None:
-    total = sum(file.size for file in files)
-    if total > limit_bytes:
-        raise HubSizeError(
-            f"{ref.repo_id} at {ref.revision[:12]} has {total} bytes of files that are needed, and"
-            f" {limit_bytes} are allowed; raise the limit if that is meant"
-        )
-
-
-def _fetch(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
-    what = f"{ref.repo_id} at {ref.revision[:12]}"
-    sizes = {file.path: file.size for file in files}
-    patient = replace(
-        hub, timeout_seconds=hub.timeout_seconds + sum(sizes.values()) / MIN_BYTES_PER_SECOND
-    )
-    patient.ask("fetch", what, ref.repo_id, revision=ref.revision, files=sizes, into=str(into))
-    shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
-    for file in files:
-        check_file(file, into, what)
-
-
-def _some(names: Sequence[str] | set[str]) -> str:
-    shown = [name for name in sorted(names) if name.isprintable()][:8]
-    return ", ".join(shown) + (", …" if len(names) > len(shown) else "") or "nothing"
+        return f"{needed}; say which of its folders is meant with subfolder: {some(folders)}"
+    return f"{needed}; it holds {some([file.path for file in entries])}"

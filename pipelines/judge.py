@@ -10,6 +10,7 @@ from meteora.artifacts import COMMIT, MeteoraError
 from meteora.probe import silent_experts
 from meteora.proportion import check_proportion
 from pipelines import hub
+from pipelines.base_lookup import looking_up
 from pipelines.experts import Refusal, gather
 from pipelines.progress import say
 from pipelines.recipe import FoundExpert
@@ -40,7 +41,13 @@ def find_experts(
     if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
         say(f"found {found} adapters on the Hub")
     gathered = gather(
-        work.recipe, work.folder, built, work.adapters_folder, resolve=resolve, fetch=fetch
+        work.recipe,
+        work.folder,
+        built,
+        work.adapters_folder,
+        resolve=resolve,
+        fetch=fetch,
+        look_up=looking_up(work, built),
     )
     for section, outcome in gathered:
         if isinstance(outcome, Refusal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rich.progress import Task
 
 console = Console(stderr=True, highlight=False)
+PATIENCE_SECONDS = 2.0
+LOOK_EVERY_SECONDS = 0.5
 _told: Callable[[str, int, int], None] | None = None
 
 
@@ -67,6 +70,36 @@ def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
     if not console.is_terminal:
         seconds = time.perf_counter() - started
         say(f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds, unit)}")
+
+
+@contextmanager
+def growing(what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
+    """A bar over something that grows by itself, such as a download, if it takes a while.
+
+    Args:
+        num_bytes: How large it will be.
+        measure: How large it is.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        if ended.wait(PATIENCE_SECONDS):
+            return
+        with bar(what, max(1, round(num_bytes / 1e6)), "MB") as advance:
+            shown, last = 0, False
+            while not last:
+                last = ended.wait(LOOK_EVERY_SECONDS)
+                now = round(min(measure(), num_bytes) / 1e6)
+                advance(now - shown)
+                shown = now
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 class _Rate(ProgressColumn):

@@ -100,6 +100,8 @@ class RouterSection(Section):
 
 class PolicySection(Section):
     modules_to_save: Literal["refuse", "strip"] = "refuse"
+    unreachable_base: Literal["warn", "refuse"] = "warn"
+    """What to do where the base that an adapter names is another, and cannot be looked at."""
     on_refused: Literal["fail", "skip"] = "fail"
 
 

@@ -24,6 +24,7 @@ from meteora.sources import GGUF, find_gguf, weights_sha256
 from meteora.statistics import write_statistics
 from pipelines import card, hub, judge, lineage
 from pipelines.gates_section import JointSection
+from pipelines.hub_card import licence_of
 from pipelines.labels import background_sequences, label, label_composites
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
@@ -61,7 +62,7 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
         weights_sha256(folder),
         base.fingerprint_of(folder),
         tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
-        hub.licence_of(folder),
+        licence_of(folder),
     )
     work.ledger.record_artifact(
         spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id

@@ -14,6 +14,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from pipelines import hub
+from pipelines.hub_card import licence_of
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
     HubAccessError,
@@ -137,7 +138,7 @@ def test_only_the_files_of_an_adapter_come(asked: Hub, tmp_path: Path) -> None:
     folder = hub.download(REF, tmp_path, hub=asked)
     assert files_of(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
-    assert hub.licence_of(folder) == "mit"
+    assert licence_of(folder) == "mit"
 
 
 def test_a_second_download_asks_nobody(

@@ -13,6 +13,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from pipelines import hub
+from pipelines.hub_card import licence_of
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import HubError, HubFilesError, HubRevisionError
 
@@ -123,7 +124,7 @@ def test_each_commit_has_its_own_files(
     for revision in commits:
         folder = hub.download(AdapterRef("someone/adapter", revision), tmp_path, hub=asked)
         configs.append((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        assert hub.licence_of(folder) == "apache-2.0"
+        assert licence_of(folder) == "apache-2.0"
     assert configs == ["{}", '{"r": 4}']
 
 

@@ -1,0 +1,119 @@
+"""The base that an adapter names, against the recipe's: what was found out, and what follows.
+
+Names decide nothing where they differ: a mirror, a quantised copy or a renamed repository is the
+same base, and a base of the same shapes may be another. What one was found to be is kept, so that a
+finished run is known to be finished without asking anybody again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meteora.adapters import IncompatibleAdaptersError, Reason
+from meteora.artifacts import COMMIT, Noun, canonical_json, canonical_sha256
+from pipelines import hub
+from pipelines.hub_card import base_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from meteora.adapters import Adapter
+    from meteora.artifacts import AdapterRef, BuiltBase
+    from pipelines.recipe import Recipe
+
+    LookUp = Callable[[str], "BaseVerdict"]
+
+
+@dataclass(frozen=True)
+class BaseVerdict(Noun):
+    """What a named base is found to be, beside the recipe's."""
+
+    unreachable: str = ""
+    """Why it cannot be looked at; empty where it was."""
+    refusals: tuple[Reason, ...] = ()
+    warnings: tuple[Reason, ...] = ()
+
+
+def judge_base(
+    adapter: Adapter,
+    folder: Path,
+    ref: AdapterRef,
+    recipe: Recipe,
+    built: BuiltBase,
+    look_up: LookUp,
+) -> tuple[Reason, ...]:
+    """Warnings about the base that an adapter names.
+
+    It is looked up where the Hub is in use anyway, for the adapter or the base; a recipe that
+    refuses unreachable bases asks for it everywhere.
+
+    Args:
+        folder: Of the adapter; its card may name a base where its config does not.
+
+    Raises:
+        IncompatibleAdaptersError: It is another base, or the recipe's policy wants it looked at and
+            it cannot be.
+    """
+    named = _named(adapter, folder)
+    if named and named.lower() == built.spec.base_model.lower():
+        return ()
+    strict = recipe.policy.unreachable_base == "refuse"
+    on_the_hub = COMMIT.fullmatch(ref.revision) or COMMIT.fullmatch(built.spec.base_revision)
+    if named and (strict or on_the_hub):
+        verdict = look_up(named)
+        name = named
+    else:
+        verdict = BaseVerdict("it names none that the Hub could have")
+        name = adapter.spec.base_model or "its base"
+    if verdict.refusals:
+        raise IncompatibleAdaptersError(str(folder), verdict.refusals)
+    if not verdict.unreachable:
+        return verdict.warnings
+    if strict:
+        reason = Reason(
+            "base_unreachable",
+            f"{name} cannot be compared with the recipe's base ({verdict.unreachable}), and"
+            " `unreachable_base: refuse` wants that; allow it with warn, or leave it out",
+        )
+        raise IncompatibleAdaptersError(str(folder), (reason,))
+    if not named or not on_the_hub:
+        return ()  # a warning says already that none is named, or only shapes could be compared
+    return (
+        Reason(
+            "base_unreachable",
+            f"it was trained on {name}, which cannot be compared with the recipe's base"
+            f" ({verdict.unreachable}); its shapes fit, and that is all that is known",
+        ),
+    )
+
+
+def _named(adapter: Adapter, folder: Path) -> str:
+    """The `owner/name` of its base; empty where neither config nor card has one."""
+    for name in (adapter.spec.base_model, base_of(folder)):
+        if hub.REPO_ID.fullmatch(name) and ".." not in name:
+            return name
+    return ""
+
+
+def kept(cache: Path, built: BuiltBase, named: str) -> BaseVerdict:
+    """What was found out about a named base before, without asking anybody."""
+    file = _file(cache, built, named)
+    if not file.is_file():
+        return BaseVerdict("it was not looked up yet")
+    return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def keep(cache: Path, built: BuiltBase, named: str, verdict: BaseVerdict) -> None:
+    file = _file(cache, built, named)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_suffix(".partial")
+    staged.write_text(canonical_json(verdict.to_dict()), encoding="utf-8")
+    staged.rename(file)
+
+
+def _file(cache: Path, built: BuiltBase, named: str) -> Path:
+    asked = canonical_sha256([named.lower(), built.spec.id])
+    return cache / "named-bases" / f"{asked[:32]}.json"

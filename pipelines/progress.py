@@ -85,11 +85,12 @@ def growing(what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[
     def watch() -> None:
         if ended.wait(PATIENCE_SECONDS):
             return
-        with bar(what, max(1, round(num_bytes / 1e6)), "MB") as advance:
+        size, unit = (1_000_000, "MB") if num_bytes >= 10_000_000 else (1_000, "kB")
+        with bar(what, max(1, round(num_bytes / size)), unit) as advance:
             shown, last = 0, False
             while not last:
                 last = ended.wait(LOOK_EVERY_SECONDS)
-                now = round(min(measure(), num_bytes) / 1e6)
+                now = round(min(measure(), num_bytes) / size)
                 advance(now - shown)
                 shown = now
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
-from pipelines import hub
+from pipelines import hub, progress
 from pipelines.hub_card import licence_of
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
@@ -212,6 +212,27 @@ def test_a_body_without_end_is_stopped_at_the_listed_size(
     server.faults["get"] = Fault(endless=True, path=".safetensors")
     with pytest.raises(HubSizeError, match="more than it lists"):
         hub.download(REF, tmp_path, hub=asked)
+
+
+def test_a_download_that_takes_a_while_shows_how_far_it_is(
+    server: HubServer,
+    asked: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60)
+    hub.download(REF, tmp_path / "soon", hub=asked)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.05)
+    server.seconds_per_body = 0.3
+    server.repos["someone/adapter"].files["adapter_model.safetensors"] = b"w" * 3_000_000
+    told: list[tuple[str, int, int]] = []
+    progress.tell(lambda *step: told.append(step))
+    hub.download(REF, tmp_path / "late", hub=asked)
+    progress.tell(lambda *_: None)
+    assert "downloading someone/adapter: 3000 of 3000 kB" in capsys.readouterr().err
+    assert told[-1] == ("downloading someone/adapter", 3_000, 3_000)
 
 
 def test_a_connection_that_breaks_once_is_taken_up_again(

@@ -108,7 +108,7 @@ def check_stackable(
         found.refuse(
             "memory",
             f"{len(adapters)} experts take {needs / 1e6:,.0f} MB stacked, and"
-            f" {memory_limit_bytes / 1e6:,.0f} MB are allowed; leave some out",
+            f" {memory_limit_bytes / 1e6:,.0f} MB are there in all; leave some out",
         )
     if found.refusals:
         raise IncompatibleAdaptersError("these cannot be stacked", tuple(found.refusals))

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from pipelines.hub_snapshot import ListedFile
 
 __all__ = [
-    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe", "discover",
-    "download", "download_base", "download_profile", "downloaded", "resolve", "saved_token",
+    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
+    "discover", "download", "download_base", "download_profile", "downloaded", "resolve",
+    "saved_token",
 ]  # fmt: skip
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")

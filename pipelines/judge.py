@@ -12,6 +12,7 @@ from meteora.proportion import check_proportion
 from pipelines import hub
 from pipelines.base_lookup import looking_up
 from pipelines.experts import Refusal, gather
+from pipelines.machine import memory_bytes
 from pipelines.progress import say
 from pipelines.recipe import FoundExpert
 from pipelines.sources import hub_of
@@ -69,7 +70,8 @@ def find_experts(
 def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
     """Refuse experts that cannot lie in one stack on this base; record those that can."""
     found = {expert.name: expert.adapter for expert in experts}
-    for reason in adapters.check_stackable(found, base=built.sizes):
+    memory = memory_bytes()
+    for reason in adapters.check_stackable(found, base=built.sizes, memory_limit_bytes=memory):
         say(f"[yellow]note:[/] {reason.message}")
     for expert in experts:
         spec = expert.adapter.spec

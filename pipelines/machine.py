@@ -59,11 +59,16 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     hashed = _rate(torch.device("cpu"), lambda _: hashlib.sha256(data)) * len(data)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         name = f"cpu with {len(os.sched_getaffinity(0))} cores"
-    return Machine(name, flops, reads, 1 / calls, hashed, memory)
+    return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes())
+
+
+def memory_bytes() -> int:
+    """Of the device that a run would take, in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties("cuda").total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _rate(device: torch.device, do: Callable[[int], object]) -> float:

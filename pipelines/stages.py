@@ -25,6 +25,7 @@ from meteora.statistics import write_statistics
 from pipelines import card, hub, judge, lineage
 from pipelines.gates_section import JointSection
 from pipelines.hub_card import licence_of
+from pipelines.hub_snapshot import locked
 from pipelines.labels import background_sequences, label, label_composites
 from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
@@ -51,10 +52,7 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
     if known is not None and folder.is_dir():
         return BuiltBase.from_dict(known)
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with work.scratch() as scratch:
-            _fetch_base(work.recipe, spec, scratch / "base")
-            (scratch / "base").rename(folder)
+        _bring_base(work, spec, folder)
     sizes = base.linear_sizes(folder)
     norms = base.weight_norms(folder, sizes)
     built = BuiltBase(
@@ -68,6 +66,17 @@ def build_base(work: Workplace, spec: BaseSpec) -> BuiltBase:
         spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
     )
     return built
+
+
+def _bring_base(work: Workplace, spec: BaseSpec, folder: Path) -> None:
+    """Have the base in its folder, whole or not at all; of two runs one waits for the other."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(work.home / "runs" / folder.name, work.recipe.deadlines.base):
+        if folder.is_dir():
+            return
+        with work.scratch() as scratch:
+            _fetch_base(work.recipe, spec, scratch / "base")
+            (scratch / "base").rename(folder)
 
 
 def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:

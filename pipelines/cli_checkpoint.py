@@ -13,6 +13,10 @@ from pipelines.cli_options import DEFAULT_HOME, Home
 from pipelines.progress import say
 
 app = typer.Typer()
+Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="FOLDER", help="Where the base lies, if it was a local folder."),
+]
 
 
 @app.command()
@@ -28,6 +32,7 @@ def generate(
             help="Show which expert took each token: on a page, and here in colours; - for these.",
         ),
     ] = "",
+    base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer one prompt with a fused model."""
@@ -42,7 +47,7 @@ def generate(
         check_writable(Path(trace))
     home = home.expanduser().absolute()
     folder = checkpoint_folder(checkpoint, home)
-    model, tokenizer = meteora.load(folder, base_folder=base_at_hand(folder, home))
+    model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace:
@@ -107,6 +112,7 @@ def report(
         "report.html"
     ),
     traces: Annotated[int, typer.Option(min=0, help="Test prompts to show answered.")] = 3,
+    base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Scores, routing, cost and lineage on one page that opens offline, with the SQL of each."""
@@ -127,7 +133,7 @@ def report(
     asked = ask(ledger, ArtifactId(read_manifest(folder).router_id))
     drawn = []
     if chosen := examples(ledger, asked["outputs"], traces):
-        model, tokenizer = meteora.load(folder, base_folder=base_at_hand(folder, home))
+        model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
         drawn = traced(model, tokenizer, chosen)
     write_page(output, report_page(asked, drawn))
     print(output)

@@ -52,7 +52,12 @@ STYLE: dict[str, Any] = {
 }
 NUMBERED_ID = re.compile(r' id="[\w.]+_\d+"')
 """What matplotlib calls its groups, the same in each figure; nothing refers to it."""
-FONT = re.compile(r"font: ([\d.]+px)[^;\"]*")
+FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*")
+"""As matplotlib up to 3.10 writes it, and as later ones do."""
+NO_TURN = re.compile(r' transform="rotate\(-?0 [^)]*\)"')
+LONG_NUMBER = re.compile(r"(\d+\.\d{3})\d+")
+EMPTY = re.compile(r"\s*<g/>|\s*<g>\s*</g>")
+INDENT = re.compile(r"\n\s+")
 LEGEND_ROW = 18
 
 
@@ -126,8 +131,10 @@ def _svg(figure: Figure, name: str, kind: str) -> Markup:
     text = text[text.index("<svg") :]
     for sentinel, variable in VARIABLES.items():
         text = text.replace(sentinel, f"var({variable})")
-    text = FONT.sub(r"font: \1 var(--sans)", text)
+    text = FONT.sub(lambda font: f"font: {font[1] or font[2]} var(--sans)", text)
     text = NUMBERED_ID.sub("", text)
+    for waste, kept in ((NO_TURN, ""), (LONG_NUMBER, r"\1"), (EMPTY, ""), (INDENT, "\n")):
+        text = waste.sub(kept, text)
     width, height = (round(size * 72) for size in figure.get_size_inches())
     head = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" role="img"'
     # matplotlib escapes the texts that it is given: the rest is its own

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+UPRIGHT = 26
+"""Columns that are narrower, in pixels, have names that stand upright: leaning ones would touch."""
 NUMBERED = 16
 """A heat map of more columns has no room for numbers in its cells."""
 MARKS = {
@@ -40,6 +42,8 @@ MARKS = {
     "oracle": Mark(SECOND, "D", 6, filled=False),
     "base": Mark(INK, "|", 9, filled=True),
 }
+FEW = 5
+"""More systems than that stand closer together."""
 OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsph<>8"]
 
 
@@ -64,7 +68,7 @@ def forest(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
     drawn = marks(systems)
-    gap, line = 1.6, 13.0
+    gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
     height = len(tasks) * (len(systems) + gap) * line
 
     def draw(width: int) -> Figure:
@@ -130,7 +134,9 @@ def heat(
         shown_columns = [brief(column, limit) for column in columns]
         left = 26 + 6.6 * max(map(len, shown_rows))
         longest = max(map(len, shown_columns))
-        top, right = 30 + 4.6 * longest, 4 + 4.2 * longest  # the names lean to the right
+        upright = (width - left) / len(columns) < UPRIGHT
+        # names that lean to the right need room there
+        top, right = (30 + 5.8 * longest, 6) if upright else (30 + 4.6 * longest, 4 + 4.2 * longest)
         cell = min(46.0, (width - left - right) / len(columns))
         figure, axes = new_axes(
             width, cell * len(rows), left=left, top=top, bottom=6,
@@ -164,7 +170,8 @@ def heat(
         axes.xaxis.tick_top()
         axes.set_xticks(
             [c + 0.5 for c in range(len(columns))], shown_columns, fontsize=size, color=INK,
-            rotation=40, ha="left", rotation_mode="anchor",
+            rotation=90 if upright else 40, ha="left", rotation_mode="anchor",
+            va="center" if upright else "baseline",
         )  # fmt: skip
         axes.spines[:].set_visible(False)
         axes.set_ylabel(labels[0])

@@ -21,13 +21,17 @@ WHERE routers.id = $router ORDER BY position;
 -- scores: Scores and their 95 % intervals
 SELECT task, system, metric, value, low, high, num_samples, num_empty, num_truncated
 FROM standings WHERE router_id = $router AND system <> 'alone'
-ORDER BY task, list_position(['fused', 'oracle', 'base'], system), system;
+ORDER BY starts_with(task, 'composite-'), TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
+         task, list_position(['fused', 'oracle', 'base'], system), system;
 
 -- means: Means over the tasks that every system was asked
-WITH asked AS (
-    SELECT task, metric, system, value, count(*) OVER (PARTITION BY task, metric) AS num_systems
+WITH by_task AS (
+    SELECT system, task, avg(value) AS value  -- of a task's metrics
     FROM standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
+    GROUP BY system, task
+), asked AS (
+    SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task
 )
 SELECT system, avg(value) AS mean, count(*) AS num_tasks
 FROM asked WHERE num_systems = (SELECT max(num_systems) FROM asked)
@@ -46,10 +50,24 @@ SELECT task, expert, metric, value, low, high, num_samples
 FROM standings WHERE router_id = $router AND system IN ('oracle', 'alone')
 ORDER BY task, metric, expert;
 
+-- composites: Several questions in one prompt
+SELECT standings.task, system,
+       max(standings.value) FILTER (standings.metric <> 'composite_attempted') AS answered_right,
+       max(standings.value) FILTER (standings.metric = 'composite_attempted') AS attempted,
+       max(standings.num_samples) AS num_prompts,
+       max(mean_prompt_tokens) AS mean_prompt_tokens, max(max_prompt_tokens) AS max_prompt_tokens,
+       max(standings.num_truncated) AS num_truncated
+FROM standings JOIN scores ON scores.id = score_id
+WHERE router_id = $router AND system <> 'alone' AND starts_with(standings.task, 'composite-')
+GROUP BY standings.task, system
+ORDER BY TRY_CAST(split_part(standings.task, '-', 2) AS INTEGER), standings.task,
+         list_position(['fused', 'base'], system), system;
+
 -- parts: The fused model on the parts of composite tasks
 SELECT task, name, score_parts.value, score_parts.num_samples, num_attempted
 FROM standings JOIN score_parts USING (score_id)
-WHERE router_id = $router AND system = 'fused' ORDER BY task, position;
+WHERE router_id = $router AND system = 'fused' AND metric <> 'composite_attempted'
+ORDER BY TRY_CAST(split_part(task, '-', 2) AS INTEGER), task, position;
 
 -- accuracy: How many tokens reach their own expert
 SELECT truth AS expert,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
 ALL = "all modules"
+ATTEMPTED = "composite_attempted"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -55,7 +56,8 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
     drawn["scores"] = _forests(asked["scores"].rows)
     experts = [row["name"] for row in asked["experts"].rows]
     matrix = asked["matrix"].rows
-    if len(matrix) > len({row["task"] for row in matrix}):  # more than each on its own
+    pairs = {(row["task"], row["expert"]) for row in matrix}
+    if len(pairs) > len({row["task"] for row in matrix}):  # more than each on its own
         drawn["matrix"] = _matrices(matrix, experts)
     if confusion := asked["confusion"].rows:
         truths = {row["truth"] for row in confusion}
@@ -122,6 +124,8 @@ def _forests(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """One a metric: their units differ."""
     by_metric: dict[str, list[figures.Interval]] = {}
     for row in rows:
+        if row["metric"] == ATTEMPTED:  # stands beside what was right, in a table
+            continue
         by_metric.setdefault(row["metric"], []).append(
             figures.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
         )

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from pipelines.questions import Asked
     from store.ledger import Ledger
 
-SHOWN = ("means", "differences", "accuracy", "failures", "parts", "speed", "stages", "lineage")
+SHOWN = (
+    "means", "differences", "composites", "parts", "accuracy", "failures", "speed", "stages",
+    "lineage",
+)  # fmt: skip
 """The answers that stand in the text, in this order; scores stand above them, task by task."""
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")
 

@@ -1,4 +1,4 @@
-"""What is done with a checkpoint that is there: ask it, report on it, sign it."""
+"""What is done with a checkpoint: ask it, report on it, sign, publish, take an expert out."""
 
 from __future__ import annotations
 
@@ -164,3 +164,43 @@ def attest(
     ledger = Ledger(home.expanduser().absolute())
     ledger.ingest(deadline_seconds=1.0)
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    expert: Annotated[str, typer.Option(help="Which one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new folder; the expert's name else.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Take one expert out as a PEFT adapter, with the numbers that it came with."""
+    from meteora.export import export_expert
+    from meteora.finding import find_checkpoint
+    from pipelines.locate import checkpoint_folder
+
+    folder = find_checkpoint(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    out = output or Path(expert)
+    if export_expert(folder, expert, out):
+        say("its weights are byte for byte the file that it was made of")
+    print(out)
+
+
+@app.command("import")
+def import_adapters(
+    folder: Annotated[Path, typer.Argument(help="PEFT adapters: one, or one in each subfolder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    base: Annotated[str, typer.Option(help="The base, where no config names it.")] = "",
+) -> None:
+    """Write a recipe of the adapters in a folder; `meteora run` takes it as it is."""
+    from pipelines.importing import write_recipe
+
+    recipe = write_recipe(folder, output, base)
+    say(
+        f"{len(recipe.experts)} experts on {recipe.base}, router {recipe.router.kind}; what to"
+        f" change stands in its comments, and `meteora run {output} --dry-run` shows what it does"
+    )
+    print(output)

@@ -1,0 +1,54 @@
+"""lm-eval's own command, with fused models among those that it knows.
+
+    python -m pipelines.lm_eval_model --model meteora --model_args pretrained=FOLDER_OR_HUB_ID …
+
+lm-eval 0.4.13 has no other door for a model of somebody else's: it looks into its registry only,
+and that is filled by whoever has been imported. All of its options are as they are.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, cast
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+import meteora
+
+
+@register_model("meteora")
+class Meteora(HFLM):
+    """A fused model, or one expert of it."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        base_folder: str | None = None,
+        revision: str | None = None,
+        expert: str = "",
+        device: str | None = None,
+        dtype: str = "auto",
+        **asked: Any,  # noqa: ANN401  (HFLM's own arguments)
+    ) -> None:
+        """Load a checkpoint; every argument can stand in `--model_args`.
+
+        Args:
+            pretrained: a folder or a Hub id
+            base_folder: where the base lies, if it is on no Hub
+            expert: send every token to this one
+            asked: what HFLM takes for a model that is loaded already
+        """
+        model, tokenizer = meteora.load(
+            pretrained, base_folder=base_folder, revision=revision, device=device, dtype=dtype
+        )
+        self._forced = ExitStack()  # for as long as this model lives
+        if expert:
+            self._forced.enter_context(meteora.force_expert(model, expert))
+        super().__init__(pretrained=model, tokenizer=cast("Any", tokenizer), **asked)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

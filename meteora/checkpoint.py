@@ -2,7 +2,8 @@
 
     meteora.json          what is in it: base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
-    gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E]
+    gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
+                          "<module path>.gate.stand_in" [3, U] where U experts had no examples
     statistics.safetensors  what gates in closed form were fitted to: experts can be added from it
     README.md             model card
     lineage.json          in-toto statement
@@ -16,15 +17,25 @@ from __future__ import annotations
 import json
 import struct
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, canonical_json
+from meteora.artifacts import MeteoraError, canonical_json
 from meteora.encode import Template
+
+# what the files hold and how they are named belong together: whoever needs one finds both here
+from meteora.manifest import (
+    FORMAT_VERSION,
+    BaseEntry,
+    ExpertEntry,
+    Manifest,
+    ModuleEntry,
+    RouterEntry,
+)
 from meteora.rows import reserve, write_rows
 
 if TYPE_CHECKING:
@@ -33,7 +44,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-FORMAT_VERSION = 1
 MANIFEST = "meteora.json"
 EXPERTS = "experts.safetensors"
 GATES = "gates.safetensors"
@@ -45,6 +55,12 @@ CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]
 FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All that a checkpoint may hold, and all of it that is published."""
 
+__all__ = [
+    "CARD", "CONFIG", "CONFIG_TEXT", "DTYPES", "EXPERTS", "FILES", "GATES", "LINEAGE", "MANIFEST",
+    "STATISTICS", "BaseEntry", "CheckpointError", "ExpertEntry", "Gates", "Manifest", "ModuleEntry",
+    "RouterEntry", "read_experts", "read_gates", "read_manifest", "write_experts", "write_gates",
+]  # fmt: skip
+
 NOTES = "meteora"
 """The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""
 
@@ -54,108 +70,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 class CheckpointError(MeteoraError):
     """A folder is not a fused checkpoint that this version can read."""
-
-
-@dataclass(frozen=True)
-class BaseEntry(Noun):
-    repo_id: str
-    revision: str
-    fingerprint: Fingerprint
-    licence: str = ""
-
-
-@dataclass(frozen=True)
-class ExpertEntry(Noun):
-    name: str
-    adapter_id: str
-    source: str
-    revision: str
-    weights_sha256: str
-    licence: str
-    r: str
-    """The ranks found in it, as "8" or "4–16"."""
-
-
-@dataclass(frozen=True)
-class ModuleEntry:
-    """One routed layer: sizes, and rank and scaling of each expert in order."""
-
-    in_features: int
-    out_features: int
-    ranks: tuple[int, ...]
-    scaling: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class RouterEntry(Noun):
-    kind: str
-    top_k: int
-    temperature: float
-    margin: float | None = None
-    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
-    opening: str = "own"
-    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
-    null: bool = False
-    """Whether one more choice, the last of every gate, is the base without any expert."""
-    share: str = "module"
-    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
-    a `layer`, or for the whole `token`."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `meteora.json` says."""
-
-    base: BaseEntry
-    experts: tuple[ExpertEntry, ...]
-    modules: dict[str, ModuleEntry]
-    router: RouterEntry
-    gates: dict[str, Any] = field(default_factory=dict)
-    """How the gates were made; empty for a router without gates."""
-    fused_id: str = ""
-    router_id: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        return [expert.name for expert in self.experts]
-
-    @property
-    def choices(self) -> list[str]:
-        """What a router's logits stand for, in order: the experts, and the base where it is one."""
-        return [*self.names, NULL] if self.router.null else self.names
-
-    def to_json(self) -> str:
-        modules = {
-            path: {
-                "in": entry.in_features,
-                "out": entry.out_features,
-                "ranks": entry.ranks,
-                "scaling": entry.scaling,
-            }
-            for path, entry in self.modules.items()
-        }
-        body = {"format_version": FORMAT_VERSION, **asdict(self), "modules": modules}
-        return json.dumps(body, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        body = json.loads(text)
-        experts = tuple(ExpertEntry.from_dict(entry) for entry in body["experts"])
-        modules = {}
-        for path, entry in body["modules"].items():
-            ranks, scaling = tuple(entry["ranks"]), tuple(entry["scaling"])
-            if not len(ranks) == len(scaling) == len(experts):
-                raise ValueError(f"{path} has {len(ranks)} ranks for {len(experts)} experts")
-            modules[path] = ModuleEntry(entry["in"], entry["out"], ranks, scaling)
-        return cls(
-            base=BaseEntry.from_dict(body["base"]),
-            experts=experts,
-            modules=modules,
-            router=RouterEntry.from_dict(body["router"]),
-            gates=body["gates"],
-            fused_id=body["fused_id"],
-            router_id=body["router_id"],
-        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -268,6 +182,10 @@ class Gates:
     """Modules without one, and the module before them whose gate decides for them too."""
     template: Template = field(default_factory=Template)
     """What opens and closes a prompt; empty where each token decides for itself."""
+    stand_ins: dict[str, Tensor] = field(default_factory=dict)
+    """Of each module that has a gate, where U experts had no examples: [3, U] float32."""
+    without_examples: tuple[int, ...] = ()
+    """The places of those experts."""
 
 
 def write_gates(path: Path, gates: Gates) -> None:
@@ -276,6 +194,8 @@ def write_gates(path: Path, gates: Gates) -> None:
     for module, (weight, bias) in gates.own.items():
         tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
         tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
+    for module, standard in gates.stand_ins.items():
+        tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
     notes = {"follows": gates.follows, "template": gates.template.to_dict()}
     # one key: safetensors writes several in an order that differs from time to time
     save_file(tensors, path, {NOTES: canonical_json(notes)})
@@ -285,6 +205,7 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
     """The gates of a checkpoint; raises `CheckpointError` where they do not fit its manifest."""
     num_choices = len(manifest.choices)
     own: dict[str, tuple[Tensor, Tensor]] = {}
+    stand_ins: dict[str, Tensor] = {}
     with _opened(folder / GATES) as file:
         try:
             notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
@@ -304,8 +225,16 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                     f" {(*needed, num_choices)}; the two files do not belong together, {AGAIN}"
                 )
             own[module] = weight, bias
+            if manifest.router.stand_ins:
+                stand_ins[module] = file.get_tensor(f"{module}.gate.stand_in")
+                if stand_ins[module].shape != (3, len(manifest.router.stand_ins)):
+                    raise CheckpointError(
+                        f"{folder / GATES}: {module} has other experts without examples than"
+                        f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
+                    )
     if not {*follows.values()} <= own.keys():
         raise CheckpointError(
             f"{folder / GATES}: a module follows a gate that is not there; {AGAIN}"
         )
-    return Gates(own, follows, template)
+    without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
+    return Gates(own, follows, template, stand_ins, without)

@@ -16,6 +16,7 @@ from meteora.encode import Template
 from meteora.layer import routed_layers
 from meteora.prompt import Prefill
 from meteora.routers import Followed, Follower, Gate
+from meteora.stand_ins import MixedGate, StandIn, scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,20 @@ def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> No
         if path in gates.follows:
             give_follower(layer, followed[gates.follows[path]], entry)
         else:
-            give_gate(layer, *gates.own[path], entry, prefill, followed.get(path))
+            give_gate(
+                layer,
+                *gates.own[path],
+                entry,
+                prefill,
+                followed.get(path),
+                StandIn(
+                    scorer(entry.stand_in, layer),
+                    list(gates.without_examples),
+                    gates.stand_ins[path],
+                )
+                if gates.without_examples
+                else None,
+            )
 
 
 def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:
@@ -63,17 +77,26 @@ def give_gate(
     entry: RouterEntry,
     prefill: Prefill | None = None,
     followed: Followed | None = None,
+    stand_in: StandIn | None = None,
 ) -> None:
-    """Route a layer by G [E, IN] and c [E]; `followed` is told what they decide."""
-    layer.router = Gate(
-        weight.to(layer.weight.device),
-        bias.to(layer.weight.device),
-        top_k=entry.top_k,
-        temperature=entry.temperature,
-        margin=entry.margin,
-        prefill=prefill,
-        followed=followed,
-    )
+    """Route a layer by G [E, IN] and c [E].
+
+    Args:
+        followed: is told what they decide
+        stand_in: gives the logits of experts that had no examples
+    """
+    device = layer.weight.device
+    asked = {
+        "top_k": entry.top_k,
+        "temperature": entry.temperature,
+        "margin": entry.margin,
+        "prefill": prefill,
+        "followed": followed,
+    }
+    if stand_in is None:
+        layer.router = Gate(weight.to(device), bias.to(device), **asked)
+    else:
+        layer.router = MixedGate(weight.to(device), bias.to(device), stand_in.to(device), **asked)
     layer.router.requires_grad_(requires_grad=False)
 
 
@@ -93,6 +116,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
     leaders = {id(gate.followed): path for path, gate in gates.items()}
+    mixed = {path: gate for path, gate in gates.items() if isinstance(gate, MixedGate)}
     prefills = [gate.prefill for gate in gates.values() if gate.prefill is not None]
     return Gates(
         own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
@@ -102,6 +126,8 @@ def gates_of(model: PreTrainedModel) -> Gates:
             if isinstance(router, Follower)
         },
         template=prefills[0].template if prefills else Template(),
+        stand_ins={path: gate.stand_in.standard.cpu() for path, gate in mixed.items()},
+        without_examples=next((tuple(g.stand_in.experts) for g in mixed.values()), ()),
     )
 
 

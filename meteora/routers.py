@@ -66,8 +66,12 @@ class Gate(Router):
         self.prefill = prefill
         self.followed = followed
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of each token by itself, [T, E]."""
+        return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        logits = self.logits(tokens)
         if self.prefill is not None:
             logits = self.prefill.decide(logits)
         if self.followed is not None:

@@ -49,6 +49,14 @@ class LabelledSequence:
         return set(self.experts) - {UNLABELLED}
 
 
+def renumbered(sequence: LabelledSequence, kept: Sequence[int]) -> LabelledSequence:
+    """The same with its experts numbered as they come in `kept`."""
+    if all(e == place for place, e in enumerate(kept)):
+        return sequence
+    places = {e: place for place, e in enumerate(kept)} | {UNLABELLED: UNLABELLED}
+    return replace(sequence, experts=tuple(places[e] for e in sequence.experts))
+
+
 @dataclass(frozen=True)
 class Batch:
     input_ids: Tensor

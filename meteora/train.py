@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,8 +31,10 @@ from meteora.sequences import (
     TrainingError,
     batched,
     hold_out,
+    renumbered,
     sampled,
 )
+from meteora.stand_ins import measure
 from meteora.statistics import PointStatistics
 from meteora.sweep import Sweep
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.encode import Template
+    from meteora.layer import MoELoRALinear
 
 MAX_HELDOUT_BYTES = 256 << 20
 """Of more held-out inputs of a point, every n-th chooses the shrinkage: they are kept in memory."""
@@ -73,6 +76,7 @@ def calibrate(
     margin: float | None = None,
     template: Template | None = None,
     share: str = "point",
+    stand_in: str = "",
     seed: int = 0,
     device: torch.device | str | None = None,
     scratch: Path | None = None,
@@ -87,6 +91,8 @@ def calibrate(
         template: what opens a prompt, where the prompt as a whole is to decide for its opening
         share: how far one gate decides: for its `module`, for the `point` where modules share an
             input, for a `layer`, or for the whole `token` from a third of the depth on
+        stand_in: `arrow` or `norm`, by which experts without sequences are told; without it every
+            expert needs some. Every module then has a gate of its own
         seed: deals the held-out sequences
         device: where to run; the model is moved there and stays. Where it is, without it
         scratch: a folder for hidden states that are too many for memory
@@ -99,7 +105,11 @@ def calibrate(
     started = time.perf_counter()
     if device is not None:
         model.to(device)
-    names = expert_names(model)
+    every, owners = expert_names(model), {e for s in sequences for e in s.owners}
+    without = [e for e in range(len(every)) if stand_in and e not in owners]
+    fitted = [e for e in range(len(every)) if e not in without]
+    names = [every[e] for e in fitted]
+    sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
     batches = sampled(list(batched(sequences, heldout, model.device)), len(names))
     counts = sum(
@@ -120,10 +130,30 @@ def calibrate(
             lead = lead_of_last(held[0] @ weight.T + bias, held[1])
             bias[-1] += lead
         statistics[path] = PointStatistics.of(both, shrinkage, lead)
-        return weight, bias
+        if not without:
+            return weight, bias
+        others["tokens"] = held[0]
+        rows = torch.tensor(fitted, device=weight.device)
+        return (
+            weight.new_zeros(len(every), weight.shape[1]).index_copy(0, rows, weight),
+            bias.new_zeros(len(every)).index_copy(0, rows, bias),
+        )
 
-    entry = RouterEntry("gate", top_k, temperature, margin, share=share)
-    sweep_gates(model, batches, entry, template, fit, scratch=scratch, progress=progress)
+    def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
+        give_gate(layer, *asked, stand_in=measure(stand_in, layer, without, others["tokens"]))
+
+    others: dict[str, Tensor] = {}
+    entry = RouterEntry("gate", top_k, temperature, margin, share="module" if without else share)
+    sweep_gates(
+        model,
+        batches,
+        entry,
+        template,
+        fit,
+        give=give if without else give_gate,
+        scratch=scratch,
+        progress=progress,
+    )
     return Calibration(
         num_tokens=int(counts.sum()),
         heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
@@ -140,6 +170,7 @@ def sweep_gates(
     template: Template | None,
     fit: Callable[[str, Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
+    give: Callable[..., None] = give_gate,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
@@ -148,6 +179,7 @@ def sweep_gates(
     Args:
         fit: makes G [E, IN] and c [E] for a module from its inputs [B, L, IN], batch by batch;
             where it gives None, the module follows the gate before it
+        give: puts them into a layer, as `give_gate` does
     """
     layers = routed_layers(model)
     with _swept(model):
@@ -171,7 +203,7 @@ def sweep_gates(
                         leaders = point if entry.share == "module" else point[:1]
                         decided = sharing.new(index)
                         for layer in leaders:
-                            give_gate(layer, weight.clone(), bias.clone(), entry, prefill, decided)
+                            give(layer, weight.clone(), bias.clone(), entry, prefill, decided)
                         point = point[len(leaders) :]
                 for layer in point:
                     give_follower(layer, decided, entry)

@@ -116,7 +116,13 @@ def _linked(source: str, revision: str = "") -> str:
 
 
 def _limits(manifest: Manifest) -> list[str]:
+    router = manifest.router
+    told_by_weights = [
+        f"No examples were given for {', '.join(router.stand_ins)}: where their tokens are is told"
+        f" by their weights ({router.stand_in}), which is less sure than examples are."
+    ]
     return [
+        *(told_by_weights if router.stand_ins else []),
         "The scores are of rows like those that its gates were made with; other prompts are not"
         " measured."
         if manifest.gates

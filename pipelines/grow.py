@@ -162,6 +162,11 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
 
 def _growable(folder: Path) -> Manifest:
     manifest = checkpoint.read_manifest(folder)
+    if manifest.router.stand_ins:
+        raise GrowthError(
+            f"{folder}: {', '.join(manifest.router.stand_ins)} had no examples, so nothing is kept"
+            " of them; give them some in the recipe, and run that"
+        )
     if not (folder / checkpoint.STATISTICS).is_file():
         made = manifest.gates.get("method") or f"no gates, its router is `{manifest.router.kind}`"
         raise GrowthError(

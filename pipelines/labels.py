@@ -29,7 +29,7 @@ def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequen
     return [
         sequence
         for e, name in enumerate(plan.fused.names)
-        for sequence in label_rows(plan.examples[name], e, tokenizer)
+        for sequence in label_rows(plan.examples.get(name, ()), e, tokenizer)
     ]
 
 

@@ -49,6 +49,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             plan.router.opening,
             plan.router.null,
             plan.router.share,
+            plan.router.stand_in,
+            plan.router.stand_ins,
         ),
         gates=made,
         fused_id=plan.fused.id,

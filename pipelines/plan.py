@@ -81,6 +81,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     refuse_overlap(examples, tests)
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
+    stand_ins = tuple(name for name in names if examples and name not in examples)
     router = RouterSpec(
         fused.id,
         recipe.router.kind,
@@ -94,7 +95,9 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",
         null=recipe.router.null,
-        share=recipe.router.share if examples else "module",
+        share=recipe.router.share if examples and not stand_ins else "module",
+        stand_in=recipe.router.without_examples if stand_ins else "",
+        stand_ins=stand_ins,
     )
     subjects = find_subjects(base, fused, router, recipe.benchmark)
     measurements = find_measurements(tasks, subjects, recipe.benchmark)

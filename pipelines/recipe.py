@@ -96,6 +96,9 @@ class RouterSection(Section):
     """Whether the base without any expert is one of the choices."""
     share: Literal["module", "point", "layer", "token"] = "point"
     """How far one gate decides."""
+    without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
+    """What becomes of an expert without examples: its place among gates is found from its weights,
+    as this router would, or the recipe is refused."""
 
 
 class PolicySection(Section):
@@ -147,7 +150,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
-        asked = {"margin", "opening", "null", "share"} & self.router.model_fields_set
+        asked = {
+            "margin",
+            "opening",
+            "null",
+            "share",
+            "without_examples",
+        } & self.router.model_fields_set
         if self.router.kind != "gate" and asked:
             raise ValueError(
                 f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"
@@ -197,17 +206,33 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _gates_have_examples(self) -> Self:
         if self.router.kind == "gate":
+            if self.router.without_examples != "refuse":
+                return self._some_have_examples()
             if self.discover is not None:
                 raise ValueError(
                     "adapters that `discover` finds bring no examples, and a gate is fitted to"
-                    " them; choose a router that needs none (arrow, norm, uniform)"
+                    " them; choose a router that needs none (arrow, norm, uniform), or say"
+                    " router.without_examples: arrow"
                 )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(
                         f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
-                        " name some, or choose a router that needs none (arrow, norm, uniform)"
+                        " name some, choose a router that needs none (arrow, norm, uniform), or"
+                        " say router.without_examples: arrow"
                     )
+        return self
+
+    def _some_have_examples(self) -> Self:
+        if self.gates.method != "calibrate":
+            raise ValueError(
+                "router.without_examples goes with gates.method: calibrate; take one of them out"
+            )
+        if not any(expert.examples for expert in self.experts):
+            raise ValueError(
+                "no expert has examples, and a gate is fitted to some; give one of them examples,"
+                " or choose a router that needs none (arrow, norm, uniform)"
+            )
         return self
 
     @classmethod

@@ -181,6 +181,7 @@ def _calibrate(
             margin=router.margin,
             template=template,
             share=router.share,
+            stand_in=router.stand_in,
             seed=router.seed,
             scratch=scratch,
             progress=lambda _done, _total: advance(1),

@@ -115,14 +115,15 @@ def replaced(settings: JointSettings, **changed: Any) -> JointSettings:
 
 def choices(world: World, results: Results) -> None:
     """How many experts a token gets, and how far one gate decides."""
-    for key, asked in {
+    options: dict[str, dict[str, Any]] = {
         "top-2": {"top_k": 2},
         f"top-2, margin {MARGIN}": {"top_k": 2, "margin": MARGIN},
         "share module": {"share": "module"},
         "share layer": {"share": "layer"},
         "share token": {"share": "token"},
         "opening own": {"template": None},
-    }.items():
+    }
+    for key, asked in options.items():
         if key in results:
             continue
         model, found = fitted(world, **asked)

@@ -1,0 +1,70 @@
+"""A recipe in which an expert has no examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+import meteora
+from meteora.checkpoint import CARD, read_manifest
+from pipelines import grow
+from pipelines.finished import finished
+from pipelines.grow import GrowthError
+from pipelines.recipe import Recipe, RecipeError
+from tests.pipelines.conftest import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workplace import Workplace
+
+MIXED = {"kind": "gate", "without_examples": "arrow"}
+
+
+def experts(folder: Path) -> list[dict[str, str]]:
+    found = yaml.safe_load((folder / "recipe.yaml").read_text())["experts"]
+    del found[1]["examples"]
+    return found
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_it_is_told_by_its_weights_and_the_card_says_so(
+    workplace: Callable[..., Workplace], recipe_folder: Path
+) -> None:
+    work = workplace(
+        experts=experts(recipe_folder),
+        router=MIXED,
+        benchmark={"limit": 1, "compare": [], "max_new_tokens": 1},
+    )
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    assert planned.router.stand_ins == ("attention",)
+    folder = work.checkpoint_folder(planned.router.id)
+    assert "No examples were given for attention" in (folder / CARD).read_text()
+    assert read_manifest(folder).router.stand_in == "arrow"
+    meteora.load(folder, base_folder=recipe_folder / "base")
+    with pytest.raises(GrowthError, match="attention had no examples"):
+        grow.drop(work.ledger, folder, "q_and_v")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"router": {"kind": "gate"}}, "say router.without_examples: arrow"),
+        ({"router": {"kind": "arrow", "without_examples": "arrow"}}, "is for gates"),
+        ({"gates": {"method": "joint"}}, "goes with gates.method: calibrate"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    recipe_folder: Path, tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    body |= {"experts": experts(recipe_folder), "router": MIXED} | changed
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body))
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(path)

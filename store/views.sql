@@ -111,7 +111,7 @@ JOIN scores AS theirs
  AND theirs.num_fewshot = mine.num_fewshot AND theirs.max_new_tokens = mine.max_new_tokens
  AND theirs.seed = mine.seed AND theirs.template = mine.template
  AND theirs.rows_sha256 = mine.rows_sha256
-ORDER BY router_id, task, metric, system, expert;
+ORDER BY router_id, theirs.task, theirs.metric, system, expert;
 COMMENT ON VIEW standings IS 'Each routed model, and everything else that was asked the same rows in the same way';
 COMMENT ON COLUMN standings.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN standings.task IS 'Name of the task';

@@ -3,17 +3,17 @@
 -- Which routed model is best on each task, and how far is it from the base and the oracle?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, round(low, 3) AS low,
        round(high, 3) AS high, round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
-FROM leaderboard WHERE place = 1;
+FROM leaderboard WHERE place = 1 ORDER BY task, model;
 
 -- How do my models compare on the mean over all tasks?
 SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 3) AS score,
        round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-FROM leaderboard GROUP BY ALL ORDER BY score DESC;
+FROM leaderboard GROUP BY ALL ORDER BY score DESC LIMIT 20;
 
 -- On which tasks is a routed model significantly worse than the right adapter alone?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,
        round(oracle_value, 3) AS oracle
-FROM leaderboard WHERE high < oracle_low;
+FROM leaderboard WHERE high < oracle_low ORDER BY task, model LIMIT 100;
 
 -- Where does a routed model differ from the base, the oracle or another control beyond chance?
 SELECT short(subject_id) AS model, other, task, round(difference, 3) AS difference,
@@ -35,7 +35,7 @@ ORDER BY depth, kind, source;
 -- Which models contain an adapter, so that I know what to withdraw when its licence changes?
 SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
 FROM adapters JOIN lineage ON artifact_id = adapter_id
-WHERE relation = 'used in' AND lineage.kind IN ('fused', 'router') ORDER BY ALL;
+WHERE relation = 'used in' AND lineage.kind IN ('fused', 'router') ORDER BY ALL LIMIT 1000;
 
 -- Which adapters were refused, and why?
 SELECT name, repo_id, codes, messages FROM adapters WHERE verdict = 'refuse';

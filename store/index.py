@@ -21,7 +21,7 @@ import duckdb
 
 from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
 from store.files import copy, locked, partial_file, settle
-from store.intake import add, count, offer, offer_texts
+from store.intake import add, count, offer, offer_texts, rank
 from store.query import memory, quoted, reading
 from store.schema import migrate, schema
 from store.segments import SUFFIX
@@ -205,6 +205,7 @@ class Index:
             for start in range(0, len(loose), BATCH_RECORDS):
                 held.update(self._add_loose(connection, loose[start : start + BATCH_RECORDS]))
             num_records = count(connection) - before
+            rank(connection)
             connection.execute("CHECKPOINT ledger")
             connection.execute("USE memory")
             connection.execute("DETACH ledger")

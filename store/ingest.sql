@@ -60,13 +60,18 @@ SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
        (body->>'$.built.wall_seconds')::DOUBLE, body->>'$.built.device', sha256
 FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'router';
 
-INSERT INTO scores
-SELECT p[1], p[2], p[3], p[4], p[5], p[6]::INTEGER, p[7]::INTEGER, p[8]::BIGINT, p[9],
-       p[10]::DOUBLE, p[11]::DOUBLE, p[12]::DOUBLE, p[13]::DOUBLE, p[14]::BIGINT, p[15], p[16],
-       p[17]::DOUBLE, recorded_at, run_id, sha256, coalesce(p[18], 'auto'),
-       coalesce(p[19]::BOOLEAN, true), coalesce(p[20], 'wilson'), p[21]::BOOLEAN,
-       coalesce(p[22]::BIGINT, 0), coalesce(p[23]::BIGINT, 0), p[24]::DOUBLE, p[25]::BIGINT,
-       coalesce(p[26], '')
+CREATE OR REPLACE TEMP TABLE measured AS
+SELECT p[1] AS id, p[2] AS subject_id, p[3] AS base_id, p[4] AS task, p[5] AS metric,
+       p[6]::INTEGER AS num_fewshot, p[7]::INTEGER AS max_new_tokens, p[8]::BIGINT AS seed,
+       p[9] AS rows_sha256, p[10]::DOUBLE AS value, p[11]::DOUBLE AS stderr, p[12]::DOUBLE AS low,
+       p[13]::DOUBLE AS high, p[14]::BIGINT AS num_samples, p[15] AS outputs_sha256,
+       p[16] AS harness, p[17]::DOUBLE AS wall_seconds, recorded_at, run_id,
+       sha256 AS record_sha256, coalesce(p[18], 'auto') AS template,
+       coalesce(p[19]::BOOLEAN, true) AS higher_is_better,
+       coalesce(p[20], 'wilson') AS interval_method, p[21]::BOOLEAN AS templated,
+       coalesce(p[22]::BIGINT, 0) AS num_empty, coalesce(p[23]::BIGINT, 0) AS num_truncated,
+       p[24]::DOUBLE AS mean_prompt_tokens, p[25]::BIGINT AS max_prompt_tokens,
+       coalesce(p[26], '') AS device
 FROM (
     SELECT recorded_at, run_id, sha256,
            body->>['$.id', '$.spec.subject_id', '$.spec.base_id', '$.spec.task', '$.spec.metric',
@@ -78,6 +83,8 @@ FROM (
                AS p
     FROM fresh WHERE kind = 'score'
 );
+
+INSERT INTO scores BY NAME FROM measured;
 
 INSERT INTO score_parts
 SELECT score_id, position, part->>'name', (part->>'value')::DOUBLE,
@@ -192,6 +199,26 @@ WITH touched AS (
 SELECT sha256 FROM records SEMI JOIN touched USING (kind, subject)
 QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256) > 1;
 
+-- which boards have to be ranked again: of new scores, and of what is now known about old ones
+CREATE OR REPLACE TEMP TABLE concerned AS
+WITH named AS (
+    SELECT body->>'id' AS id FROM fresh WHERE kind = 'artifact'
+    UNION SELECT id FROM artifacts WHERE record_sha256 IN (FROM overruled)
+)
+FROM named UNION SELECT routers.id FROM routers SEMI JOIN named ON fused_id = named.id;
+
+INSERT INTO unsettled
+SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM measured
+UNION
+SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
+WHERE record_sha256 IN (FROM overruled)
+UNION
+SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
+SEMI JOIN concerned ON concerned.id = scores.subject_id
+UNION
+SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
+WHERE run_id IN (SELECT run_id FROM fresh WHERE kind = 'run-started');
+
 DELETE FROM artifacts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM parents WHERE record_sha256 IN (FROM overruled);
 DELETE FROM base_models WHERE record_sha256 IN (FROM overruled);
@@ -233,5 +260,7 @@ WITH RECURSIVE steps(descendant_id, ancestor_id, depth) AS (
 SELECT descendant_id, ancestor_id, min(depth) FROM steps GROUP BY ALL;
 
 DROP TABLE fresh;
+DROP TABLE measured;
+DROP TABLE concerned;
 DROP TABLE overruled;
 DROP TABLE made;

@@ -9,6 +9,9 @@ import duckdb
 
 logger = logging.getLogger(__name__)
 
+ORDERED_ROWS = 100_000
+"""So many ranks lie as people read them; of millions, those of one model stay together."""
+
 
 def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
     """Lay out these records, by their SHA-256, for `add`."""
@@ -55,6 +58,18 @@ def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None =
         middle = (start + end) // 2
         add(connection, start, middle)
         add(connection, middle, end)
+
+
+def rank(connection: duckdb.DuckDBPyConnection) -> None:
+    """Bring what is kept about whole boards of scores up to date, once all records are in."""
+    if not connection.execute("SELECT 1 FROM unsettled LIMIT 1").fetchall():
+        return
+    connection.execute("BEGIN")
+    connection.execute(resources.files("store").joinpath("rank.sql").read_text())
+    few = connection.table("placed").shape[0] <= ORDERED_ROWS
+    order = " ORDER BY task, metric, place, subject_id" if few else ""
+    connection.execute(f"INSERT INTO leaderboard_rows BY NAME FROM ranked{order}")
+    connection.execute("COMMIT")
 
 
 def _reject(connection: duckdb.DuckDBPyConnection, position: int, reason: str) -> None:

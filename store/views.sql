@@ -2,52 +2,9 @@
 
 CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part(id, ':', 2)[:12];
 
-CREATE OR REPLACE VIEW leaderboard AS
-WITH measured AS (
-    SELECT scores.*, artifacts.kind AS subject_kind,
-           CASE WHEN higher_is_better THEN value ELSE -value END AS merit
-    FROM scores JOIN artifacts ON artifacts.id = scores.subject_id
-),
-base AS (
-    SELECT * EXCLUDE (subject_id) FROM measured
-    WHERE subject_kind = 'base' AND subject_id = base_id
-),
-settings AS (
-    SELECT id AS subject_id, fused_id, router, top_k, method FROM routers
-),
-alone AS (
-    SELECT settings.subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
-           rows_sha256, experts.name, value, low, high, merit,
-           (experts.name = task, merit) AS own_merit
-    FROM settings JOIN experts USING (fused_id) JOIN measured ON measured.subject_id = adapter_id
-),
-oracle AS (
-    SELECT subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
-           rows_sha256, arg_max(name, own_merit) AS name, arg_max(value, own_merit) AS value,
-           arg_max(low, own_merit) AS low, arg_max(high, own_merit) AS high,
-           arg_max(name, merit) AS best_name, arg_max(value, merit) AS best_value
-    FROM alone GROUP BY ALL
-)
-SELECT task, metric, num_fewshot,
-       rank() OVER (
-           PARTITION BY task, metric, num_fewshot, max_new_tokens, template, rows_sha256
-           ORDER BY mine.merit DESC
-       ) AS place,
-       mine.value, mine.low, mine.high, mine.num_samples,
-       base.value AS base_value, base.low AS base_low, base.high AS base_high,
-       oracle.value AS oracle_value, oracle.low AS oracle_low, oracle.high AS oracle_high,
-       oracle.name AS oracle_name, best_value, best_name, mine.higher_is_better, mine.num_empty,
-       mine.num_truncated, router, top_k, method, subject_id, base_id, rows_sha256,
-       max_new_tokens, seed, template, mine.harness, mine.recorded_at, mine.run_id
-FROM measured AS mine
-JOIN settings USING (subject_id)
-LEFT JOIN base
-       USING (base_id, task, metric, num_fewshot, max_new_tokens, seed, template, rows_sha256)
-LEFT JOIN oracle
-       USING (subject_id, base_id, task, metric, num_fewshot, max_new_tokens, seed, template,
-              rows_sha256)
-ORDER BY task, metric, place, subject_id;
-COMMENT ON VIEW leaderboard IS 'Routed models, best first on each task, with the base and the right adapter alone beside them';
+-- without an order of its own: a question that counts would sort millions of rows for nothing
+CREATE OR REPLACE VIEW leaderboard AS FROM leaderboard_rows;
+COMMENT ON VIEW leaderboard IS 'Routed models and their place on each task, with the base and the right adapter alone beside them';
 COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
 COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN leaderboard.num_fewshot IS 'Number of solved examples in each prompt';
@@ -205,7 +162,10 @@ COMMENT ON COLUMN changes.previous_id IS 'Artifact id of the previous router';
 COMMENT ON COLUMN changes.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN changes.run_id IS 'The run that measured it';
 
-CREATE OR REPLACE VIEW regressions AS SELECT * EXCLUDE (worse) FROM changes WHERE worse;
+CREATE OR REPLACE VIEW regressions AS
+SELECT recipe_name, router, task, metric, value, previous_value, change, change_stderr, subject_id,
+       previous_id, recorded_at, run_id
+FROM regression_rows;
 COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
 COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe';
 COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed, uniform or random';

@@ -1,28 +1,47 @@
-"""What the store costs: `python -m tests.benchmarks.store [--records N] [--writers 8x250]`.
+"""What the store costs: `python -m tests.benchmarks.store [--scores N] [--artifacts N]`.
 
-Two tables, in Markdown. The first has many processes that write and ingest at once, and readers;
-the second a home with N scores on 1,000 models, written without fsync to save the benchmark's time.
+Tables in Markdown. The first has many processes that write and ingest at once, and readers; the
+others a home of millions of scores, as `store_home` makes it, its rebuild and what questions take.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import os
+import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
+from typing import TYPE_CHECKING
+
+import duckdb
 
 from store.ledger import Ledger
-from store.query import Limits
-from store.records import Record
-from tests.store.conftest import BASE, Shelf, adapter, benchmark, fused, router, score
+from store.query import Limits, examples
+from tests.benchmarks.store_home import Size, make_home
+from tests.store.conftest import BASE, Shelf, adapter
 
-VIEWS = ("leaderboard", "lineage", "adapters", "runs", "routing", "publications", "regressions")
-NUM_MODELS = 1000
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ASKED = {
+    "a model's places": "FROM leaderboard WHERE subject_id = '{router}'",
+    "a task's best hundred": "FROM leaderboard WHERE task = 'task-3' ORDER BY place LIMIT 100",
+    "everything beside a model": "FROM standings WHERE router_id = '{router}'",
+    "what a model is made of": "FROM lineage WHERE artifact_id = '{router}'",
+    "what an adapter is in": "FROM lineage WHERE artifact_id = '{adapter}'",
+    "a recipe's regressions": "FROM regressions WHERE recipe_name = 'recipe-3'",
+    "a name's adapters": "FROM adapters WHERE name = 'task-3'",
+    "how a model routes": "FROM routing WHERE router_id = '{router}'",
+    "what ran": "FROM runs LIMIT 100",
+    "what is published": "FROM publications LIMIT 100",
+    "what failed": "FROM failures LIMIT 100",
+}
+LIMITS = Limits(seconds=300.0, memory_bytes=4 << 30)
 
 
 def table(title: str, rows: dict[str, str]) -> None:
@@ -73,74 +92,79 @@ def contention(home: Path, num_writers: int, num_records: int) -> None:
     )
 
 
-def fill(home: Path, num_scores: int) -> None:
-    """A home with many scores, as `Ledger` would have written it."""
-    shelf = Shelf(home)
-    shelf.make(BASE)
-    shelf.make(adapter(1))
-    shelf.make(stack := fused(adapter(1)))
-    blob = shelf.ledger.blobs.put_bytes(b"outputs")
-    models = [router(stack, seed=seed) for seed in range(NUM_MODELS)]
-    for model in models:
-        body = {
-            "id": model.id,
-            "kind": "router",
-            "spec": model.to_dict(),
-            "parents": list(model.parents),
-            "weights_sha256": "",
-            "built": None,
-        }
-        write(home, Record("artifact", model.id, body, "r1", "2026-01-01T00:00:00.000000Z"))
-    for number in range(num_scores):
-        subject = models[number % NUM_MODELS].id
-        spec = replace(benchmark(subject, f"task-{number // NUM_MODELS}"), seed=0)
-        body = {"id": spec.id, **score(spec, 0.5, blob).to_dict()}
-        write(home, Record("score", spec.id, body, "r1", "2026-01-01T00:00:00.000000Z", (blob,)))
-
-
-def write(home: Path, record: Record) -> None:
-    data = record.to_bytes()
-    path = Ledger(home).records.path_of(hashlib.sha256(data).hexdigest())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def scale(home: Path, num_scores: int) -> None:
-    fill(home, num_scores)
-    rows = {}
+def scale(home: Path, size: Size) -> None:
+    began = time.monotonic()
+    num_records = make_home(home, size)
+    made, began = time.monotonic() - began, time.monotonic()
     ledger = Ledger(home)
-    began = time.monotonic()
-    count = ledger.ingest(deadline_seconds=1).num_records
+    outcome = ledger.ingest(deadline_seconds=1)
     wall = time.monotonic() - began
-    rows["rebuild from records alone"] = f"{wall:.1f} s, {count / wall:,.0f} records/s"
-    rows["size of the index"] = f"{ledger.index.live.stat().st_size / 2**20:.0f} MiB"
-    Shelf(home).make(adapter(2))
-    began = time.monotonic()
-    ledger.ingest()
-    rows["ingest of one more record"] = f"{time.monotonic() - began:.2f} s"
-    began = time.monotonic()
+    if outcome.num_records != num_records:
+        raise SystemExit(f"{outcome} of {num_records}")
+    packed = sum(path.stat().st_size for path in ledger.records.segments.root.glob("*.parquet"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows = {
+        "records, packed": f"{num_records:,}, {packed / 2**30:.2f} GiB, written in {made:.0f} s",
+        "rebuild from records alone": f"{wall:.0f} s, {num_records / wall:,.0f} records/s",
+        "the most memory that it took": f"{peak:.1f} GiB",
+        "size of the index": f"{ledger.index.live.stat().st_size / 2**30:.2f} GiB",
+    }
+    shelf = Shelf(home)
+    shelf.make(adapter(2))
+    rows["ingest of one more artifact"] = spent(ledger.ingest)
+    shelf.measure(BASE, "task-3", 0.5)
+    rows["ingest of one more score"] = spent(ledger.ingest)
     fresh = Ledger(home)
-    fresh.weights_of(BASE.id)
-    rows["first lookup of a process"] = f"{time.monotonic() - began:.2f} s"
-    began = time.monotonic()
-    fresh.weights_of(BASE.id)
-    rows["each later lookup"] = f"{time.monotonic() - began:.2f} s"
-    for view in VIEWS:
+    rows["first lookup of a process"] = spent(lambda: fresh.weights_of(BASE.id))
+    rows["each later lookup"] = spent(lambda: fresh.weights_of(BASE.id))
+    table(f"{size.num_scores:,} scores, {size.num_artifacts:,} artifacts", rows)
+    questions(ledger)
+
+
+def questions(ledger: Ledger) -> None:
+    """What every question of the cookbook takes, and what people ask of each view."""
+    ((model,),) = ledger.query("SELECT max(id) FROM artifacts WHERE kind = 'router'").rows
+    ((one,),) = ledger.query("SELECT max(adapter_id) FROM experts").rows
+    rows = {
+        name: took(ledger, sql.format(router=model, adapter=one)) for name, sql in ASKED.items()
+    }
+    rows |= {title: took(ledger, sql) for title, sql in examples()}
+    table("Questions, median of 3, connection and all", rows)
+
+
+def took(ledger: Ledger, sql: str) -> str:
+    seconds = []
+    for _ in range(3):
         began = time.monotonic()
-        ledger.query(f"SELECT count(*), max(hash(v)) FROM {view} v", limits=Limits(seconds=300))  # noqa: S608
-        rows[f"`FROM {view}`, every row"] = f"{time.monotonic() - began:.2f} s"
-    table(f"{num_scores:,} scores of {NUM_MODELS:,} models", rows)
+        answer = ledger.query(sql, limits=LIMITS)
+        seconds.append(time.monotonic() - began)
+    return f"{median(seconds):.2f} s, {len(answer.rows):,} rows"
+
+
+def spent(call: Callable[[], object]) -> str:
+    began = time.monotonic()
+    call()
+    return f"{time.monotonic() - began:.2f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--writers", default="8x250")
+    parser.add_argument("--scores", type=int, default=1_000_000)
+    parser.add_argument("--artifacts", type=int, default=10_000)
+    parser.add_argument("--writers", default="8x250", help="Such as 8x250; 0x0 for none.")
+    parser.add_argument("--folder", type=Path, help="Where there is room: 6 GB for ten million.")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    print(  # noqa: T201
+        f"DuckDB {duckdb.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores;"
+        f" load when it began {os.getloadavg()[0]:.1f}"
+    )
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         num_writers, num_records = map(int, asked.writers.split("x"))
-        contention(Path(folder, "many"), num_writers, num_records)
-        scale(Path(folder, "large"), asked.records)
+        if num_writers:
+            contention(Path(folder, "many"), num_writers, num_records)
+        if asked.scores:
+            scale(Path(folder, "large"), Size(asked.artifacts, asked.scores))
+    print(f"\nLoad when it ended: {os.getloadavg()[0]:.1f}")  # noqa: T201
 
 
 if __name__ == "__main__":

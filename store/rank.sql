@@ -1,0 +1,95 @@
+-- Rank again what changed: the boards of `unsettled`, wholly, and nothing else. In one transaction.
+--
+-- A board is all scores of one task by one metric, on the same rows, asked in the same way. Ranks are
+-- found on narrow rows, numbered as `scores` numbers them: with millions, width is what costs.
+
+CREATE OR REPLACE TEMP TABLE boards AS
+SELECT row_number() OVER () AS board, * FROM (SELECT DISTINCT * FROM unsettled);
+
+CREATE OR REPLACE TEMP TABLE placed AS
+SELECT scores.rowid AS number, board,
+       rank() OVER (
+           PARTITION BY board
+           ORDER BY CASE WHEN higher_is_better THEN value ELSE -value END DESC
+       ) AS place
+FROM scores
+JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
+SEMI JOIN routers ON routers.id = scores.subject_id;
+
+CREATE OR REPLACE TEMP TABLE bases AS
+SELECT board, base_id, seed, value, low, high
+FROM scores
+JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
+SEMI JOIN base_models ON base_models.id = scores.subject_id
+WHERE scores.subject_id = scores.base_id;
+
+CREATE OR REPLACE TEMP TABLE oracles AS
+WITH alone AS (
+    SELECT fused_id, board, base_id, seed, name, value, low, high,
+           (CASE WHEN higher_is_better THEN value ELSE -value END, -position) AS merit,
+           (name = task, merit) AS own_merit
+    FROM scores
+    JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
+    JOIN experts ON experts.adapter_id = scores.subject_id
+    SEMI JOIN artifacts ON artifacts.id = experts.adapter_id
+)
+SELECT fused_id, board, base_id, seed, arg_max(name, own_merit) AS name,
+       arg_max(value, own_merit) AS value, arg_max(low, own_merit) AS low,
+       arg_max(high, own_merit) AS high, arg_max(name, merit) AS best_name,
+       arg_max(value, merit) AS best_value
+FROM alone GROUP BY ALL;
+
+DELETE FROM leaderboard_rows AS old USING boards AS b
+WHERE old.task = b.task AND old.metric = b.metric AND old.num_fewshot = b.num_fewshot
+  AND old.max_new_tokens = b.max_new_tokens AND old.template = b.template
+  AND old.rows_sha256 = b.rows_sha256;
+
+CREATE OR REPLACE TEMP VIEW ranked AS
+SELECT task, metric, num_fewshot, place, mine.value, mine.low, mine.high, num_samples,
+       bases.value AS base_value, bases.low AS base_low, bases.high AS base_high,
+       oracles.value AS oracle_value, oracles.low AS oracle_low, oracles.high AS oracle_high,
+       oracles.name AS oracle_name, best_value, best_name, higher_is_better, num_empty,
+       num_truncated, router, top_k, method, subject_id, mine.base_id, rows_sha256, max_new_tokens,
+       mine.seed, template, harness, recorded_at, run_id
+FROM scores AS mine
+JOIN placed ON placed.number = mine.rowid
+JOIN routers ON routers.id = mine.subject_id
+LEFT JOIN bases
+       ON bases.board = placed.board AND bases.base_id = mine.base_id AND bases.seed = mine.seed
+LEFT JOIN oracles
+       ON oracles.board = placed.board AND oracles.base_id = mine.base_id
+      AND oracles.seed = mine.seed AND oracles.fused_id = routers.fused_id;
+
+DELETE FROM regression_rows AS old USING boards AS b
+WHERE old.task = b.task AND old.metric = b.metric AND old.num_fewshot = b.num_fewshot
+  AND old.max_new_tokens = b.max_new_tokens AND old.template = b.template
+  AND old.rows_sha256 = b.rows_sha256;
+
+INSERT INTO regression_rows BY NAME
+WITH followed AS (
+    SELECT number, recipe_name, router, higher_is_better, value, stderr,
+           lag(number) OVER before AS previous, lag(value) OVER before AS previous_value,
+           lag(stderr) OVER before AS previous_stderr
+    FROM scores
+    JOIN placed ON placed.number = scores.rowid
+    JOIN routers ON routers.id = scores.subject_id
+    JOIN run_starts ON run_starts.run_id = scores.run_id
+    WINDOW before AS (
+        PARTITION BY recipe_name, router, board
+        ORDER BY scores.recorded_at, left(scores.record_sha256, 12)
+    )
+),
+fallen AS (
+    SELECT *, sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr FROM followed
+    WHERE CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
+          > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2)
+)
+SELECT recipe_name, router, task, metric, now.value, previous_value,
+       now.value - previous_value AS change, change_stderr, now.subject_id,
+       earlier.subject_id AS previous_id, now.recorded_at, now.run_id, now.num_fewshot,
+       now.max_new_tokens, now.template, now.rows_sha256
+FROM fallen
+JOIN scores AS now ON now.rowid = fallen.number
+JOIN (SELECT rowid AS previous, subject_id FROM scores) AS earlier USING (previous);
+
+DELETE FROM unsettled;

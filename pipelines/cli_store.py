@@ -81,3 +81,26 @@ def openlineage(
     ledger.ingest(deadline_seconds=1.0)
     for event in events(ledger, run):
         print(json.dumps(event))
+
+
+@app.command()
+def serve(
+    address: Annotated[str, typer.Option(help="quack:HOST:PORT.")] = "quack:localhost:9494",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Let others ask the ledger through DuckDB's own server, Quack, where DuckDB has it.
+
+    The token that they need is METEORA_TOKEN, or a new one that is printed.
+    """
+    import os
+    import secrets
+
+    from store.ledger import Ledger
+    from store.serving import serve as serve_snapshot
+
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest()
+    token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
+    say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")
+    for url in serve_snapshot(ledger.index.snapshot, address, token):
+        say(f"serving {ledger.index.snapshot} at {url}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING
 import duckdb
 import pytest
 
+from store.errors import StoreError
 from store.ledger import Ledger
+from store.serving import serve
 
 if TYPE_CHECKING:
     from tests.store.conftest import Shelf
@@ -31,7 +34,9 @@ sys.stdin.read()
 INGEST = """
 import sys
 from pathlib import Path
+from store.errors import StoreError
 from store.ledger import Ledger
+from store.serving import serve
 ledger = Ledger(Path(sys.argv[1]))
 assert not ledger.ingest().reason
 assert not ledger.verify().findings
@@ -109,6 +114,98 @@ def test_the_index_goes_from_one_duckdb_to_another(filled: Shelf, other: Path) -
     after = filled.views()
     assert len(after["artifacts"]) == len(before["artifacts"]) + 4
     assert after["leaderboard"] == before["leaderboard"]
+
+
+SERVER = """
+import sys
+from pathlib import Path
+import duckdb
+from store.serving import serve
+try:
+    for url in serve(Path(sys.argv[1]), sys.argv[2], "a long enough token"):
+        print(url, flush=True)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+"""
+CLIENT = """
+import sys
+import duckdb
+connection = duckdb.connect()
+connection.execute("LOAD httpfs; LOAD quack")
+connection.execute(f"CREATE SECRET (TYPE quack, TOKEN '{sys.argv[2]}')")
+try:
+    connection.execute(f"ATTACH '{sys.argv[1]}' AS ledger")
+    print(connection.execute(sys.argv[3]).fetchall())
+except duckdb.Error as error:
+    print("refused", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def quack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter whose DuckDB has a server: of 1.5.5, the last one that came in wheels."""
+    folder = tmp_path_factory.mktemp("quack") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    wanted = ("duckdb", "duckdb-extension-quack", "duckdb-extension-httpfs")
+    wheels = [f"{name}==1.5.5" for name in wanted]
+    install = [python, "-m", "pip", "install", "-q", "duckdb-extensions", *wheels]
+    bring = (
+        "import duckdb, duckdb_extensions as e; c = duckdb.connect();"
+        "e.import_extension('httpfs', con=c); e.import_extension('quack', con=c)"
+    )
+    for command in (install, [python, "-c", bring]):
+        if subprocess.run(command, check=False).returncode:
+            pytest.skip("no package index gives a DuckDB with a server")
+    return python
+
+
+@pytest.mark.slow
+def test_many_ask_one_server_and_can_do_nothing_else(filled: Shelf, quack: Path) -> None:
+    address = f"quack:localhost:{free_port()}"
+    ours = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [quack, "-c", SERVER, filled.ledger.index.snapshot, address]
+
+    def ask(sql: str, token: str = "a long enough token") -> str:  # noqa: S107
+        asked = [quack, "-c", CLIENT, address, token, sql]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ours) as server:
+        try:
+            assert server.stdout
+            assert server.stdout.readline().startswith("http://localhost:")
+            count = "SELECT count(*) FROM ledger.artifacts"
+            assert ask(count) == "[(11,)]"
+            assert ask("SELECT count(*) FROM ledger.leaderboard") == "[(4,)]"
+            assert ask(count, "another token").startswith("refused")
+            inside = "FROM quack_query('" + address + "', '{}')"
+            for sql in (
+                "DELETE FROM scores",
+                "FROM read_text(''/etc/hostname'')",
+                "ATTACH ''/tmp/x.duckdb''",
+                "SET memory_limit = ''1TB''",
+                "COPY scores TO ''/tmp/x.csv''",
+            ):
+                assert ask(inside.format(sql)).startswith("refused"), sql
+            filled.make(filled.adapter(3))
+            assert not filled.ledger.ingest().reason, "a server never stops a run"
+            assert server.stdout.readline().startswith("http://localhost:")
+            assert ask(count) == "[(12,)]"
+        finally:
+            server.kill()
+
+
+def test_a_duckdb_without_a_server_is_a_sentence(filled: Shelf) -> None:
+    with pytest.raises(StoreError, match="INSTALL quack` in DuckDB"):
+        next(serve(filled.ledger.index.snapshot, "quack:localhost:1", "t"))
+    with pytest.raises(StoreError, match="is not there"):
+        next(serve(filled.home / "nowhere.duckdb", "quack:localhost:1", "t"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def _version(python: Path) -> tuple[int, ...]:

@@ -1,0 +1,88 @@
+"""The index for people on other machines, by DuckDB's own server, where DuckDB has it: Quack.
+
+    people ─HTTP▶ one process that holds the snapshot open, read-only and locked up ◀ this home
+
+Quack is an extension of DuckDB. It is loaded where somebody has installed it, and never installed
+from here. A new snapshot is a new server on the same address: who is attached attaches again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from store.errors import StoreError
+from store.query import NO_EXTENSIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ADDRESS = "quack:localhost:9494"
+LOOK_SECONDS = 2.0
+MEMORY = "2GiB"
+"""What all questions of all people may take together."""
+
+
+def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
+    """Serve each snapshot until the next one is there; yields where, whenever that begins.
+
+    Args:
+        address: `quack:<host>:<port>`
+        token: whoever has it may ask
+
+    Raises:
+        StoreError: there is no Quack, no snapshot, or the address is taken.
+    """
+    while True:
+        before = _stamp(snapshot)
+        with _serving(snapshot, address, token) as url:
+            yield url
+            while _stamp(snapshot) == before:
+                time.sleep(LOOK_SECONDS)
+        logger.info("%s is new: serving it", snapshot.name)
+
+
+@contextmanager
+def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, None]:
+    with duckdb.connect(str(snapshot), read_only=True, config=NO_EXTENSIONS) as connection:
+        try:
+            connection.execute("LOAD httpfs")  # without which it answers every question with 500
+            connection.execute("LOAD quack")
+        except duckdb.Error as error:
+            raise StoreError(
+                f"DuckDB {duckdb.__version__} has no server here ({_brief(error)}); install it"
+                " once with `INSTALL httpfs; INSTALL quack` in DuckDB, which asks DuckDB's own repository"
+            ) from None
+        try:
+            (started,) = connection.execute(
+                "CALL quack_serve(?, token := ?)", [address, token]
+            ).fetchall()
+        except duckdb.Error as error:
+            raise StoreError(f"{address} cannot be served ({_brief(error)})") from None
+        connection.execute(f"SET memory_limit = '{MEMORY}'")
+        connection.execute("SET max_temp_directory_size = '0KiB'")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        try:
+            yield str(started[1])
+        finally:
+            connection.execute("CALL quack_stop(?)", [address])
+
+
+def _stamp(snapshot: Path) -> tuple[int, int]:
+    try:
+        status = snapshot.stat()
+    except FileNotFoundError:
+        raise StoreError(f"{snapshot} is not there; `meteora store rebuild` makes it") from None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _brief(error: Exception) -> str:
+    return str(error).partition("\n")[0]

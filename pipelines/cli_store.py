@@ -58,12 +58,13 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """List the files that nothing refers to; remove them only with --yes."""
+    """List the files that nothing refers to, each after its bytes; remove them only with --yes."""
     from store.ledger import Ledger
 
     garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
-    for name in (*garbage.blobs, *map(str, garbage.files)):
-        print(name)
+    names = (*garbage.blobs, *map(str, garbage.files))
+    for name, num_bytes in zip(names, garbage.sizes, strict=True):
+        print(f"{num_bytes}\t{name}")
     done = "removed" if yes else "can be removed with --yes"
     say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
 

@@ -13,6 +13,7 @@ from pipelines.judging import judge, judge_composites
 from pipelines.outputs import read_outputs
 from pipelines.tasks import ATTEMPTED, RIGHT
 from store.check import Finding
+from store.errors import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,16 +40,19 @@ def rejudge(ledger: Ledger, count: int, seed: int | None = None) -> Rejudged:
     """
     if not ledger.records.parts():
         return Rejudged(0, ())  # nothing is there, and looking makes nothing
-    ids = [row[0] for row in ledger.query("SELECT id FROM scores ORDER BY id").rows]
-    rng = random.Random(seed)  # noqa: S311  (a sample, no secret)
-    chosen = rng.sample(ids, min(count, len(ids)))
+    drawn = random.getrandbits(32) if seed is None else seed
+    chosen = ledger.query(
+        f"SELECT id FROM scores ORDER BY hash(id || '{drawn:d}'), id LIMIT {count:d}"  # noqa: S608
+    ).rows
     findings, num_scores = [], 0
-    for benchmark_id in chosen:
+    for (benchmark_id,) in chosen:
         score = ledger.score_of(benchmark_id)
         if score is None or score.outputs_sha256 not in ledger.blobs:
             continue  # a missing blob is a finding of its own
         try:
             value, num_samples = _again(ledger, score)
+        except DamagedError:
+            continue  # and so is a changed one
         except (ArrowInvalid, KeyError, ValueError, ExamplesError) as error:
             findings.append(_finding(benchmark_id, f"its outputs cannot be judged again: {error}"))
             continue

@@ -10,7 +10,7 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from store.errors import MissingBlobError, StoreError, UnreachableError
+from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import copy, partial_file, settle, sha256_of, write_whole
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+CHEAP_BYTES = 1 << 20
+"""Up to this size, a millisecond of hashing, a blob is verified whenever it is read."""
 
 
 class Blobs:
@@ -45,23 +47,33 @@ class Blobs:
             if not (move and not path.is_symlink() and _linked(path, partial)):
                 copy(path, partial)
             sha256 = sha256_of(partial)
-            settle(partial, self._place(sha256), root=self.root)
+            settle(partial, self.place_of(sha256), root=self.root)
         if move:
             path.unlink()
         return sha256
 
     def put_bytes(self, data: bytes) -> str:
         sha256 = hashlib.sha256(data).hexdigest()
-        write_whole(self._place(sha256), data, root=self.root)
+        write_whole(self.place_of(sha256), data, root=self.root)
         return sha256
 
     def path_of(self, sha256: str) -> Path:
-        """Where the blob lies; for reading only."""
-        path = self._place(sha256)
+        """Where the blob lies; for reading only. A small one is compared with its name first.
+
+        Raises:
+            MissingBlobError: it is not there.
+            DamagedError: it is small, and its bytes have changed; of large ones `verify` tells.
+        """
+        path = self.place_of(sha256)
         if not path.is_file() and not self._fetched(sha256):
             raise MissingBlobError(
                 f"blob {sha256} does not lie in {self.root}; make it again, or take it back from a"
                 " backup"
+            )
+        if path.stat().st_size <= CHEAP_BYTES and sha256_of(path) != sha256:
+            raise DamagedError(
+                f"{path}: its bytes have changed since they were written; make it again, or take it"
+                " back from a backup"
             )
         return path
 
@@ -78,7 +90,7 @@ class Blobs:
 
     def verify(self) -> Iterator[str]:
         """The SHA-256 by which each blob is named whose bytes hash to another one."""
-        return (sha256 for sha256 in self if sha256_of(self._place(sha256)) != sha256)
+        return (sha256 for sha256 in self if sha256_of(self.place_of(sha256)) != sha256)
 
     def push(self, sha256: str) -> None:
         """Bring a blob to the shared storage, unless it is there."""
@@ -96,7 +108,7 @@ class Blobs:
         return self._shared
 
     def __contains__(self, sha256: str) -> bool:
-        if self._place(sha256).is_file() or sha256 in self._shared:
+        if self.place_of(sha256).is_file() or sha256 in self._shared:
             return True
         try:
             return self._remote is not None and self._remote.holds(_name(sha256))
@@ -117,12 +129,13 @@ class Blobs:
         with partial_file(self.root) as partial:
             came = self._remote.get(_name(sha256), partial)
             if came == sha256:
-                settle(partial, self._place(sha256), root=self.root)
+                settle(partial, self.place_of(sha256), root=self.root)
             elif came:
                 logger.warning("blob %s on %s is damaged", sha256[:12], self._remote.url)
         return came == sha256
 
-    def _place(self, sha256: str) -> Path:
+    def place_of(self, sha256: str) -> Path:
+        """Where the blob lies on this disk, if it does; nobody has looked."""
         if not SHA256.fullmatch(sha256):
             raise MissingBlobError(f"{sha256!r} names no blob: 64 hex digits are needed")
         return self.root / sha256[:2] / sha256[2:]

@@ -25,7 +25,12 @@ class Garbage:
     blobs: tuple[str, ...]
     files: tuple[Path, ...]
     """Leftovers of killed writers, and databases that were set aside."""
-    num_bytes: int
+    sizes: tuple[int, ...]
+    """In bytes, of the blobs and then of the files."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes)
 
 
 def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
@@ -35,7 +40,7 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
         DamagedError: a record cannot be read, so what it refers to is not known.
     """
     oldest = time.time() - STALE_SECONDS
-    unused = {sha256 for sha256 in blobs if blobs.path_of(sha256).stat().st_mtime < oldest}
+    unused = {sha256 for sha256 in blobs if blobs.place_of(sha256).stat().st_mtime < oldest}
     for sha256 in records.loose():
         unused.difference_update(
             match.decode() for match in SHA256_IN_TEXT.findall(records.read_bytes(sha256))
@@ -48,5 +53,5 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
     for root in (home, records.root, records.segments.root, blobs.root):
         files += leftovers(root)
     kept = sorted(unused)
-    sizes = [path.stat().st_size for path in (*map(blobs.path_of, kept), *files)]
-    return Garbage(tuple(kept), tuple(files), sum(sizes))
+    sizes = [path.stat().st_size for path in (*map(blobs.place_of, kept), *files)]
+    return Garbage(tuple(kept), tuple(files), tuple(sizes))

@@ -125,7 +125,7 @@ class Ledger(Recording):
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
             found = garbage.garbage(self.home, self.records, self.blobs)
             if remove:
-                for path in (*map(self.blobs.path_of, found.blobs), *found.files):
+                for path in (*map(self.blobs.place_of, found.blobs), *found.files):
                     path.unlink()
         return found
 

@@ -58,7 +58,7 @@ def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, N
         except duckdb.Error as error:
             raise StoreError(
                 f"DuckDB {duckdb.__version__} has no server here ({_brief(error)}); install it"
-                " once with `INSTALL httpfs; INSTALL quack` in DuckDB, which asks DuckDB's own repository"
+                " once with `INSTALL httpfs; INSTALL quack` in DuckDB, which asks its repository"
             ) from None
         try:
             (started,) = connection.execute(

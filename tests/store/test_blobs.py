@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from store.blobs import Blobs
-from store.errors import MissingBlobError, StoreError
+from store.errors import DamagedError, MissingBlobError, StoreError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +71,21 @@ def test_a_link_of_the_hub_cache_is_followed(blobs: Blobs, source: Path, tmp_pat
     blobs.put(link, move=True)
     assert source.read_bytes() == DATA
     assert not blobs.path_of(SHA256).is_symlink()
+
+
+def test_a_small_blob_is_verified_whenever_it_is_read(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a large one by `verify`: hashing gigabytes is nothing to do in passing."""
+    damage(blobs.path_of(blobs.put_bytes(DATA)))
+    with pytest.raises(DamagedError, match="have changed since they were written"):
+        blobs.path_of(SHA256)
+    with pytest.raises(DamagedError):
+        blobs.give(SHA256, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("store.blobs.CHEAP_BYTES", len(DATA) - 1)
+    assert blobs.path_of(SHA256).is_file()
+    assert list(blobs.verify()) == [SHA256]
 
 
 def test_putting_again_heals_a_damaged_blob(blobs: Blobs, source: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
+from store.events import RunStarted
 from store.files import locked
 from store.intake import add, offer_texts
 from store.ledger import Ledger
@@ -156,6 +157,56 @@ def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:
         assert not log.exists()
         assert not ledger.verify().findings
     assert len(filled.views()["scores"]) == len(before["scores"])
+
+
+def test_a_writer_that_dies_before_it_has_ranked_leaves_that_to_the_next(filled: Shelf) -> None:
+    """Records are in, and what is kept about whole boards is not up to date."""
+    script = (
+        "import os, sys, store.index as index\n"
+        "from pathlib import Path\n"
+        "from store.ledger import Ledger\n"
+        "index.rank = lambda connection: os._exit(9)\n"
+        "Ledger(Path(sys.argv[1])).ingest()\n"
+    )
+    stack = filled.fused(filled.adapter(1), filled.adapter(2))
+    filled.make(better := filled.router(stack, seed=3))
+    filled.measure(better, "sorting", 0.95)
+    subprocess.run([sys.executable, "-c", script, filled.home], check=False)
+    ledger = filled.ledger = Ledger(filled.home)
+    assert ledger.ingest().reason == ""
+    best = "SELECT subject_id, place, oracle_value FROM leaderboard WHERE task = 'sorting'"
+    assert ledger.query(f"{best} AND place = 1").rows == [(better.id, 1, 0.9)]
+    assert ledger.query(f"{best} AND place = 3").rows != []
+    assert not ledger.query("FROM unsettled").rows
+    assert not ledger.verify().findings
+
+
+def test_what_is_learnt_later_about_a_model_is_ranked_too(shelf: Shelf) -> None:
+    """Scores came first, then who they are of: as records of two homes can come."""
+    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
+    made = (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, shelf.router(stack))
+    for spec in made:
+        shelf.make(spec)
+    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
+    artifacts = {path.stem: path for path in shelf.ledger.records.root.glob("*/*.json")}
+    shelf.measure(shelf.base, "sorting", 0.1)
+    shelf.measure(shelf.adapter(2), "sorting", 0.9)
+    shelf.measure(shelf.router(stack), "sorting", 0.8)
+    later = shelf.home / "later"
+    later.mkdir()
+    for name, path in artifacts.items():
+        path.rename(later / name)
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("FROM leaderboard").rows == []
+    for name, path in artifacts.items():
+        (later / name).rename(path)
+        assert shelf.ledger.ingest().reason == ""
+    grown = shelf.views()
+    assert shelf.ledger.query("SELECT value, base_value, oracle_value FROM leaderboard").rows == [
+        (0.8, 0.1, 0.9)
+    ]
+    shelf.ledger.rebuild()
+    assert shelf.views() == grown
 
 
 def test_rebuilding_gives_the_same_answers(filled: Shelf) -> None:

@@ -7,15 +7,17 @@ value can be computed again from what is kept. Only of its own tasks do we take 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 from lm_eval.api.model import CacheHook
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import set_seed
 
 from meteora.artifacts import MeteoraError
 
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     from pipelines.examples import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
+LOGGERS = ("lm_eval.models.huggingface", "lm_eval.api.task")
+EXPECTED = (
+    "`pretrained` model kwarg is not of type `str`",
+    "Passed an already-initialized model through `pretrained`",
+    "Custom kwargs can be passed to `--metadata`",
+)
+"""What lm-eval warns of whenever it is handed a live model, or rows: it always is, here."""
 
 
 class BenchmarkError(MeteoraError):
@@ -62,6 +71,8 @@ class Harness:
         self.tokenizer = tokenizer
         self.templated = bool(tokenizer.chat_template) and template != "plain"
         self._seed = seed
+        for name in LOGGERS:
+            logging.getLogger(name).addFilter(_is_news)
         self._model = _Model(
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
@@ -157,17 +168,17 @@ class Harness:
         return sorted(report["samples"][task["task"]], key=lambda sample: sample["doc_id"])
 
     def _evaluate(self, tasks: list[Any], manager: TaskManager, limit: int | None = None) -> Any:  # noqa: ANN401
-        return simple_evaluate(
-            model=self._model,
-            tasks=tasks,
-            task_manager=manager,
+        """What its `simple_evaluate` does, but for a second of questions about the machine."""
+        set_seed(self._seed)
+        loaded = manager.load(tasks)
+        for task in loaded["tasks"].values():
+            task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+            task.set_fewshot_seed(self._seed)
+        return evaluate(
+            lm=self._model,
+            task_dict=loaded,
             limit=limit,
             apply_chat_template=self.templated,
-            log_samples=True,
-            random_seed=self._seed,
-            numpy_random_seed=self._seed,
-            torch_random_seed=self._seed,
-            fewshot_random_seed=self._seed,
             bootstrap_iters=0,
         )
 
@@ -200,6 +211,10 @@ class Harness:
             sorted(samples, key=lambda sample: sample["doc_id"]),
             report["higher_is_better"].get(name, {}),
         )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in EXPECTED)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ from meteora.model import force_expert, without_experts
 from pipelines import benchmark
 from pipelines.composites import compose
 from pipelines.examples import Row
-from pipelines.harness import BenchmarkError
+from pipelines.harness import LOGGERS, BenchmarkError
 from pipelines.judging import judge, judge_composites
 from pipelines.outputs import read_outputs, write_outputs
 from pipelines.tasks import ATTEMPTED, RIGHT, Task
@@ -62,6 +63,17 @@ def test_the_harness_asks_what_generate_is_asked(
     assert found.templated == bool(template)
     assert found.num_samples == len(ROWS)
     assert found.harness.startswith("lm-eval ")
+
+
+def test_of_lm_eval_s_warnings_only_the_expected_are_silent(
+    world: World, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [Row("abc", "x", choices=("x", "y"))]
+    benchmark.measure(world.load(), tokenizer, task(rows, "acc"), batch_size=1)
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
+    for name in LOGGERS:
+        logging.getLogger(name).warning("something else")
+        assert caplog.records[-1].name == name
 
 
 def test_a_right_answer_counts_and_the_rows_are_told(

@@ -1,0 +1,160 @@
+"""What one closed-form gate costs where layers are large: `python -m tests.benchmarks.calibrate`.
+
+Made-up tokens of many experts, with spreads that fall off as those of hidden states do, go through
+everything that calibrating does at one input point but running the model. Each size has a process
+of its own, whose peak memory is told beyond what it had before. `forward` is the arithmetic of
+running the same tokens once through the projection that reads that input, in the same process: what
+the sweep does anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora import train
+from meteora.discriminant import choose_shrinkage, gate_from
+from meteora.sequences import LabelledSequence, batched, hold_out, sampled
+from meteora.statistics import PointStatistics
+from tests.benchmarks.layer import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+EXPERTS, TOKENS_EACH = 28, 32
+SIZES = (
+    (576, 576, False),
+    (1536, 576, False),
+    (4096, 4096, False),
+    (4096, 4096, True),
+    (14336, 4096, False),
+)
+"""(inputs, outputs) of projections of SmolLM2-135M and Llama-3-8B, and whether the spread is kept as
+a sample of rows where moments would be taken: what the sample costs in accuracy."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    inputs: int
+    examples: int
+    """An expert."""
+    tokens: int
+    form: str
+    """In which the spread was kept."""
+    gather_seconds: float
+    solve_seconds: float
+    """Seven shrinkages judged on held-out tokens, and the gate."""
+    keep_seconds: float
+    """What is stored so that experts can be added."""
+    forward_seconds: float
+    peak_megabytes: float
+    heldout_accuracy: float
+
+
+def made_up(inputs: int, means: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """[B, L, IN] tokens: 64 common directions, an expert's mean, and noise that falls off."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*labels.shape, inputs)
+    spread = torch.arange(1, inputs + 1).float().pow(-0.5)
+    x = torch.randn(shape, generator=generator) * spread
+    return x.add_(means[labels.clamp_min(0)], alpha=0.08)
+
+
+def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
+    torch.set_num_threads(1)
+    sequences = [
+        LabelledSequence((1,) * TOKENS_EACH, (e,) * TOKENS_EACH)
+        for e in range(EXPERTS)
+        for _ in range(examples)
+    ]
+    heldout = hold_out(sequences, [str(e) for e in range(EXPERTS)], 0)
+    batches = sampled(list(batched(sequences, heldout, torch.device("cpu"))), EXPERTS)
+    tokens = EXPERTS * TOKENS_EACH * examples
+    spread = torch.arange(1, inputs + 1).float().pow(-0.5)
+    means = torch.randn(EXPERTS, inputs, generator=torch.Generator().manual_seed(1)) * spread
+    token_weights = torch.full((EXPERTS,), 1.0 / (TOKENS_EACH * examples))
+    making = forward = 0.0
+    weight = torch.randn(outputs, inputs)
+
+    def stream() -> Iterator[Tensor]:
+        nonlocal making, forward
+        for seed, batch in enumerate(batches):
+            started = time.process_time()
+            x = made_up(inputs, means, batch.labels, seed)
+            made = time.process_time()
+            x @ weight.T
+            forward += time.process_time() - made
+            making += time.process_time() - started
+            yield x
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    marks = [time.process_time()]
+    if rows_only:
+        train.MAX_ROWS = 0
+    scatter, held = train._scatter_of(stream(), batches, token_weights)
+    marks.append(time.process_time())
+    shrinkage, _ = choose_shrinkage(scatter[0], *held)
+    both = scatter[0] + scatter[1]
+    gate, bias = gate_from(both, shrinkage)
+    marks.append(time.process_time())
+    PointStatistics.of(both, shrinkage)
+    marks.append(time.process_time())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    unseen = torch.arange(EXPERTS).repeat_interleave(64)[None]
+    x = made_up(inputs, means, unseen, 10_000_000)
+    right = ((x @ gate.T + bias).argmax(-1) == unseen).float().mean().item()
+    gathered, solved, kept = (b - a for a, b in pairwise(marks))
+    return Cost(
+        inputs, examples, tokens, type(both).__name__, gathered - making, solved, kept, forward,
+        peak / 1024, right,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for inputs, outputs, rows_only in SIZES:
+        for examples in asked.examples:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found.append(pool.apply(cost, (inputs, outputs, rows_only, examples)))
+    if asked.json:
+        print(json.dumps({"machine": machine(), "costs": [asdict(one) for one in found]}))
+        return
+    print(as_table(found))
+    print("\n".join(f"- {name}: {value}" for name, value in machine().items()))
+
+
+def as_table(found: list[Cost]) -> str:
+    lines = [
+        "| inputs | tokens | spread kept as | gather, s | solve, s | keep, s | together"
+        " | forward, s | peak, MB | right on unseen tokens |",
+        "|-|-|-|-|-|-|-|-|-|-|",
+    ]
+    for one in found:
+        form = "moments" if one.form == "Scatter" else "rows"
+        together = one.gather_seconds + one.solve_seconds + one.keep_seconds
+        lines.append(
+            f"| {one.inputs} | {one.tokens:,} | {form} | {one.gather_seconds:.1f}"
+            f" | {one.solve_seconds:.1f} | {one.keep_seconds:.1f} | {together:.1f}"
+            f" | {one.forward_seconds:.1f} | {one.peak_megabytes:.0f}"
+            f" | {one.heldout_accuracy:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -39,8 +39,8 @@ SIZES = (
     (4096, 4096, True),
     (14336, 4096, False),
 )
-"""(inputs, outputs) of projections of SmolLM2-135M and Llama-3-8B, and whether the spread is kept as
-a sample of rows where moments would be taken: what the sample costs in accuracy."""
+"""(inputs, outputs) of projections of SmolLM2-135M and Llama-3-8B; and whether a sample of rows is
+kept where moments would be: what the sample costs in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cost:
 
 
 def made_up(inputs: int, means: Tensor, labels: Tensor, seed: int) -> Tensor:
-    """[B, L, IN] tokens: 64 common directions, an expert's mean, and noise that falls off."""
+    """[B, L, IN] tokens: an expert's mean, and noise that falls off."""
     generator = torch.Generator().manual_seed(seed)
     shape = (*labels.shape, inputs)
     spread = torch.arange(1, inputs + 1).float().pow(-0.5)
@@ -100,7 +100,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     marks = [time.process_time()]
     if rows_only:
-        train.MAX_ROWS = 0
+        setattr(train, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
     scatter, held = train._scatter_of(stream(), batches, token_weights)
     marks.append(time.process_time())
     shrinkage, _ = choose_shrinkage(scatter[0], *held)

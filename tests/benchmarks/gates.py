@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 EXPERTS = (
     "reverse_words", "arithmetic", "iso_dates", "spelled_numbers", "sort_numbers", "order_lines",
-    "valid_parentheses", "winowhy",
+    "valid_parentheses", "unit_addition",
 )  # fmt: skip
 COUNTS = (8, 16, 32, 64, MOST_EXAMPLES)
 USUAL = 32
@@ -121,7 +121,6 @@ def choices(world: World, results: Results) -> None:
         "share module": {"share": "module"},
         "share layer": {"share": "layer"},
         "share token": {"share": "token"},
-        "opening own": {"template": None},
     }
     for key, asked in options.items():
         if key in results:

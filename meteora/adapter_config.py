@@ -39,6 +39,7 @@ class Claim:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     target_modules: tuple[str, ...] | str = ()
     """Names, or a pattern, or `all-linear`; empty where PEFT's defaults for the base hold."""
+    exclude_modules: tuple[str, ...] | str = ()
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     bias: str = "none"
@@ -64,6 +65,7 @@ VARIANTS = {
 # These start from a factor of W and leave the rest of W in the base, so B·A belongs to a base that
 # nobody has. Adapters that PEFT converted on saving say `true` here and pass.
 INIT_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+INIT_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 UNDERSTOOD = {
     "base_model_name_or_path", "revision", "peft_type", "task_type", "r", "lora_alpha",
@@ -106,7 +108,8 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
         use_rslora=fields.flag(config, "use_rslora", found),
         rank_pattern=fields.pattern_table(config, "rank_pattern", fields.rank, found),
         alpha_pattern=fields.pattern_table(config, "alpha_pattern", fields.alpha, found),
-        target_modules=fields.targets(config.get("target_modules"), found),
+        target_modules=fields.targets(config, "target_modules", found),
+        exclude_modules=fields.targets(config, "exclude_modules", found),
         modules_to_save=fields.names(config, "modules_to_save", found),
         layers_to_transform=fields.layers(config.get("layers_to_transform")),
         bias=fields.bias(config, found),
@@ -155,7 +158,7 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
         task_type="CAUSAL_LM",
         r=r,
         scale=scale,
-        target_modules=fields.targets(keys, found) if isinstance(keys, list) else (),
+        target_modules=fields.targets(parameters, "keys", found) if isinstance(keys, list) else (),
     )
 
 
@@ -169,6 +172,12 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
             "init_changes_base",
             f"init_lora_weights is {shortened(init)!r}, which changes the base's weights; save it"
             " again with path_initial_model_for_weight_conversion, which converts it to plain LoRA",
+        )
+    elif init is not None and type(init) is not bool and init not in INIT_LEAVES_BASE:
+        found.refuse(
+            "init_unknown",
+            f"init_lora_weights is {shortened(init)!r}, which is not known here; it may have"
+            " changed the base's weights",
         )
     if fields.is_active(config.get("enable_lora")):
         found.refuse("enable_lora", "enable_lora is set: a merged layout of PEFT 0.2 and before")

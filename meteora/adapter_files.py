@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 """PEFT's name and MLX-LM's."""
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 MAX_CONFIG_BYTES = 2 << 20
+MAX_TABLES = 50_000
+"""Brackets in a config: real ones have dozens, and a table takes 30 times the bytes of its text."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HOW_TO_CONVERT = (
@@ -82,8 +85,12 @@ def _explain_missing_weights(folder: Path, found: Findings) -> None:
         found.refuse("pickle", f"its weights are {listed(pickles)} alone; {HOW_TO_CONVERT}")
     elif "meteora.json" in names:
         found.refuse("fused", "it is a fused checkpoint already, not an adapter")
+    elif DIFFUSERS in names:
+        found.refuse("diffusers", f"{DIFFUSERS} is a LoRA for an image model of diffusers")
     elif others:
         found.refuse("no_weights", f"it has {listed(others)}, but none of {' or '.join(WEIGHTS)}")
+    elif inner := [name for name in names if (folder / name / CONFIG).is_file()]:
+        found.refuse("no_weights", f"adapters lie in its folders; say which: {listed(inner)}")
     else:
         found.refuse("no_weights", f"it has neither {' nor '.join(WEIGHTS)}")
 
@@ -125,6 +132,8 @@ def read_claim(path: Path, extras: OnExtras, found: Findings) -> Claim | None:
 def _parse(data: bytes, name: str, found: Findings) -> dict[str, Any] | None:
     if len(data) > MAX_CONFIG_BYTES:
         found.refuse("config_size", f"{name} has more than {MAX_CONFIG_BYTES} bytes")
+    elif data.count(b"[") + data.count(b"{") > MAX_TABLES:
+        found.refuse("config_size", f"{name} has more than {MAX_TABLES} lists and tables")
     elif not data.strip():
         found.refuse("empty", f"{name} is empty")
     elif other := foreign(data[:64]):
@@ -143,6 +152,11 @@ def _explain_other_config(config: dict[str, Any], found: Findings) -> None:
     elif {"model_class", "model_name"} <= config.keys() or "adapter_residual_before_ln" in config:
         found.refuse(
             "adapterhub", "it is an adapter of AdapterHub (bottleneck layers), not PEFT's LoRA"
+        )
+    elif config and config.keys() <= {"base_model", "base_model_name_or_path"}:
+        found.refuse(
+            "stub",
+            "it is a stub: it names a base and says nothing of an adapter, which lies elsewhere",
         )
     else:
         keys = listed(sorted(config)) or "nothing"

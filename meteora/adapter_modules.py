@@ -50,7 +50,7 @@ def read_modules(
     try:
         _check_targets(claim, list(pairs), budget, found)
     except PatternError as error:
-        found.warn("pattern_unchecked", f"the pattern in target_modules is not checked: {error}")
+        found.warn("pattern_unchecked", f"a pattern of what it targets is not checked: {error}")
     if large := [m.path for m in modules if m.scaling > MAX_SCALING]:
         found.warn("large_scaling", f"scaled by more than {MAX_SCALING}: {listed(large)}")
     _check_even(list(pairs), found)
@@ -128,20 +128,16 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: 
 def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
     """Compare what the config targets with what the file holds; the file counts."""
     targets = claim.target_modules
-    if isinstance(targets, str):
-        if targets in ("", "all-linear"):
-            return
-        pattern = compile_pattern(targets, budget)
-        untargeted = [path for path in paths if not pattern.matches(path, budget)]
-    elif targets:
-        wanted = set(targets)
-        hits = {path: _endings(path) & wanted for path in paths}
-        idle = wanted.difference(*hits.values())
-        if idle:
-            found.warn("idle_target", f"it targets {listed(sorted(idle))}, and no tensor is of it")
-        untargeted = [path for path, matched in hits.items() if not matched]
-    else:
-        untargeted = []
+    untargeted: list[str] = []
+    if targets not in ((), "", "all-linear"):
+        named = _named(targets, paths, budget)
+        untargeted = [path for path in paths if path not in named]
+    if not isinstance(targets, str):
+        idle = sorted(set(targets).difference(*map(_endings, paths)))
+        excluded = _named(claim.exclude_modules, idle, budget)
+        if idle := [target for target in idle if target not in excluded]:
+            found.warn("idle_target", f"it targets {listed(idle)}, and no tensor is of it")
+    untargeted += sorted(_named(claim.exclude_modules, paths, budget))
     if claim.layers_to_transform:
         layers = set(claim.layers_to_transform)
         untargeted += [path for path in paths if (p := place_of(path)) and p.layer not in layers]
@@ -151,6 +147,14 @@ def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findin
             f"{listed(untargeted)} is in the file and not targeted by the config; it is used here,"
             " where PEFT leaves it out",
         )
+
+
+def _named(names: tuple[str, ...] | str, paths: list[str], budget: Budget) -> set[str]:
+    """The modules that a list of names or a pattern stands for, by PEFT's rule."""
+    if isinstance(names, str):
+        pattern = compile_pattern(names, budget)
+        return {path for path in paths if pattern.matches(path, budget)}
+    return {path for path in paths if not _endings(path).isdisjoint(names)}
 
 
 def _endings(path: str) -> set[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from meteora.reasons import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
     from typing import BinaryIO
 
@@ -39,10 +39,14 @@ VARIANT_KEYS = (
     (".base_layer.lora_", "target_parameters", "LoRA on bare parameters, as of fused experts"),
     ("lora_diag", "kasa", "KaSA's singular values"),
     ("prompt_embeddings", "peft_type", "prompt embeddings"),
-    ("lora_unet_", "diffusers", "weights for an image model"),
-    ("lora.down.weight", "diffusers", "weights for an image model"),
-    ("lora_down.weight", "diffusers", "weights for an image model"),
-)
+    *(
+        (mark, "diffusers", "weights for an image model")
+        for mark in (
+            "lora_unet_", "lora.down.weight", "lora_down.weight", "unet.", "transformer_blocks.",
+            "text_encoder.", "lora_te_", "lora_te1_", "diffusion_model.",
+        )
+    ),
+)  # fmt: skip
 WHOLE_MODULES = {
     "lora_embedding_A", "lora_embedding_B",
     "lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings",
@@ -151,6 +155,13 @@ def sort_tensors(
     elif claim.format == "peft" and not any(key.startswith(PREFIX) for key in tensors):
         found.warn("bare_keys", f"its keys lack the prefix {PREFIX}; they are read as they are")
     return Sorted(modules, stripped)
+
+
+def name_variants(keys: Collection[str], found: Findings) -> None:
+    """Say what a file without a config is, where its tensors' names tell."""
+    for mark, code, what in VARIANT_KEYS:
+        if members := [key for key in keys if mark in key]:
+            found.refuse(code, f"it holds {what}: {listed(members)}")
 
 
 def _pairs(

@@ -28,7 +28,7 @@ from meteora.adapter_set import (
     fit_to_base,
     stack_bytes,
 )
-from meteora.adapter_tensors import Adapter, AdapterTensors, Stamp, sort_tensors
+from meteora.adapter_tensors import Adapter, AdapterTensors, Stamp, name_variants, sort_tensors
 from meteora.artifacts import AdapterSpec
 from meteora.reasons import AdapterError, Findings, Reason, listed
 from meteora.safetensors_header import HeaderError, TensorInfo, read_header
@@ -116,6 +116,8 @@ def _examine(
         stamp, seen_ns = Stamp.of(file), time.time_ns()
         num_bytes = stamp.num_bytes
         tensors = _read_tensors(file, num_bytes, files.weights.name, found)
+        if tensors is not None and files.config is None:
+            name_variants(tensors, found)
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
         split = sort_tensors(tensors, claim, extras, found)

@@ -39,18 +39,18 @@ def base_model(name: object, found: Findings) -> str:
     return name
 
 
-def targets(value: object, found: Findings) -> tuple[str, ...] | str:
+def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...] | str:
+    """Modules by their names or by a pattern; empty where the field is not set."""
+    value = config.get(key)
     if value is None:
         return ()
     if isinstance(value, str):
         if len(value) > MAX_TEXT:
-            found.refuse(
-                "pattern", f"target_modules is a pattern of {len(value)} characters; {MAX_TEXT} do"
-            )
+            found.refuse("pattern", f"{key} is a pattern of {len(value)} characters; {MAX_TEXT} do")
             return ()
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        found.refuse("target_modules", "target_modules is neither a list of names nor a pattern")
+        found.refuse(key, f"{key} is neither a list of names nor a pattern")
         return ()
     return tuple(sorted(set(value)))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-
+from meteora.adapter_weights import AdapterWeights
 from meteora.reasons import Reason
 
 if TYPE_CHECKING:
@@ -28,10 +27,10 @@ training that diverged, or an adapter of another base.
 def update_norms(adapter: Adapter) -> dict[str, float]:
     """‖scaling · B A‖ (Frobenius) of each module, from r × r products: B A is never formed."""
     norms = {}
-    with safe_open(adapter.weights, framework="pt", backend="pread") as file:
+    with AdapterWeights(adapter) as file:
         for module in adapter.spec.modules:
             keys = adapter.tensors[module.path]
-            a, b = (file.get_tensor(key).double() for key in (keys.a_key, keys.b_key))
+            a, b = (file.tensor(key).double() for key in (keys.a_key, keys.b_key))
             if keys.transposed:
                 a, b = a.T, b.T
             norms[module.path] = abs(module.scaling) * _norm_of_product(b, a)

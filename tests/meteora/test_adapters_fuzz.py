@@ -136,7 +136,8 @@ def many_keys(size: int, value: str = "1") -> bytes:
 LORA = b'{"peft_type": "LORA", "r": 4, '
 MOST_KEYS = many_keys(3 << 19)
 LARGEST: dict[str, tuple[bytes, bytes]] = {
-    "lists": (LORA + b'"a": [' + b"[]," * 650_000 + b"[]]}", b""),
+    "too_many_lists": (LORA + b'"a": [' + b"[]," * 650_000 + b"[]]}", b""),
+    "lists": (LORA + b'"a": [' + b"[]," * 49_000 + b"[]]}", b""),
     "unknown_keys": (LORA + MOST_KEYS[1:], b""),
     "unset_keys": (LORA + many_keys(3 << 19, "null")[1:], b""),
     "targets": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from meteora import adapters
+from meteora import adapter_config, adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +96,20 @@ def test_every_module_is_what_peft_says(
         {"r": 4, "target_modules": ["layers.0.self_attn.q_proj", "v_proj"]},
         {"r": 4, "target_modules": LLAMA, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
         {"r": 4, "target_modules": [*LLAMA, "lm_head"]},
+        {"r": 4, "target_modules": LLAMA, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"r": 4, "target_modules": "all-linear", "exclude_modules": r".*\.[1-9]\.mlp.*"},
     ],
-    ids=["defaults", "all_linear", "regex", "one_layer", "paths", "rslora", "head"],
+    ids=[
+        "defaults",
+        "all_linear",
+        "regex",
+        "one_layer",
+        "paths",
+        "rslora",
+        "head",
+        "excluded",
+        "excluded_regex",
+    ],
 )
 def test_every_way_to_target_is_what_peft_says(
     lora: dict[str, Any], build_base: Callable[[str], Path], tmp_path: Path
@@ -104,6 +117,14 @@ def test_every_way_to_target_is_what_peft_says(
     expected = peft_facts(build_base("llama"), tmp_path / "adapter", **lora)
     assert expected
     assert facts_of(tmp_path / "adapter") == expected
+    codes = {reason.code for reason in adapters.check(tmp_path / "adapter").reasons}
+    assert not codes & {"untargeted", "idle_target", "pattern_unchecked"}
+
+
+def test_every_field_of_pefts_config_is_known() -> None:
+    """A field that a new PEFT adds has to be judged before its adapters pass."""
+    known = adapter_config.UNDERSTOOD | adapter_config.WITHOUT_EFFECT | set(adapter_config.VARIANTS)
+    assert {field.name for field in fields(LoraConfig)} <= known
 
 
 def test_heads_that_peft_saved_are_stripped_by_policy(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ class Blobs:
         with partial_file(self.root) as partial:
             if not (move and not path.is_symlink() and _linked(path, partial)):
                 copy(path, partial)
+            os.utime(partial)  # a linked one is as old as its source, and old ones are swept
             sha256 = sha256_of(partial)
             settle(partial, self.place_of(sha256), root=self.root)
         if move:

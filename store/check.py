@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -14,8 +18,7 @@ from store.query import memory, quoted
 from store.segments import SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from pathlib import Path
+    from collections.abc import Collection, Generator, Iterator
 
     from store.blobs import Blobs
     from store.index import Index
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parquet")
 LOCK_SECONDS = 60.0
 BATCH_RECORDS = 20_000
-BOOKKEEPING = "read_files"
-"""The one table that says how records lie on the disk, and not what they say."""
+BOOKKEEPING = ("migrations", "read_files")
+"""The tables that say how the index was made and how records lie, and not what records say."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,47 @@ def verify(
 ) -> Verification:
     """Read every record and every blob against its name, and the index against the records.
 
+    A home that cannot be written to is read all the same.
+
     Raises:
         UnreachableError: the storage that is shared does not answer.
     """
     names, present = records.parts(), sorted(blobs)
     segments = {name for name in names if name.endswith(SUFFIX)}
     lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
-    with lock, memory() as connection, partial_file(home) as fresh:
+    with lock, memory() as connection, _room(home) as room, partial_file(room) as fresh:
         connection.execute("CREATE TABLE named (blob VARCHAR, subject VARCHAR)")
         loose, bad_records = _check_loose(connection, records, sorted(names - segments))
         whole, bad_segments = _check_segments(connection, records.segments, segments)
-        index.build(fresh, loose | whole)
+        index.build(fresh, loose | whole, room=room)
         connection.execute(f"ATTACH {quoted(fresh)} AS fresh (READ_ONLY)")
         findings = (
-            *(Finding("record", name, why, _subject(index, name)) for name, why in bad_records),
             *(
-                Finding("segment", name, why, _lost(connection, index))
+                Finding("record", name, why, _resting(connection, _subject(index, name)))
+                for name, why in bad_records
+            ),
+            *(
+                Finding("segment", name, why, _resting(connection, _lost(connection, index)))
                 for name, why in bad_segments
             ),
             *_check_blobs(connection, blobs, sorted({*present, *blobs.survey()})),
-            *_check_shared(connection, home, sharing),
+            *_check_shared(connection, room, sharing),
             *_foreign_files(home, records.root, blobs.root),
-            *_check_index(connection, index, loose | whole),
+            *_check_index(connection, index, loose | whole, room),
         )
     num_records = len(names - segments) + records.segments.count()
     waiting = names - (index.known() or frozenset())
     return Verification(num_records, len(present), len(waiting), findings)
+
+
+@contextmanager
+def _room(home: Path) -> Generator[Path, None, None]:
+    """Where copies can lie for a while: on the home's own disk, if that can be written to."""
+    if os.access(home, os.W_OK):
+        yield home
+        return
+    with tempfile.TemporaryDirectory(prefix="meteora-") as folder:
+        yield Path(folder)
 
 
 def _check_loose(
@@ -123,17 +141,18 @@ def _check_segments(
     return whole, damaged
 
 
-def _subject(index: Index, sha256: str) -> tuple[str, ...]:
+def _subject(index: Index, sha256: str) -> list[str]:
+    """What a record that can no longer be read was about, as the snapshot knows."""
     rows = index.select("SELECT subject FROM records WHERE sha256 = ?", [sha256]) or []
-    return tuple(subject for (subject,) in rows)
+    return [subject for (subject,) in rows]
 
 
-def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> tuple[str, ...]:
+def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> list[str]:
     """What the snapshot knows from records that can no longer be read."""
     known = index.select("SELECT sha256, subject FROM records", []) or []
     readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
     left = {sha256 for (sha256,) in readable}
-    return tuple(sorted({subject for sha256, subject in known if sha256 not in left}))
+    return [subject for sha256, subject in known if sha256 not in left]
 
 
 def _check_blobs(
@@ -153,14 +172,14 @@ def _check_blobs(
 
 
 def _check_shared(
-    connection: duckdb.DuckDBPyConnection, home: Path, sharing: Sharing | None
+    connection: duckdb.DuckDBPyConnection, room: Path, sharing: Sharing | None
 ) -> Iterator[Finding]:
     """Read every object on the shared storage against its name; nothing of it is kept."""
     if sharing is None:
         return
     remote = sharing.remote
     for name in sorted(remote.names("records") | remote.names("blobs")):
-        with partial_file(home) as partial:
+        with partial_file(room) as partial:
             came = remote.get(name, partial)
         digits = "".join(re.findall("[0-9a-f]+", name.partition("/")[2].partition(".")[0]))
         if came and not digits.endswith(came):
@@ -172,11 +191,18 @@ def _check_shared(
 def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:
     """What rests on a blob: what names it, and what was made from that or measured on it."""
     rows = connection.execute(
+        "SELECT subject FROM named WHERE blob = $1"
+        " UNION SELECT id FROM fresh.artifacts WHERE weights_sha256 = $1",
+        [blob],
+    ).fetchall()
+    return _resting(connection, [subject for (subject,) in rows])
+
+
+def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
+    """These, and what was made from them or measured on them; sorted."""
+    rows = connection.execute(
         """
-        WITH direct AS (
-            SELECT subject AS id FROM named WHERE blob = $1
-            UNION SELECT id FROM fresh.artifacts WHERE weights_sha256 = $1
-        ),
+        WITH direct AS (SELECT unnest($1::VARCHAR[]) AS id),
         made AS (
             FROM direct
             UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN direct ON ancestor_id = id
@@ -188,7 +214,7 @@ def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...
         UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN measured ON ancestor_id = id
         ORDER BY ALL
         """,
-        [blob],
+        [subjects],
     ).fetchall()
     return tuple(touched for (touched,) in rows)
 
@@ -203,7 +229,7 @@ def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
 
 
 def _check_index(
-    connection: duckdb.DuckDBPyConnection, index: Index, names: Collection[str]
+    connection: duckdb.DuckDBPyConnection, index: Index, names: Collection[str], room: Path
 ) -> Iterator[Finding]:
     """Compare the database files, row by row, with the one that was made from the records now.
 
@@ -214,9 +240,9 @@ def _check_index(
         paths = paths[:1]  # the snapshot is a copy to the byte
     for path in paths:
         try:
-            with partial_file(index.home) as held:
+            with partial_file(room) as held:
                 copy(path, held)
-                index.build(held, names)
+                index.build(held, names, room=room)
                 for table in _differing_tables(connection, held):
                     problem = f"table {table} differs from the records; rebuild"
                     yield Finding("index", path.name, problem)
@@ -229,7 +255,7 @@ def _differing_tables(connection: duckdb.DuckDBPyConnection, database: Path) -> 
     try:
         tables = connection.execute(
             "SELECT table_name FROM duckdb_tables()"
-            " WHERE database_name = 'held' AND table_name <> ? ORDER BY ALL",
+            " WHERE database_name = 'held' AND NOT list_contains($1, table_name) ORDER BY ALL",
             [BOOKKEEPING],
         ).fetchall()
         sums = "SELECT count(*), bit_xor(hash(t)), sum(hash(t)) FROM {}.{} t"

@@ -4,7 +4,7 @@ A file becomes visible by a rename, after its bytes have reached the disk:
 
     temporary name ─▶ write ─▶ fsync ─▶ rename ─▶ fsync of the folder
 
-What a killed process leaves behind are files in a `tmp` folder, which `sweep` removes.
+What a killed process leaves behind lies in a `tmp` folder, which `sweep` empties.
 Locks are `flock`s: local disks only, for several network file systems ignore them.
 """
 
@@ -37,6 +37,8 @@ STALE_SECONDS = 3600.0
 def partial_file(root: Path) -> Generator[Path, None, None]:
     """A name below `root` that no other writer uses; gone when the block ends, unless settled.
 
+    It may become a file or a folder.
+
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
     """
@@ -51,7 +53,7 @@ def partial_file(root: Path) -> Generator[Path, None, None]:
         ) from error
     finally:
         with suppress(OSError):
-            partial.unlink()
+            discard(partial)
 
 
 def write_whole(path: Path, data: bytes, *, root: Path) -> None:
@@ -103,13 +105,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder and all in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def leftovers(root: Path) -> list[Path]:
-    """What killed writers left below `root`: temporary files that nobody has touched for long."""
+    """What killed writers left below `root`: what lies in `tmp` and nobody has touched for long."""
     oldest = time.time() - STALE_SECONDS
     stale = []
     for path in (root / "tmp").glob("*"):
         with suppress(FileNotFoundError):  # its writer is done with it
-            if path.stat().st_mtime < oldest:
+            if all(part.stat().st_mtime < oldest for part in (path, *path.rglob("*"))):
                 stale.append(path)
     return stale
 
@@ -117,7 +132,7 @@ def leftovers(root: Path) -> list[Path]:
 def sweep(root: Path) -> None:
     """Remove what killed writers left below `root`."""
     for path in leftovers(root):
-        path.unlink(missing_ok=True)
+        discard(path)
 
 
 @contextmanager
@@ -130,10 +145,11 @@ def locked(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        how = os.O_RDONLY if shared else os.O_RDWR  # whoever only reads may share it
+        descriptor = os.open(path, how | os.O_CREAT, 0o644)
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be opened ({error.strerror}), so nothing can be written beside it"
+            f"{path} cannot be opened ({error.strerror}), so what lies beside it cannot be used"
         ) from error
     try:
         _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)

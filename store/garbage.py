@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from store.files import STALE_SECONDS, leftovers
+from store.files import STALE_SECONDS, leftovers, size_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,5 +53,5 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
     for root in (home, records.root, records.segments.root, blobs.root):
         files += leftovers(root)
     kept = sorted(unused)
-    sizes = [path.stat().st_size for path in (*map(blobs.place_of, kept), *files)]
+    sizes = [size_of(path) for path in (*map(blobs.place_of, kept), *files)]
     return Garbage(tuple(kept), tuple(files), tuple(sizes))

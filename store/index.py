@@ -121,12 +121,8 @@ class Index:
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:
         """Make the index again from the records alone; the old one is set aside."""
-        lock = locked(self.lock, deadline_seconds=deadline_seconds)
-        with lock, partial_file(self.home) as fresh:
-            num_records, _ = self.build(fresh, self._records.parts())
-            if self.live.exists():
-                self._set_aside("rebuilt")
-            fresh.replace(self.live)
+        with locked(self.lock, deadline_seconds=deadline_seconds):
+            num_records, _, _ = self._replace("rebuilt", self._records.parts())
             self._publish()
         return Ingest(num_records, 0)
 
@@ -154,39 +150,46 @@ class Index:
         names = self._records.parts()
         if self._covers(names):
             return Ingest(0, 0)
+        if not self.live.exists():  # DuckDB 1.5 would take in a log that is left, whose ever it is
+            wal(self.live).unlink(missing_ok=True)
         try:
             num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
             text = str(error)
-            ours = isinstance(error, duckdb.ProgrammingError)  # our SQL is wrong, not the file
-            if ours or any(circumstance in text for circumstance in CIRCUMSTANCES):
+            # our SQL is wrong, or there is too little memory: not the file
+            innocent = isinstance(error, duckdb.ProgrammingError | duckdb.OutOfMemoryException)
+            if innocent or any(circumstance in text for circumstance in CIRCUMSTANCES):
                 raise
             if "Trying to read a database file with version number" in text:
                 raise NewerLedgerError(
                     f"{self.live} was written by a newer DuckDB than {duckdb.__version__}; upgrade"
                     " it, or move the file away: it is made again from the records"
                 ) from None
-            aside = self._set_aside("damaged")
+            num_records, held, aside = self._replace("damaged", names)
             logger.warning(
-                "%s could not be read (%s); it now lies at %s and is made again from the records",
+                "%s could not be read (%s); it now lies at %s and was made again from the records",
                 self.live.name,
                 text,
                 aside,
             )
-            num_records, held = self.build(self.live, names)
         if not self._covers(held):
             self._publish()
         unread = len(names - held)
         reason = f"{unread} records cannot be read; `verify` names them" if unread else ""
         return Ingest(num_records, unread, reason)
 
-    def build(self, database: Path, names: Collection[str]) -> tuple[int, set[str]]:
+    def build(
+        self, database: Path, names: Collection[str], *, room: Path | None = None
+    ) -> tuple[int, set[str]]:
         """Ingest those files of records that `database` lacks; leave it checkpointed and closed.
+
+        Args:
+            room: where to lay what does not fit in memory; in the home without it
 
         Returns:
             How many records it lacked, and the names of all files that it has been given by now.
         """
-        with memory() as connection:
+        with partial_file(room or self.home) as spill, memory(spill) as connection:
             connection.execute(
                 f"ATTACH {quoted(database)} AS ledger (STORAGE_VERSION '{STORAGE_VERSION}')"
             )
@@ -243,6 +246,15 @@ class Index:
             copy(self.live, partial)
             wal(self.snapshot).unlink(missing_ok=True)  # somebody wrote to the old copy
             settle(partial, self.snapshot, root=self.home)
+
+    def _replace(self, why: str, names: Collection[str]) -> tuple[int, set[str], Path | None]:
+        """Make the index anew, then set the old one aside: nothing has moved where that fails."""
+        with partial_file(self.home) as fresh:
+            num_records, held = self.build(fresh, names)
+            aside = self._set_aside(why) if self.live.exists() else None
+            wal(self.live).unlink(missing_ok=True)
+            fresh.replace(self.live)
+        return num_records, held, aside
 
     def _set_aside(self, why: str) -> Path:
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")

@@ -22,7 +22,7 @@ from meteora.artifacts import canonical_sha256
 from store import check, garbage
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded
-from store.files import locked, sweep
+from store.files import discard, locked, sweep
 from store.query import Limits, ask, reading
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 
@@ -126,7 +126,7 @@ class Ledger(Recording):
             found = garbage.garbage(self.home, self.records, self.blobs)
             if remove:
                 for path in (*map(self.blobs.place_of, found.blobs), *found.files):
-                    path.unlink()
+                    discard(path)
         return found
 
     @contextmanager

@@ -43,9 +43,14 @@ class Answer:
     rows: list[tuple[Any, ...]]
 
 
-def memory() -> duckdb.DuckDBPyConnection:
-    """A connection of its own, to which a ledger can be attached; nothing is ever installed."""
-    return duckdb.connect(":memory:", config=NO_EXTENSIONS)
+def memory(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """A connection of its own, to which a ledger can be attached; nothing is ever installed.
+
+    Args:
+        spill: a folder, not there yet, for what does not fit in memory; without it, all has to
+    """
+    # DuckDB's own choice is `.tmp` where the program was started, and nobody sweeps that
+    return duckdb.connect(":memory:", config={**NO_EXTENSIONS, "temp_directory": str(spill or "")})
 
 
 def quoted(path: Path) -> str:

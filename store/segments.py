@@ -62,7 +62,11 @@ class Segments:
 
     def write(self, texts: dict[str, bytes]) -> str:
         """Lay records, by their SHA-256, into one segment; it is on disk when this returns."""
-        with memory() as connection, partial_file(self.root) as partial:
+        with (
+            partial_file(self.root) as spill,
+            memory(spill) as connection,
+            partial_file(self.root) as partial,
+        ):
             connection.execute("CREATE TABLE packed (sha256 VARCHAR, text VARCHAR)")
             pairs = iter(texts.items())
             while part := list(islice(pairs, INSERT_RECORDS)):

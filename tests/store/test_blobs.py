@@ -11,6 +11,7 @@ import pytest
 
 from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError
+from store.files import sha256_of, sweep
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +41,21 @@ def test_a_file_goes_in_under_its_hash(blobs: Blobs, source: Path, move: bool) -
     assert stat.S_IMODE(blobs.path_of(SHA256).stat().st_mode) == 0o444
     assert source.exists() is not move
     assert not list((blobs.root / "tmp").iterdir())
+
+
+def test_an_old_file_is_not_swept_while_it_is_moved(
+    blobs: Blobs, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the age of its source, and is no leftover."""
+    os.utime(source, (0, 0))
+
+    def hashed(path: Path) -> str:
+        sweep(blobs.root)
+        return sha256_of(path)
+
+    monkeypatch.setattr("store.blobs.sha256_of", hashed)
+    assert blobs.put(source, move=True) == SHA256
+    assert blobs.path_of(SHA256).read_bytes() == DATA
 
 
 def test_a_moved_file_is_not_copied(blobs: Blobs, source: Path) -> None:

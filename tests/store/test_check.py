@@ -66,9 +66,20 @@ def test_every_flipped_record_is_found_and_named(filled: Shelf) -> None:
         flip(path)
         found = filled.ledger.verify().findings
         assert (found[0].what, found[0].name) == ("record", sha256)
-        assert found[0].touches == (subjects[sha256],)
+        assert subjects[sha256] in found[0].touches
         path.write_bytes(before)
     assert not filled.ledger.verify().findings
+
+
+def test_a_flipped_record_touches_what_was_made_from_it(filled: Shelf) -> None:
+    expert, stack = filled.adapter(2), filled.fused(filled.adapter(1), filled.adapter(2))
+    sql = "SELECT record_sha256 FROM artifacts WHERE id = '{}'"
+    ((sha256,),) = filled.ledger.query(sql.format(expert.id)).rows
+    flip(filled.ledger.records.path_of(sha256))
+    (finding, *_) = filled.ledger.verify().findings
+    models = [filled.router(stack, seed=night).id for night in (1, 2)]
+    measured = [filled.benchmark(subject, "sorting").id for subject in (expert.id, *models)]
+    assert set(finding.touches) > {expert.id, stack.id, *models, *measured}
 
 
 def test_a_row_that_no_record_says_is_found(filled: Shelf) -> None:
@@ -155,6 +166,14 @@ def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
         old(path)
     young = filled.ledger.blobs.root / "tmp" / "3-4"
     young.write_bytes(b"someone writes it now")
+    spilt, spilling = (filled.home / "tmp" / name for name in ("5-6", "7-8"))
+    for folder in (spilt, spilling):
+        folder.mkdir()
+        (folder / "part").write_bytes(b"what did not fit in memory")
+        old(folder)
+    old(spilt / "part")
+    assert 26 in filled.ledger.gc().sizes
     with filled.ledger.running("nightly"):
-        assert not any(path.exists() for path in left)
+        assert not any(path.exists() for path in (*left, spilt))
         assert young.exists()
+        assert (spilling / "part").exists()

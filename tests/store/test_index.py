@@ -57,6 +57,17 @@ def flipped(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def orphaned(path: Path) -> None:
+    """The log of another database lies where that of the next one will be."""
+    with duckdb.connect(str(path.with_name("other.duckdb"))) as connection:
+        connection.execute(
+            "PRAGMA disable_checkpoint_on_shutdown; CREATE TABLE records (sha256 INT)"
+        )
+    index.wal(path.with_name("other.duckdb")).rename(index.wal(path))
+    path.with_name("other.duckdb").unlink()
+    path.unlink()
+
+
 def sqlite(path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
@@ -74,6 +85,7 @@ def header_flipped(path: Path) -> None:
         pytest.param(Path.unlink, [LIVE], id="live deleted"),
         pytest.param(Path.unlink, [SNAPSHOT], id="snapshot deleted"),
         pytest.param(Path.unlink, [LIVE, SNAPSHOT], id="both deleted"),
+        pytest.param(orphaned, [LIVE], id="live deleted, its log left"),
         pytest.param(truncated, [LIVE], id="live truncated"),
         pytest.param(truncated, [SNAPSHOT], id="snapshot truncated"),
         pytest.param(emptied, [LIVE, SNAPSHOT], id="both empty"),
@@ -94,6 +106,7 @@ def test_a_lost_index_comes_back_from_the_records(
     last = filled.ledger.records.path_of(filled.ledger.records.write(LAST))
     assert filled.ledger.ingest().reason == ""
     assert filled.ledger.query("SELECT count(*) FROM failures").rows == [(2,)]
+    assert not index.wal(filled.ledger.index.live).exists()
     assert not filled.ledger.verify().findings
     last.unlink()
     filled.ledger.rebuild()
@@ -111,15 +124,65 @@ def test_a_damaged_index_is_set_aside_not_deleted(
     assert "made again from the records" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        duckdb.OutOfMemoryException("Out of Memory Error: could not allocate block"),
+        duckdb.IOException("IO Error: Could not write file: No space left on device"),
+        duckdb.InternalException("INTERNAL Error: of any kind"),
+    ],
+    ids=["memory", "disk", "anything"],
+)
+def test_an_index_stays_where_it_is_if_another_cannot_be_made(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch, error: duckdb.Error
+) -> None:
+    """Whatever it is that fails, time after time, no copies pile up and nothing is lost."""
+
+    def failing(*_: object) -> None:
+        raise error
+
+    before = filled.ledger.index.live.read_bytes()
+    filled.make(filled.adapter(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("store.index.add", failing)
+        for _ in range(2):
+            assert str(error) in filled.ledger.ingest().reason
+    assert filled.ledger.index.live.read_bytes() == before
+    assert not list(filled.home.glob("ledger.damaged-*"))
+    assert filled.ledger.ingest().num_records == 1
+
+
+def test_what_does_not_fit_in_memory_lies_in_the_home_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spill = tmp_path / "home" / "tmp" / "1-2"
+    spill.parent.mkdir(parents=True)
+    sorting = "CREATE TABLE sorted AS SELECT hash(range) AS h FROM range(4_000_000) ORDER BY h"
+    for folder in (spill, None):
+        with memory(folder) as connection:
+            connection.execute("SET memory_limit = '24MiB'; SET threads = 1")
+            if folder:
+                connection.execute(sorting)
+                assert spill.is_dir()
+            else:
+                with pytest.raises(duckdb.OutOfMemoryException):
+                    connection.execute(sorting)
+    assert not spill.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))]
 
 
+@pytest.mark.parametrize("name", [LIVE, SNAPSHOT])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, seed: int) -> None:
+def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, name: str, seed: int) -> None:
     """DuckDB notices a flipped block only when it reads it: `verify` reads them all."""
     before = filled.views()
-    live = filled.ledger.index.live
-    flipped(live, random.Random(seed).randrange(live.stat().st_size))
+    path = filled.home / name
+    path.chmod(0o644)
+    flipped(path, random.Random(seed).randrange(path.stat().st_size))
     problems = [finding.problem for finding in Ledger(filled.home).verify().findings]
     if any("rebuild" in problem for problem in problems):
         filled.ledger.rebuild()
@@ -256,6 +319,11 @@ def test_an_open_notebook_never_stops_a_run(filled: Shelf) -> None:
             assert ("Could not set lock on file" in outcome.reason) is waits
             open_notebook.communicate()
     assert filled.ledger.ingest().num_records == 1
+
+
+def test_migrations_are_numbered_as_they_are_applied() -> None:
+    numbers = [int(name[:4]) for number, (name, _) in sorted(sources().items()) if number]
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 def test_a_newer_ledger_is_left_alone(filled: Shelf) -> None:

@@ -34,9 +34,7 @@ sys.stdin.read()
 INGEST = """
 import sys
 from pathlib import Path
-from store.errors import StoreError
 from store.ledger import Ledger
-from store.serving import serve
 ledger = Ledger(Path(sys.argv[1]))
 assert not ledger.ingest().reason
 assert not ledger.verify().findings

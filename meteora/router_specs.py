@@ -9,7 +9,8 @@ from meteora.identity import ArtifactId, Noun, Spec
 
 NULL = "(base)"
 """How the choice of no expert is called where a router has it; no expert can have this name."""
-ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random")
+ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
+"""The last two are told the answer: controls, on prompts whose every token's expert is known."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ MetricName = Literal[
 ]  # fmt: skip
 Template = Literal["auto", "chat", "plain"]
 System = Literal[
-    "base", "oracle", "uniform", "arrow", "norm", "random", "linear", "ties", "dare_ties", "experts"
-]
+    "base", "oracle", "one_expert", "uniform", "arrow", "norm", "random", "linear", "ties",
+    "dare_ties", "experts",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -97,6 +98,11 @@ class BenchmarkSection(Section):
         sizes = [section.n for section in self.composite]
         if twice := {n for n in sizes if sizes.count(n) > 1}:
             raise ValueError(f"two composites of {twice.pop()} questions; one of a size is enough")
+        if "one_expert" in self.compare and not sizes:
+            raise ValueError(
+                "`one_expert` answers composites alone, and there are none; add `composite: [3]`,"
+                " or compare with `oracle`"
+            )
         return self
 
 

@@ -137,19 +137,33 @@ def split_answers(output: str, n: int) -> dict[int, str]:
     before it; so an answer that is skipped is missing, and none is taken for another. An answer
     that is empty is missing too.
     """
-    marks = []
-    last = 0
-    for match in NUMBERED.finditer(output):
-        number = int(match[1])
-        if last < number <= n:
-            marks.append((number, match.start(), match.end()))
-            last = number
+    marks = _marks(output, n)
     ends = [*(start for _, start, _ in marks[1:]), len(output)]
     answers = {
         number: output[text:end].strip()
         for (number, _, text), end in zip(marks, ends, strict=False)
     }
     return {number: answer for number, answer in answers.items() if answer}
+
+
+def last_number(output: str, n: int) -> int:
+    """The number of the answer that an unfinished output has come to; 0 before the first.
+
+    A line that so far is nothing but a number is taken to begin an answer.
+    """
+    begun = output.rpartition("\n")[2].strip().isdecimal()
+    return next((number for number, _, _ in reversed(_marks(output + ". " * begun, n))), 0)
+
+
+def _marks(output: str, n: int) -> list[tuple[int, int, int]]:
+    """Of each number that counts: itself, and where it and its answer's text begin."""
+    marks, last = [], 0
+    for match in NUMBERED.finditer(output):
+        number = int(match[1])
+        if last < number <= n:
+            marks.append((number, match.start(), match.end()))
+            last = number
+    return marks
 
 
 def encode_composite(
@@ -161,15 +175,25 @@ def encode_composite(
     end of sequence belongs to the last answer. A token belongs to the task of its first character.
     """
     text = open_prompt(tokenizer, composite.prompt)
-    start = text.index(composite.prompt)
-    special = not tokenizer.chat_template
     owners = [
-        *_owners(tokenizer, text, composite.prompt_spans, shift=start, special=special),
+        *prompt_owners(tokenizer, composite, text, special=not tokenizer.chat_template),
         *_owners(tokenizer, composite.response, composite.response_spans),
     ]
     ids = encode_pair(tokenizer, composite.prompt, composite.response)
     last = composite.response_spans[-1].task
     return ids, [*owners, *([last] * (len(ids) - len(owners)))]
+
+
+def prompt_owners(
+    tokenizer: PreTrainedTokenizerBase, composite: Composite, text: str, *, special: bool = False
+) -> list[str | None]:
+    """The task of each token of `text`, which is a composite's prompt in its template.
+
+    Args:
+        special: whether the tokenizer adds tokens of its own
+    """
+    start = text.index(composite.prompt)
+    return _owners(tokenizer, text, composite.prompt_spans, shift=start, special=special)
 
 
 def _owners(

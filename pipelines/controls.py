@@ -15,14 +15,15 @@ from peft.utils.merge_utils import dare_ties, task_arithmetic, ties
 
 from meteora.artifacts import MeteoraError
 from meteora.model import force_expert, make_router, routed_by, routed_layers, without_experts
-from pipelines.measurements import BASE, FUSED
+from pipelines.measurements import BASE, FUSED, TOLD
+from pipelines.told import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import MergeSpec, RouterSpec
     from meteora.layer import MoELoRALinear
@@ -31,10 +32,15 @@ if TYPE_CHECKING:
 
 
 def as_system(
-    model: PreTrainedModel, measurement: Measurement, plan: Plan
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    measurement: Measurement,
+    plan: Plan,
 ) -> AbstractContextManager[None]:
     """The model as whoever is measured, until the context ends."""
-    system = measurement.system
+    system, composites = measurement.system, plan.tasks[measurement.spec.task].composites
+    if composites and system in TOLD:
+        return told(model, tokenizer, composites, system)
     if system == FUSED:
         return nullcontext()
     if system == BASE:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.measurements import BASE, EXPERTS, FUSED, MERGES, ORACLE
+from pipelines.measurements import BASE, EXPERTS, FUSED, MERGES, ONE_EXPERT, ORACLE, TOLD
 from pipelines.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
         new_tokens = (asked.max_new_tokens or settings.max_new_tokens) if writes else 0
         for system in systems:
+            if system == ONE_EXPERT:
+                continue
             if system == ORACLE and (EXPERTS in systems or name not in own):
                 continue  # one of the experts, or nobody
             for _ in range(num_experts if system == EXPERTS else 1):
@@ -216,7 +218,8 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
             mean = sum(rows.prompt_tokens for rows in parts) / len(parts)
             rows = Rows(section.count or settings.limit, section.n * mean)
             for system in systems:
-                if system not in {ORACLE, EXPERTS}:
+                told = system in TOLD and not {*(section.tasks or tests)} <= own.keys()
+                if system != EXPERTS and not told:
                     yield Asking(system, rows, section.n * settings.max_new_tokens)
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipelines.tasks import Task
 
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
+ONE_EXPERT = "one_expert"
+TOLD = (ORACLE, ONE_EXPERT)
+"""Told whose question each token of a composite belongs to: all of it, or the first."""
 MERGES: Mapping[str, tuple[float, float]] = {
     "linear": (0.0, 1.0),
     "ties": (1.0, 0.2),
@@ -77,7 +80,7 @@ def find_subjects(
             weight = weight or 1 / len(fused.names)
             seed = settings.seed if system == "dare_ties" else 0
             merges[system] = MergeSpec(fused.id, system, weight, density, seed)
-        elif system not in {BASE, ORACLE, EXPERTS}:
+        elif system not in {BASE, EXPERTS} and (system not in TOLD or settings.composite):
             seed = settings.seed if system == "random" else 0
             others[system] = RouterSpec(
                 fused.id, system, router.top_k, router.temperature, seed=seed
@@ -109,8 +112,10 @@ def _who(
         if not task.composites:  # no adapter alone is meant for them
             for name, adapter_id in alone.items():
                 yield f"expert:{name}", adapter_id
-    elif system == ORACLE:
-        if task.expert:  # for others no adapter is the right one
+    elif system in TOLD:  # for tasks of no expert, no adapter is the right one
+        if task.composites and alone.keys() >= task.part_metrics.keys():
+            yield system, subjects.id_of(system)
+        elif task.expert and system == ORACLE:
             yield system, alone[task.expert]
     else:
         yield system, subjects.id_of(system)

@@ -63,7 +63,7 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
         with opened(work, plan, built, gates) as (model, tokenizer):
             judge.probe(work, plan, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
-                with as_system(model, askings[0][0], plan):
+                with as_system(model, tokenizer, askings[0][0], plan):
                     for asking in askings:
                         _ask(work, plan, asking, model, tokenizer)
             if watch:

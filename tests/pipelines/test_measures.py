@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.plan import Plan
     from pipelines.workplace import Workplace
 
-COMPARE = ["base", "oracle", "random", "linear", "ties", "dare_ties", "experts"]
+COMPARE = ["base", "oracle", "one_expert", "random", "linear", "ties", "dare_ties", "experts"]
 CONTROLS = ["random", "linear", "ties", "dare_ties"]
 TASKS = {"q_and_v", "attention"}
 
@@ -56,24 +56,25 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     measures.measure(work, planned, built, gates)
 
     summary = told(work, planned)
-    assert summary.systems == ["base", "oracle", "fused", *CONTROLS]
+    assert summary.systems == ["base", "oracle", "fused", *CONTROLS, "one_expert"]
     composite = summary.scores["composite-2"]
-    assert composite.keys() == set(summary.systems) - {"oracle"}
+    assert composite.keys() == set(summary.systems)
     assert [part.num_samples for part in composite["fused"].parts] == [2, 2]
     assert composite.keys() == summary.scores["composite-2: composite_attempted"].keys()
     assert {task: set(row) for task, row in summary.matrix.items()} == dict.fromkeys(TASKS, TASKS)
     for task in TASKS:  # each alone on its own task is the oracle
         assert summary.matrix[task][task] == summary.scores[task]["oracle"]
-    assert summary.comparisons.keys() == {"base", "oracle", *CONTROLS}
+    assert summary.comparisons.keys() == {"base", "oracle", "one_expert", *CONTROLS}
     assert len(summary.comparisons["base"].differences) == 3
-    assert len(summary.comparisons["oracle"].differences) == 2
+    assert len(summary.comparisons["oracle"].differences) == 3
+    assert [one.task for one in summary.comparisons["one_expert"].differences] == ["composite-2"]
     assert summary.speed is not None
 
     for question, count in (
-        ("FROM comparisons", 3 * 5 + 2),
+        ("FROM comparisons", 3 * 6 + 1),
         ("FROM speeds", 2),
         ("FROM merges", 3),
-        ("FROM score_parts", 2 * 2 * 6),
+        ("FROM score_parts", 2 * 2 * 8),
         ("FROM scores WHERE templated IS NULL OR mean_prompt_tokens IS NULL", 0),
     ):
         work.ledger.ingest()

@@ -14,7 +14,8 @@ SELECT scores.rowid AS number, board,
        ) AS place
 FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
-SEMI JOIN routers ON routers.id = scores.subject_id;
+SEMI JOIN routers  -- nobody can use the ones that are told the answer
+       ON routers.id = scores.subject_id AND routers.router NOT IN ('oracle', 'one_expert');
 
 CREATE OR REPLACE TEMP TABLE bases AS
 SELECT board, base_id, seed, value, low, high
@@ -32,6 +33,13 @@ WITH alone AS (
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN experts ON experts.adapter_id = scores.subject_id
     SEMI JOIN artifacts ON artifacts.id = experts.adapter_id
+    UNION ALL  -- composites: no adapter alone is the right one, each span's own is
+    SELECT fused_id, board, base_id, seed, 'each span''s own', value, low, high,
+           (CASE WHEN higher_is_better THEN value ELSE -value END, 0) AS merit,
+           (true, merit) AS own_merit
+    FROM scores
+    JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
+    JOIN routers ON routers.id = scores.subject_id AND routers.router = 'oracle'
 )
 SELECT fused_id, board, base_id, seed, arg_max(name, own_merit) AS name,
        arg_max(value, own_merit) AS value, arg_max(low, own_merit) AS low,

@@ -67,7 +67,7 @@ COMMENT ON COLUMN leaderboard_rows.base_high IS 'Upper end of its 95 % interval,
 COMMENT ON COLUMN leaderboard_rows.oracle_value IS 'Score of the right adapter alone on the same rows, in the metric''s unit';
 COMMENT ON COLUMN leaderboard_rows.oracle_low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard_rows.oracle_high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN leaderboard_rows.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name';
+COMMENT ON COLUMN leaderboard_rows.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name; of a composite, each span''s own';
 COMMENT ON COLUMN leaderboard_rows.best_value IS 'Best score of any of its adapters that were measured alone, in the metric''s unit';
 COMMENT ON COLUMN leaderboard_rows.best_name IS 'Name of that adapter';
 COMMENT ON COLUMN leaderboard_rows.higher_is_better IS 'Whether a larger value is a better one';

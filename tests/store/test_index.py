@@ -8,6 +8,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -270,6 +271,20 @@ def test_what_is_learnt_later_about_a_model_is_ranked_too(shelf: Shelf) -> None:
     ]
     shelf.ledger.rebuild()
     assert shelf.views() == grown
+
+
+def test_of_a_composite_the_oracle_is_each_spans_own_and_is_not_ranked(shelf: Shelf) -> None:
+    """No adapter alone is the right one, and nobody can use a router that is told the answer."""
+    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
+    gate = shelf.router(stack)
+    told = [replace(gate, router=kind, method="") for kind in ("oracle", "one_expert")]
+    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, gate, *told):
+        shelf.make(spec)
+    for spec, value in zip((gate, *told), (0.6, 0.8, 0.3), strict=True):
+        shelf.measure(spec, "composite-2", value)
+    shelf.ledger.ingest()
+    rows = shelf.ledger.query("SELECT subject_id, place, oracle_value FROM leaderboard").rows
+    assert rows == [(gate.id, 1, 0.8)]
 
 
 def test_rebuilding_gives_the_same_answers(filled: Shelf) -> None:

@@ -34,7 +34,7 @@ WITH alone AS (
     JOIN experts ON experts.adapter_id = scores.subject_id
     SEMI JOIN artifacts ON artifacts.id = experts.adapter_id
     UNION ALL  -- composites: no adapter alone is the right one, each span's own is
-    SELECT fused_id, board, base_id, seed, 'each span''s own', value, low, high,
+    SELECT fused_id, board, base_id, scores.seed, 'each span''s own', value, low, high,
            (CASE WHEN higher_is_better THEN value ELSE -value END, 0) AS merit,
            (true, merit) AS own_merit
     FROM scores

@@ -191,9 +191,9 @@ def how_measured(summary: Summary) -> list[str]:
     ]
     if summary.comparisons:
         lines.append(
-            "+ marks what the fused model is better than, - what it is worse than, by a paired test"
-            " on the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
-            " tasks). Where neither stands, the difference may be chance."
+            "Marked with + is what the fused model is better than, with - what it is worse than, by"
+            " a paired test on the same rows (McNemar's or sign flips; p < 0.05 after Holm's"
+            " correction over the tasks). Where neither stands, the difference may be chance."
         )
     return lines
 

@@ -35,10 +35,17 @@ class Child:
 
     Args:
         on_progress: told what is being done, how far, and out of how much, every few seconds
+        on_said: told what is said to people, which the process has printed
     """
 
-    def __init__(self, work: Workplace, *, on_progress: Callable[[str, int, int], None]) -> None:
-        self._on_progress = on_progress
+    def __init__(
+        self,
+        work: Workplace,
+        *,
+        on_progress: Callable[[str, int, int], None],
+        on_said: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        self._told = {"progress": on_progress, "said": on_said}
         self._pipe, theirs = Pipe()
         self._process = subprocess.Popen(  # noqa: S603  (our own module)
             [sys.executable, "-m", "pipelines.stage_worker", str(theirs.fileno())],
@@ -72,12 +79,11 @@ class Child:
             self._pipe.send((stage, arguments))
             while self._pipe.poll(max(0.0, ends - time.monotonic())):
                 kind, value = self._pipe.recv()
-                if kind == "progress":
-                    self._on_progress(*value)
-                elif kind == "error":
-                    raise value
-                else:
+                if kind == "value":
                     return value
+                if kind == "error":
+                    raise value
+                self._told[kind](*value)
         except (EOFError, ConnectionError):
             raise StageError(f"{stage}: {self._obituary()}; run again to go on") from None
         self.close()

@@ -27,7 +27,7 @@ from meteora.artifacts import MeteoraError
 from pipelines import changes, device, judge, plan, run_page, schedule, sources
 from pipelines.child import Child
 from pipelines.finished import finished
-from pipelines.progress import say
+from pipelines.progress import heard, say
 from pipelines.recipe import Stage
 from pipelines.summary import summarise
 from pipelines.workplace import Workplace
@@ -52,9 +52,14 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return bool(getattr(error, "retry", False))
 
 
-def at_the_network(function: Callable[..., Any]) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that is tried again while the fault is one that may pass."""
+def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)
+    """A task that is tried again while the fault is one that may pass.
+
+    Args:
+        name: Of its runs, with arguments in braces.
+    """
     return task(
+        task_run_name=name,
         retries=3,
         retry_delay_seconds=[2, 10, 60],
         retry_jitter_factor=0.5,
@@ -85,8 +90,8 @@ class Run:
 
 resolve_base = at_the_network(sources.resolve_base)
 discover = at_the_network(sources.discover)
-resolve_adapter = at_the_network(sources.resolve_adapter)
-fetch_adapter = at_the_network(sources.fetch_adapter)
+resolve_adapter = at_the_network(sources.resolve_adapter, "resolve {expert.name}")
+fetch_adapter = at_the_network(sources.fetch_adapter, "fetch {expert.name}")
 check = task(cache_policy=NO_CACHE)(judge.check)
 
 
@@ -141,6 +146,7 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
     """
     work = Workplace.open(recipe, Path(home).expanduser().absolute())
     with ExitStack() as held:
+        held.enter_context(heard(run_page.note))
         try:
             killed = held.enter_context(work.ledger.running(work.key))
         except BusyError as error:
@@ -170,7 +176,7 @@ def _finished(work: Workplace, until: Stage) -> bool:
 def _recorded(work: Workplace, until: Stage) -> dict[str, float]:
     """The run itself, between the records of its beginning and of its end."""
     progress = run_page.Progress(work, until)
-    with Child(work, on_progress=progress.advance) as child:
+    with Child(work, on_progress=progress.advance, on_said=run_page.note) as child:
         run = Run(work, child, progress)
         work.ledger.record_run(_started(run))
         began = time.perf_counter()

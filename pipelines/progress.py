@@ -27,6 +27,7 @@ console = Console(stderr=True, highlight=False)
 PATIENCE_SECONDS = 2.0
 LOOK_EVERY_SECONDS = 0.5
 _told: Callable[[str, int, int], None] | None = None
+_heard: Callable[[str], None] | None = None
 
 
 def tell(listener: Callable[[str, int, int], None]) -> None:
@@ -35,8 +36,21 @@ def tell(listener: Callable[[str, int, int], None]) -> None:
     _told = listener
 
 
+@contextmanager
+def heard(listener: Callable[[str], None]) -> Generator[None]:
+    """Have everything that is said told to `listener`, too, without its colours."""
+    global _heard  # noqa: PLW0603  (as above)
+    before, _heard = _heard, listener
+    try:
+        yield
+    finally:
+        _heard = before
+
+
 def say(text: str) -> None:
     console.print(text, soft_wrap=True)
+    if _heard is not None:
+        _heard(Text.from_markup(text).plain)
 
 
 @contextmanager

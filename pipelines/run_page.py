@@ -1,4 +1,4 @@
-"""What Prefect's page shows of a run: its name, tags, progress, scores, and a card to read.
+"""What Prefect's page shows of a run: name, tags, log, progress, scores, and a card to read.
 
 The ledger is the record and the page a view: where the server does not answer, a run goes on.
 """
@@ -28,6 +28,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
@@ -67,6 +68,11 @@ def introduce(work: Workplace) -> None:
         )
 
 
+def note(text: str) -> None:
+    """Put what a person is told into the run's log, too."""
+    get_run_logger().info(text)
+
+
 def close_killed(work: Workplace, run_ids: Iterable[str]) -> None:
     """Mark runs as crashed that were killed: Prefect shows them as running for ever."""
     names = [f"{work.name} {run_id}" for run_id in run_ids]
@@ -101,7 +107,7 @@ class Progress:
         self._show(done / max(1, total), f"{what}: {done} of {total}")
 
     def end(self) -> None:
-        self._at += 1
+        self._at = len(self._stages)  # a recipe need not publish
         self._show(0.0, "done")
 
     def _show(self, share: float, text: str) -> None:
@@ -117,7 +123,7 @@ class Progress:
 def show_results(
     work: Workplace, plan: Plan, summary: Summary, since_last: Sequence[Change]
 ) -> None:
-    """Put scores, the checkpoint's card, and the sources as links on the run's page."""
+    """Put scores, the checkpoint's card, and links to its parts and itself on the run's page."""
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
     worse = [
@@ -129,9 +135,15 @@ def show_results(
     card = (work.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
     sources = [(plan.base.base_model, plan.base.base_revision)]
     sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]
+    if work.recipe.publish is not None:
+        sources += [
+            (one.repo_id, one.revision)
+            for one in work.ledger.publications(work.recipe.publish.repo)
+            if one.artifact_id == plan.router.id
+        ]
     slug = _slug(work)
     with _if_it_answers():
-        create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: exact match")
+        create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: scores")
         create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
         for repo_id, revision in sources:
             if COMMIT.fullmatch(revision):
@@ -149,7 +161,11 @@ def _row(
 ) -> dict[str, str | int | float]:
     """A task's line of the table; with what the last checkpoint scored, where there is one."""
     fused = row["fused"]
-    cells: dict[str, str | int | float] = {"task": task, "n": fused.num_samples}
+    cells: dict[str, str | int | float] = {
+        "task": task,
+        "metric": fused.spec.metric,
+        "n": fused.num_samples,
+    }
     cells |= {system: round(row[system].value, 4) for system in systems if system in row}
     if last := before.get((fused.spec.task, fused.spec.metric)):
         cells["last"] = round(last.previous, 4)

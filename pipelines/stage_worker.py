@@ -58,24 +58,41 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     home, recipe, path, run_id = pipe.recv()
     work = Workplace(Ledger(home), recipe, path, run_id)
-    progress.tell(_now_and_then(lambda *done: pipe.send(("progress", done))))
+    send = _one_at_a_time(pipe)
+    progress.tell(_now_and_then(lambda *done: send("progress", done)))
+    with progress.heard(lambda text: send("said", (text,))):
+        _serve(work, pipe, send)
+
+
+def _serve(work: Workplace, pipe: Connection, send: Callable[[str, object], None]) -> None:
     while True:
         try:
             stage, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            answer = ("value", STAGES[stage](work, *arguments))
+            kind, answer = "value", STAGES[stage](work, *arguments)
         except Exception as error:
-            answer = ("error", _portable(stage, error))
+            kind, answer = "error", _portable(stage, error)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # whoever has the device next finds it empty
-        pipe.send(answer)
+        send(kind, answer)
 
 
 def _end_with_the_run() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
+
+
+def _one_at_a_time(pipe: Connection) -> Callable[[str, object], None]:
+    """What sends through the pipe; a bar may be watched by a thread of its own."""
+    turn = threading.Lock()
+
+    def send(kind: str, value: object) -> None:
+        with turn:
+            pipe.send((kind, value))
+
+    return send
 
 
 def _now_and_then(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:

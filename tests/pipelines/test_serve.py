@@ -19,6 +19,8 @@ from prefect.client.schemas.filters import (
     ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterDeploymentId,
+    LogFilter,
+    LogFilterFlowRunId,
 )
 from prefect.states import Cancelling
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Artifact, FlowRun
 
     from tests.conftest import World
+
+pytestmark = pytest.mark.slow
 
 PATIENCE_SECONDS = 300.0
 """How long a busy machine may take for a step that takes seconds."""
@@ -80,6 +84,12 @@ class Served:
     def artifacts(self, run_id: UUID) -> list[Artifact]:
         only = ArtifactFilterFlowRunId(any_=[run_id])
         return self.client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=only))
+
+    def told(self, run_id: UUID, text: str) -> str:
+        """The line of the run's log that holds a text, if there is one."""
+        only = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
+        lines = [log.message for log in self.client.read_logs(log_filter=only)]
+        return next((line for line in lines if text in line), "")
 
     def outcomes(self) -> list[tuple[str, str]]:
         answer = self.work.ledger.query("SELECT outcome, reason FROM runs ORDER BY ended_at")
@@ -143,7 +153,10 @@ def test_a_schedule_does_the_work_once_and_then_says_that_nothing_is_new(served:
     assert set(kinds) == {"progress", "table", "markdown"}
     assert kinds["progress"].data == 100.0
     assert "q_and_v" in str(kinds["table"].data)
+    assert "exact_match" in str(kinds["table"].data)
     assert "## " in str(kinds["markdown"].data)
+    told = wait_for(lambda: served.told(first.id, "fitting the gates"), "what it says, in its log")
+    assert "2 of 2 layers" in told
 
     late = [run for run in served.runs() if run.state and run.state.name == "SkippedLate"]
     told = [reason for outcome, reason in served.outcomes() if outcome == "skipped_late"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parents[2] / "pipelines" / "quickstart"
 NUM_EXAMPLES = 128
+GATES = {"examples_per_expert": 32, "composites": [3]}
+BENCHMARK = {
+    "limit": 30,
+    "max_new_tokens": 24,
+    "batch_size": 20,
+    "composite": [{"n": 3, "count": 24}, {"n": 5, "count": 24}],
+    "compare": [
+        "base", "oracle", "one_expert", "experts", "uniform", "random", "arrow", "norm", "linear",
+        "ties", "dare_ties",
+    ],
+    "speed": {"rounds": 7},
+}  # fmt: skip
 
 TRAININGS = {
     "valid_parentheses": Training(8, 16, ATTENTION, steps=120),
@@ -60,6 +73,8 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def write_recipe(out: Path, tasks: list[str]) -> None:
+    for folder in ("adapters", "tasks"):
+        shutil.copytree(SHIPPED / folder, out / folder, dirs_exist_ok=True)
     experts = [
         {
             "name": task,
@@ -67,18 +82,10 @@ def write_recipe(out: Path, tasks: list[str]) -> None:
             "examples": f"jsonl:tasks/{task}/train.jsonl",
             "test": f"jsonl:tasks/{task}/test.jsonl",
         }
-        for task in tasks
-    ] + [
-        {
-            "name": task,
-            "adapter": f"path:{SHIPPED / 'adapters' / task}",
-            "examples": f"jsonl:{SHIPPED / 'tasks' / task / 'train.jsonl'}",
-            "test": f"jsonl:{SHIPPED / 'tasks' / task / 'test.jsonl'}",
-        }
-        for task in QUICKSTART
+        for task in (*tasks, *QUICKSTART)
     ]
     shipped = yaml.safe_load((SHIPPED / "recipe.yaml").read_text())
-    body = {"base": shipped["base"], "experts": experts, "benchmark": {"limit": 60}}
+    body = {"base": shipped["base"], "experts": experts, "gates": GATES, "benchmark": BENCHMARK}
     (out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
 
 

@@ -27,7 +27,7 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
 
 @app.command()
 def pack(home: Home = DEFAULT_HOME) -> None:
-    """Lay small records together in files of many; worth it from some thousands on."""
+    """Lay small records together in files of many; runs do so by themselves when they are many."""
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())

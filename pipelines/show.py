@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from store.query import Answer
 
 
+SHOWN = 100
+"""How many of the artifacts that one damaged file touches are listed."""
+
+
 class Format(StrEnum):
     table = "table"
     json = "json"
@@ -63,7 +67,10 @@ def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
     out.print(f"checkpoint: {work.checkpoint_folder(planned.router.id)}", soft_wrap=True)
     out.print(f"recorded as {short(planned.router.id)}; try next:")
-    question = "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
+    question = (
+        "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
+        " ORDER BY task"
+    )
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
 
 
@@ -78,9 +85,10 @@ def findings(found: Verification, again: Rejudged) -> int:
     """Everything that is not as it was written; returns how much that is."""
     every = (*found.findings, *again.findings)
     for finding in every:
-        touched = (
-            f"; it touches {', '.join(map(short, finding.touches))}" if finding.touches else ""
-        )
+        some = ", ".join(map(short, finding.touches[:SHOWN]))
+        more = len(finding.touches) - SHOWN
+        some += f" and {more:,} more" if more > 0 else ""
+        touched = f"; it touches {some}" if some else ""
         print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
     print(
         f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
@@ -91,6 +99,11 @@ def findings(found: Verification, again: Rejudged) -> int:
 
 def answer(answer: Answer, form: Format) -> None:
     if form is Format.json:
+        if len(set(answer.columns)) < len(answer.columns):
+            raise MeteoraError(
+                "two columns have one name, which JSON cannot tell apart"
+                f" ({', '.join(answer.columns)}); name them with AS"
+            )
         rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
         print(json.dumps(rows, indent=1, default=str))
     elif form is Format.csv:

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
-from store.files import copy, partial_file, settle, sha256_of, write_whole
+from store.files import copy, discard, partial_file, settle, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Blobs:
             sha256 = sha256_of(partial)
             settle(partial, self.place_of(sha256), root=self.root)
         if move:
-            path.unlink()
+            discard(path)
         return sha256
 
     def put_bytes(self, data: bytes) -> str:

@@ -52,7 +52,7 @@ def partial_file(root: Path) -> Generator[Path, None, None]:
             " writable, then run again: what was recorded before is safe"
         ) from error
     finally:
-        with suppress(OSError):
+        with suppress(StoreError):
             discard(partial)
 
 
@@ -111,11 +111,20 @@ def size_of(path: Path) -> int:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder and all in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, or a folder and all in it, if it is there.
+
+    Raises:
+        StoreError: it cannot be removed.
+    """
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{path} is not needed any more and cannot be removed ({error.strerror})"
+        ) from error
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -130,9 +139,10 @@ def leftovers(root: Path) -> list[Path]:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed writers left below `root`."""
+    """Remove what killed writers left below `root`, as far as that is possible."""
     for path in leftovers(root):
-        discard(path)
+        with suppress(StoreError):
+            discard(path)
 
 
 @contextmanager
@@ -154,8 +164,9 @@ def locked(
     try:
         _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
         if not shared:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            with suppress(OSError):  # a hint for others, which a full disk may refuse
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(descriptor)

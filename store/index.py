@@ -120,11 +120,19 @@ class Index:
             return Ingest(0, waiting, str(error))
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside."""
+        """Make the index again from the records alone; the old one is set aside.
+
+        Raises:
+            StoreError: that is not possible now; the old one stays.
+        """
         with locked(self.lock, deadline_seconds=deadline_seconds):
-            num_records, _, _ = self._replace("rebuilt", self._records.parts())
+            names = self._records.parts()
+            try:
+                num_records, held, _ = self._replace("rebuilt", names)
+            except duckdb.Error as error:
+                raise StoreError(f"no index can be made now ({error}); the old one stays") from None
             self._publish()
-        return Ingest(num_records, 0)
+        return _outcome(num_records, names - held)
 
     def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
         """Ingest, or see it done by whoever holds the lock: one ingest serves all who wait."""
@@ -156,9 +164,8 @@ class Index:
             num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
             text = str(error)
-            # our SQL is wrong, or there is too little memory: not the file
-            innocent = isinstance(error, duckdb.ProgrammingError | duckdb.OutOfMemoryException)
-            if innocent or any(circumstance in text for circumstance in CIRCUMSTANCES):
+            little_memory = isinstance(error, duckdb.OutOfMemoryException)
+            if little_memory or any(circumstance in text for circumstance in CIRCUMSTANCES):
                 raise
             if "Trying to read a database file with version number" in text:
                 raise NewerLedgerError(
@@ -174,9 +181,7 @@ class Index:
             )
         if not self._covers(held):
             self._publish()
-        unread = len(names - held)
-        reason = f"{unread} records cannot be read; `verify` names them" if unread else ""
-        return Ingest(num_records, unread, reason)
+        return _outcome(num_records, names - held)
 
     def build(
         self, database: Path, names: Collection[str], *, room: Path | None = None
@@ -263,6 +268,11 @@ class Index:
             wal(self.live).replace(wal(aside))
         self.live.replace(aside)
         return aside
+
+
+def _outcome(num_records: int, unread: set[str]) -> Ingest:
+    reason = f"{len(unread)} records cannot be read; `verify` names them" if unread else ""
+    return Ingest(num_records, len(unread), reason)
 
 
 def wal(database: Path) -> Path:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INGEST_DEADLINE_SECONDS = 10.0
+PACK_RECORDS = 20_000
+"""With so many records in files of their own, the next run packs them before it begins."""
 
 
 class Ledger(Recording):
@@ -111,8 +113,15 @@ class Ledger(Recording):
             yield connection
 
     def verify(self) -> Verification:
-        """Read every record, blob and row against what it should be. Changes nothing."""
-        return check.verify(self.home, self.records, self.blobs, self.index, self.sharing)
+        """Read every record, blob and row against what it should be. Changes nothing.
+
+        Raises:
+            StoreError: there is no room to make an index to compare with, or storage is away.
+        """
+        try:
+            return check.verify(self.home, self.records, self.blobs, self.index, self.sharing)
+        except duckdb.Error as error:
+            raise StoreError(f"the store cannot be verified now ({error})") from None
 
     def gc(self, *, remove: bool = False) -> Garbage:
         """List what nothing refers to; with `remove`, remove it. Refused while a run goes on.
@@ -155,9 +164,18 @@ class Ledger(Recording):
             ]
             for run in killed:  # whoever holds a recipe's lock is its only run that is alive
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
-            for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
-                sweep(root)
+            self._tidy()
             yield killed
+
+    def _tidy(self) -> None:
+        """Sweep what killed writers left, and pack where records are many; no reason to fail."""
+        for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
+            sweep(root)
+        if len(self.records.loose()) >= PACK_RECORDS:
+            try:
+                self.pack()
+            except StoreError as error:
+                logger.warning("small records stay as they are: %s", error)
 
 
 @contextmanager

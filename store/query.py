@@ -6,6 +6,7 @@ is the door that SQL opens by itself: files, the network, extensions, settings, 
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ NO_EXTENSIONS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
 }
+MEMORY_BYTES = 4 << 30
+"""What an ingest may take of a machine on which models run; the rest of its work goes to disk."""
 QUESTIONS = ("SELECT", "EXPLAIN")  # FROM, WITH, DESCRIBE, SHOW, SUMMARIZE and VALUES are SELECTs
 
 
@@ -47,10 +50,15 @@ def memory(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
     """A connection of its own, to which a ledger can be attached; nothing is ever installed.
 
     Args:
-        spill: a folder, not there yet, for what does not fit in memory; without it, all has to
+        spill: a folder, not there yet, for what does not fit in `MEMORY_BYTES`; without it, all
+            has to fit in most of the machine's memory
     """
     # DuckDB's own choice is `.tmp` where the program was started, and nobody sweeps that
-    return duckdb.connect(":memory:", config={**NO_EXTENSIONS, "temp_directory": str(spill or "")})
+    config = {**NO_EXTENSIONS, "temp_directory": str(spill or "")}
+    if spill:
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        config["memory_limit"] = f"{min(MEMORY_BYTES, half) // 1024}KiB"
+    return duckdb.connect(":memory:", config=config)
 
 
 def quoted(path: Path) -> str:

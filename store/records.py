@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
-from store.files import locked, write_whole
+from store.files import discard, locked, write_whole
 from store.segments import SEGMENT_RECORDS, Segments
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Records:
     def drop(self, sha256s: Collection[str]) -> None:
         """Remove the loose files of records that a segment holds."""
         for sha256 in sha256s:
-            self.path_of(sha256).unlink(missing_ok=True)
+            discard(self.path_of(sha256))
 
     def _folders(self) -> list[os.DirEntry[str]]:
         try:

@@ -61,7 +61,20 @@ class Segments:
             )
 
     def write(self, texts: dict[str, bytes]) -> str:
-        """Lay records, by their SHA-256, into one segment; it is on disk when this returns."""
+        """Lay records, by their SHA-256, into one segment; it is on disk when this returns.
+
+        Raises:
+            StoreError: the disk is full, or the folder cannot be written to.
+        """
+        try:
+            return self._write(texts)
+        except duckdb.Error as error:
+            raise StoreError(
+                f"{self.root} cannot be written to ({error}); make room or make it writable:"
+                " nothing is lost"
+            ) from error
+
+    def _write(self, texts: dict[str, bytes]) -> str:
         with (
             partial_file(self.root) as spill,
             memory(spill) as connection,

@@ -116,6 +116,8 @@ def test_sql_is_a_question_and_nothing_else(tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout) == [{"one": 1, "letter": "a"}]
     assert meteora("sql", "SELECT 1 AS one", home=tmp_path).stdout == "one\n1\n"
+    twice = meteora("sql", "SELECT 1 AS a, 2 AS a", "--format", "json", home=tmp_path)
+    refused(twice, "two columns have one name")
     for harm in ("DROP TABLE scores", "COPY scores TO 'x.csv'", "SELECT 1; SELECT 2"):
         refused(meteora("sql", harm, home=tmp_path), "error:")
     refused(meteora("sql", "FROM read_text('/etc/hostname')", home=tmp_path), "error:")

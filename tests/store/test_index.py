@@ -69,6 +69,20 @@ def orphaned(path: Path) -> None:
     path.unlink()
 
 
+def foreign(path: Path) -> None:
+    """A database of somebody else, in the format that this DuckDB prefers."""
+    path.unlink()
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TABLE records (mine INT)")
+
+
+def foreign_of_old(path: Path) -> None:
+    path.unlink()
+    with memory() as connection:
+        connection.execute(f"ATTACH {quoted(path)} AS other (STORAGE_VERSION 'v1.4.0')")
+        connection.execute("CREATE TABLE other.records (mine INT)")
+
+
 def sqlite(path: Path) -> None:
     path.unlink()
     with sqlite3.connect(path) as connection:
@@ -92,6 +106,8 @@ def header_flipped(path: Path) -> None:
         pytest.param(emptied, [LIVE, SNAPSHOT], id="both empty"),
         pytest.param(overwritten, [LIVE, SNAPSHOT], id="both text"),
         pytest.param(sqlite, [LIVE, SNAPSHOT], id="both SQLite"),
+        pytest.param(foreign, [LIVE, SNAPSHOT], id="both somebody else's"),
+        pytest.param(foreign_of_old, [LIVE, SNAPSHOT], id="both somebody else's of old"),
         pytest.param(header_flipped, [LIVE, SNAPSHOT], id="both with a flipped header"),
     ],
 )
@@ -448,6 +464,7 @@ def test_a_record_that_cannot_be_read_is_left_out_and_said(filled: Shelf) -> Non
     assert (outcome.num_records, outcome.num_waiting) == (1, 1)
     assert "cannot be read" in outcome.reason
     assert filled.ledger.weights_of(filled.adapter(3).id) is None
+    assert filled.ledger.rebuild().reason == outcome.reason
     path.write_bytes(whole)
     assert filled.ledger.ingest().reason == ""
     assert filled.ledger.weights_of(filled.adapter(3).id)

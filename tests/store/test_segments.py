@@ -92,6 +92,31 @@ def test_every_text_is_packed_byte_for_byte(shelf: Shelf, text: str) -> None:
     assert records.read(sha256) == record
 
 
+def test_a_run_packs_records_when_they_are_many(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = filled.views()
+    monkeypatch.setattr("store.ledger.PACK_RECORDS", len(filled.ledger.records.loose()) + 1)
+    with filled.ledger.running("weekly"):
+        assert not filled.ledger.records.segments.names()
+    monkeypatch.setattr("store.ledger.PACK_RECORDS", len(filled.ledger.records.loose()))
+    with filled.ledger.running("weekly"):
+        assert not filled.ledger.records.loose()
+    filled.ledger.ingest()
+    assert filled.views() == before
+    assert not filled.ledger.verify().findings
+
+
+def test_records_that_cannot_be_packed_stop_no_run(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("store.ledger.PACK_RECORDS", 1)
+    flip(filled.ledger.records.path_of(min(filled.ledger.records.loose())), 9)
+    with filled.ledger.running("weekly"):
+        assert filled.ledger.records.loose()
+    assert "small records stay as they are" in caplog.text
+
+
 def test_large_stores_have_several_segments(filled: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled.views()
     monkeypatch.setattr("store.records.SEGMENT_RECORDS", 7)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint import Gates
 from meteora.encode import Template
-from meteora.layer import routed_layers
+from meteora.layer import routed_layers, share_first_matmul
 from meteora.prompt import Prefill
 from meteora.routers import Followed, Follower, Gate
 from meteora.stand_ins import MixedGate, StandIn, scorer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -56,6 +58,22 @@ def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> No
                 if gates.without_examples
                 else None,
             )
+    if entry.share == "point":
+        share_first_matmuls(model, gates.follows)
+
+
+def share_first_matmuls(model: PreTrainedModel, follows: Mapping[str, str]) -> None:
+    """Let each gate's layer compute A x for those that follow it, which read the same input.
+
+    Args:
+        follows: module path to that of the layer whose gate it follows
+    """
+    layers, points = routed_layers(model), {}
+    for path, layer in layers.items():  # in the order of their calls
+        if path in follows:
+            points.setdefault(follows[path], [layers[follows[path]]]).append(layer)
+    for point in points.values():
+        share_first_matmul(point)
 
 
 def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:

@@ -99,7 +99,10 @@ class _ChosenDots(torch.autograd.Function):
 
 
 def chosen_dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N]."""
+    """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N].
+
+    Where nothing needs a gradient, several indices may be stacked: [L, T, N].
+    """
     if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
         return _ChosenDots.apply(x, rows, index)
     return _dots(x, rows, index)
@@ -107,17 +110,20 @@ def chosen_dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 def _dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """No copy of the rows: it is the gradient of an embedding bag for its per-sample weights."""
-    num_tokens, num_chosen = index.shape
+    num_tokens, num_chosen = index.shape[-2:]
     bags = torch.arange(num_tokens, device=x.device)
+    owners = bags.repeat_interleave(num_chosen, output_size=num_tokens * num_chosen)
+    if index.dim() == 3:
+        owners = owners.repeat(len(index))
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(),
         rows,
         index.reshape(-1),
         bags * num_chosen,
-        bags.repeat_interleave(num_chosen, output_size=index.numel()),
+        owners,
         SUM,
     )
-    return dots.view(num_tokens, num_chosen)
+    return dots.view(index.shape)
 
 
 def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
@@ -152,13 +158,18 @@ def lora_delta_gather(
     index = table.index_select(0, owners).view(len(x), experts.shape[1] * table.shape[1])
     factors = table_scaling.index_select(0, owners) * weights.reshape(-1, 1)
     shrunk = (chosen_dots(x, a, index) * factors.view(index.shape)).to(x.dtype)
-    if add_to is None:
-        return chosen_sums(b.T, index, shrunk)
-    if len(x) <= ROWS_AT_ONCE:
-        return add_to.add_(chosen_sums(b.T, index, shrunk))
-    for start in range(0, len(x), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        add_to[rows].add_(chosen_sums(b.T, index[rows], shrunk[rows]))
+    return (
+        chosen_sums(b.T, index, shrunk) if add_to is None else add_sums(b.T, index, shrunk, add_to)
+    )
+
+
+def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Tensor:
+    """Add `chosen_sums` to [T, D] in place, a few tokens at a time."""
+    if len(add_to) <= ROWS_AT_ONCE:
+        return add_to.add_(chosen_sums(rows, index, factors))
+    for start in range(0, len(add_to), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        add_to[some].add_(chosen_sums(rows, index[some], factors[some]))
     return add_to
 
 

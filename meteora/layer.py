@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from meteora import kernels, ops, twins
+from meteora.point import Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.expert_cache import ExpertCache
+    from meteora.point import Shrunk
     from meteora.routers import Router
     from meteora.twins import Twin
 
@@ -105,6 +107,8 @@ class MoELoRALinear(nn.Module):
         )
         self.router = router
         self.twin = twin
+        self.point: tuple[Point, int] | None = None
+        """Layers that share their input and their gate with this one, and its place there."""
 
     def _scale(self) -> None:
         """Lay each expert's scaling beside its ranks, in float32: [E], [R] and [E, max r]."""
@@ -135,11 +139,27 @@ class MoELoRALinear(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         weights, experts = self.router.choose(tokens)
         rows, tokens = y.reshape(-1, y.shape[-1]), tokens.to(self._dtype)
-        if self.cache is None:
-            out = self._add(rows, tokens, weights, experts)
-        else:
+        if self.cache is not None:
             out = self._add_from_cache(self.cache, rows, tokens, weights, experts)
+        elif (shrunk := self._shrunk_at_point(x, tokens, weights, experts)) is not None:
+            out = shrunk.expand(self.lora_b, rows)
+        else:
+            out = self._add(rows, tokens, weights, experts)
         return out.view(y.shape)
+
+    def _shrunk_at_point(
+        self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
+    ) -> Shrunk | None:
+        """A x as the first layer of the point found it; None where this one is on its own."""
+        if self.point is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        point, place = self.point
+        if place == 0:
+            if self.router is None or not self.router.leads:
+                return None
+            twin = self.twin or self._fastest_twin(tokens, experts)
+            point.shrink(x, tokens, weights, experts, twin)
+        return point.taken(place, x, experts)
 
     def _add(self, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Add to y [T, OUT] what the experts say; in place where no gradient passes y."""
@@ -203,6 +223,19 @@ class MoELoRALinear(nn.Module):
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor where a cache line begins: dot products are six times slower off 16 bytes."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def share_first_matmul(layers: Sequence[MoELoRALinear]) -> None:
+    """Let layers compute A x together where they are called with one input, and no gradient is due.
+
+    Args:
+        layers: in the order of their calls; those behind the first follow its gate
+    """
+    if any(layer.cache is not None for layer in layers):
+        return
+    point = Point(layers)
+    for place, layer in enumerate(layers):
+        layer.point = point, place
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:

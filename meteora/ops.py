@@ -120,8 +120,26 @@ def lora_delta_dense(
     Args:
         add_to: [T, OUT] to add to, in place
     """
+    shrunk = shrink_dense(x, a, rank_experts, rank_scaling, num_experts, weights, experts)
+    return shrunk @ b.T if add_to is None else add_expanded(shrunk, b, add_to)
+
+
+def shrink_dense(
+    x: Tensor,
+    a: Tensor,
+    rank_experts: Tensor,
+    rank_scaling: Tensor,
+    num_experts: int,
+    weights: Tensor,
+    experts: Tensor,
+) -> Tensor:
+    """The first half of `lora_delta_dense`: [T, R], zero for experts that were not chosen."""
     shrunk = (x @ a.T) * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
-    shrunk = shrunk.to(x.dtype)
-    if add_to is None:
-        return shrunk @ b.T
-    return add_to.addmm_(shrunk, b.T) if add_to.dtype == x.dtype else add_to.add_(shrunk @ b.T)
+    return shrunk.to(x.dtype)
+
+
+def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor) -> Tensor:
+    """The second half: B [OUT, R] of shrunk [T, R], added to [T, OUT] in place."""
+    if add_to.dtype == shrunk.dtype:
+        return add_to.addmm_(shrunk, b.T)
+    return add_to.add_(shrunk @ b.T)

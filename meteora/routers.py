@@ -36,6 +36,11 @@ class Router(nn.Module):
         """Weights and experts, both [T, K], of tokens [T, IN]."""
         return ops.route(self(tokens), self.top_k, self.temperature, self.margin)
 
+    @property
+    def leads(self) -> bool:
+        """Whether other layers follow what is decided here."""
+        return False
+
     def extra_repr(self) -> str:
         return f"E={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
 
@@ -75,16 +80,28 @@ class Gate(Router):
         if self.prefill is not None:
             logits = self.prefill.decide(logits)
         if self.followed is not None:
-            self.followed.logits = logits
+            self.followed.logits, self.followed.routes = logits, None
         return logits
+
+    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        routes = super().choose(tokens)
+        if self.followed is not None:
+            self.followed.routes = (self.top_k, self.temperature, self.margin), routes
+        return routes
+
+    @property
+    def leads(self) -> bool:
+        return self.followed is not None
 
 
 @dataclass
 class Followed:
-    """The logits that one gate found in the present forward pass, for all that follow it."""
+    """What one gate found in the present forward pass, for all that follow it."""
 
     logits: Tensor | None = None
     """[T, E]"""
+    routes: tuple[tuple[int, float, float | None], tuple[Tensor, Tensor]] | None = None
+    """The gate's `top_k`, `temperature` and `margin`, and its weights and experts [T, K]."""
 
 
 class Follower(Router):
@@ -110,6 +127,12 @@ class Follower(Router):
                 f" {0 if logits is None else len(logits)}; run the model from its first layer"
             )
         return logits
+
+    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits, routes = self(tokens), self.followed.routes
+        if routes is not None and routes[0] == (self.top_k, self.temperature, self.margin):
+            return routes[1]
+        return ops.route(logits, self.top_k, self.temperature, self.margin)
 
 
 class Fixed(Router):

@@ -24,7 +24,7 @@ from meteora import train
 from meteora.discriminant import choose_shrinkage, gate_from
 from meteora.sequences import LabelledSequence, batched, hold_out, sampled
 from meteora.statistics import PointStatistics
-from tests.benchmarks.layer import machine
+from tests.benchmarks.timing import machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

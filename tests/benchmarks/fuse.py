@@ -1,8 +1,9 @@
 """Stacking against copying the same bytes: `python -m tests.benchmarks.fuse`.
 
 Made-up adapters of the sizes of a 7B Llama are written, read and stacked. Time is the ratio to
-copying their files; memory is what stacking adds to the peak of a process that does nothing else,
-in units of the tensors of the largest module.
+copying their files, each in a fresh process, by the clock and by the CPU's time, system calls
+included; memory is what stacking adds to the peak of that process, in units of the tensors of the
+largest module. No GPU takes part.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 from meteora import adapters, fuse
-from tests.benchmarks.layer import machine
+from tests.benchmarks import timing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HIDDEN, INTERMEDIATE = 4096, 11008
 SIZES = {
@@ -55,22 +59,32 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def stack(folders: list[Path], out: Path) -> tuple[float, int]:
-    """Seconds, and by how much the peak of this process grew."""
+def stack(folders: list[Path], out: Path) -> tuple[float, float, int]:
+    """Seconds by the clock and of the CPU, and by how many bytes the peak of this process grew."""
     read = [adapters.read(folder) for folder in folders]
-    before, start = peak_bytes(), time.perf_counter()
-    fuse.stack(read, out)
-    return time.perf_counter() - start, peak_bytes() - before
+    return timed(lambda: fuse.stack(read, out))
 
 
-def copy(folders: list[Path], out: Path) -> float:
-    """Seconds for the same bytes, read into memory and written to one file."""
-    start = time.perf_counter()
-    with out.open("wb") as file:
-        for folder in folders:
-            with (folder / "adapter_model.safetensors").open("rb") as part:
-                shutil.copyfileobj(part, file, 1 << 20)
-    return time.perf_counter() - start
+def copy(folders: list[Path], out: Path) -> tuple[float, float, int]:
+    """The same for the same bytes, read into memory and written to one file."""
+
+    def run() -> None:
+        with out.open("wb") as file:
+            for folder in folders:
+                with (folder / "adapter_model.safetensors").open("rb") as part:
+                    shutil.copyfileobj(part, file, 1 << 20)
+
+    return timed(run)
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float, int]:
+    before, start, start_of_cpu = peak_bytes(), time.perf_counter(), time.process_time()
+    run()
+    return (
+        time.perf_counter() - start,
+        time.process_time() - start_of_cpu,
+        peak_bytes() - before,
+    )
 
 
 def settle(out: Path) -> None:
@@ -85,24 +99,28 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         folders = [folder / f"adapter_{e}" for e in range(asked.adapters)]
         for one in folders:
             make(one, asked.layers, asked.rank, dtype)
-        copies, stacks, grown = [], [], 0
+        found: dict[Callable[..., Any], list[tuple[float, float, int]]] = {copy: [], stack: []}
         for _ in range(asked.rounds):
-            settle(folder / "copy")
-            copies.append(copy(folders, folder / "copy"))
-            settle(folder / "stack")
-            # a fresh process: the peak of one that has already stacked grows no more
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                taken, extra = pool.apply(stack, (folders, folder / "stack"))
-            stacks.append(taken)
-            grown = max(grown, extra)
+            for run, taken in found.items():
+                settle(folder / "out")
+                # a fresh process: the peak of one that has already stacked grows no more
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    taken.append(pool.apply(run, (folders, folder / "out")))
+        (copied, copied_cpu, _), (stacked, stacked_cpu, _) = (
+            map(min, zip(*taken, strict=True)) for taken in found.values()
+        )
+        grown = max(extra for _, _, extra in found[stack])
     largest = max(map(sum, SIZES.values())) * asked.rank * asked.adapters * dtype.itemsize
     num_bytes = largest / max(map(sum, SIZES.values())) * sum(map(sum, SIZES.values()))
     return {
         **{name: getattr(asked, name) for name in ("adapters", "layers", "rank", "dtype")},
         "megabytes": num_bytes * asked.layers / 1e6,
-        "copy_seconds": min(copies),
-        "stack_seconds": min(stacks),
-        "speed_of_a_copy": min(copies) / min(stacks),
+        "copy_seconds": copied,
+        "stack_seconds": stacked,
+        "speed_of_a_copy": copied / stacked,
+        "copy_cpu_seconds": copied_cpu,
+        "stack_cpu_seconds": stacked_cpu,
+        "cpu_speed_of_a_copy": copied_cpu / stacked_cpu,
         "peak_over_largest_module": grown / largest,
     }
 
@@ -118,14 +136,10 @@ def main() -> None:
     asked = parser.parse_args()
     found = measure(asked)
     if asked.json:
-        sys.stdout.write(json.dumps({**found, "machine": machine()}, indent=1) + "\n")
+        sys.stdout.write(json.dumps({**found, "machine": timing.machine()}, indent=1) + "\n")
         return
-    rows = "".join(
-        f"| {name} | {value if isinstance(value, (int, str)) else f'{value:.2f}'} |\n"
-        for name, value in found.items()
-    )
-    facts = "".join(f"- {name}: {value}\n" for name, value in machine().items())
-    sys.stdout.write(f"| | |\n|---|---|\n{rows}\n{facts}")
+    rows = [(name, f"{x:.2f}" if isinstance(x, float) else x) for name, x in found.items()]
+    timing.tell(timing.table(("", ""), rows), "cpu")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.intervals import mean_difference, wilson
-from tests.benchmarks.layer import machine
+from tests.benchmarks.timing import machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -4,29 +4,26 @@ Three Llama layers with all seven projections routed by random gates (every expe
 hardest case), a prefill and one decoded token with its cache. All variants share the base's weights
 and take turns in one process; a figure is the ratio to the bare base of the best of all rounds.
 Beside each stands its floor, the arithmetic alone: multiplications of the variant's matmuls over
-those of the base's. `tests.benchmarks.twins` times single layers over many sizes.
+those of the base's. `tests.benchmarks.twins` times single layers over many sizes, and
+`tests.benchmarks.model` whole models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import peft
 import torch
-import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from meteora.layer import routed_layers
 from meteora.routers import Gate
-from tests.benchmarks import peers
+from tests.benchmarks import peers, timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,9 +97,10 @@ def floors(base: nn.Module, asked: Setting) -> dict[str, float]:
     }
 
 
-def variants(asked: Setting, folder: Path) -> dict[str, tuple[nn.Module, str]]:
+def variants(
+    base: PreTrainedModel, asked: Setting, folder: Path
+) -> dict[str, tuple[nn.Module, str]]:
     """Each variant with the name of its floor."""
-    base = build_base(asked)
     folders = peers.save_adapters(base, folder, asked.experts, asked.rank)
     ours = peers.routed(base, folders, asked.top_k, folder)
     found: dict[str, tuple[nn.Module, str]] = {
@@ -130,18 +128,11 @@ def one_task(model: PreTrainedModel) -> PreTrainedModel:
     model = peers.share(model)
     for layer in routed_layers(model).values():
         assert isinstance(layer.router, Gate)
-        bias = torch.zeros(layer.num_experts)
+        bias = torch.zeros_like(layer.router.bias.data)
         bias[: layer.router.top_k] = 1e6
         gate = Gate(layer.router.weight.data, bias, top_k=layer.router.top_k)
         layer.router = gate.requires_grad_(requires_grad=False)
     return model
-
-
-@torch.inference_mode()
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
@@ -157,15 +148,6 @@ def decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
     return step
 
 
-def best_of(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The shortest time of each; they take turns, so that a busy moment meets them all."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            best[name] = min(best[name], seconds(run))
-    return best
-
-
 @torch.inference_mode()
 def check(found: dict[str, tuple[nn.Module, str]], ids: Tensor) -> None:
     """What computes the same must give the same, or its time means nothing."""
@@ -175,25 +157,28 @@ def check(found: dict[str, tuple[nn.Module, str]], ids: Tensor) -> None:
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
 
 
-def measure(asked: Setting, rounds: int, folder: Path) -> list[Row]:
-    found = variants(asked, folder)
-    floor_of = floors(found["bare base"][0], asked)
-    ids = torch.randint(0, 1024, (1, asked.tokens))
+def measure(asked: Setting, rounds: int, device: str, folder: Path) -> list[Row]:
+    base = build_base(asked).to(device)
+    found = variants(base, asked, folder)
+    floor_of = floors(base, asked)
+    ids = torch.randint(0, 1024, (1, asked.tokens), device=device)
     check(found, ids)
-    prefill = best_of(
+    prefill = timing.best_of(
         {
             name: lambda model=model: model(ids, use_cache=False)
             for name, (model, _) in found.items()
         },
         rounds,
+        device,
     )
-    decode = best_of(
+    decode = timing.best_of(
         {
             name: decoder(model, ids)
             for name, (model, floor) in found.items()
             if floor != "x_lora"  # it asks for a model without a cache
         },
         5 * rounds,
+        device,
     )
     return [
         Row(
@@ -208,45 +193,21 @@ def measure(asked: Setting, rounds: int, folder: Path) -> list[Row]:
     ]
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured with."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def as_table(asked: Setting, rows: list[Row]) -> str:
     setting = ", ".join(f"{name} {value}" for name, value in asdict(asked).items())
-    lines = [
-        setting,
-        "",
-        "| variant | floor | prefill | decode | prefill, ms | decode, ms |",
-        "|---|---|---|---|---|---|",
+    names = "variant", "floor", "prefill", "decode", "prefill, ms", "decode, ms"
+    cells = [
+        (
+            row.variant,
+            f"{row.floor:.2f}",
+            f"{row.prefill:.2f}",
+            "no cache" if row.decode is None else f"{row.decode:.2f}",
+            f"{row.prefill_ms:.0f}",
+            "" if row.decode_ms is None else f"{row.decode_ms:.1f}",
+        )
+        for row in rows
     ]
-    for row in rows:
-        decode = (
-            ("no cache", "")
-            if row.decode is None
-            else (f"{row.decode:.2f}", f"{row.decode_ms:.1f}")
-        )
-        lines.append(
-            f"| {row.variant} | {row.floor:.2f} | {row.prefill:.2f} | {decode[0]}"
-            f" | {row.prefill_ms:.0f} | {decode[1]} |"
-        )
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in machine().items())])
+    return f"{setting}\n\n{timing.table(names, cells)}"
 
 
 def main() -> None:
@@ -254,17 +215,21 @@ def main() -> None:
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="for machines")
+    timing.ask(parser)
     asked = vars(parser.parse_args())
-    rounds, as_json = asked.pop("rounds"), asked.pop("json")
+    rounds, as_json, device = asked.pop("rounds"), asked.pop("json"), asked.pop("device")
     setting = Setting(**asked)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(setting, rounds, Path(folder))
+        rows = measure(setting, rounds, device, Path(folder))
     if as_json:
-        body = {"setting": asdict(setting), "machine": machine(), "rows": [asdict(r) for r in rows]}
+        body = {
+            "setting": asdict(setting),
+            "machine": timing.machine(device),
+            "rows": [asdict(row) for row in rows],
+        }
         sys.stdout.write(json.dumps(body, indent=1) + "\n")
     else:
-        sys.stdout.write(as_table(setting, rows) + "\n")
+        timing.tell(as_table(setting, rows), device)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def routed(
     for layer in routed_layers(model).values():
         size = (len(specs), layer.lora_a.shape[1])
         gate = Gate(torch.randn(size), torch.zeros(len(specs)), top_k=top_k)
-        layer.router = gate.requires_grad_(requires_grad=False)
+        layer.router = gate.to(layer.weight.device).requires_grad_(requires_grad=False)
     return model.eval()
 
 

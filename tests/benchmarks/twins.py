@@ -1,8 +1,9 @@
 """Each twin of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
 
 The measurements behind `twins.choose_twin`: the ratio of the whole routed layer, its gate and
-routing included, to the bare projection, best of all rounds, over experts, ranks, tokens, sizes and
-dtypes. The twin that the function chooses is starred.
+routing included, to the bare projection, over experts, ranks, tokens, sizes and dtypes. Beside it
+stands its floor, the arithmetic of the gate and of the chosen experts alone. The table has what the
+function chooses, and the twin that was better where another was; `--json` has all.
 """
 
 from __future__ import annotations
@@ -11,39 +12,59 @@ import argparse
 import itertools
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from meteora import kernels, twins
 from meteora.layer import MoELoRALinear
 from meteora.routers import Gate
-from tests.benchmarks.layer import best_of, machine
+from tests.benchmarks import timing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from meteora.twins import Twin
 
-TWINS: tuple[Twin, ...] = ("dense", "gather", "grouped")
 TOP_K = 2
 MIXED = [4, 8, 16, 64]
 """Ranks that take turns where the rank is `mixed`."""
 MOST_RANKS = 8192
 """More than that is left out: its dense twin alone would take minutes."""
+BETTER = 0.95
+"""Another twin is told of where it took less than this part of the time of the chosen one."""
+
+
+def twins_of(device: str) -> list[Twin]:
+    on_cpu: list[Twin] = ["dense", "gather", "grouped"]
+    if torch.device(device).type == "cuda" and kernels.has_triton():
+        return [*on_cpu, "gather_triton", "grouped_triton"]
+    return on_cpu
 
 
 def routed(size: int, ranks: list[int], dtype: torch.dtype) -> MoELoRALinear:
+    num_experts = len(ranks)
     return MoELoRALinear(
         nn.Linear(size, size, bias=False, dtype=dtype),
         torch.randn(sum(ranks), size).to(dtype),
         torch.randn(size, sum(ranks)).to(dtype),
         ranks,
-        [1.0] * len(ranks),
+        [1.0] * num_experts,
         Gate(
-            torch.randn(len(ranks), size, dtype=dtype), torch.zeros(len(ranks)).to(dtype), top_k=2
+            torch.randn(num_experts, size, dtype=dtype),
+            torch.zeros(num_experts, dtype=dtype),
+            top_k=TOP_K,
         ),
     ).requires_grad_(requires_grad=False)
+
+
+def floor(size: int, ranks: list[int]) -> float:
+    """Multiplications of a routed layer over those of the bare one, each expert being as likely."""
+    top_k = min(TOP_K, len(ranks))
+    gate, chosen = len(ranks) * size, 2 * size * top_k * sum(ranks) / len(ranks)
+    return 1 + (gate + chosen) / size**2
 
 
 def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -55,15 +76,16 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if sum(ranks) > MOST_RANKS:
             continue
         torch.manual_seed(0)
-        layer = routed(size, ranks, getattr(torch, dtype))
+        layer = routed(size, ranks, getattr(torch, dtype)).to(asked.device)
         for num_tokens in asked.tokens:
-            x = torch.randn(num_tokens, size).to(getattr(torch, dtype))
-            layer.twin = None
-            chosen = layer._fastest_twin(x, torch.empty(num_tokens, min(TOP_K, num_experts)))
-            seconds = best_of(
+            x = torch.randn(num_tokens, size, device=asked.device).to(getattr(torch, dtype))
+            names = twins_of(asked.device)
+            seconds = timing.best_of(
                 {"bare": lambda x=x, layer=layer: layer.projection(x)}
-                | {twin: lambda x=x, twin=twin, layer=layer: run(layer, twin, x) for twin in TWINS},
+                | {twin: lambda x=x, twin=twin, layer=layer: run(layer, twin, x) for twin in names},
                 asked.rounds,
+                asked.device,
+                limit_seconds=asked.seconds,
             )
             yield {
                 "dtype": dtype,
@@ -71,10 +93,11 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "experts": num_experts,
                 "r": r,
                 "R": sum(ranks),
+                "max_r": max(ranks),
                 "tokens": num_tokens,
+                "floor": floor(size, ranks),
                 "bare_us": 1e6 * seconds["bare"],
-                **{twin: seconds[twin] / seconds["bare"] for twin in TWINS},
-                "chosen": chosen,
+                **{twin: seconds[twin] / seconds["bare"] for twin in names},
             }
 
 
@@ -83,10 +106,37 @@ def run(layer: MoELoRALinear, twin: Twin, x: torch.Tensor) -> torch.Tensor:
     return layer(x)
 
 
-def as_line(row: dict[str, Any]) -> str:
-    figures = [f"{row[twin]:.2f}{'*' * (twin == row['chosen'])}" for twin in TWINS]
-    first = [row[name] for name in ("dtype", "hidden", "experts", "r", "R", "tokens")]
-    return "| " + " | ".join(map(str, [*first, f"{row['bare_us']:.0f}", *figures])) + " |\n"
+def as_tables(rows: Sequence[dict[str, Any]], device: str) -> str:
+    """One table for each dtype and size: experts and ranks down, tokens across."""
+    text = ""
+    for (dtype, size), some in itertools.groupby(rows, lambda row: (row["dtype"], row["hidden"])):
+        layers = [list(own) for _, own in itertools.groupby(some, lambda r: (r["experts"], r["r"]))]
+        names = ["E × r", "R", "floor", *(f"{row['tokens']:,} tokens" for row in layers[0])]
+        lines = [
+            [
+                f"{own[0]['experts']} × {own[0]['r']}",
+                own[0]["R"],
+                f"{own[0]['floor']:.2f}",
+                *(cell(row, device) for row in own),
+            ]
+            for own in layers
+        ]
+        bare = ", ".join(f"{row['bare_us']:,.0f}" for row in layers[0])
+        text += f"## {dtype}, {size} → {size}\n\nBare layer, µs: {bare}\n\n"
+        text += timing.table(names, lines) + "\n"
+    return text
+
+
+def cell(row: dict[str, Any], device: str) -> str:
+    size, num_experts = row["hidden"], row["experts"]
+    sizes = twins.Sizes(size, size, num_experts, row["R"], row["max_r"])
+    top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
+    chosen = twins.choose_twin(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
+    best = min(twins_of(device), key=row.__getitem__)
+    text = f"{row[chosen]:.2f} {chosen}"
+    if row[best] < BETTER * row[chosen]:
+        text += f" ({best} {row[best]:.2f})"
+    return text
 
 
 def main() -> None:
@@ -96,18 +146,26 @@ def main() -> None:
     parser.add_argument("--experts", nargs="+", type=int, default=[4, 28, 128, 512])
     parser.add_argument("--ranks", nargs="+", default=["4", "8", "16", "64", "mixed"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 256, 2048])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--rounds", type=int, default=50, help="at most")
+    parser.add_argument("--seconds", type=float, default=1.0, help="about, for one setting")
+    parser.add_argument("--read", type=Path, help="tables from JSON written before")
+    timing.ask(parser)
     asked = parser.parse_args()
-    if not asked.json:
-        names = ["dtype", "hidden", "experts", "r", "R", "tokens", "bare, µs", *TWINS]
-        sys.stdout.write("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|\n")
-    with torch.inference_mode():
-        for row in measure(asked):
-            sys.stdout.write(json.dumps(row) + "\n" if asked.json else as_line(row))
+    if asked.read is not None:
+        sys.stdout.write(
+            as_tables(
+                [json.loads(line) for line in asked.read.read_text().splitlines()], asked.device
+            )
+        )
+        return
+    rows = []
+    for row in measure(asked):
+        rows.append(row)
+        if asked.json:
+            sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
     if not asked.json:
-        sys.stdout.write("\n" + "".join(f"- {k}: {v}\n" for k, v in machine().items()))
+        timing.tell(as_tables(rows, asked.device), asked.device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,243 @@
+"""Layers of one input compute A x once: the same results, whatever is done to the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import meteora
+from meteora import checkpoint, kernels, ops
+from meteora.gates import gates_of, share_first_matmuls
+from meteora.layer import routed_layers
+from meteora.model import force_expert, without_experts
+from meteora.observe import recorded_logits, recorded_routes
+from meteora.routers import Followed, Follower, Gate
+
+Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
+
+
+def follow(model):
+    """One random gate for q, k and v, and one for gate and up, as `meteora run` fits them."""
+    torch.manual_seed(3)
+    follows, leaders = {}, {}
+    for path, layer in routed_layers(model).items():
+        size = layer.num_experts, layer.lora_a.shape[1]
+        parent, _, name = path.rpartition(".")
+        point = parent, {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name)
+        if point in leaders:
+            leader = leaders[point]
+            layer.router = Follower(leader[1], layer.num_experts, top_k=2)
+            follows[path] = leader[0]
+        else:
+            followed = Followed()
+            leaders[parent, name] = path, followed
+            gate = Gate(torch.randn(size), torch.randn(size[0]), top_k=2, followed=followed)
+            layer.router = gate.requires_grad_(requires_grad=False)
+    return follows
+
+
+@pytest.fixture
+def models(world):
+    """The same model without and with a shared first matmul."""
+    plain, shared = world.load(), world.load()
+    follow(plain)
+    share_first_matmuls(shared, follow(shared))
+    return plain, shared
+
+
+@pytest.fixture
+def dots(monkeypatch):
+    """How many first matmuls of the gather twin were computed."""
+    calls = []
+
+    def counted(*args, found=kernels.chosen_dots):
+        calls.append(args)
+        return found(*args)
+
+    monkeypatch.setattr(kernels, "chosen_dots", counted)
+    return calls
+
+
+def gates(model):
+    return [m.router for m in routed_layers(model).values() if isinstance(m.router, Gate)]
+
+
+def point_of(layer):
+    assert layer.point
+    return layer.point[0]
+
+
+def with_twin(twin, *models):
+    for model in models:
+        for layer in routed_layers(model).values():
+            layer.twin = twin
+
+
+def equal(plain, shared):
+    with torch.no_grad():
+        torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_results_are_those_of_layers_on_their_own(models, twin, mode):
+    """Experts of different ranks, and some that lack k or v."""
+    with_twin(twin, *models)
+    plain, shared = models
+    with mode():
+        torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_point_computes_once(models, dots):
+    with_twin("gather", *models)
+    counts = []
+    for model in models:
+        with torch.no_grad():
+            model(IDS)
+        counts.append(len(dots))
+        dots.clear()
+    num_points = len(gates(models[1]))
+    assert counts == [len(routed_layers(models[0])), num_points]
+    assert num_points < counts[0]
+
+
+def test_each_layers_a_is_held_once(models):
+    """As rows of the point's: what moves is joined again, and nothing keeps the old."""
+    layers = routed_layers(models[1])
+    for model in (models[1], models[1].double(), copy.deepcopy(models[1])):
+        with torch.no_grad():
+            model(IDS)
+        found = routed_layers(model)
+        storages = {found[path].lora_a.untyped_storage().data_ptr() for path in (Q, K, V)}
+        assert len(storages) == 1
+        size = sum(found[path].lora_a.nbytes for path in (Q, K, V))
+        assert found[Q].lora_a.untyped_storage().nbytes() == size
+    assert point_of(layers[K]) is point_of(layers[Q])
+
+
+def test_what_is_moved_changed_or_copied_is_followed(models):
+    plain, shared = models
+    with torch.no_grad():
+        for model in models:
+            routed_layers(model)[K].lora_a.mul_(2)
+    equal(plain, shared)
+    with torch.no_grad():
+        for model in models:
+            layer = routed_layers(model)[V]
+            layer.lora_a = layer.lora_a * 3
+    equal(plain, shared)
+    copied = copy.deepcopy(shared)
+    with torch.no_grad():
+        routed_layers(shared)[Q].lora_a.zero_()
+    equal(plain, copied)
+    equal(plain.double(), copied.double())
+
+
+def test_a_layer_that_is_called_with_something_else_computes_for_itself(models):
+    """Another input, another decision, or after the others are through."""
+    layers = routed_layers(models[1])
+    one, other = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    alone = routed_layers(models[0])
+    with torch.no_grad():
+        for x in (one, other):
+            alone[Q](x)
+            expected = [alone[path](x) for path in (K, V, K)]
+            layers[Q](x)
+            for path, found in zip((K, V, K), expected, strict=True):
+                torch.testing.assert_close(layers[path](x), found, rtol=1e-5, atol=1e-5)
+        layers[Q](one)
+        alone[Q](one)
+        torch.testing.assert_close(layers[K](other), alone[K](other), rtol=1e-5, atol=1e-5)
+        layers[Q](one)
+        layers[K].router = alone[K].router = Gate(torch.randn(4, 32), torch.zeros(4))
+        torch.testing.assert_close(layers[K](one), alone[K](one), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_a_twin_of_its_own_keeps_it(models, monkeypatch):
+    plain, shared = models
+    with_twin("gather", *models)
+    routed_layers(shared)[K].twin = "dense"
+    asked = []
+
+    def counted(*args, found=ops.lora_delta_dense, **into):
+        asked.append(args)
+        return found(*args, **into)
+
+    monkeypatch.setattr(ops, "lora_delta_dense", counted)
+    equal(plain, shared)
+    assert asked
+
+
+def test_forced_experts_and_the_bare_base_are_what_they_were(models, world):
+    plain, shared = models
+    with force_expert(plain, "q_and_v"), force_expert(shared, "q_and_v"):
+        equal(plain, shared)
+    with without_experts(shared):
+        equal(world.load_base(), shared)
+    equal(plain, shared)
+
+
+@pytest.mark.parametrize("recorded", [recorded_logits, recorded_routes])
+def test_what_is_recorded_is_the_same(models, recorded):
+    found = []
+    for model in models:
+        with torch.no_grad(), recorded(model) as seen:
+            model(IDS)
+        found.append(seen)
+    assert found[0].keys() == found[1].keys()
+    for path, expected in found[0].items():
+        torch.testing.assert_close(found[1][path], expected)
+
+
+def test_gates_learn_as_before(models):
+    grads = []
+    for model in models:
+        for gate in gates(model):
+            gate.requires_grad_()
+        model(IDS).logits.square().mean().backward()
+        grads.append([gate.weight.grad for gate in gates(model)])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_joined_in_inference_mode_can_be_trained(models):
+    model, layer = models[1], routed_layers(models[1])[K]
+    layer.lora_a = layer.lora_a.clone()
+    with torch.inference_mode():
+        model(IDS)
+    assert layer.lora_a.data_ptr() != routed_layers(model)[Q].lora_a.data_ptr()
+    for gate in gates(model):
+        gate.requires_grad_()
+    model(IDS).logits.square().mean().backward()
+    assert gates(model)[0].weight.grad.any()
+
+
+def test_generating_with_a_cache_equals_generating_without(models):
+    plain, shared = models
+    out = [
+        model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
+        for model, use_cache in ((shared, True), (shared, False), (plain, True))
+    ]
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2])
+
+
+def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp_path):
+    model = world.load()
+    follows = follow(model)
+    for share, expected in (("point", True), ("layer", False)):
+        entry = dataclasses.replace(world.manifest.router, kind="gate", top_k=2, share=share)
+        folder = tmp_path / share
+        folder.mkdir()
+        manifest = dataclasses.replace(world.manifest, router=entry)
+        (folder / checkpoint.EXPERTS).hardlink_to(world.checkpoint / checkpoint.EXPERTS)
+        (folder / checkpoint.MANIFEST).write_text(manifest.to_json())
+        checkpoint.write_gates(folder / checkpoint.GATES, gates_of(model))
+        loaded, _ = meteora.load(folder, base_folder=world.base)
+        shared = {path for path, layer in routed_layers(loaded).items() if layer.point is not None}
+        assert shared == ({*follows, *follows.values()} if expected else set())
+        equal(model, loaded)

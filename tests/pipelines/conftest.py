@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipelines.environment import prepare
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, Stage
 from pipelines.workplace import Workplace, new_run_id
 from store.ledger import Ledger
 
@@ -55,11 +55,11 @@ def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
     ]
 
 
-def run(work: Workplace) -> dict[str, float]:
+def run(work: Workplace, until: str = "publish") -> dict[str, float]:
     """Run a recipe as `meteora run` does, on the server that `prefect_server` started."""
     from pipelines import flows
 
-    return flows.fuse_adapters(str(work.path), str(work.home))
+    return flows.fuse_adapters(str(work.path), str(work.home), Stage(until))
 
 
 @pytest.fixture(scope="session")

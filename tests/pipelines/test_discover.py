@@ -79,8 +79,12 @@ def found(
 
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
-    found: Callable[..., Workplace], server: HubServer, capsys: pytest.CaptureFixture[str]
+    found: Callable[..., Workplace],
+    server: HubServer,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And as soon as one of them moves, there is a new stack to make."""
     work = found()
     run(work)
     planned = finished(work)
@@ -103,6 +107,14 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     downloaded = server.count("get")
     run(found())
     assert server.count("get") == downloaded
+
+    moved = adapter_repo(world.adapters["patterns"])
+    server.repos["b/attention"] = replace(moved, commit="b" * 40, refs={"main": "b" * 40})
+    assert finished(found()) is None
+    run(work, "stack")
+    assert work.ledger.query("SELECT count(*) FROM artifacts WHERE kind = 'fused'").rows == [(2,)]
+    revisions = "SELECT revision FROM adapters WHERE name = 'b--attention' ORDER BY ALL"
+    assert work.ledger.query(revisions).rows == [(COMMIT,), ("b" * 40,)]
 
 
 def find_experts(work: Workplace) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -18,15 +20,18 @@ from meteora.adapters import AdapterError
 from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.checkpoint import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.sources import file_sha256
+from pipelines.child import Child, StageError
 from pipelines.finished import finished
 from pipelines.summary import summarise
 from store.errors import BusyError
 
 from .conftest import run
+from .test_server import servers, wait_until, without_prefect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
     from pipelines.workplace import Workplace
     from tests.conftest import World
@@ -142,6 +147,35 @@ def test_a_test_row_among_the_examples_is_refused(
         run(work)
 
 
+def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
+    workplace: Callable[..., Workplace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Child.call
+
+    def killed(self: Child, stage: str, *arguments: object, **asked: Any) -> Any:
+        if stage == "fit_gates":
+            os.kill(self._process.pid, signal.SIGKILL)
+        return call(self, stage, *arguments, **asked)
+
+    monkeypatch.setattr(Child, "call", killed)
+    work = workplace()
+    with pytest.raises(StageError, match=r"fit_gates: .* SIGKILL.* run again to go on"):
+        run(work, "gates")
+    monkeypatch.undo()
+    (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
+
+    late = workplace(deadlines={"gates": "0.01s"})
+    with pytest.raises(StageError, match=r"fit_gates: .* its deadline of 0\.01 s"):
+        run(late, "gates")
+    run(work, "gates")
+    assert work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows == [stacked]
+    assert work.ledger.query("SELECT outcome FROM runs ORDER BY ended_at").rows == [
+        ("failed",),
+        ("failed",),
+        ("ok",),
+    ]
+
+
 STEPS = (
     "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
     "measure", "write_checkpoint",
@@ -149,6 +183,7 @@ STEPS = (
 
 KILLED = """
 import os, signal, sys
+from pipelines import flows
 
 recipe, home, victim = sys.argv[1:]
 step = getattr(flows, victim, None)
@@ -161,6 +196,76 @@ if step:
     setattr(flows, victim, last_step)
 flows.fuse_adapters(recipe, home)
 """
+
+
+def kill_after(step: str, work: Workplace) -> str:
+    """Run a recipe in a process that kills itself after a step; returns its run's name."""
+    command = [sys.executable, "-c", KILLED, str(work.path), str(work.home), step]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (killed,) = work.ledger.unended_runs()
+    return killed.run_id
+
+
+def test_a_killed_run_is_closed_by_the_next_in_the_ledger_and_on_the_server(
+    workplace: Callable[..., Workplace],
+) -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.client.schemas.filters import (  # noqa: PLC0415
+        FlowRunFilter,
+        FlowRunFilterName,
+    )
+
+    work = workplace()
+    run_id = kill_after("stack", work)
+    only = FlowRunFilter(name=FlowRunFilterName(like_=run_id))
+    with get_client(sync_client=True) as client:
+        (before,) = client.read_flow_runs(flow_run_filter=only)
+        run(work, "stack")
+        (after,) = client.read_flow_runs(flow_run_filter=only)
+    assert before.state is not None
+    assert before.state.is_running()
+    assert after.state is not None
+    assert after.state.is_crashed()
+    assert dict(work.ledger.query("SELECT run_id, outcome FROM runs").rows)[run_id] == "killed"
+    (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
+    assert stacked == (run_id,)  # and not a second time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["its own, started again", "the user's, gone"])
+def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: bool) -> None:
+    """With nothing done twice, and the next run finds nothing to do."""
+    from store.ledger import Ledger  # noqa: PLC0415
+
+    from .test_server import told, user  # noqa: PLC0415
+
+    home, env = tmp_path / "home", without_prefect()
+    elsewhere = None
+    if not own:
+        elsewhere = user(tmp_path / "elsewhere")
+        env["PREFECT_API_URL"] = told(elsewhere)[1]
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(home),
+    ]  # fmt: skip
+    running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: bool(Ledger(home).unended_runs()), seconds=200)
+    if elsewhere is not None:
+        elsewhere.kill()  # who would start it again
+        elsewhere.communicate()
+    for pid in servers(home if own else tmp_path / "elsewhere"):
+        os.kill(pid, signal.SIGKILL)
+    _, said = running.communicate(timeout=500)
+    assert running.returncode == 0, said
+    if not own:
+        assert "does not answer any more" in said
+    began = time.monotonic()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "nothing to do" in again.stderr
+    assert time.monotonic() - began < 60
+    ledger = Ledger(home)
+    assert ledger.query("SELECT outcome FROM runs").rows == [("ok",)]
+    assert not ledger.verify().findings
 
 
 @pytest.mark.slow

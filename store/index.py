@@ -137,11 +137,12 @@ class Index:
     def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
         """Ingest, or see it done by whoever holds the lock: one ingest serves all who wait."""
         names = self._records.parts()
+        first = not self.lock.exists() and not self.snapshot.exists()
         deadline = time.monotonic() + deadline_seconds
         while True:
             try:
                 with locked(self.lock, deadline_seconds=min(TURN_SECONDS, deadline_seconds)):
-                    return self._ingest()
+                    return self._ingest(first=first)
             except BusyError:
                 if self._covers(names):
                     return Ingest(0, 0)
@@ -154,12 +155,14 @@ class Index:
         current = self._schema == schema() and self.live.exists()
         return known is not None and current and names <= known | self._rejected
 
-    def _ingest(self) -> Ingest:
+    def _ingest(self, *, first: bool) -> Ingest:
         names = self._records.parts()
         if self._covers(names):
             return Ingest(0, 0)
-        if not self.live.exists():  # DuckDB 1.5 would take in a log that is left, whose ever it is
-            wal(self.live).unlink(missing_ok=True)
+        if not self.live.exists():
+            if not first:
+                logger.warning("%s is gone; it is made again from the records", self.live.name)
+            wal(self.live).unlink(missing_ok=True)  # DuckDB 1.5 takes in any log that lies there
         try:
             num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:

@@ -130,6 +130,21 @@ def test_a_lost_index_comes_back_from_the_records(
     assert filled.views() == before
 
 
+@pytest.mark.parametrize("names", [[LIVE], [LIVE, SNAPSHOT]], ids=["live", "both"])
+def test_a_deleted_index_is_told_of(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture, names: list[str]
+) -> None:
+    """And the first one of a home is not."""
+    shelf.make(shelf.base)
+    shelf.ledger.ingest()
+    assert not caplog.text
+    for name in names:
+        (shelf.home / name).unlink()
+    assert Ledger(shelf.home).ingest().reason == ""
+    assert "ledger.duckdb is gone; it is made again from the records" in caplog.text
+    assert len(shelf.ledger.query("FROM artifacts").rows) == 1
+
+
 def test_a_damaged_index_is_set_aside_not_deleted(
     filled: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:

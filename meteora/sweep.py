@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.prompt import Prefill
+    from meteora.routers import Followed
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 MAX_HIDDEN_BYTES = 2 << 30
@@ -82,6 +83,9 @@ class Sweep:
             )
         self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
         self._tuples = False
+        self._followed: Followed | None = None
+        self._decisions: dict[int, Tensor | None] = {}
+        """By batch, what was decided in a layer that has been gone through."""
         self._hidden: list[Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._device = batches[0][0].device
@@ -167,9 +171,16 @@ class Sweep:
         args, kwargs = self._calls[batch][index]
         if self._prefill is not None:
             self._prefill.see(*self._batches[batch])
+        if self._followed is not None and batch in self._decisions:
+            self._followed.logits, self._followed.routes = self._decisions[batch], None
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out
+
+    def follow(self, followed: Followed) -> None:
+        """Remember for each batch what a gate decides, for layers that follow it from afar."""
+        self._followed = followed
+        self._decisions.clear()
 
     def points(self, index: int) -> list[list[str]]:
         """The routed modules of a layer, grouped by the input that they share, in calling order."""
@@ -222,6 +233,8 @@ class Sweep:
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
                 out = self._run(index, batch)
+                if self._followed is not None:
+                    self._decisions[batch] = self._followed.logits
                 if self._scratch is None:
                     self._hidden[batch] = out
                 else:

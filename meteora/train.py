@@ -202,6 +202,8 @@ def sweep_gates(
                         weight, bias = gate
                         leaders = point if entry.share == "module" else point[:1]
                         decided = sharing.new(index)
+                        if entry.share == "token":
+                            sweep.follow(decided)
                         for layer in leaders:
                             give(layer, weight.clone(), bias.clone(), entry, prefill, decided)
                         point = point[len(leaders) :]

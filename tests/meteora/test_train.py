@@ -192,6 +192,13 @@ def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
+def test_small_batches_teach_what_large_ones_do(model, monkeypatch, share):
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
+    calibrate(model, examples(12), share=share)
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.9
+
+
 def test_gates_that_are_shared_at_a_point_route_as_gates_of_each_module(world):
     ids = torch.tensor([examples(2)[0].input_ids])
     out = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  (typer reads annotations)
 from typing import Annotated
 
 import typer
@@ -61,29 +61,34 @@ def run(
 def check(
     where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    subfolder: Annotated[str, typer.Option(help="Where in each folder or repository.")] = "",
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Leave saved modules out, as a recipe may say.")
+    ] = False,
+    token_for: Annotated[
+        list[str] | None, typer.Option(metavar="OWNER", help="Whom the saved token is sent to.")
+    ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """The verdict on adapters, with coded reasons; no weights of a base are needed."""
-    from meteora import adapters
-    from pipelines import hub
+    from pipelines.check import judge, told
 
-    def judge(name: str) -> adapters.Verdict:
-        path = Path(name.removeprefix("path:"))
-        if not path.exists() and hub.REPO_ID.fullmatch(name.partition("@")[0]):
-            try:
-                path = hub.download(hub.resolve(name), home.expanduser().absolute() / "adapters")
-            except hub.HubError as error:
-                return adapters.Verdict(name, "refuse", (adapters.Reason("hub", str(error)),))
-        return adapters.check(path)
-
-    verdicts = [judge(name) for name in where]
+    cache = home.expanduser().absolute() / "adapters"
+    verdicts = [
+        judge(
+            name,
+            cache,
+            subfolder=subfolder,
+            modules_to_save="strip" if strip else "refuse",
+            token_for=token_for or (),
+        )
+        for name in where
+    ]
     if as_json:
         print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=1))
     else:
         for verdict in verdicts:
-            print(f"{verdict.verdict:7} {verdict.path}")
-            for reason in verdict.reasons:
-                print(f"        {reason.message} [{reason.code}]")
+            print("\n".join(told(verdict)))
     if any(verdict.verdict == "refuse" for verdict in verdicts):
         raise typer.Exit(1)
 

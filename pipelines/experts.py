@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from meteora.adapters import Adapter
     from meteora.artifacts import AdapterRef, BuiltBase
+    from pipelines.hub import HubSource
     from pipelines.named_base import LookUp
     from pipelines.recipe import ExpertSection, Recipe
 
@@ -36,8 +37,8 @@ class Expert:
     adapter: Adapter
     licence: str
     """As its card or repository says; empty where nothing is said."""
-    author: str = ""
-    """As its repository says; empty where nobody was asked."""
+    about: HubSource | None = None
+    """What the Hub says of its repository; None where nobody was asked."""
 
 
 @dataclass(frozen=True)

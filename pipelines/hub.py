@@ -8,10 +8,10 @@ repository's own list.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, AdapterRef
+from pipelines.hub_about import HubSource, ask_about
 from pipelines.hub_card import MAX_CARD_BYTES
 from pipelines.hub_client import Hub, is_offline, saved_token
 from pipelines.hub_errors import (
@@ -68,17 +68,6 @@ MAX_PROFILE_BYTES = 64 << 20
 MAX_ADAPTER_BYTES = 4 << 30
 MAX_BASE_BYTES = 160 << 30
 DEFAULT = Hub()
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """What the Hub says about a repository; said by its owner, and not checked."""
-
-    author: str
-    licence: str
-    base_models: tuple[str, ...]
-    downloads: int
-    tags: tuple[str, ...]
 
 
 def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
@@ -214,19 +203,12 @@ def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]
     return files
 
 
-def describe(ref: AdapterRef, *, hub: Hub = DEFAULT) -> HubSource | None:
-    """Licence, author, base and downloads, for the record; None where the Hub does not say."""
-    try:
-        about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
-    except HubError:
-        return None
-    return HubSource(
-        about["author"],
-        about["licence"],
-        tuple(about["base_models"]),
-        about["downloads"],
-        tuple(about["tags"]),
-    )
+def describe(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
+    """Licence, author, bases and downloads, for the record.
+
+    Where the Hub does not say, what it said last is what counts; None where it never did.
+    """
+    return ask_about(hub, ref, cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about")
 
 
 def discover(

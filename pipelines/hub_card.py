@@ -59,10 +59,13 @@ def _value(text: str) -> str:
 def _front(folder: Path) -> list[str]:
     """The lines of metadata at the top of the card."""
     card = folder / "README.md"
-    if not card.is_file():
+    try:
+        if not card.is_file():
+            return []
+        with card.open(encoding="utf-8", errors="replace") as file:
+            lines = file.read(MAX_CARD_BYTES).lstrip().split("\n")
+    except OSError:  # without a card nothing is named
         return []
-    with card.open(encoding="utf-8", errors="replace") as file:
-        lines = file.read(MAX_CARD_BYTES).lstrip().split("\n")
     if lines[0].rstrip() != "---":
         return []
     end = next((at for at, line in enumerate(lines) if at and line.startswith("---")), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meteora import adapters
 from meteora.artifacts import COMMIT, MeteoraError
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import AdapterRef, BuiltBase
     from pipelines.experts import Expert, Fetch, Resolve
+    from pipelines.hub import HubSource
     from pipelines.plan import Plan
-    from pipelines.recipe import ExpertSection, Recipe
+    from pipelines.recipe import ExpertSection
     from pipelines.workplace import Workplace
 
 
@@ -55,7 +56,7 @@ def find_experts(
             num_refused += 1
             _refuse(work, section, outcome)
             continue
-        expert = _described(work.recipe, _in_proportion(outcome, built))
+        expert = _described(work, _in_proportion(outcome, built))
         record(work, expert, expert.adapter.reasons)
         experts.append(expert)
     if not experts:
@@ -91,8 +92,8 @@ def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) 
             verdict="warn" if reasons else "accept",
             reasons=_nouns(reasons),
             licence=expert.licence,
-            author=expert.author,
             adapter_id=expert.adapter.spec.id,
+            **_facts(expert.about),
         ),
     )
 
@@ -121,6 +122,7 @@ def probe(
 
 def _refuse(work: Workplace, section: ExpertSection, refusal: Refusal) -> None:
     ref: AdapterRef = refusal.ref
+    about = _about(work, ref)
     _record(
         work,
         AdapterVerdict(
@@ -131,6 +133,8 @@ def _refuse(work: Workplace, section: ExpertSection, refusal: Refusal) -> None:
             subfolder=ref.subfolder,
             verdict="refuse",
             reasons=_nouns(refusal.reasons),
+            licence=about.licence if about else "",
+            **_facts(about),
         ),
     )
     error = refusal.error
@@ -158,11 +162,25 @@ def _in_proportion(expert: Expert, built: BuiltBase) -> Expert:
     return replace(expert, adapter=adapter)
 
 
-def _described(recipe: Recipe, expert: Expert) -> Expert:
+def _described(work: Workplace, expert: Expert) -> Expert:
     """With what the Hub says of its repository, where it is from there."""
-    if COMMIT.fullmatch(expert.ref.revision) is None:
-        return expert
-    about = hub.describe(expert.ref, hub=hub_of(recipe, expert.ref.repo_id))
+    about = _about(work, expert.ref)
     if about is None:
         return expert
-    return replace(expert, licence=expert.licence or about.licence, author=about.author)
+    return replace(expert, licence=expert.licence or about.licence, about=about)
+
+
+def _about(work: Workplace, ref: AdapterRef) -> HubSource | None:
+    if COMMIT.fullmatch(ref.revision) is None:
+        return None
+    return hub.describe(ref, work.adapters_folder, hub=hub_of(work.recipe, ref.repo_id))
+
+
+def _facts(about: HubSource | None) -> dict[str, Any]:
+    if about is None:
+        return {}
+    return {
+        "author": about.author,
+        "base_models": about.base_models,
+        "downloads": about.downloads,
+    }

@@ -18,6 +18,22 @@ LEFT JOIN adapter_weights ON adapter_weights.id = adapter_id
 LEFT JOIN lineage ON relative_id = adapter_id AND artifact_id = routers.id
 WHERE routers.id = $router ORDER BY position;
 
+-- adapters: The adapters that were looked at
+WITH looked AS (
+    SELECT verdicts.*
+    FROM verdicts JOIN artifacts ON artifacts.id = $router AND artifacts.run_id = verdicts.run_id
+    QUALIFY row_number() OVER (
+        PARTITION BY name ORDER BY verdicts.recorded_at DESC, verdicts.record_sha256
+    ) = 1
+), said AS (
+    SELECT record_sha256, string_agg(message, '; ' ORDER BY position) AS reasons
+    FROM verdict_reasons GROUP BY record_sha256
+)
+SELECT name, verdict, concat_ws('/', repo_id, nullif(subfolder, '')) AS source, revision, author,
+       licence, array_to_string(base_models, ', ') AS base_models, downloads, reasons
+FROM looked LEFT JOIN said USING (record_sha256)
+ORDER BY list_position(['refuse', 'warn'], verdict) NULLS LAST, name;
+
 -- scores: Scores and their 95 % intervals
 SELECT task, system, metric, value, low, high, num_samples, num_empty, num_truncated
 FROM standings WHERE router_id = $router AND system <> 'alone'

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = (
     "means", "differences", "composites", "parts", "accuracy", "failures", "speed", "stages",
-    "lineage",
+    "adapters", "lineage",
 )  # fmt: skip
 """The answers that stand in the text, in this order; scores stand above them, task by task."""
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")

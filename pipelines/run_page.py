@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TAG = "meteora"
 """Of every run and every deployment of ours: what filters and automations go by."""
+LOOKED_AT = """
+SELECT name, verdict, repo_id, revision, licence, array_to_string(messages, '; ') AS reasons
+FROM adapters WHERE run_id = '{}'
+"""
 
 
 @contextmanager
@@ -123,7 +127,7 @@ class Progress:
 def show_results(
     work: Workplace, plan: Plan, summary: Summary, since_last: Sequence[Change]
 ) -> None:
-    """Put scores, the checkpoint's card, and links to its parts and itself on the run's page."""
+    """Put verdicts, scores, the card, and links to its parts and itself on the run's page."""
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
     worse = [
@@ -141,8 +145,13 @@ def show_results(
             for one in work.ledger.publications(work.recipe.publish.repo)
             if one.artifact_id == plan.router.id
         ]
+    looked_at = work.ledger.query(LOOKED_AT.format(work.run_id))
+    adapters = [dict(zip(looked_at.columns, row, strict=True)) for row in looked_at.rows]
     slug = _slug(work)
     with _if_it_answers():
+        create_table_artifact(
+            adapters, key=f"adapters-{slug}", description=f"{work.name}: adapters looked at"
+        )
         create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: scores")
         create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
         for repo_id, revision in sources:

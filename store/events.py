@@ -49,6 +49,10 @@ class AdapterVerdict(Noun):
     subfolder: str = ""
     adapter_id: ArtifactId | None = None
     """None where its tensors were never understood."""
+    base_models: tuple[str, ...] = ()
+    """That its card names; unchecked, as licence and author are."""
+    downloads: int | None = None
+    """Of its repository in the 30 days before; None where the Hub did not say."""
 
     def __post_init__(self) -> None:
         _one_of(self.verdict, VERDICTS, "verdict")

@@ -155,7 +155,8 @@ FROM (
 
 INSERT INTO verdicts
 SELECT body->>'name', body->>'source', body->>'repo_id', body->>'revision', body->>'subfolder',
-       body->>'verdict', body->>'licence', body->>'author', body->>'adapter_id', recorded_at, run_id, sha256
+       body->>'verdict', body->>'licence', body->>'author', body->>'adapter_id', recorded_at, run_id, sha256,
+       coalesce((body->'base_models')::VARCHAR[], []), (body->>'downloads')::BIGINT
 FROM fresh WHERE kind = 'adapter';
 
 INSERT INTO verdict_reasons

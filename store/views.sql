@@ -198,7 +198,7 @@ uses AS (
     SELECT adapter_id, count(DISTINCT fused_id) AS num_fused FROM experts GROUP BY adapter_id
 )
 SELECT latest.name, repo_id, revision, subfolder, verdict, coalesce(codes, []) AS codes,
-       coalesce(messages, []) AS messages, licence, author, min_r, max_r, dtype, num_modules,
+       coalesce(messages, []) AS messages, licence, author, base_model, base_models, downloads, min_r, max_r, dtype, num_modules,
        use_rslora, latest.adapter_id, coalesce(num_fused, 0) AS num_fused, num_seen, first_at,
        recorded_at AS last_at, run_id
 FROM latest
@@ -216,6 +216,9 @@ COMMENT ON COLUMN adapters.codes IS 'Codes of the reasons, in order';
 COMMENT ON COLUMN adapters.messages IS 'The reasons as sentences, in the same order';
 COMMENT ON COLUMN adapters.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN adapters.author IS 'Who published it; empty where not known';
+COMMENT ON COLUMN adapters.base_model IS 'Base that its config names, unchecked; NULL where its tensors were never understood';
+COMMENT ON COLUMN adapters.base_models IS 'Bases that its card names, unchecked; empty where it names none or nobody was asked';
+COMMENT ON COLUMN adapters.downloads IS 'Number of downloads of its repository in the 30 days before, as the Hub counts; NULL where it did not say';
 COMMENT ON COLUMN adapters.min_r IS 'Smallest rank of any of its layers; NULL where never understood';
 COMMENT ON COLUMN adapters.max_r IS 'Largest rank of any of its layers';
 COMMENT ON COLUMN adapters.dtype IS 'F32, F16 or BF16';

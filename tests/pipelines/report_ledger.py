@@ -31,7 +31,7 @@ from meteora.artifacts import (
     SpeedBuild,
     SpeedSpec,
 )
-from store.events import AdapterVerdict, RunEnded, RunStarted
+from store.events import AdapterVerdict, Reason, RunEnded, RunStarted
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def fill(home: Path) -> ArtifactId:
             adapter_id=adapter.id,
         )
         ledger.record_adapter(verdict, run_id=RUN)
+    reasons = (Reason("dora", "use_dora is set"), Reason("rank", f"r is {HOSTILE}"))
+    refused = AdapterVerdict(
+        "found", "someone/dora", "someone/dora", COMMIT, "refuse", reasons, downloads=7
+    )
+    ledger.record_adapter(refused, run_id=RUN)
     _make(ledger, FUSED)
     _make(ledger, GATE, RouterBuild(GATE, "b" * 64, 5012, 0.93, 12.5, "cpu"))
     _make(ledger, ARROW)

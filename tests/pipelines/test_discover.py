@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.artifacts import MeteoraError
-from pipelines import judge, preview, sources
+from pipelines import judge, preview, questions, sources
 from pipelines.finished import finished
 from pipelines.hub_errors import HubError
 from pipelines.recipe import ExpertSection
+from pipelines.report_text import report_markdown
 from pipelines.stages import build_base
 
 from .conftest import letters, run
@@ -39,7 +40,8 @@ def adapter_repo(folder: Path, **config: object) -> Repo:
         "adapter_config.json": json.dumps(claims).encode(),
         "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
     }
-    return Repo(files, refs={"main": COMMIT}, card={"tags": [TAG], "license": "mit"})
+    card = {"tags": [TAG], "license": "mit", "base_model": "org/base"}
+    return Repo(files, refs={"main": COMMIT}, card=card)
 
 
 @pytest.fixture
@@ -103,6 +105,20 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     assert verdicts["zz--copy"] == ("refuse", ["same_adapter"])
     assert {verdicts[name][0] for name in planned.fused.names} == {"warn"}  # a base that is a path
     assert {row[3] for row in rows.rows if row[1] == "warn"} == {"mit"}
+
+    of_b, of_d = work.ledger.query(
+        "SELECT licence, author, base_models, downloads, revision FROM adapters"
+        " WHERE name IN ('b--attention', 'd--dora') ORDER BY name"
+    ).rows
+    assert of_b == ("mit", "b", ["org/base"], 7, COMMIT)
+    assert of_d == ("mit", "d", ["org/base"], 7, COMMIT)  # of a refused one, too
+
+    looked_at = questions.ask(work.ledger, planned.router.id)["adapters"].rows
+    assert [(row["name"], row["verdict"]) for row in looked_at] == [
+        ("c--pickled", "refuse"), ("d--dora", "refuse"), ("zz--copy", "refuse"),
+        ("b--attention", "warn"), ("z--letters", "warn"),
+    ]  # fmt: skip
+    assert "d--dora | refuse | d/dora" in report_markdown(work.ledger, planned.router.id)
 
     downloaded = server.count("get")
     run(found())

@@ -447,12 +447,29 @@ def test_a_base_without_safetensors_is_refused(
         hub.download_base(BaseSpec("org/base", COMMIT), tmp_path / "base", hub=asked)
 
 
-def test_what_the_hub_says_of_a_repository_is_kept(server: HubServer, asked: Hub) -> None:
-    assert hub.describe(REF, hub=asked) == hub.HubSource(
-        "someone", "mit", ("org/base",), 7, ("lora",)
-    )
+def test_what_the_hub_says_of_a_repository_is_kept(
+    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = hub.HubSource("someone", "mit", ("org/base",), 7, ("lora",))
+    assert hub.describe(REF, tmp_path / "one", hub=asked) == said
     server.faults["revision"] = Fault(status=500)
-    assert hub.describe(REF, hub=asked) is None
+    assert hub.describe(REF, tmp_path / "two", hub=asked) is None
+    assert hub.describe(REF, tmp_path / "one", hub=asked) == said
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.describe(REF, tmp_path / "one", hub=asked) == said
+
+
+def test_what_a_card_makes_the_hub_say_is_short_and_printable(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["someone/adapter"].card = {
+        "license": "\x1b[31mmit\ud800" + "x" * 9_000,
+        "base_model": ["a/b\nc"] * 900,
+    }
+    said = hub.describe(REF, tmp_path, hub=asked)
+    assert said is not None
+    assert (said.licence[:9], len(said.licence)) == ("�[31mmit�", 200)
+    assert said.base_models == ("a/b�c",) * 20
 
 
 def test_discovered_adapters_are_pinned(server: HubServer, asked: Hub) -> None:

@@ -156,8 +156,8 @@ def test_what_is_not_there_is_said(asked: Hub, commits: tuple[str, str], tmp_pat
         hub.download(AdapterRef("someone/adapter", commits[1], "elsewhere"), tmp_path, hub=asked)
 
 
-def test_licence_and_author_are_known(asked: Hub, commits: tuple[str, str]) -> None:
-    source = hub.describe(AdapterRef("someone/adapter", commits[1]), hub=asked)
+def test_licence_and_author_are_known(asked: Hub, commits: tuple[str, str], tmp_path: Path) -> None:
+    source = hub.describe(AdapterRef("someone/adapter", commits[1]), tmp_path, hub=asked)
     assert source is not None
     assert (source.author, source.licence, source.base_models) == (
         "someone",

@@ -150,9 +150,22 @@ def test_the_page_asks_for_nothing_and_is_small(page: str) -> None:
     outside = {a["href"] for tag, a in elements.found if tag == "a" and "://" in str(a.get("href"))}
     assert outside == {
         f"https://huggingface.co/{name}/tree/{report_ledger.COMMIT}"
-        for name in ("tiny/base", "someone/lora-1", "someone/lora-2", "someone/lora-3")
+        for name in ("tiny/base", "someone/dora", *(f"someone/lora-{n}" for n in (1, 2, 3)))
     }
     assert len(page.encode()) < 2_000_000
+
+
+def test_what_was_refused_is_told_with_its_reasons(
+    asked: dict[str, questions.Asked], tree: Any, ledger: Ledger
+) -> None:
+    first, *taken = asked["adapters"].rows
+    assert (first["name"], first["verdict"], first["downloads"]) == ("found", "refuse", 7)
+    assert first["reasons"] == f"use_dora is set; r is {HOSTILE}"
+    assert {row["name"] for row in taken} == set(NAMES)
+    told = " ".join(tree.text_content().split())
+    assert "4 adapters, of which 1 was refused and left out." in told
+    assert f"use_dora is set; r is {HOSTILE}" in told
+    assert "| found | refuse | someone/dora |" in report_markdown(ledger, GATE.id)
 
 
 def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:

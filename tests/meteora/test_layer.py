@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
 
 from meteora import kernels, ops
-from meteora.layer import MoELoRALinear
+from meteora.layer import MoELoRALinear, routed_layers
 from meteora.routers import Gate
 
 RANKS, SCALING = [4, 0, 1, 3], [2.0, 0.0, 0.5, 1.5]
@@ -46,6 +50,68 @@ def test_every_twin_gives_the_same_layer_in_every_mode(twin, shape, mode):
     layer, x = make(twin=twin), torch.randn(shape)
     with mode():
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.sampled_from([0, 1, 3, 8]), min_size=1, max_size=5).filter(any),
+    top_k=st.integers(1, 6),
+    temperature=st.sampled_from([0.1, 1.0, 20.0]),
+    margin=st.sampled_from([None, 0.5]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    num_tokens=st.integers(0, 9),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_the_layer_is_its_definition_in_every_dtype_after_loading_and_moving(
+    twin, ranks, top_k, temperature, margin, dtype, num_tokens, training, seed
+):
+    layer = make(ranks=ranks, top_k=top_k, twin=twin, seed=seed)
+    layer.load_state_dict(make(ranks=ranks, top_k=top_k, seed=seed + 1).state_dict())
+    layer.to(dtype).train(training)
+    layer.router.temperature, layer.router.margin = temperature, margin
+    x = torch.randn(num_tokens, 12).to(dtype)
+    weights, experts = layer.router.choose(x)
+    factors = layer.lora_a.double(), layer.lora_b.double(), layer.ranks
+    delta = ops.lora_delta_loop(x.double(), *factors, torch.tensor(layer.scaling), weights, experts)
+    bare = layer.projection(x)
+    size = (bare.double().abs() + delta.abs()).amax() if num_tokens else 1.0
+    off = (layer(x).double() - (bare.double() + delta)).abs()
+    assert layer(x).dtype == dtype
+    assert (off <= size * 8 * torch.finfo(dtype).eps + 1e-6).all()
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_layer_is_as_exact_as_a_lora_beside_a_projection_can_be(twin, dtype):
+    """Against float64. The projection rounds its output, and the sum is rounded again: √2 of the
+    bare layer's error, were the rest exact. Experts that all act in 16 bits, as PEFT has them, lose
+    more."""
+    layer = make(256, 256, ranks=[8, 2, 0, 16], twin=twin).to(dtype)
+    layer.lora_b.mul_(0.02)  # what the experts add is a part of what the projection gives
+    x = torch.randn(512, 256).to(dtype)
+    with torch.no_grad():
+        weights, experts = layer.router.choose(x)
+        bare = x.double() @ layer.weight.double().T + layer.projection.bias.double()
+        wide = x.double(), layer.lora_a.double(), layer.lora_b.double(), layer.ranks
+        exact = bare + ops.lora_delta_loop(*wide, torch.tensor(layer.scaling), weights, experts)
+        plain, start = layer.projection(x), 0
+        for e, r in enumerate(layer.ranks):
+            ranks = slice(start, start := start + r)
+            share = (weights * (experts == e)).sum(-1, keepdim=True).to(dtype)
+            added = x @ layer.lora_a[ranks].T @ layer.lora_b[:, ranks].T * layer.scaling[e]
+            plain = plain + added * share
+        errors = [
+            ((got - expected).norm() / expected.norm()).item()
+            for got, expected in (
+                (layer.projection(x), bare),
+                (layer(x), exact),
+                (plain, exact),
+            )
+        ]
+    assert errors[1] <= 1.5 * errors[0]
+    assert errors[1] <= errors[2]
 
 
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
@@ -109,6 +175,7 @@ class _Allocations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.sizes = []
+        self.live = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         del types
@@ -119,7 +186,13 @@ class _Allocations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in owned:
                     self.sizes.append(storage.nbytes())
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(tensor, self._freed, storage.nbytes())
         return result
+
+    def _freed(self, num_bytes):
+        self.live -= num_bytes
 
 
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
@@ -133,6 +206,22 @@ def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(t
     assert seen.sizes.count(num_tokens * size * 4) == 1  # the projection's own output
     seen.sizes.remove(num_tokens * size * 4)
     assert max(seen.sizes) <= num_tokens * sum(ranks) * 8  # as many int64 indices, at most
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_memory_grows_with_tokens_times_ranks_alone(twin, monkeypatch):
+    """The most that is held at once, less the projection's output, for twice the tokens."""
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 16)
+    size, ranks, peaks = 512, [4] * 6, {}
+    layer = make(size, size, ranks=ranks, twin=twin)
+    for num_tokens in (256, 512):
+        x = torch.randn(num_tokens, size)
+        with torch.no_grad(), _Allocations() as seen:
+            layer(x)
+        peaks[num_tokens] = seen.peak - num_tokens * size * 4
+    grown = peaks[512] - peaks[256]
+    # a few matrices of [T, R], some of 8-byte indices: not one more of [T, IN] or [T, OUT]
+    assert 0 < grown <= 6 * 256 * sum(ranks) * 8 < 256 * size * 4
 
 
 def test_it_compiles_into_one_graph_and_once_for_all_tokens():
@@ -150,3 +239,47 @@ def test_it_compiles_into_one_graph_and_once_for_all_tokens():
             x = torch.randn(1, 1, 12)
             torch.testing.assert_close(compiled(x), definition(layer, x), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
+
+
+def test_a_whole_model_decodes_through_one_graph(world):
+    """Compiled whole, with a static cache that a first token made: no break, one graph for all."""
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = world.load()
+    for layer in routed_layers(model).values():
+        size = layer.num_experts, layer.lora_a.shape[1]
+        layer.router = Gate(torch.randn(size), torch.randn(size[0]), top_k=2)
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    caches = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+    ids = torch.randint(3, 250, (1, 8))
+    with torch.no_grad():
+        for at in range(8):
+            step = ids[:, at : at + 1]
+            place = {"position_ids": torch.tensor([[at]])}
+            got, expected = (
+                run(step, past_key_values=cache, **place).logits
+                for run, cache in zip((compiled if at else model, model), caches, strict=True)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("twin", ["dense", "gather_triton", "grouped_triton"])
+def test_a_cuda_graph_plays_back_what_the_layer_does(twin):
+    layer, x = make(twin=twin).to("cuda"), torch.zeros(1, 1, 12, device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            layer(x)  # kernels are compiled before
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        for _ in range(3):
+            x.copy_(torch.randn(1, 1, 12))
+            graph.replay()
+            torch.testing.assert_close(out, definition(layer, x), rtol=1e-4, atol=1e-4)

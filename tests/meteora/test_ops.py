@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from meteora import kernels, ops, twins
 from meteora.twins import Sizes
 
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "twins.jsonl"
 RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6).filter(any)
 
 
@@ -140,6 +145,20 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
 def test_the_twin_is_chosen_as_the_table_says(tokens, experts, r, dtype, twin):
     sizes = Sizes(2048, 2048, experts, experts * r, r)
     assert twins.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_choice_loses_two_percent_at_most_where_it_was_measured(dtype):
+    """Against the best twin of every setting: the mean, and no setting by more than a third."""
+    losses = []
+    for row in map(json.loads, MEASURED.read_text().splitlines()):
+        if row["dtype"] == dtype:
+            sizes = Sizes(row["hidden"], row["hidden"], row["experts"], row["R"], row["max_r"])
+            chosen = twins.choose_twin(row["tokens"], 2, sizes, getattr(torch, dtype), "cpu")
+            losses.append(row[chosen] / min(row[twin] for twin in ("dense", "gather", "grouped")))
+    assert len(losses) == 270
+    assert fmean(losses) <= 1.02
+    assert max(losses) <= 1.34
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""The benchmarks run: every variant, at sizes where the figures mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+
+TINY = {
+    "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
+    "model": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1 --new 2",
+    "fuse": "--adapters 2 --layers 1 --rank 1 --rounds 1",
+    "twins": "--hidden 32 --experts 3 --ranks 2 mixed --tokens 1 5 --rounds 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_benchmark_prints_a_table_or_json(name, as_json, monkeypatch, capsys):
+    module = importlib.import_module(f"tests.benchmarks.{name}")
+    asked = ["--json"] * as_json
+    monkeypatch.setattr("sys.argv", [name, *TINY[name].split(), *asked])
+    module.main()
+    out = capsys.readouterr().out
+    if not as_json:
+        assert "| --- |" in out
+        assert "- torch: " in out
+    elif name == "twins":
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert len(rows) == 2 * 2 * 2
+        assert all(row["floor"] > 1 for row in rows)
+    elif name == "fuse":
+        assert json.loads(out)["cpu_speed_of_a_copy"] > 0
+    else:
+        rows = {row["variant"]: row for row in json.loads(out)["rows"]}
+        assert rows["bare base"]["prefill"] == 1
+        assert {"meteora", "Arrow (PEFT)", "X-LoRA (PEFT)", "loop over experts"} <= rows.keys()
+        assert all(row["floor"] >= 1 for row in rows.values())

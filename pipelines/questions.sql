@@ -45,6 +45,7 @@ WITH by_task AS (
     SELECT system, task, avg(value) AS value  -- of a task's metrics
     FROM standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
+      AND metric NOT LIKE 'composite%'  -- of which one says how many were answered at all
     GROUP BY system, task
 ), asked AS (
     SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task

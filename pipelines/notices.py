@@ -17,7 +17,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.states import StateType
 
-from pipelines.run_page import TAG
+from pipelines.flows import fuse_adapters
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -28,8 +28,9 @@ SILENCE = timedelta(minutes=10)
 """Prefect's runs send a heartbeat every three minutes."""
 ANY_RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 OURS = ResourceSpecification(
-    {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+    {"prefect.resource.role": "flow", "prefect.resource.name": fuse_adapters.name}
 )
+"""By its flow: a run's events know no tags that were given to it after it began."""
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 MESSAGE = """\
@@ -40,6 +41,8 @@ MESSAGE = """\
 
 def tell(url: str) -> None:
     """Have `url` called with {"text": …, "page": …} whenever a run fails or crashes.
+
+    The page is null where a server has not been told its own address (`PREFECT_UI_URL`).
 
     Doing so again replaces what was said before: a server tells one address.
     """

@@ -111,7 +111,11 @@ def _start(folder: Path) -> subprocess.Popen[bytes] | None:
                 pass_fds=[listener.fileno(), own.fileno()],  # a lock is held as long as it is open
                 start_new_session=True,  # Ctrl-C is for the run, which then lets go of its lock
                 env=os.environ
-                | {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port)},
+                | {
+                    "PREFECT_SERVER_API_HOST": HOST,
+                    "PREFECT_SERVER_API_PORT": str(port),
+                    "PREFECT_UI_URL": f"http://{HOST}:{port}",  # for links in what it sends
+                },
             )
 
 

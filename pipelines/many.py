@@ -13,7 +13,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from meteora.artifacts import MeteoraError
-from pipelines.flows import fuse_adapters
+from pipelines import flows
 from pipelines.progress import say
 from pipelines.recipe import Stage
 
@@ -31,7 +31,9 @@ class NoDaskError(MeteoraError):
 def run_recipe(recipe: str, home: str, until: Stage) -> str:
     """One recipe's run, in the process that took it; returns what was wrong, or nothing."""
     try:
-        fuse_adapters(recipe, home, until)
+        # by its module, which a worker imports: a flow that is sent along leaves behind what the
+        # annotations of its parameters name
+        flows.fuse_adapters(recipe, home, until)
     except MeteoraError as error:  # the others go on
         return str(error)
     return ""

@@ -80,7 +80,7 @@ class Gate(Router):
         if self.prefill is not None:
             logits = self.prefill.decide(logits)
         if self.followed is not None:
-            self.followed.logits, self.followed.routes = logits, None
+            self.followed.hold(logits)
         return logits
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,10 @@ class Followed:
     """[T, E]"""
     routes: tuple[tuple[int, float, float | None], tuple[Tensor, Tensor]] | None = None
     """The gate's `top_k`, `temperature` and `margin`, and its weights and experts [T, K]."""
+
+    def hold(self, logits: Tensor) -> None:
+        """Take new logits [T, E]; the routes of earlier ones hold no longer."""
+        self.logits, self.routes = logits, None
 
 
 class Follower(Router):

@@ -84,7 +84,7 @@ class Sweep:
         self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
         self._tuples = False
         self._followed: Followed | None = None
-        self._decisions: dict[int, Tensor | None] = {}
+        self._decisions: dict[int, Tensor] = {}
         """By batch, what was decided in a layer that has been gone through."""
         self._hidden: list[Tensor] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -172,7 +172,7 @@ class Sweep:
         if self._prefill is not None:
             self._prefill.see(*self._batches[batch])
         if self._followed is not None and batch in self._decisions:
-            self._followed.logits, self._followed.routes = self._decisions[batch], None
+            self._followed.hold(self._decisions[batch])
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out
@@ -233,7 +233,7 @@ class Sweep:
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
                 out = self._run(index, batch)
-                if self._followed is not None:
+                if self._followed is not None and self._followed.logits is not None:
                     self._decisions[batch] = self._followed.logits
                 if self._scratch is None:
                     self._hidden[batch] = out

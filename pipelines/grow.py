@@ -6,7 +6,6 @@ neither the recipe nor the examples or adapters of its other experts are asked f
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from pipelines.labels import label_rows
 from pipelines.opening import entry_of
 from pipelines.progress import bar, say
 from pipelines.row_sources import read_rows
-from pipelines.workplace import new_run_id
+from pipelines.workplace import checkpoint_at, new_run_id, put_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -207,11 +206,9 @@ def _changing(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
 
 def _router(before: Manifest, after: Manifest, examples_sha256: str) -> RouterSpec:
     """What is asked: the same way to route, over other experts, made from what was there."""
-    base_id = BaseSpec(before.base.repo_id, before.base.revision).id
-    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in after.experts)
     how = after.router
     return RouterSpec(
-        FusedSpec(base_id, tuple(after.names), adapter_ids).id,
+        _fused(after).id,
         how.kind,
         how.top_k,
         how.temperature,
@@ -223,6 +220,13 @@ def _router(before: Manifest, after: Manifest, examples_sha256: str) -> RouterSp
         share=how.share,
         grown_from=before.router_id,
     )
+
+
+def _fused(manifest: Manifest) -> FusedSpec:
+    """The stack that a manifest describes."""
+    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
+    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
 
 def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
@@ -249,11 +253,8 @@ def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
         _record(ledger, manifest, changed, files)
     else:
         say("its parents are not in this ledger, so it is not recorded; the folder is all there is")
-    out = ledger.home / "checkpoints" / router.id.partition(":")[2][:16]
-    out.parent.mkdir(exist_ok=True)
-    if out.exists():
-        shutil.rmtree(out)
-    changed.folder.rename(out)
+    out = checkpoint_at(ledger.home, router.id)
+    put_in_place(changed.folder, out)
     return out
 
 
@@ -265,9 +266,7 @@ def _record(ledger: Ledger, manifest: Manifest, changed: Changed, files: Mapping
     if changed.adapter is not None:
         spec = changed.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
-    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
-    fused = FusedSpec(base_id, tuple(manifest.names), adapter_ids)
+    fused = _fused(manifest)
     experts, gates, statistics = files.values()
     ledger.record_artifact(
         fused,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import Noun, canonical_json
 from meteora.reasons import shortened
 from pipelines.hub_errors import HubError
+from pipelines.hub_snapshot import write_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,10 +53,7 @@ def ask_about(hub: Hub, ref: AdapterRef, kept: Path) -> HubSource | None:
         about["downloads"],
         _names(about["tags"]),
     )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    staged = kept.with_suffix(".partial")
-    staged.write_text(canonical_json(source.to_dict()), encoding="utf-8")
-    staged.rename(kept)
+    write_note(kept, canonical_json(source.to_dict()))
     return source
 
 

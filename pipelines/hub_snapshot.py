@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -101,6 +102,14 @@ def staging(folder: Path) -> Generator[Path]:
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_note(path: Path, text: str) -> None:
+    """Write a small file whole, or leave what was there; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    staged.write_text(text, encoding="utf-8")
+    staged.rename(path)
 
 
 def write_manifest(folder: Path, files: Sequence[ListedFile]) -> None:

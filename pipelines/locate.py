@@ -6,6 +6,7 @@ from pathlib import Path
 
 from meteora.artifacts import BaseSpec
 from meteora.checkpoint import MANIFEST, read_manifest
+from pipelines.workplace import checkpoint_at
 from store.errors import UnknownError
 from store.ledger import Ledger
 
@@ -14,11 +15,10 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
     """The folder of a checkpoint that the ledger knows by an id; any other name as it is."""
     if Path(name).is_dir() or "/" in name:
         return name
-    digest = Ledger(home).resolve(name).partition(":")[2]
-    folder = home / "checkpoints" / digest[:16]
+    folder = checkpoint_at(home, Ledger(home).resolve(name))
     if not folder.is_dir():
         raise UnknownError(
-            f"{name} is no checkpoint under {home / 'checkpoints'}; give the id of a router, as"
+            f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"
             " `meteora run` prints it"
         )
     return folder

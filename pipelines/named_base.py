@@ -15,6 +15,7 @@ from meteora.adapters import IncompatibleAdaptersError, Reason
 from meteora.artifacts import COMMIT, Noun, canonical_json, canonical_sha256
 from pipelines import hub
 from pipelines.hub_card import base_of
+from pipelines.hub_snapshot import write_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,11 +108,7 @@ def kept(cache: Path, built: BuiltBase, named: str) -> BaseVerdict:
 
 
 def keep(cache: Path, built: BuiltBase, named: str, verdict: BaseVerdict) -> None:
-    file = _file(cache, built, named)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_suffix(".partial")
-    staged.write_text(canonical_json(verdict.to_dict()), encoding="utf-8")
-    staged.rename(file)
+    write_note(_file(cache, built, named), canonical_json(verdict.to_dict()))
 
 
 def _file(cache: Path, built: BuiltBase, named: str) -> Path:

@@ -31,6 +31,7 @@ from pipelines.opening import describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
 from pipelines.summary import summarise
+from pipelines.workplace import put_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,8 +255,5 @@ def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: Route
             work.ledger.blobs.give(sha256, made / name)
         for name, text in texts.items():
             (made / name).write_text(text)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            folder.rename(scratch / "before")
-        made.rename(folder)
+        put_in_place(made, folder)
     return folder

@@ -62,7 +62,7 @@ class _Told:
         else:
             experts = [[self._next(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
         chosen = one_hot(torch.tensor(experts, device=ids.device), len(self.names))
-        self.followed.logits = chosen.flatten(0, 1).float()  # [T, E]
+        self.followed.hold(chosen.flatten(0, 1).float())  # [T, E]
 
     def _prompts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
         """The expert of every token of prompts that were padded on the left."""

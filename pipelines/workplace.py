@@ -86,7 +86,7 @@ class Workplace:
 
     def checkpoint_folder(self, router_id: ArtifactId) -> Path:
         """Where the checkpoint with this router lies, once it is written."""
-        return self.home / "checkpoints" / router_id.partition(":")[2][:16]
+        return checkpoint_at(self.home, router_id)
 
     def training_folder(self, router_id: ArtifactId) -> Path:
         """Where the training of these gates leaves its state, for whichever run goes on with it."""
@@ -104,6 +104,23 @@ class Workplace:
         """Whether an artifact was made and its bytes still lie in the store."""
         sha256 = self.ledger.weights_of(artifact_id)
         return sha256 is not None and sha256 in self.ledger.blobs
+
+
+def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
+    """Where a home keeps the checkpoint with this router."""
+    return home / "checkpoints" / router_id.partition(":")[2][:16]
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Give a finished folder its name; what had it before goes, once this one is whole.
+
+    Args:
+        made: on the same disk, in a folder of its own that is removed afterwards
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        folder.rename(made.with_name("before"))
+    made.rename(folder)
 
 
 def new_run_id() -> str:

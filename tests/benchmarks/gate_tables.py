@@ -27,13 +27,12 @@ def print_tables(found: Mapping[str, Any]) -> None:
         ("gates", *tasks),
         ([key, *(_score(found[key]["scores"][task]) for task in tasks)] for key in methods),
     )
-    others = [key for key in found if key.startswith(("top-2", "share", "opening", "null"))]
+    others = [key for key in found if key.startswith(("top-2", "share", "null"))]
     _rows(
         ("option", "routing, after opening", "score", "against the oracle", "prefill", "decode"),
         (
             [key, f"{found[key]['routing']['after']:.3f}", *_against(found[key], found["oracle"]),
-             *(f"{found[key].get('speed', {}).get(phase, float('nan')):.2f}"
-               for phase in ("prefill", "decode"))]
+             *_speed(found[key])]
             for key in others
         ),
     )  # fmt: skip
@@ -75,6 +74,11 @@ def _method(key: str, found: Mapping[str, Any]) -> list[str]:
         *(f"{routing[part]:.3f}" if part in routing else "" for part in ("all", "after")),
         *_against(one, found["oracle"]),
     ]
+
+
+def _speed(one: Mapping[str, Any]) -> list[str]:
+    times = one.get("speed", {})
+    return [f"{times[phase]:.2f}" if phase in times else "" for phase in ("prefill", "decode")]
 
 
 def _against(one: Mapping[str, Any], oracle: Mapping[str, Any]) -> list[str]:

@@ -8,27 +8,19 @@ OUT, a safetensors file, gets the gates; the first process writes it.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
 import meteora
 from meteora import checkpoint
-from meteora.artifacts import JointSettings
 from meteora.gates import gates_of
 from meteora.joint import train_jointly
+from tests.meteora import test_joint
 from tests.meteora.test_train import examples
 
-SETTINGS = JointSettings(
-    steps=6,
-    batch_size=4,
-    accumulate=2,
-    learning_rate=1e-2,
-    warmup_ratio=0.34,
-    gate_loss_weight=50.0,
-    max_grad_norm=1.0,
-    start="zeros",
-)
+SETTINGS = replace(test_joint.SETTINGS, accumulate=2)
 
 
 def main() -> None:

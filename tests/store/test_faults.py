@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("faults.c")
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts calls of Linux's C library")
+
+
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
-    if not compiler or sys.platform != "linux":
-        pytest.skip("faults are made by a C compiler's help, on Linux")
+    assert compiler, "faults are made by a C compiler's help; install one, such as gcc"
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
     return library

@@ -249,8 +249,10 @@ class _Parser:
                 escaped, inverse = self._escape()
                 if inverse:
                     raise PatternError("it has a negated class inside a class")
+                if self._ranges():
+                    raise PatternError("it has a range that begins with an escape")
                 chars |= escaped
-            elif self._peek() == "-" and self.source[self.at + 1 : self.at + 2] not in ("]", ""):
+            elif self._ranges():
                 self.at += 1
                 last = self._take()
                 if last == "\\" or ord(last) < ord(char) or ord(last) > 127:
@@ -259,6 +261,10 @@ class _Parser:
             else:
                 chars.add(char)
         return _State(frozenset(chars), negated)
+
+    def _ranges(self) -> bool:
+        """Whether what comes next inside a class is the `-` of a range."""
+        return self._peek() == "-" and self.source[self.at + 1 : self.at + 2] not in ("]", "")
 
     def _single(self, state: _State) -> tuple[_State, _State]:
         self._count_state()

@@ -11,7 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from meteora import adapters
@@ -204,6 +204,7 @@ def test_patterns_match_what_re_matches(source: str, name: str) -> None:
 
 
 @fuzz
+@example(source=r"[\:-2]", name="")
 @given(source=st.text(r"ab.*+?()[]{}|^$\,2-:w", max_size=12), name=st.text("ab.2", max_size=8))
 def test_any_pattern_is_matched_as_re_does_or_not_at_all(source: str, name: str) -> None:
     try:

@@ -34,6 +34,9 @@ prepare(Path(PREFECT_HOME.name))
 @pytest.fixture(scope="session")
 def prefect_server() -> Generator[str]:
     """The address of one real server for all tests that run flows, in a process or in many."""
+    # importing it sets logging up anew; absl, which rouge-score brings, then closes the stderr that
+    # it knows, unless that is the present one: so not while a test has another in its place
+    import prefect.main  # noqa: F401
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from pipelines.server import use_local_server

@@ -113,6 +113,7 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.sys, "executable", "/bin/false")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)  # other tests may have a server
     with pytest.raises(server.ServerError, match=r"server\.log says why"):
         server.use_local_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ

@@ -71,7 +71,11 @@ def test_a_flipped_byte_is_refused(records: Records) -> None:
         records.read(sha256)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", object()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), "\ud800", object()],
+    ids=["nan", "inf", "surrogate", "object"],
+)
 def test_what_json_cannot_say_is_refused_and_leaves_nothing(
     records: Records, value: object
 ) -> None:

@@ -121,8 +121,9 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
 def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     """Read a config of MLX-LM: y += scale · (x A) B with A [IN, r] and B [r, OUT].
 
-    Until late 2024 MLX-LM multiplied `scale` by alpha / rank; since then it ignores an alpha. Files
-    of the earlier kind say `lora_layers` where later ones say `num_layers`.
+    Up to 0.14.1 (May 2024) MLX-LM multiplied `scale` by alpha / rank; from 0.14.2 on it ignores
+    alpha, and went on writing one until 2025. Since 0.19 a config says `num_layers`; those of both
+    kinds before say `lora_layers`, and nothing in them tells which they are.
     """
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind != "lora":
@@ -140,14 +141,15 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
             " positive number there and no other field can stand in for it",
         )
         scale = 1.0
-    alpha = parameters.get("alpha")
-    if alpha is not None and "lora_layers" in config and r:
-        scale *= fields.alpha(alpha, "lora_parameters.alpha", found) / r
-        found.warn(
-            "mlx_alpha",
-            f"its scale was multiplied by alpha / rank, as MLX-LM did when it wrote `lora_layers`"
-            f" ({scale:g} in all); compare with MLX-LM's own output",
-        )
+    elif (alpha := parameters.get("alpha")) is not None and "lora_layers" in config and r:
+        earlier = scale * fields.alpha(alpha, "lora_parameters.alpha", found) / r
+        if earlier != scale:
+            found.refuse(
+                "mlx_alpha",
+                f"it was scaled by {earlier:g} if MLX-LM 0.14.1 or earlier wrote it (scale · alpha"
+                f" / rank) and by {scale:g} if 0.14.2 to 0.18 did (scale), and nothing in it tells"
+                " which; take alpha out of its lora_parameters and let scale be the right one",
+            )
     found.warn("mlx_converted", "it is an MLX-LM adapter; its factors are read transposed")
     keys = parameters.get("keys")
     return Claim(

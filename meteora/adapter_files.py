@@ -87,6 +87,12 @@ def _explain_missing_weights(folder: Path, found: Findings) -> None:
         found.refuse("fused", "it is a fused checkpoint already, not an adapter")
     elif DIFFUSERS in names:
         found.refuse("diffusers", f"{DIFFUSERS} is a LoRA for an image model of diffusers")
+    elif "adapters.npz" in names:
+        found.refuse(
+            "no_weights",
+            "its weights are adapters.npz, as MLX-LM wrote them before it had adapter_config.json;"
+            " load them there and save them as adapters.safetensors",
+        )
     elif others:
         found.refuse("no_weights", f"it has {listed(others)}, but none of {' or '.join(WEIGHTS)}")
     elif inner := [name for name in names if (folder / name / CONFIG).is_file()]:

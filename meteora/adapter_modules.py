@@ -70,6 +70,7 @@ def _shapes(
     shapes = {}
     dtypes: list[str] = []
     torn: list[str] = []
+    shaped: list[str] = []
     for path, pair in pairs.items():
         factors = tensors[pair.a_key], tensors[pair.b_key]
         dtypes += [f"{path} ({t.dtype})" for t in factors if t.dtype not in DTYPES]
@@ -77,7 +78,8 @@ def _shapes(
         if len(a) == len(b) == 2 and a[0] == b[1]:
             shapes[path] = (a[1], b[0], a[0])
         else:
-            torn.append(f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})")
+            what = f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})"
+            (torn if len(a) == len(b) == 2 else shaped).append(what)
     if dtypes:
         found.refuse("dtype", f"{listed(dtypes)}: only {', '.join(DTYPES)} can be used")
     if torn:
@@ -85,6 +87,12 @@ def _shapes(
             "shape",
             f"{listed(torn)}: these do not multiply; a factor is transposed, or they are of"
             " different adapters",
+        )
+    if shaped:
+        found.refuse(
+            "not_linear",
+            f"{listed(shaped)}: these are no matrices, as of a convolution or of a mixture's fused"
+            " experts; only linear layers are routed here",
         )
     return shapes
 

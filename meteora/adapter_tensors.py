@@ -47,10 +47,10 @@ VARIANT_KEYS = (
         )
     ),
 )  # fmt: skip
-WHOLE_MODULES = {
+EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "shared"}
+WHOLE_MODULES = EMBEDDINGS | {
     "lora_embedding_A", "lora_embedding_B",
-    "lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wpe", "word_embeddings",
-    "shared", "score", "classifier", "qa_outputs", "v_head",
+    "lm_head", "embed_out", "score", "classifier", "qa_outputs", "v_head",
 }  # fmt: skip
 """Parts of keys of embeddings and heads, which belong to the base or to one task."""
 
@@ -134,6 +134,8 @@ def sort_tensors(
         if (
             match is None
             or bare.count(".") > MAX_DEPTH
+            # MLX-LM has one pair of names for both; PEFT says lora_embedding_A
+            or match["path"].rsplit(".", 1)[-1] in EMBEDDINGS
             or any(mark in key for mark, _, _ in VARIANT_KEYS)
         ):
             rest.append(key)

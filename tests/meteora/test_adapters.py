@@ -105,8 +105,8 @@ BAD_TENSORS: dict[str, tuple[Tensors, str, str]] = {
     ),
     "not_a_matrix": (
         {key(Q0, "A"): ("F32", (2, 2, 8), 1.0), key(Q0, "B"): ("F32", (6, 4), 1.0)},
-        "shape",
-        "do not multiply",
+        "not_linear",
+        "these are no matrices",
     ),
     "f64": (pair(Q0, dtype="F64"), "dtype", "F64"),
     "i32": (pair(Q0, dtype="I32", value=1), "dtype", "I32"),
@@ -332,13 +332,6 @@ def test_an_mlx_adapter_is_read_transposed(tmp_path: Path) -> None:
     assert found.spec.modules == (module(Q0, lora_alpha=80.0, scaling=20.0),)
     assert found.tensors[Q0] == AdapterTensors(f"{Q0}.lora_a", f"{Q0}.lora_b", transposed=True)
     assert [reason.code for reason in found.reasons] == ["mlx_converted"]
-
-
-def test_the_older_mlx_scale_is_multiplied_by_alpha_over_rank(tmp_path: Path) -> None:
-    parameters = {"rank": 4, "scale": 10.0, "alpha": 8}
-    older = adapters.read(write_mlx(tmp_path / "old", parameters, lora_layers=2))
-    newer = adapters.read(write_mlx(tmp_path / "new", parameters))
-    assert (older.spec.modules[0].scaling, newer.spec.modules[0].scaling) == (20.0, 10.0)
 
 
 @pytest.mark.parametrize(

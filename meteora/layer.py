@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from meteora import kernels, ops, twins
+from meteora.plain import Plain
 from meteora.point import Point
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class MoELoRALinear(nn.Module):
     """y = projection(x) + Σ_e w_e · scaling_e · B_e (A_e x), with w from the router.
 
     The adapters are buffers and never parameters: no optimiser can find them. Without a router
-    (`router = None`) the layer is the bare projection.
+    (`router = None`) the layer is the bare projection. `plain` says how exact 16 bits are.
     """
 
     lora_a: Tensor
@@ -133,19 +134,46 @@ class MoELoRALinear(nn.Module):
         return self.projection.weight  # ty: ignore[invalid-explicit-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.projection(x)
         if self.router is None:
-            return y
+            return self.projection(x)
+        plain = Plain.of(self.projection, x)
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         weights, experts = self.router.choose(tokens)
-        rows, tokens = y.reshape(-1, y.shape[-1]), tokens.to(self._dtype)
-        if self.cache is not None:
-            out = self._add_from_cache(self.cache, rows, tokens, weights, experts)
-        elif (shrunk := self._shrunk_at_point(x, tokens, weights, experts)) is not None:
-            out = shrunk.expand(self.lora_b, rows)
+        if plain is not None:
+            said = self._said(x, tokens, weights, experts, self._start(tokens, plain))
+            out = ops.add_projected(said, tokens, plain.weight)
+            return out.view(*x.shape[:-1], out.shape[-1])
+        y = self.projection(x)
+        rows = y.reshape(-1, y.shape[-1])
+        if y.requires_grad:
+            out = rows + self._said(x, tokens, weights, experts, None).to(y.dtype)
         else:
-            out = self._add(rows, tokens, weights, experts)
+            out = self._said(x, tokens, weights, experts, rows)
         return out.view(y.shape)
+
+    def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
+        """What the experts add to before the projection does; None where that is nothing."""
+        if plain.bias is not None:
+            return plain.bias.expand(len(tokens), -1).clone()
+        if self._dtype != tokens.dtype:  # what they say is rounded to 16 bits as it comes
+            return tokens.new_zeros(len(tokens), self.lora_b.shape[0])
+        return None
+
+    def _said(
+        self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
+    ) -> Tensor:
+        """What the experts say, [T, OUT]; added to what is there, in place.
+
+        Args:
+            x: what the layer was called with
+            tokens: the same as [T, IN]
+        """
+        tokens = tokens.to(self._dtype)
+        if self.cache is not None:
+            return self._said_from_cache(self.cache, tokens, weights, experts, add_to)
+        if (shrunk := self._shrunk_at_point(x, tokens, weights, experts)) is not None:
+            return shrunk.expand(self.lora_b, add_to)
+        return self._said_by_twin(tokens, weights, experts, add_to)
 
     def _shrunk_at_point(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
@@ -161,26 +189,24 @@ class MoELoRALinear(nn.Module):
             point.shrink(x, tokens, weights, experts, twin)
         return point.taken(place, x, experts)
 
-    def _add(self, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Add to y [T, OUT] what the experts say; in place where no gradient passes y."""
-        into = None if y.requires_grad else y
+    def _said_by_twin(
+        self, x: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
+    ) -> Tensor:
         twin = self.twin or self._fastest_twin(x, experts)
         factors = x, self.lora_a, self.lora_b
         if twin == "dense":
             index = self.rank_experts, self.rank_scaling, self.num_experts
-            delta = ops.lora_delta_dense(*factors, *index, weights, experts, add_to=into)
-        elif twin == "gather":
+            return ops.lora_delta_dense(*factors, *index, weights, experts, add_to=add_to)
+        if twin == "gather":
             table = self.table, self.table_scaling
-            delta = kernels.lora_delta_gather(*factors, *table, weights, experts, add_to=into)
-        elif twin == "grouped":
+            return kernels.lora_delta_gather(*factors, *table, weights, experts, add_to=add_to)
+        if twin == "grouped":
             lists = self.ranks, self.scaling
-            delta = kernels.lora_delta_grouped(*factors, *lists, weights, experts, add_to=into)
-        else:
-            found = kernels.triton_twins()
-            own = found.Segments(*self.segments, self.scales, self._sizes.max_rank)
-            run = found.lora_delta_gather if twin == "gather_triton" else found.lora_delta_grouped
-            delta = run(*factors, own, weights, experts, add_to=into)
-        return y + delta.to(y.dtype) if into is None else delta
+            return kernels.lora_delta_grouped(*factors, *lists, weights, experts, add_to=add_to)
+        found = kernels.triton_twins()
+        own = found.Segments(*self.segments, self.scales, self._sizes.max_rank)
+        run = found.lora_delta_gather if twin == "gather_triton" else found.lora_delta_grouped
+        return run(*factors, own, weights, experts, add_to=add_to)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -189,10 +215,15 @@ class MoELoRALinear(nn.Module):
             return self.lora_a.dtype
         return torch.promote_types(self.lora_a.dtype, self.weight.dtype)
 
-    def _add_from_cache(
-        self, cache: ExpertCache, y: Tensor, x: Tensor, weights: Tensor, experts: Tensor
+    def _said_from_cache(
+        self,
+        cache: ExpertCache,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        add_to: Tensor | None,
     ) -> Tensor:
-        """`_add` by the grouped twin, with each chosen expert copied to the device when missed."""
+        """By the grouped twin, with each chosen expert copied to the device when missed."""
         starts = list(accumulate(self.ranks, initial=0))
 
         def own(e: int) -> tuple[Tensor, Tensor]:
@@ -204,10 +235,8 @@ class MoELoRALinear(nn.Module):
 
             return cache.fetch((self._key, e, x.device, x.dtype), load)
 
-        out = x.new_zeros(len(x), y.shape[1]) if y.requires_grad else y
-        lists = self.ranks, self.scaling
-        kernels.add_grouped(x, own, *lists, weights, experts, out)
-        return y + out.to(y.dtype) if y.requires_grad else out
+        out = x.new_zeros(len(x), self.lora_b.shape[0]) if add_to is None else add_to
+        return kernels.add_grouped(x, own, self.ranks, self.scaling, weights, experts, out)
 
     def _fastest_twin(self, x: Tensor, experts: Tensor) -> Twin:
         if torch.compiler.is_compiling():

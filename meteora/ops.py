@@ -143,3 +143,15 @@ def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor) -> Tensor:
     if add_to.dtype == shrunk.dtype:
         return add_to.addmm_(shrunk, b.T)
     return add_to.add_(shrunk @ b.T)
+
+
+def add_projected(addend: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The sum addend + x W of x [T, IN] and W [IN, OUT]; in place where no gradient is due.
+
+    In 16 bits a matmul keeps its sums in float32 and rounds them once at the end, and an addend
+    [T, OUT] is the first term of each. To add it to a product that is rounded already would round
+    the result twice.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (addend, x, weight)):
+        return torch.addmm(addend, x, weight)
+    return addend.addmm_(x, weight)

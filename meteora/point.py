@@ -47,10 +47,14 @@ class Shrunk(NamedTuple):
     index: Tensor | None
     """[T, N]: the rank that each belongs to"""
 
-    def expand(self, b: Tensor, add_to: Tensor) -> Tensor:
-        """Add B [OUT, R] of it to [T, OUT], in place."""
+    def expand(self, b: Tensor, add_to: Tensor | None) -> Tensor:
+        """B [OUT, R] of it, [T, OUT]; added to what is there, in place."""
         if self.index is None:
+            if add_to is None:
+                return self.factors @ b.T
             return ops.add_expanded(self.factors, b, add_to)
+        if add_to is None:
+            return kernels.chosen_sums(b.T, self.index, self.factors)
         return kernels.add_sums(b.T, self.index, self.factors, add_to)
 
 

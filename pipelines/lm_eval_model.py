@@ -1,9 +1,12 @@
-"""lm-eval's own command, with fused models among those that it knows.
+"""Fused models among those that lm-eval knows, for its own command or by ours.
 
-    python -m pipelines.lm_eval_model --model meteora --model_args pretrained=FOLDER_OR_HUB_ID …
+    lm_eval --model meteora --model_args pretrained=FOLDER_OR_HUB_ID --tasks FILE,hellaswag …
+    python -m pipelines.lm_eval_model --model meteora --model_args pretrained=… --tasks hellaswag …
 
-lm-eval 0.4.13 has no other door for a model of somebody else's: it looks into its registry only,
-and that is filled by whoever has been imported. All of its options are as they are.
+FILE is `lm_eval_model.yaml` beside this module. lm-eval 0.4.13 asks for no plug-ins, and only reads
+the names of what lies in an `--include_path`; but a task that is given as a file is loaded with the
+functions that it names, and that is before the model is looked for. So that file names the class
+below. With it `--model hf` takes fused models, too, by transformers' own registration.
 """
 
 from __future__ import annotations

@@ -31,16 +31,17 @@ FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OS
 
 
 @contextmanager
-def held(slot: str) -> Generator[None]:
-    """Have a device for oneself; wait while another run has it.
+def held(*slots: str) -> Generator[None]:
+    """Have devices for oneself; wait while another run has one of them.
 
     Where the server does not answer, nobody can be asked, and the run goes on without.
 
     Args:
-        slot: The device's name; empty where it need not be held, as a CPU.
+        slots: The devices' names, in the order in which every run asks for them; a CPU need not be
+            held.
     """
     holding = ExitStack()
-    if slot:
+    for slot in slots:
         try:
             if not _make_limit(slot):
                 say(f"waiting for {slot}, which another run has")
@@ -60,7 +61,9 @@ def held(slot: str) -> Generator[None]:
         try:
             holding.close()
         except FAULTS as error:
-            logger.warning("the Prefect server was not told that %s is free: %s", slot, error)
+            logger.warning(
+                "the Prefect server was not told that %s are free: %s", ", ".join(slots), error
+            )
 
 
 def _make_limit(slot: str) -> bool:

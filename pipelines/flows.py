@@ -244,7 +244,7 @@ def _stages(run: Run, until: Stage) -> Plan | None:
         fused = stack(run, planned)
     if until is Stage.stack:
         return None
-    with device.held(run.child.call("slot", deadline_seconds=work.recipe.deadlines.base)):
+    with device.held(*run.child.call("slots", deadline_seconds=work.recipe.deadlines.base)):
         with run.stage(Stage.gates):
             gates = fit_gates(run, planned, built, fused)
         if until is Stage.gates:

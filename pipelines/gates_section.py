@@ -45,6 +45,10 @@ class JointSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.3
     checkpoint_every: Count = 100
     """Steps after which a stopped run need not go back further."""
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """That share every batch, as Accelerate joins them; without it one a GPU of this machine."""
+    sharded: bool = False
+    """Divide the base among them, where it is too large for one GPU."""
     gradient_checkpointing: bool = False
     """Compute layers again on the way back: slower, with less memory. No use with `top_k: 1`."""
 

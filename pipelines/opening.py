@@ -95,5 +95,10 @@ def opened(
         if gates is not None:
             insert_routers(model, scratch, manifest)
     # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, computing_device())
     yield model, tokenizer
+
+
+def computing_device() -> str:
+    """What models are put on."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"

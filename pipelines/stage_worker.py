@@ -19,6 +19,7 @@ import torch
 from meteora.artifacts import MeteoraError
 from pipelines import measures, progress, publication, stages
 from pipelines.child import StageError
+from pipelines.training import num_processes
 from pipelines.workplace import Workplace
 from store.ledger import Ledger
 
@@ -33,17 +34,22 @@ def device(_work: Workplace) -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def slot(_work: Workplace) -> str:
-    """By which name the device is held by one run at a time; empty where it need not be."""
+def slots(work: Workplace) -> list[str]:
+    """By which names devices are held by one run at a time, in that order; none need be on a CPU.
+
+    Runs that want several take them in the same order, so that none waits for another in turn.
+    """
     if not torch.cuda.is_available():
-        return ""
-    about = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return f"gpu-{getattr(about, 'uuid', about.name)}"
+        return []
+    first, count = torch.cuda.current_device(), torch.cuda.device_count()
+    wanted = [(first + i) % count for i in range(min(num_processes(work.recipe), count))]
+    devices = map(torch.cuda.get_device_properties, wanted)
+    return sorted(f"gpu-{getattr(about, 'uuid', about.name)}" for about in devices)
 
 
 STAGES = {
     "device": device,
-    "slot": slot,
+    "slots": slots,
     "build_base": stages.build_base,
     "stack": stages.stack,
     "fit_gates": stages.fit_gates,

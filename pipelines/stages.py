@@ -7,9 +7,12 @@ the blobs and only then writes its record. So a run that is stopped anywhere goe
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from meteora import base, checkpoint, fuse, joint, train
+import torch
+
+from meteora import base, checkpoint, fuse, train
 from meteora.artifacts import (
     NULL,
     BuiltBase,
@@ -22,23 +25,23 @@ from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from meteora.statistics import write_statistics
-from pipelines import card, hub, judge, lineage
-from pipelines.gates_section import JointSection
+from pipelines import card, hub, judge, lineage, training
 from pipelines.hub_card import licence_of
 from pipelines.hub_snapshot import locked
 from pipelines.labels import background_sequences, label, label_composites
-from pipelines.opening import describe, opened
+from pipelines.opening import computing_device, describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
 from pipelines.summary import summarise
 from pipelines.workplace import put_in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora import joint
     from meteora.artifacts import BaseSpec, RouterSpec
     from meteora.train import LabelledSequence
     from pipelines.plan import Plan
@@ -127,29 +130,10 @@ def fit_gates(work: Workplace, plan: Plan, built: BuiltBase, fused: FusedCheckpo
 
 def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
     router = plan.router
-    with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
-        judge.probe(work, plan, model, tokenizer)
-        sequences = label(plan, tokenizer)
-        sequences += label_composites(
-            plan.examples,
-            plan.fused.names,
-            tokenizer,
-            sizes=router.composites,
-            seed=router.seed,
-        )
-        if router.null:
-            rows = plan.examples[NULL]
-            with bar("asking the base", len(rows), "texts") as asked:
-                sequences += background_sequences(
-                    model, tokenizer, rows, len(plan.fused.names), asked
-                )
-        template = Template.of(tokenizer) if router.opening == "prompt" else None
-        if router.joint is None:
-            found = _calibrate(router, model, sequences, template, scratch)
-        else:
-            found = _train(work, router, model, sequences, template, scratch)
+    with work.scratch() as scratch:
         out = scratch / checkpoint.GATES
-        checkpoint.write_gates(out, gates_of(model))
+        fit = _fit_here if training.num_processes(work.recipe) == 1 else _fit_together
+        found = fit(work, plan, built, out)
         sha256, kept = work.ledger.blobs.put(out, move=True), ""
         if isinstance(found, train.Calibration):
             write_statistics(scratch / checkpoint.STATISTICS, found.statistics)
@@ -160,9 +144,69 @@ def _make_gates(work: Workplace, plan: Plan, built: BuiltBase) -> RouterBuild:
             num_tokens=found.num_tokens,
             heldout_accuracy=found.heldout_accuracy,
             wall_seconds=found.wall_seconds,
-            device=str(model.device),
+            device=computing_device(),
             statistics_sha256=kept,
         )
+
+
+def _fit_here(
+    work: Workplace, plan: Plan, built: BuiltBase, out: Path
+) -> train.Calibration | joint.Training:
+    router = plan.router
+    with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
+        sequences, template = _labelled(work, plan, model, tokenizer)
+        if router.joint is None:
+            found = _calibrate(router, model, sequences, template, scratch)
+        else:
+            with _steps(router) as show:
+                found = training.train(work, router, model, sequences, template, scratch, show)
+        checkpoint.write_gates(out, gates_of(model))
+    return found
+
+
+def _fit_together(work: Workplace, plan: Plan, built: BuiltBase, out: Path) -> joint.Training:
+    """Each process opens a model of its own, and the one that labelled for all is gone by then."""
+
+    def labelled() -> tuple[list[LabelledSequence], Template | None]:
+        with opened(work, plan, built, gates=None) as (model, tokenizer):
+            return _labelled(work, plan, model, tokenizer)
+
+    sequences, template = labelled()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with _steps(plan.router) as show:
+        return training.train_together(work, plan, built, sequences, template, out, show)
+
+
+def _labelled(
+    work: Workplace, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[LabelledSequence], Template | None]:
+    """What the gates learn from, and the template that their prompts stand in."""
+    router = plan.router
+    judge.probe(work, plan, model, tokenizer)
+    sequences = label(plan, tokenizer)
+    sequences += label_composites(
+        plan.examples, plan.fused.names, tokenizer, sizes=router.composites, seed=router.seed
+    )
+    if router.null:
+        rows = plan.examples[NULL]
+        with bar("asking the base", len(rows), "texts") as asked:
+            sequences += background_sequences(model, tokenizer, rows, len(plan.fused.names), asked)
+    return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
+
+
+@contextmanager
+def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
+    """A bar over the steps of a training, which may begin in the middle."""
+    shown, steps = 0, router.joint.steps if router.joint else 0
+    with bar("training the gates", steps, "steps") as advance:
+
+        def show(done: int, _total: int) -> None:
+            nonlocal shown
+            advance(done - shown)
+            shown = done
+
+        yield show
 
 
 def _calibrate(
@@ -186,44 +230,6 @@ def _calibrate(
             seed=router.seed,
             scratch=scratch,
             progress=lambda _done, _total: advance(1),
-        )
-
-
-def _train(
-    work: Workplace,
-    router: RouterSpec,
-    model: PreTrainedModel,
-    sequences: Sequence[LabelledSequence],
-    template: Template | None,
-    scratch: Path,
-) -> joint.Training:
-    """Go on from the state that a stopped run left; it is removed once the gates are recorded."""
-    settings, asked = router.joint, work.recipe.gates
-    if settings is None or not isinstance(asked, JointSection):
-        raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")
-    shown = 0
-    with bar("training the gates", settings.steps, "steps") as advance:
-
-        def show(done: int, _total: int) -> None:
-            nonlocal shown
-            advance(done - shown)
-            shown = done
-
-        return joint.train_jointly(
-            model,
-            sequences,
-            settings,
-            top_k=router.top_k,
-            temperature=router.temperature,
-            margin=router.margin,
-            template=template,
-            share=router.share,
-            seed=router.seed,
-            folder=work.training_folder(router.id),
-            checkpoint_every=asked.checkpoint_every,
-            gradient_checkpointing=asked.gradient_checkpointing,
-            scratch=scratch,
-            progress=show,
         )
 
 

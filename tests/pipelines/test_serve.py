@@ -28,7 +28,7 @@ from pipelines.finished import finished
 from pipelines.workplace import Workplace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
     from uuid import UUID
 
     from prefect.client.schemas.objects import Artifact, FlowRun
@@ -96,13 +96,15 @@ class Served:
         return [(outcome, reason) for outcome, reason in answer.rows]
 
 
-def start(folder: Path, home: Path, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
+def start(
+    folder: Path, home: Path, *options: str, env: Mapping[str, str] = os.environ
+) -> tuple[subprocess.Popen[bytes], Path]:
     log = home.with_suffix(".log")
     command = [sys.executable, "-m", "pipelines.cli", "serve", str(folder / "recipe.yaml")]
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*command, "--home", str(home), *options], stdout=out, stderr=out,
-            env=os.environ | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"},
+            env={**env, "PREFECT_RUNNER_POLL_FREQUENCY": "1"},
         )  # fmt: skip
     return process, log
 

@@ -1,22 +1,29 @@
-"""A webhook is told of runs that fail, by the server's own automation."""
+"""A webhook is told of runs that fail or fall silent, by the server's own automations."""
 
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from meteora.artifacts import MeteoraError
+from store.ledger import Ledger
 
 from .conftest import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from pipelines.workplace import Workplace
 
@@ -60,3 +67,74 @@ def test_whoever_asked_is_told_once_of_a_run_that_failed(
     assert "Failed" in told["text"]
     assert "nowhere" in told["text"]
     assert "/runs/flow-run/" in told["page"]
+
+
+ENDS_AFTER_ITS_BASE = """
+import os, signal, sys, time
+from pipelines import flows
+
+recipe, home, how = sys.argv[1:]
+step = flows.build_base
+
+def last_step(*args):
+    step(*args)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+flows.build_base = last_step
+flows.fuse_adapters(recipe, home)
+"""
+
+
+def start(recipe_folder: Path, home: Path, how: str) -> subprocess.Popen[bytes]:
+    """A run that comes to its base and there is killed, or works on for long."""
+    asked = [str(recipe_folder / "recipe.yaml"), str(home), how]
+    return subprocess.Popen(
+        [sys.executable, "-c", ENDS_AFTER_ITS_BASE, *asked],
+        env=os.environ | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"},  # Prefect's shortest
+    )
+
+
+@pytest.fixture
+def no_automations() -> Generator[None]:
+    """As before: those of a test are not left to others on the same server."""
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+
+    yield
+    with get_client(sync_client=True) as client:
+        for one in client.read_automations():
+            client.delete_automation(one.id)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server", "no_automations")
+def test_a_run_that_fell_silent_is_closed_and_told_of_and_one_that_works_is_left(
+    recipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.client.schemas.filters import (  # noqa: PLC0415
+        FlowRunFilter,
+        FlowRunFilterName,
+    )
+
+    from pipelines import notices  # noqa: PLC0415
+
+    monkeypatch.setattr(notices, "SILENCE", timedelta(seconds=45))
+    with listening() as (url, calls):
+        notices.tell(url)
+        alive = start(recipe_folder, tmp_path / "alive", "alive")
+        killed = start(recipe_folder, tmp_path / "killed", "killed")
+        assert killed.wait(timeout=300) == -signal.SIGKILL
+        told = calls.get(timeout=300)
+        (silent,), (works,) = (Ledger(tmp_path / one).unended_runs() for one in ("killed", "alive"))
+        with get_client(sync_client=True) as client:
+            (run,) = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_=works.run_id))
+            )
+        alive.kill()
+        alive.wait()
+    assert silent.run_id in told["text"]
+    assert "Crashed. it has sent no heartbeat" in told["text"]
+    assert run.state is not None
+    assert run.state.is_running()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -74,24 +76,60 @@ socket.getaddrinfo = watched
 """
 
 
-def test_a_run_looks_up_no_name_but_this_machine_s(recipe_folder: Path, tmp_path: Path) -> None:
-    """Every process of a run is watched, Prefect's own server among them."""
+@pytest.fixture
+def watched(tmp_path: Path) -> dict[str, str]:
+    """An environment in which every Python writes down the names that it looks up.
+
+    It is bare: Prefect counts nobody where variables say that no person is there.
+    """
     (tmp_path / "watch").mkdir()
-    log = tmp_path / "names"
-    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
-    removed = {name for name in os.environ if name.startswith("PREFECT")} | {"DO_NOT_TRACK"}
-    clean = {name: value for name, value in os.environ.items() if name not in removed}
+    code = WATCH.format(log=str(tmp_path / "names"))
+    (tmp_path / "watch" / "sitecustomize.py").write_text(code)
+    paths = [str(tmp_path / "watch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), "TERM": "xterm"}
+
+
+def only_this_machine(tmp_path: Path) -> bool:
+    names = set((tmp_path / "names").read_text().split())
+    return names <= {"127.0.0.1", "localhost", "::1", "None"}
+
+
+def test_a_run_looks_up_no_name_but_this_machine_s(
+    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
+) -> None:
+    """Every process of a run is watched, Prefect's own server among them."""
     said = subprocess.run(
         [
             sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
             "--home", str(tmp_path / "home"),
         ],
-        check=False, capture_output=True, text=True,
-        env=clean | {"PYTHONPATH": str(tmp_path / "watch")},
+        check=False, capture_output=True, text=True, env=watched,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert "nothing to do" not in said.stderr
-    assert set(log.read_text().split()) <= {"127.0.0.1", "localhost", "::1", "None"}
+    assert only_this_machine(tmp_path)
+
+
+def test_nor_does_one_in_a_terminal(
+    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
+) -> None:
+    """Where a person sits, programs draw bars, and Prefect's client counts its users."""
+    ours, theirs = pty.openpty()
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(tmp_path / "home"), "--until", "stack",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=watched)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # so Linux says that nobody has the terminal any more
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert running.wait(timeout=60) == 0, shown.decode()
+    assert b"\x1b[" in shown  # it was a terminal, and was treated as one
+    assert only_this_machine(tmp_path)
 
 
 def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_path: Path) -> None:

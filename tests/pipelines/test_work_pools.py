@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,36 @@ def test_a_worker_is_told_what_a_run_of_ours_sets_itself() -> None:
     assert {one["work_pool"]["name"] for one in deployments} == set(POOLS)
     for one in deployments:
         assert one["work_pool"]["job_variables"]["env"] == expected
+
+
+def pool_template(kind: str) -> dict[str, Any]:
+    """What a pool of a kind makes jobs of, as Prefect's server brings it for all workers."""
+    import prefect  # noqa: PLC0415
+
+    views = Path(prefect.__file__).parent / "server" / "api" / "collections_data" / "views"
+    kinds = json.loads((views / "aggregate-worker-metadata.json").read_text()).values()
+    return next(one[kind] for one in kinds if kind in one)["default_base_job_configuration"]
+
+
+def test_what_a_deployment_asks_for_arrives_in_its_pool_s_job() -> None:
+    """A variable that a pool does not know would be dropped without a word."""
+    from prefect.utilities.templating import apply_values  # noqa: PLC0415
+
+    jobs = {}
+    for one in shipped()["deployments"]:
+        kind = POOLS[one["work_pool"]["name"]]
+        template, asked = pool_template(kind), one["work_pool"]["job_variables"]
+        known = template["variables"]["properties"]
+        assert set(asked) <= set(known)
+        defaults = {name: about["default"] for name, about in known.items() if "default" in about}
+        jobs[kind] = apply_values(template["job_configuration"], defaults | asked)
+        assert jobs[kind]["env"] == asked["env"]
+    assert jobs["docker"]["image"] == "your-registry/meteora-pipelines:0.1.0"
+    assert jobs["docker"]["volumes"] == ["meteora-home:/home/meteora"]
+    (container,) = jobs["kubernetes"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == jobs["docker"]["image"]
+    assert container["env"] == jobs["docker"]["env"]
+    assert container["resources"]["limits"] == {"memory": "8Gi"}
 
 
 def prefect(*words: str, folder: Path) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from meteora import ops
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def lora_delta_grouped(
     How many tokens an expert has decides the shapes, so an accelerator waits for the host.
 
     Args:
+        experts: [T, K], K different ones for each token, as `ops.route` gives them
         add_to: [T, OUT] to add to, in place
     """
     starts = list(accumulate(ranks, initial=0))
@@ -215,6 +217,15 @@ def add_grouped(
     Args:
         own: gives A [r, IN] and B [OUT, r] of an expert that was chosen and has ranks
     """
+    if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):
+        # one token has nothing to sort, and its weights can be numbers: a third of the calls
+        for e, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):
+            if ranks[e]:
+                own_a, own_b = own(e)
+                ops.add_expanded(
+                    torch.nn.functional.linear(x, own_a), own_b, out, share=weight * scaling[e]
+                )
+        return out
     owners = experts.flatten()
     order = owners.argsort(stable=True)
     tokens = order.div(experts.shape[1], rounding_mode="floor")
@@ -222,7 +233,11 @@ def add_grouped(
     counts = torch.bincount(owners, minlength=len(ranks)).tolist()
     pair = 0
     for e, (r, scale, count) in enumerate(zip(ranks, scaling, counts, strict=True)):
-        if r and count:
+        if r and count == x.shape[0]:  # every token, in order: no rows to look up
+            own_a, own_b = own(e)
+            shrunk = x @ own_a.T * (shares[pair : pair + count] * scale)
+            ops.add_expanded(shrunk.to(x.dtype), own_b, out)
+        elif r and count:
             own_a, own_b = own(e)
             for start in range(pair, pair + count, ROWS_AT_ONCE):
                 pairs = slice(start, min(start + ROWS_AT_ONCE, pair + count))

@@ -134,16 +134,17 @@ class MoELoRALinear(nn.Module):
         return self.projection.weight  # ty: ignore[invalid-explicit-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.router is None:
-            return self.projection(x)
-        plain = Plain.of(self.projection, x)
+        projection, router = self.projection, self.router
+        if router is None:
+            return projection(x)
+        plain = Plain.of(projection, x)
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
-        weights, experts = self.router.choose(tokens)
+        weights, experts = router.choose(tokens)
         if plain is not None:
             said = self._said(x, tokens, weights, experts, self._start(tokens, plain))
             out = ops.add_projected(said, tokens, plain.weight)
             return out.view(*x.shape[:-1], out.shape[-1])
-        y = self.projection(x)
+        y = projection(x)
         rows = y.reshape(-1, y.shape[-1])
         if y.requires_grad:
             out = rows + self._said(x, tokens, weights, experts, None).to(y.dtype)
@@ -185,14 +186,14 @@ class MoELoRALinear(nn.Module):
         if place == 0:
             if self.router is None or not self.router.leads:
                 return None
-            twin = self.twin or self._fastest_twin(tokens, experts)
+            twin = self.twin or self._fastest_twin(tokens.dtype, experts)
             point.shrink(x, tokens, weights, experts, twin)
         return point.taken(place, x, experts)
 
     def _said_by_twin(
         self, x: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
     ) -> Tensor:
-        twin = self.twin or self._fastest_twin(x, experts)
+        twin = self.twin or self._fastest_twin(x.dtype, experts)
         factors = x, self.lora_a, self.lora_b
         if twin == "dense":
             index = self.rank_experts, self.rank_scaling, self.num_experts
@@ -238,12 +239,16 @@ class MoELoRALinear(nn.Module):
         out = x.new_zeros(len(x), self.lora_b.shape[0]) if add_to is None else add_to
         return kernels.add_grouped(x, own, self.ranks, self.scaling, weights, experts, out)
 
-    def _fastest_twin(self, x: Tensor, experts: Tensor) -> Twin:
+    def _fastest_twin(self, dtype: torch.dtype, experts: Tensor) -> Twin:
         if torch.compiler.is_compiling():
             return "dense"  # one graph, whatever was chosen
-        return twins.choose_twin(
-            len(x), experts.shape[1], self._sizes, x.dtype, self.lora_a.device.type
-        )
+        num_tokens, top_k = experts.shape
+        device = experts.device.type
+        num_chosen = None
+        if device == "cpu" and num_tokens > 1:
+            counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+            num_chosen = int(counts.count_nonzero())
+        return twins.choose_twin(num_tokens, top_k, self._sizes, dtype, device, num_chosen)
 
     def extra_repr(self) -> str:
         return f"E={self.num_experts}, ranks={self.ranks}"

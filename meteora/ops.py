@@ -138,11 +138,11 @@ def shrink_dense(
     return shrunk.to(x.dtype)
 
 
-def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor) -> Tensor:
-    """The second half: B [OUT, R] of shrunk [T, R], added to [T, OUT] in place."""
+def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor, *, share: float = 1.0) -> Tensor:
+    """The second half: `share` times B [OUT, R] of shrunk [T, R], added to [T, OUT] in place."""
     if add_to.dtype == shrunk.dtype:
-        return add_to.addmm_(shrunk, b.T)
-    return add_to.add_(shrunk @ b.T)
+        return add_to.addmm_(shrunk, b.T, alpha=share)
+    return add_to.add_(shrunk @ b.T, alpha=share)
 
 
 def add_projected(addend: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Follower(Router):
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = self.followed.logits
-        if logits is None or len(logits) != len(tokens):
+        if logits is None or logits.shape[0] != tokens.shape[0]:
             raise RuntimeError(
                 f"a layer with {len(tokens)} tokens follows a gate that saw"
                 f" {0 if logits is None else len(logits)}; run the model from its first layer"

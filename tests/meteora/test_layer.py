@@ -164,16 +164,34 @@ class _Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(twin, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one_task", [False, True])
+def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
+    twin, dtype, one_task, monkeypatch
+):
     """A private A and B for each token and expert would be 2 · 2 · 512 · 4 · 512 numbers here."""
     monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 16)
     num_tokens, size, ranks = 512, 512, [4] * 6
-    layer, x = make(size, size, ranks=ranks, twin=twin), torch.randn(512, size)
+    layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(512, size).to(dtype)
+    if one_task:
+        layer.router.weight.data.zero_()
     with torch.no_grad(), _Allocations() as seen:
         layer(x)
-    assert seen.sizes.count(num_tokens * size * 4) == 1  # the projection's own output
-    seen.sizes.remove(num_tokens * size * 4)
+    output = num_tokens * size * dtype.itemsize
+    assert seen.sizes.count(output) == 1  # the projection's own output, or what becomes it
+    seen.sizes.remove(output)
     assert max(seen.sizes) <= num_tokens * sum(ranks) * 8  # as many int64 indices, at most
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_a_token_copies_no_weights(twin, dtype):
+    """Not even those of the experts that it chose, which are read where they lie."""
+    size, ranks = 512, [4] * 6
+    layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(1, size).to(dtype)
+    with torch.no_grad(), _Allocations() as seen:
+        layer(x)
+    assert max(seen.sizes) <= max(size * dtype.itemsize, sum(ranks) * 8) < 4 * size * dtype.itemsize
 
 
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
@@ -210,6 +228,14 @@ def test_it_compiles_into_one_graph_and_once_for_all_tokens():
 
 
 def test_a_whole_model_decodes_through_one_graph(world):
+    model = world.load()
+    for layer in routed_layers(model).values():
+        size = layer.num_experts, layer.lora_a.shape[1]
+        layer.router = Gate(torch.randn(size), torch.randn(size[0]), top_k=2)
+    decodes_through_one_graph(model)
+
+
+def decodes_through_one_graph(model):
     """Compiled whole, with a static cache that a first token made: no break, one graph for all."""
     graphs = []
 
@@ -217,10 +243,6 @@ def test_a_whole_model_decodes_through_one_graph(world):
         graphs.append(graph)
         return graph.forward
 
-    model = world.load()
-    for layer in routed_layers(model).values():
-        size = layer.num_experts, layer.lora_a.shape[1]
-        layer.router = Gate(torch.randn(size), torch.randn(size[0]), top_k=2)
     compiled = torch.compile(model, fullgraph=True, backend=count)
     caches = [StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
     ids = torch.randint(3, 250, (1, 8))

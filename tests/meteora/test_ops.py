@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -107,6 +108,28 @@ def test_gradients_are_right_for_gates_and_for_adapters(twin):
     assert torch.autograd.gradcheck(delta, leaves)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("into", [torch.float64, torch.float32])
+def test_tokens_of_one_task_are_grouped_where_they_lie(num_tokens, into):
+    """All have the same two experts, in either order: no row is looked up, gradients are right."""
+    ranks = [2, 0, 3, 1]
+    x, a, b, scaling = draw_layer(ranks, num_tokens, 5, 6, torch.float64)
+    experts = torch.tensor([[2, 0], [0, 2], [2, 0]])[:num_tokens]
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)[:num_tokens]
+    before = torch.randn(num_tokens, 6).to(into)
+
+    def added(x, a, b, weights):
+        return grouped(x, a, b, ranks, scaling, weights, experts, add_to=before.clone())
+
+    expected = before + ops.lora_delta_loop(x, a, b, ranks, scaling, weights, experts)
+    torch.testing.assert_close(added(x, a, b, weights), expected.to(into))
+    if into == x.dtype:
+        for leaves in ((x, a, b), (x, a, b, weights)):
+            for leaf in leaves:
+                leaf.requires_grad_()
+            assert torch.autograd.gradcheck(added, (x, a, b, weights))
+
+
 @given(top_k=st.integers(1, 9), num_experts=st.integers(1, 6), temperature=st.floats(0.01, 100.0))
 @settings(deadline=None, max_examples=50)
 def test_route_weighs_the_largest_logits_and_sums_to_one(top_k, num_experts, temperature):
@@ -134,8 +157,8 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
 @pytest.mark.parametrize(
     ("tokens", "experts", "r", "dtype", "twin"),
     [
-        (1, 4, 8, torch.float32, "dense"),  # few experts: all of them are computed
-        (1, 28, 8, torch.float32, "gather"),
+        (1, 4, 8, torch.float32, "grouped"),  # nothing to sort
+        (64, 4, 8, torch.float32, "dense"),  # few experts: all of them are computed
         (256, 28, 8, torch.float32, "gather"),
         (256, 28, 64, torch.float32, "grouped"),  # large ranks, many tokens an expert
         (256, 512, 8, torch.float32, "gather"),
@@ -145,6 +168,34 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
 def test_the_twin_is_chosen_as_the_table_says(tokens, experts, r, dtype, twin):
     sizes = Sizes(2048, 2048, experts, experts * r, r)
     assert twins.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
+
+
+def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_measured():
+    """Every row of the table there: E × r, tokens, and three twins in 32 bits and in 16."""
+    doc = twins.choose_twin.__doc__
+    assert doc
+    row = re.compile(r"^ +(\d+) × (\d+) +(\d+)((?: +[\d.]+\*?){6})$", re.MULTILINE)
+    measured = {
+        (row["dtype"], row["experts"], row["r"], row["tokens"]): row
+        for row in map(json.loads, MEASURED.read_text().splitlines())
+        if row["hidden"] == 2048
+    }
+    told = row.findall(doc)
+    for num_experts, r, num_tokens, cells in told:
+        columns, sizes = cells.split(), Sizes(2048, 2048, int(num_experts), 0, int(r))
+        sizes = sizes._replace(num_ranks=sizes.num_experts * sizes.max_rank)
+        for dtype, found in (("float32", columns[:3]), ("bfloat16", columns[3:])):
+            costs = measured[dtype, int(num_experts), r, int(num_tokens)]
+            chosen = twins.choose_twin(int(num_tokens), 2, sizes, getattr(torch, dtype), "cpu")
+            for twin, cell in zip(("dense", "gather", "grouped"), found, strict=True):
+                assert cell == f"{costs[twin]:.2f}" + "*" * (twin == chosen)
+    assert len(told) == 10
+
+
+def test_tokens_of_one_task_are_grouped_where_others_are_not():
+    sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
+    chosen = [twins.choose_twin(256, 2, sizes, torch.float32, "cpu", n) for n in (2, 28)]
+    assert chosen == ["grouped", "gather"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,6 +15,7 @@ from meteora.layer import routed_layers
 from meteora.model import force_expert, without_experts
 from meteora.observe import recorded_logits, recorded_routes
 from meteora.routers import Followed, Follower, Gate
+from tests.meteora.test_layer import decodes_through_one_graph
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
@@ -224,6 +225,19 @@ def test_generating_with_a_cache_equals_generating_without(models):
     ]
     assert torch.equal(out[0], out[1])
     assert torch.equal(out[0], out[2])
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+def test_a_batch_equals_its_rows_one_by_one(models, twin):
+    with_twin(twin, models[1])
+    with torch.no_grad():
+        rows = torch.cat([models[1](row).logits for row in IDS.split(1)])
+        torch.testing.assert_close(models[1](IDS).logits, rows, rtol=1e-5, atol=1e-5)
+
+
+def test_it_decodes_through_one_graph(models):
+    """Compiled, layers compute for themselves; they follow the gate of their point still."""
+    decodes_through_one_graph(models[1])
 
 
 def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp_path):

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import meteora
 from meteora.base import fingerprint_of, linear_sizes
@@ -18,6 +20,7 @@ from meteora.observe import recorded_logits
 from meteora.sequences import LabelledSequence
 from meteora.sweep import Sweep, SweepError
 from meteora.train import calibrate
+from tests.conftest import peft_is_behind
 
 SPLIT = ["q_proj", "o_proj", "up_proj", "down_proj"]
 JOINED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -93,6 +96,40 @@ def test_a_16_bit_base_is_calibrated_too(world, dtype):
         for _ in range(4)
     ]
     assert calibrate(model, [*sequences(8), *more]).heldout_accuracy > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("most", [1.02, 1.1], ids=["float32_adapter", "16_bit_adapter"])
+@torch.no_grad()
+def test_on_a_16_bit_base_a_forced_expert_is_as_near_to_the_truth_as_peft(
+    kind, dtype, most, build_base, build_adapter, fuse_adapters, tmp_path
+):
+    """The truth is the same numbers in float64. PEFT turns a 16-bit adapter into float32 first."""
+    base, same = build_base(kind), most > 1.05
+    lora = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    adapter = build_adapter(
+        base, tmp_path / "one", seed=1, r=3, lora_alpha=6, target_modules=TARGETS[kind],
+        dtype=dtype if same else None, **lora,
+    )  # fmt: skip
+    fuse_adapters(base, {"one": adapter}, tmp_path / "fused")
+    model, _ = meteora.load(tmp_path / "fused", base_folder=base, dtype=dtype)
+    ids = torch.randint(3, 250, (8, 24))
+    truth = with_peft(AutoModelForCausalLM.from_pretrained(base, dtype=dtype).double(), adapter)
+    expected = truth.double()(ids).logits
+    theirs = with_peft(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)(ids).logits
+    with force_expert(model, "one"):
+        ours = model(ids).logits
+    assert ours.dtype == theirs.dtype == dtype
+    assert 0 < distance(ours, expected) < most * distance(theirs, expected)
+
+
+def with_peft(model, adapter):
+    with peft_is_behind():
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def distance(logits, expected):
+    return (logits - expected).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "opt", "llama"])

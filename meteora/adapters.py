@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteora import adapter_numbers
-from meteora.adapter_files import find_files, foreign, is_regular, read_claim
+from meteora.adapter_files import CONFIG, find_files, foreign, is_regular, read_claim
 from meteora.adapter_modules import read_modules
 from meteora.adapter_set import (
     IncompatibleAdaptersError,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
-    "check", "check_stackable", "fit_to_base", "read", "stack_bytes",
+    "check", "check_config", "check_stackable", "fit_to_base", "read", "stack_bytes",
 ]  # fmt: skip
 
 TICK_NS = 100_000_000
@@ -82,6 +82,27 @@ def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
     if found.refusals or adapter is None:
         raise AdapterError(str(folder), tuple(found.refusals))
     return adapter
+
+
+def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refuse") -> None:
+    """Raise what `read` would raise for the config alone, before there are any weights.
+
+    What a config says of tensors beside the LoRA is left to `read`: the file may lack them.
+
+    Args:
+        folder: Holds `adapter_config.json`.
+        where: What to call it.
+
+    Raises:
+        AdapterError: No weights could make an expert of it.
+    """
+    found = Findings()
+    try:
+        read_claim(folder / CONFIG, modules_to_save, found)
+    except OSError as error:
+        found.refusals.append(_unreadable(error))
+    if found.refusals:
+        raise AdapterError(where, tuple(found.refusals))
 
 
 def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:

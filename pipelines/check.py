@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora import adapters
-from meteora.adapters import Reason, Verdict
+from meteora.adapters import AdapterError, Reason, Verdict
 from meteora.sources import PATH
 from pipelines import hub
 from pipelines.hub_card import licence_of
@@ -41,14 +41,16 @@ def judge(
     if not hub.REPO_ID.fullmatch(repo_id) or path.exists():
         verdict = adapters.check(path / subfolder, modules_to_save=modules_to_save)
         return replace(verdict, facts=verdict.facts | {"licence": licence_of(path / subfolder)})
-    trusted = {repo_id, repo_id.partition("/")[0]} & set(token_for)
-    asked = hub.Hub(token=hub.saved_token() if trusted else None)
+    asked = hub.hub_for(repo_id, token_for)
     facts: dict[str, Any] = {"repo_id": repo_id, "subfolder": subfolder}
     try:
         ref = hub.resolve(where, subfolder=subfolder, hub=asked)
         facts["revision"] = ref.revision
-        folder = hub.download(ref, cache, hub=asked)
         about = hub.describe(ref, cache, hub=asked)
+        facts |= asdict(about) if about else {}
+        folder = hub.download(ref, cache, hub=asked, modules_to_save=modules_to_save)
+    except AdapterError as error:
+        return Verdict(where, "refuse", error.reasons, facts | {"judged_by": "claims"})
     except HubError as error:
         reason = Reason("hub_unavailable" if error.retry else "hub", str(error))
         return Verdict(where, "refuse", (reason,), facts)
@@ -56,7 +58,6 @@ def judge(
         problem = f"{error.filename or cache} cannot be written: {error.strerror or error}"
         return Verdict(where, "refuse", (Reason("disk", f"{problem}; give another --home"),), facts)
     verdict = adapters.check(folder, modules_to_save=modules_to_save)
-    facts |= asdict(about) if about else {}
     facts["licence"] = licence_of(folder) or facts.get("licence", "")
     return Verdict(where, verdict.verdict, verdict.reasons, verdict.facts | facts)
 
@@ -72,6 +73,8 @@ def told(verdict: Verdict) -> list[str]:
             f" modules ({', '.join(facts['targets'])}); {facts['dtype']},"
             f" {facts['weights_bytes'] / 1e6:,.1f} MB; base {facts['base_model'] or 'not named'}"
         )
+    elif facts.get("judged_by") == "claims" and "revision" in facts:
+        lines.append("judged by what its config claims: its weights were not downloaded")
     elif facts.get("judged_by") == "claims" and "format" in facts:
         lines.append("judged by what its config claims: there are no weights beside it")
     if "revision" in facts:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, AdapterRef
 from pipelines.hub_about import HubSource, ask_about
-from pipelines.hub_card import MAX_CARD_BYTES
-from pipelines.hub_client import Hub, is_offline, saved_token
+from pipelines.hub_adapter import adapter_bytes, download, downloaded
+from pipelines.hub_client import DEFAULT, Hub, hub_for, is_offline, saved_token
 from pipelines.hub_errors import (
     HubError,
     HubFilesError,
@@ -21,16 +21,9 @@ from pipelines.hub_errors import (
     HubProtocolError,
     HubReferenceError,
     HubRevisionError,
-    HubSizeError,
 )
 from pipelines.hub_files import check_sizes, fetch_files, list_folder, some
-from pipelines.hub_snapshot import (
-    check_file,
-    locked,
-    read_manifest,
-    staging,
-    write_manifest,
-)
+from pipelines.hub_snapshot import staging
 from pipelines.publish_section import REPO_ID
 
 if TYPE_CHECKING:
@@ -42,15 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
-    "discover", "download", "download_base", "download_profile", "downloaded", "resolve",
+    "discover", "download", "download_base", "download_profile", "downloaded", "hub_for", "resolve",
     "saved_token",
 ]  # fmt: skip
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 BASE_FILES = re.compile(
     r"config\.json|generation_config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|"
     r"tokenizer_config)\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)|README\.md|"
@@ -63,11 +54,8 @@ PROFILE_FILES = re.compile(
 )
 """What tells a base from another."""
 
-MAX_CONFIG_BYTES = 2 << 20
 MAX_PROFILE_BYTES = 64 << 20
-MAX_ADAPTER_BYTES = 4 << 30
 MAX_BASE_BYTES = 160 << 30
-DEFAULT = Hub()
 
 
 def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
@@ -103,53 +91,6 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     if not COMMIT.fullmatch(refs[wanted]):
         raise HubProtocolError(f"{text}: {hub.url()} gave no commit for it: {refs[wanted][:60]!r}")
     return AdapterRef(repo_id, refs[wanted], subfolder)
-
-
-def download(
-    ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
-) -> Path:
-    """The folder that holds an adapter's config, weights and card; downloaded unless it is there.
-
-    What was downloaded before is hashed again, without asking the Hub.
-
-    Raises:
-        HubFilesError: No adapter lies there; the message says what does.
-        HubSizeError: It is larger than `limit_bytes`, or than the Hub lists it.
-        HubHashError: The bytes are not those that the repository lists.
-        HubError: The Hub does not deliver; `retry` says whether waiting can help.
-    """
-    folder = _snapshot(ref, cache_dir)
-    with locked(folder, hub.timeout_seconds):
-        if (here := downloaded(ref, cache_dir)) is not None:
-            return here
-        files = _adapter_files(hub, ref, limit_bytes)
-        with staging(folder) as staged:
-            fetch_files(hub, ref, files, staged)
-            write_manifest(folder, files)
-            staged.rename(folder)
-    return folder / ref.subfolder
-
-
-def downloaded(ref: AdapterRef, cache_dir: Path) -> Path | None:
-    """What `download` gives if it was downloaded before; its files are hashed again."""
-    folder = _snapshot(ref, cache_dir)
-    if (known := read_manifest(folder)) is None:
-        return None
-    for file in known:
-        check_file(file, folder, f"{ref.repo_id} at {ref.revision[:12]}")
-    return folder / ref.subfolder
-
-
-def adapter_bytes(
-    ref: AdapterRef, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
-) -> int:
-    """The size of what `download` would get; raises what it would raise before it begins."""
-    return sum(file.size for file in _adapter_files(hub, ref, limit_bytes))
-
-
-def _snapshot(ref: AdapterRef, cache_dir: Path) -> Path:
-    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
-    return cache_dir / ref.repo_id.replace("/", "--") / name
 
 
 def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES) -> int:
@@ -233,35 +174,3 @@ def _check_commit(hub: Hub, ref: AdapterRef) -> None:
         list_folder(hub, ref, "")
     except HubFilesError as error:  # how a mirror says it
         raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error
-
-
-def _adapter_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
-    prefix = f"{ref.subfolder}/" if ref.subfolder else ""
-    entries = list_folder(hub, ref, ref.subfolder)
-    files = {file.path: file for file in entries if file.size >= 0}
-    weights = [prefix + name for name in WEIGHTS if prefix + name in files][:1]
-    if prefix + CONFIG not in files or not weights:
-        raise HubFilesError(_no_adapter(ref, entries))
-    chosen = [files[prefix + CONFIG], files[weights[0]]]
-    if chosen[0].size > MAX_CONFIG_BYTES:
-        raise HubSizeError(f"{ref.repo_id}: {CONFIG} has {chosen[0].size} bytes; it is no config")
-    card = files.get(f"{prefix}README.md")
-    if card is not None and card.size <= MAX_CARD_BYTES:
-        chosen.append(card)
-    check_sizes(ref, chosen, limit_bytes)
-    return chosen
-
-
-def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
-    where = f"{ref.repo_id} at {ref.revision[:12]}" + (
-        f", {ref.subfolder}" if ref.subfolder else ""
-    )
-    needed = f"{where}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
-    if any(file.path.endswith((".bin", ".pt", ".pth")) for file in entries):
-        return (
-            f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"
-            " downloaded; ask its owner for safetensors"
-        )
-    if folders := [file.path for file in entries if file.size < 0]:
-        return f"{needed}; say which of its folders is meant with subfolder: {some(folders)}"
-    return f"{needed}; it holds {some([file.path for file in entries])}"

@@ -10,7 +10,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
@@ -23,6 +23,9 @@ from pipelines.hub_errors import (
     InsecureEndpointError,
     hub_error,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 WORKER = Path(__file__).with_name("hub_worker.py")
 PUBLIC = "https://huggingface.co"
@@ -85,6 +88,22 @@ class Hub:
         if self.token:
             error.args = tuple(str(text).replace(self.token, "***") for text in error.args)
         return error
+
+
+DEFAULT = Hub()
+"""Without a token."""
+
+
+def hub_for(
+    repo_id: str, token_for: Collection[str] = (), *, endpoint: str = "", allow_http: bool = False
+) -> Hub:
+    """The Hub to ask for a repository; the saved token goes along only to whom it is meant for.
+
+    Args:
+        token_for: Owners, or `owner/name`.
+    """
+    trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
+    return Hub(endpoint, token=saved_token() if trusted else None, allow_http=allow_http)
 
 
 def saved_token() -> str | None:

@@ -112,7 +112,9 @@ def write_note(path: Path, text: str) -> None:
     staged.rename(path)
 
 
-def write_manifest(folder: Path, files: Sequence[ListedFile]) -> None:
-    """Note what will lie in a snapshot's folder; it counts once the folder is there."""
+def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:
+    """Give a snapshot's folder its name; the note of what lies in it counts once it is there."""
     manifest = folder.with_name(f"{folder.name}.json")
     manifest.write_text(json.dumps([asdict(file) for file in files], indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)

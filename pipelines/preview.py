@@ -111,7 +111,7 @@ def _adapter(work: Workplace, recipe: Recipe, expert: ExpertSection, found: dict
         state = "here already"
     except (sources.NotHereError, HubOfflineError) as missing:
         state = str(missing)
-    except UnusableRepositoryError as error:
+    except (AdapterError, UnusableRepositoryError) as error:
         state = f"refused: {error}"
     return (
         f"{expert.name}: {expert.adapter if local else f'{where} at {ref.revision[:12]}, {state}'}"

@@ -25,11 +25,9 @@ class NotHereError(MeteoraError):
 
 def hub_of(recipe: Recipe, repo_id: str) -> hub.Hub:
     """The Hub to ask for a repository; the saved token goes along only where the recipe says so."""
-    trusted = {repo_id, repo_id.partition("/")[0]} & set(recipe.hub.token_for)
-    return hub.Hub(
-        recipe.hub.endpoint,
-        token=hub.saved_token() if trusted else None,
-        allow_http=recipe.hub.allow_http,
+    asked = recipe.hub
+    return hub.hub_for(
+        repo_id, asked.token_for, endpoint=asked.endpoint, allow_http=asked.allow_http
     )
 
 
@@ -94,10 +92,16 @@ def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> Adap
 def fetch_adapter(
     recipe: Recipe, expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path
 ) -> Path:
-    """The folder that holds an adapter's files; downloaded at its commit where it is remote."""
+    """The folder that holds an adapter's files; downloaded at its commit where it is remote.
+
+    Raises:
+        AdapterError: Its config alone is a refusal, so its weights were not downloaded.
+        HubError: The Hub does not deliver them.
+    """
     if expert.adapter.startswith(PATH):
         return local_folder(expert, folder)
-    return hub.download(ref, cache, hub=hub_of(recipe, ref.repo_id))
+    asked, policy = hub_of(recipe, ref.repo_id), recipe.policy
+    return hub.download(ref, cache, hub=asked, modules_to_save=policy.modules_to_save)
 
 
 def adapter_at_hand(
@@ -106,12 +110,13 @@ def adapter_at_hand(
     """The same without downloading anything.
 
     Raises:
+        AdapterError: Its config was refused when its weights would have been downloaded.
         NotHereError: It would have to be downloaded.
         HubError: It could not be.
     """
     if expert.adapter.startswith(PATH):
         return local_folder(expert, folder)
-    here = hub.downloaded(ref, cache)
+    here = hub.downloaded(ref, cache, modules_to_save=recipe.policy.modules_to_save)
     if here is None:
         num_bytes = hub.adapter_bytes(ref, hub=hub_of(recipe, ref.repo_id))
         raise NotHereError(f"{num_bytes / 1e6:,.1f} MB to download")

@@ -93,6 +93,8 @@ class HubServer(ThreadingHTTPServer):
         self.faults: dict[str, Fault] = {}
         self.requests: list[tuple[str, str, str]] = []
         """Kind, path and `Authorization` of each."""
+        self.num_bytes = 0
+        """Of the files that were sent."""
         self.closing = threading.Event()
         self.seconds_per_body = 0.0
 
@@ -250,6 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.seconds_per_body)
         if fault and fault.drop_after >= 0:
             data, self.close_connection = data[: fault.drop_after], True
+        self.server.num_bytes += len(data)
         self.wfile.write(data)
 
     def _error(self, code: str, status: int = 404) -> None:

@@ -93,6 +93,25 @@ def test_a_folder_of_a_repository_is_judged_by_a_recipe_s_policy(tmp_path: Path)
     assert verdict["subfolder"] == "inner"
 
 
+def test_a_repository_whose_config_is_refused_is_judged_by_it_alone(
+    server: HubServer, tmp_path: Path
+) -> None:
+    repo = server.repos["org/adapter"]
+    claims = json.loads(repo.files["adapter_config.json"]) | {"use_dora": True}
+    repo.files["adapter_config.json"] = json.dumps(claims).encode()
+    said = meteora("check", "org/adapter", home=tmp_path / "home")
+    assert said.returncode == 1, said.stderr
+    assert said.stdout.splitlines()[1:3] == [
+        "        judged by what its config claims: its weights were not downloaded",
+        f"        at commit {COMMIT}, licence mit",
+    ]
+    assert "[dora]" in said.stdout
+    (verdict,) = json.loads(meteora("check", "org/adapter", "--json", home=tmp_path).stdout)
+    facts = {"verdict": "refuse", "judged_by": "claims", "author": "org", "revision": COMMIT}
+    assert facts.items() <= verdict.items()
+    assert not any(path.endswith(".safetensors") for _, path, _ in server.requests)
+
+
 FAULTS = {
     "gated": ("refs", Fault(403, {"X-Error-Code": "GatedRepo"}), "hub", "--token-for"),
     "private": ("refs", Fault(401), "hub", "does not exist at"),

@@ -120,6 +120,10 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     ]  # fmt: skip
     assert "d--dora | refuse | d/dora" in report_markdown(work.ledger, planned.router.id)
 
+    assert not any("d/dora" in p and ".safetensors" in p for _, p, _ in server.requests)
+    preview.steps(work, None)
+    assert "d--dora: d/dora at aaaaaaaaaaaa, refused: " in capsys.readouterr().out
+
     downloaded = server.count("get")
     run(found())
     assert server.count("get") == downloaded

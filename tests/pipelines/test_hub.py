@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.adapters import AdapterError
 from meteora.artifacts import AdapterRef, BaseSpec
-from pipelines import hub, progress
+from pipelines import hub, hub_adapter, progress
 from pipelines.hub_card import licence_of
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
@@ -169,6 +171,53 @@ def test_a_bit_that_flipped_on_disk_is_noticed(asked: Hub, tmp_path: Path) -> No
         hub.download(REF, tmp_path, hub=asked)
 
 
+REFUSED = {
+    "dora": {"peft_type": "LORA", "use_dora": True},
+    "peft_type": {"peft_type": "IA3"},
+    "init_changes_base": {"peft_type": "LORA", "init_lora_weights": "pissa"},
+    "unknown_key": {"peft_type": "LORA", "use_tomorrow": 1},
+    "task_type": {"peft_type": "LORA", "task_type": "SEQ_CLS"},
+    "stub": {"base_model": "org/base"},
+}
+
+
+def weights_asked_for(server: HubServer) -> list[str]:
+    return [path for _, path, _ in server.requests if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_a_config_that_is_refused_costs_no_download_of_weights(
+    code: str, server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is refused again without asking anybody."""
+    files = server.repos["someone/adapter"].files
+    files["adapter_config.json"] = json.dumps(REFUSED[code]).encode()
+    with pytest.raises(AdapterError, match=f"someone/adapter at aaaaaaaaaaaa.*{code}"):
+        hub.download(REF, tmp_path, hub=asked)
+    assert not weights_asked_for(server)
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
+    assert server.num_bytes < 1_000 < len(WEIGHTS)
+    before = len(server.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for again in (hub.download, hub.downloaded):
+        with pytest.raises(AdapterError, match=code):
+            again(REF, tmp_path)
+    assert len(server.requests) == before
+
+
+def test_what_another_policy_takes_is_downloaded_after_all(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    files = server.repos["someone/adapter"].files
+    files["adapter_config.json"] = json.dumps(REFUSED["task_type"]).encode()
+    with pytest.raises(AdapterError):
+        hub.download(REF, tmp_path, hub=asked)
+    assert hub.downloaded(REF, tmp_path, modules_to_save="strip") is None
+    folder = hub.download(REF, tmp_path, hub=asked, modules_to_save="strip")
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert hub.downloaded(REF, tmp_path) == folder  # whole, so that `read` can name all reasons
+
+
 def test_an_adapter_in_a_subfolder_comes_alone(asked: Hub, tmp_path: Path) -> None:
     folder = hub.download(replace(REF, subfolder="second"), tmp_path, hub=asked)
     assert files_of(folder) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -255,7 +304,7 @@ def test_what_is_too_large_is_refused_before_a_byte_comes(
 def test_a_place_that_cannot_be_written_is_not_the_hubs_fault(
     asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "staging", lambda _: nullcontext(Path("/dev/null")))
+    monkeypatch.setattr(hub_adapter, "staging", lambda _: nullcontext(Path("/dev/null")))
     with pytest.raises(HubDiskError, match="cannot be written"):
         hub.download(REF, tmp_path, hub=asked)
 

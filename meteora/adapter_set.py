@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 from meteora.adapter_tensors import place_of
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from meteora.adapter_tensors import Adapter
+    from meteora.artifacts import AdapterSpec
 
 ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -78,7 +78,10 @@ def check_stackable(
             adapter before it, two are the same, or together they exceed the limit.
     """
     found = Findings()
-    _check_twins(adapters, found)
+    before: dict[str, tuple[str, str]] = {}
+    for name, adapter in adapters.items():
+        check_twins(name, adapter.spec, before, found)
+        before[name] = adapter.spec.id, adapter.spec.weights_sha256
     shapes: dict[str, tuple[str, int, int]] = {}
     if base is not None:
         shapes = {path: ("the base", *shape) for path, shape in base.items()}
@@ -97,12 +100,7 @@ def check_stackable(
                     " which base it was trained on",
                 )
                 break
-    dtypes: dict[str, str] = {}
-    for name, adapter in adapters.items():
-        dtypes.setdefault(adapter.spec.dtype, name)
-    if len(dtypes) > 1:
-        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
-        found.warn("dtype_mix", f"experts of several dtypes: {kinds}; the widest holds them all")
+    _check_dtypes(adapters, found)
     needs = stack_bytes(list(adapters.values()))
     if memory_limit_bytes is not None and needs > memory_limit_bytes:
         found.refuse(
@@ -183,14 +181,29 @@ def _check_covered(adapter: Adapter, base: Mapping[str, tuple[int, int]], found:
         )
 
 
-def _check_twins(adapters: Mapping[str, Adapter], found: Findings) -> None:
-    ids = {name: adapter.spec.id for name, adapter in adapters.items()}
-    for one, other in combinations(adapters, 2):
-        if ids[one] == ids[other]:
-            found.refuse("same_adapter", f"{one} and {other} are the same adapter; leave one out")
-        elif adapters[one].spec.weights_sha256 == adapters[other].spec.weights_sha256:
+def _check_dtypes(adapters: Mapping[str, Adapter], found: Findings) -> None:
+    dtypes: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        dtypes.setdefault(adapter.spec.dtype, name)
+    if len(dtypes) > 1:
+        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        found.warn("dtype_mix", f"experts of several dtypes: {kinds}; the widest holds them all")
+
+
+def check_twins(
+    name: str, spec: AdapterSpec, others: Mapping[str, tuple[str, str]], found: Findings
+) -> None:
+    """Say which other experts an adapter is the same as, or has the weights of.
+
+    Args:
+        others: By their names, the id of each adapter and the hash of its weights.
+    """
+    for one, (adapter_id, weights_sha256) in others.items():
+        if adapter_id == spec.id:
+            found.refuse("same_adapter", f"{one} and {name} are the same adapter; leave one out")
+        elif weights_sha256 == spec.weights_sha256:
             found.warn(
                 "same_weights",
-                f"{one} and {other} have the same weights under configs that differ; no router can"
+                f"{one} and {name} have the same weights under configs that differ; no router can"
                 " tell them apart by what they do",
             )

@@ -25,6 +25,7 @@ from meteora.adapter_modules import read_modules
 from meteora.adapter_set import (
     IncompatibleAdaptersError,
     check_stackable,
+    check_twins,
     fit_to_base,
     stack_bytes,
 )
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
-    "check", "check_config", "check_stackable", "fit_to_base", "read", "stack_bytes",
+    "check", "check_config", "check_stackable", "check_twins", "fit_to_base", "read", "stack_bytes",
 ]  # fmt: skip
 
 TICK_NS = 100_000_000

@@ -20,7 +20,7 @@ from meteora.artifacts import Fingerprint, canonical_sha256
 from meteora.sources import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -207,8 +207,18 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
                     continue
                 weight = file.get_tensor(key)
                 if weight.is_floating_point():
-                    norms[path] = float(f"{torch.linalg.vector_norm(weight.float()).item():.6g}")
+                    norms[path] = _norm(weight)
     return norms
+
+
+def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
+    """The same of some linear layers of a model that is loaded; packed weights are left out."""
+    weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
+    return {path: _norm(weight) for path, weight in weights.items() if weight.is_floating_point()}
+
+
+def _norm(weight: torch.Tensor) -> float:
+    return float(f"{torch.linalg.vector_norm(weight.float()).item():.6g}")
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:

@@ -10,6 +10,8 @@ from meteora.encode import encode_prompt
 from meteora.model import expert_names, force_expert, without_experts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT = "List three things that you can do, and answer this: what is 12 plus 30?"
@@ -22,8 +24,15 @@ it, in float32 and in bfloat16; rounding alone, let loose by a B scaled down to 
 
 
 @torch.inference_mode()
-def changes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def changes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
     """How much each expert, forced, changes the logits of one short prompt.
+
+    Args:
+        names: of the experts to hear; all, without it
 
     Returns:
         The largest change of any logit as a share of the base's largest logit, by expert.
@@ -32,14 +41,19 @@ def changes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[
     with without_experts(model):
         base = model(ids, use_cache=False).logits.float()
     found = {}
-    for name in expert_names(model):
+    for name in expert_names(model) if names is None else names:
         with force_expert(model, name):
             logits = model(ids, use_cache=False).logits.float()
         found[name] = ((logits - base).abs().max() / base.abs().max()).item()
     return found
 
 
-def silent_experts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def silent_experts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
     """The experts that change nothing beyond rounding, each with its change."""
     least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)
-    return {name: change for name, change in changes(model, tokenizer).items() if change <= least}
+    heard = changes(model, tokenizer, names)
+    return {name: change for name, change in heard.items() if change <= least}

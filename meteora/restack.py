@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from meteora import checkpoint
+from meteora.adapter_weights import AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint import DTYPES, ModuleEntry
 
@@ -41,6 +42,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
 
     Raises:
         RestackError: the checkpoint has an expert of that name, or a module of another size.
+        ChangedAdapterError: the adapter's file is no longer what was read and checked.
     """
     manifest = checkpoint.read_manifest(folder)
     if entry.name in manifest.names:
@@ -70,14 +72,14 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     larger = _changed(manifest, (*manifest.experts, entry), modules)
     with (
         safe_open(folder / checkpoint.EXPERTS, framework="pt") as before,
-        safe_open(adapter.weights, framework="pt", backend="pread") as file,
+        AdapterWeights(adapter) as file,
     ):
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
             parts = [_old(before, path)] if path in manifest.modules else []
             if path in own:
                 names = adapter.tensors[path]
-                a, b = file.get_tensor(names.a_key), file.get_tensor(names.b_key)
+                a, b = file.tensor(names.a_key), file.tensor(names.b_key)
                 parts.append((a.T, b.T) if names.transposed else (a, b))
             return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.base_match import UnreadableBaseError, compare_bases
@@ -9,40 +11,48 @@ from pipelines import hub
 from pipelines.hub_errors import HubError
 from pipelines.named_base import BaseVerdict, keep, kept
 from pipelines.progress import say
-from pipelines.sources import hub_of
 
 if TYPE_CHECKING:
-    from meteora.artifacts import BuiltBase
+    from collections.abc import Callable
+
+    from meteora.artifacts import BaseSpec
+    from pipelines.hub import Hub
     from pipelines.named_base import LookUp
-    from pipelines.workplace import Workplace
 
 
-def looking_up(work: Workplace, built: BuiltBase) -> LookUp:
+def looking_up(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[str], Hub]) -> LookUp:
     """A function from a base's `owner/name` to what it is; each is looked up once.
 
     What cannot be reached is asked for again by the next run, and only then.
+
+    Args:
+        cache: The folder of downloaded adapters, which keeps what was found out.
+        ours: The folder that holds config and tokenizer of `base`.
+        hub_of: The Hub to ask for a repository.
     """
     known: dict[str, BaseVerdict] = {}
 
     def look_up(named: str) -> BaseVerdict:
         if named not in known:
-            verdict = kept(work.adapters_folder, built, named)
-            known[named] = _ask(work, built, named) if verdict.unreachable else verdict
+            verdict = kept(cache, base, named)
+            if verdict.unreachable:
+                verdict = _ask(named, ours, hub_of(named))
+                if not verdict.unreachable:
+                    keep(cache, base, named, verdict)
+            known[named] = verdict
         return known[named]
 
     return look_up
 
 
-def _ask(work: Workplace, built: BuiltBase, named: str) -> BaseVerdict:
-    asked = hub_of(work.recipe, named)
+def _ask(named: str, ours: Path, asked: Hub) -> BaseVerdict:
     try:
         ref = hub.resolve(named, hub=asked)
-        with work.scratch() as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
+            theirs = Path(scratch) / "profile"
             say(f"comparing {named}, which an adapter names, with the base")
-            hub.download_profile(ref, scratch / "profile", hub=asked)
-            found = compare_bases(named, scratch / "profile", work.base_folder(built.spec))
+            hub.download_profile(ref, theirs, hub=asked)
+            found = compare_bases(named, theirs, ours)
     except (HubError, UnreadableBaseError) as error:
         return BaseVerdict(str(error))
-    verdict = BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))
-    keep(work.adapters_folder, built, named, verdict)
-    return verdict
+    return BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))

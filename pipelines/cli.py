@@ -14,7 +14,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from pipelines import cli_checkpoint, cli_grow, cli_runs, cli_store, show
-from pipelines.cli_options import DEFAULT_HOME, Home
+from pipelines.cli_options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
 from pipelines.environment import prepare
 from pipelines.progress import say
 from pipelines.recipe import Stage
@@ -61,13 +61,9 @@ def run(
 def check(
     where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    subfolder: Annotated[str, typer.Option(help="Where in each folder or repository.")] = "",
-    strip: Annotated[
-        bool, typer.Option("--strip", help="Leave saved modules out, as a recipe may say.")
-    ] = False,
-    token_for: Annotated[
-        list[str] | None, typer.Option(metavar="OWNER", help="Whom the saved token is sent to.")
-    ] = None,
+    subfolder: Subfolder = "",
+    strip: Strip = False,
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """The verdict on adapters, with coded reasons; no weights of a base are needed."""

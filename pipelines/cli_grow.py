@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli_options import DEFAULT_HOME, Home
+from pipelines.cli_options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
 
 app = typer.Typer()
 
@@ -19,18 +19,25 @@ def add(
     adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
     examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
     base: Annotated[Path | None, typer.Option(help="The folder that the base lies in.")] = None,
+    subfolder: Subfolder = "",
+    strip: Strip = False,
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """One expert more, from its own examples alone: a new checkpoint beside the one given."""
     from meteora.finding import find_checkpoint
     from pipelines import grow
     from pipelines.locate import base_at_hand, checkpoint_folder
+    from pipelines.newcomer import Newcomer
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
     folder = find_checkpoint(checkpoint_folder(checkpoint, home), statistics=True)
     base_folder = base or base_at_hand(folder, home)
-    print(grow.add(Ledger(home), folder, name, adapter, examples, base_folder=base_folder))
+    asked = Newcomer(
+        name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
+    )
+    print(grow.add(Ledger(home), folder, asked, examples, base_folder=base_folder))
 
 
 @app.command()

@@ -13,14 +13,14 @@ from pipelines.named_base import judge_base
 from pipelines.recipe import FoundExpert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from meteora.adapters import Adapter
-    from meteora.artifacts import AdapterRef, BuiltBase
+    from meteora.artifacts import AdapterRef, BaseSpec
     from pipelines.hub import HubSource
     from pipelines.named_base import LookUp
-    from pipelines.recipe import ExpertSection, Recipe
+    from pipelines.recipe import ExpertSection, PolicySection, Recipe
 
     Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
     Fetch = Callable[[Recipe, ExpertSection, AdapterRef, Path, Path], Path]
@@ -42,6 +42,18 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What adapters are to lie on, and on which terms."""
+
+    base: BaseSpec
+    sizes: Mapping[str, tuple[int, int]]
+    """Of each linear layer's path, (in_features, out_features)."""
+    policy: PolicySection
+    look_up: LookUp
+    """What the base is that an adapter names, if it is another."""
+
+
+@dataclass(frozen=True)
 class Refusal:
     """An adapter that cannot be an expert."""
 
@@ -50,22 +62,22 @@ class Refusal:
     left_out: bool
     """The others go on without it; else it ends the run."""
 
-    @property
-    def reasons(self) -> tuple[Reason, ...]:
-        if isinstance(self.error, AdapterError):
-            return self.error.reasons
-        return (Reason("hub", str(self.error)),)
+
+def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, ...]:
+    """Why an adapter is refused."""
+    if isinstance(error, AdapterError):
+        return error.reasons
+    return (Reason("hub", str(error)),)
 
 
 def gather(
     recipe: Recipe,
     folder: Path,
-    built: BuiltBase,
+    ground: Ground,
     cache: Path,
     *,
     resolve: Resolve,
     fetch: Fetch,
-    look_up: LookUp,
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal]]:
     """Each expert of the recipe, in order, accepted or refused.
 
@@ -73,7 +85,6 @@ def gather(
         folder: What the recipe's paths are relative to.
         cache: Where downloaded adapters lie.
         resolve, fetch: `sources.resolve_adapter` and how to get at its files.
-        look_up: What the base is that an adapter names, if it is another than the recipe's.
 
     Raises:
         HubError: A fault of the Hub, which says nothing about the adapter.
@@ -83,7 +94,7 @@ def gather(
         ref = resolve(recipe, section, folder)
         try:
             adapter_folder = fetch(recipe, section, ref, folder, cache)
-            expert = _read(section, ref, adapter_folder, recipe, built, look_up)
+            expert = read_expert(section.name, section.adapter, ref, adapter_folder, ground)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
@@ -95,16 +106,14 @@ def gather(
             yield section, expert
 
 
-def _read(
-    section: ExpertSection,
-    ref: AdapterRef,
-    folder: Path,
-    recipe: Recipe,
-    built: BuiltBase,
-    look_up: LookUp,
-) -> Expert:
-    found = adapters.read(folder, modules_to_save=recipe.policy.modules_to_save)
-    fitted = adapters.fit_to_base(found, built.sizes)
-    reasons = judge_base(fitted, folder, ref, recipe, built, look_up)
+def read_expert(name: str, source: str, ref: AdapterRef, folder: Path, ground: Ground) -> Expert:
+    """Read an adapter in a folder, and judge it beside the base that it is to lie on.
+
+    Raises:
+        AdapterError: It cannot be an expert there.
+    """
+    found = adapters.read(folder, modules_to_save=ground.policy.modules_to_save)
+    fitted = adapters.fit_to_base(found, ground.sizes)
+    reasons = judge_base(fitted, folder, ref, ground.base, ground.policy, ground.look_up)
     fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
-    return Expert(section.name, section.adapter, ref, fitted, licence_of(folder))
+    return Expert(name, source, ref, fitted, licence_of(folder))

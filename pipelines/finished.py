@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import BuiltBase, MeteoraError
 from meteora.sources import texts_sha256
 from pipelines import plan, sources
-from pipelines.experts import Refusal, gather
+from pipelines.experts import Ground, Refusal, gather
 from pipelines.named_base import kept
 from pipelines.recipe import Stage
 from pipelines.summary import summarise
@@ -63,11 +63,10 @@ def _finished(work: Workplace) -> Plan | None:
         for _, outcome in gather(
             recipe,
             work.folder,
-            built,
+            Ground(base, built.sizes, recipe.policy, partial(kept, work.adapters_folder, base)),
             work.adapters_folder,
             resolve=sources.resolve_adapter,
             fetch=sources.adapter_at_hand,
-            look_up=partial(kept, work.adapters_folder, built),
         ):
             if not isinstance(outcome, Refusal):
                 experts.append(outcome)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora import adapters, base, checkpoint, growth, restack
+from meteora import checkpoint, growth, restack
 from meteora.artifacts import (
-    AdapterRef,
     ArtifactId,
     BaseSpec,
     FusedCheckpoint,
@@ -26,13 +25,12 @@ from meteora.artifacts import (
 from meteora.finding import load_base
 from meteora.gates import gates_of
 from meteora.model import check_base, insert_experts
-from meteora.sources import PATH, file_sha256, weights_sha256
+from meteora.sources import file_sha256
 from meteora.statistics import read_statistics, write_statistics
-from pipelines import card, hub, lineage
+from pipelines import card, lineage
 from pipelines.examples import rows_sha256
-from pipelines.experts import Expert
-from pipelines.hub_card import licence_of
 from pipelines.labels import label_rows
+from pipelines.newcomer import Door
 from pipelines.opening import entry_of
 from pipelines.progress import bar, say
 from pipelines.row_sources import read_rows
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from meteora.adapters import Adapter
     from meteora.checkpoint import Manifest
     from meteora.growth import Growth
+    from pipelines.newcomer import Newcomer
     from store.ledger import Ledger
 
 EXAMPLES = 64
@@ -58,6 +57,8 @@ class GrowthError(MeteoraError):
 class Changed:
     """A checkpoint in the making: its files lie in `folder`, all but card, lineage and manifest."""
 
+    run_id: str
+    """Under which it is recorded."""
     folder: Path
     manifest: Manifest
     router: RouterSpec
@@ -71,8 +72,7 @@ class Changed:
 def add(
     ledger: Ledger,
     folder: Path,
-    name: str,
-    adapter: str,
+    asked: Newcomer,
     examples: str,
     *,
     base_folder: Path | None = None,
@@ -81,7 +81,7 @@ def add(
 
     Args:
         folder: the checkpoint; it stays as it is
-        adapter: a folder, or `owner/name[@revision]`
+        asked: the new expert; it is judged as the adapters of a recipe are, and so recorded
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
 
@@ -89,7 +89,8 @@ def add(
         The folder of the new checkpoint under the ledger's home.
 
     Raises:
-        AdapterError: the adapter is refused.
+        AdapterError: the adapter is refused, or it changes nothing.
+        HubError: it does not come from the Hub.
         GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
         RestackError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
@@ -98,15 +99,14 @@ def add(
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
     model, tokenizer = load_base(manifest, base_folder, "auto")
     check_base(manifest, model, tokenizer, folder)
-    sizes = {
-        path: size for path, module in model.named_modules() if (size := base.sizes_of(module))
-    }
-    expert = _read_expert(name, adapter, sizes, ledger.home)
+    door = Door(ledger, new_run_id(), manifest)
+    expert = door.read(asked, model, tokenizer)
     with _changing(ledger, manifest) as scratch:
         larger = restack.add_expert(
             folder, expert.adapter, entry_of(expert), scratch / checkpoint.EXPERTS
         )
         insert_experts(model, scratch, larger)
+        door.hear(asked, expert, model, tokenizer)
         sequences = label_rows(rows, len(manifest.names), tokenizer)
         template = checkpoint.read_gates(folder, manifest).template
         with bar(
@@ -123,6 +123,7 @@ def add(
         checkpoint.write_gates(scratch / checkpoint.GATES, gates_of(model))
         write_statistics(scratch / checkpoint.STATISTICS, found.statistics)
         changed = Changed(
+            door.run_id,
             scratch,
             larger,
             _router(manifest, larger, rows_sha256(rows)),
@@ -155,7 +156,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         )
         checkpoint.write_gates(scratch / checkpoint.GATES, kept)
         write_statistics(scratch / checkpoint.STATISTICS, statistics)
-        changed = Changed(scratch, smaller, _router(manifest, smaller, ""))
+        changed = Changed(new_run_id(), scratch, smaller, _router(manifest, smaller, ""))
         return _settle(ledger, manifest, changed)
 
 
@@ -173,23 +174,6 @@ def _growable(folder: Path) -> Manifest:
             f" come with (it has {made}); build it with them, or change the recipe and run that"
         )
     return manifest
-
-
-def _read_expert(
-    name: str, adapter: str, sizes: Mapping[str, tuple[int, int]], home: Path
-) -> Expert:
-    """The new adapter, read and fitted to the base, from a folder or from the Hub."""
-    local = Path(adapter.removeprefix(PATH))
-    if local.exists() or adapter.startswith(PATH):
-        ref = AdapterRef(PATH + local.absolute().name, f"sha256:{weights_sha256(local)}")
-        folder = local
-    else:
-        ref = hub.resolve(adapter)
-        folder = hub.download(ref, home / "adapters")
-    found = adapters.fit_to_base(adapters.read(folder), sizes)
-    for reason in found.reasons:
-        say(f"[yellow]note:[/] {name}: {reason.message}")
-    return Expert(name, adapter, ref, found, licence_of(folder))
 
 
 @contextmanager
@@ -260,7 +244,7 @@ def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
 
 def _record(ledger: Ledger, manifest: Manifest, changed: Changed, files: Mapping[str, str]) -> None:
     """Record new adapter, stack and router, under the ids that a recipe would give them."""
-    run_id = new_run_id()
+    run_id = changed.run_id
     for name in files:
         ledger.blobs.put(changed.folder / name)
     if changed.adapter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meteora import adapters
@@ -11,7 +12,7 @@ from meteora.probe import silent_experts
 from meteora.proportion import check_proportion
 from pipelines import hub
 from pipelines.base_lookup import looking_up
-from pipelines.experts import Refusal, gather
+from pipelines.experts import Ground, Refusal, gather, reasons_of
 from pipelines.machine import memory_bytes
 from pipelines.progress import say
 from pipelines.recipe import FoundExpert
@@ -19,16 +20,17 @@ from pipelines.sources import hub_of
 from store.events import AdapterVerdict, Failure, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import AdapterRef, BuiltBase
     from pipelines.experts import Expert, Fetch, Resolve
-    from pipelines.hub import HubSource
+    from pipelines.hub import Hub, HubSource
     from pipelines.plan import Plan
-    from pipelines.recipe import ExpertSection
     from pipelines.workplace import Workplace
+    from store.ledger import Ledger
 
 
 def find_experts(
@@ -42,22 +44,21 @@ def find_experts(
     experts, num_refused = [], 0
     if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
         say(f"found {found} adapters on the Hub")
-    gathered = gather(
-        work.recipe,
-        work.folder,
-        built,
-        work.adapters_folder,
-        resolve=resolve,
-        fetch=fetch,
-        look_up=looking_up(work, built),
-    )
+    cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
+    look_up = looking_up(cache, base, work.base_folder(base), hub_at)
+    ground = Ground(base, built.sizes, work.recipe.policy, look_up)
+    gathered = gather(work.recipe, work.folder, ground, cache, resolve=resolve, fetch=fetch)
     for section, outcome in gathered:
         if isinstance(outcome, Refusal):
             num_refused += 1
-            _refuse(work, section, outcome)
+            about = about_of(outcome.ref, cache, hub_at)
+            refuse(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
+            if not outcome.left_out:
+                raise outcome.error
+            say(f"[yellow]left out:[/] {section.name}: {outcome.error}")
             continue
-        expert = _described(work, _in_proportion(outcome, built))
-        record(work, expert, expert.adapter.reasons)
+        expert = in_proportion(described(outcome, cache, hub_at), built.norms)
+        record(work.ledger, work.run_id, expert, expert.adapter.reasons)
         experts.append(expert)
     if not experts:
         raise MeteoraError(
@@ -79,10 +80,9 @@ def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
         work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
 
 
-def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) -> None:
+def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[adapters.Reason]) -> None:
     """Record that an expert is taken, and what to beware of."""
-    _record(
-        work,
+    ledger.record_adapter(
         AdapterVerdict(
             name=expert.name,
             source=expert.source,
@@ -95,7 +95,40 @@ def record(work: Workplace, expert: Expert, reasons: Sequence[adapters.Reason]) 
             adapter_id=expert.adapter.spec.id,
             **_facts(expert.about),
         ),
+        run_id=run_id,
     )
+
+
+def refuse(
+    ledger: Ledger,
+    run_id: str,
+    name: str,
+    source: str,
+    refusal: Refusal,
+    about: HubSource | None,
+) -> None:
+    """Record that an adapter is refused, and why.
+
+    Args:
+        about: What the Hub says of its repository.
+    """
+    ref, error = refusal.ref, refusal.error
+    ledger.record_adapter(
+        AdapterVerdict(
+            name=name,
+            source=source,
+            repo_id=ref.repo_id,
+            revision=ref.revision,
+            subfolder=ref.subfolder,
+            verdict="refuse",
+            reasons=_nouns(reasons_of(error)),
+            licence=about.licence if about else "",
+            **_facts(about),
+        ),
+        run_id=run_id,
+    )
+    failure = Failure("check", name, type(error).__name__, str(error))
+    ledger.record_failure(failure, run_id=run_id)
 
 
 def probe(
@@ -110,70 +143,46 @@ def probe(
     for expert in plan.experts:
         if (change := silent.get(expert.name)) is None:
             continue
-        reason = adapters.Reason(
-            "no_effect",
-            f"forced on a probe prompt it changes no logit by more than {change:.1e} of the"
-            " largest, which is rounding: it answers as the base does; train it longer, or leave it"
-            " out",
-        )
+        reason = no_effect(change)
         say(f"[yellow]note:[/] {expert.name}: {reason.message}")
-        record(work, expert, (*expert.adapter.reasons, reason))
+        record(work.ledger, work.run_id, expert, (*expert.adapter.reasons, reason))
 
 
-def _refuse(work: Workplace, section: ExpertSection, refusal: Refusal) -> None:
-    ref: AdapterRef = refusal.ref
-    about = _about(work, ref)
-    _record(
-        work,
-        AdapterVerdict(
-            name=section.name,
-            source=section.adapter,
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            subfolder=ref.subfolder,
-            verdict="refuse",
-            reasons=_nouns(refusal.reasons),
-            licence=about.licence if about else "",
-            **_facts(about),
-        ),
+def no_effect(change: float) -> adapters.Reason:
+    """What to say of an expert that was heard on the probe prompt and changed nothing."""
+    return adapters.Reason(
+        "no_effect",
+        f"forced on a probe prompt it changes no logit by more than {change:.1e} of the largest,"
+        " which is rounding: it answers as the base does; train it longer, or leave it out",
     )
-    error = refusal.error
-    failure = Failure("check", section.name, type(error).__name__, str(error))
-    work.ledger.record_failure(failure, run_id=work.run_id)
-    if not refusal.left_out:
-        raise error
-    say(f"[yellow]left out:[/] {section.name}: {error}")
 
 
-def _record(work: Workplace, verdict: AdapterVerdict) -> None:
-    work.ledger.record_adapter(verdict, run_id=work.run_id)
-
-
-def _nouns(reasons: Sequence[adapters.Reason]) -> tuple[Reason, ...]:
-    return tuple(Reason(reason.code, reason.message) for reason in reasons)
-
-
-def _in_proportion(expert: Expert, built: BuiltBase) -> Expert:
+def in_proportion(expert: Expert, base_norms: Mapping[str, float]) -> Expert:
     """With a warning where what it adds is out of all proportion to the base's own weights."""
-    reasons = check_proportion(expert.adapter, built.norms)
+    reasons = check_proportion(expert.adapter, base_norms)
     for reason in reasons:
         say(f"[yellow]note:[/] {expert.name}: {reason.message}")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
     return replace(expert, adapter=adapter)
 
 
-def _described(work: Workplace, expert: Expert) -> Expert:
+def described(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
     """With what the Hub says of its repository, where it is from there."""
-    about = _about(work, expert.ref)
+    about = about_of(expert.ref, cache, hub_at)
     if about is None:
         return expert
     return replace(expert, licence=expert.licence or about.licence, about=about)
 
 
-def _about(work: Workplace, ref: AdapterRef) -> HubSource | None:
+def about_of(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
+    """What the Hub says of a repository; None where it was not asked, or says nothing."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
-    return hub.describe(ref, work.adapters_folder, hub=hub_of(work.recipe, ref.repo_id))
+    return hub.describe(ref, cache, hub=hub_at(ref.repo_id))
+
+
+def _nouns(reasons: Sequence[adapters.Reason]) -> tuple[Reason, ...]:
+    return tuple(Reason(reason.code, reason.message) for reason in reasons)
 
 
 def _facts(about: HubSource | None) -> dict[str, Any]:

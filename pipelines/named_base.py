@@ -1,4 +1,4 @@
-"""The base that an adapter names, against the recipe's: what was found out, and what follows.
+"""The base that an adapter names, against the one at hand: what was found, and what follows.
 
 Names decide nothing where they differ: a mirror, a quantised copy or a renamed repository is the
 same base, and a base of the same shapes may be another. What one was found to be is kept, so that a
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.adapters import Adapter
-    from meteora.artifacts import AdapterRef, BuiltBase
-    from pipelines.recipe import Recipe
+    from meteora.artifacts import AdapterRef, BaseSpec
+    from pipelines.recipe import PolicySection
 
     LookUp = Callable[[str], "BaseVerdict"]
 
 
 @dataclass(frozen=True)
 class BaseVerdict(Noun):
-    """What a named base is found to be, beside the recipe's."""
+    """What a named base is found to be, beside the one at hand."""
 
     unreachable: str = ""
     """Why it cannot be looked at; empty where it was."""
@@ -42,27 +42,28 @@ def judge_base(
     adapter: Adapter,
     folder: Path,
     ref: AdapterRef,
-    recipe: Recipe,
-    built: BuiltBase,
+    base: BaseSpec,
+    policy: PolicySection,
     look_up: LookUp,
 ) -> tuple[Reason, ...]:
     """Warnings about the base that an adapter names.
 
-    It is looked up where the Hub is in use anyway, for the adapter or the base; a recipe that
+    It is looked up where the Hub is in use anyway, for the adapter or the base; a policy that
     refuses unreachable bases asks for it everywhere.
 
     Args:
         folder: Of the adapter; its card may name a base where its config does not.
+        base: That the adapter is to lie on.
 
     Raises:
-        IncompatibleAdaptersError: It is another base, or the recipe's policy wants it looked at and
-            it cannot be.
+        IncompatibleAdaptersError: It is another base, or the policy wants it looked at and it
+            cannot be.
     """
     named = _named(adapter, folder)
-    if named and named.lower() == built.spec.base_model.lower():
+    if named and named.lower() == base.base_model.lower():
         return ()
-    strict = recipe.policy.unreachable_base == "refuse"
-    on_the_hub = COMMIT.fullmatch(ref.revision) or COMMIT.fullmatch(built.spec.base_revision)
+    strict = policy.unreachable_base == "refuse"
+    on_the_hub = COMMIT.fullmatch(ref.revision) or COMMIT.fullmatch(base.base_revision)
     if named and (strict or on_the_hub):
         verdict = look_up(named)
         name = named
@@ -76,7 +77,7 @@ def judge_base(
     if strict:
         reason = Reason(
             "base_unreachable",
-            f"{name} cannot be compared with the recipe's base ({verdict.unreachable}), and"
+            f"{name} cannot be compared with the base at hand ({verdict.unreachable}), and"
             " `unreachable_base: refuse` wants that; allow it with warn, or leave it out",
         )
         raise IncompatibleAdaptersError(str(folder), (reason,))
@@ -85,7 +86,7 @@ def judge_base(
     return (
         Reason(
             "base_unreachable",
-            f"it was trained on {name}, which cannot be compared with the recipe's base"
+            f"it was trained on {name}, which cannot be compared with the base at hand"
             f" ({verdict.unreachable}); its shapes fit, and that is all that is known",
         ),
     )
@@ -99,18 +100,18 @@ def _named(adapter: Adapter, folder: Path) -> str:
     return ""
 
 
-def kept(cache: Path, built: BuiltBase, named: str) -> BaseVerdict:
+def kept(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
     """What was found out about a named base before, without asking anybody."""
-    file = _file(cache, built, named)
+    file = _file(cache, base, named)
     if not file.is_file():
         return BaseVerdict("it was not looked up yet")
     return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def keep(cache: Path, built: BuiltBase, named: str, verdict: BaseVerdict) -> None:
-    write_note(_file(cache, built, named), canonical_json(verdict.to_dict()))
+def keep(cache: Path, base: BaseSpec, named: str, verdict: BaseVerdict) -> None:
+    write_note(_file(cache, base, named), canonical_json(verdict.to_dict()))
 
 
-def _file(cache: Path, built: BuiltBase, named: str) -> Path:
-    asked = canonical_sha256([named.lower(), built.spec.id])
+def _file(cache: Path, base: BaseSpec, named: str) -> Path:
+    asked = canonical_sha256([named.lower(), base.id])
     return cache / "named-bases" / f"{asked[:32]}.json"

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256
-from meteora.sources import GGUF, PATH, file_sha256, find_gguf, weights_sha256
+from meteora.sources import GGUF, PATH, SourceError, file_sha256, find_gguf, weights_sha256
 from pipelines import hub
 from pipelines.recipe import FoundExpert
 
@@ -83,10 +83,25 @@ def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> Adap
         repo_id, _, revision = expert.adapter.partition("@")
         return AdapterRef(repo_id, revision)
     if expert.adapter.startswith(PATH):
-        local = local_folder(expert, folder)
-        return AdapterRef(PATH + local.name, f"sha256:{weights_sha256(local)}", expert.subfolder)
+        return pin_folder(local_folder(expert, folder), expert.subfolder)
     repo_id = expert.adapter.partition("@")[0]
     return hub.resolve(expert.adapter, subfolder=expert.subfolder, hub=hub_of(recipe, repo_id))
+
+
+def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
+    """A folder's adapter, by the hash of its weights; by its files' names where it has none.
+
+    Raises:
+        SourceError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: there is no such folder; check the path of the adapter")
+    weights = [*folder.glob("*.safetensors")]
+    if weights and all(path.is_file() for path in weights):  # to read a pipe would never end
+        sha256 = weights_sha256(folder)
+    else:
+        sha256 = canonical_sha256(sorted(path.name for path in folder.iterdir()))
+    return AdapterRef(PATH + folder.absolute().name, f"sha256:{sha256}", subfolder)
 
 
 def fetch_adapter(

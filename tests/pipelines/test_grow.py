@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import meteora
+from meteora.adapters import AdapterError
 from meteora.checkpoint import (
     CARD,
     EXPERTS,
@@ -25,13 +26,21 @@ from meteora.observe import recorded_routes
 from meteora.sources import file_sha256
 from pipelines import grow
 from pipelines.finished import finished
+from pipelines.hub_errors import HubFilesError
+from pipelines.newcomer import Newcomer
 from store.ledger import Ledger
 from tests.pipelines.conftest import letters, run
+
+from .hub_server import Repo, running_hub
+from .test_discover import adapter_repo
+from .test_judge import altered
+from .test_named_base import profile_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pipelines.workplace import Workplace
+    from tests.conftest import World
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -107,6 +116,74 @@ def test_an_expert_goes_and_comes_back(made: tuple[Workplace, Path], recipe_fold
     known = {row[0] for row in work.ledger.query("SELECT id FROM artifacts").rows}
     assert {before.router_id, fewer.router_id, more.router_id} <= known
     assert not work.ledger.verify().findings
+
+
+def test_who_joins_comes_through_the_door_of_a_recipe(
+    made: tuple[Workplace, Path],
+    recipe_folder: Path,
+    world: World,
+    build_base: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Each refusal is recorded with its reason, and leaves no checkpoint and no scratch."""
+    work, folder = made
+    plain = world.adapters["all_seven"]
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x02")
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    rows = recipe_folder / "q_and_v.train.jsonl"
+    before = [*work.ledger.home.joinpath("checkpoints").iterdir()]
+
+    def join(name: str, adapter: object, **more: Any) -> Path:
+        asked = Newcomer(name, str(adapter), **more)
+        return grow.add(
+            work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base"
+        )
+
+    with running_hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        server.repos["a/dora"] = adapter_repo(plain, use_dora=True)
+        server.repos["a/stranger"] = adapter_repo(plain, base_model_name_or_path="org/other")
+        server.repos["org/other"] = profile_of(build_base("llama_64"))
+        loud = altered(plain, tmp_path / "loud", 100.0)
+        server.repos["a/copy"] = adapter_repo(loud, base_model_name_or_path="org/same")
+        server.repos["org/same"] = profile_of(world.base)
+        refused = {
+            "dora": "a/dora",
+            "other_base": "a/stranger",
+            "no_effect": altered(plain, tmp_path / "whisper", 1e-9),
+            "pickle": pickled,
+        }
+        for code, adapter in refused.items():
+            with pytest.raises(AdapterError, match=rf"\[{code}\]"):
+                join(code, adapter)
+        with pytest.raises(AdapterError, match="q_and_v and again are the same adapter"):
+            join("again", world.adapters["q_and_v"])
+        server.repos["a/bin"] = Repo({"adapter_model.bin": b""}, refs={"main": "a" * 40})
+        with pytest.raises(HubFilesError, match="pickle"):
+            join("hub", "a/bin")
+        assert not any("a/dora" in p and ".safetensors" in p for _, p, _ in server.requests)
+        assert [*work.ledger.home.joinpath("checkpoints").iterdir()] == before
+        assert not [*work.home.joinpath("runs").iterdir()]
+        out = join("copy", "a/copy")
+
+    assert read_manifest(out).names == ["q_and_v", "attention", "copy"]
+    work.ledger.ingest()
+    found = work.ledger.query("SELECT name, verdict, codes, licence, adapter_id FROM adapters").rows
+    verdicts = {name: (verdict, set(codes)) for name, verdict, codes, _, _ in found}
+    for code in [*refused, "hub"]:
+        assert verdicts[code][0] == "refuse"
+        assert code in verdicts[code][1]
+    assert "again" not in verdicts  # what is there already stays accepted
+    assert verdicts["copy"] == ("warn", {"base_alias", "large_update"})
+    (copy,) = (row for row in found if row[0] == "copy")
+    assert copy[3:] == ("mit", read_manifest(out).experts[-1].adapter_id)
+    assert "note: copy: what it adds to" in capfd.readouterr().err
 
 
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(

@@ -1,0 +1,152 @@
+"""An adapter that is to join a checkpoint, through the door that a recipe's adapters come through.
+
+It is read, compared with the base and with the experts that are there, and heard; the verdict on it
+is recorded, whether it comes in or not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora import base
+from meteora.adapters import AdapterError, IncompatibleAdaptersError, check_twins
+from meteora.artifacts import BaseSpec
+from meteora.probe import silent_experts
+from meteora.reasons import Findings
+from meteora.sources import PATH
+from pipelines import hub, judge
+from pipelines.base_lookup import looking_up
+from pipelines.experts import Ground, Refusal, read_expert
+from pipelines.hub_errors import UnusableRepositoryError
+from pipelines.progress import say
+from pipelines.recipe import PolicySection
+from pipelines.sources import pin_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.adapter_config import OnExtras
+    from meteora.artifacts import AdapterRef
+    from meteora.checkpoint import Manifest
+    from pipelines.experts import Expert
+    from pipelines.hub import Hub
+    from store.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """What a person asks to have in a checkpoint."""
+
+    name: str
+    adapter: str
+    """A folder, or `owner/name[@revision]`."""
+    subfolder: str = ""
+    modules_to_save: OnExtras = "refuse"
+    token_for: tuple[str, ...] = ()
+    """Owners, or `owner/name`, to whom the saved token is sent."""
+
+    def hub_at(self, repo_id: str) -> Hub:
+        return hub.hub_for(repo_id, self.token_for)
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where newcomers to one checkpoint are judged, and what is found is recorded."""
+
+    ledger: Ledger
+    run_id: str
+    manifest: Manifest
+
+    def read(
+        self, asked: Newcomer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Expert:
+        """The adapter, read and fitted to the base.
+
+        Args:
+            model: the base of the checkpoint, without experts
+
+        Raises:
+            AdapterError: It cannot be an expert here, which is recorded; or it is one already.
+            UnusableRepositoryError: Its repository cannot be used, which is recorded, too.
+            HubError: A fault of the Hub, which says nothing about the adapter.
+        """
+        sizes = {path: size for path, m in model.named_modules() if (size := base.sizes_of(m))}
+        cache = self.ledger.home / "adapters"
+        spec = BaseSpec(self.manifest.base.repo_id, self.manifest.base.revision)
+        policy = PolicySection(modules_to_save=asked.modules_to_save)
+        ref, fetch = _resolve(asked, cache)
+        with tempfile.TemporaryDirectory() as ours:
+            model.config.save_pretrained(ours)
+            tokenizer.save_pretrained(ours)
+            look_up = looking_up(cache, spec, Path(ours), asked.hub_at)
+            try:
+                folder = fetch()
+                ground = Ground(spec, sizes, policy, look_up)
+                expert = read_expert(asked.name, asked.adapter, ref, folder, ground)
+            except (AdapterError, UnusableRepositoryError) as error:
+                self._refuse(asked, ref, error)
+                raise
+        expert = self._beside_the_others(expert)
+        for reason in expert.adapter.reasons:
+            say(f"[yellow]note:[/] {asked.name}: {reason.message}")
+        norms = base.norms_of(model, (module.path for module in expert.adapter.spec.modules))
+        return judge.in_proportion(judge.described(expert, cache, asked.hub_at), norms)
+
+    def hear(
+        self,
+        asked: Newcomer,
+        expert: Expert,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Record that the adapter comes in, if it says anything at all.
+
+        Args:
+            model: with the new expert in it
+
+        Raises:
+            AdapterError: Forced on a probe prompt it changes nothing, which is recorded.
+        """
+        silent = silent_experts(model, tokenizer, [asked.name])
+        if asked.name in silent:
+            reason = judge.no_effect(silent[asked.name])
+            error = AdapterError(asked.name, (reason,))
+            self._refuse(asked, expert.ref, error)
+            raise error
+        judge.record(self.ledger, self.run_id, expert, expert.adapter.reasons)
+
+    def _beside_the_others(self, expert: Expert) -> Expert:
+        found = Findings()
+        others = {
+            entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
+        }
+        check_twins(expert.name, expert.adapter.spec, others, found)
+        if found.refusals:
+            raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
+        reasons = (*expert.adapter.reasons, *found.warnings)
+        return replace(expert, adapter=replace(expert.adapter, reasons=reasons))
+
+    def _refuse(
+        self, asked: Newcomer, ref: AdapterRef, error: AdapterError | UnusableRepositoryError
+    ) -> None:
+        about = judge.about_of(ref, self.ledger.home / "adapters", asked.hub_at)
+        refusal = Refusal(ref, error, left_out=False)
+        judge.refuse(self.ledger, self.run_id, asked.name, asked.adapter, refusal, about)
+
+
+def _resolve(asked: Newcomer, cache: Path) -> tuple[AdapterRef, Callable[[], Path]]:
+    """Where the adapter is, pinned, and how to get at its folder."""
+    local = Path(asked.adapter.removeprefix(PATH)) / asked.subfolder
+    if local.exists() or asked.adapter.startswith(PATH):
+        return pin_folder(local, asked.subfolder), lambda: local
+    asked_hub = asked.hub_at(asked.adapter.partition("@")[0])
+    ref = hub.resolve(asked.adapter, subfolder=asked.subfolder, hub=asked_hub)
+    return ref, partial(
+        hub.download, ref, cache, hub=asked_hub, modules_to_save=asked.modules_to_save
+    )

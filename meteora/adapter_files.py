@@ -35,10 +35,13 @@ SIGNATURES = (
     (b"version https://git-lfs", "lfs_pointer", "a Git LFS pointer; fetch the file it stands for"),
     (b"\x00\x05\x16\x07", "apple_double", "macOS's notes on a file (AppleDouble), not the file"),
     (b"PK\x03\x04", "pickle", f"a zip archive, as PyTorch pickles are; {HOW_TO_CONVERT}"),
-    (b"\x80\x02", "pickle", f"a pickle; {HOW_TO_CONVERT}"),
-    (b"\x80\x04", "pickle", f"a pickle; {HOW_TO_CONVERT}"),
+    *(
+        (bytes([0x80, protocol]), "pickle", f"a pickle; {HOW_TO_CONVERT}")
+        for protocol in range(2, 6)
+    ),
     (b"GGUF", "gguf", "a GGUF file; convert it back to PEFT's safetensors"),
     (b"<!doctype html", "html", "a web page, often an error or a log-in page; download it again"),
+    (b"<?xml", "html", "an error page of a storage, in XML; download it again"),
     (b"<html", "html", "a web page, often an error or a log-in page; download it again"),
 )
 

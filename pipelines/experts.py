@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from meteora import adapters
+from meteora.adapter_tensors import place_of
 from meteora.adapters import AdapterError, IncompatibleAdaptersError, Reason
+from meteora.reasons import listed
 from pipelines.hub_card import licence_of
 from pipelines.hub_errors import UnusableRepositoryError
 from pipelines.named_base import judge_base
@@ -51,6 +53,8 @@ class Ground:
     policy: PolicySection
     look_up: LookUp
     """What the base is that an adapter names, if it is another."""
+    in_layers: bool
+    """Only numbered layers of one stack can be routed, as where gates are fitted one by one."""
 
 
 @dataclass(frozen=True)
@@ -115,5 +119,24 @@ def read_expert(name: str, source: str, ref: AdapterRef, folder: Path, ground: G
     found = adapters.read(folder, modules_to_save=ground.policy.modules_to_save)
     fitted = adapters.fit_to_base(found, ground.sizes)
     reasons = judge_base(fitted, folder, ref, ground.base, ground.policy, ground.look_up)
+    if ground.in_layers:
+        _check_in_layers(fitted, folder)
     fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
     return Expert(name, source, ref, fitted, licence_of(folder))
+
+
+def _check_in_layers(adapter: Adapter, folder: Path) -> None:
+    places = {path: place_of(path) for path in adapter.tensors}
+    stacks = sorted({place.stem for place in places.values() if place})
+    if outside := [path for path, place in places.items() if place is None]:
+        problem = f"{listed(outside)} is in no numbered layer"
+    elif len(stacks) > 1:
+        problem = f"its modules lie in several stacks of layers ({listed(stacks)})"
+    else:
+        return
+    reason = Reason(
+        "outside_layers",
+        f"{problem}, and gates are fitted layer by layer; leave it out, or use a router without"
+        " gates, such as arrow",
+    )
+    raise IncompatibleAdaptersError(str(folder), (reason,))

@@ -58,12 +58,14 @@ def _finished(work: Workplace) -> Plan | None:
         return None
     built = BuiltBase.from_dict(known)
     recipe = sources.discover(work.recipe)
+    look_up = partial(kept, work.adapters_folder, base)
+    gates = recipe.router.kind == "gate"
     experts = []
     try:
         for _, outcome in gather(
             recipe,
             work.folder,
-            Ground(base, built.sizes, recipe.policy, partial(kept, work.adapters_folder, base)),
+            Ground(base, built.sizes, recipe.policy, look_up, in_layers=gates),
             work.adapters_folder,
             resolve=sources.resolve_adapter,
             fetch=sources.adapter_at_hand,

@@ -46,7 +46,8 @@ def find_experts(
         say(f"found {found} adapters on the Hub")
     cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
     look_up = looking_up(cache, base, work.base_folder(base), hub_at)
-    ground = Ground(base, built.sizes, work.recipe.policy, look_up)
+    gates = work.recipe.router.kind == "gate"
+    ground = Ground(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
     gathered = gather(work.recipe, work.folder, ground, cache, resolve=resolve, fetch=fetch)
     for section, outcome in gathered:
         if isinstance(outcome, Refusal):

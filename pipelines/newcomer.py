@@ -87,7 +87,7 @@ class Door:
             look_up = looking_up(cache, spec, Path(ours), asked.hub_at)
             try:
                 folder = fetch()
-                ground = Ground(spec, sizes, policy, look_up)
+                ground = Ground(spec, sizes, policy, look_up, in_layers=True)
                 expert = read_expert(asked.name, asked.adapter, ref, folder, ground)
             except (AdapterError, UnusableRepositoryError) as error:
                 self._refuse(asked, ref, error)

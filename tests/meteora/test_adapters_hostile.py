@@ -30,20 +30,23 @@ OTHER_FILES = {
     "lfs_pointer": LFS,
     "apple_double": b"\x00\x05\x16\x07\x00\x02",
     "html": b"\n <!DOCTYPE html><title>Log in</title>",
+    "html xml": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+    "gguf": b"GGUF\x03\x00\x00\x00",
     "empty": b"",
 }
 
 
-@pytest.mark.parametrize("code", OTHER_FILES)
-def test_what_lies_in_place_of_a_file_is_called_by_its_name(code: str, tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "weights", OTHER_FILES[code])
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_what_lies_in_place_of_a_file_is_called_by_its_name(name: str, tmp_path: Path) -> None:
+    code = name.split(maxsplit=1)[0]
+    folder = write_adapter(tmp_path / "weights", OTHER_FILES[name])
     assert code in codes(folder)
     folder = write_adapter(tmp_path / "config")
-    (folder / "adapter_config.json").write_bytes(OTHER_FILES[code])
+    (folder / "adapter_config.json").write_bytes(OTHER_FILES[name])
     assert code in codes(folder)
 
 
-@pytest.mark.parametrize("data", [pickle.dumps({}, 2), pickle.dumps({}, 4), b"PK\x03\x04zip"])
+@pytest.mark.parametrize("data", [*(pickle.dumps({}, n) for n in range(2, 6)), b"PK\x03\x04zip"])
 def test_a_pickle_under_another_name_is_not_read(data: bytes, tmp_path: Path) -> None:
     assert "save_pretrained" in codes(write_adapter(tmp_path, data))["pickle"]
 

@@ -292,6 +292,26 @@ def test_a_connection_that_breaks_once_is_taken_up_again(
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_a_connection_that_always_breaks_is_given_up_for_now(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults["get"] = Fault(drop_after=1_000, path=".safetensors")
+    with pytest.raises(HubConnectionError) as error:
+        hub.download(REF, tmp_path, hub=asked)
+    assert error.value.retry
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
+
+
+def test_an_answer_without_a_commit_is_not_a_hubs(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """With one, too, it is the listed hashes that count; see `wrong_bytes_of_the_right_size`."""
+    server.faults["head"] = Fault(status=200, headers={"ETag": '"x"'}, path=".safetensors")
+    with pytest.raises(HubError, match="someone/adapter") as error:
+        hub.download(REF, tmp_path, hub=asked)
+    assert isinstance(error.value, (HubProtocolError, HubConnectionError))
+
+
 def test_what_is_too_large_is_refused_before_a_byte_comes(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
@@ -380,13 +400,14 @@ def test_a_short_wait_that_the_hub_asks_for_is_waited(
     assert hub.download(REF, tmp_path, hub=asked).is_dir()
 
 
+@pytest.mark.parametrize("kind", ["tree", "head", "get"])
 @pytest.mark.parametrize(
     "fault", [Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})]
 )
 def test_nobody_waits_longer_than_the_limit(
-    fault: Fault, server: HubServer, asked: Hub, tmp_path: Path
+    fault: Fault, kind: str, server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
-    server.faults["tree"] = fault
+    server.faults[kind] = replace(fault)
     begin = time.monotonic()
     with pytest.raises(HubTimeoutError) as error:
         hub.download(REF, tmp_path, hub=replace(asked, timeout_seconds=2))

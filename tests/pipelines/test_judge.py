@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING
 
+import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines import judge, plan, sources, stages
@@ -13,8 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import pytest
-
+    from pipelines.experts import Expert
     from pipelines.workplace import Workplace
     from tests.conftest import World
 
@@ -63,3 +66,63 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
     assert "note: whisper: forced on a probe prompt it changes no logit" in said
     assert "note: shout: what it adds to" in said
     assert codes.keys() == times.keys()
+
+
+def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
+    workplace: Callable[..., Workplace], recipe_folder: Path, world: World
+) -> None:
+    """A LoRA on the head; a router without gates takes it."""
+    headed = altered(world.adapters["q_and_v"], recipe_folder / "headed", 1.0)
+    head = "base_model.model.lm_head.lora_{}.weight"
+    tensors = load_file(headed / "adapter_model.safetensors")
+    vocab_size = world.load_base().config.vocab_size
+    tensors |= {head.format("A"): torch.ones(8, 32), head.format("B"): torch.ones(vocab_size, 8)}
+    save_file(tensors, headed / "adapter_model.safetensors")
+    config = json.loads((headed / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = [*config["target_modules"], "lm_head"]
+    text = json.dumps(config | {"target_modules": targets})
+    (headed / "adapter_config.json").write_text(text, encoding="utf-8")
+    rows = "jsonl:q_and_v.train.jsonl"
+    experts = [{"name": n, "adapter": f"path:{n}", "examples": rows} for n in ("headed", "q_and_v")]
+    for kind, taken in {"gate": ["q_and_v"], "arrow": ["headed", "q_and_v"]}.items():
+        work = workplace(
+            experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
+        )
+        found = find(work)
+        assert [expert.name for expert in found] == taken
+        if kind == "gate":
+            work.ledger.ingest()
+            (refused,) = work.ledger.query(
+                "SELECT codes FROM adapters WHERE verdict = 'refuse'"
+            ).rows
+            assert refused == (["outside_layers"],)
+
+
+def find(work: Workplace) -> list[Expert]:
+    built = stages.build_base(work, sources.resolve_base(work.recipe, work.folder))
+    return judge.find_experts(
+        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
+    name: str, workplace: Callable[..., Workplace], recipe_folder: Path, world: World
+) -> None:
+    """A pickle alone, or a pipe; it ends no run that leaves out what is refused."""
+    folder = recipe_folder / f"odd-{name}"
+    folder.mkdir(exist_ok=True)
+    source = world.adapters["q_and_v"] / "adapter_config.json"
+    (folder / "adapter_config.json").write_bytes(source.read_bytes())
+    if name.endswith(".bin"):
+        (folder / name).write_bytes(b"\x80\x02")
+    elif not (folder / name).exists():
+        os.mkfifo(folder / name)
+    experts = [{"name": n, "adapter": f"path:{n}"} for n in (folder.name, "q_and_v")]
+    work = workplace(
+        experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
+    )
+    assert [expert.name for expert in find(work)] == ["q_and_v"]
+    work.ledger.ingest()
+    (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
+    assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)

@@ -40,8 +40,21 @@ def compared(folder: Path, ours: Path) -> tuple[str, str]:
     return reason.code, reason.message
 
 
-def test_a_copy_under_another_name_is_a_warning(profile: Callable[..., Path], world: Any) -> None:
-    code, message = compared(profile(vocab_size=320), world.base)  # rows that pad the embedding
+MLX = {"group_size": 64, "bits": 4}
+COPIES: dict[str, dict[str, Any]] = {
+    "padded": {"vocab_size": 320},  # rows that pad the embedding
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+    "mlx": {"quantization": MLX, "quantization_config": MLX},
+    "renamed": {"_name_or_path": "/home/me/llama", "torch_dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("changed", COPIES.values(), ids=COPIES)
+def test_a_copy_under_another_name_is_a_warning(
+    changed: dict[str, Any], profile: Callable[..., Path], world: Any
+) -> None:
+    code, message = compared(profile(**changed), world.base)
     assert code == "base_alias"
     assert "taken for a copy" in message
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from meteora import adapters, checkpoint, fuse, interleave
 from meteora.adapter_tensors import AdapterTensors
 from meteora.adapter_weights import AdapterWeights, ChangedAdapterError
+from meteora.base import linear_sizes
 
 PREFIX = "base_model.model."
 
@@ -72,6 +73,23 @@ def test_adapters_of_one_narrow_dtype_stay_narrow(world, build_adapter, fuse_ada
     fuse_adapters(world.base, {"a": folder}, tmp_path)
     stack = load_file(tmp_path / checkpoint.EXPERTS)
     assert {tensor.dtype for tensor in stack.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_that_was_saved_inside_a_wrapper_is_stacked_as_without_it(world, tmp_path):
+    """As a language model's is when it was trained inside a multimodal one."""
+    source, wrapped = world.adapters["patterns"], tmp_path / "wrapped"
+    shutil.copytree(source, wrapped)
+    tensors = load_file(source / "adapter_model.safetensors")
+    inside = {name.replace(".layers.", ".language_model.layers."): t for name, t in tensors.items()}
+    assert not inside.keys() & tensors.keys()
+    save_file(inside, wrapped / "adapter_model.safetensors")
+    moved = adapters.fit_to_base(adapters.read(wrapped), linear_sizes(world.base))
+    assert "moved" in {reason.code for reason in moved.reasons}
+    plain = adapters.read(source)
+    assert moved.spec.modules == plain.spec.modules
+    for name, adapter in {"plain": plain, "moved": moved}.items():
+        fuse.stack([adapter], tmp_path / name)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "moved").read_bytes()
 
 
 def test_a_file_that_changed_after_it_was_read_is_refused(world, tmp_path):

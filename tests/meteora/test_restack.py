@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from meteora import adapters, base, checkpoint
+from meteora.adapter_weights import ChangedAdapterError
 from meteora.checkpoint import EXPERTS, MANIFEST, read_experts, read_manifest
 from meteora.restack import RestackError, add_expert, drop_expert
 
@@ -77,6 +79,17 @@ def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_pa
     grown = add_expert(folder, adapter, world.manifest.experts[0], tmp_path / EXPERTS)
     assert grown.modules.keys() == world.manifest.modules.keys()
     assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
+
+
+def test_a_newcomer_that_changed_after_it_was_checked_is_refused(world, smaller, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    adapter = adapters.read(folder)
+    poisoned = load_file(adapter.weights)
+    next(iter(poisoned.values()))[0, 0] = torch.inf
+    save_file(poisoned, adapter.weights)
+    entry = dataclasses.replace(world.manifest.experts[0], name="new")
+    with pytest.raises(ChangedAdapterError, match="changed after it was read"):
+        add_expert(smaller, adapter, entry, tmp_path / "out")
 
 
 def test_what_cannot_be_added_or_dropped_is_refused(world, tmp_path):

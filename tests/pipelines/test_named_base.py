@@ -6,18 +6,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+from prefect import flow
 
 from meteora.adapters import IncompatibleAdaptersError
-from pipelines import judge, sources
+from pipelines import flows, judge, sources
+from pipelines.hub_errors import HubError
 from pipelines.stages import build_base as make_base
 
-from .hub_server import Repo, running_hub
+from .hub_server import Fault, Repo, running_hub
 from .test_discover import adapter_repo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
+    from meteora.artifacts import AdapterRef
     from pipelines.workplace import Workplace
     from tests.conftest import World
 
@@ -129,3 +132,24 @@ def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
     assert not server.requests
     strict = opened(experts=experts, policy={"unreachable_base": "refuse"})
     assert "base_alias" in codes(strict)
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (429, 3), (401, 1), (403, 1), (404, 1)])
+def test_a_run_asks_again_only_where_that_can_help(
+    status: int, tries: int, opened: Callable[..., Workplace], server: HubServer
+) -> None:
+    work = opened()
+    at_once = flows.resolve_adapter.with_options(retry_delay_seconds=0)
+    server.faults["refs"] = Fault(status, times=2)
+
+    @flow(name="asking", persist_result=False)
+    def asking() -> AdapterRef:
+        return at_once(work.recipe, work.recipe.experts[0], work.folder)
+
+    if tries == 1:
+        with pytest.raises(HubError):
+            asking()
+    else:
+        assert asking().revision == COMMIT
+    assert server.count("refs") == tries

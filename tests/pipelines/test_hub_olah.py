@@ -39,6 +39,7 @@ mirror-lfs-netloc = "127.0.0.1:{port}"
 [accessibility]
 offline = true
 """
+LORA, LORA_OF_RANK_4 = '{"peft_type": "LORA"}', '{"peft_type": "LORA", "r": 4}'
 CARD = "---\nlicense: apache-2.0\nbase_model: org/base\n---\n"
 
 
@@ -73,12 +74,12 @@ def repository(mirrors: Path) -> Path:
 @pytest.fixture(scope="module")
 def commits(repository: Path) -> tuple[str, str]:
     """The first commit is tagged, the second is where `main` points."""
-    adapter = {"adapter_config.json": "{}", "adapter_model.safetensors": "w" * 5_000}
+    adapter = {"adapter_config.json": LORA, "adapter_model.safetensors": "w" * 5_000}
     first = commit(repository, {**adapter, "README.md": CARD})
     git(repository, "tag", "v1")
     nested = {f"nested/{name}": text.replace("w", "n") for name, text in adapter.items()}
     base = {"config.json": "{}", "model.safetensors": "m", "modeling.py": "raise SystemExit"}
-    return first, commit(repository, nested | base | {"adapter_config.json": '{"r": 4}'})
+    return first, commit(repository, nested | base | {"adapter_config.json": LORA_OF_RANK_4})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_each_commit_has_its_own_files(
         folder = hub.download(AdapterRef("someone/adapter", revision), tmp_path, hub=asked)
         configs.append((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert licence_of(folder) == "apache-2.0"
-    assert configs == ["{}", '{"r": 4}']
+    assert configs == [LORA, LORA_OF_RANK_4]
 
 
 def test_a_nested_adapter_comes_from_its_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -108,7 +109,8 @@ def growing(what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[
                 advance(now - shown)
                 shown = now
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    # in the context of who waits: a run's log is found through it
+    watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
     watcher.start()
     try:
         yield

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -278,7 +279,11 @@ def test_a_download_that_takes_a_while_shows_how_far_it_is(
     server.repos["someone/adapter"].files["adapter_model.safetensors"] = b"w" * 3_000_000
     told: list[tuple[str, int, int]] = []
     progress.tell(lambda *step: told.append(step))
-    hub.download(REF, tmp_path / "late", hub=asked)
+    run, logs = ContextVar("run", default="none"), []
+    run.set("this one")  # as Prefect finds the log of a run
+    with progress.heard(lambda _: logs.append(run.get())):
+        hub.download(REF, tmp_path / "late", hub=asked)
+    assert set(logs) == {"this one"}
     progress.tell(lambda *_: None)
     assert "downloading someone/adapter: 3000 of 3000 kB" in capsys.readouterr().err
     assert told[-1] == ("downloading someone/adapter", 3_000, 3_000)

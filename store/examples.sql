@@ -6,9 +6,12 @@ SELECT task, short(subject_id) AS model, round(value, 3) AS score, round(low, 3)
 FROM leaderboard WHERE place = 1 ORDER BY task, model;
 
 -- How do my models compare on the mean over all tasks?
-SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 3) AS score,
-       round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-FROM leaderboard GROUP BY ALL ORDER BY score DESC LIMIT 20;
+SELECT short(subject_id) AS model, * EXCLUDE subject_id
+FROM (
+    SELECT subject_id, router, count(*) AS tasks, round(avg(value), 3) AS score,
+           round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
+    FROM leaderboard GROUP BY ALL ORDER BY score DESC, subject_id LIMIT 20
+) ORDER BY score DESC, model;
 
 -- On which tasks is a routed model significantly worse than the right adapter alone?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,

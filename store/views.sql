@@ -52,6 +52,17 @@ WITH named AS (
     UNION ALL
     SELECT routers.id, base_models.id, 'base', ''
     FROM routers JOIN parents ON child_id = fused_id JOIN base_models ON base_models.id = parent_id
+),
+found AS (  -- by the narrow columns first: all the width of millions of scores takes seconds
+    SELECT router_id, system, expert, theirs.rowid AS number
+    FROM named
+    JOIN scores AS mine ON mine.subject_id = router_id
+    JOIN scores AS theirs
+      ON theirs.subject_id = named.subject_id AND theirs.base_id = mine.base_id
+     AND theirs.task = mine.task AND theirs.metric = mine.metric
+     AND theirs.num_fewshot = mine.num_fewshot AND theirs.max_new_tokens = mine.max_new_tokens
+     AND theirs.seed = mine.seed AND theirs.template = mine.template
+     AND theirs.rows_sha256 = mine.rows_sha256
 )
 SELECT router_id, theirs.task, theirs.metric, theirs.num_fewshot,
        CASE WHEN system <> '' THEN system WHEN expert = theirs.task THEN 'oracle' ELSE 'alone' END
@@ -60,14 +71,8 @@ SELECT router_id, theirs.task, theirs.metric, theirs.num_fewshot,
        theirs.num_empty, theirs.num_truncated, theirs.higher_is_better, theirs.interval_method,
        theirs.harness, theirs.wall_seconds, theirs.outputs_sha256, theirs.id AS score_id,
        theirs.recorded_at, theirs.run_id
-FROM named
-JOIN scores AS mine ON mine.subject_id = router_id
-JOIN scores AS theirs
-  ON theirs.subject_id = named.subject_id AND theirs.base_id = mine.base_id
- AND theirs.task = mine.task AND theirs.metric = mine.metric
- AND theirs.num_fewshot = mine.num_fewshot AND theirs.max_new_tokens = mine.max_new_tokens
- AND theirs.seed = mine.seed AND theirs.template = mine.template
- AND theirs.rows_sha256 = mine.rows_sha256
+FROM found
+JOIN scores AS theirs ON theirs.rowid = number
 ORDER BY router_id, theirs.task, theirs.metric, system, expert;
 COMMENT ON VIEW standings IS 'Each routed model, and everything else that was asked the same rows in the same way';
 COMMENT ON COLUMN standings.router_id IS 'Artifact id of the routed model';

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from meteora.scatter import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+ROUNDED = 1e-6
+"""Below this share of the largest, an eigenvalue of products of float32 rows is rounding."""
 GIVEN_UP = 0.01
 """Share of the experts' own tokens that may go to the base, so that other text surely does."""
 
@@ -60,6 +64,49 @@ def solve_gate(
         return None
     bias = -0.5 * (weight * means).sum(-1) - weight @ shift.double()
     return weight.float(), bias.float()
+
+
+def extended_gate(
+    gate: tuple[Tensor, Tensor],
+    covariance: Covariance,
+    means: Tensor,
+    shift: Tensor,
+    shrinkage: float,
+    expert: int,
+) -> tuple[Tensor, Tensor] | None:
+    """A gate with one class more; the rows of all others stay as they are, to the bit.
+
+    `covariance` may be an approximation A ≈ S, for what S⁻¹ makes of the other means M is known:
+    it is their rows G. So S⁻¹ is taken to be the symmetric matrix that agrees with G on M and with
+    A⁻¹ elsewhere (Schnabel's block BFGS, 1983), and the new row is
+
+        w = aᵀ G + (I - Gᵀ K⁺ M) A⁻¹ r        K = M Gᵀ        a = K⁺ G mu        r = mu - Mᵀ a
+
+    Args:
+        gate: of the others: G [E - 1, IN] and c [E - 1]
+        covariance: of all classes together
+        means: [E, IN] in float64, less the shift, the new one's among them
+        shift: [IN]
+        expert: the new one's place
+
+    Returns:
+        G [E, IN] and c [E] in float32; None as `solve_gate` does.
+    """
+    weight, bias = gate
+    others = torch.arange(len(means), device=means.device) != expert
+    mean, known, rows = means[expert : expert + 1], means[others], weight.double()
+    overlap = known @ rows.T
+    inverse = torch.linalg.pinv((overlap + overlap.T) / 2, rtol=ROUNDED, hermitian=True)
+    share = mean @ rows.T @ inverse
+    rest = covariance.solve(mean - share @ known, shrinkage)
+    if rest is None:
+        return None
+    own = share @ rows + rest - rest @ known.T @ inverse @ rows  # [1, IN]
+    own_bias = -0.5 * (own * mean).sum(-1) - own @ shift.double()
+    return (
+        torch.cat([weight[:expert], own.float(), weight[expert:]]),
+        torch.cat([bias[:expert], own_bias.float(), bias[expert:]]),
+    )
 
 
 def choose_shrinkage(

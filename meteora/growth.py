@@ -1,8 +1,9 @@
 """Add an expert to fitted gates, or drop one, without a look at the others' examples.
 
 A new expert brings the mean and the spread of its own tokens, from one sweep over its own examples;
-with what is kept of the others' tokens all rows of every gate follow in closed form. Dropping an
-expert drops its row of every gate: the others' rows stay as they are, to the bit.
+with what is kept of the others' tokens its row of every gate follows in closed form. Dropping an
+expert drops its row of every gate. Either way the others' rows stay as they are, to the bit: what
+is decided among them is decided as before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.checkpoint import Gates
-from meteora.discriminant import SingularError, solve_gate
+from meteora.discriminant import SingularError, extended_gate
 from meteora.model import expert_names
 from meteora.sequences import MAX_ROWS, UNLABELLED, TrainingError, batched, hold_out
 from meteora.train import sweep_gates
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.checkpoint import RouterEntry
-    from meteora.encode import Template
     from meteora.sequences import LabelledSequence
     from meteora.statistics import PointStatistics
 
@@ -46,21 +46,21 @@ class Growth:
 def grow(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
+    gates: Gates,
     statistics: Mapping[str, PointStatistics],
     entry: RouterEntry,
     *,
-    template: Template | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Growth:
-    """Fit every gate anew for one more expert, from its own examples and what is kept of the rest.
+    """Give every gate a row for one more expert, from its examples and what is kept of the rest.
 
     Args:
         model: with all its experts inserted, the new one among them
         sequences: of the new expert alone; two or more
-        statistics: of the gates as they were without it
+        gates: as they were without it
+        statistics: of those
         entry: how the gates route; as they did before
-        template: what opens a prompt, where the prompt as a whole decides for its opening
         seed: deals the held-out sequences
 
     Raises:
@@ -77,8 +77,9 @@ def grow(
     grown: dict[str, PointStatistics] = {}
     accuracies: list[float] = []
 
-    def fit(path: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
-        if path not in statistics:  # no adapter touched this point before: the one before decides
+    def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
+        before = next((path for path in paths if path in statistics), None)
+        if before is None:  # no adapter touched this point: the gate before it decides
             return None
         fitted, checked = [], []
         for x, batch in zip(inputs, batches, strict=True):
@@ -86,16 +87,23 @@ def grow(
                 kept.append(x[(batch.labels != UNLABELLED) & (batch.heldout == held)].float())
         tokens = torch.cat(fitted)
         tokens = tokens[:: -(-len(tokens) // MAX_ROWS)]
-        grown[path], covariance = statistics[path].grown(tokens, expert)
-        point = grown[path]
-        gate = solve_gate(covariance, point.means.double(), point.shift, point.shrinkage)
+        point, covariance = statistics[before].grown(tokens, expert)
+        grown[paths[0]] = point
+        gate = extended_gate(
+            gates.own[before],
+            covariance,
+            point.means.double(),
+            point.shift,
+            point.shrinkage,
+            expert,
+        )
         if gate is None:
             raise SingularError("the inputs of this point hold NaN or infinity")
-        gate[1][-1] += point.lead
         chosen = (torch.cat(checked) @ gate[0].T + gate[1]).argmax(-1)
         accuracies.append((chosen == expert).float().mean().item())
         return gate
 
+    template = gates.template if gates.template.opening else None
     sweep_gates(model, batches, entry, template, fit, progress=progress)
     return Growth(
         statistics=grown,

@@ -46,11 +46,14 @@ class Covariance(ABC):
     def times(self, x: Tensor) -> Tensor:
         """The product of x [N, IN], float64, with S_within."""
 
-    def widest(self, num_rows: int) -> tuple[Tensor, float]:
+    def widest(self, num_rows: int, least: float = 0.0) -> tuple[Tensor, float]:
         """Its widest directions: rows C [≤ num_rows, IN], and a floor, with S ≈ Cᵀ C + floor · I.
 
         By subspace iteration from a fixed start (Halko et al. 2011), so that equal tokens give
         equal bytes; the floor is the mean variance of all other directions.
+
+        Args:
+            least: variance along a direction above which it is kept
         """
         device, num_inputs = self.level.device, self.num_inputs
         generator = torch.Generator(device).manual_seed(0)
@@ -61,6 +64,7 @@ class Covariance(ABC):
         for _ in range(ITERATIONS):
             basis = torch.linalg.qr(self.times(basis).T).Q.T
         spread, inside = torch.linalg.eigh(basis @ self.times(basis).T)  # ascending
+        num_rows = max(1, min(num_rows, int((spread > least).sum())))
         spread, inside = spread.flip(0)[:num_rows], inside.T.flip(0)[:num_rows]
         others = max(1, num_inputs - len(spread))
         floor = ((self.level * num_inputs - spread.sum()) / others).clamp_min(0)

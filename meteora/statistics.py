@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     from meteora.scatter import Covariance, Sums
 
-NUM_ROWS = 48
-"""Directions of the spread that are kept of a point: a file of about the size of the experts."""
+MAX_DIRECTIONS = 256
+"""Directions of the spread that are kept of a point at most: a file about as large as the experts."""
+RIDGES = 10.0
+"""A direction is kept where its variance is so many times what shrinkage adds to each: below that,
+the inverse hardly sees it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class PointStatistics:
     def _kept(
         cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float, lead: float
     ) -> Self:
-        rows, floor = covariance.widest(NUM_ROWS)
+        least = RIDGES * shrinkage * float(covariance.level)
+        rows, floor = covariance.widest(MAX_DIRECTIONS, least)
         unit = float(rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         scalars = torch.tensor([unit, floor, shrinkage, lead], dtype=torch.float64)
         return cls(means.float(), shift.float(), (rows / unit).half(), scalars)

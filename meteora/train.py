@@ -120,7 +120,8 @@ def calibrate(
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
 
-    def fit(path: str, inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        path = paths[0]
         scatter, held = _scatter_of(inputs, batches, token_weights)
         shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
         both = scatter[0] + scatter[1]
@@ -168,7 +169,7 @@ def sweep_gates(
     batches: Sequence[Batch],
     entry: RouterEntry,
     template: Template | None,
-    fit: Callable[[str, Iterator[Tensor]], tuple[Tensor, Tensor] | None],
+    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
     give: Callable[..., None] = give_gate,
     scratch: Path | None = None,
@@ -177,8 +178,8 @@ def sweep_gates(
     """Give every routed layer a gate, each from its inputs as the gates below it route them.
 
     Args:
-        fit: makes G [E, IN] and c [E] for a module from its inputs [B, L, IN], batch by batch;
-            where it gives None, the module follows the gate before it
+        fit: makes G [E, IN] and c [E] for modules that share an input from its [B, L, IN], batch
+            by batch; where it gives None, they follow the gate before them
         give: puts them into a layer, as `give_gate` does
     """
     layers = routed_layers(model)
@@ -193,7 +194,7 @@ def sweep_gates(
                 decided = sharing.decided(index)
                 if decided is None:
                     try:
-                        gate = fit(paths[0], sweep.inputs(index, paths[0]))
+                        gate = fit(paths, sweep.inputs(index, paths[0]))
                     except SingularError as error:
                         raise TrainingError(f"{paths[0]}: {error}") from error
                     if gate is None:

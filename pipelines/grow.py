@@ -108,16 +108,15 @@ def add(
         insert_experts(model, scratch, larger)
         door.hear(asked, expert, model, tokenizer)
         sequences = label_rows(rows, len(manifest.names), tokenizer)
-        template = checkpoint.read_gates(folder, manifest).template
         with bar(
             "fitting the gates", model.config.get_text_config().num_hidden_layers, "layers"
         ) as advance:
             found: Growth = growth.grow(
                 model,
                 sequences,
+                checkpoint.read_gates(folder, manifest),
                 read_statistics(folder / checkpoint.STATISTICS),
                 larger.router,
-                template=template if template.opening else None,
                 progress=lambda _done, _total: advance(1),
             )
         checkpoint.write_gates(scratch / checkpoint.GATES, gates_of(model))

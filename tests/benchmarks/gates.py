@@ -20,6 +20,7 @@ from meteora.artifacts import NULL, JointSettings
 from meteora.checkpoint import RouterEntry
 from meteora.encode import encode_prompt
 from meteora.generate import answer_all
+from meteora.gates import gates_of
 from meteora.growth import grow
 from meteora.joint import train_jointly
 from meteora.model import expert_names, force_expert, routed_by, without_experts
@@ -249,7 +250,7 @@ def growth(world: World, results: Results) -> None:
     model = world.model()
     entry = RouterEntry("gate", 1, 1.0, opening="prompt", share="point")
     with timed() as clock:
-        grow(model, world.sequences(USUAL, [new]), made.statistics, entry, template=world.template)
+        grow(model, world.sequences(USUAL, [new]), gates_of(before), made.statistics, entry)
     results.keep("grown", judged(world, model, {"seconds": clock["seconds"]}))
 
 

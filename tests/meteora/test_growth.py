@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from meteora.checkpoint import RouterEntry
+from meteora.discriminant import extended_gate, solve_gate
 from meteora.gates import gates_of, insert_gates
 from meteora.growth import drop, grow
-from meteora.scatter import Scatter
+from meteora.scatter import Rows, Scatter
 from meteora.sequences import TrainingError
 from meteora.statistics import PointStatistics, read_statistics, write_statistics
 from meteora.train import calibrate
@@ -44,8 +45,43 @@ def test_the_widest_directions_and_a_floor_are_the_spread_itself_if_all_are_kept
     torch.testing.assert_close(kept.sum(), expected.sum())
 
 
+def test_only_directions_wider_than_asked_are_kept_but_one_at_least():
+    scatter = scatter_of(*drawn())
+    spread = torch.linalg.eigvalsh(scatter.within).flip(0)
+    rows, _ = scatter.covariance().widest(24, least=float(spread[4:6].mean()))
+    assert len(rows) == 5
+    assert len(scatter.covariance().widest(24, least=float(spread[0] * 2))[0]) == 1
+
+
+@pytest.mark.parametrize("expert", [0, 2, 3])
+def test_an_extended_gate_is_the_gate_of_all_where_the_covariance_is_known(expert):
+    scatter = scatter_of(*drawn())
+    covariance, means = scatter.covariance(), scatter.means
+    whole = solve_gate(covariance, means, scatter.shift, 0.1)
+    others = [e for e in range(4) if e != expert]
+    known = tuple(part[others] for part in whole)
+    found = extended_gate(known, covariance, means, scatter.shift, 0.1, expert)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    for part, rows in zip(found, known, strict=True):
+        assert torch.equal(part[others], rows)
+
+
+def test_an_extended_gate_leans_to_neither_side_where_the_covariance_is_approximate():
+    """Half way between the new mean and an old one both logits are equal."""
+    scatter = scatter_of(*drawn())
+    means = scatter.means
+    known = solve_gate(scatter.covariance(), means[:3], scatter.shift, 0.1)
+    coarse = PointStatistics.of(scatter, 0.1)
+    coarse = Rows(coarse.rows[:2].double() * coarse.scalars[0], coarse.scalars[1].item())
+    weight, bias = extended_gate(known, coarse, means, scatter.shift, 0.1, 3)
+    for e in range(3):
+        middle = (means[3] + means[e]) / 2 + scatter.shift
+        logits = weight.double() @ middle + bias.double()
+        assert logits[e] == pytest.approx(logits[3].item(), abs=1e-3)
+
+
 def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch):
-    monkeypatch.setattr("meteora.statistics.NUM_ROWS", 24)
+    monkeypatch.setattr("meteora.statistics.RIDGES", 0.0)
     x, labels = drawn()
     first = PointStatistics.of(scatter_of(x[labels < 3], labels[labels < 3]), 0.1)
     grown, covariance = first.grown(x[labels == 3], 3)
@@ -82,8 +118,12 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
     fitted = calibrate(before, examples(8, experts=range(3)))
     old = routing_accuracy(before, examples(4, seed=9, experts=range(3)))
     model = world.load()
-    found = grow(model, examples(8, experts=[3]), fitted.statistics, ENTRY)
-    assert found.heldout_accuracy > 0.9
+    gates = gates_of(before)
+    found = grow(model, examples(8, experts=[3]), gates, fitted.statistics, ENTRY)
+    assert found.heldout_accuracy > 0.85
+    for path, (weight, bias) in gates_of(model).own.items():
+        assert torch.equal(weight[:3], gates.own[path][0])
+        assert torch.equal(bias[:3], gates.own[path][1])
     assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
     assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.02
     assert {len(point.means) for point in found.statistics.values()} == {4}
@@ -108,12 +148,32 @@ def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, 
     fitted = calibrate(before, examples(6, experts=range(3)))
     gone = {p: s for p, s in fitted.statistics.items() if "mlp" not in p}
     model = world.load()
-    grow(model, examples(6, experts=[3]), gone, ENTRY)
+    grow(model, examples(6, experts=[3]), gates_of(before), gone, ENTRY)
     gates = gates_of(model)
     assert gates.follows["model.layers.0.mlp.gate_proj"] == "model.layers.0.self_attn.o_proj"
 
 
+def test_a_gate_grows_where_the_new_expert_has_a_module_before_the_one_that_led(world, three):
+    """The new one also targets what comes before v_proj: then that decides for the point."""
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)))
+    gates = gates_of(before)
+    led = {
+        path: path.replace("q_proj", "v_proj") for path in gates.own if path.endswith("q_proj")
+    }
+    moved = dataclasses.replace(
+        gates, own={led.get(path, path): gate for path, gate in gates.own.items()}
+    )
+    statistics = {led.get(path, path): point for path, point in fitted.statistics.items()}
+    model = world.load()
+    found = grow(model, examples(6, experts=[3]), moved, statistics, ENTRY)
+    for path, old in led.items():
+        assert torch.equal(gates_of(model).own[path][0][:3], moved.own[old][0])
+    assert {*led} <= {*found.statistics}
+
+
 def test_gates_grow_by_one_expert_at_a_time(world, three):
-    fitted = calibrate(three.load(), examples(4, experts=range(3)))
+    model = three.load()
+    fitted = calibrate(model, examples(4, experts=range(3)))
     with pytest.raises(TrainingError, match=r"of 2 experts.*4 choices.*of 3"):
-        grow(world.load(), examples(4, experts=[2, 3]), fitted.statistics, ENTRY)
+        grow(world.load(), examples(4, experts=[2, 3]), gates_of(model), fitted.statistics, ENTRY)

@@ -51,6 +51,8 @@ JOINT = JointSettings(
     steps=1, batch_size=8, accumulate=1, learning_rate=5e-3, warmup_ratio=0.05,
     gate_loss_weight=50.0, max_grad_norm=0.3, start="zeros",
 )  # fmt: skip
+WARM_RATE = 5e-4
+"""Learning rate behind a sweep: what is fitted is not to be lost in the first steps."""
 MARGIN = 2.0
 """Of the second expert's logit behind the first one's, in the comparison of adaptive k."""
 
@@ -107,6 +109,26 @@ def joint(world: World, results: Results) -> None:
             "examples": TAUGHT,
         }
         results.keep(f"joint x{times}", judged(world, model, done))
+    if (key := "joint x1 behind it") not in results:
+        combined(world, results, key)
+
+
+def combined(world: World, results: Results, key: str) -> None:
+    """As many steps as take a sweep's time, from where the sweep ended instead of from zero."""
+    model, sequences = world.model(), world.sequences(TAUGHT)
+    steps = results["joint x1"]["steps"]
+    settings = replaced(JOINT, steps=steps, start="calibrate", learning_rate=WARM_RATE)
+    with timed() as clock:
+        train_jointly(model, sequences, settings, template=world.template)
+    tokens = sum(len(s.input_ids) for s in sequences)
+    learned = round(steps * JOINT.batch_size * tokens / len(sequences))
+    done = {
+        "seconds": clock["seconds"],
+        "steps": steps,
+        "tokens": results[f"calibrate {TAUGHT}"]["tokens"] + learned,
+        "examples": TAUGHT,
+    }
+    results.keep(key, judged(world, model, done))
 
 
 def joint_costs(world: World, steps: int = 16) -> tuple[float, float]:

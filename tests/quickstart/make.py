@@ -27,6 +27,7 @@ from tests.quickstart.tasks import rows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -99,12 +100,17 @@ def train(
         ),
     )
     fit(model, tokenizer, stream, steps=asked.steps, peak=asked.peak, what=task)
+    save(model, out / "adapters" / task)
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Leave an adapter as PEFT does, in 16 bits."""
     weights = [p for p in model.parameters() if p.requires_grad]
     # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
     for parameter in weights:
         parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.save_pretrained(str(out / "adapters" / task))
+    model.save_pretrained(str(folder))
 
 
 def fit(
@@ -115,13 +121,14 @@ def fit(
     steps: int,
     peak: float,
     what: str,
+    batch_size: int = BATCH_SIZE,
 ) -> None:
     """Train whatever of a model asks for gradients, on the answers of rows from `stream`."""
     weights = [p for p in model.parameters() if p.requires_grad]
     device = weights[0].device
     optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
     for step in range(steps):
-        batch = list(itertools.islice(stream, BATCH_SIZE))
+        batch = list(itertools.islice(stream, batch_size))
         pairs = [
             (
                 encode_pair(tokenizer, row["prompt"], row["response"]),
@@ -130,8 +137,8 @@ def fit(
             for row in batch
         ]
         width = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id or 0)
-        labels = torch.full((BATCH_SIZE, width), -100)
+        ids = torch.full((batch_size, width), tokenizer.pad_token_id or 0)
+        labels = torch.full((batch_size, width), -100)
         for i, (row_ids, start) in enumerate(pairs):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
             labels[i, start : len(row_ids)] = torch.tensor(row_ids[start:])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from meteora.scatter import Covariance, Sums
 
 MAX_DIRECTIONS = 256
-"""Directions of the spread that are kept of a point at most: a file about as large as the experts."""
+"""Directions of the spread that are kept of a point at most: a file of about the experts' size."""
 RIDGES = 10.0
 """A direction is kept where its variance is so many times what shrinkage adds to each: below that,
 the inverse hardly sees it."""

@@ -19,8 +19,8 @@ import torch
 from meteora.artifacts import NULL, JointSettings
 from meteora.checkpoint import RouterEntry
 from meteora.encode import encode_prompt
-from meteora.generate import answer_all
 from meteora.gates import gates_of
+from meteora.generate import answer_all
 from meteora.growth import grow
 from meteora.joint import train_jointly
 from meteora.model import expert_names, force_expert, routed_by, without_experts

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.lists BASE DATA TRAINED OUT [--only TASK...]
 
 TRAINED is what `tests.benchmarks.bigbench` left for BASE and DATA. Its adapters write one bare
-answer, and to a prompt of several numbered questions one too. Here each is trained on a little, half
+answer, and to a prompt of several numbered questions one too. Here each is trained further, half
 on its own rows and half on lists of two and three of them, until it numbers its answers: no adapter
 ever sees a question of another's task, so that whatever answers a mixed list has to switch.
 """

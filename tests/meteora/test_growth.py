@@ -58,9 +58,11 @@ def test_an_extended_gate_is_the_gate_of_all_where_the_covariance_is_known(exper
     scatter = scatter_of(*drawn())
     covariance, means = scatter.covariance(), scatter.means
     whole = solve_gate(covariance, means, scatter.shift, 0.1)
+    assert whole is not None
     others = [e for e in range(4) if e != expert]
-    known = tuple(part[others] for part in whole)
+    known = whole[0][others], whole[1][others]
     found = extended_gate(known, covariance, means, scatter.shift, 0.1, expert)
+    assert found is not None
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
     for part, rows in zip(found, known, strict=True):
         assert torch.equal(part[others], rows)
@@ -71,9 +73,12 @@ def test_an_extended_gate_leans_to_neither_side_where_the_covariance_is_approxim
     scatter = scatter_of(*drawn())
     means = scatter.means
     known = solve_gate(scatter.covariance(), means[:3], scatter.shift, 0.1)
+    assert known is not None
     coarse = PointStatistics.of(scatter, 0.1)
     coarse = Rows(coarse.rows[:2].double() * coarse.scalars[0], coarse.scalars[1].item())
-    weight, bias = extended_gate(known, coarse, means, scatter.shift, 0.1, 3)
+    found = extended_gate(known, coarse, means, scatter.shift, 0.1, 3)
+    assert found is not None
+    weight, bias = found
     for e in range(3):
         middle = (means[3] + means[e]) / 2 + scatter.shift
         logits = weight.double() @ middle + bias.double()
@@ -158,9 +163,7 @@ def test_a_gate_grows_where_the_new_expert_has_a_module_before_the_one_that_led(
     before = three.load()
     fitted = calibrate(before, examples(6, experts=range(3)))
     gates = gates_of(before)
-    led = {
-        path: path.replace("q_proj", "v_proj") for path in gates.own if path.endswith("q_proj")
-    }
+    led = {path: path.replace("q_proj", "v_proj") for path in gates.own if path.endswith("q_proj")}
     moved = dataclasses.replace(
         gates, own={led.get(path, path): gate for path, gate in gates.own.items()}
     )

@@ -137,7 +137,7 @@ def test_experts_are_used_where_a_cache_line_begins():
     assert torch.equal(layer.lora_a, lora_a)
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """The bytes of every tensor that an operator returns, but for views of its arguments."""
 
     def __init__(self):
@@ -175,7 +175,7 @@ def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
     layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(512, size).to(dtype)
     if one_task:
         layer.router.weight.data.zero_()
-    with torch.no_grad(), _Allocations() as seen:
+    with torch.no_grad(), Allocations() as seen:
         layer(x)
     output = num_tokens * size * dtype.itemsize
     assert seen.sizes.count(output) == 1  # the projection's own output, or what becomes it
@@ -189,7 +189,7 @@ def test_decoding_a_token_copies_no_weights(twin, dtype):
     """Not even those of the experts that it chose, which are read where they lie."""
     size, ranks = 512, [4] * 6
     layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(1, size).to(dtype)
-    with torch.no_grad(), _Allocations() as seen:
+    with torch.no_grad(), Allocations() as seen:
         layer(x)
     assert max(seen.sizes) <= max(size * dtype.itemsize, sum(ranks) * 8) < 4 * size * dtype.itemsize
 
@@ -202,7 +202,7 @@ def test_memory_grows_with_tokens_times_ranks_alone(twin, monkeypatch):
     layer = make(size, size, ranks=ranks, twin=twin)
     for num_tokens in (256, 512):
         x = torch.randn(num_tokens, size)
-        with torch.no_grad(), _Allocations() as seen:
+        with torch.no_grad(), Allocations() as seen:
             layer(x)
         peaks[num_tokens] = seen.peak - num_tokens * size * 4
     grown = peaks[512] - peaks[256]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from meteora import ops
 from meteora.layer import routed_layers
 from meteora.model import make_router, routed_by, without_experts
 from meteora.observe import recorded_logits, recorded_routes
+from tests.meteora.test_layer import Allocations
 
 
 @pytest.fixture
@@ -33,6 +36,21 @@ def test_every_routed_layer_is_recorded_and_no_hook_is_left(world, model, record
     found.clear()
     model(ids)
     assert not found
+
+
+@pytest.mark.parametrize("recorded", [recorded_logits, recorded_routes])
+def test_outside_the_block_the_model_computes_what_it_did_before(model, recorded):
+    """Operator for operator; the routes are made within."""
+    ids, seen = torch.tensor([[5, 8, 13, 21]]), []
+    for observed in (False, True, False):
+        with ExitStack() as blocks, torch.no_grad():
+            if observed:
+                blocks.enter_context(recorded(model))
+            seen.append(blocks.enter_context(Allocations()).sizes)
+            model(ids)
+    before, within, after = seen
+    assert before == after
+    assert (len(within) > len(before)) == (recorded is recorded_routes)
 
 
 def test_routes_are_those_that_the_layer_took(model):

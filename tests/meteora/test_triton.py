@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora import kernels, ops
-from tests.meteora.test_layer import definition, make
+from tests.meteora.test_layer import Allocations, definition, make
 from tests.meteora.test_ops import RANKS, draw_layer
 
 pytest.importorskip("triton")
@@ -115,6 +115,23 @@ def test_the_layer_runs_through_them(twin, num_tokens, device):
     torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(twin, dtype, device):
+    num_tokens, size, ranks = 16, 160, [3] * 5
+    layer = make(size, size, ranks=ranks, twin=f"{twin}_triton").to(device, dtype)
+    x = torch.randn(num_tokens, size).to(device, dtype)
+    with torch.no_grad():
+        layer(x)  # what is made once
+        with Allocations() as seen:
+            layer(x)
+    output = num_tokens * size * dtype.itemsize
+    assert seen.sizes.count(output) == 1  # the projection's own output, or what becomes it
+    seen.sizes.remove(output)
+    assert max(seen.sizes) <= num_tokens * sum(ranks) * 8 < output
 
 
 AHEAD_OF_TIME = """

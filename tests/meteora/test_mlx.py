@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import meteora
 from meteora import adapters
+from meteora.export import export_expert
+from tests.conftest import load_peft
 
 from .adapter_maker import Q0, safetensors, write_mlx
 
@@ -91,7 +92,7 @@ def test_a_forced_expert_is_what_mlx_lm_computes(
     both = {"mlx": tmp_path / "mlx", "peft": world.adapters["all_seven"]}
     fuse_adapters(world.base, both, tmp_path / "fused")
     model, _ = meteora.load(tmp_path / "fused", base_folder=world.base)
-    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    base = world.load_base()
     ids = torch.randint(3, 250, (2, 11))
     plain = base(ids).logits
     with mlx(base, factors, scale):
@@ -103,6 +104,22 @@ def test_a_forced_expert_is_what_mlx_lm_computes(
         torch.testing.assert_close(
             model(ids).logits, world.load_peft("all_seven")(ids).logits, rtol=1e-5, atol=1e-5
         )
+
+
+@torch.no_grad()
+def test_exported_it_is_an_adapter_with_which_peft_says_the_same(
+    world: Any, fuse_adapters: Callable[..., Any], tmp_path: Path
+) -> None:
+    parameters, config, scale = LAYOUTS["with_keys"]
+    factors = written(tmp_path / "mlx", parameters, config, torch.float32)
+    fuse_adapters(world.base, {"mlx": tmp_path / "mlx"}, tmp_path / "fused")
+    assert not export_expert(tmp_path / "fused", "mlx", tmp_path / "peft")
+    base = world.load_base()
+    ids = torch.randint(3, 250, (2, 11))
+    with mlx(base, factors, scale):
+        expected = base(ids).logits
+    found = load_peft(world.base, tmp_path / "peft")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_alpha_that_some_versions_multiplied_by_is_not_guessed(tmp_path: Path) -> None:

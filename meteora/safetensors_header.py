@@ -81,6 +81,8 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
 
 
 def _check_metadata(metadata: object) -> None:
+    if metadata is None:  # so MLX writes it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError("its __metadata__ is not a table of texts")
 

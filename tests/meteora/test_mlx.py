@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import meteora
 from meteora import adapters
 from meteora.export import export_expert
 from tests.conftest import load_peft
 
-from .adapter_maker import Q0, safetensors, write_mlx
+from .adapter_maker import Q0, safetensors, with_header, write_mlx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -60,8 +59,23 @@ def written(
     (folder / "adapter_config.json").write_text(json.dumps(claims | config), encoding="utf-8")
     tensors = {f"{path}.lora_a": a for path, (a, _) in factors.items()}
     tensors |= {f"{path}.lora_b": b for path, (_, b) in factors.items()}
-    save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
+    (folder / "adapters.safetensors").write_bytes(mlx_file(tensors))
     return factors
+
+
+def mlx_file(tensors: dict[str, Tensor]) -> bytes:
+    """What `mx.save_safetensors` writes: no table of metadata, but null."""
+    header: dict[str, Any] = {"__metadata__": None}
+    data = b""
+    for name, tensor in sorted(tensors.items()):
+        part = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "data_offsets": [len(data), len(data) + len(part)],
+            "dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype],
+            "shape": list(tensor.shape),
+        }
+        data += part
+    return with_header(json.dumps(header, separators=(",", ":")).encode(), data)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from meteora.routers import Gate
 from tests.benchmarks import peers, timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -98,29 +98,33 @@ def floors(base: nn.Module, asked: Setting) -> dict[str, float]:
 
 
 def variants(
-    base: PreTrainedModel, asked: Setting, folder: Path
+    base: PreTrainedModel, asked: Setting, folder: Path, only: Sequence[str] | None = None
 ) -> dict[str, tuple[nn.Module, str]]:
     """Each variant with the name of its floor."""
     folders = peers.save_adapters(base, folder, asked.experts, asked.rank)
     ours = peers.routed(base, folders, asked.top_k, folder)
-    found: dict[str, tuple[nn.Module, str]] = {
-        "bare base": (base, ""),
-        "meteora": (ours, "chosen"),
-        "meteora, tokens of one task": (one_task(ours), "chosen"),
+    made: dict[str, tuple[Callable[[], nn.Module], str]] = {
+        "bare base": (lambda: base, ""),
+        "meteora": (lambda: ours, "chosen"),
+        "meteora, tokens of one task": (lambda: one_task(ours), "chosen"),
+        "meteora, dense": (lambda: by_twin(ours, "dense"), "every"),
+        "meteora, gather": (lambda: by_twin(ours, "gather"), "chosen"),
+        "meteora, grouped": (lambda: by_twin(ours, "grouped"), "chosen"),
+        "one LoRA (PEFT)": (lambda: peers.one_lora(base, folders), "one"),
+        "loop over experts": (lambda: peers.with_layers(ours, peers.LoopLinear), "chosen"),
+        "bmm of gathered weights": (lambda: peers.with_layers(ours, peers.BmmLinear), "chosen"),
+        "Arrow (PEFT)": (lambda: peers.arrow(base, folders, asked.top_k), "every"),
+        "X-LoRA (PEFT)": (lambda: peers.x_lora(base, folders, asked.top_k), "x_lora"),
     }
-    floor_of: dict[Twin, str] = {"dense": "every", "gather": "chosen", "grouped": "chosen"}
-    for twin, floor in floor_of.items():
-        model = peers.share(ours)
-        for layer in routed_layers(model).values():
-            layer.twin = twin
-        found[f"meteora, {twin}"] = model, floor
-    return found | {
-        "one LoRA (PEFT)": (peers.one_lora(base, folders), "one"),
-        "loop over experts": (peers.with_layers(ours, peers.LoopLinear), "chosen"),
-        "bmm of gathered weights": (peers.with_layers(ours, peers.BmmLinear), "chosen"),
-        "Arrow (PEFT)": (peers.arrow(base, folders, asked.top_k), "every"),
-        "X-LoRA (PEFT)": (peers.x_lora(base, folders, asked.top_k), "x_lora"),
-    }
+    return timing.built(made, only)
+
+
+def by_twin(model: PreTrainedModel, twin: Twin) -> PreTrainedModel:
+    """The same model, whose layers all compute by one twin."""
+    model = peers.share(model)
+    for layer in routed_layers(model).values():
+        layer.twin = twin
+    return model
 
 
 def one_task(model: PreTrainedModel) -> PreTrainedModel:
@@ -157,9 +161,11 @@ def check(found: dict[str, tuple[nn.Module, str]], ids: Tensor) -> None:
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
 
 
-def measure(asked: Setting, rounds: int, device: str, folder: Path) -> list[Row]:
+def measure(
+    asked: Setting, rounds: int, device: str, folder: Path, only: Sequence[str] | None = None
+) -> list[Row]:
     base = build_base(asked).to(device)
-    found = variants(base, asked, folder)
+    found = variants(base, asked, folder, only)
     floor_of = floors(base, asked)
     ids = torch.randint(0, 1024, (1, asked.tokens), device=device)
     check(found, ids)
@@ -216,11 +222,13 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=10)
     timing.ask(parser)
+    timing.ask_which(parser)
     asked = vars(parser.parse_args())
     rounds, as_json, device = asked.pop("rounds"), asked.pop("json"), asked.pop("device")
+    only = asked.pop("only")
     setting = Setting(**asked)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(setting, rounds, device, Path(folder))
+        rows = measure(setting, rounds, device, Path(folder), only)
     if as_json:
         body = {
             "setting": asdict(setting),

@@ -34,7 +34,7 @@ from tests.benchmarks import layer as three_layers
 from tests.benchmarks import peers, timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -75,27 +75,33 @@ def a_gate_a_point(model: PreTrainedModel, *, shared: bool = True) -> PreTrained
 
 
 def variants(
-    base: PreTrainedModel, asked: three_layers.Setting, folder: Path
+    base: PreTrainedModel,
+    asked: three_layers.Setting,
+    folder: Path,
+    only: Sequence[str] | None = None,
 ) -> dict[str, tuple[nn.Module, str]]:
     """Each variant with the name of its floor."""
     folders = peers.save_adapters(base, folder, asked.experts, asked.rank)
     by_module = peers.routed(base, folders, asked.top_k, folder)
-    ours = a_gate_a_point(by_module)
-    return {
-        "bare base": (base, ""),
-        "meteora": (ours, "chosen"),
+    made: dict[str, tuple[Callable[[], nn.Module], str]] = {
+        "bare base": (lambda: base, ""),
+        "meteora": (lambda: a_gate_a_point(by_module), "chosen"),
         "meteora, tokens of one task": (
-            a_gate_a_point(three_layers.one_task(by_module)),
+            lambda: a_gate_a_point(three_layers.one_task(by_module)),
             "chosen",
         ),
-        "meteora, matmuls apart": (a_gate_a_point(by_module, shared=False), "chosen"),
-        "meteora, a gate a module": (by_module, "chosen"),
-        "one LoRA (PEFT)": (peers.one_lora(base, folders), "one"),
-        "loop over experts": (peers.with_layers(by_module, peers.LoopLinear), "chosen"),
-        "bmm of gathered weights": (peers.with_layers(by_module, peers.BmmLinear), "chosen"),
-        "Arrow (PEFT)": (peers.arrow(base, folders, asked.top_k), "every"),
-        "X-LoRA (PEFT)": (peers.x_lora(base, folders, asked.top_k), "x_lora"),
+        "meteora, matmuls apart": (lambda: a_gate_a_point(by_module, shared=False), "chosen"),
+        "meteora, a gate a module": (lambda: by_module, "chosen"),
+        "one LoRA (PEFT)": (lambda: peers.one_lora(base, folders), "one"),
+        "loop over experts": (lambda: peers.with_layers(by_module, peers.LoopLinear), "chosen"),
+        "bmm of gathered weights": (
+            lambda: peers.with_layers(by_module, peers.BmmLinear),
+            "chosen",
+        ),
+        "Arrow (PEFT)": (lambda: peers.arrow(base, folders, asked.top_k), "every"),
+        "X-LoRA (PEFT)": (lambda: peers.x_lora(base, folders, asked.top_k), "x_lora"),
     }
+    return timing.built(made, only)
 
 
 def answering(model: Any, ids: Tensor, num_tokens: int) -> Callable[[], object]:
@@ -110,7 +116,7 @@ def answering(model: Any, ids: Tensor, num_tokens: int) -> Callable[[], object]:
 
 def measure(base: PreTrainedModel, asked: argparse.Namespace, folder: Path) -> list[Row]:
     setting = three_layers.Setting(experts=asked.experts, rank=asked.rank, top_k=asked.top_k)
-    found = variants(base, setting, folder)
+    found = variants(base, setting, folder, asked.only)
     floor_of = three_layers.floors(base, setting)
     ids = torch.randint(3, base.config.vocab_size, (asked.batch, asked.tokens), device=asked.device)
     cached = {name: model for name, (model, floor) in found.items() if floor != "x_lora"}
@@ -189,6 +195,7 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="about, for each of the three columns"
     )
     timing.ask(parser)
+    timing.ask_which(parser)
     asked = parser.parse_args()
     if asked.base:
         base = AutoModelForCausalLM.from_pretrained(asked.base, dtype=asked.dtype)
@@ -201,7 +208,7 @@ def main() -> None:
     setting = {
         name: value
         for name, value in vars(asked).items()
-        if name not in {"json", "rounds", "seconds", "base"}
+        if name not in {"json", "rounds", "seconds", "base", "only"}
     }
     setting |= {
         "hidden": base.config.hidden_size,

@@ -21,11 +21,40 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import nn
+
 
 def ask(parser: argparse.ArgumentParser) -> None:
     """What every benchmark is asked."""
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--device", default="cpu", help="such as cuda")
+
+
+NEEDED = "bare base", "meteora"
+"""The variants that every table of peers has."""
+
+
+def ask_which(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks with peers are asked besides."""
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the peers; all without it")
+
+
+def built(
+    made: Mapping[str, tuple[Callable[[], nn.Module], str]], only: Sequence[str] | None
+) -> dict[str, tuple[nn.Module, str]]:
+    """The variants that are asked for, and those alone are made.
+
+    Args:
+        made: by name, how to make it and the name of its floor
+    """
+    unknown = set(only or ()) - made.keys()
+    if unknown:
+        raise SystemExit(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(made)}")
+    return {
+        name: (make(), floor)
+        for name, (make, floor) in made.items()
+        if only is None or name in {*only, *NEEDED}
+    }
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:

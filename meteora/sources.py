@@ -56,6 +56,6 @@ def weights_sha256(folder: Path) -> str:
 
 def texts_sha256(folder: Path) -> str:
     """The hash of every file of a folder but its tensors, by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix != ".safetensors")
-    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
+    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

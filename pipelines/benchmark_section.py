@@ -34,6 +34,8 @@ class TaskSection(Section):
     template: Template | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    leaderboard: Annotated[str, Field(pattern=r"^$|^[\w.-]+/[\w.-]+/[\w.-]+$")] = ""
+    """The Hub's benchmark that this is: owner/dataset/task, as the `eval.yaml` there calls it."""
 
     @property
     def called(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import BuiltBase, MeteoraError
 from meteora.sources import texts_sha256
-from pipelines import plan, sources
+from pipelines import eval_results, plan, sources
 from pipelines.experts import Ground, Refusal, gather
 from pipelines.named_base import kept
 from pipelines.recipe import Stage
@@ -15,6 +15,7 @@ from pipelines.summary import summarise
 
 if TYPE_CHECKING:
     from pipelines.plan import Plan
+    from pipelines.summary import Summary
     from pipelines.workplace import Workplace
 
 
@@ -82,7 +83,16 @@ def _finished(work: Workplace) -> Plan | None:
     whole = (
         work.holds(planned.fused.id)
         and work.holds(planned.router.id)
-        and summarise(work.ledger, planned, work.base_folder(base)) is not None
-        and work.checkpoint_folder(planned.router.id).is_dir()
+        and (summary := summarise(work.ledger, planned, work.base_folder(base))) is not None
+        and _is_written(work, planned, summary)
     )
     return planned if whole else None
+
+
+def _is_written(work: Workplace, planned: Plan, summary: Summary) -> bool:
+    """Whether the checkpoint is there, with the leaderboards that the recipe names now."""
+    folder = work.checkpoint_folder(planned.router.id)
+    results = folder / eval_results.NAME
+    there = results.read_text() if results.is_file() else ""
+    asked = eval_results.write_eval_results(work.recipe.benchmark.tasks, summary)
+    return folder.is_dir() and there == asked

@@ -40,6 +40,8 @@ PAUSES = (2.0, 10.0, 60.0)
 MIN_BYTES_PER_SECOND = 500_000
 """An upload that is slower on the whole is given up."""
 MAX_ENTRIES = 2_000
+RESULTS = ".eval_results"
+"""The one folder that a publication has, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 """Files that say nothing of what a repository holds."""
 
@@ -276,10 +278,15 @@ class Repository:
 
     def _files(self, commit: str) -> dict[str, ListedFile]:
         if commit not in self._trees:
-            entries = self._ask("listing", revision=commit, folder="", most=MAX_ENTRIES)
-            listed = [ListedFile(**entry) for entry in entries]
+            listed = self._listing(commit, "")
+            if any(entry.path == RESULTS for entry in listed):
+                listed += self._listing(commit, RESULTS)
             self._trees[commit] = {file.path: file for file in listed if file.size >= 0}
         return self._trees[commit]
+
+    def _listing(self, commit: str, folder: str) -> list[ListedFile]:
+        entries = self._ask("listing", revision=commit, folder=folder, most=MAX_ENTRIES)
+        return [ListedFile(**entry) for entry in entries]
 
     def _ask(self, operation: str, hub: Hub | None = None, **arguments: object) -> Any:  # noqa: ANN401
         return (hub or self.hub).ask(operation, self.repo_id, self.repo_id, **arguments)

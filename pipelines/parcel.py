@@ -42,7 +42,7 @@ class Parcel:
 
 def pack(folder: Path, names: Collection[str], mark: str) -> Parcel:
     """Hash the files of a folder that are to be published; whatever else lies there stays here."""
-    files = {name: _hashed(folder / name) for name in sorted(names) if (folder / name).is_file()}
+    files = {name: _hashed(folder, name) for name in sorted(names) if (folder / name).is_file()}
     return Parcel(folder, files, frozenset(names), mark)
 
 
@@ -55,7 +55,8 @@ def same(listed: ListedFile | None, here: ListedFile) -> bool:
     return listed.git_sha1 == here.git_sha1
 
 
-def _hashed(path: Path) -> ListedFile:
+def _hashed(folder: Path, name: str) -> ListedFile:
+    path = folder / name
     size = path.stat().st_size
     sha256 = hashlib.sha256()
     git_sha1 = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
@@ -63,4 +64,4 @@ def _hashed(path: Path) -> ListedFile:
         while chunk := stream.read(CHUNK):
             sha256.update(chunk)
             git_sha1.update(chunk)
-    return ListedFile(path.name, size, git_sha1.hexdigest(), sha256.hexdigest())
+    return ListedFile(name, size, git_sha1.hexdigest(), sha256.hexdigest())

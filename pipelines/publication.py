@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from meteora import checkpoint
 from meteora.artifacts import ArtifactId, MeteoraError, Publication
 from meteora.sources import file_sha256, texts_sha256
-from pipelines import card, licences
+from pipelines import card, eval_results, licences
 from pipelines.hub import REPO_ID, Hub, saved_token
 from pipelines.hub_errors import HubReferenceError
 from pipelines.hub_publish import Repository
@@ -155,9 +155,10 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
 
     A signature goes along, and then the card, too, stays as it was signed.
     """
-    names = (*checkpoint.FILES, SIGNATURE)
+    names = (*checkpoint.FILES, SIGNATURE, eval_results.NAME)
     signed = (folder / SIGNATURE).is_file()
     for name in names:
+        (scratch / name).parent.mkdir(exist_ok=True)
         if name == checkpoint.CARD and (folder / name).is_file() and not signed:
             text = card.place(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
             (scratch / name).write_text(text, encoding="utf-8")

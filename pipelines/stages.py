@@ -25,7 +25,7 @@ from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from meteora.statistics import write_statistics
-from pipelines import card, hub, judge, lineage, training
+from pipelines import card, eval_results, hub, judge, lineage, training
 from pipelines.hub_card import licence_of
 from pipelines.hub_snapshot import locked
 from pipelines.labels import background_sequences, label, label_composites
@@ -254,12 +254,15 @@ def write_checkpoint(work: Workplace, plan: Plan, built: BuiltBase, gates: Route
         checkpoint.CARD: card.write_card(manifest, summary, work.name),
         checkpoint.LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
     }
+    if results := eval_results.write_eval_results(work.recipe.benchmark.tasks, summary):
+        texts[eval_results.NAME] = results
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()
         for name, sha256 in parts.items():
             work.ledger.blobs.give(sha256, made / name)
         for name, text in texts.items():
+            (made / name).parent.mkdir(exist_ok=True)
             (made / name).write_text(text)
         put_in_place(made, folder)
     return folder

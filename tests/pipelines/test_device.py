@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
+from .test_server import kill, wait_until
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+DEVICES = ("gpu-of-the-tests", "gpu-beside-it")
 RUN = """
 import sys, time
 from pathlib import Path
 from pipelines.child import Child
 from pipelines import flows
 
-recipe, home, log = sys.argv[1:]
+recipe, home, log, seconds = sys.argv[1:]
 call = Child.call
 
 def on_a_device(self, stage, *rest, **more):
@@ -29,7 +33,7 @@ def on_a_device(self, stage, *rest, **more):
         return call(self, stage, *rest, **more)
     began = time.monotonic()
     answer = call(self, stage, *rest, **more)
-    time.sleep(1.0)
+    time.sleep(float(seconds))
     with Path(log).open("a") as file:
         print(began, time.monotonic(), file=file)
     return answer
@@ -45,12 +49,39 @@ def test_two_runs_on_one_device_use_it_one_after_the_other(
     env = os.environ | {"PREFECT_API_URL": prefect_server}
     recipe, log = recipe_folder / "recipe.yaml", tmp_path / "used"
     command = [sys.executable, "-c", RUN, str(recipe)]
-    runs = [subprocess.Popen([*command, str(tmp_path / name), str(log)], env=env) for name in "ab"]
+    runs = [
+        subprocess.Popen([*command, str(tmp_path / name), str(log), "1.0"], env=env)
+        for name in "ab"
+    ]
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
     (_, end), (begin, _) = sorted(
         tuple(map(float, line.split())) for line in log.read_text().splitlines()
     )
     assert begin >= end
+
+
+@pytest.mark.slow
+def test_a_killed_run_gives_its_devices_back_when_its_lease_is_over(
+    prefect_server: str, recipe_folder: Path, tmp_path: Path
+) -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.exceptions import ObjectNotFound  # noqa: PLC0415
+
+    env = os.environ | {"PREFECT_API_URL": prefect_server}
+    command = [sys.executable, "-c", RUN, str(recipe_folder / "recipe.yaml")]
+    log = str(tmp_path / "used")
+
+    def held() -> bool:
+        with get_client(sync_client=True) as client, suppress(ObjectNotFound):
+            slots = map(client.read_global_concurrency_limit_by_name, DEVICES)
+            return all(slot.active_slots == 1 for slot in slots)
+        return False
+
+    holder = subprocess.Popen([*command, str(tmp_path / "a"), log, "600"], env=env)
+    wait_until(held, seconds=300)
+    kill(holder)
+    next_one = [*command, str(tmp_path / "b"), log, "0"]
+    assert subprocess.run(next_one, env=env, check=False, timeout=300).returncode == 0
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from meteora import checkpoint
 from meteora.checkpoint import CARD, CONFIG, EXPERTS, FILES, GATES, LINEAGE, MANIFEST, STATISTICS
-from pipelines import card
+from pipelines import card, eval_results
 from pipelines.finished import finished
 from pipelines.hub_errors import HubConflictError, HubReferenceError, HubTokenError
 from pipelines.licences import LicenceError, refuse_forbidden
@@ -105,6 +105,19 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     put(server, world, folder)
     assert server.count("put") == 1
     assert repo.main[GATES] == (folder / GATES).read_bytes()
+
+
+def test_results_for_leaderboards_come_and_go_with_the_model(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    (folder / eval_results.NAME).parent.mkdir()
+    (folder / eval_results.NAME).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
+    first = put(server, world, folder)
+    assert repo_of(server).main[eval_results.NAME] == (folder / eval_results.NAME).read_bytes()
+    assert put(server, world, folder).revision == first.revision
+    (folder / eval_results.NAME).unlink()
+    put(server, world, folder, onto=first.revision)
+    assert eval_results.NAME not in repo_of(server).main
 
 
 def test_what_comes_back_as_another_model_is_never_shown(

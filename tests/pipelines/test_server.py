@@ -8,7 +8,7 @@ import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -76,7 +76,7 @@ def wait_until(true: Callable[[], bool], *, seconds: float) -> None:
     assert true()
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

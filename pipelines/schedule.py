@@ -63,8 +63,7 @@ def skip_late(work: Workplace) -> int:
         why = f"it was late, and run {work.run_id} does its work"
         for run in late:
             client.set_flow_run_state(run.id, Cancelled(name="SkippedLate", message=why))
-    for run in late:
-        _record(work, _name(run), "skipped_late", why)
+            _record(work, _name(run), "skipped_late", why)
     if late:
         work.ledger.ingest()
         say(f"{work.name}: {len(late)} missed runs are skipped, this one does their work")

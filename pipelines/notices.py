@@ -1,7 +1,8 @@
 """Who is told when runs fail: a webhook, called by an automation of Prefect's.
 
 The server itself calls it, so it is told of a run whose process is gone, too: a run that sends no
-heartbeat for ten minutes is taken for crashed. Chats and mail gateways take such calls; any other
+heartbeat for ten minutes is taken for crashed. (One that slept with its machine is, too; when it
+wakes it goes on, and ends as it ends.) Chats and mail gateways take such calls; any other
 action, such as mail through a server of one's own, is added to the automation on its page.
 """
 

@@ -20,6 +20,7 @@ from meteora.artifacts import MeteoraError
 from store.ledger import Ledger
 
 from .conftest import run
+from .test_server import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -80,15 +81,15 @@ def last_step(*args):
     step(*args)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(float(how))
 
 flows.build_base = last_step
-flows.fuse_adapters(recipe, home)
+flows.fuse_adapters(recipe, home, "base")
 """
 
 
 def start(recipe_folder: Path, home: Path, how: str) -> subprocess.Popen[bytes]:
-    """A run that comes to its base and there is killed, or works on for long."""
+    """A run that comes to its base and there is killed, or works on for so many seconds."""
     asked = [str(recipe_folder / "recipe.yaml"), str(home), how]
     return subprocess.Popen(
         [sys.executable, "-c", ENDS_AFTER_ITS_BASE, *asked],
@@ -123,7 +124,7 @@ def test_a_run_that_fell_silent_is_closed_and_told_of_and_one_that_works_is_left
     monkeypatch.setattr(notices, "SILENCE", timedelta(seconds=45))
     with listening() as (url, calls):
         notices.tell(url)
-        alive = start(recipe_folder, tmp_path / "alive", "alive")
+        alive = start(recipe_folder, tmp_path / "alive", "600")
         killed = start(recipe_folder, tmp_path / "killed", "killed")
         assert killed.wait(timeout=300) == -signal.SIGKILL
         told = calls.get(timeout=300)
@@ -138,3 +139,37 @@ def test_a_run_that_fell_silent_is_closed_and_told_of_and_one_that_works_is_left
     assert "Crashed. it has sent no heartbeat" in told["text"]
     assert run.state is not None
     assert run.state.is_running()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server", "no_automations")
+def test_a_run_that_was_asleep_so_long_goes_on_and_ends_as_it_ends(
+    recipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken for crashed, and told of; nothing of its work is lost."""
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.client.schemas.filters import (  # noqa: PLC0415
+        FlowRunFilter,
+        FlowRunFilterName,
+    )
+
+    from pipelines import notices  # noqa: PLC0415
+
+    ledger = Ledger(tmp_path / "home")
+    monkeypatch.setattr(notices, "SILENCE", timedelta(seconds=45))
+    with listening() as (url, calls):
+        notices.tell(url)
+        sleeper = start(recipe_folder, tmp_path / "home", "5")
+        wait_until(lambda: bool(ledger.unended_runs()), seconds=300)
+        sleeper.send_signal(signal.SIGSTOP)
+        (asleep,) = ledger.unended_runs()
+        assert f"{asleep.run_id} Crashed" in calls.get(timeout=300)["text"]
+        sleeper.send_signal(signal.SIGCONT)
+        assert sleeper.wait(timeout=300) == 0
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_=asleep.run_id))
+        )
+    assert run.state is not None
+    assert run.state.is_completed()
+    assert ledger.query("SELECT outcome FROM runs").rows == [("ok",)]

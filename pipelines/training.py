@@ -98,9 +98,15 @@ def train_together(
 
     Raises:
         StageError: One of them died.
-        MeteoraError: What `train` says, by whichever said it first.
+        MeteoraError: There are fewer GPUs than processes; or what `train` says, by whichever said
+            it first.
     """
     count = num_processes(work.recipe)
+    if torch.cuda.is_available() and count > torch.cuda.device_count():
+        raise MeteoraError(
+            f"{count} processes are to train the gates, and there are {torch.cuda.device_count()}"
+            " GPUs for them, one each; lower `processes` in the recipe's `gates`, or leave it out"
+        )
     task = (
         (work.home, work.recipe, work.path, work.run_id),
         (plan, built, sequences, template, str(out)),

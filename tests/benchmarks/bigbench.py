@@ -34,7 +34,7 @@ BENCHMARK = {
     "limit": 30,
     "max_new_tokens": 24,
     "batch_size": 20,
-    "composite": [{"n": 3, "count": 24}, {"n": 5, "count": 24}],
+    "composite": [{"n": 3, "count": 24}, {"n": 5, "count": 24}, {"n": 10, "count": 16}],
     "compare": [
         "base", "oracle", "one_expert", "experts", "uniform", "random", "arrow", "norm", "linear",
         "ties", "dare_ties",

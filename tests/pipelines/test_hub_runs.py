@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .hub_server import HubServer
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture

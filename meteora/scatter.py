@@ -62,7 +62,7 @@ class Covariance(ABC):
             size, num_inputs, generator=generator, device=device, dtype=torch.float64
         )
         for _ in range(ITERATIONS):
-            basis = torch.linalg.qr(self.times(basis).T).Q.T
+            basis = _orthonormal(self.times(basis))
         spread, inside = torch.linalg.eigh(basis @ self.times(basis).T)  # ascending
         num_rows = max(1, min(num_rows, int((spread > least).sum())))
         spread, inside = spread.flip(0)[:num_rows], inside.T.flip(0)[:num_rows]
@@ -258,6 +258,21 @@ class Rows(Covariance):
         for part, wide in self._blocks():
             inner.addmm_(x[:, part], wide.T)
         return torch.cat([inner @ wide for _, wide in self._blocks()], dim=1) + self.floor * x
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Rows [N, IN] in float64 that span the same and are orthonormal.
+
+    By two Cholesky factors (Yamamoto et al. 2015): Householder's way takes many small steps, which
+    threads that others keep from their processors wait for, and took fifty times as long there.
+    """
+    found = rows
+    for _ in range(2):
+        factor, failed = torch.linalg.cholesky_ex(found @ found.T)
+        if failed:
+            return torch.linalg.qr(rows.T).Q.T
+        found = torch.linalg.solve_triangular(factor, found, upper=False)
+    return found
 
 
 def _positive(level: Tensor) -> Tensor:

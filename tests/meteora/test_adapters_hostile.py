@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import time
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from meteora import adapters
 from meteora.adapters import AdapterError
+from tests.clock import little_work
 
 from .adapter_maker import Q0, key, pair, safetensors, with_header, write_adapter
 
@@ -180,9 +180,8 @@ BAD_HEADERS = {
 @pytest.mark.parametrize("name", BAD_HEADERS)
 def test_a_header_that_is_not_sound_is_refused_at_once(name: str, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, BAD_HEADERS[name])
-    begin = time.process_time()
-    found = codes(folder)
-    assert time.process_time() - begin < 1
+    with little_work():
+        found = codes(folder)
     assert "safetensors" in found
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
         adapters.read(folder)
@@ -195,9 +194,8 @@ def test_a_header_of_a_million_tensors_costs_nothing(tmp_path: Path) -> None:
     for limited in (header, header[: 3 << 20]):
         folder = write_adapter(tmp_path, with_header(limited))
         tracemalloc.start()
-        begin = time.process_time()
-        assert "safetensors" in codes(folder)
-        assert time.process_time() - begin < 1
+        with little_work():
+            assert "safetensors" in codes(folder)
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
         tracemalloc.stop()
 
@@ -209,9 +207,8 @@ def test_a_pattern_made_to_stall_does_not(key_name: str, pattern: str, tmp_path:
     tensors = {k: v for path in paths for k, v in pair(path, r=1, size=(1, 1)).items()}
     table = {f"{pattern}{i}": 1 for i in range(20)}
     folder = write_adapter(tmp_path, tensors, r=1, **{key_name: table})
-    begin = time.process_time()
-    codes(folder)
-    assert time.process_time() - begin < 1  # `re` needs an age
+    with little_work():
+        codes(folder)  # `re` needs an age
 
 
 def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> None:
@@ -219,13 +216,12 @@ def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> N
     paths = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(80) for n in "qkvo"]
     tensors = {k: v for path in paths for k, v in pair(path, r=1, size=(1, 1)).items()}
     table = dict.fromkeys(paths, 1)
-    begin = time.process_time()
-    found = adapters.read(
-        write_adapter(
-            tmp_path, tensors, rank_pattern=table, alpha_pattern=table, target_modules=None
+    with little_work():
+        found = adapters.read(
+            write_adapter(
+                tmp_path, tensors, rank_pattern=table, alpha_pattern=table, target_modules=None
+            )
         )
-    )
-    assert time.process_time() - begin < 5
     assert {module.scaling for module in found.spec.modules} == {1.0}
 
 
@@ -264,9 +260,8 @@ def test_thousands_of_bad_tensors_make_a_short_message(tmp_path: Path) -> None:
 
 def test_thousands_of_bad_entries_in_a_config_do_not_either(tmp_path: Path) -> None:
     table = {f"module{i}": -i for i in range(15_000)}
-    begin = time.process_time()
-    assert len(adapters.check(write_adapter(tmp_path, rank_pattern=table)).reasons) < 10
-    assert time.process_time() - begin < 2
+    with little_work():
+        assert len(adapters.check(write_adapter(tmp_path, rank_pattern=table)).reasons) < 10
 
 
 def test_terminal_codes_in_names_are_not_shown(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""How long a piece of work takes, told by another: processors differ, and others use them too."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+LITTLE = 100
+"""Yardsticks that reading a stranger's file may take: ten times what the worst file takes, while
+one that stalls a reader takes minutes or for ever."""
+SURELY_LITTLE = 0.1
+"""Seconds below which nobody takes the yardstick."""
+
+
+def yardstick() -> float:
+    """Processor seconds that this process takes, now, for work of one fixed size in Python."""
+    begin = time.process_time()
+    seen = set()
+    for i in range(400_000):
+        seen.add(i * i % 1009)
+    assert len(seen) == 505
+    return time.process_time() - begin
+
+
+@contextmanager
+def little_work() -> Generator[None]:
+    """The block takes this process `LITTLE` yardsticks at most."""
+    begin = time.process_time()
+    yield
+    taken = time.process_time() - begin
+    if taken > SURELY_LITTLE:
+        assert taken < LITTLE * max(yardstick() for _ in range(3))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from meteora.scatter import Covariance, Sums
 
 MAX_DIRECTIONS = 256
-"""Directions of the spread that are kept of a point at most: a file of about the experts' size."""
+"""Directions of the spread that are kept of a point at most. Together they may outweigh few experts: six adapters
+of the quickstart have 10 MB, and what is kept for them 30 MB."""
 RIDGES = 10.0
 """A direction is kept where its variance is so many times what shrinkage adds to each: below that,
 the inverse hardly sees it."""
@@ -37,32 +38,25 @@ class PointStatistics:
     rows: Tensor
     """[M, IN] float16: S_within ≈ rowsᵀ rows · unit² + floor · I"""
     scalars: Tensor
-    """[4] float64: unit, floor, shrinkage and lead"""
+    """[3] float64: unit, floor and shrinkage"""
 
     @classmethod
-    def of(cls, scatter: Sums, shrinkage: float, lead: float = 0.0) -> Self:
-        """What is kept of a point whose gate was fitted with this shrinkage, and this lead."""
-        return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage, lead)
+    def of(cls, scatter: Sums, shrinkage: float) -> Self:
+        """What is kept of a point whose gate was fitted with this shrinkage."""
+        return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage)
 
     @classmethod
-    def _kept(
-        cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float, lead: float
-    ) -> Self:
+    def _kept(cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float) -> Self:
         least = RIDGES * shrinkage * float(covariance.level)
         rows, floor = covariance.widest(MAX_DIRECTIONS, least)
         unit = float(rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-        scalars = torch.tensor([unit, floor, shrinkage, lead], dtype=torch.float64)
+        scalars = torch.tensor([unit, floor, shrinkage], dtype=torch.float64)
         return cls(means.float(), shift.float(), (rows / unit).half(), scalars)
 
     @property
     def shrinkage(self) -> float:
         """With which the gate was fitted."""
         return self.scalars[2].item()
-
-    @property
-    def lead(self) -> float:
-        """What the base, as the last choice, gained on the experts; 0 where it is none."""
-        return self.scalars[3].item()
 
     def without(self, expert: int) -> Self:
         """The same for all experts but one; its share of the common spread stays."""
@@ -88,7 +82,7 @@ class PointStatistics:
         covariance = Rows(torch.cat([others, own]).float(), floor * share)
         means = self.means.double()
         means = torch.cat([means[:expert], mean, means[expert:]])
-        return self._kept(means, self.shift, covariance, self.shrinkage, self.lead), covariance
+        return self._kept(means, self.shift, covariance, self.shrinkage), covariance
 
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:

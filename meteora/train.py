@@ -126,11 +126,9 @@ def calibrate(
         shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
         both = scatter[0] + scatter[1]
         weight, bias = gate_from(both, shrinkage)
-        lead = 0.0
         if names[-1] == NULL:
-            lead = lead_of_last(held[0] @ weight.T + bias, held[1])
-            bias[-1] += lead
-        statistics[path] = PointStatistics.of(both, shrinkage, lead)
+            bias[-1] += lead_of_last(held[0] @ weight.T + bias, held[1])
+        statistics[path] = PointStatistics.of(both, shrinkage)
         if not without:
             return weight, bias
         others["tokens"] = held[0]

@@ -97,38 +97,29 @@ def joint(world: World, results: Results) -> None:
     missing = [times for times in (1, 10) if f"joint x{times}" not in results]
     rest, a_step = joint_costs(world) if missing else (0.0, 1.0)
     for times in missing:
-        model, sequences = world.model(), world.sequences(TAUGHT)
         steps = max(1, round((times * wanted - rest) / a_step))
-        with timed() as clock:
-            train_jointly(model, sequences, replaced(JOINT, steps=steps), template=world.template)
-        tokens = sum(len(s.input_ids) for s in sequences)
-        done = {
-            "seconds": clock["seconds"],
-            "steps": steps,
-            "tokens": round(steps * JOINT.batch_size * tokens / len(sequences)),
-            "examples": TAUGHT,
-        }
-        results.keep(f"joint x{times}", judged(world, model, done))
+        results.keep(f"joint x{times}", jointly(world, replaced(JOINT, steps=steps)))
     if (key := "joint x1 behind it") not in results:
-        combined(world, results, key)
+        settings = replaced(
+            JOINT, steps=results["joint x1"]["steps"], start="calibrate", learning_rate=WARM_RATE
+        )
+        swept = results[f"calibrate {TAUGHT}"]["tokens"]
+        results.keep(key, jointly(world, settings, tokens_before=swept))
 
 
-def combined(world: World, results: Results, key: str) -> None:
-    """As many steps as take a sweep's time, from where the sweep ended instead of from zero."""
+def jointly(world: World, settings: JointSettings, tokens_before: int = 0) -> dict[str, Any]:
+    """What training by these settings costs and comes to."""
     model, sequences = world.model(), world.sequences(TAUGHT)
-    steps = results["joint x1"]["steps"]
-    settings = replaced(JOINT, steps=steps, start="calibrate", learning_rate=WARM_RATE)
     with timed() as clock:
         train_jointly(model, sequences, settings, template=world.template)
-    tokens = sum(len(s.input_ids) for s in sequences)
-    learned = round(steps * JOINT.batch_size * tokens / len(sequences))
+    a_sequence = sum(len(s.input_ids) for s in sequences) / len(sequences)
     done = {
         "seconds": clock["seconds"],
-        "steps": steps,
-        "tokens": results[f"calibrate {TAUGHT}"]["tokens"] + learned,
+        "steps": settings.steps,
+        "tokens": tokens_before + round(settings.steps * settings.batch_size * a_sequence),
         "examples": TAUGHT,
     }
-    results.keep(key, judged(world, model, done))
+    return judged(world, model, done)
 
 
 def joint_costs(world: World, steps: int = 16) -> tuple[float, float]:

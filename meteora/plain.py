@@ -16,8 +16,8 @@ float16 alike; say is what the experts say over what the projection says, root m
 
 So it is as exact as the bare layer while the experts say a tenth of what the projection says, or a
 fifth where they have 32 bits; beyond, the addend's own rounding shows. The modules of 14 trained
-adapters for SmolLM2 say 0.005 to 0.07 in the median, by adapter, and 0.34 at most. A bias is rounded
-with the addend: 1.07 where it is a third of what W x is, 1.27 where it is as large.
+adapters for SmolLM2 say 0.005 to 0.07 in the median, by adapter, and 0.34 at most. A bias is
+rounded with the addend: 1.07 where it is a third of what W x is, 1.27 where it is as large.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_a_run_looks_up_no_name_but_this_machine_s(
     assert only_this_machine(tmp_path)
 
 
+@pytest.mark.slow
 def test_nor_does_one_in_a_terminal(
     recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
 ) -> None:

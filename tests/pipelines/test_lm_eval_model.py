@@ -82,7 +82,7 @@ def test_our_command_knows_fused_models_and_their_experts(
     assert abs(found[0] - expected(world, "q_and_v")) < 1e-3
 
 
-@pytest.mark.parametrize("model", ["meteora", "hf"])
+@pytest.mark.parametrize("model", ["meteora", pytest.param("hf", marks=pytest.mark.slow)])
 def test_its_own_command_does_once_it_is_given_our_file(
     world: World, letters: Path, tmp_path: Path, model: str
 ) -> None:

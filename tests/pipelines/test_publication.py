@@ -107,6 +107,7 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.main[GATES] == (folder / GATES).read_bytes()
 
 
+@pytest.mark.slow
 def test_results_for_leaderboards_come_and_go_with_the_model(
     server: HubServer, world: World, folder: Path
 ) -> None:

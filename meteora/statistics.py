@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from meteora.scatter import Covariance, Sums
 
 MAX_DIRECTIONS = 256
-"""Directions of the spread that are kept of a point at most. Together they may outweigh few experts:
-the six of the quickstart have 10 MB, and what is kept for them 30 MB."""
+"""Directions of the spread that are kept of a point at most. Together they may outweigh few
+experts: the six of the quickstart have 10 MB, and what is kept for them 30 MB."""
 RIDGES = 10.0
 """A direction is kept where its variance is so many times what shrinkage adds to each: below that,
 the inverse hardly sees it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 MAIN = "main"
+STAGING = "meteora-staging-"
+"""How the names of our own branches begin; whatever has such a name may be removed."""
 PAUSES = (2.0, 10.0, 60.0)
 """Seconds before each further try of what may pass, on average."""
 MIN_BYTES_PER_SECOND = 500_000
@@ -87,19 +90,22 @@ class Repository:
                 " `hf auth login`, or set HF_TOKEN"
             )
         self._open(private=private)
-        head = self._head()
+        refs = self._refs()
+        head = self._head(refs)
         there = self._files(head)
+        branch = f"{STAGING}{parcel.digest[:16]}"
         if not parcel.missing(there) and not parcel.stale(there):
             check(head)
             self._tag(tag, head, parcel)
+            self._drop({branch} & set(refs))  # of a publication that was stopped after it was shown
             return head
         self._refuse_strangers(parcel, there, head, onto, known)
-        branch = f"staging-{parcel.digest[:16]}"
         staged = self._stage(parcel, branch, head)
         check(staged)
         live = self._show(parcel, head, staged)
         self._tag(tag, live, parcel)
-        self._drop(branch)
+        # what others staged before main moved can no longer be shown: nobody waits for it
+        self._drop({branch, *(name for name in refs if name.startswith(STAGING))})
         return live
 
     def _open(self, *, private: bool) -> None:
@@ -170,7 +176,7 @@ class Repository:
 
         staged = self._until(committed, commit)
         if wrong := parcel.missing(self._files(staged)):
-            self._drop(branch)
+            self._drop({branch})
             raise HubHashError(
                 f"{self.repo_id}: the Hub lists other bytes for {', '.join(wrong)} than were sent;"
                 " nothing was made visible, publish again"
@@ -181,7 +187,7 @@ class Repository:
         """Let main, which is still at `head`, hold what was staged: one commit, nothing is sent."""
 
         def shown() -> str | None:
-            at = self._head()
+            at = self._head(self._refs())
             if at == head:
                 return None
             if parcel.missing(self._files(at)):
@@ -238,11 +244,10 @@ class Repository:
                 f" {commit}, where this is published; remove the tag and publish again"
             )
 
-    def _drop(self, branch: str) -> None:
-        try:
-            self._ask("unbranch", name=branch)
-        except HubError:
-            return  # it is in nobody's way, and the next publication of this content uses it
+    def _drop(self, branches: Collection[str]) -> None:
+        for branch in branches:
+            with suppress(HubError):  # it is in nobody's way, and the next publication removes it
+                self._ask("unbranch", name=branch)
 
     def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
         """Act until `look` finds it done; looked for first, and again after whatever went wrong."""
@@ -265,8 +270,8 @@ class Repository:
                     raise
                 time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
-    def _head(self) -> str:
-        commit = self._refs().get(MAIN)
+    def _head(self, refs: Mapping[str, str]) -> str:
+        commit = refs.get(MAIN)
         if commit is None:
             raise HubProtocolError(
                 f"{self.repo_id} has no branch {MAIN}; commit a file to it first"

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from pipelines.parcel import pack
 from pipelines.progress import say
 from pipelines.signing import SIGNATURE
 from pipelines.sources import hub_of
+from store.files import partial_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +139,7 @@ def publish(
         def check(commit: str) -> None:
             if commit not in known:  # what is known was checked before it was recorded
                 say(f"loading {to.repo_id} at {commit[:12]} anew")
-                _check_reload(folder, parcel, to, commit, base_folder)
+                _check_reload(ledger.home, folder, parcel, to, commit, base_folder)
 
         revision = repository.publish(
             parcel, private=to.private, tag=tag, check=check, onto=to.onto, known=known
@@ -180,15 +182,25 @@ def _refuse_secrets(parcel: Parcel, secrets: Sequence[str]) -> None:
 
 
 def _check_reload(
-    folder: Path, parcel: Parcel, to: Destination, commit: str, base_folder: Path | None
+    home: Path,
+    folder: Path,
+    parcel: Parcel,
+    to: Destination,
+    commit: str,
+    base_folder: Path | None,
 ) -> None:
-    """Download a commit into an empty cache, and compare its bytes and its logits with ours."""
-    with tempfile.TemporaryDirectory(prefix="meteora-reload-") as cache:
+    """Download a commit into an empty cache, and compare its bytes and its logits with ours.
+
+    Args:
+        home: Where the cache lies for the time, so that the store removes what a kill leaves.
+    """
+    with partial_file(home) as cache:
+        cache.mkdir()
         request = {
             "folder": str(folder),
             "repo_id": to.repo_id,
             "revision": commit,
-            "cache_dir": cache,
+            "cache_dir": str(cache),
             "base_folder": None if base_folder is None else str(base_folder),
         }
         found = _ask_worker(request, to.hub)
@@ -214,19 +226,27 @@ def _ask_worker(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    try:
-        said = subprocess.run(
-            [sys.executable, "-m", "pipelines.reload_worker"],
-            input=json.dumps(request) + "\n",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=RELOAD_SECONDS,
-            check=False,
-        )
-        return json.loads(said.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"it took longer than {RELOAD_SECONDS:g} s"}
-    except (IndexError, ValueError):
-        last = said.stderr.strip().splitlines()[-1:] or ["no word"]
-        return {"error": f"its process ended with {said.returncode}: {last[0]}"}
+    theirs, ours = os.pipe()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.reload_worker"],
+        env=environment,
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(theirs)
+    with worker, os.fdopen(ours, "wb", buffering=0) as asking:
+        try:
+            with suppress(BrokenPipeError):  # it says itself why it is gone
+                asking.write(json.dumps(request).encode() + b"\n")
+            # and left open: the worker ends when it closes
+            answer, complaint = worker.communicate(timeout=RELOAD_SECONDS)
+            return json.loads(answer.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            return {"error": f"it took longer than {RELOAD_SECONDS:g} s"}
+        except (IndexError, ValueError):
+            last = complaint.strip().splitlines()[-1:] or ["no word"]
+            return {"error": f"its process ended with {worker.returncode}: {last[0]}"}
+        finally:
+            worker.kill()

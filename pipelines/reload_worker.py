@@ -1,13 +1,16 @@
 """Load a checkpoint from here and from the Hub, and tell whether the two give the same logits.
 
 In a process of its own, as whoever downloads it will do: nothing that this one imported or keeps in
-memory helps it. A line of JSON comes on standard input, the answer goes to standard output.
+memory helps it. A line of JSON comes on standard input, the answer goes to standard output. The
+process ends when its input closes, so it never outlives the one that asked.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +48,7 @@ def compare(
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         answer = compare(**request)
     except MeteoraError as error:
@@ -52,6 +56,12 @@ def main() -> None:
     except (OSError, ValueError, RuntimeError) as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer))  # noqa: T201  (the answer)
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1024):  # unbuffered: no lock is held when Python ends
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

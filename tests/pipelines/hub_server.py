@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 
 @dataclass
@@ -68,6 +68,8 @@ class Fault:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     times: int = 1_000
+    spared: int = 0
+    """So many of such requests are served before the first that gets it."""
     path: str = ""
     """Only requests for paths that end so."""
     hang: bool = False
@@ -79,6 +81,10 @@ class Fault:
     """What was asked for is done first; without a `status` the answer is then lost."""
     endless: bool = False
     """Bytes without end, under no announced length."""
+    at_last: Callable[[], None] | None = None
+    """Called before the answer, or in place of one; for requests that write."""
+    fell_on: str = field(default="", init=False)
+    """Kind and path of the request that got it last."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -97,6 +103,7 @@ class HubServer(ThreadingHTTPServer):
         """Of the files that were sent."""
         self.closing = threading.Event()
         self.seconds_per_body = 0.0
+        self._counting = threading.Lock()
 
     @property
     def endpoint(self) -> str:
@@ -107,7 +114,12 @@ class HubServer(ThreadingHTTPServer):
         fault = self.faults.get(kind)
         if fault is None or fault.times <= 0 or not path.endswith(fault.path):
             return None
-        fault.times -= 1
+        with self._counting:
+            if fault.spared > 0:
+                fault.spared -= 1
+                return None
+            fault.times -= 1
+            fault.fell_on = f"{kind} {path}"
         return fault
 
     def count(self, kind: str) -> int:

@@ -112,6 +112,8 @@ class UploadHandler(Handler):
 
     def _fail(self, fault: Fault) -> None:
         """Answer with the fault's status, or cut the connection without an answer."""
+        if fault.at_last is not None:
+            fault.at_last()
         if fault.hang:
             self.server.closing.wait(60)
         if fault.status:

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 import pytest
-from huggingface_hub import HfApi
 
-from pipelines import hub_worker
 from pipelines.hub_client import Hub
 from pipelines.hub_errors import (
     HubAccessError,
@@ -19,11 +17,11 @@ from pipelines.hub_errors import (
     HubServerError,
     HubSizeError,
     HubTokenError,
-    hub_error,
 )
-from pipelines.hub_publish import Repository
+from pipelines.hub_publish import STAGING, Repository
 from pipelines.parcel import pack, same
 
+from .hub_here import HubHere
 from .hub_server import Fault
 from .hub_uploads import FIRST, GitRepo, running_upload_hub
 
@@ -37,17 +35,6 @@ NAME = "org/model"
 NAMES = ("meteora.json", "experts.safetensors", "gates.safetensors", "README.md")
 WRITES = ("repos", "branch", "commit", "tag")
 STEPS = [(kind, "") for kind in WRITES if kind != "commit"] + [("commit", "main"), ("commit", "-")]
-
-
-class HubHere(Hub):
-    """The worker's own operations without a process for each, which only costs time here."""
-
-    def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:
-        api = HfApi(endpoint=self.endpoint, token=self.token or False)
-        try:
-            return hub_worker.OPERATIONS[operation](api, repo_id=repo_id, **arguments)
-        except Exception as error:
-            raise hub_error(what, hub_worker.describe(error), self.endpoint) from error
 
 
 # huggingface_hub 2.4 hands httpx2 a file as `data`, which that one asks to be called `content`
@@ -146,7 +133,7 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
 def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
     server: HubServer, folder: Path, kind: str, path: str, status: int
 ) -> None:
-    path = path if path != "-" else f"staging-{pack(folder, NAMES, 'meteora.json').digest[:16]}"
+    path = path if path != "-" else f"{STAGING}{pack(folder, NAMES, 'meteora.json').digest[:16]}"
     server.faults[kind] = fault = Fault(status=status, applied=True, times=1, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
@@ -161,7 +148,7 @@ def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
 def test_what_passes_is_tried_again(
     server: HubServer, folder: Path, kind: str, path: str, status: int
 ) -> None:
-    path = path if path != "-" else f"staging-{pack(folder, NAMES, 'meteora.json').digest[:16]}"
+    path = path if path != "-" else f"{STAGING}{pack(folder, NAMES, 'meteora.json').digest[:16]}"
     server.faults[kind] = fault = Fault(status=status, times=2, path=path)
     commit = publish(server, folder)
     assert fault.times == 0

@@ -26,9 +26,9 @@ from pipelines.publication import Destination, PublicationError, Published, publ
 from store.ledger import Ledger
 
 from .conftest import run
+from .hub_here import HubHere
 from .hub_server import Fault
 from .hub_uploads import GitRepo, running_upload_hub
-from .test_hub_publish import HubHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

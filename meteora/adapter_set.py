@@ -101,16 +101,24 @@ def check_stackable(
                 )
                 break
     _check_dtypes(adapters, found)
-    needs = stack_bytes(list(adapters.values()))
-    if memory_limit_bytes is not None and needs > memory_limit_bytes:
-        found.refuse(
-            "memory",
-            f"{len(adapters)} experts take {needs / 1e6:,.0f} MB stacked, and"
-            f" {memory_limit_bytes / 1e6:,.0f} MB are there in all; leave some out",
-        )
+    if memory_limit_bytes is not None:
+        needs = stack_bytes(list(adapters.values()))
+        check_memory(len(adapters), needs, memory_limit_bytes, found, advice="leave some out")
     if found.refusals:
         raise IncompatibleAdaptersError("these cannot be stacked", tuple(found.refusals))
     return tuple(found.warnings)
+
+
+def check_memory(
+    num_experts: int, stacked_bytes: int, limit_bytes: int, found: Findings, *, advice: str
+) -> None:
+    """Refuse a stack whose factors alone exceed the limit, and say what to do about it."""
+    if stacked_bytes > limit_bytes:
+        found.refuse(
+            "memory",
+            f"{num_experts} experts take {stacked_bytes / 1e6:,.0f} MB stacked, and"
+            f" {limit_bytes / 1e6:,.0f} MB are there in all; {advice}",
+        )
 
 
 def stack_bytes(adapters: Sequence[Adapter]) -> int:

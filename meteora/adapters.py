@@ -24,6 +24,7 @@ from meteora.adapter_files import CONFIG, find_files, foreign, is_regular, read_
 from meteora.adapter_modules import read_modules
 from meteora.adapter_set import (
     IncompatibleAdaptersError,
+    check_memory,
     check_stackable,
     check_twins,
     fit_to_base,
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
-    "check", "check_config", "check_stackable", "check_twins", "fit_to_base", "read", "stack_bytes",
+    "check", "check_config", "check_memory", "check_stackable", "check_twins", "fit_to_base",
+    "read", "stack_bytes",
 ]  # fmt: skip
 
 TICK_NS = 100_000_000

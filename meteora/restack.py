@@ -83,9 +83,17 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
                 parts.append((a.T, b.T) if names.transposed else (a, b))
             return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
 
-        wider = torch.promote_types(_dtype(before), DTYPES[adapter.spec.dtype])
-        _write(out, larger, wider, factors)
+        _write(out, larger, _wider(before, adapter), factors)
     return larger
+
+
+def larger_bytes(folder: Path, adapter: Adapter) -> int:
+    """What the factors of a checkpoint take with one adapter more, as `add_expert` writes them."""
+    numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
+    for entry in checkpoint.read_manifest(folder).modules.values():
+        numbers += sum(entry.ranks) * (entry.in_features + entry.out_features)
+    with safe_open(folder / checkpoint.EXPERTS, framework="pt") as before:
+        return numbers * _wider(before, adapter).itemsize
 
 
 def drop_expert(
@@ -144,6 +152,11 @@ def _old(file: safe_open, path: str) -> tuple[Tensor, Tensor]:
 def _dtype(file: safe_open) -> torch.dtype:
     keys: list[str] = file.keys()
     return file.get_tensor(keys[0]).dtype
+
+
+def _wider(file: safe_open, adapter: Adapter) -> torch.dtype:
+    """The narrowest dtype that holds the stack and the adapter exactly."""
+    return torch.promote_types(_dtype(file), DTYPES[adapter.spec.dtype])
 
 
 def _write(

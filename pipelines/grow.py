@@ -89,7 +89,7 @@ def add(
         The folder of the new checkpoint under the ledger's home.
 
     Raises:
-        AdapterError: the adapter is refused, or it changes nothing.
+        AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: it does not come from the Hub.
         GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
         RestackError: there is an expert of that name, or the sizes do not fit.
@@ -99,7 +99,7 @@ def add(
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
     model, tokenizer = load_base(manifest, base_folder, "auto")
     check_base(manifest, model, tokenizer, folder)
-    door = Door(ledger, new_run_id(), manifest)
+    door = Door(ledger, new_run_id(), folder, manifest)
     expert = door.read(asked, model, tokenizer)
     with _changing(ledger, manifest) as scratch:
         larger = restack.add_expert(

@@ -12,8 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora import base
-from meteora.adapters import AdapterError, IncompatibleAdaptersError, check_twins
+from meteora import base, restack
+from meteora.adapters import (
+    AdapterError,
+    IncompatibleAdaptersError,
+    check_memory,
+    check_twins,
+)
 from meteora.artifacts import BaseSpec
 from meteora.probe import silent_experts
 from meteora.reasons import Findings
@@ -22,6 +27,7 @@ from pipelines import hub, judge
 from pipelines.base_lookup import looking_up
 from pipelines.experts import Ground, Refusal, read_expert
 from pipelines.hub_errors import UnusableRepositoryError
+from pipelines.machine import memory_bytes
 from pipelines.progress import say
 from pipelines.recipe import PolicySection
 from pipelines.sources import pin_folder
@@ -61,6 +67,8 @@ class Door:
 
     ledger: Ledger
     run_id: str
+    folder: Path
+    """Of the checkpoint."""
     manifest: Manifest
 
     def read(
@@ -72,7 +80,8 @@ class Door:
             model: the base of the checkpoint, without experts
 
         Raises:
-            AdapterError: It cannot be an expert here, which is recorded; or it is one already.
+            AdapterError: It cannot be an expert here, which is recorded; or it is one already, or
+                together with the others it would take more memory than there is.
             UnusableRepositoryError: Its repository cannot be used, which is recorded, too.
             HubError: A fault of the Hub, which says nothing about the adapter.
         """
@@ -127,6 +136,13 @@ class Door:
             entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
         }
         check_twins(expert.name, expert.adapter.spec, others, found)
+        check_memory(
+            len(others) + 1,
+            restack.larger_bytes(self.folder, expert.adapter),
+            memory_bytes(),
+            found,
+            advice="let another go first (`meteora drop`), or take a machine with more",
+        )
         if found.refusals:
             raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
         reasons = (*expert.adapter.reasons, *found.warnings)

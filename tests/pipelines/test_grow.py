@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import meteora
+from meteora import adapters
 from meteora.adapters import AdapterError
 from meteora.checkpoint import (
     CARD,
@@ -24,7 +25,7 @@ from meteora.checkpoint import (
 )
 from meteora.observe import recorded_routes
 from meteora.sources import file_sha256
-from pipelines import grow
+from pipelines import cli, grow, newcomer
 from pipelines.finished import finished
 from pipelines.hub_errors import HubFilesError
 from pipelines.newcomer import Newcomer
@@ -184,6 +185,43 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     (copy,) = (row for row in found if row[0] == "copy")
     assert copy[3:] == ("mit", read_manifest(out).experts[-1].adapter_id)
     assert "note: copy: what it adds to" in capfd.readouterr().err
+
+
+def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
+    made: tuple[Workplace, Path],
+    recipe_folder: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By the measure of a run's check: the stacked factors, against all memory of the device."""
+    work, folder = made
+    before = sorted(path for path in work.home.rglob("*") if path.is_file())
+    adapter = world.adapters["all_seven"]
+    rows = recipe_folder / "q_and_v.train.jsonl"
+    command = ["meteora", "add", folder, "third", adapter, f"jsonl:{rows}"]
+    command += ["--base", recipe_folder / "base", "--home", work.home]
+    three = [world.adapters["q_and_v"], world.adapters["attention"], adapter]
+    needs = adapters.stack_bytes([adapters.read(path) for path in three])
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+    monkeypatch.setattr(newcomer, "memory_bytes", lambda: needs - 1)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"3 experts take {needs / 1e6:,.0f} MB stacked" in said
+    assert "`meteora drop`" in said
+    assert sorted(path for path in work.home.rglob("*") if path.is_file()) == before
+
+    monkeypatch.setattr(newcomer, "memory_bytes", lambda: needs)
+    asked = Newcomer("third", str(adapter))
+    out = grow.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
+    assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
+
+
+def tensor_bytes(factors: tuple[str, torch.Tensor, torch.Tensor]) -> int:
+    _, a, b = factors
+    return a.nbytes + b.nbytes
 
 
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(

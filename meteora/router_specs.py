@@ -12,6 +12,10 @@ NULL = "(base)"
 ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
 """The last two are told the answer: controls, on prompts whose every token's expert is known."""
 
+OPENING_SHARE = 0.5
+"""Of an expert's weight, what its tokens that open an answer among others' answers have together.
+They are few and alike, and whose answer follows is hard to see in them; all it says hangs on it."""
+
 
 @dataclass(frozen=True)
 class JointSettings(Noun):
@@ -64,6 +68,8 @@ class RouterSpec(Spec):
     """Of the method `joint`; None for the others."""
     composites: tuple[int, ...] = ()
     """How many tasks the prompts hold that gates are fitted to, beside each expert's examples."""
+    opening_share: float = 0.0
+    """Of an expert's weight in such a fit, that of the tokens that open its answers."""
     stand_in: str = ""
     """`arrow` or `norm`, where experts without examples are told by their weights."""
     stand_ins: tuple[str, ...] = ()

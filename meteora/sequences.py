@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.router_specs import OPENING_SHARE
 from meteora.scatter import sample
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class LabelledSequence:
 
     input_ids: tuple[int, ...]
     experts: tuple[int, ...]
+    openings: tuple[int, ...] = ()
+    """Places of tokens that open an answer behind another expert's: its number, say."""
 
     def __post_init__(self) -> None:
         if not self.input_ids or len(self.input_ids) != len(self.experts):
@@ -65,6 +68,8 @@ class Batch:
     """[B, L]"""
     labels: Tensor
     """[B, L] experts; `UNLABELLED` for padding too"""
+    openings: Tensor
+    """[B, L] bool"""
     heldout: Tensor
     """[B, 1] bool"""
     stands_for: Tensor
@@ -128,15 +133,20 @@ def batched(
         chosen = by_length[start:stop]
         shape = (len(chosen), len(sequences[chosen[-1]].input_ids))
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, UNLABELLED)
+        openings = torch.zeros(shape, dtype=torch.bool)
         for row, i in enumerate(chosen):
             length = len(sequences[i].input_ids)
             ids[row, :length] = torch.tensor(sequences[i].input_ids)
             labels[row, :length] = torch.tensor(sequences[i].experts)
+            openings[row, list(sequences[i].openings)] = True
         lengths = torch.tensor([len(sequences[i].input_ids) for i in chosen])
         mask = torch.arange(shape[1]) < lengths[:, None]
         held = torch.tensor([[i in heldout] for i in chosen])
         yield Batch(
-            *(part.to(device) for part in (ids, mask.long(), labels, held, torch.ones(shape)))
+            *(
+                part.to(device)
+                for part in (ids, mask.long(), labels, openings, held, torch.ones(shape))
+            )
         )
         start = stop
 
@@ -154,3 +164,20 @@ def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
         replace(b, stands_for=part.view_as(b.labels))
         for b, part in zip(batches, split, strict=True)
     ]
+
+
+def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
+    """What each token counts in a fit, [B, L] float32: every expert counts the same, 1 in all.
+
+    Of an expert that has any, tokens that open answers count `OPENING_SHARE` together.
+    """
+    kinds = [b.labels * 2 + b.openings for b in batches]  # negative: belongs to no expert
+    counts = sum(
+        (torch.bincount(k[k >= 0], minlength=2 * num_experts) for k in kinds),
+        start=torch.zeros(2 * num_experts, dtype=torch.long, device=batches[0].labels.device),
+    ).view(num_experts, 2)
+    present = (counts > 0).float() * torch.tensor(
+        [1 - OPENING_SHARE, OPENING_SHARE], device=counts.device
+    )
+    each = present / present.sum(1, keepdim=True) / counts.clamp_min(1)  # [E, 2]
+    return [each.flatten()[k.clamp_min(0)] for k in kinds]

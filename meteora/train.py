@@ -33,6 +33,7 @@ from meteora.sequences import (
     hold_out,
     renumbered,
     sampled,
+    token_weights,
 )
 from meteora.stand_ins import measure
 from meteora.statistics import PointStatistics
@@ -59,7 +60,8 @@ class Calibration:
     num_tokens: int
     """Labelled tokens that the gates were fitted on."""
     heldout_accuracy: float
-    """Mean over input points of the share of held-out tokens that went to their own expert."""
+    """Mean over input points of the share of held-out tokens that went to their own expert; each
+    counts as it does in the fit (`token_weights`)."""
     accuracy_of: dict[str, float]
     """The same for the first module of each point."""
     statistics: dict[str, PointStatistics]
@@ -112,17 +114,13 @@ def calibrate(
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
     batches = sampled(list(batched(sequences, heldout, model.device)), len(names))
-    counts = sum(
-        (torch.bincount(b.labels[b.labels >= 0], minlength=len(names)) for b in batches),
-        start=torch.zeros(len(names), dtype=torch.long, device=model.device),
-    )
-    token_weights = 1.0 / counts.float()  # every expert counts the same
+    weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         path = paths[0]
-        scatter, held = _scatter_of(inputs, batches, token_weights)
+        scatter, held = _scatter_of(inputs, batches, weights, len(names))
         shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
         both = scatter[0] + scatter[1]
         weight, bias = gate_from(both, shrinkage)
@@ -154,7 +152,7 @@ def calibrate(
         progress=progress,
     )
     return Calibration(
-        num_tokens=int(counts.sum()),
+        num_tokens=sum(int((b.labels != UNLABELLED).sum()) for b in batches),
         heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
         accuracy_of=accuracy_of,
         statistics=statistics,
@@ -231,7 +229,10 @@ def _swept(model: PreTrainedModel) -> Generator[None]:
 
 
 def _scatter_of(
-    inputs: Iterator[Tensor], batches: Sequence[Batch], token_weights: Tensor
+    inputs: Iterator[Tensor],
+    batches: Sequence[Batch],
+    weights: Sequence[Tensor],
+    num_experts: int,
 ) -> tuple[list[Sums], tuple[Tensor, Tensor, Tensor]]:
     """The tokens of one input point.
 
@@ -242,22 +243,22 @@ def _scatter_of(
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
     scatters: list[Sums] = []
-    kept: list[tuple[Tensor, Tensor]] = []
-    for x, batch in zip(inputs, batches, strict=True):
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for x, batch, counted in zip(inputs, batches, weights, strict=True):
         num_inputs = x.shape[-1]
         stride = -(-num_held * num_inputs * 4 // MAX_HELDOUT_BYTES)
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
-            tokens, labels = x[chosen].float(), batch.labels[chosen]
+            tokens, labels, own = x[chosen].float(), batch.labels[chosen], counted[chosen]
             if not len(tokens):
                 continue
             if not scatters:  # in whichever form has the smaller matrix
                 form = Scatter if num_inputs <= min(num_labelled, MAX_ROWS) else RowScatter
                 shift = tokens.mean(0)
-                scatters = [form.empty(len(token_weights), shift) for _ in range(2)]
-            scatters[held].add(tokens, labels, token_weights[labels], batch.stands_for[chosen])
+                scatters = [form.empty(num_experts, shift) for _ in range(2)]
+            scatters[held].add(tokens, labels, own, batch.stands_for[chosen])
             if held:
-                kept.append((tokens[::stride], labels[::stride]))
-    held_tokens, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+                kept.append((tokens[::stride], labels[::stride], own[::stride]))
+    held_tokens, labels, own = (torch.cat(parts) for parts in zip(*kept, strict=True))
     # hold_out saw to it that every expert has tokens in both
-    return scatters, (held_tokens, labels, token_weights[labels])
+    return scatters, (held_tokens, labels, own)

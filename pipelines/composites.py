@@ -18,7 +18,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
-from meteora.encode import encode_pair, open_prompt
+from meteora.encode import encode_pair, encode_prompt, open_prompt
 from pipelines.examples import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -182,6 +182,24 @@ def encode_composite(
     ids = encode_pair(tokenizer, composite.prompt, composite.response)
     last = composite.response_spans[-1].task
     return ids, [*owners, *([last] * (len(ids) - len(owners)))]
+
+
+def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
+    """Which of `encode_composite`'s tokens are nothing but the number that an answer begins with.
+
+    They follow the answer before, and what is to follow them is not there yet.
+    """
+    shift = len(encode_prompt(tokenizer, composite.prompt))
+    encoded = tokenizer(composite.response, add_special_tokens=False, return_offsets_mapping=True)
+    numbers = [
+        range(span.start, span.start + len(f"{number}. "))
+        for number, span in enumerate(composite.response_spans, 1)
+    ]
+    return tuple(
+        shift + place
+        for place, (first, end) in enumerate(encoded["offset_mapping"])
+        if end > first and any(first in chars and end <= chars.stop for chars in numbers)
+    )
 
 
 def prompt_owners(

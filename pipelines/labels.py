@@ -8,7 +8,7 @@ from meteora.encode import Template, encode_pair, encode_prompt
 from meteora.generate import answer_all
 from meteora.model import without_experts
 from meteora.sequences import UNLABELLED, LabelledSequence
-from pipelines.composites import compose, encode_composite, fits
+from pipelines.composites import answer_openings, compose, encode_composite, fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 48
 """Of an answer of the base: enough to show how it speaks."""
-QUESTIONS_IN_COMPOSITES = 12
-"""How often each expert is asked in composites of one length: enough to see it follow others."""
+QUESTIONS_IN_COMPOSITES = 24
+"""How often each expert is asked in composites of one length: enough to see it follow others, and
+what its answers begin with there."""
 
 
 def label(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
@@ -68,7 +69,8 @@ def label_composites(
         for composite in compose(fit, n, count, seed):
             ids, tasks = encode_composite(tokenizer, composite)
             labels = [UNLABELLED if task is None else names.index(task) for task in tasks]
-            sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
+            openings = answer_openings(tokenizer, composite)
+            sequences.append(LabelledSequence(tuple(ids), tuple(labels), openings))
     return sequences
 
 

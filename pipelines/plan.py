@@ -19,6 +19,7 @@ from meteora.artifacts import (
     SpeedSpec,
     canonical_sha256,
 )
+from meteora.router_specs import OPENING_SHARE
 from pipelines.background import background_rows
 from pipelines.examples import Row, refuse_overlap
 from pipelines.gates_section import CalibrateSection, JointSection
@@ -82,6 +83,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
     stand_ins = tuple(name for name in names if examples and name not in examples)
+    composites = recipe.gates.composites if examples else ()
     router = RouterSpec(
         fused.id,
         recipe.router.kind,
@@ -91,7 +93,8 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         examples_sha256=_examples_sha256(examples) if examples else "",
         seed=recipe.gates.seed if examples else 0,
         joint=joint_settings(recipe.gates) if examples else None,
-        composites=recipe.gates.composites if examples else (),
+        composites=composites,
+        opening_share=OPENING_SHARE if composites else 0.0,
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",
         null=recipe.router.null,

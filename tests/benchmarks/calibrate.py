@@ -22,7 +22,7 @@ import torch
 
 from meteora import train
 from meteora.discriminant import choose_shrinkage, gate_from
-from meteora.sequences import LabelledSequence, batched, hold_out, sampled
+from meteora.sequences import LabelledSequence, batched, hold_out, sampled, token_weights
 from meteora.statistics import PointStatistics
 from tests.benchmarks.timing import machine
 
@@ -82,7 +82,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     tokens = EXPERTS * TOKENS_EACH * examples
     spread = torch.arange(1, inputs + 1).float().pow(-0.5)
     means = torch.randn(EXPERTS, inputs, generator=torch.Generator().manual_seed(1)) * spread
-    token_weights = torch.full((EXPERTS,), 1.0 / (TOKENS_EACH * examples))
+    weights = token_weights(batches, EXPERTS)
     making = forward = 0.0
     weight = torch.randn(outputs, inputs)
 
@@ -101,7 +101,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     marks = [time.process_time()]
     if rows_only:
         setattr(train, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
-    scatter, held = train._scatter_of(stream(), batches, token_weights)
+    scatter, held = train._scatter_of(stream(), batches, weights, EXPERTS)
     marks.append(time.process_time())
     shrinkage, _ = choose_shrinkage(scatter[0], *held)
     both = scatter[0] + scatter[1]

@@ -16,6 +16,7 @@ from meteora.encode import Template
 from meteora.gates import gates_of, insert_gates
 from meteora.layer import routed_layers
 from meteora.observe import recorded_logits
+from meteora.router_specs import OPENING_SHARE
 from meteora.scatter import RowScatter, Scatter
 from meteora.sequences import UNLABELLED, LabelledSequence, TrainingError
 from meteora.train import calibrate
@@ -321,3 +322,51 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
     assert {form == "Scatter" for form, inputs in forms if inputs <= limit} <= {True}
     assert {form == "RowScatter" for form, inputs in forms if inputs > limit} <= {True}
     assert routing_accuracy(model, examples(6, seed=1)) > 0.85
+
+
+def test_every_expert_counts_the_same_and_openings_half_of_it():
+    plain = examples(3, experts=(0, 1))
+    mixed = LabelledSequence((1, 2, 3, 4, 5), (0, 0, UNLABELLED, 1, 1), openings=(3,))
+    (batch,) = dealing.batched([*plain, mixed], set(), torch.device("cpu"))
+    (weights,) = dealing.token_weights([batch], 2)
+    assert (weights[batch.labels == 0].sum() - 1).abs() < 1e-6
+    assert len(weights[batch.labels == 0].unique()) == 1  # it has no openings
+    assert (weights[batch.labels == 1].sum() - 1).abs() < 1e-6
+    assert weights[batch.openings].tolist() == [OPENING_SHARE]
+
+
+def test_openings_are_told_apart_by_what_says_nothing_of_other_tokens():
+    """The others differ along four directions, openings along four that are noise to the others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(marked):
+        openings = (20,) if marked else ()
+        sequences = [LabelledSequence((1,) * 21, (e,) * 21, openings) for e in range(4)] * 40
+        batches = dealing.sampled(
+            list(dealing.batched(sequences, set(range(0, 160, 5)), torch.device("cpu"))), 4
+        )
+        inputs = [torch.randn(*b.labels.shape, 9, generator=generator) for b in batches]
+        for x, batch in zip(inputs, batches, strict=True):
+            own = torch.nn.functional.one_hot(batch.labels.clamp_min(0), 4)
+            x[:, :20, :4] += 4 * own[:, :20]
+            x[:, 20, 4:8] += 4 * own[:, 20]
+            x[:, 20, 8] += 9
+        return inputs, batches
+
+    def right(marked):
+        inputs, batches = drawn(marked)
+        weights = dealing.token_weights(batches, 4)
+        (fitted, _), _ = train._scatter_of(iter(inputs), batches, weights, 4)
+        weight, bias = gate_from(fitted, 0.01)
+        shares = []
+        for places in (slice(20, 21), slice(20)):
+            hits = [
+                (x[:, places] @ weight.T + bias).argmax(-1) == b.labels[:, places]
+                for x, b in zip(inputs, batches, strict=True)
+            ]
+            shares.append(torch.cat([h.flatten() for h in hits]).float().mean().item())
+        return shares
+
+    openings, others = right(marked=True)
+    assert openings > right(marked=False)[0] + 0.2
+    assert others > 0.9

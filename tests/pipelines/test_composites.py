@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meteora.encode import encode_pair
-from pipelines.composites import compose, encode_composite, split_answers
+from pipelines.composites import answer_openings, compose, encode_composite, split_answers
 from pipelines.examples import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -122,6 +122,10 @@ def test_tokens_belong_to_the_task_of_their_characters(
         unowned = [i for i, owner in zip(ids, owners, strict=True) if owner is None]
         assert "Answer each of the following" in tokenizer.decode(unowned)
         assert owners[-1] == composite.questions[-1].task  # the end of the answer
+        openings = answer_openings(tokenizer, composite)
+        assert tokenizer.decode([ids[place] for place in openings]) == "1. 2. 3. "
+        tasks = [question.task for question in composite.questions]
+        assert [*dict.fromkeys(owners[place] for place in openings)] == tasks
 
 
 def test_tokens_of_several_characters_have_one_owner_each() -> None:
@@ -139,6 +143,8 @@ def test_tokens_of_several_characters_have_one_owner_each() -> None:
     (composite,) = compose(ROWS, 3, 1, seed=0)
     ids, owners = encode_composite(merged, composite)
     assert len(ids) < len(composite.prompt + composite.response)
+    openings = [ids[place] for place in answer_openings(merged, composite)]
+    assert str(merged.decode(openings)).replace("Ġ", "").replace(" ", "") == "1.2.3."
     changes = [o for o, before in zip(owners, [None, *owners], strict=False) if o != before]
     tasks = [question.task for question in composite.questions]
     assert changes == tasks + tasks

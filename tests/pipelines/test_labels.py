@@ -41,6 +41,8 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert "blue" not in text[0]
         assert "blue" in text[1]
         assert "red" not in text[1]
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
+        assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
 
 
 def test_an_expert_whose_answers_read_as_lists_is_left_out(

@@ -48,14 +48,20 @@ def print_tables(found: Mapping[str, Any]) -> None:
         _grown(found)
     if "with composites" in found:
         _rows(
-            ("gates fitted to", "tasks a prompt", "tokens routed right", "tokens to switch"),
             (
-                [key, size, f"{one['accuracy']:.3f}", f"{one['tokens to switch']:.1f}"]
+                "gates fitted to", "tasks a prompt", "tokens routed right",
+                "answers' numbers routed right", "tokens to switch",
+            ),
+            (
+                [
+                    key, size, f"{one['accuracy']:.3f}", f"{one['openings']:.3f}",
+                    f"{one['tokens to switch']:.1f}",
+                ]
                 for key in ("single tasks", "with composites")
                 for size, one in found[key].items()
                 if size.startswith("n=")
             ),
-        )
+        )  # fmt: skip
         _rows(
             ("gates fitted to", "score on single tasks", "against the oracle"),
             ([key, *_against(found[key], found["oracle"])]

@@ -28,7 +28,7 @@ from meteora.model import make_router as untrained
 from meteora.observe import recorded_logits
 from meteora.train import calibrate
 from pipelines.background import background_rows
-from pipelines.composites import compose, encode_composite
+from pipelines.composites import answer_openings, compose, encode_composite
 from pipelines.labels import background_sequences, label_composites
 from tests.benchmarks.gate_tables import print_tables
 from tests.benchmarks.gate_world import MOST_EXAMPLES, Results, World, timed
@@ -284,15 +284,18 @@ def spans(world: World, results: Results) -> None:
 
 
 def _followed(world: World, model: PreTrainedModel, tests: Any, n: int) -> dict[str, float]:
-    """Token routing accuracy in prompts of n tasks, and tokens until routing follows a change."""
+    """Routing accuracy in prompts of n tasks, of all tokens and of the numbers that answers begin
+    with, and tokens until routing follows a change."""
     names = expert_names(model)
-    right, delays = [], []
+    right, opened, delays = [], [], []
     for composite in compose(tests, n, 16, 0):
         ids, owners = encode_composite(world.tokenizer, composite)
         with torch.inference_mode(), recorded_logits(model) as logits:
             model(input_ids=torch.tensor([ids]), logits_to_keep=1)
         chosen = torch.stack([one.argmax(-1) for one in logits.values()])
         votes = torch.nn.functional.one_hot(chosen, len(names)).sum(0).argmax(-1).tolist()
+        openings = answer_openings(world.tokenizer, composite)
+        opened += [votes[t] == names.index(str(owners[t])) for t in openings]
         previous, start = None, 0
         for t, owner in enumerate(owners):
             if owner != previous:
@@ -302,7 +305,11 @@ def _followed(world: World, model: PreTrainedModel, tests: Any, n: int) -> dict[
                 if right[-1] and not found:
                     delays.append(t - start)
                     found = True
-    return {"accuracy": sum(right) / len(right), "tokens to switch": sum(delays) / len(delays)}
+    return {
+        "accuracy": sum(right) / len(right),
+        "openings": sum(opened) / len(opened),
+        "tokens to switch": sum(delays) / len(delays),
+    }
 
 
 SECTIONS = {

@@ -31,8 +31,8 @@ class _Costs:
     grouped: float
     """A chosen rank."""
     grouped_row: float
-    """Copying one row in and one out, for each of K experts. Inside a model, where other layers have
-    had the cache, it costs more than in a layer alone: 20 would suit the table below better."""
+    """Copying one row in and one out, for each of K experts. In a model, whose other layers had the
+    cache before, it costs more than in a layer alone: 20 would suit the table below better."""
     grouped_call: float
     """The matmuls of one expert, times (IN + OUT) and divided by T."""
     grouped_one: float

@@ -37,8 +37,8 @@ def told(changes: Sequence[Change]) -> list[str]:
         return []
     worse = [one for one in changes if one.worse]
     lines = [
-        f"[yellow]Worse than the last checkpoint on {one.task}: {one.metric} {one.value:.3f}, it"
-        f" was {one.previous:.3f}.[/]"
+        f"Worse than the last checkpoint on {one.task}: {one.metric} {one.value:.3f}, it"
+        f" was {one.previous:.3f}."
         for one in worse
     ]
     moved = [one for one in changes if one.value != one.previous and not one.worse]

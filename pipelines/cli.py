@@ -147,7 +147,7 @@ def main() -> None:
     try:
         app()
     except MeteoraError as error:
-        say(f"[red]error:[/] {error}")
+        say(str(error), "error")
         sys.exit(1)
 
 

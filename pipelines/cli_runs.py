@@ -83,7 +83,7 @@ def run(works: Sequence[Workplace], plans: Sequence[Plan | None], until: Stage, 
             raise typer.Exit(130) from None
     lacking = _show(works, done, to_do if until in WHOLE else (), seconds, until)
     for key, reason in wrong.items():
-        say(f"[red]error:[/] {key}: {reason}")
+        say(f"{key}: {reason}", "error")
     failed = lacking or bool(wrong)
     if to_do:
         _leave_a_dead_server(failed)
@@ -115,7 +115,7 @@ def _run_one(
         if server.answers():
             raise
         # a run ends without the server, too: what the ledger holds says whether it did
-        say(f"[yellow]{work.name}: the Prefect server was lost ({type(error).__name__})[/]")
+        say(f"{work.name}: the Prefect server was lost ({type(error).__name__})", "note")
     return {}
 
 

@@ -56,7 +56,7 @@ def find_experts(
             refuse(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
             if not outcome.left_out:
                 raise outcome.error
-            say(f"[yellow]left out:[/] {section.name}: {outcome.error}")
+            say(f"{section.name}: {outcome.error}", "left out")
             continue
         expert = in_proportion(described(outcome, cache, hub_at), built.norms)
         record(work.ledger, work.run_id, expert, expert.adapter.reasons)
@@ -75,7 +75,7 @@ def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
     found = {expert.name: expert.adapter for expert in experts}
     memory = memory_bytes()
     for reason in adapters.check_stackable(found, base=built.sizes, memory_limit_bytes=memory):
-        say(f"[yellow]note:[/] {reason.message}")
+        say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec
         work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
@@ -145,7 +145,7 @@ def probe(
         if (change := silent.get(expert.name)) is None:
             continue
         reason = no_effect(change)
-        say(f"[yellow]note:[/] {expert.name}: {reason.message}")
+        say(f"{expert.name}: {reason.message}", "note")
         record(work.ledger, work.run_id, expert, (*expert.adapter.reasons, reason))
 
 
@@ -162,7 +162,7 @@ def in_proportion(expert: Expert, base_norms: Mapping[str, float]) -> Expert:
     """With a warning where what it adds is out of all proportion to the base's own weights."""
     reasons = check_proportion(expert.adapter, base_norms)
     for reason in reasons:
-        say(f"[yellow]note:[/] {expert.name}: {reason.message}")
+        say(f"{expert.name}: {reason.message}", "note")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
     return replace(expert, adapter=adapter)
 

@@ -103,7 +103,7 @@ class Door:
                 raise
         expert = self._beside_the_others(expert)
         for reason in expert.adapter.reasons:
-            say(f"[yellow]note:[/] {asked.name}: {reason.message}")
+            say(f"{asked.name}: {reason.message}", "note")
         norms = base.norms_of(model, (module.path for module in expert.adapter.spec.modules))
         return judge.in_proportion(judge.described(expert, cache, asked.hub_at), norms)
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from rich.progress import Task
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
+LABELS = {"error": "red", "left out": "yellow", "note": "yellow"}
+"""Their colours."""
 PATIENCE_SECONDS = 2.0
 LOOK_EVERY_SECONDS = 0.5
 _told: Callable[[str, int, int], None] | None = None
@@ -48,10 +50,17 @@ def heard(listener: Callable[[str], None]) -> Generator[None]:
         _heard = before
 
 
-def say(text: str) -> None:
-    console.print(text, soft_wrap=True)
+def say(text: str, label: str = "") -> None:
+    """Print a line to people; brackets in it are no markup, since names and paths may have some.
+
+    Args:
+        label: One of `LABELS`, before the text and in its colour.
+    """
+    before = [(f"{label}: ", LABELS[label])] if label else []
+    line = Text.assemble(*before, text)
+    console.print(line, soft_wrap=True)
     if _heard is not None:
-        _heard(Text.from_markup(text).plain)
+        _heard(line.plain)
 
 
 @contextmanager
@@ -62,7 +71,7 @@ def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
     """
     started = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
         _Rate(unit),

@@ -210,6 +210,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
     assert ended.value.code == 1
     said = " ".join(capfd.readouterr().err.split())
     assert f"3 experts take {needs / 1e6:,.0f} MB stacked" in said
+    assert said.endswith("[memory]")
     assert "`meteora drop`" in said
     assert sorted(path for path in work.home.rglob("*") if path.is_file()) == before
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 # Matmuls this small lose time to threads, and much of it where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No example fails for the time it took: other work on the machine takes time, too.
+settings.register_profile("patient", settings.default, deadline=None)
+settings.load_profile("patient")
 
 # Triton asks at its import whether kernels are interpreted: they are where there is no GPU.
 if not Path("/dev/nvidiactl").exists():

@@ -196,7 +196,7 @@ def test_a_question_stops_at_its_limits(asked: Shelf, sql: str, sentence: str) -
     began = time.monotonic()
     with pytest.raises(QueryError, match=sentence):
         asked.ledger.query(sql, limits=Limits(seconds=0.5, memory_bytes=1 << 26, rows=100))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # of hours or for ever
 
 
 def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:

@@ -367,6 +367,17 @@ def test_an_open_notebook_never_stops_a_run(filled: Shelf) -> None:
     assert filled.ledger.ingest().num_records == 1
 
 
+def test_no_default_calls_a_function(filled: Shelf) -> None:
+    """Whoever attaches to a served index binds the defaults, and looks for functions there."""
+    with duckdb.connect(filled.ledger.index.snapshot, read_only=True) as connection:
+        defaults = connection.execute(
+            "SELECT DISTINCT column_default FROM duckdb_columns() WHERE column_default IS NOT NULL"
+            " AND NOT internal"
+        ).fetchall()
+    assert ("'auto'",) in defaults
+    assert not [default for (default,) in defaults if "(" in default.replace("CAST(", "")]
+
+
 def test_migrations_are_numbered_as_they_are_applied() -> None:
     numbers = [int(name[:4]) for number, (name, _) in sorted(sources().items()) if number]
     assert numbers == list(range(1, len(numbers) + 1))

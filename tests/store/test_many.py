@@ -56,7 +56,8 @@ def test_every_writer_writes_while_every_reader_reads(
     assert {row[0] for row in shelf.ledger.query("SELECT id FROM artifacts").rows} == expected
     assert not shelf.ledger.verify().findings
     for seen in counts:
-        numbers = [int(count) for count, _ in seen]
+        numbers = [int(count) for count, *took in seen if took]  # the last line may be cut
+        assert numbers
         assert numbers == sorted(numbers), "a reader never goes back in time"
 
 

@@ -44,7 +44,7 @@ MARKS = {
 }
 FEW = 5
 """More systems than that stand closer together."""
-OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsph<>8"]
+OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _WIDE = _Costs(
     gather_half=2,
     gather_call=7.8e5,
     grouped=2,
-    grouped_row=23,
+    grouped_row=25,
     grouped_call=4.9e5,
     grouped_one=1.5e4,
 )
@@ -99,7 +99,7 @@ def choose_twin(
         512 × 8        1        9.52      1.92      1.74*       8.15      2.02      1.93*
         512 × 8      256        5.54      1.84*     2.21        7.06      3.04*     9.11
 
-    Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.8 % longer than
+    Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.9 % longer than
     the best twin in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those and, but
     for single tokens, to 20 settings on an AMD EPYC core. Layers of one input that follow one gate
     share A x where the twin is dense or gather (`point`): of q, k and v, up to 64 tokens, that

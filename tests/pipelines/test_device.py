@@ -43,6 +43,7 @@ print(flows.fuse_adapters(recipe, home, "gates"))
 """
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_device_use_it_one_after_the_other(
     prefect_server: str, recipe_folder: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def found(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     found: Callable[..., Workplace],

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TASK: dict[str, Any] = {"name": "letters", "rows": "jsonl:q_and_v.test.jsonl"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_a_task_that_the_recipe_puts_on_a_leaderboard_is_there_with_its_circumstances(
     workplace: Callable[..., Workplace],

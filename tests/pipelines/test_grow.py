@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +47,20 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of the first test that makes a checkpoint, for the others."""
+    return tmp_path_factory.mktemp("kept") / "home"
+
+
 @pytest.fixture
-def made(workplace: Callable[..., Workplace]) -> tuple[Workplace, Path]:
+def made(workplace: Callable[..., Workplace], kept: Path) -> tuple[Workplace, Path]:
     work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
-    run(work)
+    if kept.exists():
+        shutil.copytree(kept, work.home, dirs_exist_ok=True)
+    else:
+        run(work)
+        shutil.copytree(work.home, kept)
     planned = finished(work)
     assert planned is not None
     return work, work.checkpoint_folder(planned.router.id)

@@ -74,6 +74,7 @@ def expected(world: World, expert: str = "") -> float:
     return sum(logs[i, ids[0, i + 1]].item() for i in range(ids.shape[1] - 4, ids.shape[1] - 1))
 
 
+@pytest.mark.slow
 def test_our_command_knows_fused_models_and_their_experts(
     world: World, letters: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,8 @@ class RouterSpec(Spec):
     composites: tuple[int, ...] = ()
     """How many tasks the prompts hold that gates are fitted to, beside each expert's examples."""
     opening_share: float = 0.0
-    """Of an expert's weight in such a fit, that of the tokens that open its answers."""
+    """Of an expert's weight in such a fit, that of the tokens that open its answers. The closed
+    form weighs them, and so does `joint` where it starts from there."""
     stand_in: str = ""
     """`arrow` or `norm`, where experts without examples are told by their weights."""
     stand_ins: tuple[str, ...] = ()

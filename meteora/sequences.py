@@ -37,7 +37,7 @@ class LabelledSequence:
     input_ids: tuple[int, ...]
     experts: tuple[int, ...]
     openings: tuple[int, ...] = ()
-    """Places of tokens that open an answer behind another expert's: its number, say."""
+    """Places of tokens that open an answer where several experts answer: its number, say."""
 
     def __post_init__(self) -> None:
         if not self.input_ids or len(self.input_ids) != len(self.experts):

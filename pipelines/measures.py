@@ -41,8 +41,9 @@ def missing(work: Workplace, plan: Plan) -> list[list[Measurement]]:
     A run that was stopped goes on here, at the task, and inside of it at the row: see `kept`.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
+    recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
     for one in plan.measurements:
-        if work.ledger.score_of(one.spec.id) is None:
+        if one.spec.id not in recorded:
             asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})
             asking.setdefault(one.spec.id, one)  # the oracle is one of the experts, too
     return [list(asking.values()) for asking in askings.values()]

@@ -84,8 +84,9 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
         return None
     scores: dict[str, dict[str, Score]] = {}
     matrix: dict[str, dict[str, Score]] = {}
+    recorded = ledger.scores_of(measurement.spec.id for measurement in plan.measurements)
     for measurement in plan.measurements:
-        score = ledger.score_of(measurement.spec.id)
+        score = recorded.get(measurement.spec.id)
         if score is None:
             return None
         row = _row(measurement, plan)

@@ -139,8 +139,12 @@ class Recording:
         return record.body["spec"] if record else None
 
     def score_of(self, benchmark_id: ArtifactId) -> Score | None:
-        record = self._lookup.first("score", benchmark_id)
-        return Score.from_dict(record.body) if record else None
+        return self.scores_of([benchmark_id]).get(benchmark_id)
+
+    def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
+        """Those of these scores that are recorded, by their ids: one look for all of them."""
+        found = self._lookup.find("score", list(benchmark_ids))
+        return {record.subject: Score.from_dict(record.body) for record in reversed(found)}
 
     def routing_of(self, router_id: ArtifactId) -> tuple[RoutingScore, ...]:
         """How the router routes; empty where that was never measured."""

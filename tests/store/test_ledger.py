@@ -44,6 +44,8 @@ def test_what_was_recorded_is_answered(shelf: Shelf, ingested: bool) -> None:
     }
     assert ledger.built(stack.id) is None
     assert ledger.score_of(measured.spec.id) == measured
+    assert ledger.scores_of([measured.spec.id, stack.id]) == {measured.spec.id: measured}
+    assert ledger.scores_of([]) == {}
     assert ledger.routing_of(build.spec.id) == tuple(routing)
 
 

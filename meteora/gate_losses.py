@@ -4,13 +4,16 @@
 
     L_LM     mean cross-entropy of the next token, over all tokens of prompt and response
     L_gate   mean cross-entropy of a gate's logits against the token's expert, over all gates and
-             all labelled tokens, with neither temperature nor load balancing
+             all labelled tokens, with neither temperature nor load balancing; of an expert that has
+             any, tokens that open answers count `OPENING_SHARE` together (not in the paper, whose
+             examples hold one task each)
 
 `backward_together` is the definition. With `top_k = 1` the chosen expert's weight is the constant
 1: no gradient passes through the routing, the gate loss alone teaches, and each gate by itself.
 `backward_apart`, its twin for that case, only runs the model forward and keeps nothing of it.
 
-Sums are divided by the counts of the whole step, so that batches add up to one large batch.
+Sums are divided by the counts of the whole step, so that batches add up to one large batch. What a
+token counts is decided over all sequences of a training: 1 on the mean.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from meteora.layer import routed_layers
 from meteora.observe import recorded_logits
 from meteora.routers import Gate
-from meteora.sequences import UNLABELLED
+from meteora.sequences import UNLABELLED, each_of_kind
 from meteora.sweep import LAYER
 
 if TYPE_CHECKING:
@@ -60,6 +64,32 @@ class Counts:
         )
 
 
+def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Tensor | None:
+    """What a token of each expert counts in L_gate.
+
+    An expert's tokens count as many as they are: 1 each, where none of them opens an answer.
+
+    Args:
+        sequences: of the whole training
+
+    Returns:
+        [E, 2] float32 for tokens that open no answer, and for those that do; None where no token of
+        any expert does, and all count 1
+    """
+    if not any(sequence.openings for sequence in sequences):
+        return None
+    kinds = torch.cat([_kinds(sequence) for sequence in sequences])
+    counts = torch.bincount(kinds[kinds >= 0], minlength=2 * num_experts).view(num_experts, 2)
+    return each_of_kind(counts) * counts.sum(1, keepdim=True)
+
+
+def _kinds(sequence: LabelledSequence) -> Tensor:
+    """[L] twice each token's expert, and one more where it opens an answer; negative for none's."""
+    kinds = torch.tensor(sequence.experts) * 2
+    kinds[list(sequence.openings)] += 1
+    return kinds
+
+
 @dataclass(frozen=True)
 class Batch:
     input_ids: Tensor
@@ -68,9 +98,17 @@ class Batch:
     """[B, L]"""
     labels: Tensor
     """[B × L] experts; `IGNORED` for padding and for tokens that belong to none"""
+    weights: Tensor | None = None
+    """[B × L] what each counts in L_gate; None where it is 1"""
 
     @classmethod
-    def of(cls, sequences: Sequence[LabelledSequence], device: torch.device) -> Batch:
+    def of(
+        cls,
+        sequences: Sequence[LabelledSequence],
+        device: torch.device,
+        each: Tensor | None = None,
+    ) -> Batch:
+        """Some of a training's sequences, and what `loss_weights` found for all."""
         shape = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
         mask = torch.zeros(shape, dtype=torch.long)
@@ -80,7 +118,11 @@ class Batch:
             labels[row, :length] = torch.tensor(sequence.experts)
             mask[row, :length] = 1
         labels[labels == UNLABELLED] = IGNORED
-        return cls(ids.to(device), mask.to(device), labels.flatten().to(device))
+        weights = None
+        if each is not None:
+            kinds = [_kinds(sequence).clamp_min(0) for sequence in sequences]
+            weights = each.flatten()[pad_sequence(kinds, batch_first=True)].flatten().to(device)
+        return cls(ids.to(device), mask.to(device), labels.flatten().to(device), weights)
 
 
 def backward_together(
@@ -97,7 +139,10 @@ def backward_together(
         lm_loss = _sum_of_losses(out.logits[:, :-1].flatten(0, 1), following.flatten())
         lm_loss = lm_loss / counts.predicted
         of_gates = torch.stack(
-            [_sum_of_losses(recorded[path], batch.labels) for path in gates_in(model)]
+            [
+                _sum_of_losses(recorded[path], batch.labels, batch.weights)
+                for path in gates_in(model)
+            ]
         )
         of_gates = of_gates / counts.labelled
         (lm_loss + gate_loss_weight * of_gates.mean()).backward()
@@ -118,7 +163,7 @@ def backward_apart(
     def teach(gate: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         with torch.enable_grad():
             logits = gate.forward(inputs[0])  # not called: a call would come back here
-            loss = _sum_of_losses(logits, batch.labels) / counts.labelled
+            loss = _sum_of_losses(logits, batch.labels, batch.weights) / counts.labelled
             (gate_loss_weight * loss / len(gates)).backward()
         losses.append(loss.detach())
 
@@ -177,8 +222,11 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
         model.train(training)
 
 
-def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    if weights is None:
+        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    losses = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    return losses @ weights
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -17,7 +17,14 @@ import torch
 from meteora.checkpoint import Gates
 from meteora.discriminant import SingularError, extended_gate
 from meteora.model import expert_names
-from meteora.sequences import MAX_ROWS, UNLABELLED, TrainingError, batched, hold_out
+from meteora.sequences import (
+    MAX_ROWS,
+    UNLABELLED,
+    TrainingError,
+    batched,
+    by_kind,
+    hold_out,
+)
 from meteora.train import sweep_gates
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.checkpoint import RouterEntry
-    from meteora.sequences import LabelledSequence
+    from meteora.sequences import Batch, LabelledSequence
     from meteora.statistics import PointStatistics
 
 
@@ -39,7 +46,8 @@ class Growth:
     """Of all experts, the new one among them."""
     num_tokens: int
     heldout_accuracy: float
-    """Mean over input points of the share of its held-out tokens that went to the new expert."""
+    """Mean over input points of the share of its held-out tokens that went to the new expert; each
+    counts as it does in the fit (`by_kind`)."""
     wall_seconds: float
 
 
@@ -57,7 +65,8 @@ def grow(
 
     Args:
         model: with all its experts inserted, the new one among them
-        sequences: of the new expert alone; two or more
+        sequences: of the new expert alone; two or more. Behind a fit with prompts of several tasks
+            it learns what its answers begin with there from lists of its own examples
         gates: as they were without it
         statistics: of those
         entry: how the gates route; as they did before
@@ -81,13 +90,9 @@ def grow(
         before = next((path for path in paths if path in statistics), None)
         if before is None:  # no adapter touched this point: the gate before it decides
             return None
-        fitted, checked = [], []
-        for x, batch in zip(inputs, batches, strict=True):
-            for held, kept in ((False, fitted), (True, checked)):
-                kept.append(x[(batch.labels != UNLABELLED) & (batch.heldout == held)].float())
-        tokens = torch.cat(fitted)
-        tokens = tokens[:: -(-len(tokens) // MAX_ROWS)]
-        point, covariance = statistics[before].grown(tokens, expert)
+        fitted, checked = _apart(inputs, batches)
+        kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
+        point, covariance = statistics[before].grown(kinds, expert)
         grown[paths[0]] = point
         gate = extended_gate(
             gates.own[before],
@@ -99,8 +104,9 @@ def grow(
         )
         if gate is None:
             raise SingularError("the inputs of this point hold NaN or infinity")
-        chosen = (torch.cat(checked) @ gate[0].T + gate[1]).argmax(-1)
-        accuracies.append((chosen == expert).float().mean().item())
+        right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
+        shares = [share for share, _ in checked]
+        accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
         return gate
 
     template = gates.template if gates.template.opening else None
@@ -111,6 +117,22 @@ def grow(
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
     )
+
+
+def _apart(
+    inputs: Iterator[Tensor], batches: Sequence[Batch]
+) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
+    """The labelled tokens of the sequences to fit and to check, each by kind."""
+    found = []
+    kept: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    for x, batch in zip(inputs, batches, strict=True):
+        for held in (False, True):
+            chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
+            kept[held].append((x[chosen].float(), batch.openings[chosen]))
+    for parts in kept:
+        tokens, openings = (torch.cat(column) for column in zip(*parts, strict=True))
+        found.append(by_kind(tokens, openings))
+    return found[0], found[1]
 
 
 def _the_new_one(

@@ -9,8 +9,6 @@ from the seed and the step. So gates, moments and the step are all that a resume
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -31,9 +29,12 @@ from meteora.gate_losses import (
     decoder_layers,
     frozen,
     learning_gates,
+    loss_weights,
 )
 from meteora.layer import routed_layers
 from meteora.model import expert_names
+from meteora.router_specs import OPENING_SHARE
+from meteora.schedule import chosen_sequences, learning_rate
 from meteora.sequences import TrainingError, owned
 from meteora.train import calibrate
 from meteora.training_state import TrainingState
@@ -125,7 +126,7 @@ def train_jointly(
     asked_sha256 = canonical_sha256(
         [settings.to_dict(), top_k, temperature, margin, share, seed, names]
         + [list(routed_layers(model)), None if template is None else asdict(template)]
-        + [[sequence.input_ids, sequence.experts] for sequence in sequences]
+        + [_asked(sequence) for sequence in sequences]
     )
     state = None if folder is None else TrainingState.read(folder, asked_sha256)
     if accelerator.num_processes > 1:
@@ -145,7 +146,8 @@ def train_jointly(
             scratch=scratch,
         )
         gates = learning_gates(model, zeros=not calibrated)
-        learner = _Learner(model, gates, settings, accelerator)
+        each = loss_weights(sequences, len(names))
+        learner = _Learner(model, gates, settings, accelerator, each)
         if sharded or (sharded is None and accelerator.distributed_type == DistributedType.FSDP):
             shard(model)
         if state is not None:
@@ -176,6 +178,11 @@ def train_jointly(
     )
 
 
+def _asked(sequence: LabelledSequence) -> list[object]:
+    openings = [sequence.openings, OPENING_SHARE] if sequence.openings else []
+    return [sequence.input_ids, sequence.experts, *openings]
+
+
 def _two_of_each(
     sequences: Sequence[LabelledSequence], names: Sequence[str]
 ) -> list[LabelledSequence]:
@@ -192,10 +199,12 @@ class _Learner:
         gates: dict[str, Gate],
         settings: JointSettings,
         accelerator: Accelerator,
+        each: Tensor | None,
     ) -> None:
         self.model = model
         self.settings = settings
         self.accelerator = accelerator
+        self.each = each
         self.parameters = {
             f"{path}.{name}": parameter
             for path, gate in gates.items()
@@ -217,7 +226,8 @@ class _Learner:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         losses = torch.zeros(len(self.losses), device=self.device)
         for first in range(0, len(sequences), size):
-            batch = Batch.of(sequences[first : first + size][rank::world], self.device)
+            own = sequences[first : first + size][rank::world]
+            batch = Batch.of(own, self.device, self.each)
             with _fast(self.model, self.device):
                 losses += self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
         self.losses = self._add_up(losses)
@@ -251,29 +261,6 @@ class _Learner:
             f" and the gates are left as they were after step {step}; ask for a lower learning"
             " rate, or look for NaN in the base and the adapters"
         )
-
-
-def learning_rate(settings: JointSettings, step: int) -> float:
-    """Linearly up over the first steps, then down along a cosine to zero after the last one."""
-    warm = round(settings.steps * settings.warmup_ratio)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    share = (step - warm) / max(1, settings.steps - warm)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def chosen_sequences(count: int, settings: JointSettings, seed: int, step: int) -> list[int]:
-    """Which of `count` sequences a step takes: shuffled anew for every time through them all."""
-    size = settings.batch_size * settings.accumulate
-    orders: dict[int, list[int]] = {}
-    chosen = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = list(range(count))
-            random.Random(f"{seed} {epoch}").shuffle(orders[epoch])  # noqa: S311  (no secret)
-        chosen.append(orders[epoch][place])
-    return chosen
 
 
 def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:

@@ -67,10 +67,13 @@ class RouterSpec(Spec):
     joint: JointSettings | None = None
     """Of the method `joint`; None for the others."""
     composites: tuple[int, ...] = ()
-    """How many tasks the prompts hold that gates are fitted to, beside each expert's examples."""
+    """How many tasks the prompts hold that gates are fitted to, beside each expert's examples; an
+    expert that is added later has all of such a prompt."""
     opening_share: float = 0.0
-    """Of an expert's weight in such a fit, that of the tokens that open its answers. The closed
-    form weighs them, and so does `joint` where it starts from there."""
+    """Of an expert's weight in such a fit, that of the tokens that open its answers, in the closed
+    form: with `calibrate`, and where `joint` starts from there."""
+    loss_opening_share: float = 0.0
+    """The same in the gate loss of `joint`."""
     stand_in: str = ""
     """`arrow` or `norm`, where experts without examples are told by their weights."""
     stand_ins: tuple[str, ...] = ()

@@ -176,8 +176,29 @@ def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
         (torch.bincount(k[k >= 0], minlength=2 * num_experts) for k in kinds),
         start=torch.zeros(2 * num_experts, dtype=torch.long, device=batches[0].labels.device),
     ).view(num_experts, 2)
+    each = each_of_kind(counts).flatten()
+    return [each[k.clamp_min(0)] for k in kinds]
+
+
+def each_of_kind(counts: Tensor) -> Tensor:
+    """What each token counts if those of an expert count 1 together; float32.
+
+    Args:
+        counts: [E, 2] tokens of each expert: those that open answers, behind all others
+    """
     present = (counts > 0).float() * torch.tensor(
         [1 - OPENING_SHARE, OPENING_SHARE], device=counts.device
     )
-    each = present / present.sum(1, keepdim=True) / counts.clamp_min(1)  # [E, 2]
-    return [each.flatten()[k.clamp_min(0)] for k in kinds]
+    return present / present.sum(1, keepdim=True) / counts.clamp_min(1)
+
+
+def by_kind(tokens: Tensor, openings: Tensor) -> list[tuple[float, Tensor]]:
+    """One expert's tokens apart, with the share of it that each kind has; openings come last.
+
+    Args:
+        tokens: [T, IN]
+        openings: [T] bool
+    """
+    if not openings.any():
+        return [(1.0, tokens)]
+    return [(1 - OPENING_SHARE, tokens[~openings]), (OPENING_SHARE, tokens[openings])]

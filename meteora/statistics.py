@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from meteora.scatter import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -63,23 +63,23 @@ class PointStatistics:
         kept = [e for e in range(len(self.means)) if e != expert]
         return type(self)(self.means[kept], self.shift, self.rows, self.scalars)
 
-    def grown(self, tokens: Tensor, expert: int) -> tuple[Self, Rows]:
+    def grown(self, kinds: Sequence[tuple[float, Tensor]], expert: int) -> tuple[Self, Rows]:
         """The same with one more expert, and the covariance of all together.
 
         Every expert counts the same, however many tokens told of it.
 
         Args:
-            tokens: [T, IN] of the new expert
+            kinds: [T, IN] tokens of the new expert, and what they count of it; 1 in all
             expert: its place among the others
         """
         num_experts = len(self.means)
         unit, floor, *_ = self.scalars.tolist()
-        x = tokens.double() - self.shift.double()
-        mean = x.mean(0, keepdim=True)
-        own = (x - mean) / (len(x) * (num_experts + 1)) ** 0.5
+        parts = [(counted, tokens.double() - self.shift.double()) for counted, tokens in kinds]
+        mean = torch.stack([counted * x.mean(0) for counted, x in parts]).sum(0, keepdim=True)
+        own = [(x - mean) / (len(x) * (num_experts + 1) / counted) ** 0.5 for counted, x in parts]
         share = num_experts / (num_experts + 1)
         others = self.rows.double() * (unit * share**0.5)
-        covariance = Rows(torch.cat([others, own]).float(), floor * share)
+        covariance = Rows(torch.cat([others, *own]).float(), floor * share)
         means = self.means.double()
         means = torch.cat([means[:expert], mean, means[expert:]])
         return self._kept(means, self.shift, covariance, self.shrinkage), covariance

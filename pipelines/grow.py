@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from meteora import checkpoint, growth, restack
 from meteora.artifacts import (
     ArtifactId,
@@ -25,11 +27,13 @@ from meteora.artifacts import (
 from meteora.finding import load_base
 from meteora.gates import gates_of
 from meteora.model import check_base, insert_experts
+from meteora.router_specs import OPENING_SHARE
 from meteora.sources import file_sha256
 from meteora.statistics import read_statistics, write_statistics
 from pipelines import card, lineage
 from pipelines.examples import rows_sha256
-from pipelines.labels import label_rows
+from pipelines.gates_section import Composites
+from pipelines.labels import label_lists, label_rows
 from pipelines.newcomer import Door
 from pipelines.opening import entry_of
 from pipelines.progress import bar, say
@@ -96,6 +100,7 @@ def add(
         TrainingError: the examples are too few.
     """
     manifest = _growable(folder)
+    composites = _composites(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
     model, tokenizer = load_base(manifest, base_folder, "auto")
     check_base(manifest, model, tokenizer, folder)
@@ -107,7 +112,9 @@ def add(
         )
         insert_experts(model, scratch, larger)
         door.hear(asked, expert, model, tokenizer)
-        sequences = label_rows(rows, len(manifest.names), tokenizer)
+        place = len(manifest.names)
+        sequences = label_rows(rows, place, tokenizer)
+        sequences += label_lists(rows, place, tokenizer, sizes=composites, seed=0)
         with bar(
             "fitting the gates", model.config.get_text_config().num_hidden_layers, "layers"
         ) as advance:
@@ -125,7 +132,7 @@ def add(
             door.run_id,
             scratch,
             larger,
-            _router(manifest, larger, rows_sha256(rows)),
+            _router(manifest, larger, rows_sha256(rows), composites),
             found.heldout_accuracy,
             found.num_tokens,
             found.wall_seconds,
@@ -187,7 +194,22 @@ def _changing(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
             yield made
 
 
-def _router(before: Manifest, after: Manifest, examples_sha256: str) -> RouterSpec:
+def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:
+    """How many tasks the prompts held that the gates were fitted to, beside plain examples."""
+    found = manifest.gates.get("composites", ())
+    try:
+        return TypeAdapter(Composites).validate_python(found)
+    except ValidationError as error:
+        raise GrowthError(
+            f"{folder / checkpoint.MANIFEST}: it says that the gates were fitted to prompts of"
+            f" {found!r} tasks; a list of whole numbers from 2 to 50 is needed; download or build"
+            " the checkpoint again"
+        ) from error
+
+
+def _router(
+    before: Manifest, after: Manifest, examples_sha256: str, composites: tuple[int, ...] = ()
+) -> RouterSpec:
     """What is asked: the same way to route, over other experts, made from what was there."""
     how = after.router
     return RouterSpec(
@@ -201,6 +223,8 @@ def _router(before: Manifest, after: Manifest, examples_sha256: str) -> RouterSp
         opening=how.opening,
         null=how.null,
         share=how.share,
+        composites=composites,
+        opening_share=OPENING_SHARE if composites else 0.0,
         grown_from=before.router_id,
     )
 

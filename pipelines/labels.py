@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pipelines.composites import Composite
     from pipelines.examples import Row
     from pipelines.plan import Plan
 
@@ -62,16 +63,43 @@ def label_composites(
         names: of all experts in order
         sizes: how many questions the prompts hold, for each kind of prompt
     """
-    sequences: list[LabelledSequence] = []
     fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
-    for n in sizes:
-        count = -(-QUESTIONS_IN_COMPOSITES * len(names) // n)
-        for composite in compose(fit, n, count, seed):
-            ids, tasks = encode_composite(tokenizer, composite)
-            labels = [UNLABELLED if task is None else names.index(task) for task in tasks]
-            openings = answer_openings(tokenizer, composite)
-            sequences.append(LabelledSequence(tuple(ids), tuple(labels), openings))
-    return sequences
+    places = {name: e for e, name in enumerate(names)}
+    return [
+        _labelled(composite, places, tokenizer)
+        for n in sizes
+        for composite in compose(fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed)
+    ]
+
+
+def label_lists(
+    rows: Sequence[Row],
+    expert: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sizes: Sequence[int],
+    seed: int,
+) -> list[LabelledSequence]:
+    """Rows of one expert in one prompt, all tokens its own: what its answers begin with there.
+
+    Args:
+        sizes: as of `label_composites`; none come of rows whose answers cannot stand under a number
+    """
+    if not any(map(fits, rows)):
+        return []
+    return [
+        _labelled(composite, {"": expert}, tokenizer)
+        for n in sizes
+        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed)
+    ]
+
+
+def _labelled(
+    composite: Composite, places: Mapping[str, int], tokenizer: PreTrainedTokenizerBase
+) -> LabelledSequence:
+    ids, tasks = encode_composite(tokenizer, composite)
+    labels = [UNLABELLED if task is None else places[task] for task in tasks]
+    return LabelledSequence(tuple(ids), tuple(labels), answer_openings(tokenizer, composite))
 
 
 def background_sequences(

@@ -33,6 +33,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             "num_tokens": gates.num_tokens,
             "heldout_accuracy": gates.heldout_accuracy,
         }
+        if plan.router.composites:
+            made["composites"] = plan.router.composites
         if plan.router.joint is not None:
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(

@@ -95,6 +95,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         joint=joint_settings(recipe.gates) if examples else None,
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
+        loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",
         null=recipe.router.null,

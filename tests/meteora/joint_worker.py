@@ -1,6 +1,6 @@
 """Trains gates as one of the processes that were started together.
 
-    torchrun … --module tests.meteora.joint_worker CHECKPOINT BASE OUT TOP_K [--sharded]
+    torchrun … --module tests.meteora.joint_worker CHECKPOINT BASE OUT TOP_K [--sharded] [--lists]
 
 OUT, a safetensors file, gets the gates; the first process writes it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
@@ -18,9 +19,17 @@ from meteora import checkpoint
 from meteora.gates import gates_of
 from meteora.joint import train_jointly
 from tests.meteora import test_joint
-from tests.meteora.test_train import examples
+from tests.meteora.test_train import examples, lists
+
+if TYPE_CHECKING:
+    from meteora.sequences import LabelledSequence
 
 SETTINGS = replace(test_joint.SETTINGS, accumulate=2)
+
+
+def sequences(with_lists: bool) -> list[LabelledSequence]:
+    """What is learned from, in one process and in several."""
+    return [*examples(3), *(lists(4) if with_lists else [])]
 
 
 def main() -> None:
@@ -30,9 +39,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("top_k", type=int)
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--lists", action="store_true")
     asked = parser.parse_args()
     model, _ = meteora.load(asked.checkpoint, base_folder=asked.base)
-    train_jointly(model, examples(3), SETTINGS, top_k=asked.top_k, sharded=asked.sharded)
+    found = sequences(asked.lists)
+    train_jointly(model, found, SETTINGS, top_k=asked.top_k, sharded=asked.sharded)
     if PartialState().is_main_process:
         checkpoint.write_gates(asked.out, gates_of(model))
         print(PartialState().num_processes, "processes")

@@ -11,18 +11,26 @@ from meteora.checkpoint import RouterEntry
 from meteora.discriminant import extended_gate, solve_gate
 from meteora.gates import gates_of, insert_gates
 from meteora.growth import drop, grow
+from meteora.router_specs import OPENING_SHARE
 from meteora.scatter import Rows, Scatter
-from meteora.sequences import TrainingError
+from meteora.sequences import TrainingError, by_kind
 from meteora.statistics import PointStatistics, read_statistics, write_statistics
 from meteora.train import calibrate
-from tests.meteora.test_train import examples, routing_accuracy
+from tests.meteora.test_train import (
+    examples,
+    lists,
+    openings_alone,
+    routing_accuracy,
+    unmarked,
+)
 
 ENTRY = RouterEntry("gate", 1, 1.0, share="point")
 
 
-def scatter_of(x, labels):
+def scatter_of(x, labels, weights=None):
     scatter = Scatter.empty(int(labels.max()) + 1, x.mean(0))
-    scatter.add(x, labels, 1 / labels.bincount().float()[labels])
+    weights = 1 / labels.bincount().float()[labels] if weights is None else weights
+    scatter.add(x, labels, weights)
     return scatter
 
 
@@ -85,12 +93,18 @@ def test_an_extended_gate_leans_to_neither_side_where_the_covariance_is_approxim
         assert logits[e] == pytest.approx(logits[3].item(), abs=1e-3)
 
 
-def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch):
+@pytest.mark.parametrize("num_openings", [0, 7])
+def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch, num_openings):
     monkeypatch.setattr("meteora.statistics.RIDGES", 0.0)
     x, labels = drawn()
     first = PointStatistics.of(scatter_of(x[labels < 3], labels[labels < 3]), 0.1)
-    grown, covariance = first.grown(x[labels == 3], 3)
-    together = scatter_of(x, labels)
+    openings = torch.arange(100) < num_openings
+    grown, covariance = first.grown(by_kind(x[labels == 3], openings), 3)
+    weights = 1 / labels.bincount().float()[labels]
+    if num_openings:
+        others = (1 - OPENING_SHARE) / (100 - num_openings)
+        weights[labels == 3] = torch.where(openings, OPENING_SHARE / num_openings, others)
+    together = scatter_of(x, labels, weights)
     torch.testing.assert_close(
         grown.means + grown.shift, (together.means + together.shift).float(), rtol=1e-4, atol=1e-4
     )
@@ -132,6 +146,22 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
     assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
     assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.02
     assert {len(point.means) for point in found.statistics.values()} == {4}
+
+
+def test_a_new_experts_answers_are_known_by_what_they_begin_with_among_others(world, three):
+    before = three.load()
+    fitted = calibrate(before, [*examples(6, experts=range(3)), *lists(36, range(3))])
+    unseen, right = openings_alone(lists(24, seed=9), [3]), {}
+    own = lists(12, [3], seed=3)
+    for key, more in {"not seen": [], "not marked": unmarked(own), "marked": own}.items():
+        model = world.load()
+        asked = [*examples(6, experts=[3]), *more]
+        grow(model, asked, gates_of(before), fitted.statistics, ENTRY)
+        right[key] = routing_accuracy(model, unseen)
+        for path, (weight, bias) in gates_of(model).own.items():
+            assert torch.equal(weight[:3], gates_of(before).own[path][0])
+            assert torch.equal(bias[:3], gates_of(before).own[path][1])
+    assert right["marked"] > 0.2 + max(right["not seen"], right["not marked"])
 
 
 def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):

@@ -20,14 +20,25 @@ from meteora.gate_losses import (
     computed_again,
     gates_in,
     learning_gates,
+    loss_weights,
 )
 from meteora.gates import gates_of
-from meteora.joint import DivergedError, chosen_sequences, learning_rate, train_jointly
+from meteora.joint import DivergedError, train_jointly
 from meteora.layer import routed_layers
+from meteora.model import expert_names
 from meteora.observe import recorded_logits
+from meteora.router_specs import OPENING_SHARE
+from meteora.schedule import chosen_sequences, learning_rate
 from meteora.sequences import TrainingError
 from meteora.training_state import FILE, StateError
-from tests.meteora.test_train import examples, frozen_bytes, routing_accuracy
+from tests.meteora.test_train import (
+    examples,
+    frozen_bytes,
+    lists,
+    openings_alone,
+    routing_accuracy,
+    unmarked,
+)
 
 SETTINGS = JointSettings(
     steps=6,
@@ -96,6 +107,16 @@ def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model, 
     assert found.num_tokens == Counts.of(examples(12)).labelled
 
 
+def test_what_opens_an_answer_is_learned_though_it_is_rare(world):
+    sequences, unseen, right = [*examples(4), *lists(24)], lists(16, seed=9), []
+    settings = replace(SETTINGS, steps=30, batch_size=16, learning_rate=0.02)
+    for asked in (unmarked(sequences), sequences):
+        model = world.load()
+        train_jointly(model, asked, settings)
+        right.append(routing_accuracy(model, openings_alone(unseen)))
+    assert right[1] > right[0] + 0.15
+
+
 def test_training_goes_on_from_calibrated_gates(model, world):
     train_jointly(model, examples(4), replace(SETTINGS, learning_rate=0.0, start="calibrate"))
     calibrated = world.load()
@@ -123,11 +144,24 @@ def gradients(parameters):
     return found
 
 
-def test_the_loss_is_the_papers(model):
+def asked_of(model, sequences):
+    """All that a step takes, of a training that has no other sequences."""
+    batch = Batch.of(sequences, model.device, loss_weights(sequences, len(expert_names(model))))
+    return batch, Counts.of(sequences), 50.0
+
+
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["paper", "openings"])
+def test_the_loss_is_the_papers_but_that_openings_count_half(model, more):
     """Worked out by hand from one plain forward pass a sequence."""
     with_gates(model, top_k=2)
-    sequences = examples(1)
-    losses = backward_together(model, Batch.of(sequences, model.device), Counts.of(sequences), 50.0)
+    sequences = [*examples(1), *more]
+    losses = backward_together(model, *asked_of(model, sequences))
+    tokens = [(e, t in s.openings) for s in sequences for t, e in enumerate(s.experts) if e >= 0]
+    counted = []
+    for e, opens in tokens:
+        own = [opening for expert, opening in tokens if expert == e]
+        share = OPENING_SHARE if opens else 1 - OPENING_SHARE
+        counted.append(len(own) * share / own.count(opens) if any(own) else 1.0)
     lm, gate = [], []
     for sequence in sequences:
         ids = torch.tensor([sequence.input_ids])
@@ -138,15 +172,20 @@ def test_the_loss_is_the_papers(model):
             if e >= 0:
                 gate.append([-recorded[path].log_softmax(-1)[t, e] for path in gates_in(model)])
     torch.testing.assert_close(losses[-1], torch.stack(lm).mean(), rtol=1e-4, atol=1e-4)
-    expected = torch.tensor(gate).mean(0)
+    expected = (torch.tensor(gate) * torch.tensor(counted)[:, None]).sum(0) / len(tokens)
     torch.testing.assert_close(losses[:-1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_without_openings_no_token_is_weighed():
+    assert loss_weights(examples(2), 4) is None
+    assert Batch.of(examples(2), torch.device("cpu")).weights is None
+
+
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["plain", "openings"])
 @pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
-def test_one_expert_at_a_time_is_taught_the_same_without_a_way_back(model, share):
+def test_one_expert_at_a_time_is_taught_the_same_without_a_way_back(model, share, more):
     parameters = with_gates(model, 1, share)
-    sequences = examples(2)
-    asked = Batch.of(sequences, model.device), Counts.of(sequences), 50.0
+    asked = asked_of(model, [*examples(2), *more])
     expected_losses = backward_together(model, *asked)
     expected = gradients(parameters)
     losses = backward_apart(model, *asked)
@@ -170,7 +209,7 @@ def test_accumulated_batches_teach_what_one_large_batch_does(world, top_k):
     for batch_size, accumulate in ((8, 1), (2, 4)):
         model = world.load()
         settings = replace(SETTINGS, batch_size=batch_size, accumulate=accumulate)
-        train_jointly(model, examples(3), settings, top_k=top_k)
+        train_jointly(model, [*examples(3), *lists(4)], settings, top_k=top_k)
         gates.append(gates_of(model).own)
     for path, (weight, _) in gates[0].items():
         torch.testing.assert_close(gates[1][path][0], weight, rtol=1e-3, atol=1e-4)
@@ -238,6 +277,9 @@ def test_the_state_of_another_training_is_refused(world, tmp_path):
             train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path, **changed)
     with pytest.raises(StateError, match="belongs to a training"):
         train_jointly(world.load(), examples(3), SETTINGS, folder=tmp_path)
+    marked = [replace(one, openings=(len(one.experts) - 1,)) for one in examples(2)]
+    with pytest.raises(StateError, match="belongs to a training"):
+        train_jointly(world.load(), marked, SETTINGS, folder=tmp_path)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-100])
     with pytest.raises(StateError, match="remove it to train from the beginning"):
         train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)

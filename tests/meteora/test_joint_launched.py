@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from meteora import checkpoint
 from meteora.gates import gates_of
 from meteora.joint import train_jointly
-from tests.meteora.joint_worker import SETTINGS
-from tests.meteora.test_train import examples
+from tests.meteora.joint_worker import SETTINGS, sequences
 
 ROOT = Path(__file__).parents[2]
 # what `accelerate launch` starts for several GPUs; for several CPUs it would ask for MPI
@@ -27,14 +26,16 @@ LAUNCH = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-def test_two_processes_come_to_the_gates_of_one(world, tmp_path, top_k, sharded):
+@pytest.mark.parametrize(
+    "more", [[], ["--sharded"], ["--lists"]], ids=["whole", "sharded", "lists"]
+)
+def test_two_processes_come_to_the_gates_of_one(world, tmp_path, top_k, more):
     model = world.load()
-    train_jointly(model, examples(3), SETTINGS, top_k=top_k)
+    train_jointly(model, sequences("--lists" in more), SETTINGS, top_k=top_k)
     checkpoint.write_gates(tmp_path / "one", gates_of(model))
     asked = [str(world.checkpoint), str(world.base), str(tmp_path / "two"), str(top_k)]
     done = subprocess.run(
-        [*LAUNCH, *asked, *(["--sharded"] if sharded else [])],
+        [*LAUNCH, *asked, *more],
         cwd=ROOT,
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

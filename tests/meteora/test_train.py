@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,26 @@ def examples(num_each, seed=0, experts=range(4), opening=2):
     return found
 
 
+def lists(num, experts=range(4), seed=0):
+    """Two questions, then two answers; each begins with a token that only its task has."""
+    dice, found = random.Random(seed), []
+    for _ in range(num):
+        order, openings = dice.choices([*experts], k=2), []
+        parts = [(e, task_tokens(e, 6, dice)) for e in order]
+        for e in order:
+            openings.append(2 + sum(len(body) for _, body in parts))
+            parts.append((e, [40 + e, *task_tokens(e, 14, dice)]))
+        ids = [1, 1, *(token for _, body in parts for token in body)]
+        labels = [UNLABELLED] * 2 + [e for e, body in parts for _ in body]
+        found.append(LabelledSequence(tuple(ids), tuple(labels), tuple(openings)))
+    return found
+
+
+def unmarked(sequences):
+    """The same, without a word of what opens their answers."""
+    return [replace(sequence, openings=()) for sequence in sequences]
+
+
 @pytest.fixture
 def model(world):
     return world.load()
@@ -61,6 +82,20 @@ def routing_accuracy(model, sequences):
             right += int((logits.argmax(-1) == labels)[known].sum())
             total += int(known.sum())
     return right / total
+
+
+def openings_alone(sequences, experts=range(4)):
+    """The same, labelled only where answers of these experts begin."""
+    return [
+        replace(
+            sequence,
+            experts=tuple(
+                e if place in sequence.openings and e in experts else UNLABELLED
+                for place, e in enumerate(sequence.experts)
+            ),
+        )
+        for sequence in sequences
+    ]
 
 
 def frozen_bytes(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 import meteora
 from meteora import adapters
 from meteora.adapters import AdapterError
+from meteora.artifacts import ArtifactId, RouterBuild
 from meteora.checkpoint import (
     CARD,
     EXPERTS,
     GATES,
+    MANIFEST,
     STATISTICS,
     Manifest,
     read_experts,
@@ -25,9 +28,11 @@ from meteora.checkpoint import (
     read_manifest,
 )
 from meteora.observe import recorded_routes
+from meteora.router_specs import OPENING_SHARE
 from meteora.sources import file_sha256
 from pipelines import cli, grow, newcomer
 from pipelines.finished import finished
+from pipelines.grow import GrowthError
 from pipelines.hub_errors import HubFilesError
 from pipelines.newcomer import Newcomer
 from store.ledger import Ledger
@@ -234,6 +239,37 @@ def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
 def tensor_bytes(factors: tuple[str, torch.Tensor, torch.Tensor]) -> int:
     _, a, b = factors
     return a.nbytes + b.nbytes
+
+
+def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
+    made: tuple[Workplace, Path], recipe_folder: Path, world: World, tmp_path: Path
+) -> None:
+    work, folder = made
+    body = json.loads((folder / MANIFEST).read_text())
+    assert "composites" not in body["gates"]
+
+    def joined(composites: object) -> RouterBuild:
+        copy = tmp_path / str(composites)
+        shutil.copytree(folder, copy)
+        gates = body["gates"] if composites is None else body["gates"] | {"composites": composites}
+        (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
+        asked = Newcomer("third", str(world.adapters["all_seven"]))
+        rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+        out = grow.add(work.ledger, copy, asked, rows, base_folder=recipe_folder / "base")
+        manifest = read_manifest(out)
+        assert manifest.gates.get("composites") == composites
+        return RouterBuild.from_dict(work.ledger.built(ArtifactId(manifest.router_id)) or {})
+
+    alone, with_lists = joined(None), joined([2, 3])
+    assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
+    assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)
+    assert with_lists.num_tokens > 3 * alone.num_tokens
+    assert with_lists.weights_sha256 != alone.weights_sha256
+    for wrong in ("many", [1], [10**9], {"2": 3}):
+        with pytest.raises(
+            GrowthError, match=r"whole numbers from 2 to 50 .* build the checkpoint"
+        ):
+            joined(wrong)
 
 
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(

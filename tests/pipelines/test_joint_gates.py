@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from meteora.artifacts import BuiltBase, FusedCheckpoint, short
-from meteora.checkpoint import CARD
+from meteora.checkpoint import CARD, read_manifest
+from meteora.router_specs import OPENING_SHARE
 from meteora.sequences import TrainingError
 from pipelines import stages
 from pipelines.finished import finished
@@ -62,7 +63,10 @@ def killed_after_three(_what: str, _total: int, _unit: str) -> Generator[Callabl
 def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     workplace: Callable[..., Workplace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = workplace(gates=GATES, benchmark={"limit": 2, "compare": [], "max_new_tokens": 1})
+    work = workplace(
+        gates=GATES | {"composites": [2]},
+        benchmark={"limit": 2, "compare": [], "max_new_tokens": 1},
+    )
     run(work)
     planned = finished(work)
     assert planned is not None
@@ -74,6 +78,9 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     assert summary is not None
     assert summary.routing is not None
     assert summary.routing.accuracy > 0.9
+    assert planned.router.loss_opening_share == OPENING_SHARE
+    manifest = read_manifest(work.checkpoint_folder(planned.router.id))
+    assert manifest.gates["composites"] == [2]
     card = (work.checkpoint_folder(planned.router.id) / CARD).read_text()
     assert "trained by gradient descent on" in card
     assert short(planned.router.id) in card

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 from meteora.sequences import UNLABELLED
 from pipelines.examples import Row
-from pipelines.labels import QUESTIONS_IN_COMPOSITES, label_composites, label_rows
+from pipelines.labels import (
+    QUESTIONS_IN_COMPOSITES,
+    label_composites,
+    label_lists,
+    label_rows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +48,21 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert "red" not in text[1]
         opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
         assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
+
+
+def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    made = label_lists(EXAMPLES["red"], 3, tokenizer, sizes=(2, 5), seed=0)
+    assert len(made) == -(-QUESTIONS_IN_COMPOSITES // 2) - (-QUESTIONS_IN_COMPOSITES // 5)
+    for sequence in made:
+        assert sequence.owners == {3}
+        own = [t for t, e in zip(sequence.input_ids, sequence.experts, strict=True) if e == 3]
+        assert "Answer each of the following" not in str(tokenizer.decode(own))
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
+        assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
+    lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
+    assert not label_lists(lists, 0, tokenizer, sizes=(2,), seed=0)
 
 
 def test_an_expert_whose_answers_read_as_lists_is_left_out(

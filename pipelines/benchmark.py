@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines import intervals
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import ScorePart
-    from pipelines.examples import Row
     from pipelines.kept import Keeping
     from pipelines.tasks import Task
 
@@ -100,20 +100,14 @@ def measure(
     replies: list[tuple[str, bool]] = []
     if task.composites or any(not METRICS[metric].of_choices for metric in task.metrics):
         harness.check_room(task.name, lengths, task.max_new_tokens)
-
-        def generate(portion: Sequence[str]) -> list[tuple[str, bool]]:
-            return harness.generate(task.name, portion, task.max_new_tokens)
-
-        replies = in_portions(prompts, generate, phase="generate", **how)
+        ask = partial(harness.generate, max_new_tokens=task.max_new_tokens)
+        replies = in_portions(prompts, ask, phase="generate", **how)
         for column, (text, truncated) in zip(columns, replies, strict=True):
             column |= {"output": text, "truncated": truncated}
     if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
-
-        def weigh(portion: Sequence[Row]) -> list[list[float]]:
-            return harness.weigh(task.name, portion)
-
+        harness.check_choices(task.name, task.rows)
         weighed = in_portions(
-            task.rows, weigh, phase="weigh", parts_of=lambda row: len(row.choices), **how
+            task.rows, harness.weigh, phase="weigh", parts_of=lambda row: len(row.choices), **how
         )
         for column, values in zip(columns, weighed, strict=True):
             column["log_likelihoods"] = values
@@ -167,7 +161,9 @@ def _score(found: Judged, seed: int, *, higher_is_better: bool = True) -> Measur
 
 def _by_itself(harness: Harness, task: Task, seed: int, started: float) -> Answered:
     """A task that the harness brings: its rows, its prompts, and its own values of every row."""
-    own = harness.own_task(task.lm_eval, task.folder, task.limit)
+    from pipelines.lm_eval_tasks import own_task  # noqa: PLC0415  (seconds, for most recipes in vain)
+
+    own = own_task(harness, task.lm_eval, task.folder, task.limit)
     outputs = own.outputs()
     scores = {}
     for metric in task.metrics:

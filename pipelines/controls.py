@@ -11,7 +11,6 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
-from peft.utils.merge_utils import dare_ties, task_arithmetic, ties
 
 from meteora.artifacts import MeteoraError
 from meteora.model import force_expert, make_router, routed_by, routed_layers, without_experts
@@ -92,6 +91,8 @@ def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
 
 def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     """What the merge adds to a layer's weight [OUT, IN], in float32."""
+    from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
+
     device = layer.weight.device
     parts = zip(
         layer.lora_a.split(layer.ranks),
@@ -106,9 +107,9 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     ]
     weights = torch.full((len(deltas),), spec.weight, device=device)
     if spec.method == "linear":
-        return task_arithmetic(deltas, weights)
+        return merge_utils.task_arithmetic(deltas, weights)
     if spec.method == "ties":
-        return ties(deltas, weights, spec.density)
+        return merge_utils.ties(deltas, weights, spec.density)
     if spec.method == "dare_ties":
-        return dare_ties(deltas, weights, spec.density)
+        return merge_utils.dare_ties(deltas, weights, spec.density)
     raise MeteoraError(f"merge {spec.method!r} is none of linear, ties, dare_ties")

@@ -12,7 +12,6 @@ import random
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +78,9 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
     worse = sum(a < b for a, b in zip(ours, theirs, strict=True))
     if better + worse == 0:
         return 1.0
-    return float(stats.binomtest(min(better, worse), better + worse).pvalue)
+    from scipy.stats import binomtest  # noqa: PLC0415  (of comparisons alone)
+
+    return float(binomtest(min(better, worse), better + worse).pvalue)
 
 
 def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> float:
@@ -91,7 +92,9 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
     apart = apart[apart != 0]
     if not len(apart):
         return 1.0
-    found = stats.permutation_test(
+    from scipy.stats import permutation_test  # noqa: PLC0415  (of comparisons alone)
+
+    found = permutation_test(
         (apart,),
         np.mean,
         permutation_type="samples",

@@ -23,6 +23,11 @@ ROOT = Path(__file__).parent.parent
         pytest.param(
             "pipelines.finished", {"torch", "prefect", "transformers", "lm_eval"}, id="finished run"
         ),
+        pytest.param(
+            "pipelines.stage_worker",
+            {"peft", "datasets", "lm_eval.tasks", "lm_eval.evaluator", "scipy.stats", "prefect"},
+            id="stages",
+        ),
     ],
 )
 def test_importing_stays_light(module: str, heavy: set[str]) -> None:

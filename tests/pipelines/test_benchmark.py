@@ -122,7 +122,7 @@ def test_choices_are_weighed_by_their_log_likelihood(
     world: World, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = world.load()
-    rows = [Row("abc", "x", ("x", "yy")), Row("a longer one", "zz", ("x", "zz", "w"))]
+    rows = [Row("12", "x", ("x", "yy")), Row("a longer one", "zz", ("x", "zz", "w"))]
     asked = task(rows, "acc", "acc_norm")
     told: list[int] = []
     found = benchmark.measure(model, tokenizer, asked, batch_size=2, advance=told.append)

@@ -37,13 +37,11 @@ def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[
     for name in ("generate", "weigh"):
         real: Callable[..., Any] = getattr(Harness, name)
 
-        def watched(
-            self: Harness, task: str, rows: Sequence[Any], *more: Any, _real: Any = real
-        ) -> Any:
+        def watched(self: Harness, rows: Sequence[Any], _real: Any = real, **more: Any) -> Any:
             if len(asked) == fails_after:
                 raise StoppedError
             asked.append(len(rows))
-            return _real(self, task, rows, *more)
+            return _real(self, rows, **more)
 
         monkeypatch.setattr(Harness, name, watched)
     return asked

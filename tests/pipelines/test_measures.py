@@ -144,11 +144,11 @@ def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[
     asked: list[int] = []
     real = Harness.generate
 
-    def watched(self: Harness, task: str, prompts: Any, most: int) -> Any:
+    def watched(self: Harness, prompts: Any, **more: Any) -> Any:
         if len(asked) == fails_after:
             raise StoppedError
         asked.append(len(prompts))
-        return real(self, task, prompts, most)
+        return real(self, prompts, **more)
 
     monkeypatch.setattr(Harness, "generate", watched)
     return asked

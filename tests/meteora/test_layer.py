@@ -148,16 +148,24 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         del types
         result = func(*args, **(kwargs or {}))
-        owned = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in owned:
-                    self.sizes.append(storage.nbytes())
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(tensor, self._freed, storage.nbytes())
+        owned = {t.untyped_storage().data_ptr() for t in self._dense(args)}
+        for tensor in self._dense(result if isinstance(result, (tuple, list)) else [result]):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned:
+                self.sizes.append(storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(tensor, self._freed, storage.nbytes())
         return result
+
+    @staticmethod
+    def _dense(values):
+        """The tensors among them; of a sparse matrix those that it consists of."""
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.layout == torch.sparse_csr:
+                yield from (value.crow_indices(), value.col_indices(), value.values())
+            elif isinstance(value, torch.Tensor):
+                yield value
 
     def _freed(self, num_bytes):
         self.live -= num_bytes

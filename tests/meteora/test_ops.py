@@ -75,6 +75,31 @@ def test_twins_equal_the_definition(
     )
 
 
+@pytest.mark.parametrize("sums", ["sparse matmul", "embedding bags"])
+@pytest.mark.parametrize("ranks", [[8] * 28, [4, 0, 16, 3] * 7, [2, 5]])
+@pytest.mark.parametrize("num_tokens", [65, 600])
+def test_gather_equals_the_definition_where_tokens_and_rows_are_many(
+    monkeypatch, sums, ranks, num_tokens
+):
+    used = []
+
+    def make(*args, found=torch.sparse_csr_tensor, **kwargs):
+        used.append(args)
+        return found(*args, **kwargs)
+
+    num_out, most = (2048, 0) if sums == "sparse matmul" else (512, 1 << 30)
+    monkeypatch.setattr(kernels, "SPARSE_NUMBERS", most)
+    monkeypatch.setattr(kernels, "NEAR_BYTES", 0)  # rows are read in their order
+    monkeypatch.setattr(torch, "sparse_csr_tensor", make)
+    x, a, b, scaling = draw_layer(ranks, num_tokens, 24, num_out)
+    weights, experts = ops.route(torch.randn(num_tokens, len(ranks)), 2)
+    factors = x, a, b, ranks, scaling, weights, experts
+    start = torch.randn(num_tokens, num_out)
+    added = gather(*factors, add_to=start.clone())
+    torch.testing.assert_close(added, start + ops.lora_delta_loop(*factors), rtol=1e-4, atol=1e-4)
+    assert bool(used) == (sums == "sparse matmul" and torch.backends.mkl.is_available())
+
+
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_twins_lose_no_more_in_16_bits_than_a_bare_layer_does(twin, dtype):

@@ -268,12 +268,11 @@ def add_grouped(
     tokens = order.div(experts.shape[1], rounding_mode="floor")
     shares = weights.flatten()[order, None]  # [T · K, 1]
     counts = torch.bincount(owners, minlength=len(ranks)).tolist()
+    every: list[tuple[Tensor, Tensor, Tensor]] = []
     pair = 0
     for e, (r, scale, count) in enumerate(zip(ranks, scaling, counts, strict=True)):
         if r and count == x.shape[0]:  # every token, in order: no rows to look up
-            own_a, own_b = own(e)
-            shrunk = x @ own_a.T * (shares[pair : pair + count] * scale)
-            ops.add_expanded(shrunk.to(x.dtype), own_b, out)
+            every.append((*own(e), (shares[pair : pair + count] * scale).expand(-1, r)))
         elif r and count:
             own_a, own_b = own(e)
             for start in range(pair, pair + count, ROWS_AT_ONCE):
@@ -282,4 +281,10 @@ def add_grouped(
                 added = shrunk.to(x.dtype) @ own_b.T
                 out.index_add_(0, tokens[pairs], added.to(out.dtype))
         pair += count
+    if every:
+        own_a, own_b, factors = (
+            torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+            for parts, dim in zip(zip(*every, strict=True), (0, 1, 1), strict=True)
+        )
+        ops.add_expanded((x @ own_a.T * factors).to(x.dtype), own_b, out)
     return out

@@ -101,6 +101,10 @@ class Sums(ABC):
                 so many. Without it all do.
         """
 
+    def _add_up(self, labels: Tensor, weights: Tensor, weighted: Tensor) -> None:
+        add_by_label(self.mass, labels, weights.double())
+        add_by_label(self.sums, labels, weighted.double())
+
     @abstractmethod
     def __add__(self, other: Self) -> Self:
         """Both together; they must have the same shift."""
@@ -136,8 +140,7 @@ class Scatter(Sums):
     ) -> None:
         x = x - self.shift
         weighted = x * weights[:, None]
-        self.mass.index_add_(0, labels, weights.double())
-        self.sums.index_add_(0, labels, weighted.double())
+        self._add_up(labels, weights, weighted)
         # products in float32, their sums over batches in float64: fast, and exact enough
         self.moment.add_(x.T @ weighted)
 
@@ -191,8 +194,7 @@ class RowScatter(Sums):
         self, x: Tensor, labels: Tensor, weights: Tensor, stands_for: Tensor | None = None
     ) -> None:
         x = x - self.shift
-        self.mass.index_add_(0, labels, weights.double())
-        self.sums.index_add_(0, labels, (x * weights[:, None]).double())
+        self._add_up(labels, weights, x * weights[:, None])
         if stands_for is not None:
             told = stands_for > 0
             x, labels, weights = x[told], labels[told], (weights * stands_for)[told]
@@ -260,6 +262,21 @@ class Rows(Covariance):
         return torch.cat([inner @ wide for _, wide in self._blocks()], dim=1) + self.floor * x
 
 
+def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | None = None) -> None:
+    """Add rows [T] or [T, IN] to those of sums [E] or [E, IN] that their labels [T] name, in place.
+
+    In one order: with an index a GPU adds in whichever order its threads come, so that equal inputs
+    would not give equal bytes.
+
+    Args:
+        index: whether by an index; without it on a CPU alone
+    """
+    if index or (index is None and not sums.is_cuda):
+        sums.index_add_(0, labels, rows)
+    else:
+        sums += torch.nn.functional.one_hot(labels, len(sums)).to(rows).T @ rows
+
+
 def _orthonormal(rows: Tensor) -> Tensor:
     """Rows [N, IN] in float64 that span the same and are orthonormal.
 
@@ -278,33 +295,3 @@ def _orthonormal(rows: Tensor) -> Tensor:
 def _positive(level: Tensor) -> Tensor:
     """Inputs that never vary have a level of 0, which nothing can be divided by."""
     return level.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
-    """Which tokens tell the spread where there are more than `limit`: as many of each expert.
-
-    Args:
-        labels: [T] experts. Of an expert's tokens, in this order, every so manieth is taken
-
-    Returns:
-        [T] float32: how many tokens each stands for; 0 for one that is left out
-    """
-    counts = torch.bincount(labels, minlength=num_experts)
-    taken = counts.clamp_max(_quota(counts.tolist(), limit))[labels]
-    rank = torch.empty_like(labels)  # of a token among those of its expert
-    rank[labels.argsort(stable=True)] = torch.arange(len(labels), device=labels.device)
-    rank -= (counts.cumsum(0) - counts)[labels]
-    total = counts[labels]
-    chosen = (rank + 1) * taken // total > rank * taken // total
-    return chosen * total.float() / taken
-
-
-def _quota(counts: list[int], limit: int) -> int:
-    """The largest number that each expert may give, if those that have fewer give all."""
-    left = limit
-    for given, count in enumerate(sorted(counts)):
-        share = left // (len(counts) - given)
-        if count > share:
-            return max(1, share)
-        left -= count
-    return max(1, *counts)

@@ -10,7 +10,6 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.router_specs import OPENING_SHARE
-from meteora.scatter import sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,6 +163,36 @@ def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
         replace(b, stands_for=part.view_as(b.labels))
         for b, part in zip(batches, split, strict=True)
     ]
+
+
+def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
+    """Which tokens tell the spread where there are more than `limit`: as many of each expert.
+
+    Args:
+        labels: [T] experts. Of an expert's tokens, in this order, every so manieth is taken
+
+    Returns:
+        [T] float32: how many tokens each stands for; 0 for one that is left out
+    """
+    counts = torch.bincount(labels, minlength=num_experts)
+    taken = counts.clamp_max(_quota(counts.tolist(), limit))[labels]
+    rank = torch.empty_like(labels)  # of a token among those of its expert
+    rank[labels.argsort(stable=True)] = torch.arange(len(labels), device=labels.device)
+    rank -= (counts.cumsum(0) - counts)[labels]
+    total = counts[labels]
+    chosen = (rank + 1) * taken // total > rank * taken // total
+    return chosen * total.float() / taken
+
+
+def _quota(counts: list[int], limit: int) -> int:
+    """The largest number that each expert may give, if those that have fewer give all."""
+    left = limit
+    for given, count in enumerate(sorted(counts)):
+        share = left // (len(counts) - given)
+        if count > share:
+            return max(1, share)
+        left -= count
+    return max(1, *counts)
 
 
 def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:

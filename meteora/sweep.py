@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from meteora.prompt import Prefill
     from meteora.routers import Followed
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer, but for the hidden states."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 MAX_HIDDEN_BYTES = 2 << 30
 """Of more hidden states, all lie in files: memory is the system's to give and to take back."""
@@ -87,13 +89,19 @@ class Sweep:
         self._decisions: dict[int, Tensor] = {}
         """By batch, what was decided in a layer that has been gone through."""
         self._hidden: list[Tensor] = []
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._calls: dict[int, list[Call]] = {}
+        """By batch, what each layer is called with; of one batch only where there is a scratch."""
         self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
         if sum(ids.numel() for ids, _ in batches) * self._token_bytes > MAX_HIDDEN_BYTES:
             self._scratch = scratch
-        for ids, mask in batches:
-            self._record(ids, mask)
+        for batch, pair in enumerate(batches):
+            hidden, calls = self._record(*pair)
+            if self._scratch is None:
+                self._calls[batch] = calls
+            else:
+                hidden = self._in_a_file(hidden, self._scratch)
+            self._hidden.append(hidden)
 
     def _rehearse(self, ids: Tensor, mask: Tensor) -> None:
         """Refuse a model whose layers hand each other more than hidden states."""
@@ -108,7 +116,8 @@ class Sweep:
             self._forward(ids, mask)
         finally:
             hook.remove()
-        self._record(ids, mask)
+        hidden, self._calls[0] = self._record(ids, mask)
+        self._hidden.append(hidden)
         for index in range(len(self.layers)):
             self.advance(index)
         if not torch.allclose(self._hidden.pop(), ends[0], 1e-3, 1e-3, equal_nan=True):
@@ -123,9 +132,9 @@ class Sweep:
         with torch.inference_mode():
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    def _record(self, ids: Tensor, mask: Tensor) -> None:
-        """Note what each layer is called with, without the cost of running the layers."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def _record(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Call]]:
+        """What comes to the first layer, and what each is called with; no layer is run for it."""
+        calls: list[Call] = []
         first: list[Tensor] = []
 
         def record(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -144,10 +153,7 @@ class Sweep:
         finally:
             for layer in self.layers:
                 del layer.forward
-        self._hidden.append(
-            first[0] if self._scratch is None else self._in_a_file(first[0], self._scratch)
-        )
-        self._calls.append(calls)
+        return first[0], calls
 
     def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
         """The same numbers, mapped from a file that has no name and is gone with the tensor."""
@@ -168,6 +174,8 @@ class Sweep:
         return mapped.view(hidden.shape)
 
     def _run(self, index: int, batch: int) -> Tensor:
+        if batch not in self._calls:  # masks, too, would be too many: they are made again
+            self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
         if self._prefill is not None:
             self._prefill.see(*self._batches[batch])
@@ -237,6 +245,6 @@ class Sweep:
                     self._decisions[batch] = self._followed.logits
                 if self._scratch is None:
                     self._hidden[batch] = out
+                    self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors
                 else:
                     self._hidden[batch].copy_(out)
-                self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors

@@ -198,6 +198,6 @@ def test_what_a_layer_was_called_with_is_let_go_when_it_has_run(world):
     model = world.load()
     sweep = Sweep(model, [(torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5))])
     sweep.advance(0)
-    (calls,) = sweep._calls
+    (calls,) = sweep._calls.values()
     assert calls[0] == ((), {})
     assert calls[1] != ((), {})

@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from meteora.artifacts import NULL
 from meteora.checkpoint import RouterEntry
 from meteora.discriminant import extended_gate, solve_gate
 from meteora.gates import gates_of, insert_gates
 from meteora.growth import drop, grow
+from meteora.model import expert_names, insert_experts
 from meteora.router_specs import OPENING_SHARE
 from meteora.scatter import Rows, Scatter
 from meteora.sequences import TrainingError, by_kind
@@ -176,6 +178,35 @@ def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):
     smaller = three.load()
     insert_gates(smaller, kept, ENTRY)
     assert routing_accuracy(smaller, examples(4, seed=9, experts=range(3))) > 0.9
+
+
+def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):
+    def with_base(of):
+        router = dataclasses.replace(of.manifest.router, null=True)
+        model = of.load_base()
+        insert_experts(model, of.checkpoint, dataclasses.replace(of.manifest, router=router))
+        return model
+
+    before, model = with_base(three), with_base(world)
+    foreign = examples(6, experts=[4])
+    base_as = [replaced(sequence, {4: 3}) for sequence in foreign]
+    fitted = calibrate(before, [*examples(6, experts=range(3)), *base_as])
+    found = grow(model, examples(6, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
+    assert expert_names(model)[3:] == ["patterns", NULL]
+    for path, (weight, bias) in gates_of(model).own.items():
+        old_weight, old_bias = gates_of(before).own[path]
+        assert torch.equal(weight[[0, 1, 2, 4]], old_weight)
+        assert torch.equal(bias[[0, 1, 2, 4]], old_bias)
+    for e in (3, 4):
+        assert routing_accuracy(model, examples(4, seed=9, experts=[e])) > 0.8
+    smaller, _ = drop(gates_of(model), found.statistics, 3, three.manifest.modules)
+    for path, gate in smaller.own.items():
+        assert all(map(torch.equal, gate, gates_of(before).own[path]))
+
+
+def replaced(sequence, places):
+    experts = tuple(places.get(e, e) for e in sequence.experts)
+    return dataclasses.replace(sequence, experts=experts)
 
 
 def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, three):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from meteora.discriminant import SHRINKAGES, SingularError, choose_shrinkage, gate_from
-from meteora.scatter import RowScatter, Scatter, sample
+from meteora.scatter import RowScatter, Scatter, add_by_label
+from meteora.sequences import sample
 
 E = 3
 
@@ -34,6 +35,16 @@ def logits(gate, x):
     weight, bias = gate
     found = x.double() @ weight.double().T + bias.double()
     return found - found.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(), (7,)])
+def test_sums_by_a_matrix_are_those_by_an_index(shape):
+    labels, rows = torch.randint(E, (50,)), torch.randn(50, *shape, dtype=torch.float64)
+    one, other = torch.ones(2, E, *shape, dtype=torch.float64)
+    add_by_label(one, labels, rows, index=True)
+    add_by_label(other, labels, rows, index=False)
+    torch.testing.assert_close(one, other)
+    assert one[1].sum() == pytest.approx((rows[labels == 1].sum() + one[1].numel()).item())
 
 
 @pytest.mark.parametrize("shrinkage", [0.001, 0.1, 1.0])

@@ -124,8 +124,11 @@ def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
     )
 
 
-def test_the_same_inputs_give_the_same_bytes(world, tmp_path):
-    for name, device in (("one", None), ("other", "cpu")):
+@pytest.mark.parametrize(
+    "devices", [(None, "cpu"), pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu)]
+)
+def test_the_same_inputs_give_the_same_bytes(world, tmp_path, devices):
+    for name, device in zip(("one", "other"), devices, strict=True):
         model = world.load()
         calibrate(model, examples(4), top_k=2, seed=5, device=device, template=Template((1, 1), ()))
         checkpoint.write_gates(tmp_path / name, gates_of(model))
@@ -155,6 +158,27 @@ def test_hidden_states_in_files_change_no_byte_and_leave_nothing(
     for path, (weight, bias) in gates[0].items():
         assert torch.equal(weight, gates[1][path][0])
         assert torch.equal(bias, gates[1][path][1])
+
+
+def test_what_layers_are_called_with_is_made_again_where_hidden_states_lie_in_files(
+    model, tmp_path, monkeypatch
+):
+    """Masks grow with the square of a length: all of them in memory would bound nothing."""
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
+    batches = [
+        (batch.input_ids, batch.attention_mask)
+        for batch in dealing.batched(examples(5), set(), torch.device("cpu"))
+    ]
+    kept = sweep.Sweep(model, batches)
+    monkeypatch.setattr(sweep, "MAX_HIDDEN_BYTES", 0)
+    filed = sweep.Sweep(model, batches, scratch=tmp_path)
+    for index in range(2):
+        for path in [path for paths in kept.points(index) for path in paths]:
+            for one, other in zip(kept.inputs(index, path), filed.inputs(index, path), strict=True):
+                assert torch.equal(one, other)
+                assert len(filed._calls) == 1 < len(kept._calls) == len(batches)
+        kept.advance(index)
+        filed.advance(index)
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The files of a fused checkpoint: the one place that knows their names and keys.
+"""The files of a fused checkpoint, and the one place that knows their keys.
 
     meteora.json          what is in it: base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
@@ -9,6 +9,7 @@
     lineage.json          in-toto statement
     config.json           for the auto classes of transformers: that this is a fused checkpoint
 
+Their names and the first of them are in `manifest`, for whoever needs no tensors.
 Nothing is pickled, the base is referenced and never copied, and new gates leave the experts alone.
 """
 
@@ -24,17 +25,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from meteora.artifacts import MeteoraError, canonical_json
+from meteora.artifacts import canonical_json
 from meteora.encode import Template
 
 # what the files hold and how they are named belong together: whoever needs one finds both here
 from meteora.manifest import (
-    FORMAT_VERSION,
+    CARD,
+    CONFIG,
+    CONFIG_TEXT,
+    EXPERTS,
+    FILES,
+    GATES,
+    LINEAGE,
+    MANIFEST,
+    STATISTICS,
     BaseEntry,
+    CheckpointError,
     ExpertEntry,
     Manifest,
     ModuleEntry,
     RouterEntry,
+    read_manifest,
 )
 from meteora.rows import reserve, write_rows
 
@@ -43,17 +54,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-MANIFEST = "meteora.json"
-EXPERTS = "experts.safetensors"
-GATES = "gates.safetensors"
-STATISTICS = "statistics.safetensors"
-CARD = "README.md"
-LINEAGE = "lineage.json"
-CONFIG = "config.json"
-CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
-FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
-"""All that a checkpoint may hold, and all of it that is published."""
 
 __all__ = [
     "CARD", "CONFIG", "CONFIG_TEXT", "DTYPES", "EXPERTS", "FILES", "GATES", "LINEAGE", "MANIFEST",
@@ -66,34 +66,6 @@ NOTES = "meteora"
 
 AGAIN = "download or build the checkpoint again"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class CheckpointError(MeteoraError):
-    """A folder is not a fused checkpoint that this version can read."""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint folder holds; raises `CheckpointError` where we cannot read it."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: there is no {MANIFEST} in it; a fused checkpoint has one, give the folder"
-            " that `meteora run` printed"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["format_version"]
-        if found != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format version {found}, this program reads {FORMAT_VERSION};"
-                " install the version of meteora-pipelines that wrote it"
-            )
-        return Manifest.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: it does not describe a fused checkpoint ({type(error).__name__}: {error});"
-            " download or build it again"
-        ) from error
 
 
 def write_experts(

@@ -1,14 +1,34 @@
-"""What a checkpoint says of itself: base, experts in order, modules, router."""
+"""What a checkpoint says of itself: base, experts in order, modules, router; and its files' names.
+
+All that can be known of one without reading a tensor, and so without loading torch.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from meteora.artifacts import NULL, Fingerprint, Noun
+from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT_VERSION = 1
+MANIFEST = "meteora.json"
+EXPERTS = "experts.safetensors"
+GATES = "gates.safetensors"
+STATISTICS = "statistics.safetensors"
+CARD = "README.md"
+LINEAGE = "lineage.json"
+CONFIG = "config.json"
+CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
+FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
+"""All that a checkpoint may hold, and all of it that is published."""
+
+
+class CheckpointError(MeteoraError):
+    """A folder is not a fused checkpoint that this version can read."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +135,27 @@ class Manifest:
             fused_id=body["fused_id"],
             router_id=body["router_id"],
         )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint folder holds; raises `CheckpointError` where we cannot read it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: there is no {MANIFEST} in it; a fused checkpoint has one, give the folder"
+            " that `meteora run` printed"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)["format_version"]
+        if found != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format version {found}, this program reads {FORMAT_VERSION};"
+                " install the version of meteora-pipelines that wrote it"
+            )
+        return Manifest.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: it does not describe a fused checkpoint ({type(error).__name__}: {error});"
+            " download or build it again"
+        ) from error

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.base_match import UnreadableBaseError, compare_bases
 from pipelines import hub
 from pipelines.hub_errors import HubError
 from pipelines.named_base import BaseVerdict, keep, kept
@@ -46,6 +45,9 @@ def looking_up(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[str], 
 
 
 def _ask(named: str, ours: Path, asked: Hub) -> BaseVerdict:
+    # most adapters name the base at hand, and a run's own process loads no model library
+    from meteora.base_match import UnreadableBaseError, compare_bases  # noqa: PLC0415
+
     try:
         ref = hub.resolve(named, hub=asked)
         with tempfile.TemporaryDirectory() as scratch:

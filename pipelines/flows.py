@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,8 +236,16 @@ def _stages(run: Run, until: Stage) -> Plan | None:
         return None
     with run.stage(Stage.check):
         work = replace(work, recipe=discover(work.recipe))
-        experts = judge.find_experts(work, built, resolve=resolve_adapter, fetch=fetch_adapter)
-        check(work, built, experts)
+        ask = partial(run.child.call, deadline_seconds=work.recipe.deadlines.stack)
+        experts = judge.find_experts(
+            work,
+            built,
+            resolve=resolve_adapter,
+            fetch=fetch_adapter,
+            proportion=partial(ask, "proportion"),
+        )
+        memory = ask("memory")
+        check(work, built, experts, memory)
         planned = plan.make_plan(work.recipe, work.folder, base, experts)
     if until is Stage.check:
         return None

@@ -1,4 +1,4 @@
-"""Every adapter is read, and later heard; the verdict on it is recorded and said."""
+"""Every adapter is read; the verdict on it is recorded and said. What it says: see `heard`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from meteora import adapters
 from meteora.artifacts import COMMIT, MeteoraError
-from meteora.probe import silent_experts
-from meteora.proportion import check_proportion
 from pipelines import hub
 from pipelines.base_lookup import looking_up
 from pipelines.experts import Ground, Refusal, gather, reasons_of
-from pipelines.machine import memory_bytes
 from pipelines.progress import say
 from pipelines.recipe import FoundExpert
 from pipelines.sources import hub_of
@@ -23,23 +20,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from meteora.artifacts import AdapterRef, BuiltBase
     from pipelines.experts import Expert, Fetch, Resolve
     from pipelines.hub import Hub, HubSource
-    from pipelines.plan import Plan
     from pipelines.workplace import Workplace
     from store.ledger import Ledger
 
+    Proportion = Callable[[adapters.Adapter, Mapping[str, float]], Sequence[adapters.Reason]]
+    """A warning of every adapter that is out of all proportion to the base's weights."""
+
 
 def find_experts(
-    work: Workplace, built: BuiltBase, *, resolve: Resolve, fetch: Fetch
+    work: Workplace,
+    built: BuiltBase,
+    *,
+    resolve: Resolve,
+    fetch: Fetch,
+    proportion: Proportion,
 ) -> list[Expert]:
     """Every adapter of the recipe that is sound; a refused one ends the run or is left out.
 
     Args:
         resolve, fetch: As `experts.gather` takes them.
+        proportion: `meteora.proportion.check_proportion`, here or in a process that computes.
     """
     experts, num_refused = [], 0
     if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
@@ -58,7 +61,8 @@ def find_experts(
                 raise outcome.error
             say(f"{section.name}: {outcome.error}", "left out")
             continue
-        expert = in_proportion(described(outcome, cache, hub_at), built.norms)
+        reasons = proportion(outcome.adapter, built.norms)
+        expert = warned(described(outcome, cache, hub_at), reasons)
         record(work.ledger, work.run_id, expert, expert.adapter.reasons)
         experts.append(expert)
     if not experts:
@@ -70,11 +74,14 @@ def find_experts(
     return experts
 
 
-def check(work: Workplace, built: BuiltBase, experts: Sequence[Expert]) -> None:
+def check(
+    work: Workplace, built: BuiltBase, experts: Sequence[Expert], memory_limit_bytes: int
+) -> None:
     """Refuse experts that cannot lie in one stack on this base; record those that can."""
     found = {expert.name: expert.adapter for expert in experts}
-    memory = memory_bytes()
-    for reason in adapters.check_stackable(found, base=built.sizes, memory_limit_bytes=memory):
+    for reason in adapters.check_stackable(
+        found, base=built.sizes, memory_limit_bytes=memory_limit_bytes
+    ):
         say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec
@@ -132,35 +139,8 @@ def refuse(
     ledger.record_failure(failure, run_id=run_id)
 
 
-def probe(
-    work: Workplace, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Name each expert that changes no logit of a probe prompt, and record it with its verdict.
-
-    It is a warning. The numbers of such an expert are sound and nothing is wrong with the others:
-    one prompt shows that it is weak, and no more; the benchmark shows what it is worth.
-    """
-    silent = silent_experts(model, tokenizer)
-    for expert in plan.experts:
-        if (change := silent.get(expert.name)) is None:
-            continue
-        reason = no_effect(change)
-        say(f"{expert.name}: {reason.message}", "note")
-        record(work.ledger, work.run_id, expert, (*expert.adapter.reasons, reason))
-
-
-def no_effect(change: float) -> adapters.Reason:
-    """What to say of an expert that was heard on the probe prompt and changed nothing."""
-    return adapters.Reason(
-        "no_effect",
-        f"forced on a probe prompt it changes no logit by more than {change:.1e} of the largest,"
-        " which is rounding: it answers as the base does; train it longer, or leave it out",
-    )
-
-
-def in_proportion(expert: Expert, base_norms: Mapping[str, float]) -> Expert:
-    """With a warning where what it adds is out of all proportion to the base's own weights."""
-    reasons = check_proportion(expert.adapter, base_norms)
+def warned(expert: Expert, reasons: Sequence[adapters.Reason]) -> Expert:
+    """With what to beware of beside what was known."""
     for reason in reasons:
         say(f"{expert.name}: {reason.message}", "note")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))

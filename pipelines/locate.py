@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from meteora.artifacts import BaseSpec
-from meteora.checkpoint import MANIFEST, read_manifest
+from meteora.manifest import MANIFEST, read_manifest
 from pipelines.workplace import checkpoint_at
 from store.errors import UnknownError
 from store.ledger import Ledger

@@ -15,7 +15,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.model import expert_names
-from pipelines import benchmark, compare, judge, routes, speed
+from pipelines import benchmark, compare, heard, routes, speed
 from pipelines.controls import as_system
 from pipelines.harness import HARNESS
 from pipelines.kept import BATCHES, Nowhere, keeping
@@ -62,7 +62,7 @@ def measure(work: Workplace, plan: Plan, built: BuiltBase, gates: RouterBuild) -
     if to_do or watch or timing:
         _record_controls(work, plan)
         with opened(work, plan, built, gates) as (model, tokenizer):
-            judge.probe(work, plan, model, tokenizer)
+            heard.probe(work, plan, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with as_system(model, tokenizer, askings[0][0], plan):
                     for asking in askings:

@@ -21,9 +21,10 @@ from meteora.adapters import (
 )
 from meteora.artifacts import BaseSpec
 from meteora.probe import silent_experts
+from meteora.proportion import check_proportion
 from meteora.reasons import Findings
 from meteora.sources import PATH
-from pipelines import hub, judge
+from pipelines import heard, hub, judge
 from pipelines.base_lookup import looking_up
 from pipelines.experts import Ground, Refusal, read_expert
 from pipelines.hub_errors import UnusableRepositoryError
@@ -105,7 +106,8 @@ class Door:
         for reason in expert.adapter.reasons:
             say(f"{asked.name}: {reason.message}", "note")
         norms = base.norms_of(model, (module.path for module in expert.adapter.spec.modules))
-        return judge.in_proportion(judge.described(expert, cache, asked.hub_at), norms)
+        reasons = check_proportion(expert.adapter, norms)
+        return judge.warned(judge.described(expert, cache, asked.hub_at), reasons)
 
     def hear(
         self,
@@ -124,7 +126,7 @@ class Door:
         """
         silent = silent_experts(model, tokenizer, [asked.name])
         if asked.name in silent:
-            reason = judge.no_effect(silent[asked.name])
+            reason = heard.no_effect(silent[asked.name])
             error = AdapterError(asked.name, (reason,))
             self._refuse(asked, expert.ref, error)
             raise error

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora import checkpoint
 from meteora.artifacts import ArtifactId, MeteoraError, Publication
+from meteora.manifest import CARD, FILES, MANIFEST, read_manifest
 from meteora.sources import file_sha256, texts_sha256
 from pipelines import card, eval_results, licences
 from pipelines.hub import REPO_ID, Hub, saved_token
@@ -126,7 +126,7 @@ def publish(
     """
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     licences.refuse_forbidden(manifest, to.allow_licences)
     earlier = ledger.publications(to.repo_id)
     known = {publication.revision for publication in earlier}
@@ -157,16 +157,16 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
 
     A signature goes along, and then the card, too, stays as it was signed.
     """
-    names = (*checkpoint.FILES, SIGNATURE, eval_results.NAME)
+    names = (*FILES, SIGNATURE, eval_results.NAME)
     signed = (folder / SIGNATURE).is_file()
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)
-        if name == checkpoint.CARD and (folder / name).is_file() and not signed:
+        if name == CARD and (folder / name).is_file() and not signed:
             text = card.place(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
             (scratch / name).write_text(text, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
-    return pack(scratch, names, checkpoint.MANIFEST)
+    return pack(scratch, names, MANIFEST)
 
 
 def _refuse_secrets(parcel: Parcel, secrets: Sequence[str]) -> None:

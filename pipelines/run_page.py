@@ -33,7 +33,7 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 
 from meteora.artifacts import COMMIT
-from meteora.checkpoint import CARD
+from meteora.manifest import CARD
 from pipelines.recipe import Stage
 from pipelines.sources import hub_of
 

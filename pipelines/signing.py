@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint import MANIFEST
+from meteora.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path

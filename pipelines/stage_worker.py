@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.proportion import check_proportion
 from pipelines import measures, progress, publication, stages
 from pipelines.child import StageError
+from pipelines.machine import memory_bytes
 from pipelines.training import num_processes
 from pipelines.workplace import Workplace
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from meteora.adapters import Adapter, Reason
 
 PROGRESS_SECONDS = 2.0
 
@@ -32,6 +36,18 @@ PROGRESS_SECONDS = 2.0
 def device(_work: Workplace) -> str:
     """What the stages compute on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def memory(_work: Workplace) -> int:
+    """What the device has, in bytes."""
+    return memory_bytes()
+
+
+def proportion(
+    _work: Workplace, adapter: Adapter, base_norms: Mapping[str, float]
+) -> tuple[Reason, ...]:
+    """A warning where an adapter is out of all proportion to the base's weights."""
+    return check_proportion(adapter, base_norms)
 
 
 def slots(work: Workplace) -> list[str]:
@@ -49,6 +65,8 @@ def slots(work: Workplace) -> list[str]:
 
 STAGES = {
     "device": device,
+    "memory": memory,
+    "proportion": proportion,
     "slots": slots,
     "build_base": stages.build_base,
     "stack": stages.stack,

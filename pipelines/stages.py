@@ -25,7 +25,7 @@ from meteora.encode import Template
 from meteora.gates import gates_of
 from meteora.sources import GGUF, find_gguf, weights_sha256
 from meteora.statistics import write_statistics
-from pipelines import card, eval_results, hub, judge, lineage, training
+from pipelines import card, eval_results, heard, hub, lineage, training
 from pipelines.hub_card import licence_of
 from pipelines.hub_snapshot import locked
 from pipelines.labels import background_sequences, label, label_composites
@@ -183,7 +183,7 @@ def _labelled(
 ) -> tuple[list[LabelledSequence], Template | None]:
     """What the gates learn from, and the template that their prompts stand in."""
     router = plan.router
-    judge.probe(work, plan, model, tokenizer)
+    heard.probe(work, plan, model, tokenizer)
     sequences = label(plan, tokenizer)
     sequences += label_composites(
         plan.examples, plan.fused.names, tokenizer, sizes=router.composites, seed=router.seed

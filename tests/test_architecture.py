@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
         pytest.param("meteora.adapters", {"torch", "peft", "numpy"}, id="adapters"),
         pytest.param("meteora.layer", {"duckdb", "prefect", "transformers"}, id="layer"),
         pytest.param("pipelines.cli", {"torch", "prefect", "duckdb"}, id="command line"),
+        pytest.param("pipelines.flows", {"torch", "transformers", "lm_eval"}, id="flows"),
+        pytest.param("pipelines.publication", {"torch", "transformers"}, id="publishing"),
         pytest.param(
             "pipelines.finished", {"torch", "prefect", "transformers", "lm_eval"}, id="finished run"
         ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.adapters import IncompatibleAdaptersError
+from meteora.proportion import check_proportion
 from pipelines import judge, sources
 from pipelines.hub_errors import HubOfflineError
 from pipelines.stages import build_base
@@ -41,13 +42,17 @@ def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer
         yield server
 
 
-def found(work: Workplace) -> list[Expert]:
+def found(work: Workplace, memory_limit_bytes: int = 1 << 30) -> list[Expert]:
     base = sources.resolve_base(work.recipe, work.folder)
     built = build_base(work, base)
     experts = judge.find_experts(
-        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
-    judge.check(work, built, experts)
+    judge.check(work, built, experts, memory_limit_bytes)
     return experts
 
 
@@ -87,8 +92,7 @@ def test_two_runs_at_once_download_a_base_once(
 
 
 def test_a_stack_that_no_memory_holds_is_refused(
-    workplace: Callable[..., Workplace], server: HubServer, monkeypatch: pytest.MonkeyPatch
+    workplace: Callable[..., Workplace], server: HubServer
 ) -> None:
-    monkeypatch.setattr(judge, "memory_bytes", lambda: 1_000)
     with pytest.raises(IncompatibleAdaptersError, match="1 experts take 0 MB stacked"):
-        found(asking(workplace, server))
+        found(asking(workplace, server), memory_limit_bytes=1_000)

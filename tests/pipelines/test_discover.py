@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.artifacts import MeteoraError
+from meteora.proportion import check_proportion
 from pipelines import judge, preview, questions, sources
 from pipelines.finished import finished
 from pipelines.hub_errors import HubError
@@ -145,6 +146,7 @@ def find_experts(work: Workplace) -> list[str]:
         build_base(work, base),
         resolve=sources.resolve_adapter,
         fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
     return [expert.name for expert in experts]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines import judge, plan, sources, stages
+from meteora.proportion import check_proportion
+from pipelines import heard, judge, plan, sources, stages
 from pipelines.opening import opened
 
 if TYPE_CHECKING:
@@ -49,13 +50,17 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
     base = sources.resolve_base(work.recipe, work.folder)
     built = stages.build_base(work, base)
     found = judge.find_experts(
-        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
-    judge.check(work, built, found)
+    judge.check(work, built, found, 1 << 30)
     planned = plan.make_plan(work.recipe, work.folder, base, found)
     stages.stack(work, planned)
     with opened(work, planned, built, None) as (model, tokenizer):
-        judge.probe(work, planned, model, tokenizer)
+        heard.probe(work, planned, model, tokenizer)
 
     rows = work.ledger.query("SELECT name, codes FROM adapters").rows
     codes = {name: set(found) - {"base_local_path"} for name, found in rows}
@@ -101,7 +106,11 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
 def find(work: Workplace) -> list[Expert]:
     built = stages.build_base(work, sources.resolve_base(work.recipe, work.folder))
     return judge.find_experts(
-        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from meteora.proportion import check_proportion
 from pipelines import card, judge, measures, plan, sources, stages
 from pipelines.harness import Harness
 from pipelines.summary import Summary, summarise
@@ -27,9 +28,13 @@ def go(work: Workplace) -> tuple[Plan, Any, Any]:
     base = sources.resolve_base(work.recipe, work.folder)
     built = stages.build_base(work, base)
     found = judge.find_experts(
-        work, built, resolve=sources.resolve_adapter, fetch=sources.fetch_adapter
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
-    judge.check(work, built, found)
+    judge.check(work, built, found, 1 << 30)
     planned = plan.make_plan(work.recipe, work.folder, base, found)
     return planned, built, stages.fit_gates(work, planned, built, stages.stack(work, planned))
 

@@ -9,6 +9,7 @@ import pytest
 from prefect import flow
 
 from meteora.adapters import IncompatibleAdaptersError
+from meteora.proportion import check_proportion
 from pipelines import flows, judge, sources
 from pipelines.hub_errors import HubError
 from pipelines.stages import build_base as make_base
@@ -66,6 +67,7 @@ def codes(work: Workplace) -> dict[str, str]:
         make_base(work, base),
         resolve=sources.resolve_adapter,
         fetch=sources.fetch_adapter,
+        proportion=check_proportion,
     )
     said = {reason.code: reason.message for reason in expert.adapter.reasons}
     del said["large_update"]  # its weights are random

@@ -12,6 +12,9 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Composites = Annotated[tuple[Annotated[int, Field(ge=2, le=50)], ...], Field(max_length=8)]
 """How many tasks a prompt holds: gates learn to switch inside prompts of each of these lengths."""
 
+Spans = Annotated[str, Field(max_length=4096)]
+"""`jsonl:<file>` of examples whose parts belong to different experts, as `pipelines.spans` says."""
+
 
 class CalibrateSection(Section):
     """Gates in closed form, from one forward sweep."""
@@ -19,6 +22,7 @@ class CalibrateSection(Section):
     method: Literal["calibrate"] = "calibrate"
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
+    spans: Spans = ""
     seed: int = 0
 
 
@@ -28,6 +32,7 @@ class JointSection(Section):
     method: Literal["joint"]
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
+    spans: Spans = ""
     seed: int = 0
     start: Literal["calibrate", "zeros"] = "calibrate"
     """From gates in closed form, or from zeros; the paper takes 15,000 steps from small weights."""

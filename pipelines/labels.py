@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipelines.composites import Composite
     from pipelines.examples import Row
     from pipelines.plan import Plan
+    from pipelines.spans import SpannedRow
 
 MAX_NEW_TOKENS = 48
 """Of an answer of the base: enough to show how it speaks."""
@@ -94,12 +95,32 @@ def label_lists(
     ]
 
 
+def label_spans(
+    rows: Sequence[SpannedRow], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[LabelledSequence]:
+    """Rows whose parts belong to different experts, each token with that of its first character.
+
+    Args:
+        names: of all experts in order
+    """
+    places = {name: e for e, name in enumerate(names)}
+    found = []
+    for row in rows:
+        ids, owners = encode_composite(tokenizer, row.composite())
+        found.append(LabelledSequence(tuple(ids), _labels(owners, places)))
+    return found
+
+
 def _labelled(
     composite: Composite, places: Mapping[str, int], tokenizer: PreTrainedTokenizerBase
 ) -> LabelledSequence:
     ids, tasks = encode_composite(tokenizer, composite)
-    labels = [UNLABELLED if task is None else places[task] for task in tasks]
-    return LabelledSequence(tuple(ids), tuple(labels), answer_openings(tokenizer, composite))
+    openings = answer_openings(tokenizer, composite)
+    return LabelledSequence(tuple(ids), _labels(tasks, places), openings)
+
+
+def _labels(owners: Sequence[str | None], places: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(UNLABELLED if owner is None else places[owner] for owner in owners)
 
 
 def background_sequences(

@@ -31,6 +31,7 @@ from pipelines.measurements import (
     find_subjects,
 )
 from pipelines.row_sources import read_rows
+from pipelines.spans import SpannedRow, read_spans
 from pipelines.tasks import Task, make_tasks
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Plan:
     experts: tuple[Expert, ...]
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
+    spans: tuple[SpannedRow, ...]
+    """Such whose parts belong to different experts."""
     tests: Mapping[str, Sequence[Row]]
     """Rows to ask, by task; composites and the harness's own tasks have none of their own."""
     tasks: Mapping[str, Task]
@@ -77,9 +80,14 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     examples = _examples(recipe, folder, [sections[name] for name in names])
     if recipe.router.null:
         examples[NULL] = background_rows()
+    with_own = [name for name in names if name in examples]
+    spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     refuse_overlap(examples, tests)
+    for row in spans:
+        for name, asked in row.prompts():
+            refuse_overlap({name: [asked]}, tests)
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
     stand_ins = tuple(name for name in names if examples and name not in examples)
@@ -90,7 +98,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         recipe.router.top_k,
         recipe.router.temperature,
         method=recipe.gates.method if examples else "",
-        examples_sha256=_examples_sha256(examples) if examples else "",
+        examples_sha256=_examples_sha256(examples, spans) if examples else "",
         seed=recipe.gates.seed if examples else 0,
         joint=joint_settings(recipe.gates) if examples else None,
         composites=composites,
@@ -110,6 +118,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         base=base,
         experts=tuple(experts),
         examples=examples,
+        spans=tuple(spans),
         tests=tests,
         tasks=tasks,
         fused=fused,
@@ -139,7 +148,12 @@ def _examples(
     return {s.name: read_rows(s.examples, folder, limit) for s in sections if s.examples}
 
 
-def _examples_sha256(examples: Mapping[str, Sequence[Row]]) -> str:
-    return canonical_sha256(
-        [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
-    )
+def _asks_for_spans(recipe: Recipe) -> bool:
+    return recipe.router.kind == "gate" and bool(recipe.gates.spans)
+
+
+def _examples_sha256(
+    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow] = ()
+) -> str:
+    asked = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
+    return canonical_sha256(asked + [row.to_dict() for row in spans])

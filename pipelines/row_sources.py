@@ -58,19 +58,24 @@ def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
 
 
 def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) -> Iterator[Row]:
-    path = folder / name
+    return (_row(line, place) for line, place in json_lines(folder / name))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that hold something, each with its place for people."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                if len(line) > MAX_ROW_BYTES:
+                    raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
                 if line.strip():
-                    yield _row(line, f"{path}, line {number}")
+                    yield line, place
     except (OSError, UnicodeDecodeError) as error:
         raise ExamplesError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _row(line: str, place: str) -> Row:
-    if len(line) > MAX_ROW_BYTES:
-        raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
     try:
         body = json.loads(line)
         row = Row(

@@ -28,7 +28,7 @@ from meteora.statistics import write_statistics
 from pipelines import card, eval_results, heard, hub, lineage, training
 from pipelines.hub_card import licence_of
 from pipelines.hub_snapshot import locked
-from pipelines.labels import background_sequences, label, label_composites
+from pipelines.labels import background_sequences, label, label_composites, label_spans
 from pipelines.opening import computing_device, describe, opened
 from pipelines.progress import bar, say
 from pipelines.sources import hub_of
@@ -188,6 +188,7 @@ def _labelled(
     sequences += label_composites(
         plan.examples, plan.fused.names, tokenizer, sizes=router.composites, seed=router.seed
     )
+    sequences += label_spans(plan.spans, plan.fused.names, tokenizer)
     if router.null:
         rows = plan.examples[NULL]
         with bar("asking the base", len(rows), "texts") as asked:

@@ -1,6 +1,7 @@
 """Four kernels in Triton's dialect, which `triton_twins` launches: shrink, then expand.
 
-What a tile has beyond an expert's ranks is masked, so that any rank will do. WIDE is what sums are
+What a tile has beyond an expert's ranks is masked, so that any rank will do. Places in memory are
+counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums are
 taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
 """
 
@@ -42,7 +43,7 @@ def expand_chosen(
 ):  # fmt: skip
     """out[t] += Σ_k B_e shrunk[t, k] for some columns of one token."""
     t = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     place = out + t * num_out + o
     sums = tl.load(place, mask=o < num_out, other=0.0).to(WIDE)
     for k in range(top_k):
@@ -111,7 +112,7 @@ def expand_grouped(
     )
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + place, mask=place < end, other=0)
-    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     start, r = tl.load(starts + e), tl.load(ranks + e)
     sums = tl.zeros((TOKENS, COLUMNS), dtype=WIDE)
     for first in range(0, r, RANKS):

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton import knobs
 
 from meteora import ops, triton_kernels
 
@@ -101,8 +102,8 @@ def _grouped(
     ranks = min(64, max(16, triton.next_power_of_2(own.max_rank)))
     constants = {
         "WIDE": TYPES[wide],
-        # on CPUs kernels are interpreted by numpy, which has no bfloat16 to multiply
-        "DOT": TYPES[wide if x.device.type == "cpu" else x.dtype],
+        # numpy, which interprets kernels, has no bfloat16 to multiply
+        "DOT": TYPES[wide if knobs.runtime.interpret else x.dtype],
         "TOKENS": BLOCK_TOKENS,
         "RANKS": ranks,
     }
@@ -136,9 +137,7 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, a, b, weights, experts)
         ctx.own = own
-        out = x.new_zeros(len(x), len(b))
-        run(x, a, b, own, weights, experts, out)
-        return out
+        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
 
     @staticmethod
     @once_differentiable
@@ -158,6 +157,23 @@ class _Differentiable(torch.autograd.Function):
         return tuple(grads.get(n) for n in range(7))
 
 
+def _launch(
+    run: Callable[..., None],
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    own: Segments,
+    weights: Tensor,
+    experts: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Run kernels where the tensors lie: Triton itself launches on the current device."""
+    if len(x) and own.max_rank:
+        with torch.cuda.device_of(x):
+            run(x, a, b, own, weights, experts, out)
+    return out
+
+
 def _add(
     run: Callable[..., None],
     x: Tensor,
@@ -172,10 +188,10 @@ def _add(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weights)):
         delta = _Differentiable.apply(run, x, a, b, own, weights, experts)
         return delta if add_to is None else add_to.add_(delta)
-    out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
-    if len(x) and own.max_rank:
-        run(x, a, b, own, weights, experts, out)
-    return out
+    if add_to is None:
+        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
+    out = _launch(run, x, a, b, own, weights, experts, add_to.contiguous())
+    return add_to if out is add_to else add_to.copy_(out)  # the kernels write rows without gaps
 
 
 def lora_delta_gather(
@@ -191,7 +207,7 @@ def lora_delta_gather(
     """`ops.lora_delta_loop` a token at a time: for decoding.
 
     Args:
-        add_to: [T, OUT] to add to, in place; contiguous
+        add_to: [T, OUT] to add to, in place
     """
     return _add(_gather, x, a, b, own, weights, experts, add_to)
 
@@ -209,6 +225,6 @@ def lora_delta_grouped(
     """`ops.lora_delta_loop` a tile of tokens of one expert at a time: for prefills.
 
     Args:
-        add_to: [T, OUT] to add to, in place; contiguous
+        add_to: [T, OUT] to add to, in place
     """
     return _add(_grouped, x, a, b, own, weights, experts, add_to)

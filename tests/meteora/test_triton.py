@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from itertools import product
+from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +20,9 @@ from tests.meteora.test_layer import Allocations, definition, make
 from tests.meteora.test_ops import RANKS, draw_layer
 
 pytest.importorskip("triton")
+import triton.language as tl
 
-INTERPRETED = not torch.cuda.is_available()  # as `tests/conftest.py` asks of Triton
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # `tests/conftest.py` sets it
 DEVICES = [
     pytest.param(
         "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled where there is a GPU")
@@ -93,6 +99,76 @@ def test_the_kernels_add_in_place_to_what_is_there(twin, into, device):
     torch.testing.assert_close(after, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("twin", TWINS)
+def test_an_output_with_gaps_between_its_rows_is_added_to_and_nothing_beside_it(twin, device):
+    asked = draw([3, 0, 5], 35, 6, 7, 2, device=device)
+    memory = torch.randn(35, 11, device=device)
+    expected = memory.clone()
+    expected[:, 2:9] += ops.lora_delta_loop(*asked)
+    run(twin, *asked, add_to=memory[:, 2:9])
+    torch.testing.assert_close(memory, expected, rtol=1e-5, atol=1e-5)
+
+
+def off(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """Makes tensors of zeros that take no memory but for the pages that are written to."""
+
+    def make(*shape):
+        path, size = tmp_path / str(len([*tmp_path.iterdir()])), prod(shape)
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(shape)
+
+    return make
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would hold it whole")
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("laid_by_rank", [True, False])
+def test_factors_of_more_numbers_than_32_bits_count(twin, laid_by_rank, empty):
+    """A token that goes to the last of a million experts."""
+    num_experts, r, size = 1 << 20, 8, 264
+    num_ranks = num_experts * r
+    assert num_ranks * size > 1 << 31
+    a = empty(num_ranks, size)
+    b = empty(num_ranks, size).T if laid_by_rank else empty(size, num_ranks)
+    x, own_a, own_b = (torch.randn(n, size).bfloat16() for n in (1, r, r))
+    a[-r:], b[:, -r:] = own_a, own_b.T
+    starts = torch.arange(0, num_ranks, r)
+    own = kernels.triton_twins().Segments(
+        starts, torch.full_like(starts, r), torch.ones(num_experts), r
+    )
+    chosen = torch.ones(1, 1), torch.tensor([[num_experts - 1]])
+    got = getattr(kernels.triton_twins(), f"lora_delta_{twin}")(x, a, b, own, *chosen)
+    assert off(got, x @ own_a.T @ own_b) < 0.02
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would hold it whole")
+def test_tokens_of_more_numbers_than_32_bits_count(empty):
+    """The last of eight million tokens, in a tile of its own."""
+    num_tokens, size, r = 1 << 23, 264, 3
+    assert num_tokens * size > 1 << 31
+    found: Any = kernels.triton_twins().triton_kernels
+    x, out = empty(num_tokens, size), empty(num_tokens, size)
+    x[-1] = torch.randn(size)
+    a, b = torch.randn(r, size).bfloat16(), torch.randn(size, r).bfloat16()
+    starts, ranks, scaling = torch.zeros(1).long(), torch.tensor([r]), torch.ones(1)
+    weights, tokens = torch.ones(num_tokens, 1), torch.arange(num_tokens)
+    job, shrunk = torch.tensor([[0, num_tokens - 1, num_tokens]]), empty(num_tokens, r)
+    wide = {"WIDE": tl.float32, "DOT": tl.float32, "TOKENS": 16, "RANKS": 16}
+    found.shrink_grouped[(1, 1)](
+        x, a, starts, ranks, scaling, weights, tokens, job, shrunk,
+        num_tokens, size, 1, r, 1, COLUMNS=64, **wide,
+    )  # fmt: skip
+    found.expand_grouped[(1, 3)](
+        shrunk, b, starts, ranks, tokens, job, out, size, r, 1, r, COLUMNS=128, **wide
+    )
+    assert off(out[-1], x[-1] @ a.T @ b.T) < 0.02
+
+
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.skipif(not INTERPRETED, reason="in float64, which tensor cores do not all multiply")
 def test_gradients_are_right_for_gates_and_for_adapters(twin):
@@ -134,50 +210,48 @@ def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(t
     assert max(seen.sizes) <= num_tokens * sum(ranks) * 8 < output
 
 
-AHEAD_OF_TIME = """
-import warnings
-from itertools import product
-warnings.simplefilter("ignore")  # Triton 3.9 tells of a default of 3.10
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from meteora import triton_kernels as found
+SHARED = 99 * 1024
+"""Bytes that a block may have on every GPU since Ampere; A100s and H100s have 163 KB and 227 KB."""
 
-kinds = {"fp32": found.tl.float32, "bf16": found.tl.bfloat16, "fp16": found.tl.float16}
-of_weights, indices = {"x", "a", "b", "out"}, {"starts", "ranks", "experts", "tokens", "jobs"}
-names = "shrink_chosen", "expand_chosen", "shrink_grouped", "expand_grouped"
-for name, (kind, dot) in product(names, kinds.items()):
-    kernel, grouped = getattr(found, name), "grouped" in name
-    values = {"WIDE": kinds["fp32"], "DOT": dot, "TOKENS": 32,
-              "RANKS": 16 if grouped else 8, "COLUMNS": 64}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in of_weights or (argument == "shrunk" and grouped):
-            signature[argument] = "*" + kind
-        elif argument in indices:
-            signature[argument] = "*i64"
-        elif argument in values:
-            signature[argument] = "constexpr"
-        else:
-            signature[argument] = "*fp32" if argument in {"shrunk", "scaling", "weights"} else "i32"
-    constants = {k: v for k, v in values.items() if k in signature}
-    source = ASTSource(kernel, signature, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    on_tensor_cores = "mma" in built.asm["ptx"]
-    assert on_tensor_cores == (grouped and kind != "fp32"), (name, kind)
-    print(name, kind, len(built.asm["cubin"]))
-"""
+
+def compiled_for(architecture, ranks, monkeypatch, tmp_path):
+    """What `triton_ahead` tells of the kernels that both twins launch."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.meteora.triton_ahead", *map(str, (architecture, *ranks))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    found = {(kernel["kernel"], kernel["dtype"]) for kernel in told}
+    assert found == set(product(KERNELS, ("float32", "bfloat16", "float16")))
+    return told
+
+
+KERNELS = "shrink_chosen", "expand_chosen", "shrink_grouped", "expand_grouped"
+
+
+def fit_and_use_tensor_cores(told):
+    for kernel in told:
+        of_16_bits = kernel["dtype"] != "float32"
+        assert kernel["tensor_cores"] == (of_16_bits and "grouped" in kernel["kernel"]), kernel
+        assert kernel["shared"] <= SHARED, kernel
 
 
 def test_they_compile_for_gpus_and_multiply_16_bits_on_tensor_cores(monkeypatch, tmp_path):
     """The interpreter takes more than the compiler does: compile for Ampere, ahead of time."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD_OF_TIME], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 * 3
+    fit_and_use_tensor_cores(compiled_for(80, [8], monkeypatch, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_they_compile_for_every_gpu_since_ampere_at_every_rank(architecture, monkeypatch, tmp_path):
+    """One that is no power of two, one of each size of a tile, and many tiles of them."""
+    ranks = [1, 17, 64, 200]
+    fit_and_use_tensor_cores(compiled_for(architecture, ranks, monkeypatch, tmp_path))
 
 
 def test_without_triton_one_sentence_says_what_to_do(monkeypatch):

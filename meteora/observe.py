@@ -2,12 +2,17 @@
 
 Hooks, and not second return values: the layer keeps the signature of the projection that it
 replaces, so the base model's own code runs unchanged; and nothing is paid outside the block.
+Within it a model that `torch.compile` made runs as it is written: compiled, it would not look for
+hooks that came later.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
+
+import torch
 
 from meteora import ops
 from meteora.layer import routed_layers
@@ -55,6 +60,8 @@ def _watched(
 ) -> Generator[None]:
     """Hand the logits of every router, as they come, to `keep`."""
     with ExitStack() as hooks:
+        if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for path, layer in routed_layers(model).items():
             if layer.router is not None:
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from meteora import ops
 from meteora.layer import routed_layers
 from meteora.model import make_router, routed_by, without_experts
 from meteora.observe import recorded_logits, recorded_routes
-from tests.meteora.test_layer import Allocations
+from tests.meteora.test_layer import Allocations, make
 
 
 @pytest.fixture
@@ -69,6 +71,42 @@ def test_routes_are_those_that_the_layer_took(model):
     expected = layer.projection(tokens) + ops.lora_delta_loop(tokens, *factors, weights, experts)
     torch.testing.assert_close(out.reshape(8, -1), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(experts[:, 0], logits[path].argmax(-1))
+
+
+def test_blocks_nest_and_an_exception_leaves_no_hook(world, model):
+    before = hooks(model)
+    with (
+        suppress(ZeroDivisionError),
+        torch.no_grad(),
+        recorded_logits(model) as outer,
+        recorded_routes(model) as routes,
+    ):
+        with recorded_logits(model) as inner:
+            model(torch.tensor([[5, 8, 13]]))
+        model(torch.tensor([[5, 8]]))
+        raise ZeroDivisionError
+    assert hooks(model) == before
+    assert inner.keys() == outer.keys() == routes.keys() == world.manifest.modules.keys()
+    lengths = ({len(found) for found in seen.values()} for seen in (inner, outer))
+    assert [*lengths] == [{3}, {2}]
+
+
+def test_a_compiled_model_is_recorded_too_and_stays_compiled():
+    layer, x, graphs = make(), torch.randn(3, 12), []
+    model: Any = nn.Sequential(layer)
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        expected = compiled(x)
+        with recorded_logits(model) as logits:
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+        compiled(x)
+    torch.testing.assert_close(logits, {"0": layer.router(x)})
+    assert len(graphs) == 1
 
 
 def test_the_base_alone_has_nothing_to_record(model):

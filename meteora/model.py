@@ -45,6 +45,10 @@ class UnknownExpertError(MeteoraError):
     """No expert of the model has this name."""
 
 
+class UnsavableError(MeteoraError):
+    """A fused model was to be saved as its base would be, whose class could not load it."""
+
+
 def load(
     checkpoint_folder: str | Path,
     *,
@@ -57,6 +61,9 @@ def load(
     download: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
+
+    It is called by one thread at a time: what a gate decides for other layers lies in the model
+    until they are called.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
@@ -111,9 +118,19 @@ def insert_experts(
     """Replace every targeted layer by a routed one; without routers the model is still the base."""
     setattr(model, EXPERTS, manifest.choices)  # beside the modules: it takes any attribute
     setattr(model, CACHE, cache)
+    for method in ("save_pretrained", "push_to_hub"):
+        setattr(model, method, _refuse_to_save)
     null = manifest.router.null
     for path, lora_a, lora_b in checkpoint.read_experts(folder, manifest):
         insert_layer(model, path, lora_a, lora_b, manifest.modules[path], null=null, cache=cache)
+
+
+def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
+    raise UnsavableError(
+        "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
+        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it, and"
+        " write new gates with meteora.checkpoint.write_gates"
+    )
 
 
 def insert_layer(

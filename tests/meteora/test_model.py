@@ -11,6 +11,7 @@ import meteora
 from meteora import checkpoint
 from meteora.model import (
     UnknownExpertError,
+    UnsavableError,
     WrongBaseError,
     expert_names,
     force_expert,
@@ -153,6 +154,15 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
         exact = logits(wide, ids)
     assert narrow.dtype == dtype
     assert (narrow - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for save in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(UnsavableError, match="copy the folder of its checkpoint"):
+            save("saved")
+    assert not (tmp_path / "saved").exists()
+    world.load_base().save_pretrained(tmp_path / "base")
 
 
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):

@@ -119,6 +119,8 @@ def chosen_dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 def _dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """No copy of the rows: it is the gradient of an embedding bag for its per-sample weights."""
+    if not len(rows):
+        return x.new_zeros(index.shape)
     num_tokens, num_chosen = index.shape[-2:]
     bags = torch.arange(num_tokens, device=x.device)
     owners = bags.repeat_interleave(num_chosen, output_size=num_tokens * num_chosen)
@@ -138,6 +140,8 @@ def _dots(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
     """sums[t] = Σ_n factors[t, n] · rows[index[t, n]] of rows [R, D], index and factors [T, N]."""
+    if not len(rows):  # a layer whose gate decides for others, and whose own experts are gone
+        return factors.new_zeros(len(factors), rows.shape[1])
     return torch.nn.functional.embedding_bag(
         index, rows, mode="sum", per_sample_weights=factors.contiguous()
     )

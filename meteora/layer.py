@@ -113,10 +113,14 @@ class MoELoRALinear(nn.Module):
 
     def _scale(self) -> None:
         """Lay each expert's scaling beside its ranks, in float32: [E], [R] and [E, max r]."""
-        scaling = torch.tensor(self.scaling, dtype=torch.float32, device=self.rank_experts.device)
-        self.register_buffer("scales", scaling, persistent=False)
-        self.register_buffer("rank_scaling", scaling[self.rank_experts], persistent=False)
-        self.register_buffer("table_scaling", scaling[:, None] * self.table_owned, persistent=False)
+        # whoever moves a model in inference mode may still want to train it
+        with torch.inference_mode(mode=False):
+            device = self.rank_experts.device
+            scales = torch.tensor(self.scaling, dtype=torch.float32, device=device)
+            by_rank, by_table = scales[self.rank_experts], scales[:, None] * self.table_owned
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("rank_scaling", by_rank, persistent=False)
+        self.register_buffer("table_scaling", by_table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
@@ -231,8 +235,9 @@ class MoELoRALinear(nn.Module):
             ranks = slice(starts[e], starts[e + 1])
 
             def load() -> tuple[Tensor, Tensor]:
-                b = self.lora_b[:, ranks].T.to(x.device, x.dtype, copy=True).contiguous()
-                return self.lora_a[ranks].to(x.device, x.dtype, copy=True), b.T
+                with torch.inference_mode(mode=False):  # gates may learn from them later
+                    b = self.lora_b[:, ranks].T.to(x.device, x.dtype, copy=True).contiguous()
+                    return self.lora_a[ranks].to(x.device, x.dtype, copy=True), b.T
 
             return cache.fetch((self._key, e, x.device, x.dtype), load)
 

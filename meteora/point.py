@@ -77,6 +77,14 @@ class Point:
         self._num_taken = 0
         self._join()
 
+    def __getstate__(self) -> dict[str, list[Member]]:
+        """What a pass left, and what was joined, is of this process: both come again by use."""
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, list[Member]]) -> None:
+        self.members = state["members"]
+        self._addresses, self._left, self._num_taken = [], None, 0
+
     def shrink(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, twin: Twin
     ) -> None:
@@ -141,7 +149,11 @@ class Point:
                     [member.table_scaling for member in members],
                 )
             )
-            starts = list(accumulate(self._sizes, initial=0))[:-1]
+            # a layer without ranks has no first row: it names another's, at scaling 0
+            ends = accumulate(self._sizes)
+            starts = [
+                end - size if size else 0 for end, size in zip(ends, self._sizes, strict=True)
+            ]
             self._starts = self._table.new_tensor(starts).view(-1, 1, 1)
         self._addresses = [member.lora_a.data_ptr() for member in members]
         return True

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import meteora
-from meteora import checkpoint
+from meteora import checkpoint, kernels
 from meteora.expert_cache import ExpertCache
 from meteora.layer import MoELoRALinear, routed_layers
 from meteora.model import expert_cache, force_expert, make_router, routed_by
 from meteora.routers import Fixed, Gate
+from tests.meteora.test_layer import Allocations
 
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
 
@@ -96,6 +97,18 @@ def test_the_copies_follow_the_model_to_another_dtype(world):
             torch.testing.assert_close(got, plain(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def layer_with(cache, *, ranks=(1, 2, 3), num_in=12, num_out=10):
+    return MoELoRALinear(
+        nn.Linear(num_in, num_out),
+        torch.randn(sum(ranks), num_in) / num_in**0.5,
+        torch.randn(num_out, sum(ranks)),
+        ranks,
+        [1.0] * len(ranks),
+        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), top_k=2),
+        cache=cache,
+    )
+
+
 def test_gates_learn_through_the_cache():
     """The same gradient as without, in a layer whose experts come and go."""
     a, b, gate = torch.randn(6, 12), torch.randn(10, 6), torch.randn(3, 12)
@@ -106,6 +119,37 @@ def test_gates_learn_through_the_cache():
         layer(x).square().mean().backward()
         grads.append(router.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_gates_learn_from_what_was_copied_in_inference_mode():
+    layer, x = layer_with(ExpertCache(1 << 20)), torch.randn(7, 12)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).square().mean().backward()
+    assert layer.router.weight.grad.any()
+    assert layer.cache.misses == 3
+
+
+def test_a_layer_whose_experts_are_all_gone_asks_for_none():
+    cache, x = ExpertCache(500), torch.randn(7, 12)
+    layer = layer_with(cache, ranks=[0, 0, 0])
+    torch.testing.assert_close(layer(x), layer.projection(x))
+    assert (cache.hits, cache.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_holds_single_experts_and_no_copies_of_weights_or_tokens(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 16)
+    num_tokens, size, ranks = 512, 512, [4] * 6
+    layer = layer_with(ExpertCache(0), ranks=ranks, num_in=size, num_out=size).to(dtype)
+    x = torch.randn(num_tokens, size).to(dtype)
+    with torch.no_grad(), Allocations() as seen:
+        layer(x)
+    output = num_tokens * size * dtype.itemsize
+    outputs = 1 + (layer.lora_a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
+    assert sum(number >= output for number in seen.sizes) <= 2 * outputs - 1
+    rest = [number for number in seen.sizes if number < output]
+    assert max(rest) <= max(num_tokens * sum(ranks) * 8, 16 * size * 4)
 
 
 @pytest.fixture

@@ -29,6 +29,23 @@ def test_generating_with_a_cache_equals_generating_without(model, tokenizer):
     assert torch.equal(cached, generate(model, tokenizer, PROMPTS, use_cache=False))
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_every_cache_and_every_number_of_beams_generate_what_none_does(
+    model, tokenizer, kind, num_beams
+):
+    asked = {"num_beams": num_beams, "cache_implementation": kind}
+    without = generate(model, tokenizer, PROMPTS, num_beams=num_beams, use_cache=False)
+    assert torch.equal(generate(model, tokenizer, PROMPTS, **asked), without)
+
+
+def test_a_left_padded_batch_generates_what_its_rows_do(model, tokenizer):
+    together = generate(model, tokenizer, PROMPTS)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        (alone,) = generate(model, tokenizer, [prompt])
+        assert torch.equal(row[: len(alone)], alone)
+
+
 def test_a_left_padded_batch_equals_its_rows_one_by_one(model, tokenizer):
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     with torch.no_grad():

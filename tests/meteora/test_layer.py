@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -55,7 +56,7 @@ def test_every_twin_gives_the_same_layer_in_every_mode(twin, shape, mode):
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
 @settings(deadline=None, max_examples=40)
 @given(
-    ranks=st.lists(st.sampled_from([0, 1, 3, 8]), min_size=1, max_size=5).filter(any),
+    ranks=st.lists(st.sampled_from([0, 1, 3, 8]), min_size=1, max_size=5),
     top_k=st.integers(1, 6),
     temperature=st.sampled_from([0.1, 1.0, 20.0]),
     margin=st.sampled_from([None, 0.5]),
@@ -126,6 +127,35 @@ def test_nothing_is_stale_after_weights_change(twin):
                 moved(moved_x), definition(moved, moved_x), rtol=1e-5, atol=1e-5
             )
             assert moved.lora_b.T.is_contiguous()
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_a_layer_whose_experts_are_all_gone_is_its_projection(twin, num_tokens):
+    """As `drop_expert` leaves one whose gate decides for others."""
+    layer, x = make(ranks=[0, 0, 0], twin=twin), torch.randn(num_tokens, 12, requires_grad=True)
+    out = layer(x)
+    torch.testing.assert_close(out, layer.projection(x))
+    out.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), out)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_what_was_moved_or_used_in_inference_mode_can_be_trained(twin):
+    layer, x = make(twin=twin), torch.randn(5, 12)
+    with torch.inference_mode():
+        layer.to("cpu")(x)
+    layer(x).sum().backward()
+    assert layer.router.weight.grad.any()
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_a_pickled_layer_is_the_same_elsewhere(twin):
+    layer, x = make(twin=twin), torch.randn(5, 12)
+    other = pickle.loads(pickle.dumps(layer))  # noqa: S301
+    assert torch.equal(other(x), layer(x))
+    assert other.lora_b.T.is_contiguous()
 
 
 def test_experts_are_used_where_a_cache_line_begins():

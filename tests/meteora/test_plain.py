@@ -83,11 +83,10 @@ SHAPES = [(256, 192, 320), (16, 1024, 576)]
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_error_is_no_worse_than_the_bare_layers_own(device, twin, dtype, say, top_k):
     for seed, (num_tokens, num_in, num_out) in enumerate(SHAPES):
-        x = torch.randn(num_tokens, num_in).to(device, dtype)
-        projection = linear(num_in, num_out).to(device)
+        x = torch.randn(num_tokens, num_in).to(dtype)
         asked = {"twin": twin, "top_k": top_k, "say": say, "seed": seed}
-        layer = make(projection, num_in, num_out, dtype, x=x.cpu(), **asked)
-        assert over_bare(layer.to(device), x) <= 1.05
+        layer = make(linear(num_in, num_out), num_in, num_out, dtype, x=x, **asked)
+        assert over_bare(layer.to(device), x.to(device)) <= 1.05
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ import torch
 import meteora
 from meteora import checkpoint, kernels, ops
 from meteora.gates import gates_of, share_first_matmuls
-from meteora.layer import routed_layers
+from meteora.layer import routed_layers, share_first_matmul
 from meteora.model import force_expert, without_experts
 from meteora.observe import recorded_logits, recorded_routes
 from meteora.routers import Followed, Follower, Gate
-from tests.meteora.test_layer import decodes_through_one_graph
+from tests.meteora.test_layer import Allocations, decodes_through_one_graph, make
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
@@ -118,6 +119,59 @@ def test_each_layers_a_is_held_once(models):
         size = sum(found[path].lora_a.nbytes for path in (Q, K, V))
         assert found[Q].lora_a.untyped_storage().nbytes() == size
     assert point_of(layers[K]) is point_of(layers[Q])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_pickled_model_is_the_same_elsewhere(models, begun):
+    """Also where a pass had come to an end between the layers of a point."""
+    plain, shared = models
+    with_twin("gather", *models)
+    with torch.no_grad():
+        shared(IDS)
+        if begun:
+            routed_layers(shared)[Q](torch.randn(2, 6, 32))
+    sent = pickle.loads(pickle.dumps(shared))  # noqa: S301
+    equal(plain, sent)
+    storages = {routed_layers(sent)[path].lora_a.untyped_storage().data_ptr() for path in (Q, K, V)}
+    assert len(storages) == 1
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather"])
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_layers_without_ranks_have_their_place_in_a_point(twin, gone):
+    ranks = [[3, 1], [2, 0], [0, 5]]
+    ranks[gone] = [0, 0]
+    alone = [make(ranks=own, seed=seed, twin=twin) for seed, own in enumerate(ranks)]
+    followed, x = Followed(), torch.randn(4, 12)
+    first = alone[0].router
+    for layer in alone:
+        layer.router = Follower(followed, 2, top_k=2)
+    alone[0].router = Gate(first.weight.data, first.bias.data, top_k=2, followed=followed)
+    together = copy.deepcopy(alone)
+    share_first_matmul(together)
+    with torch.no_grad():
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(other(x), one(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", ["dense", "gather"])
+def test_a_pass_holds_tokens_times_the_ranks_of_all_and_no_copies(twin):
+    """Of q, k and v together; the A's were joined before."""
+    num_tokens, size, ranks = 256, 512, [4] * 6
+    layers = [make(size, size, ranks=ranks, seed=seed, twin=twin) for seed in range(3)]
+    followed = Followed()
+    layers[0].router.followed = followed
+    for layer in layers[1:]:
+        layer.router = Follower(followed, len(ranks), top_k=2)
+    share_first_matmul(layers)
+    x = torch.randn(num_tokens, size)
+    with torch.no_grad(), Allocations() as seen:
+        for layer in layers:
+            layer(x)
+    output = num_tokens * size * 4
+    # each projection's own output, and in the gather twin what one call of 256 rows adds to it
+    assert sum(number >= output for number in seen.sizes) == (3 if twin == "dense" else 6)
+    assert max(n for n in seen.sizes if n < output) <= 3 * num_tokens * sum(ranks) * 8 < output
 
 
 def test_what_is_moved_changed_or_copied_is_followed(models):

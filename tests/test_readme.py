@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.pipelines.command_line import ask
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,8 +20,7 @@ def test_the_readme_names_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_in_the_readme_exists(command: str) -> None:
-    asked = [sys.executable, "-m", "pipelines.cli", *command.split(), "--help"]
-    assert subprocess.run(asked, capture_output=True, check=False).returncode == 0
+    assert ask(*command.split(), "--help").returncode == 0
 
 
 def test_ci_runs_the_very_command_that_the_readme_gives() -> None:

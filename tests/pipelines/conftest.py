@@ -8,8 +8,9 @@ import json
 import os
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import yaml
@@ -58,11 +59,42 @@ def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
     ]
 
 
-def run(work: Workplace, until: str = "publish") -> dict[str, float]:
-    """Run a recipe as `meteora run` does, on the server that `prefect_server` started."""
+class Here:
+    """A run's stages in the test's own process: one of their own takes seconds to start."""
+
+    def __init__(self, work: Workplace, **_told: object) -> None:
+        self._work = replace(
+            work, ledger=Ledger(work.home)
+        )  # nothing is shared but what lies there
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def call(self, stage: str, *arguments: Any, deadline_seconds: float) -> Any:
+        from pipelines.stage_worker import STAGES
+
+        assert deadline_seconds > 0
+        return STAGES[stage](self._work, *arguments)
+
+    def close(self) -> None:
+        pass
+
+
+def run(work: Workplace, until: str = "publish", *, apart: bool = False) -> dict[str, float]:
+    """Run a recipe as `meteora run` does, on the server that `prefect_server` started.
+
+    Args:
+        apart: With its stages in a process of their own.
+    """
     from pipelines import flows
 
-    return flows.fuse_adapters(str(work.path), str(work.home), Stage(until))
+    with pytest.MonkeyPatch.context() as patch:
+        if not apart:
+            patch.setattr(flows, "Child", Here)
+        return flows.fuse_adapters(str(work.path), str(work.home), Stage(until))
 
 
 @pytest.fixture(scope="session")

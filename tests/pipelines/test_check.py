@@ -10,8 +10,8 @@ import pytest
 from pipelines.check import judge
 from tests.meteora.adapter_maker import pair, write_adapter
 
+from .command_line import meteora
 from .hub_server import Fault, Repo, running_hub
-from .test_cli import meteora
 
 if TYPE_CHECKING:
     from collections.abc import Generator

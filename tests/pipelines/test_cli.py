@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from .command_line import ask, meteora
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import World
 
-Said = subprocess.CompletedProcess[str]
-
-
-def meteora(*arguments: str | Path, home: Path) -> Said:
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
+    from .command_line import Said
 
 
 def refused(said: Said, sentence: str) -> None:
@@ -50,6 +47,15 @@ def test_a_bad_recipe_a_missing_one_and_a_missing_base_get_one_sentence(
     refused(
         meteora("run", package, home=tmp_path / "home"), "run `pip install --no-deps not-installed`"
     )
+
+
+def test_a_process_ends_with_the_code_and_says_the_same(tmp_path: Path) -> None:
+    words = ["sql", "DROP TABLE scores", "--home", str(tmp_path)]
+    here = ask(*words)
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (here.returncode, here.stdout) == (1, "")
+    assert process.stderr.split() == here.stderr.split()
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
@@ -188,10 +194,7 @@ def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
     ["run", "check", "generate", "report", "publish", "sql", "verify", "store rebuild", "store gc"],
 )
 def test_every_command_explains_itself(command: str) -> None:
-    said = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *command.split(), "--help"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
+    said = ask(*command.split(), "--help")
     assert said.returncode == 0
     assert "Usage" in said.stdout
 

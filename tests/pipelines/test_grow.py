@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +36,7 @@ from pipelines.newcomer import Newcomer
 from store.ledger import Ledger
 from tests.pipelines.conftest import letters, run
 
+from .command_line import ask
 from .hub_server import Repo, running_hub
 from .test_discover import adapter_repo
 from .test_judge import altered
@@ -71,11 +70,6 @@ def made(workplace: Callable[..., Workplace], kept: Path) -> tuple[Workplace, Pa
     return work, work.checkpoint_folder(planned.router.id)
 
 
-def ask(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-
-
 def slices(folder: Path, manifest: Manifest, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
     """One expert's numbers of every module that it targets."""
     e = manifest.names.index(name)
@@ -90,7 +84,7 @@ def slices(folder: Path, manifest: Manifest, name: str) -> dict[str, tuple[torch
 def test_an_expert_goes_and_comes_back(made: tuple[Workplace, Path], recipe_folder: Path) -> None:
     work, folder = made
     before = read_manifest(folder)
-    dropped = ask(work.home, "drop", folder, "attention")
+    dropped = ask("drop", folder, "attention", "--home", work.home)
     assert dropped.returncode == 0, dropped.stderr
     without = Path(dropped.stdout.strip())
     fewer = read_manifest(without)
@@ -109,8 +103,8 @@ def test_an_expert_goes_and_comes_back(made: tuple[Workplace, Path], recipe_fold
 
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
     added = ask(
-        work.home, "add", without, "attention", recipe_folder / "attention", source,
-        "--base", recipe_folder / "base",
+        "add", without, "attention", recipe_folder / "attention", source,
+        "--base", recipe_folder / "base", "--home", work.home,
     )  # fmt: skip
     assert added.returncode == 0, added.stderr
     again = Path(added.stdout.strip())

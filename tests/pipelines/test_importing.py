@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from pipelines.importing import ImportingError, write_recipe
 from pipelines.recipe import Recipe
 
-from .test_cli import meteora
+from .command_line import ask, meteora
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,8 +39,7 @@ def test_a_dry_run_takes_it_and_arrow_needs_no_examples(
     world: World, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "recipes" / "mine.yaml"
-    command = [sys.executable, "-m", "pipelines.cli", "import", str(folder), "-o", str(out)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    made = ask("import", folder, "-o", out)
     assert made.stdout == f"{out}\n", made.stderr
     recipe = Recipe.load(out)
     assert {one.name for one in recipe.experts} == {"at-tention", "q_and_v"}

@@ -61,7 +61,7 @@ def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
 ) -> None:
     work = workplace()
     assert finished(work) is None
-    seconds = run(work)
+    seconds = run(work, apart=True)
     assert list(seconds) == ["base", "check", "stack", "gates", "benchmark"]
 
     planned = finished(work)
@@ -160,13 +160,13 @@ def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
     monkeypatch.setattr(Child, "call", killed)
     work = workplace()
     with pytest.raises(StageError, match=r"fit_gates: .* SIGKILL.* run again to go on"):
-        run(work, "gates")
+        run(work, "gates", apart=True)
     monkeypatch.undo()
     (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
 
     late = workplace(deadlines={"gates": "0.01s"})
     with pytest.raises(StageError, match=r"fit_gates: .* its deadline of 0\.01 s"):
-        run(late, "gates")
+        run(late, "gates", apart=True)
     run(work, "gates")
     assert work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows == [stacked]
     assert work.ledger.query("SELECT outcome FROM runs ORDER BY ended_at").rows == [

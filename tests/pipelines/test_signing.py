@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +12,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from pipelines.signing import SIGNATURE, SignatureError, check_signature, sign
+
+from .command_line import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,8 +149,7 @@ def test_what_cannot_be_signed_or_verified_is_a_sentence(folder: Path, key: Path
 
 def test_the_command_line_signs_and_verifies(folder: Path, key: Path) -> None:
     def meteora(*words: object) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = ask(*words)
         return ended.returncode, ended.stdout + ended.stderr
 
     assert meteora("sign", folder, "--key", key) == (0, f"{folder / SIGNATURE}\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +13,7 @@ from meteora.artifacts import BaseSpec
 from meteora.trace import Trace
 from pipelines import palette, trace_view
 from pipelines.page import PageError, check_writable, write_page
+from tests.pipelines.command_line import meteora
 from tests.pipelines.html_reader import Elements
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -115,13 +114,9 @@ def test_generate_with_a_trace_shows_it_and_writes_the_page(world, tmp_path) -> 
     kept = tmp_path / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
     kept.parent.mkdir()
     kept.symlink_to(world.base)
-    said = subprocess.run(
-        [
-            sys.executable, "-m", "pipelines.cli", "generate", str(world.checkpoint), "hello",
-            "--expert", "attention", "--max-new-tokens", "3", "--trace", str(tmp_path / "t.html"),
-            "--home", str(tmp_path),
-        ],
-        check=False, capture_output=True, text=True,
+    said = meteora(
+        "generate", world.checkpoint, "hello", "--expert", "attention", "--max-new-tokens", 3,
+        "--trace", tmp_path / "t.html", home=tmp_path,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("[2]hello")

@@ -17,7 +17,7 @@ from pipelines import cli_checkpoint, cli_grow, cli_runs, cli_store, show
 from pipelines.cli_options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
 from pipelines.environment import prepare
 from pipelines.progress import say
-from pipelines.recipe import Stage
+from pipelines.stage import Stage
 
 app = typer.Typer(
     no_args_is_help=True,

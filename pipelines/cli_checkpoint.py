@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from pipelines import show
 from pipelines.cli_options import DEFAULT_HOME, Home
 from pipelines.progress import say
 
@@ -39,6 +38,7 @@ def generate(
     import meteora
     from meteora.generate import answer
     from meteora.trace import trace_prompt
+    from pipelines import show_model
     from pipelines.locate import base_at_hand, checkpoint_folder
     from pipelines.page import check_writable, write_page
     from pipelines.trace_view import page
@@ -52,7 +52,7 @@ def generate(
     with forced:
         if trace:
             found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            show.trace(found)
+            show_model.trace(found)
             if trace != "-":
                 write_page(Path(trace), page(found, prompt))
         else:

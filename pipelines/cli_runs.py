@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines import show
 from pipelines.cli_options import DEFAULT_HOME, Home
 from pipelines.environment import has_server, prepare
 from pipelines.progress import say
-from pipelines.recipe import Stage
+from pipelines.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,6 +134,7 @@ def _show(
     until: Stage,
 ) -> bool:
     """Show every recipe that is finished now; returns whether one that should be is not."""
+    from pipelines import show_model
     from pipelines.finished import finished
 
     lacking = False
@@ -144,7 +144,7 @@ def _show(
             planned = finished(work, until)
             lacking = lacking or planned is None
         if planned is not None:
-            show.summary(work, planned, seconds.get(work.key, {}))
+            show_model.summary(work, planned, seconds.get(work.key, {}))
     return lacking
 
 

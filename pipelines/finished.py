@@ -10,7 +10,7 @@ from meteora.sources import texts_sha256
 from pipelines import eval_results, plan, sources
 from pipelines.experts import Ground, Refusal, gather
 from pipelines.named_base import kept
-from pipelines.recipe import Stage
+from pipelines.stage import Stage
 from pipelines.summary import summarise
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from pipelines import changes, device, judge, plan, run_page, schedule, sources
 from pipelines.child import Child
 from pipelines.finished import finished
 from pipelines.progress import heard, say
-from pipelines.recipe import Stage
+from pipelines.stage import Stage
 from pipelines.summary import summarise
 from pipelines.workplace import Workplace
 from store.errors import BusyError

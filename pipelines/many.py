@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from meteora.artifacts import MeteoraError
 from pipelines import flows
 from pipelines.progress import say
-from pipelines.recipe import Stage
+from pipelines.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

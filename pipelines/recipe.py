@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -20,17 +19,6 @@ MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent
 BROUGHT = SHIPPED / "recipes"
 """Shipped recipes for adapters and rows that the user brings."""
-
-
-class Stage(StrEnum):
-    """The stages of a run, in their order; a run may be told to stop after one."""
-
-    base = "base"
-    check = "check"
-    stack = "stack"
-    gates = "gates"
-    benchmark = "benchmark"
-    publish = "publish"
 
 
 class RecipeError(MeteoraError):

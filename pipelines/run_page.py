@@ -34,8 +34,8 @@ from prefect.states import Crashed
 
 from meteora.artifacts import COMMIT
 from meteora.manifest import CARD
-from pipelines.recipe import Stage
 from pipelines.sources import hub_of
+from pipelines.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
         pytest.param("meteora.artifacts", {"torch", "duckdb", "prefect"}, id="nouns"),
         pytest.param("meteora.adapters", {"torch", "peft", "numpy"}, id="adapters"),
         pytest.param("meteora.layer", {"duckdb", "prefect", "transformers"}, id="layer"),
-        pytest.param("pipelines.cli", {"torch", "prefect", "duckdb"}, id="command line"),
+        pytest.param(
+            "pipelines.cli", {"torch", "prefect", "duckdb", "pydantic", "jinja2"}, id="command line"
+        ),
         pytest.param("pipelines.flows", {"torch", "transformers", "lm_eval"}, id="flows"),
         pytest.param("pipelines.publication", {"torch", "transformers"}, id="publishing"),
         pytest.param(

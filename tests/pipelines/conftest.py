@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from pipelines.environment import prepare
-from pipelines.recipe import Recipe, Stage
+from pipelines.recipe import Recipe
+from pipelines.stage import Stage
 from pipelines.workplace import Workplace, new_run_id
 from store.ledger import Ledger
 

@@ -1,0 +1,16 @@
+"""The names of a run's stages."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """The stages of a run, in their order; a run may be told to stop after one."""
+
+    base = "base"
+    check = "check"
+    stack = "stack"
+    gates = "gates"
+    benchmark = "benchmark"
+    publish = "publish"

@@ -279,7 +279,7 @@ def test_a_checkpoint_from_elsewhere_grows_without_a_record(
 
 def test_what_cannot_grow_says_why(made: tuple[Workplace, Path], tmp_path: Path) -> None:
     work, folder = made
-    refused = ask(work.home, "drop", folder, "nobody")
+    refused = ask("drop", folder, "nobody", "--home", work.home)
     assert refused.returncode == 1
     assert "'nobody' cannot be dropped from q_and_v, attention" in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"
@@ -287,7 +287,7 @@ def test_what_cannot_grow_says_why(made: tuple[Workplace, Path], tmp_path: Path)
     for path in folder.iterdir():
         if path.name != STATISTICS:
             (bare / path.name).symlink_to(path)
-    refused = ask(work.home, "drop", bare, "attention")
+    refused = ask("drop", bare, "attention", "--home", work.home)
     assert refused.returncode == 1
     assert "it has no statistics.safetensors" in " ".join(refused.stderr.split())
     assert not [*(work.home / "runs").iterdir()]

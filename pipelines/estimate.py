@@ -14,6 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meteora.statistics import MAX_DIRECTIONS
+from pipelines.gates_section import JointSection
+from pipelines.labels import QUESTIONS_IN_COMPOSITES
 from pipelines.measurements import BASE, EXPERTS, FUSED, MERGES, ONE_EXPERT, ORACLE, TOLD
 from pipelines.metrics import METRICS
 
@@ -36,6 +39,8 @@ SWEEPS = 2.5
 """Passes through the model while gates are fitted: one, and the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """As `meteora.sequences` and `meteora.sweep` limit them."""
+PASSES_A_STEP = 3
+"""Through the model where experts are mixed: forwards, and about twice that backwards."""
 MERGE_PASSES = 20
 """Over all experts' products, in float32, for one merge: TIES sorts, trims and elects."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
@@ -126,9 +131,39 @@ def estimate(
     ]
     gates = recipe.router.kind == "gate"
     if gates:
-        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, list(examples.values())))
+        taught = _taught(recipe, list(examples.values()))
+        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, taught))
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What gates are made from."""
+
+    tokens: float
+    """That a sweep goes through."""
+    passes: float = 0.0
+    """Tokens of further passes, forwards or backwards, through the model."""
+    kept: bool = True
+    """Whether statistics are kept of them."""
+
+
+def _taught(recipe: Recipe, examples: Sequence[Rows]) -> Taught:
+    lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
+    num_sequences = sum(rows.count for rows in examples)
+    tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
+    for n in recipe.gates.composites:
+        num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
+        tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
+    if not isinstance(recipe.gates, JointSection):
+        return Taught(tokens)
+    settings = recipe.gates
+    learned = settings.steps * settings.batch_size * settings.accumulate
+    each = tokens / max(1, num_sequences)
+    swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
+    passes = 1 if recipe.router.top_k == 1 else PASSES_A_STEP
+    return Taught(swept, passes * learned * each, kept=False)
 
 
 def _gates(
@@ -137,9 +172,9 @@ def _gates(
     machine: Machine,
     loaded: float,
     gate_bytes: float,
-    examples: Sequence[Rows],
+    taught: Taught,
 ) -> Need:
-    tokens = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in examples)
+    tokens = taught.tokens
     itemsize = shape.dtype.itemsize
     points: dict[tuple[str, int], None] = {}
     for path in experts.ranks:
@@ -150,12 +185,14 @@ def _gates(
     hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
     batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
     spread = 48 * size * size + 8 * SCATTER_SIZE * widest
-    seconds = SWEEPS * _reading(shape, machine, tokens, routed=True)
+    seconds = _reading(shape, machine, SWEEPS * tokens + taught.passes, routed=True)
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         seconds += (2 * 2 * tokens * n * n + 3 * 9 * n**3) / machine.flops_per_second
-    return Need("gates", loaded + hidden + batch + spread, gate_bytes, seconds)
+    kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
+    disk = gate_bytes + (kept if taught.kept else 0)
+    return Need("gates", loaded + hidden + batch + spread, disk, seconds)
 
 
 def _benchmark(

@@ -10,7 +10,8 @@ from pipelines import card_front
 from pipelines.hub_client import PUBLIC
 
 if TYPE_CHECKING:
-    from meteora.checkpoint import Manifest
+    from meteora.artifacts import RouterSpec
+    from meteora.checkpoint import Manifest, RouterEntry
     from pipelines.summary import Summary
 
 MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
@@ -117,12 +118,8 @@ def _linked(source: str, revision: str = "") -> str:
 
 def _limits(manifest: Manifest) -> list[str]:
     router = manifest.router
-    told_by_weights = [
-        f"No examples were given for {', '.join(router.stand_ins)}: where their tokens are is told"
-        f" by their weights ({router.stand_in}), which is less sure than examples are."
-    ]
     return [
-        *(told_by_weights if router.stand_ins else []),
+        *stand_in_lines(router),
         "The scores are of rows like those that its gates were made with; other prompts are not"
         " measured."
         if manifest.gates
@@ -212,6 +209,16 @@ def routing_lines(summary: Summary) -> list[str]:
         f"Routing accuracy {routing.accuracy:.3f} over {routing.num_tokens:,} tokens of held-out"
         " rows, after the template's opening, in every routed layer; lowest for"
         f" {worst.expert} ({worst.accuracy:.3f})."
+    ]
+
+
+def stand_in_lines(router: RouterEntry | RouterSpec) -> list[str]:
+    """Which experts had no examples, where there are such."""
+    if not router.stand_ins:
+        return []
+    return [
+        f"No examples were given for {', '.join(router.stand_ins)}: which tokens are theirs is told"
+        f" by their weights ({router.stand_in}), which is less sure than examples are."
     ]
 
 

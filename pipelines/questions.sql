@@ -7,11 +7,14 @@ FROM lineage JOIN base_models ON base_models.id = relative_id
 WHERE artifact_id = $router AND relation = 'made from';
 
 -- router: How it routes
-SELECT router, top_k, temperature, method, num_tokens, heldout_accuracy, wall_seconds, device
+SELECT router, top_k, temperature, method, composites, num_tokens, heldout_accuracy, wall_seconds,
+       device
 FROM routers WHERE id = $router;
 
 -- experts: The experts
-SELECT position + 1 AS number, name, source, revision, licence, min_r, max_r, num_modules, dtype
+SELECT position + 1 AS number, name, source, revision, licence, min_r, max_r, num_modules, dtype,
+       CASE WHEN list_contains(stand_ins, name) THEN stand_in
+            WHEN router = 'gate' THEN 'examples' END AS told_by
 FROM routers
 JOIN experts USING (fused_id)
 LEFT JOIN adapter_weights ON adapter_weights.id = adapter_id

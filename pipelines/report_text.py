@@ -20,6 +20,8 @@ SHOWN = (
     "adapters", "lineage",
 )  # fmt: skip
 """The answers that stand in the text, in this order; scores stand above them, task by task."""
+STAND_INS = ("arrow", "norm")
+"""By which experts without examples are told."""
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~&])")
 
 
@@ -63,6 +65,13 @@ def verdict(asked: Mapping[str, Asked]) -> list[str]:
     ]
     if differences and not losses:
         lines.append("On no task is it worse than another system beyond chance.")
+    told_by = {row["name"]: row["told_by"] for row in asked["experts"].rows}
+    if without := [name for name, how in told_by.items() if how in STAND_INS]:
+        how = told_by[without[0]]
+        lines.append(
+            f"No examples were given for {escaped(', '.join(without))}: which tokens are theirs is"
+            f" told by their weights ({how}), which is less sure than examples are."
+        )
     accuracy = asked["overall"].rows[0]["accuracy"]
     if accuracy is not None:
         lines.append(f"Of all tokens, {accuracy:.1%} were sent to their own expert.")

@@ -9,7 +9,14 @@ from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
 from pipelines import trace_view
-from pipelines.card import cell, how_measured, loss_lines, routing_lines, speed_lines
+from pipelines.card import (
+    cell,
+    how_measured,
+    loss_lines,
+    routing_lines,
+    speed_lines,
+    stand_in_lines,
+)
 from pipelines.show import plain_console
 from pipelines.summary import summarise
 
@@ -35,7 +42,12 @@ def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
     table.add_section()
     table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     out.print(table)
-    told = (*how_measured(summary), *routing_lines(summary), *loss_lines(summary))
+    told = (
+        *how_measured(summary),
+        *routing_lines(summary),
+        *stand_in_lines(summary.gates.spec),
+        *loss_lines(summary),
+    )
     for line in (*told, *speed_lines(summary)):
         out.print(line, soft_wrap=True)
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())

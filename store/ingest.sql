@@ -57,7 +57,9 @@ SELECT body->>'id', body->>'$.spec.fused_id', body->>'$.spec.router',
        (body->>'$.spec.top_k')::INTEGER, (body->>'$.spec.temperature')::DOUBLE,
        body->>'$.spec.method', body->>'$.spec.examples_sha256', (body->>'$.spec.seed')::BIGINT,
        (body->>'$.built.num_tokens')::BIGINT, (body->>'$.built.heldout_accuracy')::DOUBLE,
-       (body->>'$.built.wall_seconds')::DOUBLE, body->>'$.built.device', sha256
+       (body->>'$.built.wall_seconds')::DOUBLE, body->>'$.built.device', sha256,
+       (body->'$.spec.composites')::INTEGER[], body->>'$.spec.stand_in',
+       (body->'$.spec.stand_ins')::VARCHAR[]
 FROM fresh WHERE kind = 'artifact' AND (body->>'kind') = 'router';
 
 CREATE OR REPLACE TEMP TABLE measured AS

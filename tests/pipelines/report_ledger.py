@@ -55,7 +55,10 @@ ADAPTERS = tuple(
     for n in (1, 2, 3)
 )
 FUSED = FusedSpec(BASE.id, NAMES, tuple(adapter.id for adapter in ADAPTERS))
-GATE = RouterSpec(FUSED.id, "gate", 1, 1.0, "calibrate", "e" * 64)
+GATE = RouterSpec(
+    FUSED.id, "gate", 1, 1.0, "calibrate", "e" * 64, composites=(3,), stand_in="norm",
+    stand_ins=(HOSTILE,),
+)  # fmt: skip
 ARROW = RouterSpec(FUSED.id, "arrow", 1, 1.0)
 TIES = MergeSpec(FUSED.id, "ties", 1.0, 0.5)
 COUNTS = {

@@ -168,6 +168,19 @@ def test_what_was_refused_is_told_with_its_reasons(
     assert "| found | refuse | someone/dora |" in report_markdown(ledger, GATE.id)
 
 
+def test_who_had_no_examples_is_said(
+    asked: dict[str, questions.Asked], tree: Any, ledger: Ledger
+) -> None:
+    told_by = {row["name"]: row["told_by"] for row in asked["experts"].rows}
+    assert told_by == {"dates": "examples", HOSTILE: "norm", "sums": "examples"}
+    assert asked["router"].rows[0]["composites"] == [3]
+    told = " ".join(tree.text_content().split())
+    said = f"No examples were given for {HOSTILE}: which tokens are theirs is told by their weights"
+    assert f"{said} (norm)" in told
+    assert "calibrated on" in told
+    assert "their weights (norm)" in report_markdown(ledger, GATE.id)
+
+
 def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
     """But for a figure's marks, which the wide and the narrow drawing both have."""
     marks = re.compile(r"(point|interval|cell|line)-")

@@ -9,7 +9,7 @@ import yaml
 
 import meteora
 from meteora.checkpoint import CARD, read_manifest
-from pipelines import grow
+from pipelines import grow, show_model
 from pipelines.finished import finished
 from pipelines.grow import GrowthError
 from pipelines.recipe import Recipe, RecipeError
@@ -31,8 +31,8 @@ def experts(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_it_is_told_by_its_weights_and_the_card_says_so(
-    workplace: Callable[..., Workplace], recipe_folder: Path
+def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
+    workplace: Callable[..., Workplace], recipe_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = workplace(
         experts=experts(recipe_folder),
@@ -45,6 +45,8 @@ def test_it_is_told_by_its_weights_and_the_card_says_so(
     assert planned.router.stand_ins == ("attention",)
     folder = work.checkpoint_folder(planned.router.id)
     assert "No examples were given for attention" in (folder / CARD).read_text()
+    show_model.summary(work, planned, {})
+    assert "No examples were given for attention" in capsys.readouterr().out
     assert read_manifest(folder).router.stand_in == "arrow"
     meteora.load(folder, base_folder=recipe_folder / "base")
     with pytest.raises(GrowthError, match="attention had no examples"):

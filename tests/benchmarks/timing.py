@@ -7,6 +7,7 @@ on the machine do to it then shows in its caches alone. Threads and GPUs are tim
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 import time
@@ -18,7 +19,6 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
@@ -27,7 +27,21 @@ if TYPE_CHECKING:
 def ask(parser: argparse.ArgumentParser) -> None:
     """What every benchmark is asked."""
     parser.add_argument("--json", action="store_true", help="for machines")
-    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--device", default="cpu", type=there, help="such as cuda")
+
+
+def there(device: str) -> str:
+    """The device, if this machine has it and this torch can use it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        found = torch.accelerator.current_accelerator(check_available=True)
+        usable = "cpu" if found is None else f"cpu and {found.type}"
+        raise argparse.ArgumentTypeError(
+            f"{device!r} is not there, or torch {torch.__version__} cannot use it; name one of"
+            f" {usable}"
+        ) from None
+    return device
 
 
 NEEDED = "bare base", "meteora"

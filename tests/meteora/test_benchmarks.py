@@ -6,6 +6,7 @@ import importlib
 import json
 
 import pytest
+import torch
 
 TINY = {
     "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
@@ -13,6 +14,27 @@ TINY = {
     "fuse": "--adapters 2 --layers 1 --rank 1 --rounds 1",
     "twins": "--hidden 32 --experts 3 --ranks 2 mixed --tokens 1 5 --rounds 1",
 }
+
+
+@pytest.mark.parametrize("name", ["layer", "model", "twins"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "nonsense",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+        ),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(name, device, monkeypatch, capsys):
+    module = importlib.import_module(f"tests.benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [name, *TINY[name].split(), "--device", device])
+    with pytest.raises(SystemExit) as refused:
+        module.main()
+    assert refused.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --device: '{device}' is not there, or torch {torch.__version__}" in said
+    assert "name one of cpu" in said
 
 
 @pytest.mark.slow

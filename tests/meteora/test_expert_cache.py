@@ -86,6 +86,10 @@ def test_only_what_is_used_is_copied_and_only_once(world):
             assert (cache.misses, cache.hits) == (len(owned), (run - 1) * len(owned))
     sizes = sum(entry.ranks[e] * (entry.in_features + entry.out_features) for entry in owned)
     assert cache.held_bytes == 4 * sizes
+    # copies of their own, and no views that would hold the whole file
+    assert cache.held_bytes == sum(
+        tensor.untyped_storage().nbytes() for pair in cache._held.values() for tensor in pair
+    )
 
 
 def test_the_copies_follow_the_model_to_another_dtype(world):

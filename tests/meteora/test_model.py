@@ -72,6 +72,23 @@ def test_uniform_is_the_mean_of_what_the_experts_add(model):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
+@pytest.mark.parametrize("cached", [None, 3_000, 1 << 20])
+def test_a_model_on_a_gpu_answers_as_on_the_cpu(world, ids, kind, cached):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = world.load(device=device, expert_cache_bytes=cached)
+        with routed_by(model, lambda layer: make_router(kind, layer, 2, 1.0)):
+            answer = model.generate(
+                ids.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+            found.append((logits(model, ids.to(device)).cpu(), answer.cpu()))
+    (on_cpu, answer_on_cpu), (on_gpu, answer_on_gpu) = found
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+    assert torch.equal(answer_on_gpu, answer_on_cpu)
+
+
 def test_without_experts_is_the_base_bit_for_bit(world, model, ids):
     expected = logits(world.load_base(), ids)
     assert not torch.equal(logits(model, ids), expected)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import product
 from math import prod
 from typing import Any
@@ -191,6 +192,36 @@ def test_the_layer_runs_through_them(twin, num_tokens, device):
     torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("twin", TWINS)
+def test_kernels_run_on_the_gpu_of_their_tensors(twin):
+    """And not on the current one, as Triton does."""
+    with torch.cuda.device(0):
+        asked = draw([3, 0, 5], 35, 6, 7, 2, device="cuda:1")
+        expected = ops.lora_delta_loop(*asked)
+        torch.testing.assert_close(run(twin, *asked), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_the_device_of_the_tensors_is_the_current_one_while_kernels_run(twin, monkeypatch):
+    found, entered = kernels.triton_twins(), []
+
+    @contextmanager
+    def noted(x):
+        entered.append(x.device)
+        yield
+        entered.append(None)
+
+    def kernel_alone(*_asked):
+        assert entered == [torch.device("cpu")]
+
+    monkeypatch.setattr(torch.cuda, "device_of", noted)
+    monkeypatch.setattr(found, f"_{twin}", kernel_alone)
+    run(twin, *draw([3, 0, 5], 4, 6, 7, 2))
+    assert entered == [torch.device("cpu"), None]
 
 
 @pytest.mark.parametrize("device", DEVICES)

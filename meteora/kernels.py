@@ -179,6 +179,8 @@ def lora_delta_gather(
 
 def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Tensor:
     """Add `chosen_sums` to [T, D] in place, a few tokens at a time."""
+    if not len(rows):
+        return add_to
     if add_to.numel() > SPARSE_NUMBERS and _has_sparse_sums(rows, factors, add_to):
         ends = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
         chosen = torch.sparse_csr_tensor(

@@ -131,8 +131,12 @@ def test_nothing_is_stale_after_weights_change(twin):
 
 @pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
-def test_a_layer_whose_experts_are_all_gone_is_its_projection(twin, num_tokens):
+@pytest.mark.parametrize("sparse_numbers", [0, kernels.SPARSE_NUMBERS])
+def test_a_layer_whose_experts_are_all_gone_is_its_projection(
+    twin, num_tokens, sparse_numbers, monkeypatch
+):
     """As `drop_expert` leaves one whose gate decides for others."""
+    monkeypatch.setattr(kernels, "SPARSE_NUMBERS", sparse_numbers)
     layer, x = make(ranks=[0, 0, 0], twin=twin), torch.randn(num_tokens, 12, requires_grad=True)
     out = layer(x)
     torch.testing.assert_close(out, layer.projection(x))

@@ -138,7 +138,9 @@ def test_a_pickled_model_is_the_same_elsewhere(models, begun):
 
 @pytest.mark.parametrize("twin", ["dense", "gather"])
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_layers_without_ranks_have_their_place_in_a_point(twin, gone):
+@pytest.mark.parametrize("sparse_numbers", [0, kernels.SPARSE_NUMBERS])
+def test_layers_without_ranks_have_their_place_in_a_point(twin, gone, sparse_numbers, monkeypatch):
+    monkeypatch.setattr(kernels, "SPARSE_NUMBERS", sparse_numbers)
     ranks = [[3, 1], [2, 0], [0, 5]]
     ranks[gone] = [0, 0]
     alone = [make(ranks=own, seed=seed, twin=twin) for seed, own in enumerate(ranks)]

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import json
 import os
 import random
+import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,10 +31,27 @@ if TYPE_CHECKING:
     from tests.conftest import World
 
 
+def shared_folder() -> Path:
+    """One for all processes of these tests, so that one server serves them; gone with the last."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"meteora-tests-{run}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    users = (folder / "users").open("w")
+    fcntl.flock(users, fcntl.LOCK_SH)
+
+    def leave() -> None:
+        with users, suppress(BlockingIOError):
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+
+    atexit.register(leave)
+    return folder
+
+
 # Prefect reads its settings when it is imported
-PREFECT_HOME = tempfile.TemporaryDirectory(prefix="meteora-tests-")
+PREFECT_HOME = shared_folder()
 os.environ.pop("PREFECT_API_URL", None)
-prepare(Path(PREFECT_HOME.name))
+prepare(PREFECT_HOME)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +64,7 @@ def prefect_server() -> Generator[str]:
 
     from pipelines.server import use_local_server
 
-    use_local_server(Path(PREFECT_HOME.name))  # until this process ends
+    use_local_server(PREFECT_HOME)  # until this process ends
     url = os.environ["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}):
         yield url

@@ -7,16 +7,22 @@ Heavy libraries are imported by the fixtures that need them, so that the store's
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import os
+import shutil
 import sys
+import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+from pipelines.environment import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -37,6 +43,29 @@ settings.load_profile("patient")
 # Triton asks at its import whether kernels are interpreted: they are where there is no GPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def shared_folder() -> Path:
+    """One for all processes of these tests, so that one server serves them; gone with the last."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"meteora-tests-{run}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    users = (folder / "users").open("w")
+    fcntl.flock(users, fcntl.LOCK_SH)
+
+    def leave() -> None:
+        with users, suppress(BlockingIOError):
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+
+    atexit.register(leave)
+    return folder
+
+
+# Prefect reads its settings when it is imported
+PREFECT_HOME = shared_folder()
+os.environ.pop("PREFECT_API_URL", None)
+prepare(PREFECT_HOME)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -265,3 +294,20 @@ def world(
     }
     checkpoint = folder / "fused"
     return World(base, adapters, checkpoint, fuse_adapters(base, adapters, checkpoint))
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Generator[str]:
+    """The address of one real server for all tests that run flows, in a process or in many."""
+    # importing it sets logging up anew; absl, which rouge-score brings, then closes the stderr that
+    # it knows, unless that is the present one: so not while a test has another in its place
+    import prefect.main  # noqa: F401
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from pipelines.server import use_local_server
+
+    use_local_server(PREFECT_HOME)  # until this process ends
+    url = os.environ["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+    del os.environ["PREFECT_API_URL"]

@@ -6,6 +6,7 @@ The base comes out of the Python package that the README installs; nothing is do
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import meteora
 from meteora import adapters
 from pipelines.recipe import locate
 from tests.conftest import load_peft
+from tests.pipelines.command_line import meteora as meteora_says
 from tests.pipelines.html_reader import Elements
 
 README = Path(__file__).parent.parent / "README.md"
@@ -33,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(home: Path) -> subprocess.CompletedProcess[str]:
+def ran(home: Path, prefect_server: str) -> subprocess.CompletedProcess[str]:
     """`meteora run` on a recipe like the quickstart's, with two experts and few rows."""
     body = yaml.safe_load(locate("quickstart").read_text())
     body["experts"] = [expert for expert in body["experts"] if expert["name"] in EXPERTS]
@@ -45,12 +47,15 @@ def ran(home: Path) -> subprocess.CompletedProcess[str]:
     body["benchmark"]["limit"] = 6
     recipe = home / "two.yaml"
     recipe.write_text(yaml.safe_dump(body))
-    return run(home, "run", recipe)
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--home", str(home)]
+    env = os.environ | {"PREFECT_API_URL": prefect_server}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
-def run(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--home", str(home)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def run(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    done = meteora_says(*words, home=home)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -4,71 +4,24 @@
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import json
-import os
 import random
-import shutil
-import tempfile
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import yaml
 
-from pipelines.environment import prepare
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
 from pipelines.workplace import Workplace, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
+    from pathlib import Path
 
     from tests.conftest import World
-
-
-def shared_folder() -> Path:
-    """One for all processes of these tests, so that one server serves them; gone with the last."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"meteora-tests-{run}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    users = (folder / "users").open("w")
-    fcntl.flock(users, fcntl.LOCK_SH)
-
-    def leave() -> None:
-        with users, suppress(BlockingIOError):
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
-
-    atexit.register(leave)
-    return folder
-
-
-# Prefect reads its settings when it is imported
-PREFECT_HOME = shared_folder()
-os.environ.pop("PREFECT_API_URL", None)
-prepare(PREFECT_HOME)
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Generator[str]:
-    """The address of one real server for all tests that run flows, in a process or in many."""
-    # importing it sets logging up anew; absl, which rouge-score brings, then closes the stderr that
-    # it knows, unless that is the present one: so not while a test has another in its place
-    import prefect.main  # noqa: F401
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from pipelines.server import use_local_server
-
-    use_local_server(PREFECT_HOME)  # until this process ends
-    url = os.environ["PREFECT_API_URL"]
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield url
-    del os.environ["PREFECT_API_URL"]
 
 
 def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:

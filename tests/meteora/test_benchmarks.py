@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from argparse import Namespace
 
 import pytest
 import torch
+
+from tests.benchmarks import fuse
 
 TINY = {
     "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
@@ -60,3 +63,10 @@ def test_a_benchmark_prints_a_table_or_json(name, as_json, monkeypatch, capsys):
         assert rows["bare base"]["prefill"] == 1
         assert {"meteora", "Arrow (PEFT)", "X-LoRA (PEFT)", "loop over experts"} <= rows.keys()
         assert all(row["floor"] >= 1 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_stacking_holds_less_than_two_of_the_largest_module():
+    """Fourteen modules of a 7B model, 160 MB, which a process has to itself."""
+    asked = Namespace(adapters=64, layers=2, rank=8, dtype="bfloat16", rounds=1)
+    assert fuse.measure(asked)["peak_over_largest_module"] < 2

@@ -101,6 +101,17 @@ def test_gates_learn_alike_through_every_twin_and_nothing_else_learns(twin):
     }
 
 
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_tokens_may_lie_in_memory_in_any_way(twin, mode):
+    """Columns of a matrix, every other row of one, and one token over and over."""
+    layer, memory = make(twin=twin), torch.randn(12, 12)
+    with mode():
+        for x in (memory.T, memory[::2], memory[:1].expand(5, 12), memory.view(3, 4, 12).mT.mT):
+            expected = definition(layer, x.contiguous())
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_layer_is_given_is_left_as_it_is():
     layer, x = make(), torch.randn(5, 12)
     before = x.clone()

@@ -311,3 +311,7 @@ def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp
         shared = {path for path, layer in routed_layers(loaded).items() if layer.point is not None}
         assert shared == ({*follows, *follows.values()} if expected else set())
         equal(model, loaded)
+        mapped, _ = meteora.load(folder, base_folder=world.base, expert_cache_bytes=1 << 20)
+        # joined, what lies in the mapped file would be read
+        assert all(layer.point is None for layer in routed_layers(mapped).values())
+        equal(model, mapped)

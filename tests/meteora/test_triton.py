@@ -102,6 +102,20 @@ def test_the_kernels_add_in_place_to_what_is_there(twin, into, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("twin", TWINS)
+def test_tokens_factors_and_weights_may_lie_in_memory_in_any_way(twin, device):
+    x, a, b, ranks, scaling, weights, experts = draw([3, 0, 5], 9, 6, 7, 2, device=device)
+    asked = x, a, b, ranks, scaling, weights, experts
+    strewn = x.T.contiguous().T, a.repeat(1, 2)[:, :6], b, ranks, scaling, weights, experts
+    expected = ops.lora_delta_loop(*asked)
+    torch.testing.assert_close(run(twin, *strewn), expected, rtol=1e-5, atol=1e-5)
+    weights, experts = weights.T.contiguous().T, experts.T.contiguous().T
+    strewn = x[:1].expand(9, 6), a, b, ranks, scaling, weights, experts
+    expected = ops.lora_delta_loop(*strewn)
+    torch.testing.assert_close(run(twin, *strewn), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("twin", TWINS)
 def test_an_output_with_gaps_between_its_rows_is_added_to_and_nothing_beside_it(twin, device):
     asked = draw([3, 0, 5], 35, 6, 7, 2, device=device)
     memory = torch.randn(35, 11, device=device)

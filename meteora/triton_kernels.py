@@ -2,7 +2,9 @@
 
 What a tile has beyond an expert's ranks is masked, so that any rank will do. Places in memory are
 counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums are
-taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
+taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile. Triton
+compiles a kernel anew for numbers and places that 16 divides: not so for what follows the number of
+tokens, or one prompt after the other would wait for it.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)
@@ -60,7 +62,7 @@ def expand_chosen(
     tl.store(place, sums.to(out.dtype.element_ty), mask=o < num_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "jobs_per_slot"])
 def shrink_grouped(
     x, a, starts, ranks, scaling, weights, tokens, jobs, shrunk,
     num_tokens, num_in, top_k, max_rank, jobs_per_slot,
@@ -96,7 +98,7 @@ def shrink_grouped(
     tl.store(to, (sums * factor[:, None]).to(shrunk.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "jobs"])
 def expand_grouped(
     shrunk, b, starts, ranks, tokens, jobs, out,
     num_out, max_rank, b_rank_stride, b_out_stride,

@@ -288,7 +288,10 @@ def fit_and_use_tensor_cores(told):
 
 def test_they_compile_for_gpus_and_multiply_16_bits_on_tensor_cores(monkeypatch, tmp_path):
     """The interpreter takes more than the compiler does: compile for Ampere, ahead of time."""
-    fit_and_use_tensor_cores(compiled_for(80, [8], monkeypatch, tmp_path))
+    told = compiled_for(80, [8], monkeypatch, tmp_path)
+    fit_and_use_tensor_cores(told)
+    grouped = [kernel["kernel"] for kernel in told if "grouped" in kernel["kernel"]]
+    assert len(grouped) == 2 * 3  # once for each dtype, whatever the number of tokens
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from triton.runtime.driver import driver  # noqa: E402
 from meteora import ops, triton_twins  # noqa: E402
 
 NUM_IN, NUM_OUT, TOP_K = 640, 384, 2
-LAUNCHES = ("gather", 1), ("gather", 40), ("grouped", 40)
+LAUNCHES = ("gather", 1), ("gather", 40), ("grouped", 40), ("grouped", 47), ("grouped", 128)
 """Twins and numbers of tokens: where these are few, tiles are others."""
 
 

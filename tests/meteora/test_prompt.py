@@ -101,3 +101,14 @@ def test_generating_with_a_cache_equals_generating_without(model):
     rows = torch.tensor([ONE, OTHER])
     cached = model.generate(rows, use_cache=True, **asked)
     assert torch.equal(cached, model.generate(rows, use_cache=False, **asked))
+
+
+def test_a_later_turn_that_begins_like_a_prompt_opens_none(model):
+    """Its tokens come by themselves, as those of an answer do; here behind a cache."""
+    turns = torch.tensor([[*ONE, *OPENING, 33, 34]])
+    with torch.no_grad():
+        whole = model(turns).logits
+        first = model(turns[:, :8], use_cache=True)
+        then = model(turns[:, 8:], past_key_values=first.past_key_values)
+    got = torch.cat([first.logits, then.logits], 1)
+    torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,8 @@ class Cost:
     """Seven shrinkages judged on held-out tokens, and the gate."""
     keep_seconds: float
     """What is stored so that experts can be added."""
+    kept_megabytes: float
+    """Of that, in the file of statistics."""
     forward_seconds: float
     peak_megabytes: float
     heldout_accuracy: float
@@ -107,16 +109,17 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     both = scatter[0] + scatter[1]
     gate, bias = gate_from(both, shrinkage)
     marks.append(time.process_time())
-    PointStatistics.of(both, shrinkage)
+    statistics = PointStatistics.of(both, shrinkage)
     marks.append(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     unseen = torch.arange(EXPERTS).repeat_interleave(64)[None]
     x = made_up(inputs, means, unseen, 10_000_000)
     right = ((x @ gate.T + bias).argmax(-1) == unseen).float().mean().item()
+    stored = sum(getattr(statistics, f.name).nbytes for f in fields(statistics))
     gathered, solved, kept = (b - a for a, b in pairwise(marks))
     return Cost(
-        inputs, examples, tokens, type(both).__name__, gathered - making, solved, kept, forward,
-        peak / 1024, right,
+        inputs, examples, tokens, type(both).__name__, gathered - making, solved, kept,
+        stored / 1e6, forward, peak / 1024, right,
     )  # fmt: skip
 
 
@@ -141,8 +144,8 @@ def main() -> None:
 def as_table(found: list[Cost]) -> str:
     lines = [
         "| inputs | tokens | spread kept as | gather, s | solve, s | keep, s | together"
-        " | forward, s | peak, MB | right on unseen tokens |",
-        "|-|-|-|-|-|-|-|-|-|-|",
+        " | kept, MB | forward, s | peak, MB | right on unseen tokens |",
+        "|-|-|-|-|-|-|-|-|-|-|-|",
     ]
     for one in found:
         form = "moments" if one.form == "Scatter" else "rows"
@@ -150,7 +153,7 @@ def as_table(found: list[Cost]) -> str:
         lines.append(
             f"| {one.inputs} | {one.tokens:,} | {form} | {one.gather_seconds:.1f}"
             f" | {one.solve_seconds:.1f} | {one.keep_seconds:.1f} | {together:.1f}"
-            f" | {one.forward_seconds:.1f} | {one.peak_megabytes:.0f}"
+            f" | {one.kept_megabytes:.1f} | {one.forward_seconds:.1f} | {one.peak_megabytes:.0f}"
             f" | {one.heldout_accuracy:.3f} |"
         )
     return "\n".join(lines) + "\n"

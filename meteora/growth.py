@@ -4,6 +4,10 @@ A new expert brings the mean and the spread of its own tokens, from one sweep ov
 with what is kept of the others' tokens its row of every gate follows in closed form. Dropping an
 expert drops its row of every gate. Either way the others' rows stay as they are, to the bit: what
 is decided among them is decided as before.
+
+Where the gates were fitted to prompts of several tasks, too, the new expert's sequences hold lists
+of its own examples, and what its answers begin with counts as it did in that fit (`by_kind`). They
+show how it answers under a number, but not whose question comes next: no list of one task can.
 """
 
 from __future__ import annotations
@@ -65,8 +69,8 @@ def grow(
 
     Args:
         model: with all its experts inserted, the new one among them
-        sequences: of the new expert alone; two or more. Behind a fit with prompts of several tasks
-            it learns what its answers begin with there from lists of its own examples
+        sequences: of the new expert alone; two or more; lists of its examples among
+            them where the others were fitted to prompts of several tasks
         gates: as they were without it
         statistics: of those
         entry: how the gates route; as they did before

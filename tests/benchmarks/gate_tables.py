@@ -46,8 +46,6 @@ def print_tables(found: Mapping[str, Any]) -> None:
         )
     if "grown" in found:
         _grown(found)
-    if "joined, lists" in found:
-        _joined(found)
     if "with composites" in found:
         _rows(
             (
@@ -69,30 +67,6 @@ def print_tables(found: Mapping[str, Any]) -> None:
             ([key, *_against(found[key], found["oracle"])]
              for key in ("single tasks", "with composites")),
         )  # fmt: skip
-
-
-def _joined(found: Mapping[str, Any]) -> None:
-    old = list(found["before joining"]["scores"])
-    keys = ("before joining", "joined, plain", "joined, lists")
-    _rows(
-        ("gates", "seconds", "routing, after opening", "score of the old tasks"),
-        (
-            [key, f"{one['seconds']:.0f}", f"{one['routing']['after']:.3f}",
-             f"{sum(sum(one['scores'][t]) / len(one['scores'][t]) for t in old) / len(old):.4f}"]
-            for key in keys
-            for one in [found[key]]
-        ),
-    )  # fmt: skip
-    shown = ("accuracy", "its openings", "others' openings", "tokens to switch")
-    _rows(
-        ("gates", "tasks a prompt", *shown),
-        (
-            [key, size, *(f"{one[name]:.3f}" for name in shown)]
-            for key in keys[1:]
-            for size, one in found[key].items()
-            if size.startswith("n=")
-        ),
-    )
 
 
 def _method(key: str, found: Mapping[str, Any]) -> list[str]:

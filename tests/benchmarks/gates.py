@@ -29,7 +29,7 @@ from meteora.observe import recorded_logits
 from meteora.train import calibrate
 from pipelines.background import background_rows
 from pipelines.composites import answer_openings, compose, encode_composite
-from pipelines.labels import background_sequences, label_composites, label_lists
+from pipelines.labels import background_sequences, label_composites
 from tests.benchmarks.gate_tables import print_tables
 from tests.benchmarks.gate_world import MOST_EXAMPLES, Results, World, timed
 
@@ -47,8 +47,6 @@ USUAL = 32
 """Examples an expert of every comparison but the first."""
 TAUGHT = 16
 """Examples an expert where joint training is compared: ten times a sweep's time has to end."""
-SIZES = (3, 5)
-"""Tasks a prompt where gates are fitted to composites."""
 JOINT = JointSettings(
     steps=1, batch_size=8, accumulate=1, learning_rate=5e-3, warmup_ratio=0.05,
     gate_loss_weight=50.0, max_grad_norm=0.3, start="zeros",
@@ -272,7 +270,7 @@ def growth(world: World, results: Results) -> None:
 def spans(world: World, results: Results) -> None:
     """Several tasks in one prompt: gates that saw such prompts, and gates that did not."""
     tests = {name: world.tests[name] for name in world.names}
-    for key, sizes in {"single tasks": (), "with composites": SIZES}.items():
+    for key, sizes in {"single tasks": (), "with composites": (3, 5)}.items():
         if key in results:
             continue
         model = world.model()
@@ -285,49 +283,11 @@ def spans(world: World, results: Results) -> None:
         results.keep(key, judged(world, model, found))
 
 
-def joined(world: World, results: Results) -> None:
-    """The last expert joins a fit with composites: with lists of its own examples, and without."""
-    *old, new = world.names
-    tests = {name: world.tests[name] for name in world.names}
-    missing = [key for key in ("joined, plain", "joined, lists") if key not in results]
-    if not missing:
-        return
-    before = world.model(old)
-    sequences = world.sequences(USUAL, old) + label_composites(
-        {name: world.examples[name][:USUAL] for name in old}, old, world.tokenizer,
-        sizes=SIZES, seed=0,
-    )  # fmt: skip
-    with timed() as clock:
-        made = calibrate(before, sequences, template=world.template)
-    results.keep("before joining", {
-        "seconds": clock["seconds"],
-        "routing": world.routing(before, old),
-        "scores": world.scores(before, old),
-    })  # fmt: skip
-    entry = RouterEntry("gate", 1, 1.0, opening="prompt", share="point")
-    for key in missing:
-        model, own = world.model(), world.sequences(USUAL, [new])
-        if key == "joined, lists":
-            rows = world.examples[new][:USUAL]
-            own += label_lists(rows, len(old), world.tokenizer, sizes=SIZES, seed=0)
-        with timed() as clock:
-            grow(model, own, gates_of(before), made.statistics, entry)
-        found = {f"n={n}": _followed(world, model, tests, n, new) for n in (3, 5, 10)}
-        results.keep(key, judged(world, model, found | {"seconds": clock["seconds"]}))
-
-
-def _followed(
-    world: World, model: PreTrainedModel, tests: Any, n: int, one: str = ""
-) -> dict[str, float]:
+def _followed(world: World, model: PreTrainedModel, tests: Any, n: int) -> dict[str, float]:
     """Routing accuracy in prompts of n tasks, of all tokens and of the numbers that answers begin
-    with, and tokens until routing follows a change.
-
-    Args:
-        one: an expert whose numbers are told apart from the others'
-    """
+    with, and tokens until routing follows a change."""
     names = expert_names(model)
     right, opened, delays = [], [], []
-    apart: dict[bool, list[bool]] = {True: [], False: []}
     for composite in compose(tests, n, 16, 0):
         ids, owners = encode_composite(world.tokenizer, composite)
         with torch.inference_mode(), recorded_logits(model) as logits:
@@ -335,9 +295,7 @@ def _followed(
         chosen = torch.stack([one.argmax(-1) for one in logits.values()])
         votes = torch.nn.functional.one_hot(chosen, len(names)).sum(0).argmax(-1).tolist()
         openings = answer_openings(world.tokenizer, composite)
-        for t in openings:
-            opened.append(votes[t] == names.index(str(owners[t])))
-            apart[owners[t] == one].append(opened[-1])
+        opened += [votes[t] == names.index(str(owners[t])) for t in openings]
         previous, start = None, 0
         for t, owner in enumerate(owners):
             if owner != previous:
@@ -351,20 +309,12 @@ def _followed(
         "accuracy": sum(right) / len(right),
         "openings": sum(opened) / len(opened),
         "tokens to switch": sum(delays) / len(delays),
-        **(
-            {
-                "its openings": sum(apart[True]) / len(apart[True]),
-                "others' openings": sum(apart[False]) / len(apart[False]),
-            }
-            if one
-            else {}
-        ),
     }
 
 
 SECTIONS = {
     "oracle": oracle, "counts": counts, "joint": joint, "choices": choices, "null": null,
-    "growth": growth, "spans": spans, "joined": joined,
+    "growth": growth, "spans": spans,
 }  # fmt: skip
 
 

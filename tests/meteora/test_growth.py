@@ -150,7 +150,7 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
     assert {len(point.means) for point in found.statistics.values()} == {4}
 
 
-def test_a_new_experts_answers_are_known_by_what_they_begin_with_among_others(world, three):
+def test_what_only_a_new_experts_answers_begin_with_is_known_as_its_own(world, three):
     before = three.load()
     fitted = calibrate(before, [*examples(6, experts=range(3)), *lists(36, range(3))])
     unseen, right = openings_alone(lists(24, seed=9), [3]), {}

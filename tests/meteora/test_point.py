@@ -105,6 +105,8 @@ def test_a_point_computes_once(models, dots):
     num_points = len(gates(models[1]))
     assert counts == [len(routed_layers(models[0])), num_points]
     assert num_points < counts[0]
+    points = {layer.point[0] for layer in routed_layers(models[1]).values() if layer.point}
+    assert all(point._left is None for point in points)  # nothing of the pass is held longer
 
 
 def test_each_layers_a_is_held_once(models):
@@ -250,7 +252,9 @@ def test_what_is_recorded_is_the_same(models, recorded):
         torch.testing.assert_close(found[1][path], expected)
 
 
-def test_gates_learn_as_before(models):
+@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+def test_gates_learn_as_before(models, twin):
+    with_twin(twin, *models)
     grads = []
     for model in models:
         for gate in gates(model):

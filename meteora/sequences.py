@@ -151,13 +151,16 @@ def batched(
 
 
 def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
-    """Choose the tokens that tell the spread at points of many inputs: the same ones at each."""
-    labels = torch.cat([b.labels.flatten() for b in batches])
+    """Choose the tokens that tell the spread at points of many inputs: the same ones at each.
+
+    Tokens that open answers are few and weigh much: they are chosen for themselves.
+    """
+    kinds = torch.cat([(b.labels * 2 + b.openings).flatten() for b in batches])
     held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
-    stands_for = torch.zeros(len(labels), device=labels.device)
+    stands_for = torch.zeros(len(kinds), device=kinds.device)
     for side, share in ((~held, 1 - HELDOUT_SHARE), (held, HELDOUT_SHARE)):
-        own = side & (labels != UNLABELLED)
-        stands_for[own] = sample(labels[own], num_experts, round(MAX_ROWS * share))
+        own = side & (kinds >= 0)  # negative: belongs to no expert
+        stands_for[own] = sample(kinds[own], 2 * num_experts, round(MAX_ROWS * share))
     split = stands_for.split([b.labels.numel() for b in batches])
     return [
         replace(b, stands_for=part.view_as(b.labels))

@@ -383,6 +383,17 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
     assert routing_accuracy(model, examples(6, seed=1)) > 0.85
 
 
+def test_what_opens_answers_tells_the_spread_however_few_tokens_may(monkeypatch):
+    monkeypatch.setattr(dealing, "MAX_ROWS", 160)  # 120 for the fit, of 2,000
+    sequences = [LabelledSequence((1,) * 50, (e,) * 50, openings=(10,)) for e in (0, 1)] * 20
+    batches = dealing.sampled(list(dealing.batched(sequences, set(), torch.device("cpu"))), 2)
+    chosen = torch.cat([b.stands_for.flatten() for b in batches])
+    openings = torch.cat([b.openings.flatten() for b in batches])
+    assert (chosen[openings] == 1).all()
+    assert (chosen > 0).sum() == 120
+    assert chosen[~openings].sum() == 2 * 20 * 49
+
+
 def test_every_expert_counts_the_same_and_openings_half_of_it():
     plain = examples(3, experts=(0, 1))
     mixed = LabelledSequence((1, 2, 3, 4, 5), (0, 0, UNLABELLED, 1, 1), openings=(3,))

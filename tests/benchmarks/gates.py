@@ -149,6 +149,7 @@ def choices(world: World, results: Results) -> None:
         "share module": {"share": "module"},
         "share layer": {"share": "layer"},
         "share token": {"share": "token"},
+        f"share layer, {TAUGHT} examples": {"share": "layer", "count": TAUGHT},
     }
     for key, asked in options.items():
         if key in results:

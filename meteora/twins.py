@@ -40,9 +40,9 @@ class _Costs:
 
 
 _WIDE = _Costs(
-    gather=5.3,
-    gather_half=2,
-    gather_call=7.8e5,
+    gather=4,
+    gather_half=8,
+    gather_call=2e6,
     grouped=2,
     grouped_row=25,
     grouped_call=4.9e5,
@@ -89,21 +89,20 @@ def choose_twin(
 
         E × r     tokens     32 bits: dense    gather   grouped   16 bits: dense  gather   grouped
         4 × 8          1        1.36      1.38      1.24*       1.50*     1.54      1.53
-        4 × 8        256        1.16*     1.24      1.24        1.43*     2.05      2.12
+        4 × 8        256        1.17*     1.22      1.30        1.43*     2.05      2.12
         28 × 8         1        1.60      1.46      1.27*       1.71      1.52      1.46*
-        28 × 8       256        1.32      1.24*     1.26        1.80*     2.20      3.05
-        28 × 16      256        1.52      1.46      1.27*       1.96*     2.72      2.91
-        28 × 16     2048        1.51      1.35      1.27*       1.72      2.66      2.08*
-        28 × 64      256        3.04      2.94      1.71*       4.29      7.64      3.75*
-        28 × 64     2048        3.19      2.84      1.38*       5.32      8.59      2.32*
+        28 × 8       256        1.40      1.28*     1.35        1.80*     2.20      3.05
+        28 × 16      256        1.62      1.42*     1.39        1.96*     2.72      2.91
+        28 × 16     2048        1.47      1.40      1.31*       1.72      2.66      2.08*
+        28 × 64      256        3.04      2.65      1.84*       4.29      7.64      3.75*
+        28 × 64     2048        3.04      2.71      1.49*       5.32      8.59      2.32*
         512 × 8        1        9.52      1.92      1.74*       8.15      2.02      1.93*
-        512 × 8      256        5.54      1.84*     2.21        7.06      3.04*     9.11
+        512 × 8      256        6.04      2.01*     2.88        7.06      3.04*     9.11
 
-    Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.9 % longer than
-    the best twin in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those and, but
-    for single tokens, to 20 settings on an AMD EPYC core. Layers of one input that follow one gate
-    share A x where the twin is dense or gather (`point`): of q, k and v, up to 64 tokens, that
-    saves 1 to 6 % with gather, and between -2 and 6 % with dense.
+    Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.8 % longer than
+    the best twin in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those. Layers
+    of one input that follow one gate share A x where the twin is dense or gather (`point`): of q, k
+    and v, up to 64 tokens, that saves 1 to 6 % with gather, and between -2 and 6 % with dense.
 
     Where all tokens chose the same experts, as those of one task do, `grouped` copies no rows, and
     is chosen sooner: on a CPU the layer looks.

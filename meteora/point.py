@@ -122,7 +122,7 @@ class Point:
         size = num_layers, len(tokens), experts.shape[1] * width
         index = self._table.index_select(1, owners)  # [layers, T · K, max r]
         factors = self._table_scaling.index_select(1, owners) * weights.reshape(-1, 1)
-        dots = kernels.chosen_dots(tokens, self._a, (index + self._starts).view(size))
+        dots = kernels.chosen_dots(tokens, self._a, (index + self._starts).view(size), width)
         factors = (dots * factors.view(size)).to(tokens.dtype)
         return [Shrunk(*own) for own in zip(factors, index.view(size), strict=True)]
 

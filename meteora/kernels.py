@@ -34,8 +34,8 @@ ROWS_AT_ONCE = 256
 """Rows [·, IN] or [·, OUT] that are held beside the result: their number does not grow with T."""
 
 NEAR_BYTES = 2 << 20
-"""What the cache of one core holds. Where rows are more than that, and several tokens read each, the
-tokens of one expert are taken one after the other: a fifth to a third less time in 32 bits."""
+"""What the cache of one core holds. Where rows are more than that, and several tokens read each,
+the tokens of one expert come one after the other: a fifth to a third less time in 32 bits."""
 
 SPARSE_NUMBERS = 1 << 17
 """A result of more numbers than that is summed up as a sparse matmul, where there is one: it adds

@@ -72,6 +72,9 @@ class RouterSpec(Spec):
     opening_share: float = 0.0
     """Of an expert's weight in such a fit, that of the tokens that open its answers, in the closed
     form: with `calibrate`, and where `joint` starts from there."""
+    openings_apart: bool = False
+    """Whether these tokens are sampled for themselves, at points of so many inputs that a sample
+    tells the spread; with `composites` they always are."""
     loss_opening_share: float = 0.0
     """The same in the gate loss of `joint`."""
     stand_in: str = ""

@@ -31,7 +31,7 @@ from pipelines.measurements import (
     find_subjects,
 )
 from pipelines.row_sources import read_rows
-from pipelines.spans import SpannedRow, read_spans
+from pipelines.spans import SpannedRow, asked_apart, read_spans
 from pipelines.tasks import Task, make_tasks
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     refuse_overlap(examples, tests)
-    for row in spans:
-        for name, asked in row.prompts():
-            refuse_overlap({name: [asked]}, tests)
+    refuse_overlap(asked_apart(spans), tests)
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
     stand_ins = tuple(name for name in names if examples and name not in examples)
@@ -103,6 +101,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         joint=joint_settings(recipe.gates) if examples else None,
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
+        openings_apart=bool(composites),
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
         margin=recipe.router.margin,
         opening=recipe.router.opening if examples else "own",

@@ -54,9 +54,13 @@ class SpannedRow(Noun):
             _spans(self.response),
         )
 
-    def prompts(self) -> list[tuple[str, Row]]:
-        """Each part of the prompt as if it had been asked alone, with its expert."""
-        return [(part.expert, Row(part.text.strip(), "")) for part in self.prompt if part.expert]
+
+def asked_apart(rows: Sequence[SpannedRow]) -> dict[str, list[Row]]:
+    """Each part of their prompts as if it had been asked alone, by its expert."""
+    found: dict[str, list[Row]] = {}
+    for part in (part for row in rows for part in row.prompt if part.expert):
+        found.setdefault(part.expert, []).append(Row(part.text.strip(), ""))
+    return found
 
 
 def _spans(parts: Sequence[Part]) -> tuple[Span, ...]:

@@ -74,6 +74,11 @@ class Batch:
     stands_for: Tensor
     """[B, L] of how many tokens each tells the spread at a point of many inputs"""
 
+    @property
+    def kinds(self) -> Tensor:
+        """[B, L] twice each token's expert, one more where it opens an answer; negative: none's."""
+        return self.labels * 2 + self.openings
+
 
 def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: int) -> set[int]:
     """Indices of the held-out sequences: a share of each expert's, never tokens of a fitted one.
@@ -155,11 +160,11 @@ def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
 
     Tokens that open answers are few and weigh much: they are chosen for themselves.
     """
-    kinds = torch.cat([(b.labels * 2 + b.openings).flatten() for b in batches])
+    kinds = torch.cat([b.kinds.flatten() for b in batches])
     held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
     stands_for = torch.zeros(len(kinds), device=kinds.device)
     for side, share in ((~held, 1 - HELDOUT_SHARE), (held, HELDOUT_SHARE)):
-        own = side & (kinds >= 0)  # negative: belongs to no expert
+        own = side & (kinds >= 0)
         stands_for[own] = sample(kinds[own], 2 * num_experts, round(MAX_ROWS * share))
     split = stands_for.split([b.labels.numel() for b in batches])
     return [
@@ -203,7 +208,7 @@ def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
 
     Of an expert that has any, tokens that open answers count `OPENING_SHARE` together.
     """
-    kinds = [b.labels * 2 + b.openings for b in batches]  # negative: belongs to no expert
+    kinds = [b.kinds for b in batches]
     counts = sum(
         (torch.bincount(k[k >= 0], minlength=2 * num_experts) for k in kinds),
         start=torch.zeros(2 * num_experts, dtype=torch.long, device=batches[0].labels.device),

@@ -10,8 +10,9 @@ from pipelines import card_front
 from pipelines.hub_client import PUBLIC
 
 if TYPE_CHECKING:
-    from meteora.artifacts import RouterSpec
-    from meteora.checkpoint import Manifest, RouterEntry
+    from collections.abc import Sequence
+
+    from meteora.checkpoint import Manifest
     from pipelines.summary import Summary
 
 MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
@@ -119,7 +120,7 @@ def _linked(source: str, revision: str = "") -> str:
 def _limits(manifest: Manifest) -> list[str]:
     router = manifest.router
     return [
-        *stand_in_lines(router),
+        *stand_in_lines(router.stand_ins, router.stand_in),
         "The scores are of rows like those that its gates were made with; other prompts are not"
         " measured."
         if manifest.gates
@@ -212,13 +213,13 @@ def routing_lines(summary: Summary) -> list[str]:
     ]
 
 
-def stand_in_lines(router: RouterEntry | RouterSpec) -> list[str]:
+def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
     """Which experts had no examples, where there are such."""
-    if not router.stand_ins:
+    if not names:
         return []
     return [
-        f"No examples were given for {', '.join(router.stand_ins)}: which tokens are theirs is told"
-        f" by their weights ({router.stand_in}), which is less sure than examples are."
+        f"No examples were given for {', '.join(names)}: which tokens are theirs is told by their"
+        f" weights ({stand_in}), which is less sure than examples are."
     ]
 
 

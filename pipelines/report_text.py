@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import short
+from pipelines.card import stand_in_lines
 from pipelines.questions import against, ask, title
 
 if TYPE_CHECKING:
@@ -66,12 +67,8 @@ def verdict(asked: Mapping[str, Asked]) -> list[str]:
     if differences and not losses:
         lines.append("On no task is it worse than another system beyond chance.")
     told_by = {row["name"]: row["told_by"] for row in asked["experts"].rows}
-    if without := [name for name, how in told_by.items() if how in STAND_INS]:
-        how = told_by[without[0]]
-        lines.append(
-            f"No examples were given for {escaped(', '.join(without))}: which tokens are theirs is"
-            f" told by their weights ({how}), which is less sure than examples are."
-        )
+    without = {escaped(name): how for name, how in told_by.items() if how in STAND_INS}
+    lines += stand_in_lines([*without], next(iter(without.values()), ""))
     accuracy = asked["overall"].rows[0]["accuracy"]
     if accuracy is not None:
         lines.append(f"Of all tokens, {accuracy:.1%} were sent to their own expert.")

@@ -45,7 +45,7 @@ def summary(work: Workplace, planned: Plan, seconds: dict[str, float]) -> None:
     told = (
         *how_measured(summary),
         *routing_lines(summary),
-        *stand_in_lines(summary.gates.spec),
+        *stand_in_lines(summary.gates.spec.stand_ins, summary.gates.spec.stand_in),
         *loss_lines(summary),
     )
     for line in (*told, *speed_lines(summary)):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from meteora.artifacts import BuiltBase
+    from pipelines.experts import Expert
+    from pipelines.plan import Plan
     from tests.conftest import World
 
 
@@ -70,6 +73,32 @@ def run(work: Workplace, until: str = "publish", *, apart: bool = False) -> dict
         if not apart:
             patch.setattr(flows, "Child", Here)
         return flows.fuse_adapters(str(work.path), str(work.home), Stage(until))
+
+
+def found_experts(work: Workplace) -> tuple[BuiltBase, list[Expert]]:
+    """The base, and every adapter of the recipe that is sound, in this process."""
+    from meteora.proportion import check_proportion
+    from pipelines import judge, sources, stages
+
+    built = stages.build_base(work, sources.resolve_base(work.recipe, work.folder))
+    found = judge.find_experts(
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
+    )
+    return built, found
+
+
+def plan_of(work: Workplace) -> tuple[Plan, BuiltBase]:
+    """What a run is to do, and the base, without a scheduler."""
+    from pipelines import judge, plan, sources
+
+    built, found = found_experts(work)
+    judge.check(work, built, found, 1 << 30)
+    base = sources.resolve_base(work.recipe, work.folder)
+    return plan.make_plan(work.recipe, work.folder, base, found), built
 
 
 @pytest.fixture(scope="session")

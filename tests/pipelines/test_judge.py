@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meteora.proportion import check_proportion
-from pipelines import heard, judge, plan, sources, stages
+from pipelines import heard, stages
 from pipelines.opening import opened
+from tests.pipelines.conftest import found_experts, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pipelines.experts import Expert
     from pipelines.workplace import Workplace
     from tests.conftest import World
 
@@ -47,17 +46,7 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
         altered(world.adapters["q_and_v"], recipe_folder / name, factor)
         experts.append({"name": name, "adapter": f"path:{name}"})
     work = workplace(experts=experts, router={"kind": "norm"})
-    base = sources.resolve_base(work.recipe, work.folder)
-    built = stages.build_base(work, base)
-    found = judge.find_experts(
-        work,
-        built,
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
-    judge.check(work, built, found, 1 << 30)
-    planned = plan.make_plan(work.recipe, work.folder, base, found)
+    planned, built = plan_of(work)
     stages.stack(work, planned)
     with opened(work, planned, built, None) as (model, tokenizer):
         heard.probe(work, planned, model, tokenizer)
@@ -93,7 +82,7 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
         work = workplace(
             experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
         )
-        found = find(work)
+        _, found = found_experts(work)
         assert [expert.name for expert in found] == taken
         if kind == "gate":
             work.ledger.ingest()
@@ -101,17 +90,6 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
                 "SELECT codes FROM adapters WHERE verdict = 'refuse'"
             ).rows
             assert refused == (["outside_layers"],)
-
-
-def find(work: Workplace) -> list[Expert]:
-    built = stages.build_base(work, sources.resolve_base(work.recipe, work.folder))
-    return judge.find_experts(
-        work,
-        built,
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
@@ -131,7 +109,8 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work = workplace(
         experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
     )
-    assert [expert.name for expert in find(work)] == ["q_and_v"]
+    _, found = found_experts(work)
+    assert [expert.name for expert in found] == ["q_and_v"]
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meteora.proportion import check_proportion
-from pipelines import card, judge, measures, plan, sources, stages
+from pipelines import card, measures, stages
 from pipelines.harness import Harness
 from pipelines.summary import Summary, summarise
+from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,17 +25,7 @@ TASKS = {"q_and_v", "attention"}
 
 def go(work: Workplace) -> tuple[Plan, Any, Any]:
     """Every stage up to measuring, without a scheduler."""
-    base = sources.resolve_base(work.recipe, work.folder)
-    built = stages.build_base(work, base)
-    found = judge.find_experts(
-        work,
-        built,
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
-    judge.check(work, built, found, 1 << 30)
-    planned = plan.make_plan(work.recipe, work.folder, base, found)
+    planned, built = plan_of(work)
     return planned, built, stages.fit_gates(work, planned, built, stages.stack(work, planned))
 
 

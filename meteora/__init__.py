@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora import registration
+from meteora.model import registration
 
 if TYPE_CHECKING:
-    from meteora.model import force_expert, load
+    from meteora.model.fused import force_expert, load
 
 __all__ = ["__version__", "force_expert", "load"]
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ registration.install()
 def __getattr__(name: str) -> object:
     """Import `load` and `force_expert` on first use (PEP 562)."""
     if name in {"force_expert", "load"}:
-        from meteora import model  # noqa: PLC0415  (the point of this function)
+        from meteora.model import fused  # noqa: PLC0415  (the point of this function)
 
-        return getattr(model, name)
+        return getattr(fused, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

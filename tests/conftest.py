@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from pipelines.environment import prepare
+from pipelines.workspace.environment import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.adapters import Adapter
-    from meteora.checkpoint import Manifest
+    from meteora.adapters.tensors import Adapter
+    from meteora.checkpoint.manifest import Manifest
 
 # Matmuls this small lose time to threads, and much of it where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -235,27 +235,33 @@ def fuse_adapters() -> Callable[..., Manifest]:
     """A function that stacks adapters on a base into a checkpoint folder, router `uniform`."""
 
     def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
-        from meteora import adapters as published
-        from meteora import checkpoint, fuse
-        from meteora.base import fingerprint_of
+        from meteora.adapters import reader as published
+        from meteora.base.loading import fingerprint_of
+        from meteora.checkpoint import stack
+        from meteora.checkpoint.manifest import (
+            EXPERTS,
+            MANIFEST,
+            BaseEntry,
+            ExpertEntry,
+            Manifest,
+            RouterEntry,
+        )
 
         read: list[Adapter] = [published.read(folder) for folder in adapters.values()]
         out.mkdir(parents=True, exist_ok=True)
-        fuse.stack(read, out / checkpoint.EXPERTS)
-        manifest = checkpoint.Manifest(
-            base=checkpoint.BaseEntry(
-                f"path:{base.name}", "sha256:" + "0" * 64, fingerprint_of(base)
-            ),
+        stack.stack(read, out / EXPERTS)
+        manifest = Manifest(
+            base=BaseEntry(f"path:{base.name}", "sha256:" + "0" * 64, fingerprint_of(base)),
             experts=tuple(
-                checkpoint.ExpertEntry(
+                ExpertEntry(
                     name, adapter.spec.id, f"path:{name}", "", adapter.spec.weights_sha256, "", ""
                 )
                 for name, adapter in zip(adapters, read, strict=True)
             ),
-            modules=fuse.module_entries([adapter.spec for adapter in read]),
-            router=checkpoint.RouterEntry("uniform", 1, 1.0),
+            modules=stack.module_entries([adapter.spec for adapter in read]),
+            router=RouterEntry("uniform", 1, 1.0),
         )
-        (out / checkpoint.MANIFEST).write_text(manifest.to_json())
+        (out / MANIFEST).write_text(manifest.to_json())
         return manifest
 
     return fuse_them
@@ -304,7 +310,7 @@ def prefect_server() -> Generator[str]:
     import prefect.main  # noqa: F401
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from pipelines.server import use_local_server
+    from pipelines.flows.local_server import use_local_server
 
     use_local_server(PREFECT_HOME)  # until this process ends
     url = os.environ["PREFECT_API_URL"]

@@ -17,11 +17,11 @@ import torch
 import yaml
 
 import meteora
-from meteora import adapters
-from pipelines.recipe import locate
+from meteora.adapters import reader
+from pipelines.recipe.recipe import locate
 from tests.conftest import load_peft
-from tests.pipelines.command_line import meteora as meteora_says
-from tests.pipelines.html_reader import Elements
+from tests.pipelines.cli.command_line import meteora as meteora_says
+from tests.pipelines.reports.html_reader import Elements
 
 README = Path(__file__).parent.parent / "README.md"
 QUICKSTART = locate("quickstart").parent
@@ -128,7 +128,7 @@ def test_each_adapter_forced_equals_peft_with_it(
     assert ran.returncode == 0
     (base,) = (home / "bases").iterdir()
     folder = QUICKSTART / "adapters" / name
-    assert adapters.check(folder).verdict == "accept"
+    assert reader.check(folder).verdict == "accept"
     fuse_adapters(base, {name: folder}, tmp_path / "fused")
     model, tokenizer = meteora.load(tmp_path / "fused", base_folder=base)
     tokens = tokenizer(PROMPT, return_tensors="pt")
@@ -140,7 +140,7 @@ def test_each_adapter_forced_equals_peft_with_it(
 
 def test_the_adapters_differ_in_what_adapters_differ_in() -> None:
     """Ranks 4, 8 and 16; q and v, attention, all seven; rsLoRA; patterns. And they are small."""
-    specs = {p.name: adapters.read(p).spec for p in (QUICKSTART / "adapters").iterdir()}
+    specs = {p.name: reader.read(p).spec for p in (QUICKSTART / "adapters").iterdir()}
     sizes = [p.stat().st_size for p in QUICKSTART.glob("adapters/*/*.safetensors")]
     assert len(specs) >= 6
     assert {4, 8, 16} <= {module.r for spec in specs.values() for module in spec.modules}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.command_line import ask
+from tests.pipelines.cli.command_line import ask
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,14 +30,14 @@ def test_ci_runs_the_very_command_that_the_readme_gives() -> None:
 
 
 def test_the_first_command_runs_a_recipe_that_ships() -> None:
-    from pipelines.recipe import shipped  # noqa: PLC0415
+    from pipelines.recipe.recipe import shipped  # noqa: PLC0415
 
     (name,) = re.findall(r"bin/meteora run (\w+)$", README, re.MULTILINE)
     assert name in shipped()
 
 
 def test_every_expert_of_the_quickstart_stands_in_the_table_of_scores() -> None:
-    from pipelines.recipe import Recipe, locate  # noqa: PLC0415
+    from pipelines.recipe.recipe import Recipe, locate  # noqa: PLC0415
 
     for expert in Recipe.load(locate("quickstart")).experts:
         assert f"\n{expert.name} " in README

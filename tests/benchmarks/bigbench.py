@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from pipelines.recipe.recipe import locate
 from tests.quickstart.make import ATTENTION, MLP, Training, train
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SHIPPED = Path(__file__).parents[2] / "pipelines" / "quickstart"
+SHIPPED = locate("quickstart").parent
 NUM_EXAMPLES = 128
 GATES = {"examples_per_expert": 32, "composites": [3]}
 BENCHMARK = {

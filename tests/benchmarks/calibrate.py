@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora import train
-from meteora.discriminant import choose_shrinkage, gate_from
-from meteora.sequences import LabelledSequence, batched, hold_out, sampled, token_weights
-from meteora.statistics import PointStatistics
+from meteora.fitting import calibrate
+from meteora.fitting.lda import choose_shrinkage, gate_from
+from meteora.fitting.sequences import LabelledSequence, batched, hold_out, sampled, token_weights
+from meteora.fitting.statistics import PointStatistics
 from tests.benchmarks.timing import machine
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     marks = [time.process_time()]
     if rows_only:
-        setattr(train, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
-    scatter, held = train._scatter_of(stream(), batches, weights, EXPERTS)
+        setattr(calibrate, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
+    scatter, held = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
     marks.append(time.process_time())
     shrinkage, _ = choose_shrinkage(scatter[0], *held)
     both = scatter[0] + scatter[1]

@@ -28,20 +28,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 
-from meteora import adapters as published
+from meteora.adapters import reader as published
 from meteora.artifacts import MeteoraError
-from meteora.base import load_folder
-from pipelines import benchmark, intervals
-from pipelines.compare import values_of
-from pipelines.examples import Row, refuse_overlap
-from pipelines.finished import finished
-from pipelines.measurements import FUSED
-from pipelines.outputs import write_outputs
-from pipelines.progress import say
-from pipelines.row_sources import read_rows
-from pipelines.sources import local_folder
-from pipelines.tasks import Task, make_tasks
-from pipelines.workplace import Workplace
+from meteora.base.loading import load_folder
+from pipelines.admission.sources import local_folder
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import Row, refuse_overlap
+from pipelines.evaluation import ask as benchmark
+from pipelines.evaluation.measurements import FUSED
+from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.flows.up_to_date import finished
+from pipelines.scoring import intervals
+from pipelines.scoring.compare import values_of
+from pipelines.scoring.outputs import write_outputs
+from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext
 from tests.benchmarks.peers import TARGETS, arrow, quiet, x_lora
 from tests.quickstart.make import fit
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.benchmark import Answered
+    from pipelines.evaluation.ask import Answered
 
 SYSTEMS = ("multitask", "arrow", "x-lora")
 R, ALPHA = 8, 16
@@ -70,7 +71,7 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def training_rows(work: Workplace, *, skip: int = 0) -> dict[str, list[Row]]:
+def training_rows(work: RunContext, *, skip: int = 0) -> dict[str, list[Row]]:
     """Rows of each expert to train on, none of them a test's.
 
     Args:
@@ -90,7 +91,7 @@ def training_rows(work: Workplace, *, skip: int = 0) -> dict[str, list[Row]]:
     return rows
 
 
-def train_adapters(work: Workplace, base: Path, out: Path, steps: int) -> None:
+def train_adapters(work: RunContext, base: Path, out: Path, steps: int) -> None:
     """An adapter a task, as the recipes of the paper's settings expect them."""
     rows = training_rows(work, skip=work.recipe.gates.examples_per_expert)
     for name, own in rows.items():
@@ -104,7 +105,7 @@ def train_adapters(work: Workplace, base: Path, out: Path, steps: int) -> None:
             model.save_pretrained(str(out / "adapters" / name))
 
 
-def folders_of(work: Workplace) -> list[Path]:
+def folders_of(work: RunContext) -> list[Path]:
     """Of the recipe's adapters, which have to be on this machine."""
     return [local_folder(expert, work.folder) for expert in work.recipe.experts]
 
@@ -134,7 +135,7 @@ def multitask(base: PreTrainedModel, ranks: Mapping[str, int]) -> torch.nn.Modul
 
 
 def build(
-    system: str, work: Workplace, base_folder: Path, steps: int
+    system: str, work: RunContext, base_folder: Path, steps: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The system, trained where it has to be."""
     loaded, tokenizer = load_folder(base_folder)
@@ -160,7 +161,7 @@ def build(
 
 
 def ask(
-    work: Workplace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    work: RunContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, tuple[Task, Answered]]:
     """Every task of the recipe, put to the system as to all others."""
     tasks = make_tasks(work.recipe.experts, work.recipe.benchmark, work.folder)
@@ -175,7 +176,7 @@ def ask(
     return answered
 
 
-def fused_values(work: Workplace) -> dict[str, list[float]]:
+def fused_values(work: RunContext) -> dict[str, list[float]]:
     """What the fused model's answers were worth, row by row, where the recipe was run."""
     values: dict[str, list[float]] = {}
     if (planned := finished(work)) is None:
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--home", type=Path, default=Path("~/.meteora"))
     parser.add_argument("--steps", type=int, default=1000)
     asked: Any = parser.parse_args(arguments)
-    work = Workplace.open(asked.recipe, asked.home.expanduser().absolute())
+    work = RunContext.open(asked.recipe, asked.home.expanduser().absolute())
     try:
         if asked.system == "adapters":
             train_adapters(work, asked.base, asked.out, asked.steps)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from meteora import adapters, fuse
+from meteora.adapters import reader
+from meteora.checkpoint import stack as fuse
 from tests.benchmarks import timing
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def peak_bytes() -> int:
 
 def stack(folders: list[Path], out: Path) -> tuple[float, float, int]:
     """Seconds by the clock and of the CPU, and by how many bytes the peak of this process grew."""
-    read = [adapters.read(folder) for folder in folders]
+    read = [reader.read(folder) for folder in folders]
     return timed(lambda: fuse.stack(read, out))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.intervals import mean_difference, wilson
+from pipelines.scoring.intervals import mean_difference, wilson
 from tests.benchmarks.timing import machine
 
 if TYPE_CHECKING:

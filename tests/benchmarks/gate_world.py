@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from meteora import adapters, base, checkpoint, fuse
-from meteora.encode import Template, encode_pair, encode_prompt
-from meteora.generate import answer_all
-from meteora.model import expert_names, insert_experts
-from meteora.observe import recorded_routes
-from pipelines.examples import Row
-from pipelines.labels import label_rows
-from pipelines.metrics import exact_match
+from meteora.adapters import reader
+from meteora.adapters.compatibility import fit_to_base
+from meteora.base import loading
+from meteora.base.chat_template import Template, encode_pair, encode_prompt
+from meteora.checkpoint import stack
+from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest, RouterEntry
+from meteora.model.fused import expert_names, insert_experts
+from meteora.model.generate import answer_all
+from meteora.routing.hooks import recorded_routes
+from pipelines.data.labels import label_rows
+from pipelines.data.rows import Row
+from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.bigbench import SHIPPED, read
 from tests.quickstart.make import BATCH_SIZE, NUM_TEST, NUM_TRAIN, SPLIT_SEED, TRAIN_SEED
 from tests.quickstart.make import TRAININGS as QUICKSTART
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.sequences import LabelledSequence
+    from meteora.fitting.sequences import LabelledSequence
 
 MOST_EXAMPLES = 128
 
@@ -64,7 +68,7 @@ class World:
             assert not asked & {row.sha256 for row in examples[name]}, name
         folder = trained / "gates"
         folder.mkdir(exist_ok=True)
-        return cls(base_folder, found, examples, tests, base.load_tokenizer(base_folder), folder)
+        return cls(base_folder, found, examples, tests, loading.load_tokenizer(base_folder), folder)
 
     @property
     def names(self) -> list[str]:
@@ -73,19 +77,19 @@ class World:
     def model(self, names: Sequence[str] | None = None, *, null: bool = False) -> PreTrainedModel:
         """The base with these experts, all by default, and no router yet."""
         chosen = list(names or self.names)
-        sizes = base.linear_sizes(self.base)
-        read_ones = [adapters.fit_to_base(adapters.read(self.adapters[n]), sizes) for n in chosen]
-        fuse.stack(read_ones, self.folder / checkpoint.EXPERTS)
-        manifest = checkpoint.Manifest(
-            base=checkpoint.BaseEntry("", "", base.fingerprint_of(self.base)),
+        sizes = loading.linear_sizes(self.base)
+        read_ones = [fit_to_base(reader.read(self.adapters[n]), sizes) for n in chosen]
+        stack.stack(read_ones, self.folder / EXPERTS)
+        manifest = Manifest(
+            base=BaseEntry("", "", loading.fingerprint_of(self.base)),
             experts=tuple(
-                checkpoint.ExpertEntry(name, one.spec.id, "", "", one.spec.weights_sha256, "", "")
+                ExpertEntry(name, one.spec.id, "", "", one.spec.weights_sha256, "", "")
                 for name, one in zip(chosen, read_ones, strict=True)
             ),
-            modules=fuse.module_entries([one.spec for one in read_ones]),
-            router=checkpoint.RouterEntry("gate", 1, 1.0, null=null),
+            modules=stack.module_entries([one.spec for one in read_ones]),
+            router=RouterEntry("gate", 1, 1.0, null=null),
         )
-        model, _ = base.load_folder(self.base, dtype=torch.float32)
+        model, _ = loading.load_folder(self.base, dtype=torch.float32)
         insert_experts(model, self.folder, manifest)
         return model.eval()
 

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora.artifacts import NULL, JointSettings
-from meteora.checkpoint import RouterEntry
-from meteora.encode import encode_prompt
-from meteora.gates import gates_of
-from meteora.generate import answer_all
-from meteora.growth import grow
-from meteora.joint import train_jointly
-from meteora.model import expert_names, force_expert, routed_by, without_experts
-from meteora.model import make_router as untrained
-from meteora.observe import recorded_logits
-from meteora.train import calibrate
-from pipelines.background import background_rows
-from pipelines.composites import answer_openings, compose, encode_composite
-from pipelines.labels import background_sequences, label_composites
+from meteora.base.chat_template import encode_prompt
+from meteora.checkpoint.manifest import RouterEntry
+from meteora.fitting.add_expert import grow
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.joint import train_jointly
+from meteora.model.fused import expert_names, force_expert, routed_by, without_experts
+from meteora.model.fused import make_router as untrained
+from meteora.model.generate import answer_all
+from meteora.routing.gates import gates_of
+from meteora.routing.hooks import recorded_logits
+from pipelines.data.background import background_rows
+from pipelines.data.composites import answer_openings, compose, encode_composite
+from pipelines.data.labels import background_sequences, label_composites
 from tests.benchmarks.gate_tables import print_tables
 from tests.benchmarks.gate_world import MOST_EXAMPLES, Results, World, timed
 

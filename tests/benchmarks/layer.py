@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from meteora.layer import routed_layers
-from meteora.routers import Gate
+from meteora.routing.layer import routed_layers
+from meteora.routing.routers import Gate
 from tests.benchmarks import peers, timing
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.twins import Twin
+    from meteora.kernels.dispatch import Twin
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from meteora.base import load_tokenizer
-from pipelines.composites import compose
-from pipelines.examples import Row
+from meteora.base.loading import load_tokenizer
+from pipelines.data.composites import compose
+from pipelines.data.rows import Row
 from tests.benchmarks.bigbench import NUM_EXAMPLES, TRAININGS, read, shuffled_for_ever
 from tests.quickstart.make import TRAIN_SEED, fit, save
 from tests.quickstart.make import TRAININGS as QUICKSTART

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from meteora.gates import share_first_matmuls
-from meteora.layer import routed_layers
-from meteora.routers import Followed, Follower, Gate
+from meteora.routing.gates import share_first_matmuls
+from meteora.routing.layer import routed_layers
+from meteora.routing.routers import Followed, Follower, Gate
 from tests.benchmarks import layer as three_layers
 from tests.benchmarks import peers, timing
 

@@ -18,11 +18,12 @@ from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from torch import nn
 
-from meteora import adapters as published
-from meteora import checkpoint, fuse, ops
-from meteora.layer import routed_layers
-from meteora.model import EXPERTS, insert_layer
-from meteora.routers import Gate
+from meteora.adapters import reader as published
+from meteora.checkpoint import manifest, stack, tensors
+from meteora.kernels import reference
+from meteora.model.fused import EXPERTS, insert_layer
+from meteora.routing.layer import routed_layers
+from meteora.routing.routers import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.layer import MoELoRALinear
+    from meteora.routing.layer import MoELoRALinear
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -95,12 +96,12 @@ def routed(
     """Ours: stacked, inserted, and routed by random gates, so that every expert is chosen."""
     read = [published.read(folder) for folder in adapters]
     specs = [adapter.spec for adapter in read]
-    if not (work / checkpoint.EXPERTS).exists():
-        fuse.stack(read, work / checkpoint.EXPERTS)
-    with checkpoint.safe_open(work / checkpoint.EXPERTS, framework="pt") as file:
+    if not (work / manifest.EXPERTS).exists():
+        stack.stack(read, work / manifest.EXPERTS)
+    with tensors.safe_open(work / manifest.EXPERTS, framework="pt") as file:
         model = share(base)
         setattr(model, EXPERTS, [str(e) for e in range(len(specs))])
-        for path, entry in fuse.module_entries(specs).items():
+        for path, entry in stack.module_entries(specs).items():
             a, b = (file.get_tensor(f"{path}.lora_{factor}") for factor in "AB")
             insert_layer(model, path, a, b, entry)
     for layer in routed_layers(model).values():
@@ -140,7 +141,7 @@ class _Peer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, tokens, router = self.projection(x), x.reshape(-1, x.shape[-1]), self.router
         assert router is not None
-        weights, experts = ops.route(router(tokens), router.top_k, router.temperature)
+        weights, experts = reference.route(router(tokens), router.top_k, router.temperature)
         return y + self.delta(tokens, weights, experts).view(y.shape)
 
     @abstractmethod

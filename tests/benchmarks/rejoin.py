@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 
 import meteora
-from meteora.checkpoint import MANIFEST, read_manifest
-from meteora.encode import Template, encode_pair
-from meteora.model import expert_names
-from meteora.observe import recorded_logits
-from pipelines import grow
-from pipelines.composites import answer_openings, compose, encode_composite, fits
-from pipelines.newcomer import Newcomer
-from pipelines.row_sources import read_rows
+from meteora.base.chat_template import Template, encode_pair
+from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from meteora.model.fused import expert_names
+from meteora.routing.hooks import recorded_logits
+from pipelines.admission.candidate import Newcomer
+from pipelines.data.composites import answer_openings, compose, encode_composite, fits
+from pipelines.data.row_sources import read_rows
+from pipelines.stages import edit
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from pipelines.examples import Row
+    from pipelines.data.rows import Row
 
 EXAMPLES, PROMPTS, SINGLES = 32, 56, 4
 WAYS: dict[str, dict[str, list[int]]] = {"plain": {}, "with lists": {"composites": [3]}}
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("name")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    setattr(grow, "EXAMPLES", EXAMPLES)  # noqa: B010  (the type of a constant is its value)
+    setattr(edit, "EXAMPLES", EXAMPLES)  # noqa: B010  (the type of a constant is its value)
     names = read_manifest(asked.checkpoint).names
     source = f"jsonl:{asked.run.absolute()}/tasks/{{}}/{{}}.jsonl"
     tests = {name: read_rows(source.format(name, "test"), Path(), 24) for name in names}
@@ -57,7 +57,7 @@ def main() -> None:
     told(asked.checkpoint, asked.base, tests, asked.name, "all together")
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "home")
-        without = grow.drop(ledger, asked.checkpoint, asked.name)
+        without = edit.drop(ledger, asked.checkpoint, asked.name)
         for way, composites in WAYS.items():
             copy = Path(folder) / way
             shutil.copytree(without, copy)
@@ -67,7 +67,7 @@ def main() -> None:
             (copy / MANIFEST).write_text(json.dumps(body))
             started = time.process_time()
             examples = source.format(asked.name, "train")
-            grown = grow.add(ledger, copy, adapter, examples, base_folder=asked.base)
+            grown = edit.add(ledger, copy, adapter, examples, base_folder=asked.base)
             print(f"{way}: {time.process_time() - started:.0f} s", flush=True)
             told(grown, asked.base, tests, asked.name, way)
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from meteora import kernels, twins
-from meteora.layer import MoELoRALinear
-from meteora.routers import Gate
+from meteora.kernels import dispatch, gather_grouped
+from meteora.routing.layer import MoELoRALinear
+from meteora.routing.routers import Gate
 from tests.benchmarks import timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from meteora.twins import Twin
+    from meteora.kernels.dispatch import Twin
 
 TOP_K = 2
 MIXED = [4, 8, 16, 64]
@@ -39,7 +39,7 @@ BETTER = 0.95
 
 def twins_of(device: str) -> list[Twin]:
     on_cpu: list[Twin] = ["dense", "gather", "grouped"]
-    if torch.device(device).type == "cuda" and kernels.has_triton():
+    if torch.device(device).type == "cuda" and gather_grouped.has_triton():
         return [*on_cpu, "gather_triton", "grouped_triton"]
     return on_cpu
 
@@ -129,9 +129,9 @@ def as_tables(rows: Sequence[dict[str, Any]], device: str) -> str:
 
 def cell(row: dict[str, Any], device: str) -> str:
     size, num_experts = row["hidden"], row["experts"]
-    sizes = twins.Sizes(size, size, num_experts, row["R"], row["max_r"])
+    sizes = dispatch.Sizes(size, size, num_experts, row["R"], row["max_r"])
     top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
-    chosen = twins.choose_twin(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
+    chosen = dispatch.choose_twin(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
     best = min(twins_of(device), key=row.__getitem__)
     text = f"{row[chosen]:.2f} {chosen}"
     if row[best] < BETTER * row[chosen]:

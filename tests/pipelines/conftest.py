@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 import yaml
 
-from pipelines.recipe import Recipe
-from pipelines.stage import Stage
-from pipelines.workplace import Workplace, new_run_id
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.stage import Stage
+from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import BuiltBase
-    from pipelines.experts import Expert
-    from pipelines.plan import Plan
+    from pipelines.admission.experts import Expert
+    from pipelines.planning.plan import Plan
     from tests.conftest import World
 
 
@@ -40,7 +40,7 @@ def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
 class Here:
     """A run's stages in the test's own process: one of their own takes seconds to start."""
 
-    def __init__(self, work: Workplace, **_told: object) -> None:
+    def __init__(self, work: RunContext, **_told: object) -> None:
         self._work = replace(
             work, ledger=Ledger(work.home)
         )  # nothing is shared but what lies there
@@ -52,7 +52,7 @@ class Here:
         self.close()
 
     def call(self, stage: str, *arguments: Any, deadline_seconds: float) -> Any:
-        from pipelines.stage_worker import STAGES
+        from pipelines.stages.worker import STAGES
 
         assert deadline_seconds > 0
         return STAGES[stage](self._work, *arguments)
@@ -61,27 +61,28 @@ class Here:
         pass
 
 
-def run(work: Workplace, until: str = "publish", *, apart: bool = False) -> dict[str, float]:
+def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dict[str, float]:
     """Run a recipe as `meteora run` does, on the server that `prefect_server` started.
 
     Args:
         apart: With its stages in a process of their own.
     """
-    from pipelines import flows
+    from pipelines.flows import flow
 
     with pytest.MonkeyPatch.context() as patch:
         if not apart:
-            patch.setattr(flows, "Child", Here)
-        return flows.fuse_adapters(str(work.path), str(work.home), Stage(until))
+            patch.setattr(flow, "Child", Here)
+        return flow.fuse_adapters(str(work.path), str(work.home), Stage(until))
 
 
-def found_experts(work: Workplace) -> tuple[BuiltBase, list[Expert]]:
+def found_experts(work: RunContext) -> tuple[BuiltBase, list[Expert]]:
     """The base, and every adapter of the recipe that is sound, in this process."""
-    from meteora.proportion import check_proportion
-    from pipelines import judge, sources, stages
+    from meteora.adapters.update_norm import check_proportion
+    from pipelines.admission import sources, verdicts
+    from pipelines.stages import build
 
-    built = stages.build_base(work, sources.resolve_base(work.recipe, work.folder))
-    found = judge.find_experts(
+    built = build.build_base(work, sources.resolve_base(work.recipe, work.folder))
+    found = verdicts.find_experts(
         work,
         built,
         resolve=sources.resolve_adapter,
@@ -91,12 +92,13 @@ def found_experts(work: Workplace) -> tuple[BuiltBase, list[Expert]]:
     return built, found
 
 
-def plan_of(work: Workplace) -> tuple[Plan, BuiltBase]:
+def plan_of(work: RunContext) -> tuple[Plan, BuiltBase]:
     """What a run is to do, and the base, without a scheduler."""
-    from pipelines import judge, plan, sources
+    from pipelines.admission import sources, verdicts
+    from pipelines.planning import plan
 
     built, found = found_experts(work)
-    judge.check(work, built, found, 1 << 30)
+    verdicts.check(work, built, found, 1 << 30)
     base = sources.resolve_base(work.recipe, work.folder)
     return plan.make_plan(work.recipe, work.folder, base, found), built
 
@@ -134,15 +136,15 @@ def recipe_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Pat
 
 
 @pytest.fixture
-def workplace(recipe_folder: Path, tmp_path: Path) -> Callable[..., Workplace]:
+def workplace(recipe_folder: Path, tmp_path: Path) -> Callable[..., RunContext]:
     """A function that opens the recipe, with some of it changed, over an empty home."""
 
-    def open_it(**changed: Any) -> Workplace:
+    def open_it(**changed: Any) -> RunContext:
         path = recipe_folder / "recipe.yaml"
         if changed:
             body = yaml.safe_load(path.read_text()) | changed
             path = recipe_folder / "changed.yaml"
             path.write_text(yaml.safe_dump(body, sort_keys=False))
-        return Workplace(Ledger(tmp_path / "home"), Recipe.load(path), path, new_run_id())
+        return RunContext(Ledger(tmp_path / "home"), Recipe.load(path), path, new_run_id())
 
     return open_it

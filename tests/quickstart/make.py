@@ -20,8 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from meteora.base import load_tokenizer
-from meteora.encode import encode_pair, encode_prompt
+from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.base.loading import load_tokenizer
 from tests.quickstart.tasks import rows
 
 if TYPE_CHECKING:

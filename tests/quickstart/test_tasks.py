@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipelines.recipe import locate
+from pipelines.recipe.recipe import locate
 from tests.quickstart.make import NUM_TEST, NUM_TRAIN, TRAININGS, write_splits
 from tests.quickstart.tasks import TASKS, in_words, rows
 

@@ -1,0 +1,217 @@
+"""Whether an adapter fits a base, and whether several can lie in one stack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from meteora.adapters.tensors import place_of
+from meteora.untrusted.findings import AdapterError, Findings, Reason, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from meteora.adapters.tensors import Adapter
+    from meteora.artifacts import AdapterSpec
+
+ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+class IncompatibleAdaptersError(AdapterError):
+    """Adapters that cannot be experts of one base together; `reasons` says which and why."""
+
+
+def fit_to_base(adapter: Adapter, base: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The adapter with its modules under the paths that the base has.
+
+    A language model inside a multimodal one, or saved without its wrapper, has other paths:
+    `model.language_model.layers.0` for `model.layers.0`. The adapter moves as a whole to the one
+    stack of layers that has all its modules with their shapes, and a warning says so.
+
+    Args:
+        base: Of each linear layer's path, (in_features, out_features).
+
+    Raises:
+        IncompatibleAdaptersError: The base lacks a module, or has it in another shape; or two of
+            its stacks of layers would do, and only a person can say which is meant.
+    """
+    found = Findings()
+    moves = {path: path for path in adapter.tensors}
+    if not moves.keys() <= base.keys():
+        moves = _moved(adapter, base, found)
+    modules = tuple(
+        sorted(
+            (replace(module, path=moves[module.path]) for module in adapter.spec.modules),
+            key=lambda module: module.path,
+        )
+    )
+    fitted = replace(
+        adapter,
+        spec=replace(adapter.spec, modules=modules),
+        tensors={path: adapter.tensors[old] for old, path in moves.items()},
+    )
+    _check_shapes(fitted, base, found)
+    if found.refusals:
+        raise IncompatibleAdaptersError(str(adapter.weights), tuple(found.refusals))
+    _check_covered(fitted, base, found)
+    return replace(fitted, reasons=(*adapter.reasons, *found.warnings))
+
+
+def check_stackable(
+    adapters: Mapping[str, Adapter],
+    *,
+    base: Mapping[str, tuple[int, int]] | None = None,
+    memory_limit_bytes: int | None = None,
+) -> tuple[Reason, ...]:
+    """Check that the adapters, by the names of their experts, can lie in one stack.
+
+    Args:
+        adapters: In the order in which they will be stacked.
+        base: Of each linear layer's path, (in_features, out_features); None if it is not known.
+        memory_limit_bytes: What the stacked factors may take.
+
+    Returns:
+        Warnings, each naming the experts that it is about.
+
+    Raises:
+        IncompatibleAdaptersError: One has a module in another shape than the base or than an
+            adapter before it, two are the same, or together they exceed the limit.
+    """
+    found = Findings()
+    before: dict[str, tuple[str, str]] = {}
+    for name, adapter in adapters.items():
+        check_twins(name, adapter.spec, before, found)
+        before[name] = adapter.spec.id, adapter.spec.weights_sha256
+    shapes: dict[str, tuple[str, int, int]] = {}
+    if base is not None:
+        shapes = {path: ("the base", *shape) for path, shape in base.items()}
+    for name, adapter in adapters.items():
+        for module in adapter.spec.modules:
+            if base is not None and module.path not in base:
+                found.refuse("not_in_base", f"{name}: the base has no linear layer {module.path}")
+                break
+            sizes = (module.in_features, module.out_features)
+            first, *needed = shapes.setdefault(module.path, (name, *sizes))
+            if sizes != tuple(needed):
+                found.refuse(
+                    "other_base",
+                    f"{name}: {module.path} has {sizes[0]} inputs and {sizes[1]} outputs, in"
+                    f" {first} it has {needed[0]} and {needed[1]}; leave it out, or check"
+                    " which base it was trained on",
+                )
+                break
+    _check_dtypes(adapters, found)
+    if memory_limit_bytes is not None:
+        needs = stack_bytes(list(adapters.values()))
+        check_memory(len(adapters), needs, memory_limit_bytes, found, advice="leave some out")
+    if found.refusals:
+        raise IncompatibleAdaptersError("these cannot be stacked", tuple(found.refusals))
+    return tuple(found.warnings)
+
+
+def check_memory(
+    num_experts: int, stacked_bytes: int, limit_bytes: int, found: Findings, *, advice: str
+) -> None:
+    """Refuse a stack whose factors alone exceed the limit, and say what to do about it."""
+    if stacked_bytes > limit_bytes:
+        found.refuse(
+            "memory",
+            f"{num_experts} experts take {stacked_bytes / 1e6:,.0f} MB stacked, and"
+            f" {limit_bytes / 1e6:,.0f} MB are there in all; {advice}",
+        )
+
+
+def stack_bytes(adapters: Sequence[Adapter]) -> int:
+    """What the stacked factors take, in the narrowest dtype that holds all exactly."""
+    dtypes = {adapter.spec.dtype for adapter in adapters}
+    itemsize = ITEMSIZE[dtypes.pop()] if len(dtypes) == 1 else 4
+    modules = (module for adapter in adapters for module in adapter.spec.modules)
+    return itemsize * sum(m.r * (m.in_features + m.out_features) for m in modules)
+
+
+def _moved(
+    adapter: Adapter, base: Mapping[str, tuple[int, int]], found: Findings
+) -> dict[str, str]:
+    """New path of each module, under the one stack of layers of the base that has them all."""
+    paths = {
+        module.path: (module.in_features, module.out_features) for module in adapter.spec.modules
+    }
+    stems = {place.stem for path in base if (place := place_of(path))}
+    own = {place.stem for path in paths if (place := place_of(path))}
+    missing = next(path for path in paths if path not in base)
+    candidates = []
+    for stem in sorted(stems) if len(own) == 1 else []:
+        old = next(iter(own))
+        moves = {p: stem + p[len(old) :] if p.startswith(f"{old}.") else p for p in paths}
+        if all(base.get(new) == paths[path] for path, new in moves.items()):
+            candidates.append((stem, moves))
+    if len(candidates) == 1:
+        ((stem, moves),) = candidates
+        found.warn("moved", f"its modules lie under {next(iter(own))}, the base's under {stem}")
+        return moves
+    if candidates:
+        either = listed([stem for stem, _ in candidates])
+        found.refuse("ambiguous", f"it fits several stacks of layers of the base: {either}")
+    else:
+        found.refuse(
+            "not_in_base",
+            f"the base has no linear layer {missing}; its layers lie under {listed(sorted(stems))}."
+            " Check which base the adapter was trained on",
+        )
+    return {path: path for path in paths}
+
+
+def _check_shapes(adapter: Adapter, base: Mapping[str, tuple[int, int]], found: Findings) -> None:
+    for module in adapter.spec.modules:
+        sizes = (module.in_features, module.out_features)
+        if (needed := base.get(module.path, sizes)) != sizes:
+            found.refuse(
+                "other_base",
+                f"{module.path} has {sizes[0]} inputs and {sizes[1]} outputs, in the base"
+                f" {needed[0]} and {needed[1]}; check which base the adapter was trained on",
+            )
+            return
+
+
+def _check_covered(adapter: Adapter, base: Mapping[str, tuple[int, int]], found: Findings) -> None:
+    """Name a kind of layer that the adapter has in some places where the base has it, not all."""
+    kinds = {(place.stem, place.leaf) for path in adapter.tensors if (place := place_of(path))}
+    of_kind = [
+        path
+        for path in sorted(base)
+        if (place := place_of(path)) and (place.stem, place.leaf) in kinds
+    ]
+    if absent := [path for path in of_kind if path not in adapter.tensors]:
+        found.warn(
+            "partial",
+            f"of {len(of_kind)} layers of the base such as it targets, it leaves {len(absent)}"
+            f" alone: {listed(absent)}",
+        )
+
+
+def _check_dtypes(adapters: Mapping[str, Adapter], found: Findings) -> None:
+    dtypes: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        dtypes.setdefault(adapter.spec.dtype, name)
+    if len(dtypes) > 1:
+        kinds = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
+        found.warn("dtype_mix", f"experts of several dtypes: {kinds}; the widest holds them all")
+
+
+def check_twins(
+    name: str, spec: AdapterSpec, others: Mapping[str, tuple[str, str]], found: Findings
+) -> None:
+    """Say which other experts an adapter is the same as, or has the weights of.
+
+    Args:
+        others: By their names, the id of each adapter and the hash of its weights.
+    """
+    for one, (adapter_id, weights_sha256) in others.items():
+        if adapter_id == spec.id:
+            found.refuse("same_adapter", f"{one} and {name} are the same adapter; leave one out")
+        elif weights_sha256 == spec.weights_sha256:
+            found.warn(
+                "same_weights",
+                f"{one} and {name} have the same weights under configs that differ; no router can"
+                " tell them apart by what they do",
+            )

@@ -1,0 +1,244 @@
+"""What an `adapter_config.json` claims, PEFT's or MLX-LM's; the tensors are the truth.
+
+The reading is our own: a config is a stranger's text, and PEFT as a validator runs its regular
+expressions, takes `NaN` for an alpha and loads what it does not understand with a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from meteora.untrusted import config_fields as fields
+from meteora.untrusted.findings import listed, shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from meteora.untrusted.findings import Findings
+
+OnExtras = Literal["refuse", "strip"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The part of a config that decides what the tensors mean."""
+
+    format: Literal["peft", "mlx"]
+    base_model: str
+    base_revision: str = ""
+    task_type: str = ""
+    r: int = 0
+    """Of modules that no pattern names; 0 where the config does not say."""
+    lora_alpha: float = 0.0
+    scale: float = 0.0
+    """MLX-LM's factor before B·A; PEFT has `lora_alpha` instead."""
+    use_rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    """In the order of the file: the first key that matches counts."""
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    target_modules: tuple[str, ...] | str = ()
+    """Names, or a pattern, or `all-linear`; empty where PEFT's defaults for the base hold."""
+    exclude_modules: tuple[str, ...] | str = ()
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    bias: str = "none"
+
+
+VARIANTS = {
+    "use_dora": ("dora", "DoRA rescales the base's own weights"),
+    "lora_bias": ("lora_bias", "its B has a bias"),
+    "target_parameters": ("target_parameters", "it targets bare parameters, as of fused experts"),
+    "trainable_token_indices": ("trainable_tokens", "it changes rows of the embedding"),
+    "layer_replication": ("layer_replication", "it repeats layers of the base"),
+    "alora_invocation_tokens": ("alora", "it is active only after its invocation tokens (aLoRA)"),
+    "use_qalora": ("qalora", "QALoRA pools the inputs of A"),
+    "use_bdlora": ("bdlora", "BD-LoRA has block-diagonal factors"),
+    "kasa_config": ("kasa", "KaSA changes the base's weights"),
+    "velora_config": ("velora", "VeLoRA is not plain LoRA"),
+    "monteclora_config": ("monteclora", "MonteCLoRA samples its factors"),
+    "arrow_config": ("arrow", "it is an Arrow router and holds no LoRA of its own"),
+    "megatron_config": ("megatron", "it is for layers of Megatron"),
+}
+"""Fields of PEFT's `LoraConfig` that, when active, mean other mathematics than W + s·B·A."""
+
+# These start from a factor of W and leave the rest of W in the base, so B·A belongs to a base that
+# nobody has. Adapters that PEFT converted on saving say `true` here and pass.
+INIT_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+INIT_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+UNDERSTOOD = {
+    "base_model_name_or_path", "revision", "peft_type", "task_type", "r", "lora_alpha",
+    "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "auto_mapping",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "inference_mode", "lora_dropout", "peft_version", "megatron_core", "qalora_group_size",
+    "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "ensure_weight_tying", "merge_weights",
+}  # fmt: skip
+"""About training and loading, or read only together with a field that is refused."""
+
+TASK_TYPES = (
+    "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> Claim | None:
+    """Read a PEFT config; None where its kind of adapter is not LoRA and nothing else counts."""
+    kind = config["peft_type"]
+    if kind != "LORA":
+        found.refuse(
+            "peft_type", f"peft_type is {shortened(kind)!r}; only LORA can be an expert here"
+        )
+        return None
+    _refuse_variants(config, found)
+    _unknown_keys(config, UNDERSTOOD | WITHOUT_EFFECT | set(VARIANTS), found)
+    _check_layers(config, found)
+    claim = Claim(
+        "peft",
+        base_model=fields.base_model(config.get("base_model_name_or_path"), found),
+        base_revision=fields.text(config, "revision", found),
+        task_type=_task(config, extras, found),
+        r=fields.rank(config.get("r", 8), "r", found),
+        lora_alpha=fields.alpha(config.get("lora_alpha", 8), "lora_alpha", found),
+        use_rslora=fields.flag(config, "use_rslora", found),
+        rank_pattern=fields.pattern_table(config, "rank_pattern", fields.rank, found),
+        alpha_pattern=fields.pattern_table(config, "alpha_pattern", fields.alpha, found),
+        target_modules=fields.targets(config, "target_modules", found),
+        exclude_modules=fields.targets(config, "exclude_modules", found),
+        modules_to_save=fields.names(config, "modules_to_save", found),
+        layers_to_transform=fields.layers(config.get("layers_to_transform")),
+        bias=fields.bias(config, found),
+    )
+    _check_auto_mapping(config.get("auto_mapping"), found)
+    return claim
+
+
+def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
+    """Read a config of MLX-LM: y += scale · (x A) B with A [IN, r] and B [r, OUT].
+
+    Up to 0.14.1 (May 2024) MLX-LM multiplied `scale` by alpha / rank; from 0.14.2 on it ignores
+    alpha, and went on writing one until 2025. Since 0.19 a config says `num_layers`; those of both
+    kinds before say `lora_layers`, and nothing in them tells which they are.
+    """
+    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
+    if kind != "lora":
+        found.refuse(
+            "mlx_fine_tune_type",
+            f"its fine_tune_type is {shortened(kind)!r}; of MLX-LM's only lora can be converted",
+        )
+    parameters = config["lora_parameters"]
+    r = fields.rank(parameters.get("rank"), "lora_parameters.rank", found)
+    scale = fields.number(parameters.get("scale"))
+    if scale is None or not 0 < scale <= fields.MAX_ALPHA:
+        found.refuse(
+            "mlx_scale",
+            f"lora_parameters.scale is {shortened(parameters.get('scale'))}; MLX-LM needs a"
+            " positive number there and no other field can stand in for it",
+        )
+        scale = 1.0
+    elif (alpha := parameters.get("alpha")) is not None and "lora_layers" in config and r:
+        earlier = scale * fields.alpha(alpha, "lora_parameters.alpha", found) / r
+        if earlier != scale:
+            found.refuse(
+                "mlx_alpha",
+                f"it was scaled by {earlier:g} if MLX-LM 0.14.1 or earlier wrote it (scale · alpha"
+                f" / rank) and by {scale:g} if 0.14.2 to 0.18 did (scale), and nothing in it tells"
+                " which; take alpha out of its lora_parameters and let scale be the right one",
+            )
+    found.warn("mlx_converted", "it is an MLX-LM adapter; its factors are read transposed")
+    keys = parameters.get("keys")
+    return Claim(
+        "mlx",
+        base_model=fields.base_model(
+            config.get("model") or config.get("base_model_name_or_path"), found
+        ),
+        task_type="CAUSAL_LM",
+        r=r,
+        scale=scale,
+        target_modules=fields.targets(parameters, "keys", found) if isinstance(keys, list) else (),
+    )
+
+
+def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
+    for key, (code, why) in VARIANTS.items():
+        if fields.is_active(config.get(key)):
+            found.refuse(code, f"{key} is set: {why}; only plain LoRA can be an expert here")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(INIT_CHANGES_BASE):
+        found.refuse(
+            "init_changes_base",
+            f"init_lora_weights is {shortened(init)!r}, which changes the base's weights; save it"
+            " again with path_initial_model_for_weight_conversion, which converts it to plain LoRA",
+        )
+    elif init is not None and type(init) is not bool and init not in INIT_LEAVES_BASE:
+        found.refuse(
+            "init_unknown",
+            f"init_lora_weights is {shortened(init)!r}, which is not known here; it may have"
+            " changed the base's weights",
+        )
+    if fields.is_active(config.get("enable_lora")):
+        found.refuse("enable_lora", "enable_lora is set: a merged layout of PEFT 0.2 and before")
+
+
+def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -> None:
+    unknown = sorted(key for key in config if key not in known and key != "enable_lora")
+    active, idle = [], []
+    for key in unknown:
+        (active if fields.is_active(config[key]) else idle).append(key)
+    if active:
+        found.refuse(
+            "unknown_key",
+            f"{listed(active)} is set and not known here; it may change what the tensors mean",
+        )
+    if idle:
+        found.warn("unknown_key", f"{listed(idle)} is not known here and not set; it is ignored")
+
+
+def _check_layers(config: Mapping[str, Any], found: Findings) -> None:
+    """What PEFT itself refuses, so that nobody has ever run it."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear" and (layers or pattern):
+        found.refuse("layers", "layers_to_transform needs target_modules to be a list of names")
+    if pattern and not layers:
+        found.refuse("layers", "layers_pattern is set without layers_to_transform")
+    listed_layers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(layer) is int for layer in listed_layers):
+        found.refuse("layers", f"layers_to_transform is {shortened(layers)}, not layer numbers")
+
+
+def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:
+    task = config.get("task_type")
+    if task is None:
+        found.warn("task_type", "task_type is empty; it is taken for a language model's adapter")
+        return ""
+    if task not in TASK_TYPES:
+        found.refuse("task_type", f"task_type is {shortened(task)!r}; PEFT knows no such task")
+        return ""
+    if task in HEAD_TASKS and extras == "refuse":
+        found.refuse(
+            "task_type",
+            f"task_type is {task}: it answers through a head that a language model lacks",
+        )
+    elif task != "CAUSAL_LM":
+        found.warn("task_type", f"task_type is {task}, not CAUSAL_LM; the base must be a decoder")
+    return task
+
+
+def _check_auto_mapping(mapping: object, found: Findings) -> None:
+    """The class that it was trained on is read as text and never imported."""
+    if mapping is None:
+        return
+    if not isinstance(mapping, dict):
+        found.refuse("auto_mapping", "auto_mapping is not a table of two names")
+        return
+    class_name = shortened(mapping.get("base_model_class", ""))
+    if shortened(mapping.get("parent_library", "")).startswith("diffusers."):
+        found.refuse("diffusers", f"it is for {class_name}, an image model of diffusers")
+    elif class_name.startswith("Whisper") or not class_name.endswith(CAUSAL_CLASSES):
+        found.refuse("base_class", f"it is for {class_name!r}, not a language model")

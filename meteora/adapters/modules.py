@@ -1,0 +1,190 @@
+"""Each module's rank and scaling: shapes from the tensors, alphas from the claim, as in PEFT."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from meteora.adapters.tensors import DTYPES, place_of
+from meteora.artifacts import AdapterModule
+from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.patterns import Budget, PatternError, compile_pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from meteora.adapters.config import Claim
+    from meteora.adapters.tensors import AdapterTensors
+    from meteora.untrusted.findings import Findings
+    from meteora.untrusted.patterns import Pattern
+    from meteora.untrusted.safetensors_header import TensorInfo
+
+MAX_SCALING = 1_000
+
+
+def read_modules(
+    pairs: Mapping[str, AdapterTensors],
+    tensors: Mapping[str, TensorInfo],
+    claim: Claim,
+    found: Findings,
+) -> tuple[AdapterModule, ...]:
+    """The modules that the pairs of tensors describe, as far as nothing is refused."""
+    budget = Budget()
+    modules: list[AdapterModule] = []
+    shapes = _shapes(pairs, tensors, found)
+    try:
+        alphas = _Table(claim.alpha_pattern, claim.lora_alpha, budget)
+        for path, (in_features, out_features, r) in shapes.items():
+            lora_alpha = alphas.of(path) if claim.format == "peft" else claim.scale * r
+            scaling = _scaling(claim, lora_alpha, r)
+            modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
+    except PatternError as error:
+        found.refuse("pattern", f"a pattern in alpha_pattern cannot be matched: {error}")
+    # without the other patterns their claims go unchecked, and nothing is lost: the tensors count
+    try:
+        _check_ranks(claim, {path: r for path, (_, _, r) in shapes.items()}, budget, found)
+    except PatternError as error:
+        found.warn(
+            "pattern_unchecked", f"rank_pattern is not checked, ranks are the tensors': {error}"
+        )
+    try:
+        _check_targets(claim, list(pairs), budget, found)
+    except PatternError as error:
+        found.warn("pattern_unchecked", f"a pattern of what it targets is not checked: {error}")
+    if large := [m.path for m in modules if m.scaling > MAX_SCALING]:
+        found.warn("large_scaling", f"scaled by more than {MAX_SCALING}: {listed(large)}")
+    _check_even(list(pairs), found)
+    return tuple(modules)
+
+
+def _scaling(claim: Claim, lora_alpha: float, r: int) -> float:
+    if claim.format == "mlx":
+        return claim.scale
+    return lora_alpha / math.sqrt(r) if claim.use_rslora else lora_alpha / r
+
+
+def _shapes(
+    pairs: Mapping[str, AdapterTensors], tensors: Mapping[str, TensorInfo], found: Findings
+) -> dict[str, tuple[int, int, int]]:
+    """IN, OUT and r of each module whose factors are matrices that multiply."""
+    shapes = {}
+    dtypes: list[str] = []
+    torn: list[str] = []
+    shaped: list[str] = []
+    for path, pair in pairs.items():
+        factors = tensors[pair.a_key], tensors[pair.b_key]
+        dtypes += [f"{path} ({t.dtype})" for t in factors if t.dtype not in DTYPES]
+        a, b = (t.shape[::-1] if pair.transposed else t.shape for t in factors)
+        if len(a) == len(b) == 2 and a[0] == b[1]:
+            shapes[path] = (a[1], b[0], a[0])
+        else:
+            what = f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})"
+            (torn if len(a) == len(b) == 2 else shaped).append(what)
+    if dtypes:
+        found.refuse("dtype", f"{listed(dtypes)}: only {', '.join(DTYPES)} can be used")
+    if torn:
+        found.refuse(
+            "shape",
+            f"{listed(torn)}: these do not multiply; a factor is transposed, or they are of"
+            " different adapters",
+        )
+    if shaped:
+        found.refuse(
+            "not_linear",
+            f"{listed(shaped)}: these are no matrices, as of a convolution or of a mixture's fused"
+            " experts; only linear layers are routed here",
+        )
+    return shapes
+
+
+class _Table:
+    """`rank_pattern` or `alpha_pattern`: the first key that matches, else the default."""
+
+    def __init__(
+        self, entries: Sequence[tuple[str, float]], default: float, budget: Budget
+    ) -> None:
+        self.default = default
+        self.budget = budget
+        self.patterns: list[tuple[Pattern, float]] = []
+        for key, value in entries:
+            try:
+                self.patterns.append((compile_pattern(key, budget, anywhere=True), value))
+            except PatternError as error:
+                raise PatternError(f"{shortened(key)!r}: {error}") from None
+
+    def of(self, path: str) -> float:
+        for pattern, value in self.patterns:
+            if pattern.matches(path, self.budget):
+                return value
+        return self.default
+
+
+def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: Findings) -> None:
+    claimed = _Table(claim.rank_pattern, claim.r, budget)
+    mismatched = [
+        f"{path} ({r}, not {wanted})"
+        for path, r in ranks.items()
+        if (wanted := claimed.of(path)) and wanted != r
+    ]
+    if mismatched:
+        found.refuse(
+            "rank_mismatch",
+            f"tensors have other ranks than the config claims: {listed(mismatched)}",
+        )
+
+
+def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
+    """Compare what the config targets with what the file holds; the file counts."""
+    targets = claim.target_modules
+    untargeted: list[str] = []
+    if targets not in ((), "", "all-linear"):
+        named = _named(targets, paths, budget)
+        untargeted = [path for path in paths if path not in named]
+    if not isinstance(targets, str):
+        idle = sorted(set(targets).difference(*map(_endings, paths)))
+        excluded = _named(claim.exclude_modules, idle, budget)
+        if idle := [target for target in idle if target not in excluded]:
+            found.warn("idle_target", f"it targets {listed(idle)}, and no tensor is of it")
+    untargeted += sorted(_named(claim.exclude_modules, paths, budget))
+    if claim.layers_to_transform:
+        layers = set(claim.layers_to_transform)
+        untargeted += [path for path in paths if (p := place_of(path)) and p.layer not in layers]
+    if untargeted:
+        found.warn(
+            "untargeted",
+            f"{listed(untargeted)} is in the file and not targeted by the config; it is used here,"
+            " where PEFT leaves it out",
+        )
+
+
+def _named(names: tuple[str, ...] | str, paths: list[str], budget: Budget) -> set[str]:
+    """The modules that a list of names or a pattern stands for, by PEFT's rule."""
+    if isinstance(names, str):
+        pattern = compile_pattern(names, budget)
+        return {path for path in paths if pattern.matches(path, budget)}
+    return {path for path in paths if not _endings(path).isdisjoint(names)}
+
+
+def _endings(path: str) -> set[str]:
+    """`a.b.c`, `b.c` and `c`: the names by which a list can target a module."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _check_even(paths: list[str], found: Findings) -> None:
+    """Name what looks torn: a module that some layers lack. Hybrid models are so by design."""
+    layers: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if place := place_of(path):
+            layers.setdefault((place.stem, place.leaf), set()).add(place.layer)
+    known: dict[str, set[int]] = {}
+    for (stem, _), have in layers.items():
+        known.setdefault(stem, set()).update(have)
+    for (stem, leaf), have in sorted(layers.items()):
+        if lacking := sorted(known[stem] - have):
+            found.warn(
+                "uneven_layers",
+                f"{leaf} is in {len(have)} of {len(known[stem])} layers of {stem}; the first"
+                f" without it is {lacking[0]}",
+            )
+            return

@@ -1,0 +1,274 @@
+"""Adapters as published become experts: read, judged, and checked against each other.
+
+    folder ─▶ adapter_files      which files, and what lies there instead
+              adapter_config     what the config claims
+              adapter_tensors    which tensors are A and B of which module
+              adapter_modules    ranks and scalings
+              adapter_numbers    NaN, infinity, zeros       ─▶ Adapter, or the reasons why not
+              adapter_set        on this base? with the others?
+
+The safetensors header is the truth and the config a claim about it. Nothing here runs anything
+that came with an adapter, and no tensor library is needed to judge one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from meteora.adapters import finite
+from meteora.adapters.compatibility import (
+    IncompatibleAdaptersError,
+    check_memory,
+    check_stackable,
+    check_twins,
+    fit_to_base,
+    stack_bytes,
+)
+from meteora.adapters.files import CONFIG, find_files, foreign, is_regular, read_claim
+from meteora.adapters.modules import read_modules
+from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp, name_variants, sort_tensors
+from meteora.artifacts import AdapterSpec
+from meteora.untrusted.findings import AdapterError, Findings, Reason, listed
+from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from io import BufferedReader
+
+    from meteora.adapters.config import Claim, OnExtras
+
+__all__ = [
+    "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
+    "check", "check_config", "check_memory", "check_stackable", "check_twins", "fit_to_base",
+    "read", "stack_bytes",
+]  # fmt: skip
+
+TICK_NS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` says of one adapter."""
+
+    path: str
+    verdict: Literal["accept", "warn", "refuse"]
+    reasons: tuple[Reason, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        reasons = [reason.to_dict() for reason in self.reasons]
+        return {"path": self.path, "verdict": self.verdict, "reasons": reasons, **self.facts}
+
+
+def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
+    """Read the adapter in `folder`; every byte of its weights is hashed and looked at.
+
+    Args:
+        folder: Holds `adapter_config.json` and the weights.
+        modules_to_save: What to do with whole modules that it saved beside its LoRA (a head, an
+            embedding): refuse the adapter, or leave them out and list them in `spec.stripped`.
+
+    Raises:
+        AdapterError: It cannot be an expert, for the reasons that the error carries.
+    """
+    found = Findings()
+    try:
+        adapter, _ = _examine(Path(folder), modules_to_save, found)
+    except OSError as error:
+        raise AdapterError(str(folder), (_unreadable(error),)) from error
+    if adapter is None and not found.refusals:
+        found.refuse("no_weights", "there are no weights beside this config")
+    if found.refusals or adapter is None:
+        raise AdapterError(str(folder), tuple(found.refusals))
+    return adapter
+
+
+def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refuse") -> None:
+    """Raise what `read` would raise for the config alone, before there are any weights.
+
+    What a config says of tensors beside the LoRA is left to `read`: the file may lack them.
+
+    Args:
+        folder: Holds `adapter_config.json`.
+        where: What to call it.
+
+    Raises:
+        AdapterError: No weights could make an expert of it.
+    """
+    found = Findings()
+    try:
+        read_claim(folder / CONFIG, modules_to_save, found)
+    except OSError as error:
+        found.refusals.append(_unreadable(error))
+    if found.refusals:
+        raise AdapterError(where, tuple(found.refusals))
+
+
+def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
+    """Judge the adapter at `path`, whatever lies there; raises nothing about its content.
+
+    A config without weights is judged by what it claims, and the facts say `judged_by: claims`.
+    """
+    found = Findings()
+    try:
+        _, facts = _examine(Path(path), modules_to_save, found)
+    except OSError as error:
+        found.refusals.append(_unreadable(error))
+        facts = {}
+    verdict = "refuse" if found.refusals else "warn" if found.warnings else "accept"
+    return Verdict(str(path), verdict, (*found.refusals, *found.warnings), facts)
+
+
+def _examine(
+    path: Path, extras: OnExtras, found: Findings
+) -> tuple[Adapter | None, dict[str, Any]]:
+    files = find_files(path, found)
+    claim = read_claim(files.config, extras, found) if files.config else None
+    facts = _claimed_facts(claim) if claim else {}
+    if files.weights is None:
+        if claim is not None:
+            _judge_by_claims(claim, extras, found)
+        return None, {**facts, "judged_by": "claims"}
+    facts |= {"judged_by": "tensors", "weights": files.weights.name}
+    if not is_regular(files.weights, found):
+        return None, facts
+    with files.weights.open("rb") as file:
+        stamp, seen_ns = Stamp.of(file), time.time_ns()
+        num_bytes = stamp.num_bytes
+        tensors = _read_tensors(file, num_bytes, files.weights.name, found)
+        if tensors is not None and files.config is None:
+            name_variants(tensors, found)
+        if tensors is None or claim is None:
+            return None, {**facts, "weights_bytes": num_bytes}
+        split = sort_tensors(tensors, claim, extras, found)
+        modules = read_modules(split.modules, tensors, claim, found)
+        if claim.modules_to_save and not split.stripped and not found.refusals:
+            found.warn(
+                "modules_to_save",
+                f"its config names modules to save ({listed(claim.modules_to_save)}), and the file"
+                " holds none of them",
+            )
+        if not found.refusals:
+            _check_numbers(file, split.modules, tensors, found)
+        used = [tensors[key] for pair in split.modules.values() for key in (pair.a_key, pair.b_key)]
+        dtypes = sorted({tensor.dtype for tensor in used})
+        digest = _sha256(file)
+        if Stamp.of(file) != stamp:
+            found.refuse("truncated", f"{files.weights.name} changed while it was read")
+    if len(dtypes) > 1:
+        found.warn("dtype_mix", f"its factors are of {' and '.join(dtypes)}; they are kept as F32")
+    spec = AdapterSpec(
+        weights_sha256=digest,
+        base_model=claim.base_model,
+        use_rslora=claim.use_rslora,
+        dtype=dtypes[0] if len(dtypes) == 1 else "F32",
+        modules=modules,
+        stripped=split.stripped,
+    )
+    # clocks of file systems are coarse: a file that was just written could change within a tick
+    settled = stamp if seen_ns - stamp.written_ns > TICK_NS else None
+    adapter = Adapter(spec, files.weights, split.modules, tuple(found.warnings), settled)
+    return adapter, {**facts, "weights_bytes": num_bytes, **_measured_facts(spec)}
+
+
+def _read_tensors(
+    file: BufferedReader, num_bytes: int, name: str, found: Findings
+) -> dict[str, TensorInfo] | None:
+    head = file.read(64)
+    file.seek(0)
+    if num_bytes == 0:
+        found.refuse("empty", f"{name} is empty")
+    elif other := foreign(head):
+        found.refuse(other[0], f"{name} is {other[1]}")
+    else:
+        try:
+            return read_header(file, num_bytes)
+        except HeaderError as error:
+            found.refuse("safetensors", f"{name} is not a sound safetensors file: {error}")
+    return None
+
+
+def _check_numbers(
+    file: BufferedReader,
+    modules: Mapping[str, AdapterTensors],
+    tensors: Mapping[str, TensorInfo],
+    found: Findings,
+) -> None:
+    not_finite, large, idle = [], [], []
+    try:
+        for path, pair in modules.items():
+            numbers = {key: finite.scan(file, tensors[key]) for key in (pair.a_key, pair.b_key)}
+            not_finite += [key for key, of in numbers.items() if not of.finite]
+            large += [key for key, of in numbers.items() if not of.moderate]
+            idle += [path] if any(of.zero for of in numbers.values()) else []
+    except EOFError as error:
+        found.refuse("truncated", str(error))
+        return
+    if not_finite:
+        found.refuse("not_finite", f"NaN or infinity is in {listed(not_finite)}")
+    elif large:
+        found.warn(
+            "large_numbers",
+            f"numbers of {finite.LARGE} and more, where trained ones stay below 10, are in"
+            f" {listed(large)}",
+        )
+    if idle and len(idle) == len(modules):
+        found.refuse("no_op", "a factor of every module is zero: it was saved before any training")
+    elif idle:
+        found.warn("zero_modules", f"{listed(idle)} changes nothing: one of its factors is zero")
+
+
+def _judge_by_claims(claim: Claim, extras: OnExtras, found: Findings) -> None:
+    """Without tensors the claims about them count."""
+    if claim.bias != "none":
+        found.refuse("bias", f"bias is {claim.bias}: it trained biases of the base")
+    if claim.modules_to_save:
+        message = f"it replaces whole modules of the base: {listed(claim.modules_to_save)}"
+        (found.refuse if extras == "refuse" else found.warn)("modules_to_save", message)
+
+
+def _unreadable(error: OSError) -> Reason:
+    return Reason("unreadable", f"it cannot be read: {error.strerror or error}")
+
+
+def _sha256(file: BufferedReader) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _claimed_facts(claim: Claim) -> dict[str, Any]:
+    facts = {
+        "format": claim.format,
+        "base_model": claim.base_model,
+        "base_revision": claim.base_revision,
+        "task_type": claim.task_type,
+        "use_rslora": claim.use_rslora,
+        "target_modules": claim.target_modules,
+        "r": claim.r,
+    }
+    return facts | (
+        {"scale": claim.scale} if claim.format == "mlx" else {"lora_alpha": claim.lora_alpha}
+    )
+
+
+def _measured_facts(spec: AdapterSpec) -> dict[str, Any]:
+    if not spec.modules:
+        return {}
+    ranks = [module.r for module in spec.modules]
+    scalings = [module.scaling for module in spec.modules]
+    return {
+        "num_modules": len(spec.modules),
+        "targets": sorted({module.path.rsplit(".", 1)[-1] for module in spec.modules}),
+        "r_min": min(ranks),
+        "r_max": max(ranks),
+        "scaling_min": min(scalings),
+        "scaling_max": max(scalings),
+        "num_parameters": sum(m.r * (m.in_features + m.out_features) for m in spec.modules),
+        "dtype": spec.dtype,
+        "stripped": spec.stripped,
+        "weights_sha256": spec.weights_sha256,
+    }

@@ -1,0 +1,219 @@
+"""Which tensors of a file are the A and B of which module, and what else lies in it.
+
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight      PEFT
+model.layers.0.self_attn.q_proj.lora_A.default.weight               without prefix, with a name
+model.layers.0.self_attn.q_proj.lora_a                              MLX-LM, transposed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from meteora.untrusted.findings import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+    from typing import BinaryIO
+
+    from meteora.adapters.config import Claim, OnExtras
+    from meteora.artifacts import AdapterSpec
+    from meteora.untrusted.findings import Findings, Reason
+    from meteora.untrusted.safetensors_header import TensorInfo
+
+DTYPES = ("F32", "F16", "BF16")
+MAX_DEPTH = 40
+PREFIX = "base_model.model."
+PEFT_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
+LAYERED = re.compile(r"(?P<stem>.+?)\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
+MLX_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[ab])")
+
+# A tensor whose key holds one of these says that its file is no plain LoRA.
+VARIANT_KEYS = (
+    ("lora_magnitude_vector", "dora", "magnitudes of DoRA"),
+    (".lora_B.bias", "lora_bias", "a bias of B"),
+    ("trainable_tokens_", "trainable_tokens", "rows of the embedding"),
+    (".base_layer.lora_", "target_parameters", "LoRA on bare parameters, as of fused experts"),
+    ("lora_diag", "kasa", "KaSA's singular values"),
+    ("prompt_embeddings", "peft_type", "prompt embeddings"),
+    *(
+        (mark, "diffusers", "weights for an image model")
+        for mark in (
+            "lora_unet_", "lora.down.weight", "lora_down.weight", "unet.", "transformer_blocks.",
+            "text_encoder.", "lora_te_", "lora_te1_", "diffusion_model.",
+        )
+    ),
+)  # fmt: skip
+EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "shared"}
+WHOLE_MODULES = EMBEDDINGS | {
+    "lora_embedding_A", "lora_embedding_B",
+    "lm_head", "embed_out", "score", "classifier", "qa_outputs", "v_head",
+}  # fmt: skip
+"""Parts of keys of embeddings and heads, which belong to the base or to one task."""
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """Where the factors of one module lie in the file.
+
+    Not transposed, `a_key` is A [r, IN] and `b_key` B [OUT, r], as PEFT writes them (for GPT-2's
+    Conv1D too). Transposed, they are A [IN, r] and B [r, OUT], as MLX-LM does.
+    """
+
+    a_key: str
+    b_key: str
+    transposed: bool
+
+
+class Stamp(NamedTuple):
+    """What changes with a file's content."""
+
+    inode: int
+    num_bytes: int
+    written_ns: int
+    """Since the epoch."""
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Self:
+        found = os.fstat(file.fileno())
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA that can be an expert: what it is, and where its tensors lie."""
+
+    spec: AdapterSpec
+    weights: Path
+    """The safetensors file."""
+    tensors: dict[str, AdapterTensors]
+    """By the module's path in the base model, the same as in `spec.modules`."""
+    reasons: tuple[Reason, ...] = ()
+    """Warnings: it is usable, and a person should know these."""
+    stamp: Stamp | None = None
+    """Of the file when every byte was looked at; None where it tells nothing."""
+
+
+class Place(NamedTuple):
+    """A path taken apart: `model.layers`, 3, `self_attn.q_proj`."""
+
+    stem: str
+    layer: int
+    leaf: str
+
+
+def place_of(path: str) -> Place | None:
+    """Where in a stack of layers a module lies; its layer is the first number in its path."""
+    match = LAYERED.fullmatch(path)
+    return Place(match["stem"], int(match["layer"]), match["leaf"]) if match else None
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The tensors of a file, each used or listed."""
+
+    modules: dict[str, AdapterTensors]
+    """By the module's path in the base model, sorted."""
+    stripped: tuple[str, ...]
+
+
+def sort_tensors(
+    tensors: Mapping[str, TensorInfo], claim: Claim, extras: OnExtras, found: Findings
+) -> Sorted:
+    """Pair the factors; what is no factor is refused, or stripped where the policy allows it."""
+    factors: dict[str, dict[str, str]] = {}
+    names: set[str] = set()
+    rest: list[str] = []
+    for key in tensors:
+        bare = key.removeprefix(PREFIX)
+        pattern = MLX_KEY if claim.format == "mlx" else PEFT_KEY
+        match = pattern.fullmatch(bare)
+        if (
+            match is None
+            or bare.count(".") > MAX_DEPTH
+            # MLX-LM has one pair of names for both; PEFT says lora_embedding_A
+            or match["path"].rsplit(".", 1)[-1] in EMBEDDINGS
+            or any(mark in key for mark, _, _ in VARIANT_KEYS)
+        ):
+            rest.append(key)
+            continue
+        factor = match["factor"].upper()
+        names.add(match.groupdict().get("name") or "")
+        pair = factors.setdefault(match["path"], {})
+        if factor in pair:
+            found.refuse("duplicate_module", f"{pair[factor]} and {key} are the same tensor's name")
+        pair[factor] = key
+    if len(names) > 1:
+        found.refuse(
+            "several_adapters", f"it holds several adapters ({listed(sorted(names))}); save each"
+        )
+    stripped = _sort_rest(rest, claim, extras, found)
+    modules = _pairs(factors, claim.format == "mlx", found)
+    if not factors:
+        found.refuse("no_lora", f"none of its {len(tensors)} tensors is a lora_A or lora_B")
+    elif claim.format == "peft" and not any(key.startswith(PREFIX) for key in tensors):
+        found.warn("bare_keys", f"its keys lack the prefix {PREFIX}; they are read as they are")
+    return Sorted(modules, stripped)
+
+
+def name_variants(keys: Collection[str], found: Findings) -> None:
+    """Say what a file without a config is, where its tensors' names tell."""
+    for mark, code, what in VARIANT_KEYS:
+        if members := [key for key in keys if mark in key]:
+            found.refuse(code, f"it holds {what}: {listed(members)}")
+
+
+def _pairs(
+    factors: Mapping[str, Mapping[str, str]], transposed: bool, found: Findings
+) -> dict[str, AdapterTensors]:
+    alone = [f"{path}.lora_{next(iter(pair))}" for path, pair in factors.items() if len(pair) < 2]
+    if alone:
+        found.refuse(
+            "missing_factor", f"{listed(sorted(alone))} is alone, without its other factor"
+        )
+    return {
+        path: AdapterTensors(factors[path]["A"], factors[path]["B"], transposed)
+        for path in sorted(factors)
+        if len(factors[path]) == 2
+    }
+
+
+def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings) -> tuple[str, ...]:
+    """The tensors that are no factor of a linear layer; returns those that the policy strips."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    strippable: list[str] = []
+    for key in sorted(keys):
+        variant = next(((code, why) for mark, code, why in VARIANT_KEYS if mark in key), None)
+        parts = key.removeprefix(PREFIX).split(".")
+        if variant is not None:
+            kinds.setdefault(variant, []).append(key)
+        elif not WHOLE_MODULES.isdisjoint(parts) or _is_saved_module(parts, claim):
+            strippable.append(key)
+        elif parts[-1] == "bias":
+            kinds.setdefault(("bias", "biases of the base"), []).append(key)
+        else:
+            what = ("unknown_tensors", "tensors that are no LoRA factors")
+            kinds.setdefault(what, []).append(key)
+    for (code, what), members in kinds.items():
+        found.refuse(code, f"it holds {what}: {listed(members)}")
+    if strippable and extras == "refuse":
+        found.refuse(
+            "modules_to_save",
+            f"it replaces whole modules of the base: {listed(strippable)}; experts share one base,"
+            " so leave it out, or allow its LoRA alone with modules_to_save: strip",
+        )
+    elif strippable:
+        found.warn(
+            "stripped",
+            f"{len(strippable)} tensors that replace modules of the base are left out:"
+            f" {listed(strippable)}",
+        )
+    return tuple(strippable)
+
+
+def _is_saved_module(parts: list[str], claim: Claim) -> bool:
+    path = ".".join(parts)
+    return any(f".{name}." in f".{path}" for name in claim.modules_to_save)

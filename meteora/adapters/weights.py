@@ -1,0 +1,114 @@
+"""The weights of an adapter, read straight to where they belong.
+
+Bytes come by `pread` and are never mapped: a file that is cut short under our feet is an error and
+not a crash. A file that is no longer what `adapters.read` looked at is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from meteora.adapters.tensors import Stamp
+from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from meteora.adapters.tensors import Adapter
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_BUFFERS = 1024
+"""That one call fills."""
+
+
+class ChangedAdapterError(MeteoraError):
+    """An adapter's file is another one than was read and checked."""
+
+
+class AdapterWeights:
+    """An adapter's safetensors file, open."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        """Open it; raises `ChangedAdapterError` unless its bytes are those that were checked."""
+        self.path = adapter.weights
+        self._file = adapter.weights.open("rb")
+        self._number = self._file.fileno()
+        try:
+            if Stamp.of(self._file) != adapter.stamp:
+                digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+                if digest != adapter.spec.weights_sha256:
+                    raise self._changed()
+            # plain JSON will do: when the adapter was read, its header was read with distrust
+            (size,) = struct.unpack("<Q", os.pread(self._number, 8, 0))
+            self._header = json.loads(os.pread(self._number, size, 8))
+        except BaseException:
+            self._file.close()
+            raise
+        self._start = 8 + size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def holds(self, key: str, dtype: torch.dtype) -> bool:
+        """Whether a tensor's numbers are of this dtype."""
+        return DTYPES[self._header[key]["dtype"]] is dtype
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        about = self._header[key]
+        tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+        self.read(key, [memoryview(tensor.view(torch.uint8).numpy().reshape(-1))])
+        return tensor
+
+    def read(
+        self,
+        key: str,
+        buffers: Sequence[memoryview],
+        num_bytes: int | None = None,
+        skip: int = 0,
+    ) -> None:
+        """Fill the buffers, one after the other, with a tensor's bytes.
+
+        Args:
+            num_bytes: of the buffers together; without it, those of the tensor
+            skip: bytes of the tensor that are left out before
+        """
+        begin, end = self._header[key]["data_offsets"]
+        wanted = end - begin if num_bytes is None else num_bytes
+        begin += self._start + skip
+        if len(buffers) > MOST_BUFFERS or os.preadv(self._number, buffers, begin) != wanted:
+            self._read_patiently(buffers, begin)
+
+    def _read_patiently(self, buffers: Sequence[memoryview], begin: int) -> None:
+        """Buffer by buffer: some file systems give less than was asked for, the end nothing."""
+        for buffer in buffers:
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(self._number, [buffer[done:]], begin + done)
+                if not got:
+                    raise self._changed()
+                done += got
+            begin += done
+
+    def _changed(self) -> ChangedAdapterError:
+        return ChangedAdapterError(
+            f"{self.path}: it changed after it was read and checked; run again, so that it is"
+            " checked as it is now"
+        )

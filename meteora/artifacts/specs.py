@@ -1,0 +1,184 @@
+"""Bases, adapters, stacks and merges: what is asked for, and what came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
+
+
+@dataclass(frozen=True)
+class Fingerprint(Noun):
+    """What must agree between a base and the base that something was made for."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    vocabulary_sha256: str
+    """Of the canonical JSON of the tokenizer's {token: id}."""
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Where `other` differs, as "hidden_size 576, not 960"; empty if it is the same base."""
+        return [
+            f"{f.name} {_brief(getattr(self, f.name))}, not {_brief(getattr(other, f.name))}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def _brief(value: object) -> str:
+    return str(value)[:16]
+
+
+@dataclass(frozen=True)
+class BaseSpec(Spec):
+    """A frozen base model, at one revision."""
+
+    kind: ClassVar[str] = "base"
+
+    base_model: str
+    """A Hub id, `gguf:<package>/<file>`, or `path:<folder name>`."""
+    base_revision: str
+    """The commit; for a file or a folder `sha256:` and the hash of its weights."""
+
+
+@dataclass(frozen=True)
+class LinearSize(Noun):
+    """One linear layer of a base: what an adapter's module has to fit."""
+
+    path: str
+    in_features: int
+    out_features: int
+    norm: float = 0.0
+    """Frobenius norm of its weight; 0 where that is not known, as of a packed one."""
+
+
+@dataclass(frozen=True)
+class BuiltBase(Noun):
+    """A base as a folder that transformers loads, and what it is found to be."""
+
+    spec: BaseSpec
+    weights_sha256: str
+    fingerprint: Fingerprint
+    linear: tuple[LinearSize, ...]
+    """In the order of the model."""
+    licence: str = ""
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(IN, OUT) of every linear layer, by module path."""
+        return {size.path: (size.in_features, size.out_features) for size in self.linear}
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of every linear layer's weight that is known, by module path."""
+        return {size.path: size.norm for size in self.linear if size.norm}
+
+
+@dataclass(frozen=True)
+class AdapterRef(Noun):
+    """Where an adapter is published. Two fields, both pinned: never a branch."""
+
+    repo_id: str
+    """`owner/name` on the Hub, or `path:<folder name>`."""
+    revision: str
+    """The commit; for a folder `sha256:` and the hash of its weights."""
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        pinned = self.revision.removeprefix("sha256:")
+        if not (SHA256 if pinned != self.revision else COMMIT).fullmatch(pinned):
+            raise ValueError(f"{self.repo_id}: {self.revision!r} is not a commit of 40 hex digits")
+
+
+@dataclass(frozen=True)
+class AdapterModule(Noun):
+    """One linear layer that an adapter changes: y += scaling · B (A x)."""
+
+    path: str
+    """The module's path in the base model, such as `model.layers.0.self_attn.q_proj`."""
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    scaling: float
+    """lora_alpha / r, or lora_alpha / √r with rsLoRA, as PEFT computes it for this module."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec(Spec):
+    """A LoRA as published, as its tensors say it is."""
+
+    kind: ClassVar[str] = "adapter"
+
+    weights_sha256: str
+    base_model: str
+    """What its config claims, unchecked; empty where it claims nothing."""
+    use_rslora: bool
+    dtype: str
+    """`F32`, `F16` or `BF16`."""
+    modules: tuple[AdapterModule, ...]
+    """Sorted by path."""
+    stripped: tuple[str, ...] = ()
+    """Tensors of the file that the policy allowed to leave out, sorted."""
+
+
+@dataclass(frozen=True)
+class FusedSpec(Spec):
+    """A stack of adapters on one base. Expert `e` of every gate is `adapter_ids[e]`."""
+
+    kind: ClassVar[str] = "fused"
+
+    base_id: ArtifactId
+    names: tuple[str, ...]
+    """As people call the experts, in the order of `adapter_ids`."""
+    adapter_ids: tuple[ArtifactId, ...]
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.base_id, *self.adapter_ids)
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint(Noun):
+    spec: FusedSpec
+    weights_sha256: str
+    """Of `experts.safetensors`."""
+
+
+@dataclass(frozen=True)
+class MergeSpec(Spec):
+    """The experts of a stack merged into the base's weights, as a control; never stored."""
+
+    kind: ClassVar[str] = "merge"
+
+    fused_id: ArtifactId
+    method: str
+    """`linear`, `ties` or `dare_ties`, as PEFT computes them from each expert's whole delta."""
+    weight: float
+    """Of every expert."""
+    density: float = 1.0
+    """Share of each delta's numbers that is kept."""
+    seed: int = 0
+    """Of what `dare_ties` drops."""
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.fused_id,)
+
+
+@dataclass(frozen=True)
+class Publication(Noun):
+    """This artifact is published there, whoever put it there."""
+
+    artifact_id: ArtifactId
+    repo_id: str
+    revision: str
+    texts_sha256: str = ""
+    """Of all in the checkpoint that is no tensor: it names the tensors by their hashes."""
+    private: bool = True

@@ -1,0 +1,7 @@
+"""Base models: find, load, measure and compare them, and turn text into their tokens.
+
+loading        load a base and its tokenizer; fingerprint and shapes
+sources        where a base's files are, and their hashes
+match          are two bases the same model?
+chat_template  text to token ids, in the chat template or plain
+"""

@@ -1,0 +1,231 @@
+"""Base models: where their files come from, what they are, and how they are told apart.
+
+A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `path:<folder>`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.base.sources import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep transformers' loading notes and bars, which users cannot act on, off the terminal."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_tokenizer(
+    source: str | Path,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
+    )
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards."""
+    with _quiet():
+        tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+    # what is left is a plain model; the leftovers of the quantizer would stop save_pretrained
+    facts = model.config.to_dict()
+    facts.pop("quantization_config", None)
+    facts["architectures"] = [type(model).__name__]  # which save_pretrained would add, too
+    model.config = type(model.config)(**facts)
+    for leftover in ("hf_quantizer", "is_quantized"):
+        setattr(model, leftover, None)
+    return cast("PreTrainedModel", model.eval()), tokenizer
+
+
+def load_folder(
+    source: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    *,
+    download: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle.
+
+    Args:
+        download: what transformers is told about downloads, such as `token` or `cache_dir`
+        options: of the model alone, such as `quantization_config`
+
+    Raises:
+        SourceError: It needs a package that is not installed, as a quantised one may.
+    """
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **(download or {}),
+                **(options or {}),
+            )
+        except ImportError as error:
+            raise SourceError(f"{source} cannot be loaded here: {error}") from error
+        tokenizer = load_tokenizer(source, revision, options=download)
+        return cast("PreTrainedModel", model.eval()), tokenizer
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    return canonical_sha256(tokenizer.get_vocab())
+
+
+def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+    """What must agree for adapters and gates to fit: architecture, sizes and vocabulary."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
+    intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
+    return Fingerprint(
+        architecture=(config.architectures or [type(config).__name__])[0],
+        hidden_size=text.hidden_size,
+        intermediate_size=intermediate
+        or 4 * text.hidden_size,  # GPT-2's rule where n_inner is null
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        vocab_size=text.vocab_size,
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+    )
+
+
+def fingerprint_of(folder: Path) -> Fingerprint:
+    """The fingerprint of a base in a folder, from its config and tokenizer alone."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return fingerprint(config, load_tokenizer(folder))
+
+
+def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(IN, OUT) of every linear layer of a base, by module path. No weights are read."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a base comes to in memory, from its config alone."""
+
+    num_parameters: int
+    dtype: torch.dtype
+    """Of its weights, as its config says; float32 where that says nothing."""
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    cache_bytes_per_token: int
+    """Of keys and values in all layers."""
+    linears: dict[str, tuple[int, int]]
+    """(IN, OUT) by module path."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parameters * self.dtype.itemsize
+
+
+def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
+    """The shape of a base from its config, in a folder or in a GGUF file. No weights are read.
+
+    A GGUF file is dequantised to float32 when it is used.
+    """
+    with _quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, gguf_file=gguf_file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = torch.float32 if gguf_file else getattr(config, "dtype", None) or torch.float32
+    linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
+    return Shape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=dtype,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=max(size for sizes in linears.values() for size in sizes[:1]),
+        vocab_size=text.vocab_size,
+        cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
+        linears=linears,
+    )
+
+
+def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Frobenius norm of the weights of linear layers, to six digits; one is in memory at a time.
+
+    Args:
+        sizes: (IN, OUT) by module path; what the files hold in another shape or packed is left out
+    """
+    norms = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt", backend="pread") as file:
+            keys = set(file.keys())
+            for path, size in sizes.items():
+                # files of some architectures lack the name of the whole, such as `transformer.`
+                key = f"{path}.weight"
+                key = key if key in keys else key.partition(".")[2]
+                if key not in keys or sorted(file.get_slice(key).get_shape()) != sorted(size):
+                    continue
+                weight = file.get_tensor(key)
+                if weight.is_floating_point():
+                    norms[path] = _norm(weight)
+    return norms
+
+
+def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
+    """The same of some linear layers of a model that is loaded; packed weights are left out."""
+    weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
+    return {path: _norm(weight) for path, weight in weights.items() if weight.is_floating_point()}
+
+
+def _norm(weight: torch.Tensor) -> float:
+    return float(f"{torch.linalg.vector_norm(weight.float()).item():.6g}")
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """(IN, OUT) of a linear layer; None for any other module. Conv1D is GPT-2's transposed kind."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        num_in, num_out = module.weight.shape
+        return num_in, num_out
+    return None

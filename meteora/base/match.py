@@ -1,0 +1,146 @@
+"""Whether the base that an adapter names is the base at hand: by what they are, not by their names.
+
+A mirror, a quantised copy and a renamed repository have other names and the same shapes. And two
+models of the same shapes may be strangers: Mistral-7B and Llama-3-8B have linear layers of equal
+sizes throughout, so tensors alone do not tell an adapter of one from an adapter of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig
+
+from meteora.artifacts import Fingerprint, MeteoraError
+from meteora.base.loading import fingerprint, load_tokenizer
+from meteora.untrusted.findings import Findings, shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SIZES = tuple(
+    field.name
+    for field in fields(Fingerprint)
+    if field.name not in ("architecture", "vocab_size", "vocabulary_sha256")
+)
+LEAST_IN_COMMON = 0.9
+"""Of the smaller vocabulary. Tokens that a fine-tuned copy adds or renames are a few hundred."""
+
+
+class UnreadableBaseError(MeteoraError):
+    """What lies in a base's repository does not tell what the base is."""
+
+
+def compare_bases(named: str, folder: Path, ours: Path) -> Findings:
+    """What to say of an adapter that names another base than the one that it is to lie on.
+
+    Args:
+        named: The base that it names.
+        folder: The config of that base, and its tokenizer where it has one; no weights are needed.
+        ours: The same of the base at hand.
+
+    Returns:
+        A refusal `other_base`, or a warning: `base_alias`, or `other_vocabulary`.
+
+    Raises:
+        UnreadableBaseError: Its config is of no kind that is known here.
+    """
+    found = Findings()
+    their_config, their_tokenizer = _read(named, folder)
+    our_config, our_tokenizer = _read("the base", ours)
+    if our_tokenizer is None:
+        raise UnreadableBaseError("the tokenizer of the base at hand cannot be read")
+    mine = fingerprint(our_config, our_tokenizer)
+    its = fingerprint(their_config, their_tokenizer or our_tokenizer)
+    differences = replace(its, **_not_sizes(mine)).differences(mine)
+    if differences:
+        _refuse(found, named, differences[0])
+        return found
+    alike = _compare_vocabularies(found, named, their_tokenizer, our_tokenizer)
+    if its.architecture != mine.architecture and not alike and not found.refusals:
+        _refuse(found, named, f"the architecture {its.architecture}, not {mine.architecture}")
+    if not found.refusals and not found.warnings:
+        found.warn(
+            "base_alias",
+            f"it was trained on {shortened(named)}, which has the sizes and the vocabulary of the"
+            " base at hand and is taken for a copy of it; where their weights differ, its answers"
+            " do",
+        )
+    return found
+
+
+def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            getattr(text, name)  # as every decoder has them
+    except Exception as error:  # a stranger's file, read by a library that raises what it likes
+        raise UnreadableBaseError(
+            f"the config of {shortened(named)} is not one that transformers reads:"
+            f" {shortened(' '.join(str(error).split()), 160)}"
+        ) from error
+    try:
+        return config, load_tokenizer(folder)
+    except Exception:  # as above; without it the sizes count
+        return config, None
+
+
+def _not_sizes(mine: Fingerprint) -> dict[str, str | int]:
+    return {
+        field.name: getattr(mine, field.name)
+        for field in fields(Fingerprint)
+        if field.name not in SIZES
+    }
+
+
+def _refuse(found: Findings, named: str, difference: str) -> None:
+    found.refuse(
+        "other_base",
+        f"it was trained on {shortened(named)}, which has {difference} as the base at hand; leave"
+        " it out, or take the base that it was trained on",
+    )
+
+
+def _compare_vocabularies(
+    found: Findings,
+    named: str,
+    theirs: PreTrainedTokenizerBase | None,
+    ours: PreTrainedTokenizerBase,
+) -> bool:
+    """Whether every token has the same id in both; else refused, or warned of."""
+    if theirs is None:
+        found.warn(
+            "base_alias",
+            f"it was trained on {shortened(named)}, which has the sizes of the base at hand; no"
+            " tokenizer of it can be read, so whether they share a vocabulary is not known",
+        )
+        return False
+    its, mine = theirs.get_vocab(), ours.get_vocab()
+    if its == mine:
+        return True
+    common = its.keys() & mine.keys()
+    kept = sum(its[token] == mine[token] for token in common)
+    if kept < LEAST_IN_COMMON * min(len(its), len(mine)):
+        _refuse(found, named, _first_moved(its, mine))
+    else:
+        found.warn(
+            "other_vocabulary",
+            f"it was trained on {shortened(named)}, whose vocabulary has {len(its)} tokens where"
+            f" the base at hand has {len(mine)}, {kept} of them the same; texts with the others"
+            " mean something else to it",
+        )
+    return False
+
+
+def _first_moved(its: Mapping[str, int], mine: Mapping[str, int]) -> str:
+    by_id = {at: token for token, at in its.items()}
+    token = min((t for t in mine if its.get(t) != mine[t]), key=lambda t: mine[t])
+    there = by_id.get(mine[token])
+    return (
+        f"the token {shortened(repr(there), 40)} at {mine[token]}, not {shortened(repr(token), 40)}"
+    )

@@ -1,0 +1,180 @@
+"""A stack with one expert more or less, made from a checkpoint without the adapters it holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from meteora.adapters.weights import AdapterWeights
+from meteora.artifacts import MeteoraError
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import EXPERTS, ModuleEntry, read_manifest
+from meteora.checkpoint.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from collections.abc import Set as AbstractSet
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from meteora.adapters.tensors import Adapter
+    from meteora.checkpoint.manifest import ExpertEntry, Manifest
+
+
+class RestackError(MeteoraError):
+    """A checkpoint cannot take this expert, or cannot lose it."""
+
+
+def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) -> Manifest:
+    """Write the stack of a checkpoint with one adapter more, last in order.
+
+    Args:
+        folder: the checkpoint; it stays as it is
+        adapter: read, and fitted to the base of the checkpoint
+        entry: what its manifest is to say of it
+        out: the file of experts to write
+
+    Returns:
+        The manifest of the larger stack, which says nothing of gates.
+
+    Raises:
+        RestackError: the checkpoint has an expert of that name, or a module of another size.
+        ChangedAdapterError: the adapter's file is no longer what was read and checked.
+    """
+    manifest = read_manifest(folder)
+    if entry.name in manifest.names:
+        raise RestackError(
+            f"{folder}: there is an expert {entry.name!r} already; give another name"
+        )
+    own = {module.path: module for module in adapter.spec.modules}
+    none = (0,) * len(manifest.experts)
+    modules = {}
+    for path in sorted(manifest.modules.keys() | own.keys()):
+        new = own.get(path)
+        old = manifest.modules.get(path)
+        if old is None:
+            assert new is not None  # noqa: S101  (it is in one of the two)
+            old = ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
+        if new and (new.in_features, new.out_features) != (old.in_features, old.out_features):
+            raise RestackError(
+                f"{path}: {entry.name} takes {new.in_features} inputs and gives {new.out_features},"
+                f" the checkpoint has {old.in_features} and {old.out_features}; it was trained for"
+                " another base"
+            )
+        modules[path] = replace(
+            old,
+            ranks=(*old.ranks, new.r if new else 0),
+            scaling=(*old.scaling, new.scaling if new else 0.0),
+        )
+    larger = _changed(manifest, (*manifest.experts, entry), modules)
+    with (
+        safe_open(folder / EXPERTS, framework="pt") as before,
+        AdapterWeights(adapter) as file,
+    ):
+
+        def factors(path: str) -> tuple[Tensor, Tensor]:
+            parts = [_old(before, path)] if path in manifest.modules else []
+            if path in own:
+                names = adapter.tensors[path]
+                a, b = file.tensor(names.a_key), file.tensor(names.b_key)
+                parts.append((a.T, b.T) if names.transposed else (a, b))
+            return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+
+        _write(out, larger, _wider(before, adapter), factors)
+    return larger
+
+
+def larger_bytes(folder: Path, adapter: Adapter) -> int:
+    """What the factors of a checkpoint take with one adapter more, as `add_expert` writes them."""
+    numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
+    for entry in read_manifest(folder).modules.values():
+        numbers += sum(entry.ranks) * (entry.in_features + entry.out_features)
+    with safe_open(folder / EXPERTS, framework="pt") as before:
+        return numbers * _wider(before, adapter).itemsize
+
+
+def drop_expert(
+    folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset()
+) -> Manifest:
+    """Write the stack of a checkpoint without one expert; modules that only it targeted are gone.
+
+    Args:
+        keep: modules that stay even so, with no ranks: their gates decide for others
+
+    Raises:
+        RestackError: there is no such expert, or no other.
+    """
+    manifest = read_manifest(folder)
+    if name not in manifest.names or len(manifest.experts) == 1:
+        raise RestackError(
+            f"{folder}: {name!r} cannot be dropped from {', '.join(manifest.names)}; name one of"
+            " several experts"
+        )
+    gone = manifest.names.index(name)
+    kept = [e for e in range(len(manifest.experts)) if e != gone]
+    modules = {
+        path: replace(
+            entry,
+            ranks=tuple(entry.ranks[e] for e in kept),
+            scaling=tuple(entry.scaling[e] for e in kept),
+        )
+        for path, entry in manifest.modules.items()
+        if path in keep or sum(entry.ranks) > entry.ranks[gone]
+    }
+    smaller = _changed(manifest, tuple(manifest.experts[e] for e in kept), modules)
+    with safe_open(folder / EXPERTS, framework="pt") as before:
+
+        def factors(path: str) -> tuple[Tensor, Tensor]:
+            ranks = list(manifest.modules[path].ranks)
+            a, b = _old(before, path)
+            parts_a, parts_b = a.split(ranks), b.split(ranks, dim=1)
+            return torch.cat([parts_a[e] for e in kept]), torch.cat(
+                [parts_b[e] for e in kept], dim=1
+            )
+
+        _write(out, smaller, _dtype(before), factors)
+    return smaller
+
+
+def _changed(
+    manifest: Manifest, experts: tuple[ExpertEntry, ...], modules: dict[str, ModuleEntry]
+) -> Manifest:
+    return replace(manifest, experts=experts, modules=modules, gates={}, fused_id="", router_id="")
+
+
+def _old(file: safe_open, path: str) -> tuple[Tensor, Tensor]:
+    return file.get_tensor(f"{path}.lora_A"), file.get_tensor(f"{path}.lora_B")
+
+
+def _dtype(file: safe_open) -> torch.dtype:
+    keys: list[str] = file.keys()
+    return file.get_tensor(keys[0]).dtype
+
+
+def _wider(file: safe_open, adapter: Adapter) -> torch.dtype:
+    """The narrowest dtype that holds the stack and the adapter exactly."""
+    return torch.promote_types(_dtype(file), DTYPES[adapter.spec.dtype])
+
+
+def _write(
+    out: Path,
+    manifest: Manifest,
+    dtype: torch.dtype,
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+) -> None:
+    shapes = {
+        path: (sum(entry.ranks), entry.in_features, entry.out_features)
+        for path, entry in manifest.modules.items()
+    }
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for path in shapes:
+            a, b = factors(path)
+            yield a.to(dtype), b.to(dtype)  # a wider dtype holds them exactly
+
+    name = next(name for name, own in DTYPES.items() if own == dtype)
+    tensors.write_experts(out, shapes, name, pairs())

@@ -1,0 +1,136 @@
+"""Take one expert out of a checkpoint as the adapter that it was: a folder that PEFT loads.
+
+The stack holds an adapter's own numbers, so they come out as they went in. Where the names of its
+tensors were PEFT's, the file that is written is the very file, which its hash proves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from meteora.artifacts import MeteoraError
+from meteora.base.sources import file_sha256
+from meteora.checkpoint import tensors as checkpoint
+from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from meteora.checkpoint.manifest import Manifest
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class ExportError(MeteoraError):
+    """An expert cannot be taken out."""
+
+
+def export_expert(folder: Path, name: str, out: Path) -> bool:
+    """Write an expert as a PEFT adapter.
+
+    Args:
+        folder: the checkpoint; it stays as it is
+        out: a folder, new or empty
+
+    Returns:
+        Whether the file of weights is byte for byte the one that the expert was made of; where it
+        is not, the tensors' values are, under PEFT's own names.
+
+    Raises:
+        ExportError: there is no such expert, or the folder holds something.
+    """
+    manifest = read_manifest(folder)
+    if name not in manifest.names:
+        raise ExportError(f"there is no expert {name!r}; {folder} has {', '.join(manifest.names)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} holds something already; give the name of a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    e = manifest.names.index(name)
+    entry = manifest.experts[e]
+    tensors = dict(_tensors(folder, manifest, e))
+    (out / CONFIG).write_text(json.dumps(adapter_config(manifest, e), indent=2) + "\n")
+    front = {"base_model": manifest.base.repo_id, "license": entry.licence, "library_name": "peft"}
+    lines = [f"{key}: {value}" for key, value in front.items() if value and ":" not in value]
+    (out / "README.md").write_text(
+        "\n".join(["---", *lines, "---", "", f"# {name}", "", f"From {entry.source}.", ""])
+    )
+    for candidate in _narrower(tensors):  # the stack may be wider than this adapter's own file
+        save_file(candidate, out / WEIGHTS, {"format": "pt"})
+        if file_sha256(out / WEIGHTS) == entry.weights_sha256:
+            return True
+    save_file(tensors, out / WEIGHTS, {"format": "pt"})
+    return False
+
+
+def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:
+    for path, a, b in checkpoint.read_experts(folder, manifest):
+        ranks = list(manifest.modules[path].ranks)
+        if ranks[e]:
+            yield f"{PREFIX}{path}.lora_A.weight", a.split(ranks)[e].clone()
+            yield f"{PREFIX}{path}.lora_B.weight", b.split(ranks, dim=1)[e].contiguous().clone()
+
+
+def _narrower(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors as they are, and then in each narrower format that holds every number exactly."""
+    yield dict(tensors)
+    for dtype in DTYPES.values():
+        cast = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        if all(
+            tensor.dtype != dtype and torch.equal(tensor, cast[key].to(tensor.dtype))
+            for key, tensor in tensors.items()
+        ):
+            yield cast
+
+
+def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
+    """What PEFT needs to know of expert `e`: every module by its path, with rank and alpha."""
+    own = {
+        path: (entry.ranks[e], entry.scaling[e])
+        for path, entry in manifest.modules.items()
+        if entry.ranks[e]
+    }
+    plain = {path: scaling * r for path, (r, scaling) in own.items()}
+    rooted = {path: scaling * r**0.5 for path, (r, scaling) in own.items()}
+    use_rslora = not _whole(plain) and _whole(rooted)  # an alpha that a person would write
+    alphas = {path: _tidy(alpha) for path, alpha in (rooted if use_rslora else plain).items()}
+    ranks = {path: r for path, (r, _) in own.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    on_hub = ":" not in manifest.base.repo_id
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": manifest.base.repo_id if on_hub else None,
+        "revision": manifest.base.revision if on_hub else None,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(p)}": own for p, own in ranks.items() if own != r},
+        "alpha_pattern": {f"^{re.escape(p)}": own for p, own in alphas.items() if own != alpha},
+        "use_rslora": use_rslora,
+        "target_modules": list(own),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+
+
+def _whole(alphas: Mapping[str, float]) -> bool:
+    return all(isinstance(_tidy(alpha), int) for alpha in alphas.values())
+
+
+def _tidy(alpha: float) -> float:
+    """Without the rounding of a division and its reversal."""
+    nearest = round(alpha)
+    return nearest if abs(alpha - nearest) < 1e-9 * max(1.0, abs(alpha)) else alpha

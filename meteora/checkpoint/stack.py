@@ -1,0 +1,120 @@
+"""Stack adapters along the rank into one file of experts; the base is never loaded.
+
+    A of q_proj   [8, IN] of expert 0        B of q_proj   [OUT, 8 | OUT, 4]
+                  [4, IN] of expert 1                      side by side
+                  one above the other
+
+The numbers are copied and never changed: the slice of expert e holds what its file holds, and the
+scaling stays beside the tensors, in the manifest.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.adapters.weights import AdapterWeights
+from meteora.checkpoint import tensors
+from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
+from meteora.checkpoint.manifest import ModuleEntry
+from meteora.checkpoint.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from meteora.adapters.tensors import Adapter
+    from meteora.artifacts import AdapterModule, AdapterSpec
+
+
+def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
+    """Sizes, ranks and scalings of every layer that some adapter targets, sorted by path."""
+    by_path: dict[str, dict[int, AdapterModule]] = {}
+    for e, spec in enumerate(specs):
+        for module in spec.modules:
+            by_path.setdefault(module.path, {})[e] = module
+    entries = {}
+    for path in sorted(by_path):
+        owners = by_path[path]
+        first = next(iter(owners.values()))
+        entries[path] = ModuleEntry(
+            first.in_features,
+            first.out_features,
+            tuple(owners[e].r if e in owners else 0 for e in range(len(specs))),
+            tuple(owners[e].scaling if e in owners else 0.0 for e in range(len(specs))),
+        )
+    return entries
+
+
+def common_dtype(specs: Sequence[AdapterSpec]) -> str:
+    """The narrowest dtype that holds every adapter's numbers exactly."""
+    wide = DTYPES[specs[0].dtype]
+    for spec in specs:
+        wide = torch.promote_types(wide, DTYPES[spec.dtype])
+    return next(name for name, dtype in DTYPES.items() if dtype == wide)
+
+
+def stack(
+    adapters: Sequence[Adapter],
+    out: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Write `experts.safetensors` from adapters that `check_stackable` accepted.
+
+    Memory holds the B's of one module at a time.
+
+    Args:
+        adapters: expert e is adapters[e]
+        out: the file to write; rename it when it is whole
+        progress: called with (modules done, modules in all)
+
+    Raises:
+        ChangedAdapterError: a file is no longer what was read and checked.
+    """
+    specs = [adapter.spec for adapter in adapters]
+    entries = module_entries(specs)
+    shapes = {
+        path: (sum(entry.ranks), entry.in_features, entry.out_features)
+        for path, entry in entries.items()
+    }
+    dtype = common_dtype(specs)
+
+    wide = DTYPES[dtype]
+
+    def rows() -> Iterator[tuple[Iterator[Tensor], Iterator[Tensor]]]:
+        stacks_of_a = {
+            sizes: StackOfA(*sizes, wide)
+            for sizes in {(_owned(entry), entry.in_features) for entry in entries.values()}
+        }
+        stacks_of_b = {
+            sizes: StackOfB(*sizes, wide)
+            for sizes in {(_owned(entry), entry.out_features) for entry in entries.values()}
+        }
+        memory = staging(max(stack.num_bytes for stack in stacks_of_b.values()))
+        for stack_of_b in stacks_of_b.values():
+            stack_of_b.stage(memory)
+        with ExitStack() as files:
+            opened = [
+                (files.enter_context(AdapterWeights(adapter)), adapter.tensors)
+                for adapter in adapters
+            ]
+            for done, (path, entry) in enumerate(entries.items()):
+                ranks = _owned(entry)
+                sources = [(file, names[path]) for file, names in opened if path in names]
+                yield (
+                    stacks_of_a[ranks, entry.in_features].rows(sources),
+                    stacks_of_b[ranks, entry.out_features].rows(sources),
+                )
+                progress(done + 1, len(shapes))
+
+    tensors.write_experts(out, shapes, dtype, rows())
+
+
+def _owned(entry: ModuleEntry) -> tuple[int, ...]:
+    """The ranks of those experts that have the module."""
+    return tuple(r for r in entry.ranks if r)

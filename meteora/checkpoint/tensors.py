@@ -1,0 +1,212 @@
+"""The files of a fused checkpoint, and the one place that knows their keys.
+
+    meteora.json          what is in it: base, experts in order, modules, router
+    experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
+    gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
+                          "<module path>.gate.stand_in" [3, U] where U experts had no examples
+    statistics.safetensors  what gates in closed form were fitted to: experts can be added from it
+    README.md             model card
+    lineage.json          in-toto statement
+    config.json           for the auto classes of transformers: that this is a fused checkpoint
+
+Their names and the first of them are in `manifest`, for whoever needs no tensors.
+Nothing is pickled, the base is referenced and never copied, and new gates leave the experts alone.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from meteora.artifacts import canonical_json
+from meteora.base.chat_template import Template
+
+# what the files hold and how they are named belong together: whoever needs one finds both here
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    CONFIG_TEXT,
+    EXPERTS,
+    FILES,
+    GATES,
+    LINEAGE,
+    MANIFEST,
+    STATISTICS,
+    BaseEntry,
+    CheckpointError,
+    ExpertEntry,
+    Manifest,
+    ModuleEntry,
+    RouterEntry,
+    read_manifest,
+)
+from meteora.checkpoint.rows import reserve, write_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+__all__ = [
+    "CARD", "CONFIG", "CONFIG_TEXT", "DTYPES", "EXPERTS", "FILES", "GATES", "LINEAGE", "MANIFEST",
+    "STATISTICS", "BaseEntry", "CheckpointError", "ExpertEntry", "Gates", "Manifest", "ModuleEntry",
+    "RouterEntry", "read_experts", "read_gates", "read_manifest", "write_experts", "write_gates",
+]  # fmt: skip
+
+NOTES = "meteora"
+"""The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""
+
+AGAIN = "download or build the checkpoint again"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_experts(
+    path: Path,
+    shapes: Mapping[str, tuple[int, int, int]],
+    dtype: str,
+    tensors: Iterable[tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]]],
+) -> None:
+    """Write the stack a few rows at a time, so that not even a module has to be in memory.
+
+    Args:
+        path: written in place; the caller renames it when it is whole
+        shapes: module path to (R, IN, OUT), in the order in which `tensors` yields
+        dtype: `F32`, `F16` or `BF16`
+        tensors: A [R, IN] and B [OUT, R] of each module, or pieces of rows that follow each other
+
+    Raises:
+        CheckpointError: a tensor has another shape than was promised, so the file is no good.
+    """
+    size = DTYPES[dtype].itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for module, (rank, num_in, num_out) in shapes.items():
+        for key, shape in ((".lora_A", (rank, num_in)), (".lora_B", (num_out, rank))):
+            begin, end = end, end + shape[0] * shape[1] * size
+            header[module + key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # safetensors asks for 8 bytes; where a cache line begins, mapped tensors are used as they are
+    text += b" " * (-(8 + len(text)) % 64)
+    with path.open("wb") as file:
+        reserve(file, 8 + len(text) + end)
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for (module, (rank, num_in, num_out)), pair in zip(shapes.items(), tensors, strict=True):
+            found = [write_rows(file, rows, DTYPES[dtype]) for rows in pair]
+            if found != [(rank, num_in), (num_out, rank)]:
+                raise CheckpointError(
+                    f"{module}: its adapters have A and B of {found},"
+                    f" {(rank, num_in, num_out, rank)} is needed; their sizes do not agree"
+                )
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[safe_open]:
+    """A safetensors file; what is wrong with it is said in a sentence."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: there is no {path.name} in it; the checkpoint is not whole, download"
+            " or build it again"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: it is damaged, or belongs to another {MANIFEST} ({error}); download or build"
+            " the checkpoint again"
+        ) from error
+
+
+def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
+    with _opened(folder / EXPERTS) as file:
+        for module, entry in manifest.modules.items():
+            a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
+            rank = sum(entry.ranks)
+            found, needed = (
+                (*a.shape, *b.shape),
+                (rank, entry.in_features, entry.out_features, rank),
+            )
+            if found != needed:
+                raise CheckpointError(
+                    f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
+                    f" {needed}; the two files do not belong together, download or build them again"
+                )
+            yield module, a, b
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a model, and what they need beside their weights."""
+
+    own: dict[str, tuple[Tensor, Tensor]]
+    """G [E, IN] and c [E] of each module that has a gate."""
+    follows: dict[str, str] = field(default_factory=dict)
+    """Modules without one, and the module before them whose gate decides for them too."""
+    template: Template = field(default_factory=Template)
+    """What opens and closes a prompt; empty where each token decides for itself."""
+    stand_ins: dict[str, Tensor] = field(default_factory=dict)
+    """Of each module that has a gate, where U experts had no examples: [3, U] float32."""
+    without_examples: tuple[int, ...] = ()
+    """The places of those experts."""
+
+
+def write_gates(path: Path, gates: Gates) -> None:
+    """Write weights as tensors, and the rest as metadata of the same file."""
+    tensors: dict[str, Tensor] = {}
+    for module, (weight, bias) in gates.own.items():
+        tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
+        tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
+    for module, standard in gates.stand_ins.items():
+        tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
+    notes = {"follows": gates.follows, "template": gates.template.to_dict()}
+    # one key: safetensors writes several in an order that differs from time to time
+    save_file(tensors, path, {NOTES: canonical_json(notes)})
+
+
+def read_gates(folder: Path, manifest: Manifest) -> Gates:
+    """The gates of a checkpoint; raises `CheckpointError` where they do not fit its manifest."""
+    num_choices = len(manifest.choices)
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+    stand_ins: dict[str, Tensor] = {}
+    with _opened(folder / GATES) as file:
+        try:
+            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
+            follows = dict(notes.get("follows", {}))
+            template = Template.from_dict(notes.get("template", {}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / GATES}: its notes are damaged; {AGAIN}") from error
+        for module, entry in manifest.modules.items():
+            if module in follows:
+                continue
+            weight = file.get_tensor(f"{module}.gate.weight")
+            bias = file.get_tensor(f"{module}.gate.bias")
+            found, needed = (*weight.shape, *bias.shape), (num_choices, entry.in_features)
+            if found != (*needed, num_choices):
+                raise CheckpointError(
+                    f"{folder / GATES}: {module} has a gate of {found}, {MANIFEST} asks for"
+                    f" {(*needed, num_choices)}; the two files do not belong together, {AGAIN}"
+                )
+            own[module] = weight, bias
+            if manifest.router.stand_ins:
+                stand_ins[module] = file.get_tensor(f"{module}.gate.stand_in")
+                if stand_ins[module].shape != (3, len(manifest.router.stand_ins)):
+                    raise CheckpointError(
+                        f"{folder / GATES}: {module} has other experts without examples than"
+                        f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
+                    )
+    if not {*follows.values()} <= own.keys():
+        raise CheckpointError(
+            f"{folder / GATES}: a module follows a gate that is not there; {AGAIN}"
+        )
+    without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
+    return Gates(own, follows, template, stand_ins, without)

@@ -1,0 +1,179 @@
+"""Add an expert to fitted gates, or drop one, without a look at the others' examples.
+
+A new expert brings the mean and the spread of its own tokens, from one sweep over its own examples;
+with what is kept of the others' tokens its row of every gate follows in closed form. Dropping an
+expert drops its row of every gate. Either way the others' rows stay as they are, to the bit: what
+is decided among them is decided as before.
+
+Where the gates were fitted to prompts of several tasks, too, the new expert's sequences hold lists
+of its own examples, and what its answers begin with counts as it did in that fit (`by_kind`). They
+show how it answers under a number, but not whose question comes next: no list of one task can.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.checkpoint.tensors import Gates
+from meteora.fitting.calibrate import sweep_gates
+from meteora.fitting.lda import SingularError, extended_gate
+from meteora.fitting.sequences import (
+    MAX_ROWS,
+    UNLABELLED,
+    TrainingError,
+    batched,
+    by_kind,
+    hold_out,
+)
+from meteora.model.fused import expert_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.checkpoint.manifest import RouterEntry
+    from meteora.fitting.sequences import Batch, LabelledSequence
+    from meteora.fitting.statistics import PointStatistics
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a sweep over one new expert's examples came to."""
+
+    statistics: dict[str, PointStatistics]
+    """Of all experts, the new one among them."""
+    num_tokens: int
+    heldout_accuracy: float
+    """Mean over input points of the share of its held-out tokens that went to the new expert; each
+    counts as it does in the fit (`by_kind`)."""
+    wall_seconds: float
+
+
+def grow(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    gates: Gates,
+    statistics: Mapping[str, PointStatistics],
+    entry: RouterEntry,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Growth:
+    """Give every gate a row for one more expert, from its examples and what is kept of the rest.
+
+    Args:
+        model: with all its experts inserted, the new one among them
+        sequences: of the new expert alone; two or more; lists of its examples among
+            them where the others were fitted to prompts of several tasks
+        gates: as they were without it
+        statistics: of those
+        entry: how the gates route; as they did before
+        seed: deals the held-out sequences
+
+    Raises:
+        TrainingError: the examples or the statistics do not fit the model.
+    """
+    started = time.perf_counter()
+    expert = _the_new_one(model, sequences, statistics)
+    alone = [
+        replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
+        for s in sequences
+    ]
+    heldout = hold_out(alone, [expert_names(model)[expert]], seed)
+    batches = list(batched(alone, heldout, model.device))
+    grown: dict[str, PointStatistics] = {}
+    accuracies: list[float] = []
+
+    def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
+        before = next((path for path in paths if path in statistics), None)
+        if before is None:  # no adapter touched this point: the gate before it decides
+            return None
+        fitted, checked = _apart(inputs, batches)
+        kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
+        point, covariance = statistics[before].grown(kinds, expert)
+        grown[paths[0]] = point
+        gate = extended_gate(
+            gates.own[before],
+            covariance,
+            point.means.double(),
+            point.shift,
+            point.shrinkage,
+            expert,
+        )
+        if gate is None:
+            raise SingularError("the inputs of this point hold NaN or infinity")
+        right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
+        shares = [share for share, _ in checked]
+        accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
+        return gate
+
+    template = gates.template if gates.template.opening else None
+    sweep_gates(model, batches, entry, template, fit, progress=progress)
+    return Growth(
+        statistics=grown,
+        num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
+        heldout_accuracy=sum(accuracies) / len(accuracies),
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def _apart(
+    inputs: Iterator[Tensor], batches: Sequence[Batch]
+) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
+    """The labelled tokens of the sequences to fit and to check, each by kind."""
+    found = []
+    kept: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    for x, batch in zip(inputs, batches, strict=True):
+        for held in (False, True):
+            chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
+            kept[held].append((x[chosen].float(), batch.openings[chosen]))
+    for parts in kept:
+        tokens, openings = (torch.cat(column) for column in zip(*parts, strict=True))
+        found.append(by_kind(tokens, openings))
+    return found[0], found[1]
+
+
+def _the_new_one(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    statistics: Mapping[str, PointStatistics],
+) -> int:
+    owners = set().union(*(sequence.owners for sequence in sequences))
+    found = {len(point.means) for point in statistics.values()}
+    num_choices = len(expert_names(model))
+    if len(owners) != 1 or found != {num_choices - 1}:
+        raise TrainingError(
+            f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"
+            f" the statistics are of {', '.join(map(str, sorted(found))) or 'none'}; gates grow by"
+            " one expert, from its own examples and the statistics of all others"
+        )
+    return owners.pop()
+
+
+def drop(
+    gates: Gates,
+    statistics: Mapping[str, PointStatistics],
+    expert: int,
+    modules: Container[str],
+) -> tuple[Gates, dict[str, PointStatistics]]:
+    """Gates and statistics without one expert; the rows of all others stay as they are.
+
+    Args:
+        modules: that are left to route
+    """
+    own = {}
+    for path, (weight, bias) in gates.own.items():
+        kept = [e for e in range(len(bias)) if e != expert]
+        if path in modules:
+            own[path] = weight[kept], bias[kept]
+    follows = {path: leader for path, leader in gates.follows.items() if path in modules}
+    return (
+        Gates(own, follows, gates.template),
+        {path: point.without(expert) for path, point in statistics.items() if path in modules},
+    )

@@ -1,0 +1,275 @@
+"""Fit the gates and nothing else, in one forward sweep and without a backward pass.
+
+`calibrate` goes through the model layer by layer, as post-training quantisation does. At each point
+where modules share an input (q, k, v; o; gate, up; down) it fits the gate in closed form to that
+input *as the already routed layers below produce it*, then runs on with the gate in place. Fitting
+all layers at once, from a pass that is routed by the labels, would miss that errors below shift the
+inputs above.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.artifacts import NULL
+from meteora.checkpoint.manifest import RouterEntry
+from meteora.fitting.covariance import RowScatter, Scatter, Sums
+from meteora.fitting.layerwise import Sweep
+from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
+from meteora.fitting.sequences import (
+    MAX_ROWS,
+    UNLABELLED,
+    Batch,
+    LabelledSequence,
+    TrainingError,
+    batched,
+    hold_out,
+    renumbered,
+    sampled,
+    token_weights,
+)
+from meteora.fitting.statistics import PointStatistics
+from meteora.model.fused import expert_names
+from meteora.routing.gates import Sharing, give_follower, give_gate, watch_prompts
+from meteora.routing.layer import routed_layers
+from meteora.routing.weight_scores import StandIn, scorer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.base.chat_template import Template
+    from meteora.routing.layer import MoELoRALinear
+
+MAX_HELDOUT_BYTES = 256 << 20
+"""Of more held-out inputs of a point, every n-th chooses the shrinkage: they are kept in memory."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a sweep found."""
+
+    num_tokens: int
+    """Labelled tokens that the gates were fitted on."""
+    heldout_accuracy: float
+    """Mean over input points of the share of held-out tokens that went to their own expert; each
+    counts as it does in the fit (`token_weights`)."""
+    accuracy_of: dict[str, float]
+    """The same for the first module of each point."""
+    statistics: dict[str, PointStatistics]
+    """What is kept of each point, by its first module: experts can be added later from it."""
+    wall_seconds: float
+
+
+def calibrate(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    *,
+    top_k: int = 1,
+    temperature: float = 1.0,
+    margin: float | None = None,
+    template: Template | None = None,
+    share: str = "point",
+    stand_in: str = "",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Calibration:
+    """Give every routed layer a gate that is fitted to `sequences`, in place.
+
+    Args:
+        model: with its experts inserted; whatever routers it has are replaced
+        sequences: every expert needs two or more
+        top_k, temperature, margin: with which the gates route, in the sweep as afterwards
+        template: what opens a prompt, where the prompt as a whole is to decide for its opening
+        share: how far one gate decides: for its `module`, for the `point` where modules share an
+            input, for a `layer`, or for the whole `token` from a third of the depth on
+        stand_in: `arrow` or `norm`, by which experts without sequences are told; without it every
+            expert needs some. Every module then has a gate of its own
+        seed: deals the held-out sequences
+        device: where to run; the model is moved there and stays. Where it is, without it
+        scratch: a folder for hidden states that are too many for memory
+        progress: called with (layers done, layers in all)
+
+    Raises:
+        TrainingError: an expert has too few sequences, or the model's numbers are not finite.
+        SweepError: the model cannot be run layer by layer.
+    """
+    started = time.perf_counter()
+    if device is not None:
+        model.to(device)
+    every, owners = expert_names(model), {e for s in sequences for e in s.owners}
+    without = [e for e in range(len(every)) if stand_in and e not in owners]
+    fitted = [e for e in range(len(every)) if e not in without]
+    names = [every[e] for e in fitted]
+    sequences = [renumbered(sequence, fitted) for sequence in sequences]
+    heldout = hold_out(sequences, names, seed)
+    batches = sampled(list(batched(sequences, heldout, model.device)), len(names))
+    weights = token_weights(batches, len(names))
+    accuracy_of: dict[str, float] = {}
+    statistics: dict[str, PointStatistics] = {}
+
+    def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        path = paths[0]
+        scatter, held = _scatter_of(inputs, batches, weights, len(names))
+        shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
+        both = scatter[0] + scatter[1]
+        weight, bias = gate_from(both, shrinkage)
+        if names[-1] == NULL:
+            bias[-1] += lead_of_last(held[0] @ weight.T + bias, held[1])
+        statistics[path] = PointStatistics.of(both, shrinkage)
+        if not without:
+            return weight, bias
+        others["tokens"] = held[0]
+        rows = torch.tensor(fitted, device=weight.device)
+        return (
+            weight.new_zeros(len(every), weight.shape[1]).index_copy(0, rows, weight),
+            bias.new_zeros(len(every)).index_copy(0, rows, bias),
+        )
+
+    def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
+        give_gate(layer, *asked, stand_in=_stand_in(stand_in, layer, without, others["tokens"]))
+
+    others: dict[str, Tensor] = {}
+    entry = RouterEntry("gate", top_k, temperature, margin, share="module" if without else share)
+    sweep_gates(
+        model,
+        batches,
+        entry,
+        template,
+        fit,
+        give=give if without else give_gate,
+        scratch=scratch,
+        progress=progress,
+    )
+    return Calibration(
+        num_tokens=sum(int((b.labels != UNLABELLED).sum()) for b in batches),
+        heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
+        accuracy_of=accuracy_of,
+        statistics=statistics,
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def sweep_gates(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    entry: RouterEntry,
+    template: Template | None,
+    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
+    *,
+    give: Callable[..., None] = give_gate,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Give every routed layer a gate, each from its inputs as the gates below it route them.
+
+    Args:
+        fit: makes G [E, IN] and c [E] for modules that share an input from its [B, L, IN], batch
+            by batch; where it gives None, they follow the gate before them
+        give: puts them into a layer, as `give_gate` does
+    """
+    layers = routed_layers(model)
+    with _swept(model):
+        prefill = watch_prompts(model, template) if template is not None else None
+        pairs = [(b.input_ids, b.attention_mask) for b in batches]
+        sweep = Sweep(model, pairs, prefill, scratch=scratch)
+        sharing = Sharing(entry.share, len(sweep.layers))
+        for index in range(len(sweep.layers)):
+            for paths in sweep.points(index):
+                point = [layers[path] for path in paths]
+                decided = sharing.decided(index)
+                if decided is None:
+                    try:
+                        gate = fit(paths, sweep.inputs(index, paths[0]))
+                    except SingularError as error:
+                        raise TrainingError(f"{paths[0]}: {error}") from error
+                    if gate is None:
+                        decided = sharing.last(paths[0])
+                    else:
+                        weight, bias = gate
+                        leaders = point if entry.share == "module" else point[:1]
+                        decided = sharing.new(index)
+                        if entry.share == "token":
+                            sweep.follow(decided)
+                        for layer in leaders:
+                            give(layer, weight.clone(), bias.clone(), entry, prefill, decided)
+                        point = point[len(leaders) :]
+                for layer in point:
+                    give_follower(layer, decided, entry)
+            sweep.advance(index)
+            progress(index + 1, len(sweep.layers))
+
+
+@contextmanager
+def _swept(model: PreTrainedModel) -> Generator[None]:
+    """Start from bare projections, without dropout; a sweep that fails leaves what it found."""
+    training = model.training
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    model.eval()
+    try:
+        for layer in routed_layers(model).values():
+            layer.router = None
+        yield
+    except BaseException:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]
+        raise
+    finally:
+        model.train(training)
+
+
+def _scatter_of(
+    inputs: Iterator[Tensor],
+    batches: Sequence[Batch],
+    weights: Sequence[Tensor],
+    num_experts: int,
+) -> tuple[list[Sums], tuple[Tensor, Tensor, Tensor]]:
+    """The tokens of one input point.
+
+    Returns:
+        those of the fitted and of the held-out sequences; and of the latter (x [T, IN], labels [T],
+        weights [T]), of very many every so manieth
+    """
+    num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
+    num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
+    scatters: list[Sums] = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for x, batch, counted in zip(inputs, batches, weights, strict=True):
+        num_inputs = x.shape[-1]
+        stride = -(-num_held * num_inputs * 4 // MAX_HELDOUT_BYTES)
+        for held in (False, True):
+            chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
+            tokens, labels, own = x[chosen].float(), batch.labels[chosen], counted[chosen]
+            if not len(tokens):
+                continue
+            if not scatters:  # in whichever form has the smaller matrix
+                form = Scatter if num_inputs <= min(num_labelled, MAX_ROWS) else RowScatter
+                shift = tokens.mean(0)
+                scatters = [form.empty(num_experts, shift) for _ in range(2)]
+            scatters[held].add(tokens, labels, own, batch.stands_for[chosen])
+            if held:
+                kept.append((tokens[::stride], labels[::stride], own[::stride]))
+    held_tokens, labels, own = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    # hold_out saw to it that every expert has tokens in both
+    return scatters, (held_tokens, labels, own)
+
+
+def _stand_in(kind: str, layer: MoELoRALinear, experts: list[int], tokens: Tensor) -> StandIn:
+    """A stand-in that is measured on tokens [T, IN] of the experts that have examples."""
+    score = scorer(kind, layer).to(tokens.device)
+    found = score(tokens)[:, experts].float()
+    mean, deviation = found.mean(0), found.std(0)
+    standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values
+    # an expert is to stand out, whatever it is measured on
+    threshold = standing_out.quantile(1 - GIVEN_UP).clamp_min(1.0).expand(len(experts))
+    return StandIn(score, experts, torch.stack([mean, deviation, threshold]))

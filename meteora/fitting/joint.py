@@ -1,0 +1,286 @@
+"""Train the gates by gradient descent, as the paper does (MeteoRA, arXiv 2405.13053, section 3).
+
+`gate_losses` defines what is learned. The gates route with their own choices meanwhile; base and
+adapters are frozen. (The paper's code trains the adapters as well, which its text rules out.)
+
+Nothing here draws a random number: which sequences a step takes, and how fast it learns, follow
+from the seed and the step. So gates, moments and the step are all that a resumed training needs.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from torch.distributed.fsdp import fully_shard
+
+from meteora.artifacts import canonical_sha256
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.learning_rate import chosen_sequences, learning_rate
+from meteora.fitting.losses import (
+    Batch,
+    Counts,
+    backward_apart,
+    backward_together,
+    computed_again,
+    decoder_layers,
+    frozen,
+    learning_gates,
+    loss_weights,
+)
+from meteora.fitting.sequences import TrainingError, owned
+from meteora.fitting.training_state import TrainingState
+from meteora.model.fused import expert_names
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.artifacts import JointSettings
+    from meteora.base.chat_template import Template
+    from meteora.fitting.sequences import LabelledSequence
+    from meteora.routing.routers import Gate
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training came to."""
+
+    num_tokens: int
+    """Labelled tokens of all sequences."""
+    heldout_accuracy: None
+    """All sequences are learned from, and none is held out."""
+    gate_loss: float
+    """Of the last step's sequences, before that step; NaN where no step was left to do."""
+    lm_loss: float
+    """The same; NaN with `top_k = 1` too, where it teaches nothing and is not computed."""
+    wall_seconds: float
+    """Of this call, which may have gone on from another."""
+
+
+def train_jointly(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    settings: JointSettings,
+    *,
+    top_k: int = 1,
+    temperature: float = 1.0,
+    margin: float | None = None,
+    template: Template | None = None,
+    share: str = "point",
+    seed: int = 0,
+    folder: Path | None = None,
+    checkpoint_every: int = 100,
+    gradient_checkpointing: bool = False,
+    sharded: bool | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Training:
+    """Give every routed layer a gate that is trained on `sequences`, in place.
+
+    Under `accelerate launch` the processes share every batch, and come to the gates that one
+    process would come to, but for rounding; with FSDP each holds only a part of the base.
+
+    Args:
+        model: with its experts inserted; whatever routers it has are replaced
+        sequences: every expert needs two or more
+        settings: as a router's id records them
+        top_k, temperature, margin: with which the gates route, in training as afterwards
+        template, share: what a gate decides for, as in `calibrate`
+        seed: shuffles the sequences
+        folder: where the training leaves its state, and goes on from one that it finds
+        checkpoint_every: steps from one state to the next
+        gradient_checkpointing: compute layers again on the way back, which needs less memory
+        sharded: divide the base among the processes; without it as `accelerate launch` was told
+        scratch: a folder for hidden states that are too many for memory, while calibrating
+        progress: called with (steps done, steps in all)
+
+    Raises:
+        TrainingError: an expert has too few sequences, or a batch is too small.
+        DivergedError: a number was not finite; the state before that step is in `folder`.
+        StateError: the state in `folder` is damaged, or of another training.
+    """
+    started = time.perf_counter()
+    names = expert_names(model)
+    owned(sequences, names)
+    accelerator = Accelerator()
+    if settings.batch_size < accelerator.num_processes:
+        raise TrainingError(
+            f"a batch of {settings.batch_size} sequences cannot be shared by"
+            f" {accelerator.num_processes} processes; give each of them one or more"
+        )
+    asked_sha256 = canonical_sha256(
+        [settings.to_dict(), top_k, temperature, margin, share, seed, names]
+        + [list(routed_layers(model)), None if template is None else asdict(template)]
+        + [_asked(sequence) for sequence in sequences]
+    )
+    state = None if folder is None else TrainingState.read(folder, asked_sha256)
+    if accelerator.num_processes > 1:
+        torch.nn.Module.to(model, accelerator.device)
+    calibrated = state is None and settings.start == "calibrate"
+    with frozen(model):
+        # else a few sequences will do: the sweep finds which modules share a gate, no more
+        calibrate(
+            model,
+            sequences if calibrated else _two_of_each(sequences, names),
+            top_k=top_k,
+            temperature=temperature,
+            margin=margin,
+            template=template,
+            share=share,
+            seed=seed,
+            scratch=scratch,
+        )
+        gates = learning_gates(model, zeros=not calibrated)
+        each = loss_weights(sequences, len(names))
+        learner = _Learner(model, gates, settings, accelerator, each)
+        if sharded or (sharded is None and accelerator.distributed_type == DistributedType.FSDP):
+            shard(model)
+        if state is not None:
+            state.restore(learner.parameters, learner.optimizer)
+
+        def save(step: int) -> None:
+            if folder is not None and accelerator.is_main_process:
+                done = TrainingState.of(step, learner.parameters, learner.optimizer)
+                done.write(folder, asked_sha256)
+
+        with computed_again(model) if gradient_checkpointing else nullcontext():
+            for step in range(state.step if state else 0, settings.steps):
+                chosen = chosen_sequences(len(sequences), settings, seed, step)
+                try:
+                    learner.learn(step, [sequences[i] for i in chosen])
+                except DivergedError:
+                    save(step)
+                    raise
+                if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
+                    save(step + 1)
+                progress(step + 1, settings.steps)
+    return Training(
+        num_tokens=Counts.of(sequences).labelled,
+        heldout_accuracy=None,
+        gate_loss=learner.losses[:-1].mean().item(),
+        lm_loss=learner.losses[-1].item(),
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def _asked(sequence: LabelledSequence) -> list[object]:
+    openings = [sequence.openings, OPENING_SHARE] if sequence.openings else []
+    return [sequence.input_ids, sequence.experts, *openings]
+
+
+def _two_of_each(
+    sequences: Sequence[LabelledSequence], names: Sequence[str]
+) -> list[LabelledSequence]:
+    chosen = {i for own in owned(sequences, names) for i in own[:2]}
+    return [sequences[i] for i in sorted(chosen)]
+
+
+class _Learner:
+    """The gates of a model and their optimiser."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gates: dict[str, Gate],
+        settings: JointSettings,
+        accelerator: Accelerator,
+        each: Tensor | None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.accelerator = accelerator
+        self.each = each
+        self.parameters = {
+            f"{path}.{name}": parameter
+            for path, gate in gates.items()
+            for name, parameter in gate.named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
+        self.losses = torch.full([len(gates) + 1], torch.nan)
+        """[M + 1] of the last step: each gate's, and L_LM."""
+        self.device = model.device
+        one_expert = next(iter(gates.values())).top_k == 1
+        self._backward = backward_apart if one_expert else backward_together
+        if accelerator.num_processes > 1:
+            for parameter in self.parameters.values():
+                broadcast(parameter.data)
+
+    def learn(self, step: int, sequences: list[LabelledSequence]) -> None:
+        """Take one step of the optimiser, unless a gradient is not finite."""
+        counts, size = Counts.of(sequences), self.settings.batch_size
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        losses = torch.zeros(len(self.losses), device=self.device)
+        for first in range(0, len(sequences), size):
+            own = sequences[first : first + size][rank::world]
+            batch = Batch.of(own, self.device, self.each)
+            with _fast(self.model, self.device):
+                losses += self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
+        self.losses = self._add_up(losses)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        if not norm.isfinite():
+            raise self._diverged(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _add_up(self, losses: Tensor) -> Tensor:
+        """Give every process the sum of all gradients; returns that of the losses."""
+        if self.accelerator.num_processes == 1:
+            return losses
+        grads = [p.grad.flatten() for p in self.parameters.values() if p.grad is not None]
+        total = self.accelerator.reduce(torch.cat([losses, *grads]), "sum")
+        losses, *grads = total.split([len(losses), *map(len, grads)])
+        for parameter, grad in zip(self.parameters.values(), grads, strict=True):
+            parameter.grad = grad.view_as(parameter)
+        return losses
+
+    def _diverged(self, step: int) -> DivergedError:
+        name = next(
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        )
+        return DivergedError(
+            f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
+            f" and the gates are left as they were after step {step}; ask for a lower learning"
+            " rate, or look for NaN in the base and the adapters"
+        )
+
+
+def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
+    """bfloat16 where the device is made for it; a base in 16 bits runs in them anyway."""
+    enabled = (
+        device.type == "cuda"
+        and model.dtype == torch.float32
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Divide the base among the processes, layer by layer; gates and adapters are whole in each."""
+    gates = {
+        parameter
+        for layer in routed_layers(model).values()
+        if layer.router is not None
+        for parameter in layer.router.parameters()
+    }
+    for layer in decoder_layers(model):
+        fully_shard(layer, ignored_params=gates & set(layer.parameters()))
+    fully_shard(model, ignored_params=gates)

@@ -1,0 +1,250 @@
+"""Run a model one decoder layer at a time over many sequences, and look in at any input point.
+
+Knows no architecture: the layers are found from the paths of the routed modules, what a layer is
+called with is recorded from the model's own forward pass, and the points where modules share an
+input are found by watching which tensor each one receives.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.artifacts import MeteoraError
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from meteora.routing.prompt_opening import Prefill
+    from meteora.routing.routers import Followed
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer, but for the hidden states."""
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
+MAX_HIDDEN_BYTES = 2 << 30
+"""Of more hidden states, all lie in files: memory is the system's to give and to take back."""
+
+
+class SweepError(MeteoraError):
+    """A model cannot be run layer by layer."""
+
+
+class _Reached(Exception):  # noqa: N818  (a signal, not an error)
+    """The forward pass came to the point that was asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class Sweep:
+    """The hidden states of all sequences in front of one layer, and the way to the next.
+
+    Use in order: for each layer, for each of its points, `inputs`; then `advance`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        prefill: Prefill | None = None,
+        *,
+        scratch: Path | None = None,
+    ) -> None:
+        """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
+
+        Args:
+            prefill: told which batch runs, since the layers run without the model's own forward
+            scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; memory without it
+        """
+        self.model = model
+        self._batches, self._prefill = batches, prefill
+        self._scratch: Path | None = None
+        self.paths_of: dict[int, list[str]] = {}
+        prefixes = set()
+        for path in routed_layers(model):
+            match = LAYER.match(path)
+            if match is None:
+                raise SweepError(
+                    f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
+                    " layer; leave the adapters that target it out, or use a router without gates"
+                )
+            prefixes.add(match[1])
+            self.paths_of.setdefault(int(match[2]), []).append(path)
+        if len(prefixes) != 1:
+            raise SweepError(
+                f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"
+                " be fitted for one stack of layers"
+            )
+        self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
+        self._tuples = False
+        self._followed: Followed | None = None
+        self._decisions: dict[int, Tensor] = {}
+        """By batch, what was decided in a layer that has been gone through."""
+        self._hidden: list[Tensor] = []
+        self._calls: dict[int, list[Call]] = {}
+        """By batch, what each layer is called with; of one batch only where there is a scratch."""
+        self._device = batches[0][0].device
+        self._rehearse(*(part[:1] for part in batches[0]))
+        if sum(ids.numel() for ids, _ in batches) * self._token_bytes > MAX_HIDDEN_BYTES:
+            self._scratch = scratch
+        for batch, pair in enumerate(batches):
+            hidden, calls = self._record(*pair)
+            if self._scratch is None:
+                self._calls[batch] = calls
+            else:
+                hidden = self._in_a_file(hidden, self._scratch)
+            self._hidden.append(hidden)
+
+    def _rehearse(self, ids: Tensor, mask: Tensor) -> None:
+        """Refuse a model whose layers hand each other more than hidden states."""
+        ends: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401
+            self._tuples = isinstance(output, tuple)
+            ends.append(output[0] if self._tuples else output)
+
+        hook = self.layers[-1].register_forward_hook(keep)
+        try:
+            self._forward(ids, mask)
+        finally:
+            hook.remove()
+        hidden, self._calls[0] = self._record(ids, mask)
+        self._hidden.append(hidden)
+        for index in range(len(self.layers)):
+            self.advance(index)
+        if not torch.allclose(self._hidden.pop(), ends[0], 1e-3, 1e-3, equal_nan=True):
+            raise SweepError(
+                f"the layers of {type(self.model).__name__} hand each other more than hidden"
+                " states, so gates cannot be fitted layer by layer; use a router without gates"
+            )
+        self._calls.clear()
+        self._token_bytes = ends[0].nbytes // ids.numel()
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> None:
+        with torch.inference_mode():
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _record(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Call]]:
+        """What comes to the first layer, and what each is called with; no layer is run for it."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            first.append(hidden)
+            calls.append((args, kwargs))
+            return (hidden,) if self._tuples else hidden
+
+        try:
+            for layer in self.layers:
+                layer.forward = record
+            self._forward(ids, mask)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return first[0], calls
+
+    def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
+        """The same numbers, mapped from a file that has no name and is gone with the tensor."""
+        path = folder / f"hidden-{len(self._hidden)}"
+        try:
+            # written and not only mapped: a full disk is an error here, and a crash in a map
+            path.write_bytes(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
+            mapped = torch.from_file(
+                str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
+            )
+        except OSError as error:
+            raise SweepError(
+                f"hidden states cannot be kept in {folder}: {error}; make room there, or"
+                " give fewer examples"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+        return mapped.view(hidden.shape)
+
+    def _run(self, index: int, batch: int) -> Tensor:
+        if batch not in self._calls:  # masks, too, would be too many: they are made again
+            self._calls = {batch: self._record(*self._batches[batch])[1]}
+        args, kwargs = self._calls[batch][index]
+        if self._prefill is not None:
+            self._prefill.see(*self._batches[batch])
+        if self._followed is not None and batch in self._decisions:
+            self._followed.hold(self._decisions[batch])
+        hidden = self._hidden[batch].to(self._device)
+        out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if self._tuples else out
+
+    def follow(self, followed: Followed) -> None:
+        """Remember for each batch what a gate decides, for layers that follow it from afar."""
+        self._followed = followed
+        self._decisions.clear()
+
+    def points(self, index: int) -> list[list[str]]:
+        """The routed modules of a layer, grouped by the input that they share, in calling order."""
+        routed = routed_layers(self.model)
+        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that no address is reused
+
+        def watch(path: str) -> Any:  # noqa: ANN401
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                for x, paths in seen:
+                    if x is args[0]:
+                        paths.append(path)
+                        return
+                seen.append((args[0], [path]))
+
+            return hook
+
+        hooks = [
+            routed[p].register_forward_pre_hook(watch(p)) for p in self.paths_of.get(index, [])
+        ]
+        try:
+            with torch.inference_mode():
+                self._run(index, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [paths for _, paths in seen]
+
+    def inputs(self, index: int, path: str) -> Iterator[Tensor]:
+        """What reaches one routed module, batch by batch: [B, L, IN]. The layer runs no further."""
+
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        hook = routed_layers(self.model)[path].register_forward_pre_hook(stop)
+        try:
+            for batch in range(len(self._hidden)):
+                try:
+                    with torch.inference_mode():
+                        self._run(index, batch)
+                except _Reached as reached:
+                    # OPT's layers work on tokens [B × L, IN]
+                    yield reached.x.reshape(*self._hidden[batch].shape[:2], -1)
+                else:
+                    raise SweepError(f"{path} was not called when its layer ran")
+        finally:
+            hook.remove()
+
+    def advance(self, index: int) -> None:
+        """Go through one layer, as it is routed now."""
+        with torch.inference_mode():
+            for batch in range(len(self._hidden)):
+                out = self._run(index, batch)
+                if self._followed is not None and self._followed.logits is not None:
+                    self._decisions[batch] = self._followed.logits
+                if self._scratch is None:
+                    self._hidden[batch] = out
+                    self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors
+                else:
+                    self._hidden[batch].copy_(out)

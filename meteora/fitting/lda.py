@@ -1,0 +1,157 @@
+"""Linear discriminant analysis from sufficient statistics: the closed form of a gate.
+
+With class means mu_e and the shared within-class covariance S of an input point,
+
+    G = S⁻¹ mu        c = -½ muᵀ S⁻¹ mu        S = (1 - s) S_within + s · mean(diag S_within) · I
+
+is the best linear gate where classes are normal with one covariance; s, the shrinkage, is chosen on
+sequences that were held out. A `scatter` is all that is kept of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from meteora.fitting.covariance import Covariance, Sums
+
+SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+ROUNDED = 1e-6
+"""Below this share of the largest, an eigenvalue of products of float32 rows is rounding."""
+GIVEN_UP = 0.01
+"""Share of the experts' own tokens that may go to the base, so that other text surely does."""
+
+
+class SingularError(MeteoraError):
+    """No gate can be computed from these moments."""
+
+
+def gate_from(scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """G [E, IN] and c [E] in float32 for one shrinkage in (0, 1], or the next that can be solved.
+
+    Raises:
+        SingularError: the moments hold NaN or infinity.
+    """
+    covariance = scatter.covariance()
+    for larger in (shrinkage, *(s for s in (*SHRINKAGES, 1.0) if s > shrinkage)):
+        if (gate := solve_gate(covariance, scatter.means, scatter.shift, larger)) is not None:
+            return gate
+    raise SingularError("the inputs of this point hold NaN or infinity, or numbers beyond float32")
+
+
+def solve_gate(
+    covariance: Covariance, means: Tensor, shift: Tensor, shrinkage: float
+) -> tuple[Tensor, Tensor] | None:
+    """G [E, IN] and c [E] for one shrinkage, in float32.
+
+    Args:
+        means: [E, IN] of the experts' tokens in float64, less the shift
+        shift: [IN]
+
+    Returns:
+        None where rounding has left the covariance without a Cholesky factor.
+    """
+    weight = covariance.solve(means, shrinkage)  # [E, IN]
+    if weight is None:
+        return None
+    bias = -0.5 * (weight * means).sum(-1) - weight @ shift.double()
+    return weight.float(), bias.float()
+
+
+def extended_gate(
+    gate: tuple[Tensor, Tensor],
+    covariance: Covariance,
+    means: Tensor,
+    shift: Tensor,
+    shrinkage: float,
+    expert: int,
+) -> tuple[Tensor, Tensor] | None:
+    """A gate with one class more; the rows of all others stay as they are, to the bit.
+
+    `covariance` may be an approximation A ≈ S, for what S⁻¹ makes of the other means M is known:
+    it is their rows G. So S⁻¹ is taken to be the symmetric matrix that agrees with G on M and with
+    A⁻¹ elsewhere (Schnabel's block BFGS, 1983), and the new row is
+
+        w = aᵀ G + (I - Gᵀ K⁺ M) A⁻¹ r        K = M Gᵀ        a = K⁺ G mu        r = mu - Mᵀ a
+
+    Args:
+        gate: of the others: G [E - 1, IN] and c [E - 1]
+        covariance: of all classes together
+        means: [E, IN] in float64, less the shift, the new one's among them
+        shift: [IN]
+        expert: the new one's place
+
+    Returns:
+        G [E, IN] and c [E] in float32; None as `solve_gate` does.
+    """
+    weight, bias = gate
+    others = torch.arange(len(means), device=means.device) != expert
+    mean, known, rows = means[expert : expert + 1], means[others], weight.double()
+    overlap = known @ rows.T
+    inverse = torch.linalg.pinv((overlap + overlap.T) / 2, rtol=ROUNDED, hermitian=True)
+    share = mean @ rows.T @ inverse
+    rest = covariance.solve(mean - share @ known, shrinkage)
+    if rest is None:
+        return None
+    own = share @ rows + rest - rest @ known.T @ inverse @ rows  # [1, IN]
+    own_bias = -0.5 * (own * mean).sum(-1) - own @ shift.double()
+    return (
+        torch.cat([weight[:expert], own.float(), weight[expert:]]),
+        torch.cat([bias[:expert], own_bias.float(), bias[expert:]]),
+    )
+
+
+def choose_shrinkage(
+    scatter: Sums,
+    x: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    candidates: Sequence[float] = SHRINKAGES,
+) -> tuple[float, float]:
+    """The shrinkage whose gate is right most often on held-out tokens; the larger one where equal.
+
+    Args:
+        scatter: of the other sequences
+        x: [T, IN] held-out tokens
+        labels: [T]
+        weights: [T]
+
+    Returns:
+        the shrinkage, and its weighted accuracy
+    """
+    covariance = scatter.covariance()
+    best, best_accuracy = candidates[-1], -1.0
+    for shrinkage in sorted(candidates, reverse=True):
+        if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
+            continue
+        weight, bias = gate
+        right = (x @ weight.T + bias).argmax(-1) == labels
+        accuracy = ((right * weights).sum() / weights.sum()).item()
+        if accuracy > best_accuracy:
+            best, best_accuracy = shrinkage, accuracy
+    return best, best_accuracy
+
+
+def lead_of_last(logits: Tensor, labels: Tensor) -> float:
+    """How much the last choice, the base, may gain on the experts before they lose tokens.
+
+    What belongs to no adapter has no bounds, and no examples show all of it; what belongs to an
+    expert is known. So the base takes all that is not clearly an expert's: its lead is such that
+    `GIVEN_UP` of the experts' own held-out tokens go to it, and is never negative.
+
+    Args:
+        logits: [T, E] of held-out tokens
+        labels: [T]
+    """
+    last = logits.shape[1] - 1
+    own = logits[labels != last]
+    ahead = own[:, :last].max(1).values - own[:, last]
+    return max(0.0, ahead.float().quantile(GIVEN_UP).item())

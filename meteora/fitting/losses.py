@@ -1,0 +1,252 @@
+"""The losses of joint training and their gradients, for the sequences of one optimiser step.
+
+    loss = L_LM + gate_loss_weight · L_gate             (MeteoRA, arXiv 2405.13053, section 3)
+
+    L_LM     mean cross-entropy of the next token, over all tokens of prompt and response
+    L_gate   mean cross-entropy of a gate's logits against the token's expert, over all gates and
+             all labelled tokens, with neither temperature nor load balancing; of an expert that has
+             any, tokens that open answers count `OPENING_SHARE` together (not in the paper, whose
+             examples hold one task each)
+
+`backward_together` is the definition. With `top_k = 1` the chosen expert's weight is the constant
+1: no gradient passes through the routing, the gate loss alone teaches, and each gate by itself.
+`backward_apart`, its twin for that case, only runs the model forward and keeps nothing of it.
+
+Sums are divided by the counts of the whole step, so that batches add up to one large batch. What a
+token counts is decided over all sequences of a training: 1 on the mean.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from meteora.fitting.layerwise import LAYER
+from meteora.fitting.sequences import UNLABELLED, each_of_kind
+from meteora.routing.hooks import recorded_logits
+from meteora.routing.layer import routed_layers
+from meteora.routing.routers import Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from meteora.fitting.sequences import LabelledSequence
+
+IGNORED = -100
+"""The label that `cross_entropy` leaves out."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a whole step, over all its batches and processes."""
+
+    labelled: int
+    """Tokens that belong to an expert."""
+    predicted: int
+    """Tokens that have one before them in their sequence."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[LabelledSequence]) -> Counts:
+        return cls(
+            sum(e != UNLABELLED for sequence in sequences for e in sequence.experts),
+            sum(len(sequence.input_ids) - 1 for sequence in sequences),
+        )
+
+
+def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Tensor | None:
+    """What a token of each expert counts in L_gate.
+
+    An expert's tokens count as many as they are: 1 each, where none of them opens an answer.
+
+    Args:
+        sequences: of the whole training
+
+    Returns:
+        [E, 2] float32 for tokens that open no answer, and for those that do; None where no token of
+        any expert does, and all count 1
+    """
+    if not any(sequence.openings for sequence in sequences):
+        return None
+    kinds = torch.cat([_kinds(sequence) for sequence in sequences])
+    counts = torch.bincount(kinds[kinds >= 0], minlength=2 * num_experts).view(num_experts, 2)
+    return each_of_kind(counts) * counts.sum(1, keepdim=True)
+
+
+def _kinds(sequence: LabelledSequence) -> Tensor:
+    """[L] twice each token's expert, and one more where it opens an answer; negative for none's."""
+    kinds = torch.tensor(sequence.experts) * 2
+    kinds[list(sequence.openings)] += 1
+    return kinds
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor
+    """[B, L], padded on the right"""
+    attention_mask: Tensor
+    """[B, L]"""
+    labels: Tensor
+    """[B × L] experts; `IGNORED` for padding and for tokens that belong to none"""
+    weights: Tensor | None = None
+    """[B × L] what each counts in L_gate; None where it is 1"""
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[LabelledSequence],
+        device: torch.device,
+        each: Tensor | None = None,
+    ) -> Batch:
+        """Some of a training's sequences, and what `loss_weights` found for all."""
+        shape = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
+        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.input_ids)
+            ids[row, :length] = torch.tensor(sequence.input_ids)
+            labels[row, :length] = torch.tensor(sequence.experts)
+            mask[row, :length] = 1
+        labels[labels == UNLABELLED] = IGNORED
+        weights = None
+        if each is not None:
+            kinds = [_kinds(sequence).clamp_min(0) for sequence in sequences]
+            weights = each.flatten()[pad_sequence(kinds, batch_first=True)].flatten().to(device)
+        return cls(ids.to(device), mask.to(device), labels.flatten().to(device), weights)
+
+
+def backward_together(
+    model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
+) -> Tensor:
+    """Add a batch's share of the gradients; the definition.
+
+    Returns:
+        [M + 1] its share of the loss of each of the M gates, and of L_LM.
+    """
+    with recorded_logits(model) as recorded:
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        following = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)[:, 1:]
+        lm_loss = _sum_of_losses(out.logits[:, :-1].flatten(0, 1), following.flatten())
+        lm_loss = lm_loss / counts.predicted
+        of_gates = torch.stack(
+            [
+                _sum_of_losses(recorded[path], batch.labels, batch.weights)
+                for path in gates_in(model)
+            ]
+        )
+        of_gates = of_gates / counts.labelled
+        (lm_loss + gate_loss_weight * of_gates.mean()).backward()
+    return torch.cat([of_gates, lm_loss[None]]).detach()
+
+
+def backward_apart(
+    model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
+) -> Tensor:
+    """The same with `top_k = 1`, without a way back through the model.
+
+    Returns:
+        [M + 1], as the definition; L_LM is not computed, and NaN.
+    """
+    gates = gates_in(model).values()
+    losses: list[Tensor] = []
+
+    def teach(gate: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+        with torch.enable_grad():
+            logits = gate.forward(inputs[0])  # not called: a call would come back here
+            loss = _sum_of_losses(logits, batch.labels, batch.weights) / counts.labelled
+            (gate_loss_weight * loss / len(gates)).backward()
+        losses.append(loss.detach())
+
+    hooks = [gate.register_forward_hook(teach) for gate in gates]
+    # without its head, unless it is sharded: what a shard holds is gathered by the whole model
+    run = model if isinstance(model, FSDPModule) else model.base_model
+    try:
+        with torch.no_grad():
+            run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([*losses, losses[0].new_tensor(torch.nan)])
+
+
+def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
+    """Every gate by its module's path; modules that follow another's gate have none."""
+    routers = {path: layer.router for path, layer in routed_layers(model).items()}
+    return {path: router for path, router in routers.items() if isinstance(router, Gate)}
+
+
+def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
+    """Make the gates in a model learn, in their own precision whatever the model runs in."""
+    gates = gates_in(model)
+    for gate in gates.values():
+        if zeros:
+            gate.weight.zero_()
+            gate.bias.zero_()
+        gate.requires_grad_(requires_grad=True)
+        gate.forward = torch.autocast(gate.weight.device.type, enabled=False)(gate.forward)
+    return gates
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Generator[None]:
+    """Freeze all that the model has, gates too at the end; routers stay as found where it fails.
+
+    Dropout is off: adapters were trained with theirs, and gates meet none when they route.
+    """
+    training = model.training
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    model.eval().requires_grad_(requires_grad=False)
+    try:
+        yield
+    except BaseException:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]
+        raise
+    finally:
+        for parameter, learned in wanted:
+            parameter.requires_grad_(learned)
+        for gate in gates_in(model).values():
+            gate.requires_grad_(requires_grad=False)
+            gate.__dict__.pop("forward", None)
+        model.train(training)
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    if weights is None:
+        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    losses = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    return losses @ weights
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The numbered layers that hold routed modules, in order."""
+    matches = [LAYER.match(path) for path in routed_layers(model)]
+    paths = dict.fromkeys(match[0].rstrip(".") for match in matches if match)
+    return [model.get_submodule(path) for path in paths]
+
+
+@contextmanager
+def computed_again(model: PreTrainedModel) -> Generator[None]:
+    """Keep no activations inside of layers, but compute them again on the way back.
+
+    transformers' own switch works in training mode alone, which would let dropout in.
+    """
+    layers = decoder_layers(model)
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,9 @@
+"""The sum of the chosen experts' updates: one definition, and faster kernels that equal it.
+
+reference       the definition, and the legend of all axes
+dispatch        which kernel is the fastest for a shape
+gather_grouped  kernels in plain torch operations
+addmm           a 16-bit projection and its experts as one matmul
+triton_launch   the Triton kernels as differentiable functions
+triton_kernels  the Triton kernels themselves
+"""

@@ -1,0 +1,149 @@
+"""Which twin is fastest where: a model of their costs, fitted to measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from meteora.kernels import gather_grouped
+
+if TYPE_CHECKING:
+    import torch
+
+Twin = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
+"""How what the experts add is computed: `ops.lora_delta_dense`, or a function of `kernels`."""
+
+FEW_TOKENS = 16
+"""On a GPU a tile of that many is the least that tensor cores multiply."""
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Of one token, in units of what one rank costs it in a large matmul."""
+
+    gather: float
+    """A chosen rank, where there are many tokens."""
+    gather_half: float
+    """With this many tokens it costs half of that: few tokens wait for memory in any twin."""
+    gather_call: float
+    """A call, times (IN + OUT) and divided by T."""
+    grouped: float
+    """A chosen rank."""
+    grouped_row: float
+    """Copying one row in and one out, for each of K experts. In a model, whose other layers had the
+    cache before, it costs more than in a layer alone: 20 would suit the table below better."""
+    grouped_call: float
+    """The matmuls of one expert, times (IN + OUT) and divided by T."""
+    grouped_one: float
+    """The same for a single token, each expert beyond its first: nothing is sorted there."""
+
+
+_WIDE = _Costs(
+    gather=4,
+    gather_half=8,
+    gather_call=2e6,
+    grouped=2,
+    grouped_row=25,
+    grouped_call=4.9e5,
+    grouped_one=1.5e4,
+)
+_NARROW = _Costs(
+    gather=23,
+    gather_half=29,
+    gather_call=2.9e5,
+    grouped=1.9,
+    grouped_row=110,
+    grouped_call=1.4e7,
+    grouped_one=1.6e5,
+)
+
+
+class Sizes(NamedTuple):
+    """What of a layer decides which twin is fastest."""
+
+    num_in: int
+    num_out: int
+    num_experts: int
+    num_ranks: int
+    """R, of all experts together"""
+    max_rank: int
+
+
+def choose_twin(
+    num_tokens: int,
+    top_k: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device_type: str,
+    num_chosen: int | None = None,
+) -> Twin:
+    """The fastest twin by the costs above, which were fitted to measurements.
+
+    Args:
+        num_chosen: how many experts are chosen by any token; without it as many as may be
+
+    Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
+    top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; what is chosen is
+    starred.
+
+        E × r     tokens     32 bits: dense    gather   grouped   16 bits: dense  gather   grouped
+        4 × 8          1        1.36      1.38      1.24*       1.50*     1.54      1.53
+        4 × 8        256        1.17*     1.22      1.30        1.43*     2.05      2.12
+        28 × 8         1        1.60      1.46      1.27*       1.71      1.52      1.46*
+        28 × 8       256        1.40      1.28*     1.35        1.80*     2.20      3.05
+        28 × 16      256        1.62      1.42*     1.39        1.96*     2.72      2.91
+        28 × 16     2048        1.47      1.40      1.31*       1.72      2.66      2.08*
+        28 × 64      256        3.04      2.65      1.84*       4.29      7.64      3.75*
+        28 × 64     2048        3.04      2.71      1.49*       5.32      8.59      2.32*
+        512 × 8        1        9.52      1.92      1.74*       8.15      2.02      1.93*
+        512 × 8      256        6.04      2.01*     2.88        7.06      3.04*     9.11
+
+    Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.8 % longer than
+    the best twin in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those. Layers
+    of one input that follow one gate share A x where the twin is dense or gather (`point`): of q, k
+    and v, up to 64 tokens, that saves 1 to 6 % with gather, and between -2 and 6 % with dense.
+
+    Where all tokens chose the same experts, as those of one task do, `grouped` copies no rows, and
+    is chosen sooner: on a CPU the layer looks.
+
+    All twins are linear in IN + OUT, so the sizes of a layer matter only for small ones, where the
+    calls themselves show. `python -m tests.benchmarks.twins` measures again.
+
+    On accelerators nothing has been measured yet, and the choice is by arithmetic: on CUDA Triton's
+    kernels, which read the chosen ranks alone, one token at a time or in tiles; `dense` elsewhere,
+    and where every rank is chosen anyway. None of these waits for the host.
+    """
+    if device_type != "cpu":
+        every = top_k * sizes.max_rank >= sizes.num_ranks or dtype.itemsize > 4
+        if device_type != "cuda" or every or not gather_grouped.has_triton():
+            return "dense"
+        return "gather_triton" if num_tokens <= FEW_TOKENS else "grouped_triton"
+    return _cheapest(num_tokens, top_k, sizes, num_chosen, wide=dtype.itemsize >= 4)
+
+
+@lru_cache(maxsize=4096)
+def _cheapest(
+    num_tokens: int, top_k: int, sizes: Sizes, num_chosen: int | None, *, wide: bool
+) -> Twin:
+    cost = _WIDE if wide else _NARROW
+    chosen = top_k * sizes.max_rank
+    num_tokens = max(num_tokens, 1)
+    size = num_tokens * (sizes.num_in + sizes.num_out)
+    saturation = num_tokens / (num_tokens + cost.gather_half)
+    if num_chosen is None:
+        num_chosen = min(sizes.num_experts, num_tokens * top_k)
+    if num_tokens == 1:
+        # of each expert as many ranks as it has, which is the mean one where ranks are mixed
+        own = top_k * sizes.num_ranks / sizes.num_experts
+        grouped = own + cost.grouped_one * (num_chosen - 1) / size
+    else:
+        # where all tokens chose the same experts, their rows are used where they lie
+        rows = cost.grouped_row * top_k if num_chosen > top_k else 0
+        grouped = cost.grouped * chosen + rows + cost.grouped_call * num_chosen / size
+    costs: dict[Twin, float] = {
+        "dense": sizes.num_ranks,
+        "gather": cost.gather * saturation * chosen + cost.gather_call / size,
+        "grouped": grouped,
+    }
+    return min(costs, key=costs.__getitem__)

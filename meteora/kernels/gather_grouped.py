@@ -1,0 +1,300 @@
+"""Faster twins of `ops.lora_delta_loop`; `twins` says which of them is fastest where.
+
+    dense     in `ops`: every rank for every token, two plain matmuls, static shapes
+    gather    only the chosen ranks of each token, read where they lie
+    grouped   tokens sorted by expert, then two matmuls an expert
+    gather_triton, grouped_triton   the same for GPUs, in `triton_twins`
+
+None makes a private copy of A or B for a token, and none needs memory of IN or OUT times the tokens
+beyond its result: with `add_to` they add to the projection's own output, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from meteora.artifacts import MeteoraError
+from meteora.kernels import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+
+    from torch import Tensor
+
+
+ROWS_AT_ONCE = 256
+"""Rows [·, IN] or [·, OUT] that are held beside the result: their number does not grow with T."""
+
+NEAR_BYTES = 2 << 20
+"""What the cache of one core holds. Where rows are more than that, and several tokens read each,
+the tokens of one expert come one after the other: up to two fifths less time in 32 bits."""
+
+SPARSE_NUMBERS = 1 << 17
+"""A result of more numbers than that is summed up as a sparse matmul, where there is one: it adds
+in place, and takes up to half less time. For fewer it takes longer to set up."""
+
+SUM = 0
+"""The mode of torch's embedding bags that adds rows up."""
+
+
+class MissingTritonError(MeteoraError):
+    """A twin was asked for whose kernels need Triton."""
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; says so once if it is not."""
+    if find_spec("triton") is not None:
+        return True
+    warnings.warn(f"{_NO_TRITON} Until then every expert is computed.", stacklevel=2)
+    return False
+
+
+_NO_TRITON = (
+    "Triton is not installed, and the twins gather_triton and grouped_triton are its kernels;"
+    " install it with `pip install triton`."
+)
+
+
+def triton_twins() -> ModuleType:
+    """The module of that name, imported when it is first asked for.
+
+    Raises:
+        MissingTritonError: Triton is not installed.
+    """
+    if find_spec("triton") is None:
+        raise MissingTritonError(_NO_TRITON)
+    from meteora.kernels import triton_launch as found  # noqa: PLC0415  (Triton is optional, and slow to import)
+
+    return found
+
+
+def rank_table(ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which ranks each expert owns, [E, max r], and where that is so; elsewhere it says rank 0."""
+    widths = torch.tensor(ranks)
+    starts = widths.cumsum(0) - widths
+    columns = torch.arange(int(widths.max()))
+    owned = columns < widths[:, None]
+    return (starts[:, None] + columns) * owned, owned
+
+
+class _ChosenDots(torch.autograd.Function):
+    """`_dots` with gradients for the tokens and for the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, index: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, rows, index)
+        return _dots(x, rows, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
+        x, rows, index = ctx.saved_tensors
+        for_x = for_rows = None
+        if ctx.needs_input_grad[0]:
+            for_x = chosen_sums(rows, index, grad)
+        if ctx.needs_input_grad[1]:
+            shares = grad.new_zeros(len(x), len(rows)).scatter_add_(1, index, grad)
+            for_rows = shares.T @ x
+        return for_x, for_rows, None
+
+
+def chosen_dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
+    """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N].
+
+    Where nothing needs a gradient, several indices may be stacked: [L, T, N].
+
+    Args:
+        width: so many of N in a row name rows that lie together, those of one expert
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
+        return _ChosenDots.apply(x, rows, index)
+    return _dots(x, rows, index, width)
+
+
+def _dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
+    """No copy of the rows: it is the gradient of an embedding bag for its per-sample weights."""
+    if not len(rows):
+        return x.new_zeros(index.shape)
+    num_tokens, num_chosen = index.shape[-2:]
+    bags = torch.arange(num_tokens, device=x.device)
+    owners = bags.repeat_interleave(num_chosen, output_size=num_tokens * num_chosen)
+    if index.dim() == 3:
+        owners = owners.repeat(len(index))
+    wanted, owners, order = index.reshape(-1, width), owners.view(-1, width), None
+    if rows.nbytes > NEAR_BYTES and index.numel() >= 2 * len(rows):
+        order = wanted[:, 0].argsort()
+        wanted, owners = wanted[order], owners[order]
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), rows, wanted.flatten(), bags * num_chosen, owners.flatten(), SUM
+    ).view(wanted.shape)
+    if order is not None:
+        dots = torch.empty_like(dots).index_copy_(0, order, dots)
+    return dots.view(index.shape)
+
+
+def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
+    """sums[t] = Σ_n factors[t, n] · rows[index[t, n]] of rows [R, D], index and factors [T, N]."""
+    if not len(rows):  # a layer whose gate decides for others, and whose own experts are gone
+        return factors.new_zeros(len(factors), rows.shape[1])
+    return torch.nn.functional.embedding_bag(
+        index, rows, mode="sum", per_sample_weights=factors.contiguous()
+    )
+
+
+def lora_delta_gather(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    table: Tensor,
+    table_scaling: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`lora_delta_loop` over the chosen ranks alone, K · max r a token.
+
+    Static shapes and no waiting for the host. Experts of fewer ranks are filled up with rank 0 at
+    scaling 0. Fastest where `b.T` is contiguous.
+
+    Args:
+        table: [E, max r], from `rank_table`
+        table_scaling: [E, max r], the scaling of the expert; 0 where the table fills up
+        add_to: [T, OUT] to add to, in place
+    """
+    owners = experts.flatten()
+    index = table.index_select(0, owners).view(len(x), experts.shape[1] * table.shape[1])
+    factors = table_scaling.index_select(0, owners) * weights.reshape(-1, 1)
+    dots = chosen_dots(x, a, index, table.shape[1])
+    shrunk = (dots * factors.view(index.shape)).to(x.dtype)
+    return (
+        chosen_sums(b.T, index, shrunk) if add_to is None else add_sums(b.T, index, shrunk, add_to)
+    )
+
+
+def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Tensor:
+    """Add `chosen_sums` to [T, D] in place, a few tokens at a time."""
+    if not len(rows):
+        return add_to
+    if add_to.numel() > SPARSE_NUMBERS and _has_sparse_sums(rows, factors, add_to):
+        ends = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
+        chosen = torch.sparse_csr_tensor(
+            ends,
+            index.reshape(-1).int(),
+            factors.reshape(-1),
+            (len(index), len(rows)),
+            check_invariants=False,
+        )
+        return torch.addmm(add_to, chosen, rows, out=add_to)
+    if len(add_to) <= ROWS_AT_ONCE:
+        return add_to.add_(chosen_sums(rows, index, factors))
+    for start in range(0, len(add_to), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        add_to[some].add_(chosen_sums(rows, index[some], factors[some]))
+    return add_to
+
+
+def _has_sparse_sums(*factors: Tensor) -> bool:
+    """Whether torch multiplies sparse matrices of these fast, as Intel's library does."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in factors):
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in factors) and _has_mkl()
+
+
+@cache
+def _has_mkl() -> bool:
+    if not torch.backends.mkl.is_available():
+        return False
+    with warnings.catch_warnings():
+        # said once, of the first matrix of a process: that torch may change how they are made
+        warnings.filterwarnings("ignore", message="Sparse CSR")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+    return True
+
+
+def lora_delta_grouped(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`lora_delta_loop` as two matmuls for each expert that was chosen, over its own tokens.
+
+    How many tokens an expert has decides the shapes, so an accelerator waits for the host.
+
+    Args:
+        experts: [T, K], K different ones for each token, as `ops.route` gives them
+        add_to: [T, OUT] to add to, in place
+    """
+    starts = list(accumulate(ranks, initial=0))
+
+    def own(e: int) -> tuple[Tensor, Tensor]:
+        segment = slice(starts[e], starts[e + 1])
+        return a[segment], b[:, segment]
+
+    out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
+    return add_grouped(x, own, ranks, scaling, weights, experts, out)
+
+
+def add_grouped(
+    x: Tensor,
+    own: Callable[[int], tuple[Tensor, Tensor]],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    weights: Tensor,
+    experts: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Add to `out` [T, OUT] what the experts say, asking for an expert's A and B when it is due.
+
+    Args:
+        own: gives A [r, IN] and B [OUT, r] of an expert that was chosen and has ranks
+    """
+    if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):
+        # one token has nothing to sort, and its weights can be numbers: a third of the calls
+        for e, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):
+            if ranks[e]:
+                own_a, own_b = own(e)
+                reference.add_expanded(
+                    torch.nn.functional.linear(x, own_a), own_b, out, share=weight * scaling[e]
+                )
+        return out
+    owners = experts.flatten()
+    order = owners.argsort(stable=True)
+    tokens = order.div(experts.shape[1], rounding_mode="floor")
+    shares = weights.flatten()[order, None]  # [T · K, 1]
+    counts = torch.bincount(owners, minlength=len(ranks)).tolist()
+    every: list[tuple[Tensor, Tensor, Tensor]] = []
+    pair = 0
+    for e, (r, scale, count) in enumerate(zip(ranks, scaling, counts, strict=True)):
+        if r and count == x.shape[0]:  # every token, in order: no rows to look up
+            every.append((*own(e), (shares[pair : pair + count] * scale).expand(-1, r)))
+        elif r and count:
+            own_a, own_b = own(e)
+            for start in range(pair, pair + count, ROWS_AT_ONCE):
+                pairs = slice(start, min(start + ROWS_AT_ONCE, pair + count))
+                shrunk = x.index_select(0, tokens[pairs]) @ own_a.T * (shares[pairs] * scale)
+                added = shrunk.to(x.dtype) @ own_b.T
+                out.index_add_(0, tokens[pairs], added.to(out.dtype))
+        pair += count
+    if every:
+        own_a, own_b, factors = (
+            torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+            for parts, dim in zip(zip(*every, strict=True), (0, 1, 1), strict=True)
+        )
+        reference.add_expanded((x @ own_a.T * factors).to(x.dtype), own_b, out)
+    return out

@@ -1,0 +1,230 @@
+"""The twins `gather` and `grouped` through Triton's kernels, for GPUs.
+
+    gather    [token, chosen expert] ─shrink▶ [T, K, max r] ─expand▶ added to the output
+    grouped   the same in tiles of tokens that chose one expert, on tensor cores
+
+Any rank: what a tile has beyond an expert's ranks is masked. Sums are taken in float32 at least.
+Shapes never depend on what was chosen, so nothing waits for the host. Only `kernels` imports this
+module, and only where Triton is asked for: importing it imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+from triton import knobs
+
+from meteora.kernels import reference, triton_kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+BLOCK_IN = 128
+BLOCK_OUT = 128
+BLOCK_TOKENS = 32
+
+
+class Segments(NamedTuple):
+    """Which ranks belong to which expert."""
+
+    starts: Tensor
+    """[E], int64"""
+    ranks: Tensor
+    """[E], int64"""
+    scaling: Tensor
+    """[E], float32"""
+    max_rank: int
+
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def _gather(
+    x: Tensor, a: Tensor, b: Tensor, own: Segments, weights: Tensor, experts: Tensor, out: Tensor
+) -> None:
+    num_tokens, top_k = experts.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shrunk = x.new_empty(num_tokens, top_k, own.max_rank, dtype=wide)
+    # one token has few pairs: a rank or two a program spread them over the device
+    few = 2 if num_tokens <= 16 else 8
+    triton_kernels.shrink_chosen[(experts.numel(), triton.cdiv(own.max_rank, few))](
+        x, a, own.starts, own.ranks, own.scaling, weights, experts, shrunk,
+        x.shape[1], top_k, own.max_rank,
+        WIDE=TYPES[wide], RANKS=few, COLUMNS=4 * BLOCK_IN,
+    )  # fmt: skip
+    triton_kernels.expand_chosen[(num_tokens, triton.cdiv(out.shape[1], BLOCK_OUT))](
+        shrunk, b, own.starts, own.ranks, experts, out,
+        out.shape[1], top_k, own.max_rank, b.stride(1), b.stride(0),
+        WIDE=TYPES[wide], RANKS=8, COLUMNS=BLOCK_OUT,
+    )  # fmt: skip
+
+
+def _jobs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each slot sorted by expert, [K, T], and tiles of them, [K, jobs, 3].
+
+    A tile is (expert, begin, end) within the slot. How many there may be at most is known without
+    asking the device; those that are not needed are empty.
+    """
+    num_tokens = len(experts)
+    owners, tokens = experts.T.contiguous().sort(dim=1, stable=True)
+    top_k = len(owners)
+    every = torch.arange(num_experts + 1, device=experts.device).expand(top_k, -1).contiguous()
+    bounds = torch.searchsorted(owners, every)  # [K, E + 1]
+    tiles = (bounds.diff(dim=1) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    ends = tiles.cumsum(1)
+    most = triton.cdiv(num_tokens, BLOCK_TOKENS) + min(num_experts, num_tokens)
+    numbers = torch.arange(most, device=experts.device).expand(top_k, -1).contiguous()
+    found = torch.searchsorted(ends, numbers, right=True)
+    owner = found.clamp_max(num_experts - 1)
+    begin = bounds.gather(1, owner) + (numbers - (ends - tiles).gather(1, owner)) * BLOCK_TOKENS
+    end = torch.where(found < num_experts, bounds.gather(1, owner + 1), begin)
+    return tokens, torch.stack([owner, begin, end], dim=2)
+
+
+def _grouped(
+    x: Tensor, a: Tensor, b: Tensor, own: Segments, weights: Tensor, experts: Tensor, out: Tensor
+) -> None:
+    num_tokens, top_k = experts.shape
+    tokens, jobs = _jobs(experts, len(own.ranks))
+    shrunk = x.new_empty(top_k, num_tokens, own.max_rank)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ranks = min(64, max(16, triton.next_power_of_2(own.max_rank)))
+    constants = {
+        "WIDE": TYPES[wide],
+        # numpy, which interprets kernels, has no bfloat16 to multiply
+        "DOT": TYPES[wide if knobs.runtime.interpret else x.dtype],
+        "TOKENS": BLOCK_TOKENS,
+        "RANKS": ranks,
+    }
+    num_jobs = jobs.shape[1]
+    triton_kernels.shrink_grouped[(top_k * num_jobs, triton.cdiv(own.max_rank, ranks))](
+        x, a, own.starts, own.ranks, own.scaling, weights, tokens, jobs, shrunk,
+        num_tokens, x.shape[1], top_k, own.max_rank, num_jobs,
+        COLUMNS=BLOCK_IN // 2, **constants,
+    )  # fmt: skip
+    for slot in range(top_k):  # one after the other: a token is added to by one tile at a time
+        triton_kernels.expand_grouped[(num_jobs, triton.cdiv(out.shape[1], BLOCK_OUT))](
+            shrunk[slot], b, own.starts, own.ranks, tokens[slot], jobs[slot], out,
+            out.shape[1], own.max_rank, b.stride(1), b.stride(0),
+            COLUMNS=BLOCK_OUT, **constants,
+        )  # fmt: skip
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward by kernels; backward through the dense twin, which is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        run: Callable[..., None],
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        own: Segments,
+        weights: Tensor,
+        experts: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b, weights, experts)
+        ctx.own = own
+        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        own, experts = ctx.own, ctx.saved_tensors[-1]
+        x, a, b, weights = (tensor.detach() for tensor in ctx.saved_tensors[:-1])
+        leaves = {1: x, 2: a, 3: b, 5: weights}
+        asked = {n: t.requires_grad_() for n, t in leaves.items() if ctx.needs_input_grad[n]}
+        numbers = torch.arange(len(own.ranks), device=x.device)
+        owner = numbers.repeat_interleave(own.ranks, output_size=len(a))
+        index = owner, own.scaling[owner], len(own.ranks)
+        with torch.enable_grad():
+            delta = reference.lora_delta_dense(x, a, b, *index, weights, experts)
+        grads = dict(
+            zip(asked, torch.autograd.grad(delta, list(asked.values()), grad), strict=True)
+        )
+        return tuple(grads.get(n) for n in range(7))
+
+
+def _launch(
+    run: Callable[..., None],
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    own: Segments,
+    weights: Tensor,
+    experts: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Run kernels where the tensors lie: Triton itself launches on the current device."""
+    if len(x) and own.max_rank:
+        with torch.cuda.device_of(x):
+            run(x, a, b, own, weights, experts, out)
+    return out
+
+
+def _add(
+    run: Callable[..., None],
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    own: Segments,
+    weights: Tensor,
+    experts: Tensor,
+    add_to: Tensor | None,
+) -> Tensor:
+    x, a, weights, experts = (tensor.contiguous() for tensor in (x, a, weights, experts))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weights)):
+        delta = _Differentiable.apply(run, x, a, b, own, weights, experts)
+        return delta if add_to is None else add_to.add_(delta)
+    if add_to is None:
+        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
+    out = _launch(run, x, a, b, own, weights, experts, add_to.contiguous())
+    return add_to if out is add_to else add_to.copy_(out)  # the kernels write rows without gaps
+
+
+def lora_delta_gather(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    own: Segments,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`ops.lora_delta_loop` a token at a time: for decoding.
+
+    Args:
+        add_to: [T, OUT] to add to, in place
+    """
+    return _add(_gather, x, a, b, own, weights, experts, add_to)
+
+
+def lora_delta_grouped(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    own: Segments,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`ops.lora_delta_loop` a tile of tokens of one expert at a time: for prefills.
+
+    Args:
+        add_to: [T, OUT] to add to, in place
+    """
+    return _add(_grouped, x, a, b, own, weights, experts, add_to)

@@ -1,0 +1,9 @@
+"""A fused model in transformers: load it, generate with it, trace it.
+
+fused           load a checkpoint; routed layers in a base; force one expert
+generate        an answer to a prompt
+trace           which expert had which token, layer by layer
+silent_experts  experts that change nothing on a probe
+auto_classes    transformers' auto classes for fused checkpoints
+registration    how transformers learns of them, without importing it
+"""

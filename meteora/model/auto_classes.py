@@ -1,0 +1,141 @@
+"""A fused checkpoint by the auto classes of transformers: what they are told of it.
+
+    AutoModelForCausalLM.from_pretrained("org/name")     the base's own class, with routed layers
+    AutoTokenizer.from_pretrained("org/name")            the base's own tokenizer
+    pipeline("text-generation", model="org/name")
+
+The checkpoint's `config.json` says only that it is one; all else stands in its manifest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_TYPE = "meteora"
+DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+"""What transformers is told about downloads; it holds for the checkpoint and for its base."""
+OURS = ("base_folder", "expert_cache_bytes", "dtype", "quantization_config")
+IDLE = {
+    "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "state_dict", "subfolder",
+    "trust_remote_code", "use_fast", "use_safetensors", "weights_only",
+}  # fmt: skip
+"""Arguments that change nothing here: no code and no pickle is ever loaded from a repository."""
+
+
+class UnsupportedArgumentError(MeteoraError, TypeError):
+    """An argument of `from_pretrained` that a fused model cannot be loaded with."""
+
+
+class MeteoraConfig(PreTrainedConfig):
+    """Says that a folder is a fused checkpoint; a loaded model has its base's configuration."""
+
+    model_type = MODEL_TYPE
+
+
+class MeteoraForCausalLM:
+    """Loads fused models; what comes out is of the base's own class."""
+
+    config_class = MeteoraConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        config: MeteoraConfig,
+        revision: str | None = None,
+        device_map: Any = None,  # noqa: ANN401  (as transformers takes it)
+        **asked: Any,  # noqa: ANN401
+    ) -> PreTrainedModel:
+        """Load what `meteora.load` loads, from the arguments of transformers.
+
+        Raises:
+            UnsupportedArgumentError: an argument asks for something that is not supported.
+        """
+        from meteora.model.fused import load  # noqa: PLC0415  (torch: only whoever loads needs it)
+
+        download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
+        ours = {key: asked.pop(key) for key in OURS if key in asked}
+        if (legacy := asked.pop("torch_dtype", None)) is not None:
+            ours.setdefault("dtype", legacy)
+        attention = asked.pop("attn_implementation", config._attn_implementation)
+        unknown = sorted(
+            key
+            for key, value in asked.items()
+            if not key.startswith("_") and key not in IDLE and value is not None
+        )
+        if unknown:
+            raise UnsupportedArgumentError(
+                f"{name}: a fused model is not loaded with {', '.join(unknown)}; load the base with"
+                " it and insert the experts with meteora.model, or leave it out"
+            )
+        model, _ = load(name, revision=revision, device=_one(device_map), download=download, **ours)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model
+
+
+class MeteoraTokenizer:
+    """Loads the tokenizer of a checkpoint's base."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        base_folder: str | Path | None = None,
+        **asked: Any,  # noqa: ANN401
+    ) -> PreTrainedTokenizerBase:
+        from meteora.checkpoint.resolve import load_tokenizer  # noqa: PLC0415
+
+        download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
+        return load_tokenizer(
+            name,
+            base_folder=base_folder,
+            revision=revision,
+            download=download,
+            settings={
+                key: value
+                for key, value in asked.items()
+                if not key.startswith("_") and key not in {*IDLE, *OURS}
+            },
+        )
+
+
+def _one(device_map: Any) -> Any:  # noqa: ANN401
+    """The one device of a map; a fused model is not spread over several."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map == "auto":
+        import torch  # noqa: PLC0415
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, dict) or device_map in {"balanced", "balanced_low_0", "sequential"}:
+        raise UnsupportedArgumentError(
+            f"a fused model lies on one device, and device_map is {device_map!r}; name one, such"
+            ' as "cuda:0"'
+        )
+    return device_map
+
+
+def register_config(module: ModuleType) -> None:
+    module.AutoConfig.register(MODEL_TYPE, MeteoraConfig, exist_ok=True)
+
+
+def register_model(module: ModuleType) -> None:
+    module.AutoModelForCausalLM.register(MeteoraConfig, MeteoraForCausalLM, exist_ok=True)
+
+
+def register_tokenizer(module: ModuleType) -> None:
+    module.AutoTokenizer.register(MeteoraConfig, MeteoraTokenizer, exist_ok=True)

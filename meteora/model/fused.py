@@ -1,0 +1,257 @@
+"""Put routed layers into a Hugging Face model, and reach their routers.
+
+    model.layers.0.self_attn.q_proj   Linear         ─insert▶  MoELoRALinear(Linear, A, B, Gate)
+    model.layers.0.mlp.down_proj      Linear (no adapter targets it)        stays as it is
+
+The model remains what it was to everybody else: `generate`, `pipeline` and lm-eval run unchanged.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.artifacts import MeteoraError
+from meteora.base import loading
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.resolve import find_checkpoint, load_base
+from meteora.routing.expert_cache import ExpertCache
+from meteora.routing.gates import insert_gates
+from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.checkpoint.manifest import Manifest, ModuleEntry
+
+EXPERTS = "meteora_experts"
+"""The attribute of a fused model that names its experts, in order."""
+
+CACHE = "meteora_expert_cache"
+"""The attribute that holds its `ExpertCache`; None where all experts are on the device."""
+
+
+class WrongBaseError(MeteoraError):
+    """A checkpoint was made for another base model."""
+
+
+class UnknownExpertError(MeteoraError):
+    """No expert of the model has this name."""
+
+
+class UnsavableError(MeteoraError):
+    """A fused model was to be saved as its base would be, whose class could not load it."""
+
+
+def load(
+    checkpoint_folder: str | Path,
+    *,
+    base_folder: str | Path | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    expert_cache_bytes: int | None = None,
+    quantization_config: Any = None,  # noqa: ANN401  (transformers has one of each library)
+    download: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a fused model: the base, every expert, and the router.
+
+    It is called by one thread at a time: what a gate decides for other layers lies in the model
+    until they are called.
+
+    Args:
+        checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
+        base_folder: where the base lies; without it the checkpoint's own reference is followed
+        revision: of the Hub id
+        device: where to put it; where the base loads by default without it
+        dtype: of the base; the experts keep their precision
+        expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
+            the device than this, those that were used last; see `expert_cache`
+        quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
+            the experts keep their precision
+        download: what transformers is told about downloads, such as `token` or `cache_dir`
+
+    Raises:
+        CheckpointError: the folder is not a fused checkpoint.
+        WrongBaseError: the base is not the one that the checkpoint was made for.
+    """
+    folder = find_checkpoint(checkpoint_folder, revision, download=download)
+    manifest = read_manifest(folder)
+    options: dict[str, Any] = {}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+        if device is not None:  # what is quantised is made where it is to lie
+            options["device_map"] = {"": device}
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=download, options=options)
+    check_base(manifest, model, tokenizer, folder)
+    cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
+    insert_experts(model, folder, manifest, cache=cache)
+    insert_routers(model, folder, manifest)
+    return (model.to(device) if device is not None else model), tokenizer
+
+
+def check_base(
+    manifest: Manifest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Refuse a base whose fingerprint is not the one that the checkpoint was made for."""
+    differences = loading.fingerprint(model.config, tokenizer).differences(
+        manifest.base.fingerprint
+    )
+    if differences:
+        raise WrongBaseError(
+            f"{folder}: this base has {'; '.join(differences)};"
+            f" the checkpoint was made for {manifest.base.repo_id} at"
+            f" {manifest.base.revision[:19]}, load that one"
+        )
+
+
+def insert_experts(
+    model: PreTrainedModel, folder: Path, manifest: Manifest, *, cache: ExpertCache | None = None
+) -> None:
+    """Replace every targeted layer by a routed one; without routers the model is still the base."""
+    setattr(model, EXPERTS, manifest.choices)  # beside the modules: it takes any attribute
+    setattr(model, CACHE, cache)
+    for method in ("save_pretrained", "push_to_hub"):
+        setattr(model, method, _refuse_to_save)
+    null = manifest.router.null
+    for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
+        insert_layer(model, path, lora_a, lora_b, manifest.modules[path], null=null, cache=cache)
+
+
+def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
+    raise UnsavableError(
+        "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
+        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it, and"
+        " write new gates with meteora.checkpoint.write_gates"
+    )
+
+
+def insert_layer(
+    model: PreTrainedModel,
+    path: str,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    entry: ModuleEntry,
+    *,
+    null: bool = False,
+    cache: ExpertCache | None = None,
+) -> None:
+    """Replace the linear layer at `path`; refuses one of another size than the experts need.
+
+    Args:
+        null: whether the last choice is the base: an expert without ranks anywhere
+    """
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_path)
+        projection = getattr(parent, name)
+    except AttributeError as error:
+        raise WrongBaseError(
+            f"{path}: this base has no such module; load the base the experts were made for"
+        ) from error
+    sizes = loading.sizes_of(projection)
+    if sizes != (entry.in_features, entry.out_features):
+        raise WrongBaseError(
+            f"{path}: the experts take {entry.in_features} inputs and give {entry.out_features},"
+            f" this base has {sizes or type(projection).__name__}; load the base they were made for"
+        )
+    weight: Tensor = projection.weight
+    if cache is None:
+        # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
+        dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+        lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
+    ranks = (*entry.ranks, 0) if null else entry.ranks
+    scaling = (*entry.scaling, 0.0) if null else entry.scaling
+    layer = MoELoRALinear(projection, lora_a, lora_b, ranks, scaling, cache=cache)
+    setattr(parent, name, layer)
+
+
+def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    """Give every routed layer the router that the checkpoint asks for."""
+    entry = manifest.router
+    if entry.kind == "gate":
+        insert_gates(model, tensors.read_gates(folder, manifest), entry)
+        return
+    for layer in routed_layers(model).values():
+        layer.router = make_router(entry.kind, layer, entry.top_k, entry.temperature)
+
+
+def make_router(
+    kind: str, layer: MoELoRALinear, top_k: int, temperature: float, *, seed: int = 0
+) -> Router:
+    """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
+
+    Args:
+        seed: of `random`; give every layer its own
+    """
+    stack = layer.lora_a, layer.lora_b, layer.ranks
+    router: Router
+    if kind == "arrow":
+        router = Arrow(*stack, top_k=top_k, temperature=temperature)
+    elif kind == "norm":
+        scaling = torch.tensor(layer.scaling)
+        router = Norm(*stack, scaling, top_k=top_k, temperature=temperature)
+    elif kind == "uniform":
+        router = Fixed(torch.full((layer.num_experts,), 1 / layer.num_experts))
+    elif kind == "random":
+        router = Random(layer.num_experts, seed, top_k=top_k, temperature=temperature)
+    else:
+        raise MeteoraError(
+            f"router {kind!r} is none of arrow, norm, uniform, random; a gate must be fitted"
+        )
+    return router.to(layer.weight.device)
+
+
+def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
+    """What the model holds of its experts on the device, and how often it missed one."""
+    return getattr(model, CACHE)
+
+
+def expert_names(model: PreTrainedModel) -> list[str]:
+    """The experts in the order of every router's logits."""
+    return list(getattr(model, EXPERTS))
+
+
+@contextmanager
+def routed_by(
+    model: PreTrainedModel, make: Callable[[MoELoRALinear], Router | None]
+) -> Generator[None]:
+    """Give every routed layer another router for a while; None makes it the bare projection."""
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    try:
+        for layer in routed_layers(model).values():
+            layer.router = make(layer)
+        yield
+    finally:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]
+
+
+@contextmanager
+def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
+    """Send every token to one expert at weight 1: the output equals PEFT's with that adapter."""
+    names = expert_names(model)
+    if name not in names:
+        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+    one = torch.zeros(len(names))
+    one[names.index(name)] = 1.0
+    with routed_by(model, lambda layer: Fixed(one.to(layer.weight.device))):
+        yield
+
+
+@contextmanager
+def without_experts(model: PreTrainedModel) -> Generator[None]:
+    """The base alone: every routed layer is its bare projection."""
+    with routed_by(model, lambda _: None):
+        yield

@@ -1,0 +1,84 @@
+"""Text from a fused model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from transformers import TextStreamer
+
+from meteora.base.chat_template import encode_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers._typing import GenerativePreTrainedModel
+
+PROMPTS_PER_BATCH = 16
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    stream: bool = False,
+) -> str:
+    """The greedy answer to one prompt, in the chat template where the tokenizer has one.
+
+    Args:
+        stream: print the text on stdout as it comes
+    """
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode():
+        out = cast("GenerativePreTrainedModel", model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            streamer=streamer if stream else None,
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    advance: Callable[[int], None] = lambda _prompts: None,
+) -> list[list[int]]:
+    """The token ids of the greedy answer to each prompt, given as token ids; its end included.
+
+    Args:
+        advance: called with the number of prompts that were just answered
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+        chosen = by_length[start : start + PROMPTS_PER_BATCH]
+        width = len(prompts[chosen[-1]])
+        ids = torch.full((len(chosen), width), pad or 0)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        with torch.inference_mode():
+            out = cast("GenerativePreTrainedModel", model).generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        for row, i in enumerate(chosen):
+            said = out[row, width:].tolist()
+            end = tokenizer.eos_token_id
+            answers[i] = said[: said.index(end) + 1] if end in said else said
+        advance(len(chosen))
+    return answers

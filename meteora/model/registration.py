@@ -1,0 +1,71 @@
+"""Make `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` know fused checkpoints.
+
+transformers is registered with when it is there: at once where its auto classes are loaded already,
+else right after they load. So `import meteora` loads nothing, and the order of imports is free.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+AUTO = "transformers.models.auto"
+LISTS = {
+    f"{AUTO}.configuration_auto": "register_config",
+    f"{AUTO}.modeling_auto": "register_model",
+    f"{AUTO}.tokenization_auto": "register_tokenizer",
+}
+"""The modules that hold a list of what there is, and our function that adds to it."""
+
+
+def install() -> None:
+    """Register now or as soon as it is possible; a second call changes nothing."""
+    waiting = False
+    for name in LISTS:
+        if (module := sys.modules.get(name)) is not None and not _is_loading(module):
+            _register(module)
+        else:
+            waiting = True
+    if waiting and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+def _is_loading(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
+
+
+def _register(module: ModuleType) -> None:
+    from meteora.model import auto_classes  # noqa: PLC0415  (it needs transformers, which is loaded by now)
+
+    getattr(auto_classes, LISTS[module.__name__])(module)
+
+
+class _Waiting(MetaPathFinder):
+    """Finds what Python finds anyway, and registers once it has run."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname not in LISTS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            _register(module)
+
+        spec.loader.exec_module = load_and_register
+        return spec

@@ -1,0 +1,59 @@
+"""Whether every expert of a stack says anything at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.base.chat_template import encode_prompt
+from meteora.model.fused import expert_names, force_expert, without_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT = "List three things that you can do, and answer this: what is 12 plus 30?"
+LEAST_CHANGE = 1e-5
+LEAST_STEPS = 8
+"""What counts as a change, of the largest logit: `LEAST_CHANGE`, and `LEAST_STEPS` of the dtype's
+own steps where they are more. Six trained adapters on a base of 30 layers change 0.54 to 0.89 of
+it, in float32 and in bfloat16; rounding alone, let loose by a B scaled down to nothing, 2e-6 and
+0.05."""
+
+
+@torch.inference_mode()
+def changes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """How much each expert, forced, changes the logits of one short prompt.
+
+    Args:
+        names: of the experts to hear; all, without it
+
+    Returns:
+        The largest change of any logit as a share of the base's largest logit, by expert.
+    """
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)], device=model.device)
+    with without_experts(model):
+        base = model(ids, use_cache=False).logits.float()
+    found = {}
+    for name in expert_names(model) if names is None else names:
+        with force_expert(model, name):
+            logits = model(ids, use_cache=False).logits.float()
+        found[name] = ((logits - base).abs().max() / base.abs().max()).item()
+    return found
+
+
+def silent_experts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """The experts that change nothing beyond rounding, each with its change."""
+    least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)
+    heard = changes(model, tokenizer, names)
+    return {name: change for name, change in heard.items() if change <= least}

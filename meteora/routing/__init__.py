@@ -1,0 +1,11 @@
+"""The routed linear layer, and the routers that choose its experts.
+
+layer           a frozen projection, a stack of experts, and a router
+routers         gate, arrow, norm, fixed, uniform: logits to weights
+gates           put gates into a model; which modules share a decision
+weight_scores   routing by the adapters' weights, where there are no examples
+prompt_opening  who decides for the tokens that open every prompt
+shared_input    modules that read one input share the first matmul
+expert_cache    many experts on the host, the hot ones on the device
+hooks           watch what routers decide, from outside
+"""

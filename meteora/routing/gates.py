@@ -1,0 +1,185 @@
+"""Put gates into a model, and take them out: whose decision counts for which module.
+
+share = module   every module has a gate (the paper's way)
+share = point    modules that read one input (q, k, v) follow the gate of the first
+share = layer    every module of a layer follows the gate of its first
+share = token    every module from a third of the depth on follows one gate
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+from meteora.base.chat_template import Template
+from meteora.checkpoint.tensors import Gates
+from meteora.routing.layer import routed_layers, share_first_matmul
+from meteora.routing.prompt_opening import Prefill
+from meteora.routing.routers import Followed, Follower, Gate
+from meteora.routing.weight_scores import MixedGate, StandIn, scorer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.checkpoint.manifest import RouterEntry
+    from meteora.routing.layer import MoELoRALinear
+
+
+class UndecidedError(MeteoraError):
+    """A module has neither a gate nor one before it to follow."""
+
+
+PREFILL = "meteora_prefill"
+"""The attribute of a model that holds what its gates know of the present prompt."""
+
+
+def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> None:
+    """Give every routed layer its gate, or the decision of the gate that it follows."""
+    prefill = watch_prompts(model, gates.template)
+    followed = {leader: Followed() for leader in gates.follows.values()}
+    for path, layer in routed_layers(model).items():
+        if path in gates.follows:
+            give_follower(layer, followed[gates.follows[path]], entry)
+        else:
+            give_gate(
+                layer,
+                *gates.own[path],
+                entry,
+                prefill,
+                followed.get(path),
+                StandIn(
+                    scorer(entry.stand_in, layer),
+                    list(gates.without_examples),
+                    gates.stand_ins[path],
+                )
+                if gates.without_examples
+                else None,
+            )
+    if entry.share == "point":
+        share_first_matmuls(model, gates.follows)
+
+
+def share_first_matmuls(model: PreTrainedModel, follows: Mapping[str, str]) -> None:
+    """Let each gate's layer compute A x for those that follow it, which read the same input.
+
+    Args:
+        follows: module path to that of the layer whose gate it follows
+    """
+    layers, points = routed_layers(model), {}
+    for path, layer in layers.items():  # in the order of their calls
+        if path in follows:
+            points.setdefault(follows[path], [layers[follows[path]]]).append(layer)
+    for point in points.values():
+        share_first_matmul(point)
+
+
+def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:
+    """Have the gates decide for a prompt's opening by the prompt; None where nothing opens it."""
+    if (before := getattr(model, PREFILL, None)) is not None:
+        before.stop()
+    prefill = None
+    if template.opening:
+        prefill = Prefill(template)
+        prefill.watch(model.base_model)
+    setattr(model, PREFILL, prefill)  # beside the modules: it belongs to the gates
+    return prefill
+
+
+def give_gate(
+    layer: MoELoRALinear,
+    weight: Tensor,
+    bias: Tensor,
+    entry: RouterEntry,
+    prefill: Prefill | None = None,
+    followed: Followed | None = None,
+    stand_in: StandIn | None = None,
+) -> None:
+    """Route a layer by G [E, IN] and c [E].
+
+    Args:
+        followed: is told what they decide
+        stand_in: gives the logits of experts that had no examples
+    """
+    device = layer.weight.device
+    asked = {
+        "top_k": entry.top_k,
+        "temperature": entry.temperature,
+        "margin": entry.margin,
+        "prefill": prefill,
+        "followed": followed,
+    }
+    if stand_in is None:
+        layer.router = Gate(weight.to(device), bias.to(device), **asked)
+    else:
+        layer.router = MixedGate(weight.to(device), bias.to(device), stand_in.to(device), **asked)
+    layer.router.requires_grad_(requires_grad=False)
+
+
+def give_follower(layer: MoELoRALinear, followed: Followed, entry: RouterEntry) -> None:
+    """Route a layer by what the gate behind `followed` decided in the same pass."""
+    layer.router = Follower(
+        followed,
+        layer.num_experts,
+        top_k=entry.top_k,
+        temperature=entry.temperature,
+        margin=entry.margin,
+    )
+
+
+def gates_of(model: PreTrainedModel) -> Gates:
+    """Every gate of a model, on the CPU, and what follows it."""
+    routers = {path: layer.router for path, layer in routed_layers(model).items()}
+    gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
+    leaders = {id(gate.followed): path for path, gate in gates.items()}
+    mixed = {path: gate for path, gate in gates.items() if isinstance(gate, MixedGate)}
+    prefills = [gate.prefill for gate in gates.values() if gate.prefill is not None]
+    return Gates(
+        own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
+        follows={
+            path: leaders[id(router.followed)]
+            for path, router in routers.items()
+            if isinstance(router, Follower)
+        },
+        template=prefills[0].template if prefills else Template(),
+        stand_ins={path: gate.stand_in.standard.cpu() for path, gate in mixed.items()},
+        without_examples=next((tuple(g.stand_in.experts) for g in mixed.values()), ()),
+    )
+
+
+class Sharing:
+    """Whose decision counts for the point that a sweep has come to."""
+
+    def __init__(self, share: str, num_layers: int) -> None:
+        self.share = share
+        self.decides_at = num_layers // 3
+        self._last: tuple[int, Followed] | None = None
+
+    def decided(self, index: int) -> Followed | None:
+        """What a point of layer `index` follows; None where it needs a gate of its own."""
+        if self._last is None:
+            return None
+        at, followed = self._last
+        if self.share == "layer":
+            return followed if at == index else None
+        return followed if self.share == "token" and at >= self.decides_at else None
+
+    def last(self, path: str) -> Followed:
+        """The decision before the module at `path`, which has none of its own.
+
+        Raises:
+            UndecidedError: there is none.
+        """
+        if self._last is None:
+            raise UndecidedError(
+                f"{path}: no gate decides before it, and none can be fitted for it alone; fit the"
+                " gates of all experts together"
+            )
+        return self._last[1]
+
+    def new(self, index: int) -> Followed:
+        """For a gate that is fitted at layer `index`: where it leaves what it decides."""
+        self._last = index, Followed()
+        return self._last[1]

@@ -1,0 +1,72 @@
+"""See what the routers of a model do, from outside.
+
+Hooks, and not second return values: the layer keeps the signature of the projection that it
+replaces, so the base model's own code runs unchanged; and nothing is paid outside the block.
+Within it a model that `torch.compile` made runs as it is written: compiled, it would not look for
+hooks that came later.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.kernels import reference
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.routing.routers import Router
+
+
+@contextmanager
+def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
+    """Collect each router's logits [T, E] of the last forward pass, by module path."""
+    logits: dict[str, Tensor] = {}
+
+    def keep(path: str, _router: Router, found: Tensor) -> None:
+        logits[path] = found
+
+    with _watched(model, keep):
+        yield logits
+
+
+@contextmanager
+def recorded_routes(model: PreTrainedModel) -> Generator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect each layer's weights [T, K] and experts [T, K] of the last forward pass, by path.
+
+    They are those of `ops.route`, the strongest expert first. In an expert that lacks a layer the
+    choice counts, though it adds nothing there.
+    """
+    routes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(path: str, router: Router, found: Tensor) -> None:
+        routes[path] = reference.route(found, router.top_k, router.temperature, router.margin)
+
+    with _watched(model, keep):
+        yield routes
+
+
+@contextmanager
+def _watched(
+    model: PreTrainedModel, keep: Callable[[str, Router, Tensor], None]
+) -> Generator[None]:
+    """Hand the logits of every router, as they come, to `keep`."""
+    with ExitStack() as hooks:
+        if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        for path, layer in routed_layers(model).items():
+            if layer.router is not None:
+
+                def hook(router: Router, _args: object, found: Tensor, path: str = path) -> None:
+                    keep(path, router, found)
+
+                hooks.callback(layer.router.register_forward_hook(hook).remove)
+        yield

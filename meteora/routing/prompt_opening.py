@@ -1,0 +1,93 @@
+"""Which tokens of a forward pass open a prompt, and what the prompt says about them.
+
+A chat template puts the same tokens in front of every prompt. A causal router can tell nothing from
+them, yet an adapter may lean on its own changes to them more than on any others. But a prefill sees
+the whole prompt: at every layer the opening takes the experts that the first tokens of the prompt
+itself point to, at that very layer. Tokens that are generated later change nothing about it, so
+that generation with a cache equals generation without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from meteora.base.chat_template import Template
+
+WINDOW = 64
+"""Tokens after the opening that decide for it: the first task of a prompt with several."""
+
+
+class Prefill:
+    """What the present forward pass holds of a prompt's opening; shared by all gates of a model."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.opening: Tensor | None = None
+        """[B, L] bool; None where the pass holds no opening."""
+        self.evidence: Tensor | None = None
+        """[B, L] bool: the tokens that decide for it."""
+        self._hook: RemovableHandle | None = None
+
+    def see(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Look at a pass that starts sequences: its ids [B, L], and the model's mask [B, L]."""
+        template, (_, length) = self.template, input_ids.shape
+        self.clear()
+        if length < 2 or not template.opening:
+            return
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if there.shape != input_ids.shape:
+            return
+        there = there.bool()
+        place = there.cumsum(1) - 1  # [B, L] counted from the first token that is there
+        expected = input_ids.new_tensor(template.opening)
+        size = len(expected)
+        same = (input_ids == expected[place.clamp(0, size - 1)]) & (place < size)
+        opening = (same | ~there).long().cumprod(1).bool() & there
+        start = opening.sum(1, keepdim=True)  # [B, 1]
+        evidence = there & (place >= start) & (place < start + WINDOW)
+        closing = input_ids.new_tensor(template.closing)
+        if 0 < len(closing) <= length:
+            found = (input_ids.unfold(1, len(closing), 1) == closing).all(-1)  # [B, L - C + 1]
+            found = torch.nn.functional.pad(found, (0, len(closing) - 1))
+            answered = (found & (place >= start)).long().cumsum(1) > 0
+            evidence &= ~answered
+        self.opening, self.evidence = opening & evidence.any(1, keepdim=True), evidence
+
+    def clear(self) -> None:
+        self.opening = self.evidence = None
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Logits [T, E]; the opening's are replaced by the evidence's summed log-likelihoods."""
+        opening, evidence = self.opening, self.evidence
+        if opening is None or evidence is None or opening.numel() != len(logits):
+            return logits
+        own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, E]
+        pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, E]
+        return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)
+
+    def watch(self, model: nn.Module) -> None:
+        """See every forward pass of `model` (its `base_model`, which gets the token ids)."""
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def stop(self) -> None:
+        """See no more."""
+        self.clear()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        past = kwargs.get("past_key_values")
+        # one token is never an opening: decoding pays no more than this question
+        if ids is None or ids.shape[1] < 2 or (past is not None and past.get_seq_length() > 0):
+            self.clear()
+            return
+        mask = kwargs.get("attention_mask")
+        self.see(ids, mask if isinstance(mask, Tensor) else None)

@@ -1,0 +1,82 @@
+"""Experts without examples beside experts with gates: what their weights say stands in.
+
+Nothing tells what the tokens of such an expert look like; its weights tell on which directions of a
+token it acts. So it is scored as `Arrow` or `Norm` would, and the score is judged by what it comes
+to on the tokens of the other experts: with mean m and standard deviation s over those,
+
+    logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
+
+where the threshold t is such that of the others' held-out tokens only a hundredth go astray
+(`meteora.fitting.lda.GIVEN_UP`). An expert that lacks the layer is never chosen there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from meteora.artifacts import MeteoraError
+from meteora.routing.routers import Arrow, Gate, Norm
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from meteora.routing.layer import MoELoRALinear
+    from meteora.routing.routers import Router
+
+KINDS = ("arrow", "norm")
+
+
+class StandIn(nn.Module):
+    """The logits of the experts without examples, at one layer."""
+
+    standard: Tensor
+
+    def __init__(self, score: Router, experts: list[int], standard: Tensor) -> None:
+        """Take how to score all experts, which of them have no examples, and their standard.
+
+        Args:
+            score: gives [T, E]
+            experts: the U without examples
+            standard: [3, U] mean, standard deviation and threshold
+        """
+        super().__init__()
+        self.score = score
+        self.experts = experts
+        self.register_buffer("standard", standard.float(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """How far each score stands out, less its threshold: [T, U]."""
+        mean, deviation, threshold = self.standard
+        apart = (self.score(tokens)[:, self.experts] - mean) / deviation.clamp_min(1e-12)
+        return torch.where(deviation > 0, apart, 0.0) - threshold
+
+
+class MixedGate(Gate):
+    """A gate whose rows for experts without examples come from their weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stand_in: StandIn, **asked: Any) -> None:  # noqa: ANN401  (those of `Gate`)
+        super().__init__(weight, bias, **asked)
+        self.stand_in = stand_in
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        found = super().logits(tokens)
+        fitted = [e for e in range(self.num_experts) if e not in self.stand_in.experts]
+        best = found[:, fitted].max(-1, keepdim=True).values
+        found = found.clone()
+        found[:, self.stand_in.experts] = best + self.stand_in(tokens).to(best.dtype)
+        return found
+
+
+def scorer(kind: str, layer: MoELoRALinear) -> Router:
+    """How `kind` scores the experts of a layer: `arrow` or `norm`."""
+    stack = layer.lora_a, layer.lora_b, layer.ranks
+    if kind == "arrow":
+        return Arrow(*stack)
+    if kind == "norm":
+        return Norm(*stack, torch.tensor(layer.scaling))
+    raise MeteoraError(f"{kind!r} cannot stand in for examples; choose one of {', '.join(KINDS)}")

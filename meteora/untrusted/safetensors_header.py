@@ -1,0 +1,124 @@
+"""The header of a safetensors file, read as if it were hostile: limits first, parsing after.
+
+The library takes more than this reader does: keys given twice, names with NUL or `../`, a million
+empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions. What passes here is a flat
+table of small, well-named tensors that tile the file exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meteora.untrusted.strict_json import StrictJSONError, parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import BinaryIO
+
+MAX_HEADER_BYTES = 4 << 20
+"""A 70B model with every linear layer targeted needs 0.2 MB."""
+MAX_TENSORS = 20_000
+MAX_DIMS = 4
+MAX_SIZE = 1 << 24
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+}  # fmt: skip
+"""Bytes an element of each dtype takes; a dtype that packs several into a byte is not read."""
+
+
+class HeaderError(ValueError):
+    """The file is not a safetensors file that can be trusted; the message is a clause."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Of its bytes in the file, from the file's beginning."""
+    num_bytes: int
+
+
+def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
+    """Every tensor of the file by name, in the order in which they lie in it.
+
+    Args:
+        file: Open at its beginning; read up to the end of the header and no further.
+        file_bytes: The size of the file.
+    """
+    if file_bytes < 8:
+        raise HeaderError(f"it has {file_bytes} bytes, too few for a header")
+    (size,) = struct.unpack("<Q", file.read(8))
+    if size > file_bytes - 8:
+        raise HeaderError(f"its header claims {size} bytes of the {file_bytes - 8} that follow")
+    if size > MAX_HEADER_BYTES:
+        raise HeaderError(f"its header has {size} bytes, more than {MAX_HEADER_BYTES}")
+    text = file.read(size)
+    if len(text) < size:
+        raise HeaderError("it was cut short while it was read")
+    # Counting costs nothing; parsing a table of that many tensors, or of other texts, costs memory.
+    most = {b"{": MAX_TENSORS + 2, b"[": 2 * MAX_TENSORS + 4, b'"': 16 * MAX_TENSORS}
+    if any(text.count(mark) > limit for mark, limit in most.items()):
+        raise HeaderError(f"its header lists more than {MAX_TENSORS} tensors")
+    if not text.startswith(b"{"):
+        raise HeaderError("its header does not begin with an object")
+    try:
+        table = parse_object(text)
+    except StrictJSONError as error:
+        raise HeaderError(f"its header cannot be read: {error}") from None
+    _check_metadata(table.pop("__metadata__", {}))
+    tensors = {name: _tensor(name, entry, 8 + size) for name, entry in table.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
+    _check_tiling(ordered, 8 + size, file_bytes)
+    return ordered
+
+
+def _check_metadata(metadata: object) -> None:
+    if metadata is None:  # so MLX writes it
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise HeaderError("its __metadata__ is not a table of texts")
+
+
+def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
+    if not NAME.fullmatch(name):
+        raise HeaderError(f"a tensor is named {name[:60]!r}; letters, digits, _ . - are allowed")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"{name} is not described by dtype, shape and data_offsets alone")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise HeaderError(f"{name} has the dtype {str(dtype)[:20]!r}, which is not read here")
+    if not _sizes(shape, MAX_SIZE) or len(shape) > MAX_DIMS:
+        raise HeaderError(f"{name} has a shape that is not up to {MAX_DIMS} sizes below 2^24")
+    if not _sizes(offsets, 1 << 62) or len(offsets) != 2:
+        raise HeaderError(f"{name} has data_offsets that are not two positions")
+    num_bytes = offsets[1] - offsets[0]
+    if num_bytes != math.prod(shape) * ITEMSIZE[dtype]:
+        raise HeaderError(f"{name} spans {num_bytes} bytes, not those of {dtype} {shape}")
+    if num_bytes == 0:
+        raise HeaderError(
+            f"{name} is empty, of shape {shape}, as a shard of DeepSpeed or FSDP is that was not"
+            " gathered before it was saved"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], num_bytes)
+
+
+def _sizes(value: Any, limit: int) -> bool:  # noqa: ANN401  (JSON is what it is)
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < limit for v in value)
+
+
+def _check_tiling(tensors: Mapping[str, TensorInfo], start: int, file_bytes: int) -> None:
+    """Each byte of the data belongs to one tensor: no hole, no overlap, nothing behind the last."""
+    for name, tensor in tensors.items():
+        if tensor.start != start:
+            raise HeaderError(f"{name} begins at byte {tensor.start}, not where the last ends")
+        start += tensor.num_bytes
+    if start != file_bytes:
+        raise HeaderError(f"its tensors end at byte {start}, and the file at {file_bytes}")

@@ -1,0 +1,93 @@
+"""The verdict on one adapter, in a folder or on the Hub: what `meteora check` says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora.adapters import reader
+from meteora.adapters.reader import Verdict
+from meteora.artifacts import REPO_ID
+from meteora.base.sources import PATH
+from meteora.untrusted.findings import AdapterError, Reason
+from pipelines.hub import repositories
+from pipelines.hub.adapter import download
+from pipelines.hub.card import licence_of
+from pipelines.hub.client import hub_for
+from pipelines.hub.errors import HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from meteora.adapters.config import OnExtras
+
+
+def judge(
+    where: str,
+    cache: Path,
+    *,
+    subfolder: str = "",
+    modules_to_save: OnExtras = "refuse",
+    token_for: Collection[str] = (),
+) -> Verdict:
+    """Judge the adapter at `where`, whatever lies there; raises nothing about it.
+
+    Args:
+        where: A folder, a config, weights, or `owner/name[@revision]`; what is here comes first.
+        cache: The folder of downloaded adapters.
+        subfolder: Of the folder or the repository.
+        modules_to_save: What becomes of whole modules beside the LoRA, as in a recipe's policy.
+        token_for: Owners, or `owner/name`, to whom the saved token is sent.
+    """
+    path = Path(where.removeprefix(PATH))
+    repo_id = where.partition("@")[0]
+    if not REPO_ID.fullmatch(repo_id) or path.exists():
+        verdict = reader.check(path / subfolder, modules_to_save=modules_to_save)
+        return replace(verdict, facts=verdict.facts | {"licence": licence_of(path / subfolder)})
+    asked = hub_for(repo_id, token_for)
+    facts: dict[str, Any] = {"repo_id": repo_id, "subfolder": subfolder}
+    try:
+        ref = repositories.resolve(where, subfolder=subfolder, hub=asked)
+        facts["revision"] = ref.revision
+        about = repositories.describe(ref, cache, hub=asked)
+        facts |= asdict(about) if about else {}
+        folder = download(ref, cache, hub=asked, modules_to_save=modules_to_save)
+    except AdapterError as error:
+        return Verdict(where, "refuse", error.reasons, facts | {"judged_by": "claims"})
+    except HubError as error:
+        reason = Reason("hub_unavailable" if error.retry else "hub", str(error))
+        return Verdict(where, "refuse", (reason,), facts)
+    except OSError as error:
+        problem = f"{error.filename or cache} cannot be written: {error.strerror or error}"
+        return Verdict(where, "refuse", (Reason("disk", f"{problem}; give another --home"),), facts)
+    verdict = reader.check(folder, modules_to_save=modules_to_save)
+    facts["licence"] = licence_of(folder) or facts.get("licence", "")
+    return Verdict(where, verdict.verdict, verdict.reasons, verdict.facts | facts)
+
+
+def told(verdict: Verdict) -> list[str]:
+    """The verdict for people: what it is on a line, then what it is of, then each reason."""
+    facts = verdict.facts
+    lines = []
+    if "num_modules" in facts:
+        lines.append(
+            f"r {_span(facts['r_min'], facts['r_max'])}, scaling"
+            f" {_span(facts['scaling_min'], facts['scaling_max'])}, on {facts['num_modules']}"
+            f" modules ({', '.join(facts['targets'])}); {facts['dtype']},"
+            f" {facts['weights_bytes'] / 1e6:,.1f} MB; base {facts['base_model'] or 'not named'}"
+        )
+    elif facts.get("judged_by") == "claims" and "revision" in facts:
+        lines.append("judged by what its config claims: its weights were not downloaded")
+    elif facts.get("judged_by") == "claims" and "format" in facts:
+        lines.append("judged by what its config claims: there are no weights beside it")
+    if "revision" in facts:
+        lines.append(
+            f"at commit {facts['revision']}, licence {facts.get('licence') or 'not stated'}"
+        )
+    lines += [f"{reason.message} [{reason.code}]" for reason in verdict.reasons]
+    return [f"{verdict.verdict:7} {verdict.path}", *(f"        {line}" for line in lines)]
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

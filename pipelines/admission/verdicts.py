@@ -1,0 +1,177 @@
+"""Every adapter is read; the verdict on it is recorded and said. What it says: see `heard`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from meteora.adapters.compatibility import check_stackable
+from meteora.artifacts import COMMIT, MeteoraError
+from pipelines.admission.base_lookup import looking_up
+from pipelines.admission.experts import Ground, Refusal, gather, reasons_of
+from pipelines.admission.sources import hub_of
+from pipelines.hub import repositories
+from pipelines.recipe.recipe import FoundExpert
+from pipelines.workspace.console import say
+from store.events import AdapterVerdict, Failure, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from meteora.adapters.tensors import Adapter
+    from meteora.artifacts import AdapterRef, BuiltBase
+    from meteora.untrusted import findings
+    from pipelines.admission.experts import Expert, Fetch, Resolve
+    from pipelines.hub.about import HubSource
+    from pipelines.hub.client import Hub
+    from pipelines.workspace.context import RunContext
+    from store.ledger import Ledger
+
+    Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[findings.Reason]]
+    """A warning of every adapter that is out of all proportion to the base's weights."""
+
+
+def find_experts(
+    work: RunContext,
+    built: BuiltBase,
+    *,
+    resolve: Resolve,
+    fetch: Fetch,
+    proportion: Proportion,
+) -> list[Expert]:
+    """Every adapter of the recipe that is sound; a refused one ends the run or is left out.
+
+    Args:
+        resolve, fetch: As `experts.gather` takes them.
+        proportion: `update_norm.check_proportion`, here or in a process that computes.
+    """
+    experts, num_refused = [], 0
+    if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
+        say(f"found {found} adapters on the Hub")
+    cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
+    look_up = looking_up(cache, base, work.base_folder(base), hub_at)
+    gates = work.recipe.router.kind == "gate"
+    ground = Ground(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
+    gathered = gather(work.recipe, work.folder, ground, cache, resolve=resolve, fetch=fetch)
+    for section, outcome in gathered:
+        if isinstance(outcome, Refusal):
+            num_refused += 1
+            about = about_of(outcome.ref, cache, hub_at)
+            refuse(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
+            if not outcome.left_out:
+                raise outcome.error
+            say(f"{section.name}: {outcome.error}", "left out")
+            continue
+        reasons = proportion(outcome.adapter, built.norms)
+        expert = warned(described(outcome, cache, hub_at), reasons)
+        record(work.ledger, work.run_id, expert, expert.adapter.reasons)
+        experts.append(expert)
+    if not experts:
+        raise MeteoraError(
+            f"of {num_refused} adapters none can be used, so there is nothing to stack"
+            if num_refused
+            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
+        )
+    return experts
+
+
+def check(
+    work: RunContext, built: BuiltBase, experts: Sequence[Expert], memory_limit_bytes: int
+) -> None:
+    """Refuse experts that cannot lie in one stack on this base; record those that can."""
+    found = {expert.name: expert.adapter for expert in experts}
+    for reason in check_stackable(found, base=built.sizes, memory_limit_bytes=memory_limit_bytes):
+        say(reason.message, "note")
+    for expert in experts:
+        spec = expert.adapter.spec
+        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
+
+
+def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findings.Reason]) -> None:
+    """Record that an expert is taken, and what to beware of."""
+    ledger.record_adapter(
+        AdapterVerdict(
+            name=expert.name,
+            source=expert.source,
+            repo_id=expert.ref.repo_id,
+            revision=expert.ref.revision,
+            subfolder=expert.ref.subfolder,
+            verdict="warn" if reasons else "accept",
+            reasons=_nouns(reasons),
+            licence=expert.licence,
+            adapter_id=expert.adapter.spec.id,
+            **_facts(expert.about),
+        ),
+        run_id=run_id,
+    )
+
+
+def refuse(
+    ledger: Ledger,
+    run_id: str,
+    name: str,
+    source: str,
+    refusal: Refusal,
+    about: HubSource | None,
+) -> None:
+    """Record that an adapter is refused, and why.
+
+    Args:
+        about: What the Hub says of its repository.
+    """
+    ref, error = refusal.ref, refusal.error
+    ledger.record_adapter(
+        AdapterVerdict(
+            name=name,
+            source=source,
+            repo_id=ref.repo_id,
+            revision=ref.revision,
+            subfolder=ref.subfolder,
+            verdict="refuse",
+            reasons=_nouns(reasons_of(error)),
+            licence=about.licence if about else "",
+            **_facts(about),
+        ),
+        run_id=run_id,
+    )
+    failure = Failure("check", name, type(error).__name__, str(error))
+    ledger.record_failure(failure, run_id=run_id)
+
+
+def warned(expert: Expert, reasons: Sequence[findings.Reason]) -> Expert:
+    """With what to beware of beside what was known."""
+    for reason in reasons:
+        say(f"{expert.name}: {reason.message}", "note")
+    adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
+    return replace(expert, adapter=adapter)
+
+
+def described(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
+    """With what the Hub says of its repository, where it is from there."""
+    about = about_of(expert.ref, cache, hub_at)
+    if about is None:
+        return expert
+    return replace(expert, licence=expert.licence or about.licence, about=about)
+
+
+def about_of(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
+    """What the Hub says of a repository; None where it was not asked, or says nothing."""
+    if COMMIT.fullmatch(ref.revision) is None:
+        return None
+    return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
+
+
+def _nouns(reasons: Sequence[findings.Reason]) -> tuple[Reason, ...]:
+    return tuple(Reason(reason.code, reason.message) for reason in reasons)
+
+
+def _facts(about: HubSource | None) -> dict[str, Any]:
+    if about is None:
+        return {}
+    return {
+        "author": about.author,
+        "base_models": about.base_models,
+        "downloads": about.downloads,
+    }

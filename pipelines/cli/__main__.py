@@ -1,0 +1,5 @@
+"""`python -m pipelines.cli` is `meteora`."""
+
+from pipelines.cli.app import main
+
+main()

@@ -1,0 +1,206 @@
+"""What is done with a checkpoint: ask it, report on it, sign, publish, take an expert out."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.options import DEFAULT_HOME, Home
+from pipelines.workspace.console import say
+
+app = typer.Typer()
+Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="FOLDER", help="Where the base lies, if it was a local folder."),
+]
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    prompt: str,
+    expert: Annotated[str, typer.Option(help="Send every token to this expert.")] = "",
+    max_new_tokens: int = 256,
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.html",
+            help="Show which expert took each token: on a page, and here in colours; - for these.",
+        ),
+    ] = "",
+    base: Base = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Answer one prompt with a fused model."""
+    import meteora
+    from meteora.model.generate import answer
+    from meteora.model.trace import trace_prompt
+    from pipelines.cli import score_table
+    from pipelines.reports.html import check_writable, write_page
+    from pipelines.reports.trace import page
+    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+
+    if trace not in {"", "-"}:
+        check_writable(Path(trace))
+    home = home.expanduser().absolute()
+    folder = checkpoint_folder(checkpoint, home)
+    model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
+    forced = meteora.force_expert(model, expert) if expert else nullcontext()
+    with forced:
+        if trace:
+            found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            score_table.trace(found)
+            if trace != "-":
+                write_page(Path(trace), page(found, prompt))
+        else:
+            answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+
+
+@app.command()
+def publish(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made where there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
+    ] = True,
+    tag: Annotated[str, typer.Option(help="Its name there; by its content without one.")] = "",
+    onto: Annotated[
+        str, typer.Option(metavar="COMMIT", help="Replace this, which somebody else put there.")
+    ] = "",
+    allow_licence: Annotated[
+        list[str] | None, typer.Option(help="Publish adapters with this licence; none: unstated.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the base lies, if it is on no Hub.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Put a checkpoint on the Hub, all of it at once, and see that it is the same model there."""
+    from pipelines.hub.client import Hub, saved_token
+    from pipelines.publishing.publish import Destination, publish
+    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+    from pipelines.workspace.context import new_run_id
+    from store.ledger import Ledger
+
+    home = home.expanduser().absolute()
+    folder = Path(checkpoint_folder(checkpoint, home))
+    to = Destination(
+        repo,
+        Hub(token=saved_token()),
+        private=private,
+        tag=tag,
+        onto=onto,
+        allow_licences=allow_licence or (),
+    )
+    ledger = Ledger(home)
+    base_folder = base or base_at_hand(folder, home)
+    made = publish(ledger, folder, to, new_run_id(), base_folder=base_folder)
+    if made.recorded:
+        ledger.ingest()
+    else:
+        say("the ledger under this home does not know the model, so nothing was recorded there")
+    print(f"{made.repo_id}@{made.revision} {made.tag}")
+
+
+@app.command()
+def report(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
+        "report.html"
+    ),
+    traces: Annotated[int, typer.Option(min=0, help="Test prompts to show answered.")] = 3,
+    base: Base = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Scores, routing, cost and lineage on one page that opens offline, with the SQL of each."""
+    import meteora
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import read_manifest
+    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.reports.examples import examples, traced
+    from pipelines.reports.html import check_writable, write_page
+    from pipelines.reports.queries import ask
+    from pipelines.reports.report import report_page
+    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+    from store.ledger import Ledger
+
+    check_writable(output)
+    home = home.expanduser().absolute()
+    ledger, folder = Ledger(home), find_checkpoint(checkpoint_folder(checkpoint, home))
+    asked = ask(ledger, ArtifactId(read_manifest(folder).router_id))
+    drawn = []
+    if chosen := examples(ledger, asked["outputs"], traces):
+        model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
+        drawn = traced(model, tokenizer, chosen)
+    write_page(output, report_page(asked, drawn))
+    print(output)
+
+
+@app.command()
+def sign(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    key: Annotated[Path, typer.Option(help="A private key, elliptic curve, PEM.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Sign every file of a checkpoint; the signature, model.sig, goes with it."""
+    from pipelines.publishing.signing import sign as sign_folder
+    from pipelines.workspace.checkpoints import checkpoint_folder
+
+    print(sign_folder(Path(checkpoint_folder(checkpoint, home.expanduser().absolute())), key))
+
+
+@app.command()
+def attest(
+    artifact: Annotated[str, typer.Argument(help="An id of the ledger, or how it begins.")],
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """What an artifact was made of, as an in-toto statement with SLSA provenance."""
+    from pipelines.publishing.attest import attest as statement_on
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest(deadline_seconds=1.0)
+    print(statement_on(ledger, ledger.resolve(artifact)), end="")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    expert: Annotated[str, typer.Option(help="Which one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new folder; the expert's name else.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Take one expert out as a PEFT adapter, with the numbers that it came with."""
+    from meteora.checkpoint.export import export_expert
+    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.workspace.checkpoints import checkpoint_folder
+
+    folder = find_checkpoint(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    out = output or Path(expert)
+    if export_expert(folder, expert, out):
+        say("its weights are byte for byte the file that it was made of")
+    print(out)
+
+
+@app.command("import")
+def import_adapters(
+    folder: Annotated[Path, typer.Argument(help="PEFT adapters: one, or one in each subfolder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    base: Annotated[str, typer.Option(help="The base, where no config names it.")] = "",
+) -> None:
+    """Write a recipe of the adapters in a folder; `meteora run` takes it as it is."""
+    from pipelines.recipe.from_folder import write_recipe
+
+    recipe = write_recipe(folder, output, base)
+    say(
+        f"{len(recipe.experts)} experts on {recipe.base}, router {recipe.router.kind}; what to"
+        f" change stands in its comments, and `meteora run {output} --dry-run` shows what it does"
+    )
+    print(output)

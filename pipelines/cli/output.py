@@ -1,0 +1,71 @@
+"""What the command line prints: data, on stdout. What it shows of models: see `show_model`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from meteora.artifacts import MeteoraError, short
+from pipelines.workspace.console import plain_console
+
+if TYPE_CHECKING:
+    from pipelines.scoring.recompute import Rejudged
+    from store.check import Verification
+    from store.query import Answer
+
+
+SHOWN = 100
+"""How many of the artifacts that one damaged file touches are listed."""
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def findings(found: Verification, again: Rejudged) -> int:
+    """Everything that is not as it was written; returns how much that is."""
+    every = (*found.findings, *again.findings)
+    for finding in every:
+        some = ", ".join(map(short, finding.touches[:SHOWN]))
+        more = len(finding.touches) - SHOWN
+        some += f" and {more:,} more" if more > 0 else ""
+        touched = f"; it touches {some}" if some else ""
+        print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
+    print(
+        f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
+        f" computed again: {len(every)} findings"
+    )
+    return len(every)
+
+
+def answer(answer: Answer, form: Format) -> None:
+    if form is Format.json:
+        if len(set(answer.columns)) < len(answer.columns):
+            raise MeteoraError(
+                "two columns have one name, which JSON cannot tell apart"
+                f" ({', '.join(answer.columns)}); name them with AS"
+            )
+        rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+        print(json.dumps(rows, indent=1, default=str))
+    elif form is Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.columns)
+        writer.writerows(answer.rows)
+    else:
+        table = Table(*answer.columns)
+        for row in answer.rows:
+            table.add_row(*(_cell(value) for value in row))
+        plain_console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else str(value)

@@ -1,0 +1,71 @@
+"""What the command line prints of a model: its scores, and who took which token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from meteora.artifacts import MeteoraError, short
+from pipelines.reports import trace as trace_view
+from pipelines.reports.card import (
+    cell,
+    how_measured,
+    loss_lines,
+    routing_lines,
+    speed_lines,
+    stand_in_lines,
+)
+from pipelines.reports.summary import summarise
+from pipelines.workspace.console import plain_console
+
+if TYPE_CHECKING:
+    from meteora.model.trace import Trace
+    from pipelines.planning.plan import Plan
+    from pipelines.workspace.context import RunContext
+
+
+def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    if summary is None:
+        raise MeteoraError("the ledger lost a result while it was read; run again")
+    out = plain_console()
+    out.print(f"{work.name}: scores, and their 95 % intervals")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("task", "n", *summary.systems):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, row in summary.scores.items():
+        cells = [cell(summary, task, system) for system in summary.systems]
+        table.add_row(task, str(row["fused"].num_samples), *cells)
+    means = [summary.mean(system) for system in summary.systems]
+    table.add_section()
+    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+    out.print(table)
+    told = (
+        *how_measured(summary),
+        *routing_lines(summary),
+        *stand_in_lines(summary.gates.spec.stand_ins, summary.gates.spec.stand_in),
+        *loss_lines(summary),
+    )
+    for line in (*told, *speed_lines(summary)):
+        out.print(line, soft_wrap=True)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())
+    out.print(f"sizes: {sizes} (the base is referred to, not copied)", soft_wrap=True)
+    if seconds:
+        took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
+        out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
+    out.print(f"checkpoint: {work.checkpoint_folder(planned.router.id)}", soft_wrap=True)
+    out.print(f"recorded as {short(planned.router.id)}; try next:")
+    question = (
+        "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
+        " ORDER BY task"
+    )
+    out.print(f'  meteora sql "{question}"', soft_wrap=True)
+
+
+def trace(found: Trace) -> None:
+    """Prompt and answer in the colours of the experts that took them, and a legend."""
+    out = plain_console()
+    for text in trace_view.terminal(found):
+        out.print(text, soft_wrap=True, end="\n\n")

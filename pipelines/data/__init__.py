@@ -1,0 +1,9 @@
+"""Rows: where they come from, and how they become prompts and labels.
+
+rows         a row, its hash, and the check that tests are not examples
+row_sources  JSONL, BIG-bench, reasoning-gym, the Hub
+spans        rows whose parts belong to different experts
+composites   several questions in one prompt
+background   texts that belong to no expert
+labels       rows as token ids, each with its expert
+"""

@@ -1,0 +1,278 @@
+"""Where rows come from: files, BIG-bench, reasoning-gym, the Hub.
+
+jsonl:<file>                                 {"prompt", "response", "choices"} a line
+bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
+reasoning_gym:<name>[?seed=1]                made on the spot; needs the extra `reasoning`
+hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
+
+Of the Hub's rows a column inside another is named with a point (`translation.de`), several that
+belong together with commas. Further options: `ask`, a text before every prompt; `part`, train or
+test, where a set has no split for tests; `longest`, in characters: longer prompts are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from itertools import chain, islice, zip_longest
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from pipelines.data.rows import ExamplesError, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+MAX_ROW_BYTES = 1 << 20
+MAX_TASK_BYTES = 1 << 28
+TEST_SHARE = 5
+"""Where a source has no split for tests every fifth row, by the hash of its prompt, is for them."""
+PARTS = ("all", "train", "test")
+
+
+def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
+    """The first `limit` rows of a source.
+
+    Args:
+        folder: what paths are relative to
+
+    Raises:
+        ExamplesError: the source is unknown or cannot be read, or holds no rows.
+    """
+    kind, colon, name = source.partition(":")
+    if not colon or kind not in READERS:
+        raise ExamplesError(
+            f"{source}: rows come from {', '.join(f'`{known}:…`' for known in READERS)}"
+        )
+    allowed, read = READERS[kind]
+    name, _, query = name.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := options.keys() - allowed:
+        known = ", ".join(sorted(allowed)) or "none"
+        raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
+    rows = list(islice(read(name, folder, options, limit), limit))
+    if not rows:
+        raise ExamplesError(f"{source}: no rows in it")
+    return rows
+
+
+def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) -> Iterator[Row]:
+    return (_row(line, place) for line, place in json_lines(folder / name))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that hold something, each with its place for people."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}, line {number}"
+                if len(line) > MAX_ROW_BYTES:
+                    raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
+                if line.strip():
+                    yield line, place
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExamplesError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        body = json.loads(line)
+        row = Row(
+            body["prompt"],
+            body["response"],
+            tuple(body.get("choices") or ()),
+            tuple(body.get("references") or ()),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ExamplesError(
+            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed'
+        ) from error
+    return checked(row, place)
+
+
+def checked(row: Row, place: str) -> Row:
+    """The row, if it can be asked and answered."""
+    texts = (row.prompt, *row.answers, *row.choices)
+    if not all(isinstance(text, str) for text in texts) or not row.prompt.strip():
+        raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
+    if row.choices and (strange := set(row.answers) - set(row.choices)):
+        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is none of its choices")
+    return row
+
+
+def _bigbench(name: str, folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
+    split = _part(options, "split", f"bigbench:{name}")
+    return (row for row in _bigbench_rows(folder / name) if _belongs(row, split))
+
+
+def _part(options: Mapping[str, str], key: str, source: str) -> str:
+    part = options.get(key, "all")
+    if part not in PARTS:
+        raise ExamplesError(f"{source}: the {key} {part!r} is none of {', '.join(PARTS)}")
+    return part
+
+
+def _belongs(row: Row, part: str) -> bool:
+    """Whether a row is of this part; equal prompts are always of the same."""
+    held = int(row.sha256[:8], 16) % TEST_SHARE == 0
+    return part == "all" or held == (part == "test")
+
+
+def _in_turns(parts: Iterable[Iterable[Row]]) -> Iterator[Row]:
+    """One row of each part after the other, so that the first ones are of all parts."""
+    rounds = zip_longest(*parts)
+    return (row for row in chain.from_iterable(rounds) if row is not None)
+
+
+def _bigbench_rows(path: Path) -> Iterator[Row]:
+    """The examples of a task: its own, or in turns those of its subtasks, in file or folders."""
+    if path.is_dir():
+        files = [path / "task.json"] if (path / "task.json").is_file() else []
+        files = files or sorted(path.glob("*/task.json"))
+        if not files:
+            raise ExamplesError(f"{path}: there is no task.json in it or in a folder beneath")
+        yield from _in_turns(_bigbench_rows(file) for file in files)
+        return
+    try:
+        if path.stat().st_size > MAX_TASK_BYTES:
+            raise ExamplesError(f"{path}: larger than {MAX_TASK_BYTES:,} bytes")
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExamplesError(
+            f"{path}: not readable as JSON: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    parts = body.get("subtasks") if isinstance(body, dict) else None
+    parts = parts if isinstance(parts, list) and parts else [body]
+    yield from _in_turns(_bigbench_part(body, part, path) for part in parts)
+
+
+def _bigbench_part(body: dict[str, Any], part: Any, path: Path) -> Iterator[Row]:  # noqa: ANN401
+    if not isinstance(part, dict) or not isinstance(part.get("examples"), list):
+        raise ExamplesError(f"{path}: a BIG-bench task holds a list `examples`, or `subtasks`")
+    settings = {**body, **part}
+    for number, example in enumerate(part["examples"], 1):
+        yield _bigbench_row(settings, example, f"{path}, example {number}")
+
+
+def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # noqa: ANN401
+    """One example as BIG-bench itself puts it to a model, without solved ones before it."""
+    try:
+        given = example.get("target_scores") or {}
+        scores = {str(choice): float(score) for choice, score in given.items()}
+        if scores:
+            best = max(scores.values())
+            right = [choice for choice, score in scores.items() if score == best]
+        else:
+            target = example["target"]
+            right = list(target) if isinstance(target, list) else [target]
+        listed = ""
+        if scores and task.get("append_choices_to_input", True):
+            prefix = task.get("choice_prefix", "\n  choice: ")
+            listed = "".join(f"{prefix}{choice}" for choice in scores)
+        prompt = (
+            task.get("task_prefix", "")
+            + task.get("example_input_prefix", "\nQ: ")
+            + example["input"]
+            + listed
+            + task.get("example_output_prefix", "\nA: ")
+        )
+        row = Row(prompt.strip(), right[0], tuple(scores), tuple(dict.fromkeys(right[1:])))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ExamplesError(
+            f"{place}: not an example; `input` with `target` or `target_scores` is needed"
+        ) from error
+    return checked(row, place)
+
+
+def _reasoning_gym(
+    name: str, _folder: Path, options: Mapping[str, str], limit: int
+) -> Iterator[Row]:
+    seed = options.get("seed", "0")
+    if not seed.isdecimal() or len(seed) > 9:
+        raise ExamplesError(f"reasoning_gym:{name}: the seed {seed!r} is no number")
+    task = reasoning_task(name, int(seed), limit)
+    for number in range(limit):
+        entry = task[number]
+        place = f"reasoning_gym:{name}, entry {number}"
+        checker = f"reasoning_gym:{name}@{seed}#{number}"
+        yield checked(Row(str(entry["question"]), str(entry["answer"]), checker=checker), place)
+
+
+@lru_cache(maxsize=8)
+def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (its own type)
+    """A task of reasoning-gym; entry `n` depends on name and seed, never on the size."""
+    try:
+        import reasoning_gym  # noqa: PLC0415  (an extra)
+    except ImportError as error:
+        raise ExamplesError(
+            f"reasoning_gym:{name} needs a package that is not installed:"
+            " `pip install meteora-pipelines[reasoning]`"
+        ) from error
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, size=size)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ExamplesError(f"reasoning_gym:{name}: {error}") from error
+
+
+def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
+    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
+
+    prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
+    part = _part(options, "part", f"hf:{name}")
+    longest = options.get("longest", str(MAX_ROW_BYTES))
+    if not longest.isdecimal() or len(longest) > 9:
+        raise ExamplesError(f"hf:{name}: longest={longest!r} is no number of characters")
+    try:
+        table = datasets.load_dataset(
+            name,
+            options.get("config"),
+            split=options.get("split", "test"),
+            revision=options.get("revision"),
+            streaming=True,
+        )
+        for number, item in enumerate(table):
+            row = Row(
+                options.get("ask", "") + _columns(item, prompt, name),
+                _columns(item, response, name),
+                tuple(item.get("choices") or ()),
+            )
+            if len(row.prompt) <= int(longest) and _belongs(row, part):
+                yield checked(row, f"hf:{name}, row {number}")
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ExamplesError(
+            f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
+            " name, config and split, and that the Hub can be reached"
+        ) from error
+
+
+def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
+    """The text of a column, or of several with an empty line in between where both say something.
+
+    Args:
+        names: `a`, `a.b` for what is inside of `a`, `a,b` for both
+    """
+    texts = []
+    for name in names.split(","):
+        value: Any = item
+        for step in name.split("."):
+            if not isinstance(value, dict) or step not in value:
+                raise ExamplesError(
+                    f"hf:{source} has no column {name!r}, it has {', '.join(item)}; name the"
+                    " columns with ?prompt=…&response=…"
+                )
+            value = value[step]
+        if not isinstance(value, str):
+            raise ExamplesError(f"hf:{source}: its column {name!r} holds no text")
+        texts.append(value)
+    return "\n\n".join(filter(None, texts))
+
+
+HUB_OPTIONS = {"config", "split", "revision", "prompt", "response", "ask", "part", "longest"}
+READERS: dict[str, tuple[set[str], Callable[..., Iterator[Row]]]] = {
+    "jsonl": (set(), _jsonl),
+    "bigbench": ({"split"}, _bigbench),
+    "reasoning_gym": ({"seed"}, _reasoning_gym),
+    "hf": (HUB_OPTIONS, _hub),
+}

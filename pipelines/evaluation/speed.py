@@ -1,0 +1,161 @@
+"""How fast a routed model is, against its own base, in turns on the machine at hand."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from meteora.artifacts import Rate, SpeedBuild
+from meteora.model.fused import without_experts
+from meteora.routing.layer import routed_layers
+from pipelines.scoring.intervals import bootstrap_median
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.artifacts import SpeedSpec
+
+BASE, FUSED = "base", "fused"
+PHASES = ("prefill", "decode")
+
+
+def time_model(
+    model: PreTrainedModel,
+    spec: SpeedSpec,
+    stored_bytes: int,
+    advance: Callable[[int], None] = lambda _rounds: None,
+) -> SpeedBuild:
+    """Time the routed model and its base in turns, each first in every other round.
+
+    Both run on the same random tokens, so that neither stops early; the first round is not
+    counted. A round's two times belong together: the ratio is the median over the rounds.
+
+    Args:
+        stored_bytes: of experts and gates on disk
+        advance: called with the number of rounds just done
+    """
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    shape = (spec.batch_size, spec.prompt_tokens + spec.new_tokens)
+    ids = torch.randint(vocab_size, shape, generator=generator).to(model.device)
+    seconds: dict[tuple[str, str], list[float]] = {
+        (system, phase): [] for system in (BASE, FUSED) for phase in PHASES
+    }
+    for number in range(spec.rounds + 1):
+        for system in (BASE, FUSED) if number % 2 else (FUSED, BASE):
+            with without_experts(model) if system == BASE else nullcontext():
+                times = _one_round(model, ids, spec.prompt_tokens)
+            if number:
+                for phase, spent in zip(PHASES, times, strict=True):
+                    seconds[system, phase].append(spent)
+        advance(1)
+    prompt = ids[:, : spec.prompt_tokens]
+    with without_experts(model):
+        base_working = working_bytes(model, prompt)
+    base_bytes, added_bytes = _weights(model)
+    return SpeedBuild(
+        spec=spec,
+        rates=tuple(_rate(phase, seconds, spec) for phase in PHASES),
+        base_bytes=base_bytes,
+        added_bytes=added_bytes,
+        base_working_bytes=base_working,
+        fused_working_bytes=working_bytes(model, prompt),
+        stored_bytes=stored_bytes,
+        device=device_name(model.device),
+        num_threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple[float, float]:
+    """Seconds of a prefill, and of decoding the rest one token at a time."""
+    with torch.inference_mode():
+        begun = _now(model.device)
+        out = model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
+        filled = _now(model.device)
+        for place in range(prompt_tokens, ids.shape[1]):
+            out = model(
+                input_ids=ids[:, place : place + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+        return filled - begun, _now(model.device) - filled
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _rate(phase: str, seconds: dict[tuple[str, str], list[float]], spec: SpeedSpec) -> Rate:
+    length = spec.prompt_tokens if phase == "prefill" else spec.new_tokens
+    base, fused = seconds[BASE, phase], seconds[FUSED, phase]
+    ratios = [ours / theirs for ours, theirs in zip(fused, base, strict=True)]
+    low, high = bootstrap_median(ratios)
+    return Rate(
+        phase=phase,
+        base_tokens_per_second=spec.batch_size * length / median(base),
+        fused_tokens_per_second=spec.batch_size * length / median(fused),
+        ratio=median(ratios),
+        low=low,
+        high=high,
+    )
+
+
+def _weights(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes in memory of the base, and of experts and routers beside it; shared tensors once."""
+    added: set[nn.Module] = set()
+    for layer in routed_layers(model).values():
+        added |= {layer, *(layer.router.modules() if layer.router else ())}
+    own: dict[int, int] = {}
+    beside: dict[int, int] = {}
+    for module in model.modules():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        into = beside if module in added else own
+        into |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return sum(own.values()), sum(beside.values())
+
+
+def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
+    """The most that a prefill allocates at one time, beyond what lies in memory before."""
+    with torch.inference_mode():
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device)
+            model(input_ids=prompt, logits_to_keep=1)
+            return torch.cuda.max_memory_allocated(model.device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model(input_ids=prompt, logits_to_keep=1)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    steps = sorted(
+        (event["args"]["Ev Idx"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]"
+    )
+    now = most = 0
+    for _, step in steps:
+        now += step
+        most = max(most, now)
+    return most
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

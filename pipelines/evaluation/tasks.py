@@ -1,0 +1,124 @@
+"""What is asked: a task is rows, composites of them, or one that the harness brings itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import canonical_sha256
+from pipelines.data.composites import compose
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import Row, rows_sha256
+from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pipelines.data.composites import Composite
+    from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
+    from pipelines.recipe.recipe import ExpertSection
+
+COMPOSITE = "composite"
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    metrics: tuple[str, ...]
+    """The first is the one that tables show."""
+    template: str
+    max_new_tokens: int
+    rows: Sequence[Row] = ()
+    expert: str = ""
+    """Whose own rows they are."""
+    composites: Sequence[Composite] = ()
+    part_metrics: Mapping[str, str] = field(default_factory=dict)
+    """Of composites: how the answers to each task's questions are judged."""
+    lm_eval: str = ""
+    """Name of the harness's own task."""
+    folder: Path | None = None
+    """Where the harness finds a task that it does not bring."""
+    limit: int = 0
+    """Rows of the harness's own task."""
+
+    @property
+    def rows_sha256(self) -> str:
+        if self.lm_eval:
+            return canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit})
+        return rows_sha256(self.composites or self.rows)
+
+    @property
+    def num_questions(self) -> int:
+        """How many prompts, or, where choices are weighed, how many pairs of both."""
+        if self.lm_eval:
+            return self.limit
+        weighed = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
+        asked = any(m not in METRICS or not METRICS[m].of_choices for m in self.metrics)
+        choices = sum(len(row.choices) for row in self.rows) if weighed else 0
+        return choices + (len(self.composites or self.rows) if asked else 0)
+
+
+def make_tasks(
+    experts: Sequence[ExpertSection], settings: BenchmarkSection, folder: Path
+) -> dict[str, Task]:
+    """Every task of a recipe by name: the experts' own, further ones, then composites.
+
+    Raises:
+        ExamplesError: rows are missing or malformed.
+    """
+    tasks: dict[str, Task] = {}
+    for expert in experts:
+        if expert.test:
+            tasks[expert.name] = Task(
+                expert.name,
+                _several(expert.metric) or ("exact_match",),
+                settings.template,
+                expert.max_new_tokens or settings.max_new_tokens,
+                rows=read_rows(expert.test, folder, settings.limit),
+                expert=expert.name,
+            )
+    for section in settings.tasks:
+        tasks[section.called] = _further(section, settings, folder)
+    tasks |= _composites(tasks, settings)
+    return tasks
+
+
+def _several(metric: str | tuple[str, ...]) -> tuple[str, ...]:
+    return ((metric,) if metric else ()) if isinstance(metric, str) else metric
+
+
+def _further(section: TaskSection, settings: BenchmarkSection, folder: Path) -> Task:
+    limit = section.limit or settings.limit
+    return Task(
+        section.called,
+        _several(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
+        section.template or settings.template,
+        section.max_new_tokens or settings.max_new_tokens,
+        rows=read_rows(section.rows, folder, limit) if section.rows else (),
+        lm_eval=section.lm_eval,
+        folder=folder / section.folder if section.folder else None,
+        limit=limit,
+    )
+
+
+def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
+    made = {}
+    for section in settings.composite:
+        name = f"{COMPOSITE}-{section.n}"
+        # an expert that was left out takes its task with it
+        names = [n for n, task in tasks.items() if task.rows and n in (section.tasks or tasks)]
+        parts = {
+            part: next((m for m in tasks[part].metrics if not METRICS[m].of_choices), "exact_match")
+            for part in names
+        }
+        rows = {part: tasks[part].rows for part in names}
+        made[name] = Task(
+            name,
+            (RIGHT, ATTEMPTED),
+            settings.template,
+            settings.max_new_tokens * section.n,
+            composites=compose(rows, section.n, section.count or settings.limit, settings.seed),
+            part_metrics=parts,
+        )
+    return made

@@ -1,0 +1,30 @@
+"""Prefect: the flow, its server, its schedules.
+
+flow             the main flow: all stages in order
+up_to_date       is anything left to do?
+local_server     a Prefect server for a home that has none
+deployments      recipes that run by a schedule
+missed_runs      runs that were missed, or that overlap
+run_page         what Prefect's page shows of a run
+failure_webhook  a webhook that is called when runs fail
+device_lock      one run on a GPU at a time
+dask             several recipes at once, on Dask
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.flows.flow import fuse_adapters
+
+__all__ = ["fuse_adapters"]
+
+
+def __getattr__(name: str) -> object:
+    """`pipelines.flows.fuse_adapters` is the entry point of deployments: load it on first use."""
+    if name == "fuse_adapters":
+        from pipelines.flows.flow import fuse_adapters  # noqa: PLC0415  (it loads Prefect)
+
+        return fuse_adapters
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,211 @@
+"""A Prefect server for a home, where the user has none: on loopback, and gone with its last run.
+
+Prefect can start one itself, but leaves it behind when the run is killed, gives up on a slow first
+start, and starts one for every process. This one is shared by all that work in a home at the same
+time. Each holds a lock, which the system takes back however it ended; when the server gets that
+lock, nobody is left, and it exits. Where it ends before that, one of them starts it again.
+
+    home/prefect/users.lock    shared by all who use the server
+                 server.lock   the server's own, as long as it lives
+                 start.lock    held while somebody looks for a server, or starts one
+                 address       where the server that lives listens
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+START_SECONDS = 180.0
+"""A first start makes a database: half a minute on a busy machine."""
+HOST = "127.0.0.1"
+PORT = 4200
+"""Prefect's own. After that the last one, so that a page that was opened is found again."""
+KEEP_SECONDS = 1.0
+"""How often it is seen whether the server lives."""
+
+
+class ServerError(MeteoraError):
+    """The local Prefect server did not start."""
+
+
+def use_local_server(home: Path) -> bool:
+    """Point Prefect at the server of this home; call it before Prefect is imported.
+
+    It is kept for as long as this process lives, and outlives Prefect's own farewells, which are
+    sent when the process ends.
+
+    Returns:
+        Whether one had to be started.
+    """
+    folder = home / "prefect"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with ExitStack() as held:
+        start = held.enter_context((folder / "start.lock").open("w"))
+        fcntl.flock(start, fcntl.LOCK_EX)
+        users = held.enter_context((folder / "users.lock").open("w"))
+        fcntl.flock(users, fcntl.LOCK_SH)  # waits while a server is on its way out
+        server = _start(folder)
+        url = (folder / "address").read_text()
+        _wait_until_healthy(server, url, folder / "server.log")
+        os.environ["PREFECT_API_URL"] = url
+        start.close()
+        # last in, first out: Prefect registers its farewells later, so they come before this
+        leaving = threading.Event()
+        atexit.register(_leave, users, server, held.pop_all(), leaving)
+    threading.Thread(target=_keep_alive, args=(folder, server, leaving), daemon=True).start()
+    return server is not None
+
+
+def answers() -> bool:
+    """Whether the server that is used answers now."""
+    try:
+        with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):  # noqa: S310
+            return True
+    except (urllib.error.URLError, OSError, KeyError, ValueError):
+        return False
+
+
+def page() -> str:
+    """Where a person sees what runs on the server that is used."""
+    return os.environ["PREFECT_API_URL"].removesuffix("/api")
+
+
+def _got(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes] | None:
+    """Start a server, unless one lives."""
+    with (folder / "server.lock").open("a") as own:
+        if not _got(own, fcntl.LOCK_EX):
+            return None
+        with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
+            port = listener.getsockname()[1]
+            (folder / "address").write_text(f"http://{HOST}:{port}/api")
+            return subprocess.Popen(  # noqa: S603  (our own module)
+                [
+                    sys.executable,
+                    "-m",
+                    "pipelines.flows.local_server",
+                    str(folder),
+                    str(listener.fileno()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno(), own.fileno()],  # a lock is held as long as it is open
+                start_new_session=True,  # Ctrl-C is for the run, which then lets go of its lock
+                env=os.environ
+                | {
+                    "PREFECT_SERVER_API_HOST": HOST,
+                    "PREFECT_SERVER_API_PORT": str(port),
+                    "PREFECT_UI_URL": f"http://{HOST}:{port}",  # for links in what it sends
+                },
+            )
+
+
+def _last_port(folder: Path) -> int:
+    try:
+        return int((folder / "address").read_text().removesuffix("/api").rpartition(":")[2])
+    except (FileNotFoundError, ValueError):
+        return PORT
+
+
+@contextmanager
+def _listening(port: int) -> Generator[socket.socket]:
+    """A socket that listens already, so that nobody takes its port before the server is up."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:  # somebody else has it: any other
+            listener.bind((HOST, 0))
+        listener.listen()
+        yield listener
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while (server is None or server.poll() is None) and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):  # noqa: S310  (loopback)
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    if server is not None:
+        server.kill()
+        server.wait()
+    raise ServerError(
+        f"the local Prefect server did not start; {log} says why, or set PREFECT_API_URL to a"
+        " server that runs"
+    )
+
+
+def _keep_alive(
+    folder: Path, server: subprocess.Popen[bytes] | None, leaving: threading.Event
+) -> None:
+    """Start the server again, at its address, when it has died: Prefect's clients wait for it."""
+    while not leaving.wait(KEEP_SECONDS):
+        if server is not None:
+            server.poll()  # its parent has to ask, or it stays a zombie
+        with (folder / "start.lock").open("w") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            server = _start(folder) or server
+
+
+def _leave(
+    users: IO[str],
+    server: subprocess.Popen[bytes] | None,
+    held: ExitStack,
+    leaving: threading.Event,
+) -> None:
+    leaving.set()
+    alone = _got(users, fcntl.LOCK_EX)
+    held.close()
+    if server is not None and alone:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=5)
+
+
+def _end_with_the_last_user(folder: Path) -> None:
+    users = (folder / "users.lock").open("w")
+    while not _got(users, fcntl.LOCK_EX):
+        time.sleep(0.2)
+    os._exit(0)
+
+
+def serve(folder: Path, listener: socket.socket) -> None:
+    import uvicorn  # noqa: PLC0415  (in the server's own process only)
+
+    threading.Thread(target=_end_with_the_last_user, args=(folder,), daemon=True).start()
+    config = uvicorn.Config(
+        "prefect.server.api.server:create_app", factory=True, log_level="warning"
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    serve(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))

@@ -1,0 +1,186 @@
+"""What Prefect's page shows of a run: name, tags, log, progress, scores, and a card to read.
+
+The ledger is the record and the page a view: where the server does not answer, a run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Crashed
+
+from meteora.artifacts import COMMIT
+from meteora.checkpoint.manifest import CARD
+from pipelines.admission.sources import hub_of
+from pipelines.recipe.stage import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping, Sequence
+
+    from meteora.artifacts import Score
+    from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
+    from pipelines.scoring.regressions import Change
+    from pipelines.workspace.context import RunContext
+
+logger = logging.getLogger(__name__)
+TAG = "meteora"
+"""Of every run and every deployment of ours: what filters and automations go by."""
+LOOKED_AT = """
+SELECT name, verdict, repo_id, revision, licence, array_to_string(messages, '; ') AS reasons
+FROM adapters WHERE run_id = '{}'
+"""
+
+
+@contextmanager
+def _if_it_answers() -> Generator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+        logger.warning("the Prefect server did not take what was to be shown: %s", error)
+
+
+def introduce(work: RunContext) -> None:
+    """Give the flow run the name that the ledger knows, and tags to find it by."""
+    tags = {*flow_run.get_tags(), TAG, f"recipe:{work.name}", f"base:{work.recipe.base}"}
+    with _if_it_answers(), get_client(sync_client=True) as client:
+        client.update_flow_run(
+            UUID(flow_run.get_id()), name=f"{work.name} {work.run_id}", tags=sorted(tags)
+        )
+
+
+def note(text: str) -> None:
+    """Put what a person is told into the run's log, too."""
+    get_run_logger().info(text)
+
+
+def close_killed(work: RunContext, run_ids: Iterable[str]) -> None:
+    """Mark runs as crashed that were killed: Prefect shows them as running for ever."""
+    names = [f"{work.name} {run_id}" for run_id in run_ids]
+    if not names:
+        return
+    running = FlowRunFilter(
+        name=FlowRunFilterName(any_=names),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+    )
+    with _if_it_answers(), get_client(sync_client=True) as client:
+        for killed in client.read_flow_runs(flow_run_filter=running):
+            state = Crashed(message="its process ended without a word")
+            client.set_flow_run_state(killed.id, state, force=True)
+
+
+class Progress:
+    """How far a run is, as a bar on its page: in stages, and in what the stage itself counts."""
+
+    def __init__(self, work: RunContext, until: Stage) -> None:
+        self._stages = list(Stage)[: list(Stage).index(until) + 1]
+        self._at = 0
+        self._artifact: UUID | None = None
+        with _if_it_answers():
+            key = f"progress-{_slug(work)}"
+            self._artifact = create_progress_artifact(0.0, key=key)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)
+
+    def begin(self, stage: Stage) -> None:
+        self._at = self._stages.index(stage)
+        self._show(0.0, stage)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        self._show(done / max(1, total), f"{what}: {done} of {total}")
+
+    def end(self) -> None:
+        self._at = len(self._stages)  # a recipe need not publish
+        self._show(0.0, "done")
+
+    def _show(self, share: float, text: str) -> None:
+        if self._artifact is not None:
+            percent = 100.0 * (self._at + share) / len(self._stages)
+            # a server that went away is not asked again: Prefect's client tries for a minute
+            artifact, self._artifact = self._artifact, None
+            with _if_it_answers():
+                update_progress_artifact(artifact, percent, description=text)
+                self._artifact = artifact
+
+
+def show_results(
+    work: RunContext, plan: Plan, summary: Summary, since_last: Sequence[Change]
+) -> None:
+    """Put verdicts, scores, the card, and links to its parts and itself on the run's page."""
+    before = {(one.task, one.metric): one for one in since_last}
+    rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
+    worse = [
+        f"**Worse than the last checkpoint** on {one.task}: {one.value:.3f}, it was"
+        f" {one.previous:.3f}."
+        for one in since_last
+        if one.worse
+    ]
+    card = (work.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
+    sources = [(plan.base.base_model, plan.base.base_revision)]
+    sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]
+    if work.recipe.publish is not None:
+        sources += [
+            (one.repo_id, one.revision)
+            for one in work.ledger.publications(work.recipe.publish.repo)
+            if one.artifact_id == plan.router.id
+        ]
+    looked_at = work.ledger.query(LOOKED_AT.format(work.run_id))
+    adapters = [dict(zip(looked_at.columns, row, strict=True)) for row in looked_at.rows]
+    slug = _slug(work)
+    with _if_it_answers():
+        create_table_artifact(
+            adapters, key=f"adapters-{slug}", description=f"{work.name}: adapters looked at"
+        )
+        create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: scores")
+        create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
+        for repo_id, revision in sources:
+            if COMMIT.fullmatch(revision):
+                create_link_artifact(
+                    f"{hub_of(work.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
+                    link_text=repo_id,
+                )
+
+
+def _row(
+    task: str,
+    row: Mapping[str, Score],
+    systems: Sequence[str],
+    before: Mapping[tuple[str, str], Change],
+) -> dict[str, str | int | float]:
+    """A task's line of the table; with what the last checkpoint scored, where there is one."""
+    fused = row["fused"]
+    cells: dict[str, str | int | float] = {
+        "task": task,
+        "metric": fused.spec.metric,
+        "n": fused.num_samples,
+    }
+    cells |= {system: round(row[system].value, 4) for system in systems if system in row}
+    if last := before.get((fused.spec.task, fused.spec.metric)):
+        cells["last"] = round(last.previous, 4)
+    return cells
+
+
+def _slug(work: RunContext) -> str:
+    """The recipe's name in the letters that a key may have."""
+    return re.sub(r"[^a-z0-9]+", "-", work.key.lower()).strip("-")

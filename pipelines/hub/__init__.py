@@ -1,0 +1,14 @@
+"""Everything that speaks with the Hugging Face Hub.
+
+repositories  names to commits; find and download adapters and bases
+client        one request to the Hub, with a deadline
+worker        the process that makes the request
+errors        what can go wrong, and what may pass by itself
+listing       the files of a commit
+snapshot      files of one commit in a folder, whole or absent
+adapter       an adapter's folder, its weights only where its config is sound
+card          the metadata in a model card
+about         downloads, licence and the like of a repository
+bundle        what is to be uploaded, with its hashes
+upload        a commit by way of a staging branch
+"""

@@ -1,0 +1,150 @@
+"""An adapter's files from a repository: its config first, and its weights only if that is sound.
+
+A cache holds, for each commit,
+
+    <commit>/          config, weights and card, whole or absent     <commit>.json        as listed
+    <commit>.claims/   the config of one that was refused for it     <commit>.claims.json
+
+so that neither is asked for twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.adapters import reader
+from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS
+from meteora.untrusted.findings import AdapterError
+from pipelines.hub.card import MAX_CARD_BYTES
+from pipelines.hub.client import DEFAULT, Hub
+from pipelines.hub.errors import HubFilesError, HubSizeError
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some
+from pipelines.hub.snapshot import check_file, locked, put_in_place, read_manifest, staging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from meteora.adapters.config import OnExtras
+    from meteora.artifacts import AdapterRef
+    from pipelines.hub.snapshot import ListedFile
+
+MAX_ADAPTER_BYTES = 4 << 30
+
+
+def download(
+    ref: AdapterRef,
+    cache_dir: Path,
+    *,
+    hub: Hub = DEFAULT,
+    limit_bytes: int = MAX_ADAPTER_BYTES,
+    modules_to_save: OnExtras = "refuse",
+) -> Path:
+    """The folder that holds an adapter's config, weights and card; downloaded unless it is there.
+
+    What was downloaded before is hashed again, without asking the Hub.
+
+    Args:
+        modules_to_save: As `adapters.read` takes it.
+
+    Raises:
+        AdapterError: Its config alone is a refusal; its weights were left where they are.
+        HubFilesError: No adapter lies there; the message says what does.
+        HubSizeError: It is larger than `limit_bytes`, or than the Hub lists it.
+        HubHashError: The bytes are not those that the repository lists.
+        HubError: The Hub does not deliver; `retry` says whether waiting can help.
+    """
+    folder = _snapshot(ref, cache_dir)
+    with locked(folder, hub.timeout_seconds):
+        here = downloaded(ref, cache_dir, modules_to_save=modules_to_save)
+        if here is not None:
+            return here
+        weights, small = _adapter_files(hub, ref, limit_bytes)
+        with staging(folder) as staged:
+            fetch_files(hub, ref, small, staged)
+            try:
+                _check_config(ref, staged, modules_to_save)
+            except AdapterError:
+                put_in_place(staged, _claims(folder), small)
+                raise
+            fetch_files(hub, ref, [weights], staged)
+            put_in_place(staged, folder, [*small, weights])
+    return folder / ref.subfolder
+
+
+def downloaded(
+    ref: AdapterRef, cache_dir: Path, *, modules_to_save: OnExtras = "refuse"
+) -> Path | None:
+    """What `download` gives or refuses, from what it left before; its files are hashed again.
+
+    Raises:
+        AdapterError: Its config alone is a refusal.
+        HubHashError: The bytes are no longer those that the repository listed.
+    """
+    folder = _snapshot(ref, cache_dir)
+    for known in (folder, _claims(folder)):
+        if (files := read_manifest(known)) is None:
+            continue
+        for file in files:
+            check_file(file, known, f"{ref.repo_id} at {ref.revision[:12]}")
+        if known == folder:
+            return folder / ref.subfolder
+        _check_config(ref, known, modules_to_save)  # another policy may take it now
+    return None
+
+
+def adapter_bytes(
+    ref: AdapterRef, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
+) -> int:
+    """The size of what `download` would get; raises what it would raise before it begins."""
+    weights, small = _adapter_files(hub, ref, limit_bytes)
+    return weights.size + sum(file.size for file in small)
+
+
+def _snapshot(ref: AdapterRef, cache_dir: Path) -> Path:
+    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
+    return cache_dir / ref.repo_id.replace("/", "--") / name
+
+
+def _claims(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.claims")
+
+
+def _check_config(ref: AdapterRef, folder: Path, modules_to_save: OnExtras) -> None:
+    where = f"{_where(ref)}, {CONFIG}"
+    reader.check_config(folder / ref.subfolder, where, modules_to_save=modules_to_save)
+
+
+def _where(ref: AdapterRef) -> str:
+    folder = f", {ref.subfolder}" if ref.subfolder else ""
+    return f"{ref.repo_id} at {ref.revision[:12]}{folder}"
+
+
+def _adapter_files(
+    hub: Hub, ref: AdapterRef, limit_bytes: int
+) -> tuple[ListedFile, list[ListedFile]]:
+    """The weights, and the small files beside them, of which the first is the config."""
+    prefix = f"{ref.subfolder}/" if ref.subfolder else ""
+    entries = list_folder(hub, ref, ref.subfolder)
+    files = {file.path: file for file in entries if file.size >= 0}
+    weights = [prefix + name for name in WEIGHTS if prefix + name in files][:1]
+    if prefix + CONFIG not in files or not weights:
+        raise HubFilesError(_no_adapter(ref, entries))
+    config, card = files[prefix + CONFIG], files.get(f"{prefix}README.md")
+    if config.size > MAX_CONFIG_BYTES:
+        raise HubSizeError(f"{ref.repo_id}: {CONFIG} has {config.size} bytes; it is no config")
+    small = [config, card] if card is not None and card.size <= MAX_CARD_BYTES else [config]
+    check_sizes(ref, [*small, files[weights[0]]], limit_bytes)
+    return files[weights[0]], small
+
+
+def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
+    needed = f"{_where(ref)}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
+    if any(file.path.endswith((".bin", ".pt", ".pth")) for file in entries):
+        return (
+            f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"
+            " downloaded; ask its owner for safetensors"
+        )
+    if folders := [file.path for file in entries if file.size < 0]:
+        return f"{needed}; say which of its folders is meant with subfolder: {some(folders)}"
+    return f"{needed}; it holds {some([file.path for file in entries])}"

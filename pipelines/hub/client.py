@@ -1,0 +1,174 @@
+"""Ask the Hub one thing: where, with which token, and for how long at most."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import get_token
+
+from pipelines.hub.errors import (
+    HubError,
+    HubOfflineError,
+    HubProtocolError,
+    HubTimeoutError,
+    InsecureEndpointError,
+    hub_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+WORKER = Path(__file__).with_name("worker.py")
+PUBLIC = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Which Hub to ask, and on what terms.
+
+    A token goes to whoever answers and names who is asking, so none is sent unless it is given
+    here; the one that `hf auth login` saved is not used by itself.
+    """
+
+    endpoint: str = ""
+    """Empty: `HF_ENDPOINT`, else huggingface.co."""
+    token: str | None = field(default=None, repr=False)
+    allow_http: bool = False
+    """Take an endpoint of plain http that is not this machine's own."""
+    timeout_seconds: float = 120.0
+    """For each request, and more for a download by its size; then its process is killed."""
+
+    def url(self) -> str:
+        """The endpoint, if it is one that can be trusted to be who it says.
+
+        Raises:
+            InsecureEndpointError: It speaks plain http over a network.
+        """
+        url = (self.endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
+        parts = urlsplit(url)
+        if parts.scheme == "https" and parts.hostname:
+            return url
+        if parts.scheme == "http" and (self.allow_http or _is_loopback(parts.hostname or "")):
+            return url
+        raise InsecureEndpointError(
+            f"the endpoint {url} is not https, so anyone on the way may answer in its place; use"
+            " https, or allow http for it if you trust the network"
+        )
+
+    def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
+        """Let the worker do one operation; `what` begins the sentence if it fails.
+
+        Raises:
+            HubError: One of its subclasses, with `retry` true where waiting can help.
+        """
+        url = self.url()
+        if is_offline():
+            raise HubOfflineError(f"{what} is not here yet, and HF_HUB_OFFLINE forbids to get it")
+        named = {"repo_id": repo_id} if repo_id else {}
+        request = {"operation": operation, "endpoint": url, "token": self.token or False}
+        answer = _run(json.dumps(request | named | arguments), url, self.timeout_seconds)
+        if answer is None:
+            raise HubTimeoutError(
+                f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"
+            )
+        if "error" in answer:
+            raise self._without_token(hub_error(what, answer["error"], url))
+        return answer["value"]
+
+    def _without_token(self, error: HubError) -> HubError:
+        if self.token:
+            error.args = tuple(str(text).replace(self.token, "***") for text in error.args)
+        return error
+
+
+DEFAULT = Hub()
+"""Without a token."""
+
+
+def hub_for(
+    repo_id: str, token_for: Collection[str] = (), *, endpoint: str = "", allow_http: bool = False
+) -> Hub:
+    """The Hub to ask for a repository; the saved token goes along only to whom it is meant for.
+
+    Args:
+        token_for: Owners, or `owner/name`.
+    """
+    trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
+    return Hub(endpoint, token=saved_token() if trusted else None, allow_http=allow_http)
+
+
+def saved_token() -> str | None:
+    """The token that `hf auth login` saved or `HF_TOKEN` holds, for who wants to send it."""
+    return get_token()
+
+
+def is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _run(request: str, endpoint: str, timeout_seconds: float) -> dict[str, Any] | None:
+    """The worker's answer, or None if it was killed at the deadline."""
+    worker = subprocess.Popen(  # noqa: S603  (this Python, our own file)
+        # -P: the folder of the file, ours, is not to shadow other modules' names
+        [sys.executable, "-P", str(WORKER)],
+        env=os.environ | _environment(endpoint),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        worker.kill()
+
+    deadline = threading.Timer(timeout_seconds, kill)
+    deadline.start()
+    try:
+        with worker:
+            assert worker.stdin is not None  # noqa: S101  (it is a pipe)
+            assert worker.stdout is not None  # noqa: S101
+            worker.stdin.write(request + "\n")
+            worker.stdin.flush()  # and left open: the worker ends when it closes
+            text = worker.stdout.read()
+    except BrokenPipeError:
+        text = ""
+    finally:
+        deadline.cancel()
+        worker.kill()
+    if killed.is_set():
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise HubProtocolError(
+            f"the process that asked {endpoint} ended with {worker.returncode} and no answer"
+        ) from None
+
+
+def _environment(endpoint: str) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Plain HTTP reaches the same files, and stays under the limits that the worker sets.
+        "HF_HUB_DISABLE_XET": "1",
+    }

@@ -1,0 +1,175 @@
+"""Where adapters and bases come from: names become commits once, and only commits are downloaded.
+
+The Hub's client returns the files of an old download without a word when a branch cannot be looked
+up (401, 403, 429, 500), so no branch ever reaches it here. Every file is checked against the
+repository's own list.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import COMMIT, REPO_ID, AdapterRef
+from pipelines.hub.about import HubSource, ask_about
+from pipelines.hub.adapter import adapter_bytes, download, downloaded
+from pipelines.hub.client import DEFAULT, Hub, hub_for, is_offline, saved_token
+from pipelines.hub.errors import (
+    HubError,
+    HubFilesError,
+    HubOfflineError,
+    HubProtocolError,
+    HubReferenceError,
+    HubRevisionError,
+)
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some
+from pipelines.hub.snapshot import staging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from meteora.artifacts import BaseSpec
+    from pipelines.hub.snapshot import ListedFile
+
+__all__ = [
+    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
+    "discover", "download", "download_base", "download_profile", "downloaded", "hub_for", "resolve",
+    "saved_token",
+]  # fmt: skip
+
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
+SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
+
+BASE_FILES = re.compile(
+    r"config\.json|generation_config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|"
+    r"tokenizer_config)\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)|README\.md|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""Never `*.py`, which would be run, nor `*.bin`, which is a pickle."""
+PROFILE_FILES = re.compile(
+    r"config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config)\.json|"
+    r"merges\.txt|tokenizer\.model"
+)
+"""What tells a base from another."""
+
+MAX_PROFILE_BYTES = 64 << 20
+MAX_BASE_BYTES = 160 << 30
+
+
+def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
+    """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to the commit it means now.
+
+    Raises:
+        HubReferenceError: The text or the subfolder is none that can be looked up.
+        HubRevisionError: The repository has no such branch, tag or commit.
+        HubError: The Hub does not say; nothing is guessed from earlier downloads.
+    """
+    repo_id, _, revision = text.partition("@")
+    if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(revision or "main"):
+        raise HubReferenceError(
+            f"{text!r} is not owner/name or owner/name@revision; a folder on this machine is"
+            " written path:<folder>"
+        )
+    if subfolder and (not SUBFOLDER.fullmatch(subfolder) or ".." in subfolder):
+        raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
+    if COMMIT.fullmatch(revision):
+        if not is_offline():  # else the download tells whether it is here
+            _check_commit(hub, AdapterRef(repo_id, revision))
+        return AdapterRef(repo_id, revision, subfolder)
+    if is_offline():
+        raise HubOfflineError(
+            f"{text} names no commit, and HF_HUB_OFFLINE forbids to ask what it means; write"
+            f" {repo_id}@<commit of 40 hex digits>"
+        )
+    refs = hub.ask("refs", text, repo_id)
+    wanted = revision or "main"
+    if wanted not in refs:
+        some = ", ".join(sorted(refs)[:10]) or "none"
+        raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
+    if not COMMIT.fullmatch(refs[wanted]):
+        raise HubProtocolError(f"{text}: {hub.url()} gave no commit for it: {refs[wanted][:60]!r}")
+    return AdapterRef(repo_id, refs[wanted], subfolder)
+
+
+def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES) -> int:
+    """The size of what `download_base` would get; raises what it would raise before it begins."""
+    ref = AdapterRef(spec.base_model, spec.base_revision)
+    return sum(file.size for file in _base_files(hub, ref, limit_bytes))
+
+
+def download_base(
+    spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES
+) -> None:
+    """Download a base's config, tokenizer and safetensors, at its commit, into a new folder `out`.
+
+    Raises the same as `download`.
+    """
+    ref = AdapterRef(spec.base_model, spec.base_revision)
+    files = _base_files(hub, ref, limit_bytes)
+    with staging(out) as staged:
+        fetch_files(hub, ref, files, staged)
+        staged.rename(out)
+
+
+def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
+    """Download what tells a base from another, its config and its tokenizer, into a new folder."""
+    files = [
+        file
+        for file in list_folder(hub, ref, "")
+        if PROFILE_FILES.fullmatch(file.path) and file.size >= 0
+    ]
+    if not any(file.path == "config.json" for file in files):
+        raise HubFilesError(f"{ref.repo_id} at {ref.revision[:12]} has no config.json")
+    check_sizes(ref, files, MAX_PROFILE_BYTES)
+    with staging(out) as staged:
+        fetch_files(hub, ref, files, staged)
+        staged.rename(out)
+
+
+def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
+    files = [
+        file
+        for file in list_folder(hub, ref, "")
+        if file.size >= 0 and BASE_FILES.fullmatch(file.path)
+    ]
+    names = {file.path for file in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise HubFilesError(
+            f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
+            f" (config.json, model*.safetensors); it holds {some(names)}"
+        )
+    check_sizes(ref, files, limit_bytes)
+    return files
+
+
+def describe(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
+    """Licence, author, bases and downloads, for the record.
+
+    Where the Hub does not say, what it said last is what counts; None where it never did.
+    """
+    return ask_about(hub, ref, cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about")
+
+
+def discover(
+    base: str, *, tags: Sequence[str] = (), limit: int = 20, hub: Hub = DEFAULT
+) -> list[AdapterRef]:
+    """The most downloaded adapters that say they are of `base`, each pinned.
+
+    They are what their owners say they are: `meteora.adapters.check` has the last word.
+    """
+    if not REPO_ID.fullmatch(base):
+        raise HubReferenceError(f"{base!r} is not owner/name; adapters are found by their base's")
+    found = hub.ask("search", f"adapters of {base}", base=base, tags=list(tags), limit=limit)
+    return [
+        AdapterRef(entry["repo_id"], entry["revision"])
+        for entry in found[:limit]
+        if REPO_ID.fullmatch(entry["repo_id"]) and COMMIT.fullmatch(entry["revision"])
+    ]
+
+
+def _check_commit(hub: Hub, ref: AdapterRef) -> None:
+    try:
+        list_folder(hub, ref, "")
+    except HubFilesError as error:  # how a mirror says it
+        raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error

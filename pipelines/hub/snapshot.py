@@ -1,0 +1,120 @@
+"""Files of one commit in a folder that is whole or absent, each byte as the repository lists it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import try_to_load_from_cache
+
+from pipelines.hub.errors import HubConnectionError, HubHashError, HubTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file as the Hub lists it: large ones by SHA-256, others by their git blob id."""
+
+    path: str
+    size: int
+    git_sha1: str
+    sha256: str
+
+
+def cached_config(repo_id: str, revision: str) -> Path | None:
+    """A model's config where the Hub's own client has left it on this machine; nobody is asked."""
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def check_file(file: ListedFile, folder: Path, what: str) -> None:
+    """Compare a file with its listing; the client itself compares only the size.
+
+    Raises:
+        HubConnectionError: It has another length, as after a broken transfer.
+        HubHashError: It has the length and other bytes.
+    """
+    path = folder / file.path
+    if not path.is_file() or path.is_symlink():
+        raise HubHashError(f"{what}: {file.path} is not a file; delete {folder} and run again")
+    if (size := path.stat().st_size) != file.size:
+        raise HubConnectionError(f"{what}: {file.path} has {size} bytes, listed are {file.size}")
+    digest = hashlib.sha256()
+    if not file.sha256:
+        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != (file.sha256 or file.git_sha1):
+        raise HubHashError(
+            f"{what}: {file.path} does not hold the bytes that the repository lists; if it was"
+            f" downloaded before, delete {folder} and run again, else do not use this source"
+        )
+
+
+@contextmanager
+def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
+    """Hold the lock of a snapshot's folder, so that of two processes one downloads."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + timeout_seconds
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise HubTimeoutError(
+                        f"{folder}: another process has been downloading it for"
+                        f" {timeout_seconds:g} s; wait for it, or end it"
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def read_manifest(folder: Path) -> list[ListedFile] | None:
+    """What lies in a snapshot's folder; None if it is not there."""
+    manifest = folder.with_name(f"{folder.name}.json")
+    if not folder.is_dir() or not manifest.is_file():
+        return None
+    return [ListedFile(**entry) for entry in json.loads(manifest.read_text(encoding="utf-8"))]
+
+
+@contextmanager
+def staging(folder: Path) -> Generator[Path]:
+    """An empty folder beside a snapshot's; what an earlier process left there is removed."""
+    staged = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_note(path: Path, text: str) -> None:
+    """Write a small file whole, or leave what was there; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    staged.write_text(text, encoding="utf-8")
+    staged.rename(path)
+
+
+def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:
+    """Give a snapshot's folder its name; the note of what lies in it counts once it is there."""
+    manifest = folder.with_name(f"{folder.name}.json")
+    manifest.write_text(json.dumps([asdict(file) for file in files], indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)

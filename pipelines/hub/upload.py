@@ -1,0 +1,297 @@
+"""Put a folder on the Hub so that no reader ever sees half of it.
+
+    main     ──●───────────────────────────────●── all of it at once ─ tag
+               └─ staging ──●── one commit ─ checked ┘
+
+Every step looks first whether it is done: a reply that was lost hides a commit that happened, and
+the client itself tries a commit only once. So a publication that was stopped anywhere goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.hub.errors import (
+    HubConflictError,
+    HubError,
+    HubHashError,
+    HubNotFoundError,
+    HubProtocolError,
+    HubServerError,
+    HubTokenError,
+    TransientHubError,
+)
+from pipelines.hub.snapshot import ListedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from pipelines.hub.bundle import Parcel
+    from pipelines.hub.client import Hub
+
+Found = TypeVar("Found")
+
+MAIN = "main"
+STAGING = "meteora-staging-"
+"""How the names of our own branches begin; whatever has such a name may be removed."""
+PAUSES = (2.0, 10.0, 60.0)
+"""Seconds before each further try of what may pass, on average."""
+MIN_BYTES_PER_SECOND = 500_000
+"""An upload that is slower on the whole is given up."""
+MAX_ENTRIES = 2_000
+RESULTS = ".eval_results"
+"""The one folder that a publication has, for the Hub's leaderboards."""
+NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
+"""Files that say nothing of what a repository holds."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One repository on the Hub, written to with patience."""
+
+    repo_id: str
+    hub: Hub
+    pauses: Sequence[float] = PAUSES
+    _trees: dict[str, dict[str, ListedFile]] = field(default_factory=dict, init=False, repr=False)
+    """What commits hold, which never changes."""
+
+    def publish(
+        self,
+        parcel: Parcel,
+        *,
+        private: bool,
+        tag: str,
+        check: Callable[[str], None],
+        onto: str = "",
+        known: Collection[str] = (),
+    ) -> str:
+        """Make main hold the parcel, and give the commit that does.
+
+        Args:
+            private: Whether only those whom the owner lets in may see it.
+            tag: The name by which exactly this can be asked for.
+            check: Called with a commit that holds the parcel, before anybody is shown it; what it
+                raises ends the publication.
+            onto: The commit that main has to be at; any that this machine knows without it.
+            known: The commits that this machine published there before.
+
+        Raises:
+            HubConflictError: The repository holds something else, or has moved.
+            HubHashError: The Hub did not keep the bytes that it was sent.
+            HubError: It does not answer, or says no; main then shows all of it or nothing.
+        """
+        if not self.hub.token:
+            raise HubTokenError(
+                f"publishing to {self.repo_id} needs a token that may write there; log in with"
+                " `hf auth login`, or set HF_TOKEN"
+            )
+        self._open(private=private)
+        refs = self._refs()
+        head = self._head(refs)
+        there = self._files(head)
+        branch = f"{STAGING}{parcel.digest[:16]}"
+        if not parcel.missing(there) and not parcel.stale(there):
+            check(head)
+            self._tag(tag, head, parcel)
+            self._drop({branch} & set(refs))  # of a publication that was stopped after it was shown
+            return head
+        self._refuse_strangers(parcel, there, head, onto, known)
+        staged = self._stage(parcel, branch, head)
+        check(staged)
+        live = self._show(parcel, head, staged)
+        self._tag(tag, live, parcel)
+        # what others staged before main moved can no longer be shown: nobody waits for it
+        self._drop({branch, *(name for name in refs if name.startswith(STAGING))})
+        return live
+
+    def _open(self, *, private: bool) -> None:
+        """Have the repository, as private as it was asked to be."""
+
+        def look() -> bool | None:
+            try:
+                return self._ask("is_private")
+            except HubNotFoundError:
+                return None
+
+        is_private = self._until(look, lambda: self._ask("create", private=private))
+        if is_private != private:
+            words = ("private", "public") if private else ("public", "private")
+            raise HubConflictError(
+                f"{self.repo_id} is {words[1]} and is to be published {words[0]}; change that in"
+                " the repository's settings, or say which is meant (`private:` in a recipe,"
+                " --public on the command line)"
+            )
+
+    def _refuse_strangers(
+        self,
+        parcel: Parcel,
+        there: Mapping[str, ListedFile],
+        head: str,
+        onto: str,
+        known: Collection[str],
+    ) -> None:
+        strange = sorted(set(there) - NEUTRAL - set(parcel.names))
+        if parcel.mark not in there and (set(there) - NEUTRAL):
+            some = ", ".join((strange or sorted(there))[:5])
+            raise HubConflictError(
+                f"{self.repo_id} holds something else than a fused checkpoint ({some}), which would"
+                " be overwritten; give the name of a new repository"
+            )
+        expected = {onto} if onto else set(known)
+        if expected and head not in expected:
+            raise HubConflictError(
+                f"{self.repo_id} has moved: main is at {head}, and what is expected there is"
+                f" {', '.join(sorted(expected))}; look at what changed, and if it may be replaced,"
+                f" publish with --onto {head}"
+            )
+
+    def _stage(self, parcel: Parcel, branch: str, head: str) -> str:
+        """The commit on a branch of its own that holds the whole parcel, checked by hash."""
+
+        def opened() -> str | None:
+            return self._refs().get(branch)
+
+        start = self._until(opened, lambda: self._ask("branch", name=branch, revision=head))
+
+        def committed() -> str | None:
+            at = self._refs().get(branch, "")
+            files = self._files(at)
+            if at == start and (parcel.missing(files) or parcel.stale(files)):
+                return None
+            return at
+
+        def commit() -> None:
+            missing = parcel.missing(self._files(start))
+            self._commit(
+                branch,
+                start,
+                add={path: str(parcel.folder / path) for path in missing},
+                delete=parcel.stale(self._files(start)),
+                num_bytes=sum(parcel.files[path].size for path in missing),
+            )
+
+        staged = self._until(committed, commit)
+        if wrong := parcel.missing(self._files(staged)):
+            self._drop({branch})
+            raise HubHashError(
+                f"{self.repo_id}: the Hub lists other bytes for {', '.join(wrong)} than were sent;"
+                " nothing was made visible, publish again"
+            )
+        return staged
+
+    def _show(self, parcel: Parcel, head: str, staged: str) -> str:
+        """Let main, which is still at `head`, hold what was staged: one commit, nothing is sent."""
+
+        def shown() -> str | None:
+            at = self._head(self._refs())
+            if at == head:
+                return None
+            if parcel.missing(self._files(at)):
+                raise HubConflictError(
+                    f"{self.repo_id} has moved meanwhile: main was at {head} and is at {at};"
+                    " nothing of this publication is visible, look at what changed and publish"
+                    f" with --onto {at}"
+                )
+            return at
+
+        def commit() -> None:
+            there = self._files(head)
+            self._commit(
+                MAIN,
+                head,
+                copy=parcel.missing(there),
+                copy_from=staged,
+                delete=parcel.stale(there),
+            )
+
+        return self._until(shown, commit)
+
+    def _commit(
+        self,
+        branch: str,
+        parent: str,
+        *,
+        add: Mapping[str, str] | None = None,
+        copy: Sequence[str] = (),
+        copy_from: str = "",
+        delete: Sequence[str] = (),
+        num_bytes: int = 0,
+    ) -> None:
+        seconds = self.hub.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
+        self._ask(
+            "commit",
+            replace(self.hub, timeout_seconds=seconds),
+            branch=branch,
+            parent=parent,
+            message="Publish a fused checkpoint",
+            add=dict(add or {}),
+            copy=list(copy),
+            copy_from=copy_from,
+            delete=list(delete),
+        )
+
+    def _tag(self, name: str, commit: str, parcel: Parcel) -> None:
+        tagged = self._until(
+            lambda: self._refs().get(name), lambda: self._ask("tag", name=name, revision=commit)
+        )
+        if tagged != commit and parcel.missing(self._files(tagged)):
+            raise HubConflictError(
+                f"{self.repo_id}: the tag {name} is at {tagged}, which holds something else than"
+                f" {commit}, where this is published; remove the tag and publish again"
+            )
+
+    def _drop(self, branches: Collection[str]) -> None:
+        for branch in branches:
+            with suppress(HubError):  # it is in nobody's way, and the next publication removes it
+                self._ask("unbranch", name=branch)
+
+    def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
+        """Act until `look` finds it done; looked for first, and again after whatever went wrong."""
+        pauses = iter(self.pauses)
+        while True:
+            try:
+                if (found := look()) is not None:
+                    return found
+                try:
+                    act()
+                except HubConflictError:
+                    if (found := look()) is not None:  # it was done by a try whose reply was lost
+                        return found
+                    raise
+                if (found := look()) is not None:
+                    return found
+                raise HubServerError(f"{self.repo_id}: what was written there is not to be seen")
+            except TransientHubError:
+                if (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
+
+    def _head(self, refs: Mapping[str, str]) -> str:
+        commit = refs.get(MAIN)
+        if commit is None:
+            raise HubProtocolError(
+                f"{self.repo_id} has no branch {MAIN}; commit a file to it first"
+            )
+        return commit
+
+    def _refs(self) -> dict[str, str]:
+        return self._ask("refs")
+
+    def _files(self, commit: str) -> dict[str, ListedFile]:
+        if commit not in self._trees:
+            listed = self._listing(commit, "")
+            if any(entry.path == RESULTS for entry in listed):
+                listed += self._listing(commit, RESULTS)
+            self._trees[commit] = {file.path: file for file in listed if file.size >= 0}
+        return self._trees[commit]
+
+    def _listing(self, commit: str, folder: str) -> list[ListedFile]:
+        entries = self._ask("listing", revision=commit, folder=folder, most=MAX_ENTRIES)
+        return [ListedFile(**entry) for entry in entries]
+
+    def _ask(self, operation: str, hub: Hub | None = None, **arguments: object) -> Any:  # noqa: ANN401
+        return (hub or self.hub).ask(operation, self.repo_id, self.repo_id, **arguments)

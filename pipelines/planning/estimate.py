@@ -1,0 +1,293 @@
+"""What each stage of a run will need, before anything is loaded or downloaded.
+
+Memory follows from shapes: of the base (its config), of the experts (the adapters that are here;
+others are taken as rank 8 on every linear layer, as the paper's are), and of the rows.
+
+Time is work over speed. Work: two operations a parameter and token for reading, one pass over the
+weights and so many calls a layer for every token that is written. Speed: what `machine` measures
+here and now, at `EFFICIENCY`. Every answer is taken to be as long as it may be and all rows to be
+there, so it errs on the long side. These are estimates, and good to a factor of two or so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meteora.fitting.statistics import MAX_DIRECTIONS
+from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
+from pipelines.evaluation.measurements import BASE, EXPERTS, FUSED, MERGES, ONE_EXPERT, ORACLE, TOLD
+from pipelines.recipe.gates import JointSection
+from pipelines.scoring.metrics import METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from meteora.base.loading import Shape
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.workspace.machine import Machine
+
+PROGRAM_BYTES = 600e6
+"""Of Python with the model libraries in it."""
+EFFICIENCY = 0.6
+"""Of the measured rates, what a whole model comes to: it also copies, normalises and attends."""
+CALLS_A_LAYER = 150
+CALLS_A_ROUTED_MODULE = 12
+ASKING_SECONDS = 0.5
+"""Of the harness, for each task that a system is asked."""
+SWEEPS = 2.5
+"""Passes through the model while gates are fitted: one, and the way to each point in a layer."""
+SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
+"""As `meteora.fitting.sequences` and `meteora.fitting.layerwise` limit them."""
+PASSES_A_STEP = 3
+"""Through the model where experts are mixed: forwards, and about twice that backwards."""
+MERGE_PASSES = 20
+"""Over all experts' products, in float32, for one merge: TIES sorts, trims and elects."""
+ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
+ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a source gives, and how long they are on the mean."""
+
+    count: int
+    prompt_tokens: float = ASSUMED_PROMPT_TOKENS
+    answer_tokens: float = ASSUMED_ANSWER_TOKENS
+    choices: float = 0.0
+    known: bool = False
+    """Whether they are here and were looked at."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One task as it is put to one system."""
+
+    system: str
+    rows: Rows
+    new_tokens: int
+    """The most that an answer may have; 0 where nothing is written."""
+
+
+@dataclass(frozen=True)
+class Need:
+    stage: str
+    memory_bytes: float
+    """The most at one time, on the device that computes."""
+    disk_bytes: float
+    """That are left in the store."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Experts:
+    """All experts together, by the modules that they change."""
+
+    count: int
+    ranks: Mapping[str, int]
+    """Of all experts, summed up, by module path."""
+    itemsize: int = ASSUMED_ITEMSIZE
+
+    def num_bytes(self, shape: Shape) -> float:
+        return float(sum(self.itemsize * r * sum(shape.linears[p]) for p, r in self.ranks.items()))
+
+
+def assumed_experts(shape: Shape, count: int) -> Experts:
+    """Experts nobody has seen yet: rank 8 on every linear layer but the head."""
+    inside = [path for path in shape.linears if any(part.isdecimal() for part in path.split("."))]
+    return Experts(count, dict.fromkeys(inside, count * ASSUMED_RANK))
+
+
+def estimate(
+    recipe: Recipe,
+    shape: Shape,
+    *,
+    experts: Experts,
+    machine: Machine,
+    examples: Mapping[str, Rows],
+    tests: Mapping[str, Rows],
+) -> list[Need]:
+    """What every stage needs, in their order.
+
+    Args:
+        examples: what gates are fitted to, by expert
+        tests: rows by task, of experts and further ones
+    """
+    hash_seconds = 1 / machine.hash_bytes_per_second
+    expert_bytes = experts.num_bytes(shape)
+    largest = max(size[0] * size[1] for size in shape.linears.values())
+    gate_bytes = 4.0 * experts.count * sum(shape.linears[path][0] for path in experts.ranks)
+    loaded = PROGRAM_BYTES + shape.num_bytes + expert_bytes + gate_bytes
+    stacked = max(
+        (experts.itemsize * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
+    )
+    base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith("gguf:") else 0)
+    needs = [
+        Need(
+            "base", base_memory + 8 * largest, shape.num_bytes, shape.num_bytes * hash_seconds * 2
+        ),
+        Need("check", PROGRAM_BYTES, 0, expert_bytes * hash_seconds),
+        Need("stack", PROGRAM_BYTES + 2 * stacked, expert_bytes, 3 * expert_bytes * hash_seconds),
+    ]
+    gates = recipe.router.kind == "gate"
+    if gates:
+        taught = _taught(recipe, list(examples.values()))
+        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, taught))
+    needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
+    return needs
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What gates are made from."""
+
+    tokens: float
+    """That a sweep goes through."""
+    passes: float = 0.0
+    """Tokens of further passes, forwards or backwards, through the model."""
+    kept: bool = True
+    """Whether statistics are kept of them."""
+
+
+def _taught(recipe: Recipe, examples: Sequence[Rows]) -> Taught:
+    lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
+    num_sequences = sum(rows.count for rows in examples)
+    tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
+    for n in recipe.gates.composites:
+        num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
+        tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
+    if not isinstance(recipe.gates, JointSection):
+        return Taught(tokens)
+    settings = recipe.gates
+    learned = settings.steps * settings.batch_size * settings.accumulate
+    each = tokens / max(1, num_sequences)
+    swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
+    passes = 1 if recipe.router.top_k == 1 else PASSES_A_STEP
+    return Taught(swept, passes * learned * each, kept=False)
+
+
+def _gates(
+    shape: Shape,
+    experts: Experts,
+    machine: Machine,
+    loaded: float,
+    gate_bytes: float,
+    taught: Taught,
+) -> Need:
+    tokens = taught.tokens
+    itemsize = shape.dtype.itemsize
+    points: dict[tuple[str, int], None] = {}
+    for path in experts.ranks:
+        points.setdefault((path.rpartition(".")[0], shape.linears[path][0]))
+    widths = [width for _, width in points]
+    widest = max(widths, default=shape.hidden_size)
+    size = min(widest, SCATTER_SIZE)
+    hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
+    batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
+    spread = 48 * size * size + 8 * SCATTER_SIZE * widest
+    seconds = _reading(shape, machine, SWEEPS * tokens + taught.passes, routed=True)
+    for width in widths:
+        n = min(width, SCATTER_SIZE)
+        # in float64, at half the rate at best; an eigendecomposition at a third of it
+        seconds += (2 * 2 * tokens * n * n + 3 * 9 * n**3) / machine.flops_per_second
+    kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
+    disk = gate_bytes + (kept if taught.kept else 0)
+    return Need("gates", loaded + hidden + batch + spread, disk, seconds)
+
+
+def _benchmark(
+    recipe: Recipe,
+    shape: Shape,
+    experts: Experts,
+    machine: Machine,
+    loaded: float,
+    tests: Mapping[str, Rows],
+) -> Need:
+    settings = recipe.benchmark
+    askings = list(_askings(recipe, tests, experts.count))
+    seconds = sum(_asking_seconds(shape, experts, machine, a, settings.batch_size) for a in askings)
+    longest = max(
+        (a.rows.prompt_tokens + max(a.new_tokens, a.rows.answer_tokens) for a in askings), default=0
+    )
+    most = min(settings.batch_size, max((a.rows.count for a in askings), default=1))
+    tokens = most * longest
+    working = tokens * (shape.cache_bytes_per_token + 4 * shape.hidden_size * shape.dtype.itemsize)
+    working += tokens * 2 * shape.intermediate_size * shape.dtype.itemsize
+    working += most * shape.vocab_size * 4
+    merged = 0.0
+    if merges := [system for system in settings.compare if system in MERGES]:
+        sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
+        held = sum(sizes) * shape.dtype.itemsize
+        merged = held + 3 * 4 * experts.count * max(sizes, default=0)
+        passes = len(merges) * MERGE_PASSES * 4 * experts.count * sum(sizes)
+        seconds += passes / machine.read_bytes_per_second
+    owned = [tests[e.name] for e in recipe.experts if e.name in tests]
+    watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
+    seconds += _reading(shape, machine, watched, routed=True)
+    if (speed := settings.speed) is not None:
+        written = _writing(shape, experts, machine, speed.batch_size, speed.new_tokens, routed=True)
+        read = _reading(shape, machine, speed.batch_size * speed.prompt_tokens, routed=True)
+        seconds += 2 * (speed.rounds + 1) * (written + read)
+    return Need("benchmark", loaded + max(working, merged), 0, seconds)
+
+
+def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:
+    """Everything that will be asked, as `measurements` deals it out."""
+    settings = recipe.benchmark
+    systems = (FUSED, *settings.compare)
+    own = {expert.name: expert for expert in recipe.experts if expert.name in tests}
+    further = {task.called: task for task in settings.tasks if task.called in tests}
+    for name, rows in tests.items():
+        asked = own.get(name) or further[name]
+        metrics = (asked.metric,) if isinstance(asked.metric, str) else asked.metric
+        writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
+        new_tokens = (asked.max_new_tokens or settings.max_new_tokens) if writes else 0
+        for system in systems:
+            if system == ONE_EXPERT:
+                continue
+            if system == ORACLE and (EXPERTS in systems or name not in own):
+                continue  # one of the experts, or nobody
+            for _ in range(num_experts if system == EXPERTS else 1):
+                yield Asking(system, rows, new_tokens)
+    for section in settings.composite:
+        parts = [tests[name] for name in (section.tasks or tests) if name in tests]
+        if parts:
+            mean = sum(rows.prompt_tokens for rows in parts) / len(parts)
+            rows = Rows(section.count or settings.limit, section.n * mean)
+            for system in systems:
+                told = system in TOLD and not {*(section.tasks or tests)} <= own.keys()
+                if system != EXPERTS and not told:
+                    yield Asking(system, rows, section.n * settings.max_new_tokens)
+
+
+def _asking_seconds(
+    shape: Shape, experts: Experts, machine: Machine, asking: Asking, batch_size: int
+) -> float:
+    rows, routed = asking.rows, asking.system not in {BASE, *MERGES}
+    seconds = ASKING_SECONDS
+    if asking.new_tokens:
+        seconds += _reading(shape, machine, rows.count * rows.prompt_tokens, routed=routed)
+        batches = -(-rows.count // batch_size)
+        most = min(batch_size, rows.count)
+        seconds += batches * _writing(
+            shape, experts, machine, most, asking.new_tokens, routed=routed
+        )
+    weighed = rows.choices * rows.count * (rows.prompt_tokens + rows.answer_tokens)
+    return seconds + (0 if asking.new_tokens else _reading(shape, machine, weighed, routed=routed))
+
+
+def _reading(shape: Shape, machine: Machine, tokens: float, *, routed: bool) -> float:
+    """Seconds to take in so many tokens, batch by batch."""
+    work = 2 * shape.num_parameters * tokens * (1.2 if routed else 1.0)
+    return work / (EFFICIENCY * machine.flops_per_second)
+
+
+def _writing(
+    shape: Shape, experts: Experts, machine: Machine, rows: int, tokens: int, *, routed: bool
+) -> float:
+    """Seconds to write so many tokens, one after the other, for so many rows at once."""
+    weights = shape.num_bytes / (EFFICIENCY * machine.read_bytes_per_second)
+    work = 2 * shape.num_parameters * rows / (EFFICIENCY * machine.flops_per_second)
+    calls = CALLS_A_LAYER * shape.num_layers
+    calls += CALLS_A_ROUTED_MODULE * len(experts.ranks) if routed else 0
+    return tokens * (max(weights, work) + calls * machine.call_seconds)

@@ -1,0 +1,158 @@
+"""What a recipe comes to: every spec, and so every id, before any work is done.
+
+Nothing here loads a model or opens a database, which is why a finished run is known in a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import (
+    NULL,
+    ComparisonSpec,
+    FusedSpec,
+    JointSettings,
+    MergeSpec,
+    RouterSpec,
+    RoutingSpec,
+    SpeedSpec,
+    canonical_sha256,
+)
+from meteora.artifacts.routers import OPENING_SHARE
+from pipelines.data.background import background_rows
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import Row, refuse_overlap
+from pipelines.data.spans import SpannedRow, asked_apart, read_spans
+from pipelines.evaluation.measurements import (
+    Measurement,
+    find_comparisons,
+    find_measurements,
+    find_speed,
+    find_subjects,
+)
+from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.recipe.gates import CalibrateSection, JointSection
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from meteora.artifacts import BaseSpec
+    from pipelines.admission.experts import Expert
+    from pipelines.recipe.recipe import ExpertSection, Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every spec of a run. Equal recipes over equal sources give equal plans."""
+
+    base: BaseSpec
+    experts: tuple[Expert, ...]
+    examples: Mapping[str, Sequence[Row]]
+    """Rows to fit the gates to, by expert."""
+    spans: tuple[SpannedRow, ...]
+    """Such whose parts belong to different experts."""
+    tests: Mapping[str, Sequence[Row]]
+    """Rows to ask, by task; composites and the harness's own tasks have none of their own."""
+    tasks: Mapping[str, Task]
+    """All that is asked, by name."""
+    fused: FusedSpec
+    router: RouterSpec
+    others: Mapping[str, RouterSpec]
+    """Routers to compare with, by kind."""
+    merges: Mapping[str, MergeSpec]
+    """Merges to compare with, by method."""
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[ComparisonSpec, ...]
+    routing: RoutingSpec
+    speed: SpeedSpec | None
+
+
+def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
+    """All specs of a run, from what was resolved and read.
+
+    Raises:
+        ExamplesError: rows are missing or malformed, or a test row is also an example.
+    """
+    sections = {section.name: section for section in recipe.experts}
+    names = [expert.name for expert in experts]
+    examples = _examples(recipe, folder, [sections[name] for name in names])
+    if recipe.router.null:
+        examples[NULL] = background_rows()
+    with_own = [name for name in names if name in examples]
+    spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
+    tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
+    tests = {name: task.rows for name, task in tasks.items() if task.rows}
+    refuse_overlap(examples, tests)
+    refuse_overlap(asked_apart(spans), tests)
+
+    fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
+    stand_ins = tuple(name for name in names if examples and name not in examples)
+    composites = recipe.gates.composites if examples else ()
+    router = RouterSpec(
+        fused.id,
+        recipe.router.kind,
+        recipe.router.top_k,
+        recipe.router.temperature,
+        method=recipe.gates.method if examples else "",
+        examples_sha256=_examples_sha256(examples, spans) if examples else "",
+        seed=recipe.gates.seed if examples else 0,
+        joint=joint_settings(recipe.gates) if examples else None,
+        composites=composites,
+        opening_share=OPENING_SHARE if composites else 0.0,
+        openings_apart=bool(composites),
+        loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
+        margin=recipe.router.margin,
+        opening=recipe.router.opening if examples else "own",
+        null=recipe.router.null,
+        share=recipe.router.share if examples and not stand_ins else "module",
+        stand_in=recipe.router.without_examples if stand_ins else "",
+        stand_ins=stand_ins,
+    )
+    subjects = find_subjects(base, fused, router, recipe.benchmark)
+    measurements = find_measurements(tasks, subjects, recipe.benchmark)
+    owned = {name: task.rows for name, task in tasks.items() if task.expert}
+    return Plan(
+        base=base,
+        experts=tuple(experts),
+        examples=examples,
+        spans=tuple(spans),
+        tests=tests,
+        tasks=tasks,
+        fused=fused,
+        router=router,
+        others=subjects.others,
+        merges=subjects.merges,
+        measurements=measurements,
+        comparisons=find_comparisons(tasks, subjects, measurements),
+        routing=RoutingSpec(router.id, _examples_sha256(owned)),
+        speed=find_speed(subjects, recipe.benchmark),
+    )
+
+
+def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:
+    """What of a recipe's gates section decides what comes out, where the method is `joint`."""
+    if not isinstance(section, JointSection):
+        return None
+    return JointSettings(**section.model_dump(include={f.name for f in fields(JointSettings)}))
+
+
+def _examples(
+    recipe: Recipe, folder: Path, sections: Sequence[ExpertSection]
+) -> dict[str, list[Row]]:
+    if recipe.router.kind != "gate":
+        return {}
+    limit = recipe.gates.examples_per_expert
+    return {s.name: read_rows(s.examples, folder, limit) for s in sections if s.examples}
+
+
+def _asks_for_spans(recipe: Recipe) -> bool:
+    return recipe.router.kind == "gate" and bool(recipe.gates.spans)
+
+
+def _examples_sha256(
+    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow] = ()
+) -> str:
+    asked = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
+    return canonical_sha256(asked + [row.to_dict() for row in spans])

@@ -1,0 +1,121 @@
+"""Signatures over a checkpoint's folder, by OpenSSF's model-signing and a key in a file.
+
+The signature lies in the folder as `model.sig`, a Sigstore bundle: whoever has the public key and
+the package `model-signing` can check it without this program. Nothing is asked of any network.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+from meteora.checkpoint.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+    from model_signing.hashing import Config
+
+SIGNATURE = "model.sig"
+HOW = (
+    "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes a key, and"
+    " `openssl ec -in key.pem -pubout -out key.pub` its public half"
+)
+MISMATCHES = (
+    (re.compile(r"Hash mismatch for '([^']*)'"), "has changed"),
+    (re.compile(r"Missing files in model '[^']*': ([^'\"]*)"), "is missing"),
+    (re.compile(r"Extra files found in model '[^']*': ([^'\"]*)"), "was not there"),
+)
+
+
+class SignatureError(MeteoraError):
+    """A folder cannot be signed, or is not what was signed."""
+
+
+def sign(folder: Path, private_key: Path) -> Path:
+    """Sign every file of a checkpoint; return the signature's path.
+
+    Raises:
+        SignatureError: the folder is no checkpoint, or the key cannot sign.
+    """
+    _require_checkpoint(folder)
+    hashing, signing, _ = _library()
+    signature = folder / SIGNATURE
+    try:
+        config = signing.Config().use_elliptic_key_signer(private_key=private_key)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SignatureError(
+            f"{private_key} is no private key that can sign ({_brief(error)}); {HOW}"
+        ) from None
+    config.set_hashing_config(_hashed(hashing, signature))
+    config.sign(folder, signature)
+    return signature
+
+
+def check_signature(folder: Path, public_key: Path) -> None:
+    """Compare a checkpoint with its signature.
+
+    Raises:
+        SignatureError: a file is not what was signed, or somebody else signed.
+    """
+    _require_checkpoint(folder)
+    hashing, _, verifying = _library()
+    signature = folder / SIGNATURE
+    if not signature.is_file():
+        raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SignatureError(
+            f"{public_key} is no public key that can verify ({_brief(error)}); {HOW}"
+        ) from None
+    config.set_hashing_config(_hashed(hashing, signature))
+    try:
+        config.verify(folder, signature)
+    except Exception as error:
+        raise SignatureError(
+            f"{folder} is not what the owner of {public_key} signed: {_difference(error)}"
+        ) from None
+
+
+def _hashed(hashing: ModuleType, signature: Path) -> Config:
+    """How files are told apart: all but the signature, by SHA-256, also as links into a cache."""
+    config = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=True)
+    return config.set_allow_symlinks(True)
+
+
+def _difference(error: Exception) -> str:
+    """What the library found, in few words."""
+    text = str(error).replace("\\'", "'")  # a list as Python shows it
+    found = [
+        f"{name} {what}"
+        for pattern, what in MISMATCHES
+        for names in pattern.findall(text)
+        for name in names.split(", ")
+    ]
+    if found:
+        return ", ".join(found)
+    if "Key mismatch" in text:
+        return "another key signed it"
+    return f"{SIGNATURE} is no signature of that key ({_brief(error)})"
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).partition("\n")[0] or type(error).__name__)[:200]
+
+
+def _require_checkpoint(folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise SignatureError(f"{folder} is no fused checkpoint: there is no {MANIFEST} in it")
+
+
+def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
+    try:
+        from model_signing import hashing, signing, verifying  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise SignatureError(
+            "signatures are made by model-signing: pip install 'meteora-pipelines[signing]'"
+        ) from None
+    return hashing, signing, verifying

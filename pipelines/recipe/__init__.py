@@ -1,0 +1,9 @@
+"""What a person asks for, in YAML; and the recipes that ship.
+
+recipe       the whole recipe, read and checked
+gates        its section `gates`
+benchmark    its section `benchmark`
+publish      its section `publish`
+stage        the names of a run's stages
+from_folder  a recipe made from a folder of adapters
+"""

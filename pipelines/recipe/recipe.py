@@ -1,0 +1,300 @@
+"""What a run is asked to do, as a person writes it in YAML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from meteora.artifacts import MeteoraError
+from pipelines.recipe.benchmark import BenchmarkSection, Section, known_metrics
+from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
+from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
+
+LONGEST_NAME = 64
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
+MAX_BYTES = 1 << 20
+SHIPPED = Path(__file__).parent / "shipped"
+"""Recipes that come with the program. Those in this very folder need a user's adapters and rows."""
+
+
+class RecipeError(MeteoraError):
+    """A recipe cannot be read, or asks for something that does not exist."""
+
+
+class ExpertSection(Section):
+    name: str
+    """Unique; stored, shown, used in `--expert`."""
+    adapter: str
+    """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
+    subfolder: str = ""
+    examples: str | None = None
+    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
+    test: str | None = None
+    """Held-out rows; a benchmark task of this expert's name."""
+    metric: str | tuple[str, ...] = "exact_match"
+    """How answers to them are judged; one or more, tables show the first."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """An answer to them is cut there; without it where the benchmark says."""
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        known_metrics(value)
+        return value
+
+
+class FoundExpert(ExpertSection):
+    """An expert that `discover` found; a refused one is left out."""
+
+
+class DiscoverSection(Section):
+    """Adapters that are not named but found on the Hub, most downloaded first."""
+
+    base: str = ""
+    """The `owner/name` that they say they were trained on; without it the recipe's own base."""
+    tags: tuple[str, ...] = ()
+    """Tags of the Hub that each has to have."""
+    limit: Annotated[int, Field(ge=1, le=256)] = 20
+
+
+class HubSection(Section):
+    """Which Hub is asked, and on what terms."""
+
+    endpoint: str = ""
+    """Another than `HF_ENDPOINT` says, or huggingface.co."""
+    allow_http: bool = False
+    """Take an endpoint of plain http that is not this machine's own."""
+    token_for: tuple[str, ...] = ()
+    """Owners, or `owner/name`, to whom the saved token is sent: they learn who is asking."""
+
+
+class RouterSection(Section):
+    kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
+    top_k: Annotated[int, Field(ge=1, le=512)] = 1
+    temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    """Of `top_k` experts, only those take part whose logit is this close to the best."""
+    opening: Literal["prompt", "own"] = "prompt"
+    """Who decides for the tokens that open every prompt: the prompt as a whole, or each token."""
+    null: bool = False
+    """Whether the base without any expert is one of the choices."""
+    share: Literal["module", "point", "layer", "token"] = "point"
+    """How far one gate decides."""
+    without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
+    """What becomes of an expert without examples: its place among gates is found from its weights,
+    as this router would, or the recipe is refused."""
+
+
+class PolicySection(Section):
+    modules_to_save: Literal["refuse", "strip"] = "refuse"
+    unreachable_base: Literal["warn", "refuse"] = "warn"
+    """What to do where the base that an adapter names is another, and cannot be looked at."""
+    on_refused: Literal["fail", "skip"] = "fail"
+
+
+DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])")
+UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(text: object) -> float:
+    match = DURATION.fullmatch(text) if isinstance(text, str) else None
+    if match is None or float(match[1]) == 0:
+        raise ValueError("a time is a number and a unit, such as 90s, 30m, 2h or 1d")
+    return float(match[1]) * UNIT_SECONDS[match[2]]
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class DeadlinesSection(Section):
+    """When a stage is stopped, in seconds; a stage that hangs does not hold a schedule for ever.
+
+    Requests to the Hub have limits of their own.
+    """
+
+    base: Seconds = 12 * 3600.0
+    stack: Seconds = 2 * 3600.0
+    gates: Seconds = 24 * 3600.0
+    benchmark: Seconds = 24 * 3600.0
+    publish: Seconds = 12 * 3600.0
+
+
+class Recipe(Section):
+    base: str
+    """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
+    experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
+    discover: DiscoverSection | None = None
+    router: RouterSection = RouterSection()
+    gates: GatesSection = CalibrateSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
+    publish: PublishSection | None = None
+    policy: PolicySection = PolicySection()
+    hub: HubSection = HubSection()
+    deadlines: DeadlinesSection = DeadlinesSection()
+
+    @model_validator(mode="after")
+    def _only_gates_learn(self) -> Self:
+        asked = {
+            "margin",
+            "opening",
+            "null",
+            "share",
+            "without_examples",
+        } & self.router.model_fields_set
+        if self.router.kind != "gate" and asked:
+            raise ValueError(
+                f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_told_apart(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        for name in [*names, *(task.called for task in self.benchmark.tasks)]:
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    f"the name {name!r} may hold letters, digits, '_', '.' and '-', at most 64"
+                )
+        tasks = [expert.name for expert in self.experts if expert.test]
+        further = [task.called for task in self.benchmark.tasks]
+        composites = [f"composite-{section.n}" for section in self.benchmark.composite]
+        for kind, all_names in (
+            ("expert", names),
+            ("task", [*tasks, *further, *composites]),
+        ):
+            if twice := {name for name in all_names if all_names.count(name) > 1}:
+                raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
+        with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
+        for section in self.benchmark.composite:
+            if strange := set(section.tasks) - with_rows:
+                raise ValueError(
+                    f"composite {section.n}: there is no task {strange.pop()!r} with rows"
+                )
+            if not with_rows:
+                raise ValueError(
+                    f"composite {section.n}: it is made of tasks' rows, and no task has rows"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_experts(self) -> Self:
+        if not self.experts and self.discover is None:
+            raise ValueError("no experts: name some, or let them be found with `discover`")
+        if self.discover is not None and not self.discover.base and ":" in self.base:
+            raise ValueError(
+                f"discover.base is missing: adapters are found by the `owner/name` of their base,"
+                f" and {self.base!r} is none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_have_examples(self) -> Self:
+        if self.router.kind == "gate":
+            if self.router.without_examples != "refuse":
+                return self._some_have_examples()
+            if self.discover is not None:
+                raise ValueError(
+                    "adapters that `discover` finds bring no examples, and a gate is fitted to"
+                    " them; choose a router that needs none (arrow, norm, uniform), or say"
+                    " router.without_examples: arrow"
+                )
+            for expert in self.experts:
+                if not expert.examples:
+                    raise ValueError(
+                        f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
+                        " name some, choose a router that needs none (arrow, norm, uniform), or"
+                        " say router.without_examples: arrow"
+                    )
+        return self
+
+    def _some_have_examples(self) -> Self:
+        if self.gates.method != "calibrate":
+            raise ValueError(
+                "router.without_examples goes with gates.method: calibrate; take one of them out"
+            )
+        if not any(expert.examples for expert in self.experts):
+            raise ValueError(
+                "no expert has examples, and a gate is fitted to some; give one of them examples,"
+                " or choose a router that needs none (arrow, norm, uniform)"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and check a recipe; every fault is named with its place in the file."""
+        if not path.is_file():
+            raise RecipeError(
+                f"{path}: there is no such recipe file; shipped: {', '.join(shipped())}"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
+        try:
+            body = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise RecipeError(
+                f"{path}: not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(body, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
+        try:
+            return cls.model_validate(_tuples(body))
+        except ValidationError as error:
+            raise RecipeError(f"{path}: {_explain(error)}") from error
+
+
+def _tuples(value: object) -> object:
+    """Lists as tuples, which strict frozen sections ask for."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for fault in error.errors():
+        steps = [str(step) for step in fault["loc"]]
+        if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
+            del steps[1]  # pydantic's name for the kind of section, which is not in the file
+        place = ".".join(steps) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            parts.append(f"unknown key {place}")
+        else:
+            given = (
+                ""
+                if fault["type"] in {"missing", "value_error"}
+                else f" (given: {fault['input']!r:.60})"
+            )
+            parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(parts)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the program, by the name that `meteora run` takes."""
+    found = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **found}
+
+
+def locate(name: str) -> Path:
+    """A recipe's file: a shipped name, or a path."""
+    return shipped().get(name, Path(name))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset without duplicate keys, and without aliases: they make bombs."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases are not allowed in a recipe ({event.start_mark})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice ({node.start_mark})")
+        return super().construct_mapping(node, deep=deep)

@@ -1,0 +1,276 @@
+"""The model card of a checkpoint: text, and nothing is sent from here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import COMMIT, short
+from meteora.base.sources import GGUF, PATH
+from pipelines.hub.client import PUBLIC
+from pipelines.reports import card_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meteora.checkpoint.manifest import Manifest
+    from pipelines.reports.summary import Summary
+
+MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
+
+
+HERE = "FOLDER_OR_HUB_ID"
+"""Stands in a card for the name under which the model is loaded, until it is published."""
+PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
+
+
+def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
+    """The README.md of a checkpoint, with the metadata that the Hub understands.
+
+    Args:
+        summary: None for a checkpoint that nobody has measured
+    """
+    parts = [
+        f"---\n{card_metadata.metadata(manifest, summary, name)}\n---",
+        f"# {name}",
+        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
+        f" the token's hidden state and picks the adapter ({PAPER}). Nobody has to say which task a"
+        " prompt is.",
+        "## Use",
+        "\n".join(["```python", *usage(manifest, summary), "```"]),
+        "It needs the Python package `meteora-pipelines`, and never `trust_remote_code`: after"
+        " `import meteora`, `AutoModelForCausalLM.from_pretrained` and `pipeline` of transformers"
+        " take the same name. `with meteora.force_expert(model, NAME):` sends every token to one"
+        " expert.",
+        "## Made of",
+        "\n".join(_sources(manifest)),
+        "## Scores",
+        *_measured(summary),
+        "## Routing",
+        " ".join([f"Router: {_router(manifest)}.", *(routing_lines(summary) if summary else [])]),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in _limits(manifest)),
+        "## Lineage",
+        f"Stack {_code(short(manifest.fused_id))}, router {_code(short(manifest.router_id))}. Where"
+        " everything came from, with commits and hashes, stands in `lineage.json`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def place(card: str, repo_id: str) -> str:
+    """A card with the name under which its model is published."""
+    return card.replace(HERE, repo_id)
+
+
+def usage(manifest: Manifest, summary: Summary | None) -> list[str]:
+    """Five lines of Python that load the model and let it answer."""
+    base_folder = (
+        ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
+    )
+    lines = [
+        "import meteora",
+        "",
+        f'model, tokenizer = meteora.load("{HERE}"{base_folder})',
+    ]
+    scores = [score for row in summary.scores.values() for score in row.values()] if summary else []
+    if any(score.templated for score in scores):
+        lines += [
+            'chat = [{"role": "user", "content": "What is 12 plus 30?"}]',
+            "prompt = tokenizer.apply_chat_template("
+            'chat, add_generation_prompt=True, return_tensors="pt")',
+        ]
+    else:
+        lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
+    answer = "model.generate(**prompt, max_new_tokens=40)[0]"
+    return [*lines, f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    base = manifest.base
+    gguf = base.repo_id.startswith(GGUF)
+    package = base.repo_id.removeprefix(GGUF).partition("/")[0]
+    rows = [("the base", base.repo_id, base.revision, base.licence, "")]
+    rows += [(e.name, e.source, e.revision, e.licence, e.r) for e in manifest.experts]
+    return [
+        "| expert | from | commit | licence | r |",
+        "|-|-|-|-|-|",
+        *(
+            f"| {name} | {_linked(source)} | {_linked(source, revision)} |"
+            f" {_code(licence) if licence else 'not stated'} | {r} |"
+            for name, source, revision, licence, r in rows
+        ),
+        "",
+        "The base is referred to and not copied; it is loaded at that commit, or refused where it"
+        " is another."
+        + (f" It comes with the Python package {_code(package)}." if gguf else "")
+        + (" It is a folder of whoever made this model." if base.repo_id.startswith(PATH) else ""),
+    ]
+
+
+def _linked(source: str, revision: str = "") -> str:
+    """A Hub id, or a commit of it, as a link; what is on no Hub as it is called."""
+    parts = source.split("/")
+    url = f"{PUBLIC}/{'/'.join(parts[:2])}"
+    if ":" in source or len(parts) < 2 or (revision and not COMMIT.fullmatch(revision)):
+        return _code(revision[:19] if revision else source)
+    if revision:
+        return f"[{_code(revision[:12])}]({url}/tree/{revision})"
+    return f"[{_code(source)}]({url})"
+
+
+def _limits(manifest: Manifest) -> list[str]:
+    router = manifest.router
+    return [
+        *stand_in_lines(router.stand_ins, router.stand_in),
+        "The scores are of rows like those that its gates were made with; other prompts are not"
+        " measured."
+        if manifest.gates
+        else "Its router is not trained; how well it chooses is what the scores say.",
+        "A prompt that is like no expert's task goes to the base alone, if the router sees it."
+        if manifest.router.null
+        else "A prompt that is like no expert's task goes to some expert all the same.",
+        "What the base and the adapters do wrong, and what their licences ask for, holds here too.",
+        "It runs in transformers through this package; servers with model code of their own, such"
+        " as vLLM, do not load it.",
+    ]
+
+
+def _measured(summary: Summary | None) -> list[str]:
+    if summary is None:
+        return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
+    lines = "\n".join([*loss_lines(summary), *speed_lines(summary)])
+    return ["\n".join(score_table(summary)), lines]
+
+
+def score_table(summary: Summary) -> list[str]:
+    """Every score with its 95 % interval, as Markdown."""
+    if not summary.scores:
+        return ["Nothing was measured: the recipe names no tests."]
+    systems = summary.systems
+    lines = [
+        f"| task | metric | n | {' | '.join(systems)} |",
+        f"|-|-|-|{'-|' * len(systems)}",
+    ]
+    for task, row in summary.scores.items():
+        cells = [cell(summary, task, system) for system in systems]
+        fused = row["fused"]
+        lines.append(
+            f"| {task} | {fused.spec.metric} | {fused.num_samples} | {' | '.join(cells)} |"
+        )
+    means = [summary.mean(system) for system in systems]
+    shown = ["" if mean is None else f"**{mean:.3f}**" for mean in means]
+    lines += [f"| mean of the experts' own tasks | | | {' | '.join(shown)} |", ""]
+    return lines + how_measured(summary)
+
+
+def cell(summary: Summary, task: str, system: str) -> str:
+    """One score with its interval, marked where the fused model differs from it beyond chance."""
+    score = summary.scores[task].get(system)
+    if score is None:
+        return ""
+    shown = interval(score.value, score.low, score.high)
+    return " ".join(filter(None, (shown, summary.mark(task, system))))
+
+
+def how_measured(summary: Summary) -> list[str]:
+    """What a reader needs to know to trust the table."""
+    scores = [score for row in summary.scores.values() for score in row.values()]
+    if not scores:
+        return []
+    first = scores[0]
+    methods = {"wilson": "Wilson", "bootstrap": "bootstrap over rows, 9,999 resamples"}
+    used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
+    templated = {True: "in the base's chat template", False: "as plain text", None: ""}
+    asked = {templated[score.templated] for score in scores} - {""}
+    how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
+    cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
+    lines = [
+        f"Asked {how}; in brackets the 95 % interval ({'; '.join(used)}). Of all answers {cut:,}"
+        f" were cut at the longest allowed and {empty:,} were empty; they count like any other."
+    ]
+    if summary.comparisons:
+        lines.append(
+            "Marked with + is what the fused model is better than, with - what it is worse than, by"
+            " a paired test on the same rows (McNemar's or sign flips; p < 0.05 after Holm's"
+            " correction over the tasks). Where neither stands, the difference may be chance."
+        )
+    return lines
+
+
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def routing_lines(summary: Summary) -> list[str]:
+    """How often tokens went to their own expert, in one sentence."""
+    if summary.routing is None:
+        return []
+    routing = summary.routing
+    worst = min(routing.by_expert, key=lambda share: share.accuracy)
+    return [
+        f"Routing accuracy {routing.accuracy:.3f} over {routing.num_tokens:,} tokens of held-out"
+        " rows, after the template's opening, in every routed layer; lowest for"
+        f" {worst.expert} ({worst.accuracy:.3f})."
+    ]
+
+
+def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
+    """Which experts had no examples, where there are such."""
+    if not names:
+        return []
+    return [
+        f"No examples were given for {', '.join(names)}: which tokens are theirs is told by their"
+        f" weights ({stand_in}), which is less sure than examples are."
+    ]
+
+
+def loss_lines(summary: Summary) -> list[str]:
+    """Every task on which the fused model is worse than another system beyond chance."""
+    lines = []
+    for task, other, one in summary.losses():
+        row = summary.scores[task]
+        lines.append(
+            f"Worse than {other} on {task}: {row['fused'].value:.2f} against"
+            f" {row[other].value:.2f}, n = {one.num_samples}, p = {one.p_holm:.3g}."
+        )
+    return lines
+
+
+def speed_lines(summary: Summary) -> list[str]:
+    """What routing costs in time and memory."""
+    made = summary.speed
+    if made is None:
+        return []
+    rates = " ".join(
+        f"{rate.phase.capitalize()} {rate.fused_tokens_per_second:,.0f} tokens/s, the base"
+        f" {rate.base_tokens_per_second:,.0f}: {rate.ratio:.2f} times its time"
+        f" [{rate.low:.2f}, {rate.high:.2f}]."
+        for rate in made.rates
+    )
+    working = ""
+    if made.fused_working_bytes is not None and made.base_working_bytes is not None:
+        working = (
+            f"; a prefill takes {made.fused_working_bytes / 1e6:.1f} MB beyond that, the base's"
+            f" {made.base_working_bytes / 1e6:.1f} MB"
+        )
+    return [
+        f"{rates} Batches of {made.spec.batch_size}, prompts of {made.spec.prompt_tokens} tokens,"
+        f" {made.spec.new_tokens} new ones, {made.spec.rounds} rounds in turns, {made.device} with"
+        f" {made.num_threads} threads, {made.dtype}.",
+        f"In memory {made.added_bytes / 1e6:.1f} MB beside the base's"
+        f" {made.base_bytes / 1e6:.1f} MB{working}; on disk {made.stored_bytes / 1e6:.1f} MB.",
+    ]
+
+
+def _router(manifest: Manifest) -> str:
+    router = manifest.router
+    how = (
+        f", {MADE.get(manifest.gates['method'], 'made')} on {manifest.gates['num_tokens']:,} tokens"
+        if manifest.gates
+        else ""
+    )
+    return f"{router.kind}, top_k {router.top_k}, temperature {router.temperature}{how}"
+
+
+def _code(text: str) -> str:
+    """Text from strangers as inline code: no markup of theirs takes effect."""
+    return f"`{text.replace('`', '').replace('|', '')}`"

@@ -1,0 +1,272 @@
+"""The figures of a report: scores with intervals, shares in a grid, lines by layer, two shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipelines.reports.svg import (
+    ACCENT,
+    INK,
+    LEGEND_ROW,
+    NARROW,
+    PAPER,
+    RULE,
+    SECOND,
+    SOFT,
+    WIDE,
+    Mark,
+    brief,
+    draw_both,
+    legend,
+    new_axes,
+    point,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+UPRIGHT = 26
+"""Columns that are narrower, in pixels, have names that stand upright: leaning ones would touch."""
+NUMBERED = 16
+"""A heat map of more columns has no room for numbers in its cells."""
+MARKS = {
+    "fused": Mark(ACCENT, "o", 7, filled=True),
+    "oracle": Mark(SECOND, "D", 6, filled=False),
+    "base": Mark(INK, "|", 9, filled=True),
+}
+FEW = 5
+"""More systems than that stand closer together."""
+OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One score of one system on one task."""
+
+    task: str
+    system: str
+    value: float
+    low: float
+    high: float
+
+
+def marks(systems: Sequence[str]) -> dict[str, Mark]:
+    others = iter(OTHERS * len(systems))
+    return {system: MARKS.get(system) or next(others) for system in systems}
+
+
+def forest(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
+    """Scores with their intervals, a block a task and a line a system."""
+    systems = list(dict.fromkeys(interval.system for interval in intervals))
+    tasks = list(dict.fromkeys(interval.task for interval in intervals))
+    drawn = marks(systems)
+    gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
+    height = len(tasks) * (len(systems) + gap) * line
+
+    def draw(width: int) -> Figure:
+        left = 12 if width == NARROW else 14 + 7 * max(len(brief(task)) for task in tasks)
+        top = 14 + LEGEND_ROW * math.ceil(sum(30 + 6.4 * len(s) for s in systems) / (width - left))
+        figure, axes = new_axes(width, height, left=left, top=top, bottom=42, right=12)
+        legend(figure, drawn, left)
+        for i, task in enumerate(tasks):
+            top = i * (len(systems) + gap)
+            if i:
+                axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
+            if width == NARROW:
+                axes.text(
+                    0.0, top - 0.42, brief(task, 40), fontsize=11.5, fontweight="bold", va="center"
+                )
+            for interval in intervals:
+                if interval.task == task:
+                    mark, y = drawn[interval.system], top + systems.index(interval.system) + 0.35
+                    thick = 2.4 if interval.system == "fused" else 1.2
+                    axes.plot(
+                        [interval.low, interval.high], [y, y],
+                        color=mark.colour, linewidth=thick, solid_capstyle="butt",
+                        gid=f"interval-{i}-{systems.index(interval.system)}",
+                    )  # fmt: skip
+                    drawn_at = point(axes, interval.value, y, mark)
+                    drawn_at.set_gid(f"point-{i}-{systems.index(interval.system)}")
+        axes.set_ylim(len(tasks) * (len(systems) + gap) - 0.5 * gap, -0.5 * gap - 0.1)
+        if width == NARROW:
+            axes.set_yticks([])
+        else:
+            middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
+            axes.set_yticks(middle, [brief(task) for task in tasks])
+        low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+        if low >= 0 and high <= 1:
+            axes.set_xlim(-0.02, 1.02)
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        axes.grid(axis="x", color=RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(xlabel)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        return figure
+
+    return draw_both(draw, name)
+
+
+def heat(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    name: str,
+    *,
+    labels: tuple[str, str],
+) -> Markup:
+    """Shares from 0 to 1 in one hue; the diagonal, where names are equal, is framed.
+
+    Args:
+        labels: of the rows and of the columns
+    """
+
+    def draw(width: int) -> Figure:
+        limit = 24 if width == WIDE else 15
+        shown_rows = [brief(row, limit) for row in rows]
+        shown_columns = [brief(column, limit) for column in columns]
+        left = 26 + 6.6 * max(map(len, shown_rows))
+        longest = max(map(len, shown_columns))
+        upright = (width - left) / len(columns) < UPRIGHT
+        # names that lean to the right need room there
+        top, right = (30 + 5.8 * longest, 6) if upright else (30 + 4.6 * longest, 4 + 4.2 * longest)
+        cell = min(46.0, (width - left - right) / len(columns))
+        figure, axes = new_axes(
+            width, cell * len(rows), left=left, top=top, bottom=6,
+            right=width - left - cell * len(columns),
+        )  # fmt: skip
+        for r, row in enumerate(rows):
+            for c, column in enumerate(columns):
+                value = values.get((row, column))
+                if value is None:
+                    continue
+                box = Rectangle(
+                    (c + 0.03, r + 0.03), 0.94, 0.94,
+                    facecolor=ACCENT, alpha=0.03 + 0.97 * value, linewidth=0, gid=f"cell-{r}-{c}",
+                )  # fmt: skip
+                axes.add_patch(box)
+                if row == column:
+                    axes.add_patch(
+                        Rectangle(
+                            (c + 0.03, r + 0.03), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1
+                        )
+                    )
+                if len(columns) <= NUMBERED and cell >= 22 and value >= 0.005:
+                    axes.text(
+                        c + 0.5, r + 0.52, f"{100 * value:.0f}", ha="center", va="center",
+                        fontsize=min(11.0, cell * 0.4), color=PAPER if value > 0.55 else INK,
+                    )  # fmt: skip
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(rows), 0)
+        size = max(6.5, min(11.5, cell * 0.8))
+        axes.set_yticks([r + 0.5 for r in range(len(rows))], shown_rows, fontsize=size)
+        axes.xaxis.tick_top()
+        axes.set_xticks(
+            [c + 0.5 for c in range(len(columns))], shown_columns, fontsize=size, color=INK,
+            rotation=90 if upright else 40, ha="left", rotation_mode="anchor",
+            va="center" if upright else "baseline",
+        )  # fmt: skip
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel(labels[0])
+        figure.text(
+            left / width,
+            1 - 11 / (top + 6 + cell * len(rows)),
+            labels[1],
+            color=SOFT,
+            fontsize=11.5,
+        )
+        return figure
+
+    return draw_both(draw, name)
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    name: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    strong: str,
+    step: bool = False,
+) -> Markup:
+    """One strong line of shares among thin ones, each named at its end.
+
+    Args:
+        strong: the series that is drawn in the accent's colour
+        step: whether a value holds until the next one
+    """
+
+    def draw(width: int) -> Figure:
+        figure, axes = new_axes(
+            width, 230, left=44, top=14, bottom=44, right=12 + 6.2 * max(map(len, series))
+        )
+        ends = []
+        for key, points in series.items():
+            bold = key == strong
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(
+                x, y, color=ACCENT if bold else SOFT, linewidth=2.2 if bold else 0.9,
+                alpha=1 if bold else 0.65, zorder=3 if bold else 2,
+                drawstyle="steps-post" if step else "default",
+            )  # fmt: skip
+            ends.append((y[-1], x[-1], key))
+        low = min(y for points in series.values() for _, y in points)
+        axes.set_ylim(math.floor(low * 10) / 10 - 0.02, 1.02)
+        bottom, top = axes.get_ylim()
+        place = math.inf
+        for y, x, key in sorted(ends, reverse=True):
+            place = min(y, place - 14 * (top - bottom) / 230)  # no two names on each other
+            axes.annotate(
+                key, (x, place), xytext=(7, 0), textcoords="offset points", va="center",
+                fontsize=11, color=ACCENT if key == strong else SOFT, annotation_clip=False,
+                fontweight="bold" if key == strong else "normal",
+            )  # fmt: skip
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
+        axes.tick_params(axis="y", labelcolor=SOFT, labelsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_axisbelow(True)
+        axes.spines["left"].set_visible(False)
+        return figure
+
+    return draw_both(draw, name)
+
+
+def dumbbells(
+    rows: Sequence[tuple[str, float, float]], name: str, *, labels: tuple[str, str], xlabel: str
+) -> Markup:
+    """Two shares a row, joined: how far what is differs from what should be.
+
+    Args:
+        rows: name, what should be, what is
+        labels: of the two
+    """
+
+    def draw(width: int) -> Figure:
+        shown = [brief(row[0], 24 if width == WIDE else 15) for row in rows]
+        left = 14 + 7 * max(map(len, shown))
+        figure, axes = new_axes(width, 21 * len(rows), left=left, top=26, bottom=42, right=14)
+        for i, (_, should, there) in enumerate(rows):
+            axes.plot([should, there], [i, i], color=SOFT, linewidth=1.2)
+            point(axes, should, i, MARKS["oracle"])
+            point(axes, there, i, MARKS["fused"])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, max(max(row[1:]) for row in rows) * 1.08)
+        axes.set_yticks(range(len(rows)), shown)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="x", color=RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(xlabel)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        legend(figure, {labels[0]: MARKS["oracle"], labels[1]: MARKS["fused"]}, left)
+        return figure
+
+    return draw_both(draw, name)

@@ -1,0 +1,129 @@
+"""What a run comes to, read from the ledger: the same numbers for the terminal and for the card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import ComparisonBuild, RouterBuild, RoutingBuild, Score, SpeedBuild
+from pipelines.evaluation.measurements import BASE, FUSED, ORACLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from meteora.artifacts import Difference
+    from pipelines.evaluation.measurements import Measurement
+    from pipelines.planning.plan import Plan
+    from store.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Summary:
+    scores: Mapping[str, Mapping[str, Score]]
+    """By task, then by system. A task's further metrics follow it as `task: metric`."""
+    gates: RouterBuild
+    routing: RoutingBuild | None
+    """None where no expert has test rows."""
+    sizes: Mapping[str, int]
+    """Bytes of what is stored, by name."""
+    own: frozenset[str] = frozenset()
+    """Tasks that are an expert's own: the mean is taken over them."""
+    matrix: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    """By task, then by expert: each alone on every task, where the recipe asks for it."""
+    comparisons: Mapping[str, ComparisonBuild] = field(default_factory=dict)
+    """The fused model against each other system, by its name."""
+    speed: SpeedBuild | None = None
+    """None where the recipe does not ask for it."""
+
+    @property
+    def systems(self) -> list[str]:
+        """In the order in which they are compared: base, oracle, fused, then the others."""
+        there = dict.fromkeys(system for row in self.scores.values() for system in row)
+        first = [system for system in (BASE, ORACLE, FUSED) if system in there]
+        return first + [system for system in there if system not in first]
+
+    def mean(self, system: str) -> float | None:
+        """The mean over the experts' own tasks; None where it was not asked all of them."""
+        values = [
+            row[system].value
+            for task, row in self.scores.items()
+            if task in self.own and system in row
+        ]
+        return sum(values) / len(values) if values and len(values) == len(self.own) else None
+
+    def difference(self, task: str, other: str) -> Difference | None:
+        """The fused model's difference from another system on a task, where it was tested."""
+        found = self.comparisons[other].differences if other in self.comparisons else ()
+        return next((one for one in found if one.task == task), None)
+
+    def mark(self, task: str, other: str) -> str:
+        """`+` where the fused model is better than this one beyond chance, `-` where worse."""
+        one = self.difference(task, other)
+        if one is None or not one.significant:
+            return ""
+        better = (one.difference > 0) == self.scores[task][FUSED].higher_is_better
+        return "+" if better else "-"
+
+    def losses(self) -> list[tuple[str, str, Difference]]:
+        """Where the fused model is worse beyond chance: task, other system, difference."""
+        return [
+            (one.task, other, one)
+            for other, comparison in self.comparisons.items()
+            for one in comparison.differences
+            if self.mark(one.task, other) not in {"", "+"}
+        ]
+
+
+def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
+    """The summary of a plan; None while something that it asks for is not in the ledger."""
+    gates = ledger.built(plan.router.id)
+    routing = ledger.built(plan.routing.id)
+    owns_tests = any(name in plan.tests for name in plan.fused.names)
+    if gates is None or (routing is None and owns_tests):
+        return None
+    scores: dict[str, dict[str, Score]] = {}
+    matrix: dict[str, dict[str, Score]] = {}
+    recorded = ledger.scores_of(measurement.spec.id for measurement in plan.measurements)
+    for measurement in plan.measurements:
+        score = recorded.get(measurement.spec.id)
+        if score is None:
+            return None
+        row = _row(measurement, plan)
+        if measurement.system.startswith("expert:"):
+            matrix.setdefault(row, {})[measurement.adapter] = score
+        else:
+            scores.setdefault(row, {})[measurement.system] = score
+    comparisons = {}
+    for spec in plan.comparisons:
+        made = ledger.built(spec.id)
+        if made is None:
+            return None
+        comparisons[spec.other] = ComparisonBuild.from_dict(made)
+    speed = ledger.built(plan.speed.id) if plan.speed else None
+    if plan.speed and speed is None:
+        return None
+    stored = {
+        "experts": ledger.weights_of(plan.fused.id),
+        "gates": gates["weights_sha256"] if plan.router.router == "gate" else None,
+        "statistics": gates.get("statistics_sha256"),
+    }
+    paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    sizes["base"] = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
+    return Summary(
+        scores=scores,
+        gates=RouterBuild.from_dict(gates),
+        routing=RoutingBuild.from_dict(routing) if routing else None,
+        sizes=sizes,
+        own=frozenset(task.name for task in plan.tasks.values() if task.expert),
+        matrix=matrix,
+        comparisons=comparisons,
+        speed=SpeedBuild.from_dict(speed) if speed else None,
+    )
+
+
+def _row(measurement: Measurement, plan: Plan) -> str:
+    """The row of a table: the task, and its metric where that is not its first."""
+    task, metric = measurement.spec.task, measurement.spec.metric
+    return task if metric == plan.tasks[task].metrics[0] else f"{task}: {metric}"

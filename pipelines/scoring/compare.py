@@ -1,0 +1,60 @@
+"""Compare a routed model with others, row by row: what differs beyond chance, and by how much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import ComparisonBuild, Difference
+from pipelines.scoring import intervals
+from pipelines.scoring.outputs import read_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meteora.artifacts import ComparisonSpec, Score
+    from store.ledger import Ledger
+
+
+def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
+    """Test every task's pair of scores, and correct over the tasks."""
+    pairs: list[tuple[Sequence[float], Sequence[float]]] = []
+    found: list[tuple[Score, Score, bool]] = []
+    for pair in spec.pairs:
+        ours, theirs = ledger.score_of(pair.score_id), ledger.score_of(pair.other_id)
+        assert ours is not None  # noqa: S101  (a comparison follows the scores that it is of)
+        assert theirs is not None  # noqa: S101
+        values = values_of(ledger, ours), values_of(ledger, theirs)
+        pairs.append(values)
+        found.append((ours, theirs, not {*values[0], *values[1]} <= {0.0, 1.0}))
+    p_values = [
+        intervals.sign_flip(*values, seed=spec.seed) if graded else intervals.mcnemar(*values)
+        for values, (_, _, graded) in zip(pairs, found, strict=True)
+    ]
+    differences = []
+    for values, (ours, theirs, graded), p_value, p_holm in zip(
+        pairs, found, p_values, intervals.holm(p_values), strict=True
+    ):
+        low, high = intervals.difference(*values, graded=graded, seed=spec.seed)
+        differences.append(
+            Difference(
+                task=ours.spec.task,
+                metric=ours.spec.metric,
+                score_id=ours.spec.id,
+                other_id=theirs.spec.id,
+                difference=ours.value - theirs.value,
+                low=low,
+                high=high,
+                p_value=p_value,
+                p_holm=p_holm,
+                test="sign-flip" if graded else "mcnemar",
+                num_samples=ours.num_samples,
+            )
+        )
+    mean, low, high = intervals.mean_difference(pairs, spec.seed)
+    return ComparisonBuild(spec, tuple(differences), mean, low, high)
+
+
+def values_of(ledger: Ledger, score: Score) -> list[float]:
+    """The value of each row of a score."""
+    rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256), [score.spec.metric])
+    return [float(row[score.spec.metric]) for row in rows]

@@ -1,0 +1,290 @@
+"""The stages that build: plain functions that leave what they made in the store.
+
+Each looks into the ledger first and does nothing where the work is done; each puts its bytes into
+the blobs and only then writes its record. So a run that is stopped anywhere goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.artifacts import (
+    NULL,
+    BuiltBase,
+    FusedCheckpoint,
+    LinearSize,
+    MeteoraError,
+    RouterBuild,
+)
+from meteora.base import loading
+from meteora.base.chat_template import Template
+from meteora.base.sources import GGUF, find_gguf, weights_sha256
+from meteora.checkpoint import stack as fuse
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    CONFIG_TEXT,
+    EXPERTS,
+    GATES,
+    LINEAGE,
+    MANIFEST,
+    STATISTICS,
+)
+from meteora.fitting import calibrate
+from meteora.fitting.statistics import write_statistics
+from meteora.routing.gates import gates_of
+from pipelines.admission import silent_experts
+from pipelines.admission.sources import hub_of
+from pipelines.data.labels import background_sequences, label, label_composites, label_spans
+from pipelines.hub import repositories
+from pipelines.hub.card import licence_of
+from pipelines.hub.snapshot import locked
+from pipelines.publishing import lineage
+from pipelines.reports import card, eval_results
+from pipelines.reports.summary import summarise
+from pipelines.stages import train_processes
+from pipelines.stages.open_model import computing_device, describe, opened
+from pipelines.workspace.console import bar, say
+from pipelines.workspace.context import put_in_place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import BaseSpec, RouterSpec
+    from meteora.fitting import joint
+    from meteora.fitting.sequences import LabelledSequence
+    from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.workspace.context import RunContext
+
+
+def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
+    """Have the base as safetensors: in place, downloaded at its commit, or dequantised once."""
+    folder = work.base_folder(spec)
+    known = work.ledger.built(spec.id)
+    if known is not None and folder.is_dir():
+        return BuiltBase.from_dict(known)
+    if not folder.is_dir():
+        _bring_base(work, spec, folder)
+    sizes = loading.linear_sizes(folder)
+    norms = loading.weight_norms(folder, sizes)
+    built = BuiltBase(
+        spec,
+        weights_sha256(folder),
+        loading.fingerprint_of(folder),
+        tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
+        licence_of(folder),
+    )
+    work.ledger.record_artifact(
+        spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
+    )
+    return built
+
+
+def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
+    """Have the base in its folder, whole or not at all; of two runs one waits for the other."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(work.home / "runs" / folder.name, work.recipe.deadlines.base):
+        if folder.is_dir():
+            return
+        with work.scratch() as scratch:
+            _fetch_base(work.recipe, spec, scratch / "base")
+            (scratch / "base").rename(folder)
+
+
+def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
+    source = recipe.base
+    if not source.startswith(GGUF):
+        repositories.download_base(spec, out, hub=hub_of(recipe, spec.base_model))
+        return
+    say(f"dequantising {source.removeprefix(GGUF)}, once")
+    model, tokenizer = loading.load_gguf(find_gguf(source))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
+    """Lay the adapters end to end in one file; the base is not loaded for it."""
+    if work.holds(plan.fused.id):
+        return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
+    with work.scratch() as scratch:
+        out = scratch / EXPERTS
+        fuse.stack([expert.adapter for expert in plan.experts], out)
+        sha256 = work.ledger.blobs.put(out, move=True)
+    made = FusedCheckpoint(plan.fused, sha256)
+    work.ledger.record_artifact(
+        plan.fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
+    )
+    return made
+
+
+def fit_gates(
+    work: RunContext, plan: Plan, built: BuiltBase, fused: FusedCheckpoint
+) -> RouterBuild:
+    """Make the gates as the recipe asks; a router without gates is only recorded."""
+    if work.holds(plan.router.id):
+        return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
+    if plan.router.router == "gate":
+        made = _make_gates(work, plan, built)
+    else:
+        made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
+    work.ledger.record_artifact(
+        plan.router,
+        weights_sha256=made.weights_sha256,
+        built=made,
+        blobs=made.blobs,
+        run_id=work.run_id,
+    )
+    shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
+    return made
+
+
+def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
+    router = plan.router
+    with work.scratch() as scratch:
+        out = scratch / GATES
+        fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
+        found = fit(work, plan, built, out)
+        sha256, kept = work.ledger.blobs.put(out, move=True), ""
+        if isinstance(found, calibrate.Calibration):
+            write_statistics(scratch / STATISTICS, found.statistics)
+            kept = work.ledger.blobs.put(scratch / STATISTICS, move=True)
+        return RouterBuild(
+            spec=router,
+            weights_sha256=sha256,
+            num_tokens=found.num_tokens,
+            heldout_accuracy=found.heldout_accuracy,
+            wall_seconds=found.wall_seconds,
+            device=computing_device(),
+            statistics_sha256=kept,
+        )
+
+
+def _fit_here(
+    work: RunContext, plan: Plan, built: BuiltBase, out: Path
+) -> calibrate.Calibration | joint.Training:
+    router = plan.router
+    with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
+        sequences, template = _labelled(work, plan, model, tokenizer)
+        if router.joint is None:
+            found = _calibrate(router, model, sequences, template, scratch)
+        else:
+            with _steps(router) as show:
+                found = train_processes.train(
+                    work, router, model, sequences, template, scratch, show
+                )
+        tensors.write_gates(out, gates_of(model))
+    return found
+
+
+def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> joint.Training:
+    """Each process opens a model of its own, and the one that labelled for all is gone by then."""
+
+    def labelled() -> tuple[list[LabelledSequence], Template | None]:
+        with opened(work, plan, built, gates=None) as (model, tokenizer):
+            return _labelled(work, plan, model, tokenizer)
+
+    sequences, template = labelled()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with _steps(plan.router) as show:
+        return train_processes.train_together(work, plan, built, sequences, template, out, show)
+
+
+def _labelled(
+    work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[LabelledSequence], Template | None]:
+    """What the gates learn from, and the template that their prompts stand in."""
+    router = plan.router
+    silent_experts.probe(work, plan.experts, model, tokenizer)
+    sequences = label(plan.examples, plan.fused.names, tokenizer)
+    sequences += label_composites(
+        plan.examples, plan.fused.names, tokenizer, sizes=router.composites, seed=router.seed
+    )
+    sequences += label_spans(plan.spans, plan.fused.names, tokenizer)
+    if router.null:
+        rows = plan.examples[NULL]
+        with bar("asking the base", len(rows), "texts") as asked:
+            sequences += background_sequences(model, tokenizer, rows, len(plan.fused.names), asked)
+    return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
+
+
+@contextmanager
+def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
+    """A bar over the steps of a training, which may begin in the middle."""
+    shown, steps = 0, router.joint.steps if router.joint else 0
+    with bar("training the gates", steps, "steps") as advance:
+
+        def show(done: int, _total: int) -> None:
+            nonlocal shown
+            advance(done - shown)
+            shown = done
+
+        yield show
+
+
+def _calibrate(
+    router: RouterSpec,
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    template: Template | None,
+    scratch: Path,
+) -> calibrate.Calibration:
+    layers = model.config.get_text_config().num_hidden_layers
+    with bar("fitting the gates", layers, "layers") as advance:
+        return calibrate.calibrate(
+            model,
+            sequences,
+            top_k=router.top_k,
+            temperature=router.temperature,
+            margin=router.margin,
+            template=template,
+            share=router.share,
+            stand_in=router.stand_in,
+            seed=router.seed,
+            scratch=scratch,
+            progress=lambda _done, _total: advance(1),
+        )
+
+
+def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+    """The checkpoint's folder with card and lineage, whole or not at all.
+
+    Its tensors are links to the blobs where the disk has links.
+    """
+    summary = summarise(work.ledger, plan, work.base_folder(plan.base))
+    if summary is None:
+        raise MeteoraError("a measurement is missing, so no card can be written; run again")
+    manifest = describe(plan, built, gates)
+    folder = work.checkpoint_folder(plan.router.id)
+    parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
+    if plan.router.router == "gate":
+        parts[GATES] = gates.weights_sha256
+    if gates.statistics_sha256:
+        parts[STATISTICS] = gates.statistics_sha256
+    texts = {
+        MANIFEST: manifest.to_json(),
+        CONFIG: CONFIG_TEXT,
+        CARD: card.write_card(manifest, summary, work.name),
+        LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
+    }
+    if results := eval_results.write_eval_results(work.recipe.benchmark.tasks, summary):
+        texts[eval_results.NAME] = results
+    with work.scratch() as scratch:
+        made = scratch / folder.name
+        made.mkdir()
+        for name, sha256 in parts.items():
+            work.ledger.blobs.give(sha256, made / name)
+        for name, text in texts.items():
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_text(text)
+        put_in_place(made, folder)
+    return folder

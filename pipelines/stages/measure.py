@@ -1,0 +1,243 @@
+"""The stages that measure: every subject on every task, what differs, how fast, and the routes."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import (
+    RouterBuild,
+    RoutingBuild,
+    RoutingScore,
+    RoutingShare,
+    Score,
+    canonical_sha256,
+)
+from meteora.model.fused import expert_names
+from pipelines.admission import silent_experts
+from pipelines.evaluation import ask, routing_stats, speed
+from pipelines.evaluation.harness import HARNESS
+from pipelines.evaluation.resume import BATCHES, Nowhere, keeping
+from pipelines.evaluation.systems import as_system
+from pipelines.scoring import compare
+from pipelines.scoring.outputs import write_outputs
+from pipelines.stages.open_model import opened
+from pipelines.workspace.console import bar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import BenchmarkSpec, BuiltBase
+    from pipelines.evaluation.ask import Answered
+    from pipelines.evaluation.measurements import Measurement
+    from pipelines.planning.plan import Plan
+    from pipelines.workspace.context import RunContext
+
+
+def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
+    """The measurements that the ledger does not hold yet; those of one asking together.
+
+    A run that was stopped goes on here, at the task, and inside of it at the row: see `kept`.
+    """
+    askings: dict[tuple[str, str], dict[str, Measurement]] = {}
+    recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
+    for one in plan.measurements:
+        if one.spec.id not in recorded:
+            asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})
+            asking.setdefault(one.spec.id, one)  # the oracle is one of the experts, too
+    return [list(asking.values()) for asking in askings.values()]
+
+
+def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+    """Take every measurement that is missing, each recorded as it is done.
+
+    One model serves all subjects: the base is the model without its experts, an adapter alone is
+    the model with that expert forced, and tests prove both equal to the real thing.
+    """
+    to_do = missing(work, plan)
+    owns_tests = any(name in plan.tests for name in plan.fused.names)
+    watch = owns_tests and work.ledger.built(plan.routing.id) is None
+    timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
+    if to_do or watch or timing:
+        _record_controls(work, plan)
+        with opened(work, plan, built, gates) as (model, tokenizer):
+            silent_experts.probe(work, plan.experts, model, tokenizer)
+            for askings in _of_one_system(to_do, plan):
+                with as_system(
+                    model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
+                ):
+                    for asking in askings:
+                        _ask(work, plan, asking, model, tokenizer)
+            if watch:
+                _watch_routing(work, plan, model, tokenizer)
+            if timing:
+                _time(work, plan, gates, model)
+    _compare(work, plan)
+
+
+def _of_one_system(
+    askings: Sequence[list[Measurement]], plan: Plan
+) -> list[list[list[Measurement]]]:
+    """Askings that one and the same model answers; a merge takes long to make, so it is made once.
+
+    Others each have their own: a random router begins anew with every task.
+    """
+    groups: dict[object, list[list[Measurement]]] = {}
+    for number, asking in enumerate(askings):
+        system = asking[0].system
+        groups.setdefault(system if system in plan.merges else number, []).append(asking)
+    return list(groups.values())
+
+
+def _record_controls(work: RunContext, plan: Plan) -> None:
+    """Scores refer to their subjects: routers and merges that are only measured."""
+    experts = str(work.ledger.weights_of(plan.fused.id))
+    for spec in plan.others.values():
+        if work.ledger.weights_of(spec.id) is None:
+            work.ledger.record_artifact(
+                spec,
+                weights_sha256=experts,
+                built=RouterBuild(spec, experts, 0, None, 0.0, ""),
+                blobs=[experts],
+                run_id=work.run_id,
+            )
+    for spec in plan.merges.values():
+        if work.ledger.weights_of(spec.id) is None:
+            work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)
+
+
+def _ask(
+    work: RunContext,
+    plan: Plan,
+    asking: Sequence[Measurement],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Ask the model as it is now one task, and record a score for each metric."""
+    first = asking[0]
+    task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
+    device = speed.device_name(model.device)
+    answers = work.answers_file(_what_decides(first.spec, batch_size, device))
+    with (
+        bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
+        nullcontext(Nowhere()) if first.system == "random" else keeping(answers) as kept,
+    ):
+        found = ask.measure(
+            model,
+            tokenizer,
+            task,
+            batch_size=batch_size,
+            seed=first.spec.seed,
+            kept=kept,
+            advance=advance,
+        )
+    with work.scratch() as scratch:
+        write_outputs(found.outputs, scratch / "outputs.parquet")
+        outputs_sha256 = work.ledger.blobs.put(scratch / "outputs.parquet", move=True)
+    for one in asking:
+        score = _score(one, found, outputs_sha256, device)
+        work.ledger.record_score(score, run_id=work.run_id)
+    answers.unlink(missing_ok=True)
+
+
+def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
+    """The hash of all that decides what is answered, whatever the answers are judged by."""
+    asked = {name: value for name, value in spec.to_dict().items() if name != "metric"}
+    return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
+
+
+def _score(one: Measurement, found: Answered, outputs_sha256: str, device: str) -> Score:
+    measured = found.scores[one.spec.metric]
+    lengths = found.prompt_tokens
+    return Score(
+        spec=one.spec,
+        value=measured.value,
+        stderr=measured.stderr,
+        low=measured.low,
+        high=measured.high,
+        num_samples=found.num_samples,
+        outputs_sha256=outputs_sha256,
+        harness=found.harness,
+        wall_seconds=found.wall_seconds,
+        higher_is_better=measured.higher_is_better,
+        interval=measured.interval,
+        templated=found.templated,
+        num_empty=found.num_empty,
+        num_truncated=found.num_truncated,
+        mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
+        max_prompt_tokens=max(lengths, default=None),
+        parts=measured.parts,
+        device=device,
+    )
+
+
+def _compare(work: RunContext, plan: Plan) -> None:
+    for spec in plan.comparisons:
+        if work.ledger.built(spec.id) is None:
+            made = compare.compare(work.ledger, spec)
+            work.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _time(work: RunContext, plan: Plan, gates: RouterBuild, model: PreTrainedModel) -> None:
+    assert plan.speed is not None  # noqa: S101  (only then is it asked)
+    stored = {str(work.ledger.weights_of(plan.fused.id)), gates.weights_sha256}
+    num_bytes = sum(work.ledger.blobs.path_of(sha256).stat().st_size for sha256 in stored)
+    with bar("timing against the base", plan.speed.rounds + 1, "rounds") as advance:
+        made = speed.time_model(model, plan.speed, num_bytes, advance)
+    work.ledger.record_artifact(plan.speed, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _watch_routing(
+    work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Feed each expert's own test rows, and see where every routed module sends their tokens."""
+    started = time.perf_counter()
+    names = expert_names(model)
+    own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
+    scores: list[RoutingScore] = []
+    total: dict[str, routing_stats.Sums] = {}
+    with bar("watching the routes", sum(map(len, own.values())), "rows") as advance:
+        for truth, rows in own.items():
+            found = routing_stats.watch(
+                model,
+                tokenizer,
+                rows,
+                batch_size=work.recipe.benchmark.batch_size,
+                advance=advance,
+            )
+            scores.extend(
+                RoutingScore(plan.router.id, path, truth, chosen, count)
+                for path, sums in found.items()
+                for chosen, count in zip(names, sums.counts.tolist(), strict=True)
+                if count
+            )
+            routing_stats.add(total, found)
+    with bar("watching it follow", routing_stats.COMPOSITES, "prompts") as advance:
+        switches = routing_stats.switches(model, tokenizer, own, advance=advance)
+    by_expert = tuple(RoutingShare(name, _accuracy(scores, [name])) for name in own)
+    made = RoutingBuild(
+        plan.routing,
+        accuracy=_accuracy(scores, list(own)),
+        by_expert=by_expert,
+        num_tokens=_tokens(scores),
+        wall_seconds=time.perf_counter() - started,
+        details=tuple(sums.detail(path) for path, sums in total.items()),
+        switches=switches,
+    )
+    work.ledger.record_routing(scores, run_id=work.run_id)
+    work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _accuracy(scores: Sequence[RoutingScore], truths: Sequence[str]) -> float:
+    own = [score for score in scores if score.truth in truths]
+    right = sum(score.num_tokens for score in own if score.chosen == score.truth)
+    return right / sum(score.num_tokens for score in own)
+
+
+def _tokens(scores: Sequence[RoutingScore]) -> int:
+    """Tokens that were fed: every module saw them all."""
+    first = scores[0].module
+    return sum(score.num_tokens for score in scores if score.module == first)

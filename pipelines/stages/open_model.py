@@ -1,0 +1,114 @@
+"""A plan as a model: the base with its experts in it, from what lies in the store."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.base import loading
+from meteora.checkpoint import stack
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    BaseEntry,
+    ExpertEntry,
+    Manifest,
+    RouterEntry,
+)
+from meteora.model.fused import check_base, insert_experts, insert_routers
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import AdapterSpec, BuiltBase, RouterBuild
+    from pipelines.admission.experts import Expert
+    from pipelines.planning.plan import Plan
+    from pipelines.workspace.context import RunContext
+
+
+def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
+    """The manifest of the checkpoint that a plan comes to."""
+    made: dict[str, Any] = {}
+    if gates is not None and plan.router.router == "gate":
+        made = {
+            "method": plan.router.method,
+            "examples_sha256": plan.router.examples_sha256,
+            "seed": plan.router.seed,
+            "num_tokens": gates.num_tokens,
+            "heldout_accuracy": gates.heldout_accuracy,
+        }
+        if plan.router.composites:
+            made["composites"] = plan.router.composites
+        if plan.router.joint is not None:
+            made["joint"] = plan.router.joint.to_dict()
+    return Manifest(
+        base=BaseEntry(
+            plan.base.base_model, plan.base.base_revision, built.fingerprint, built.licence
+        ),
+        experts=tuple(map(entry_of, plan.experts)),
+        modules=stack.module_entries([expert.adapter.spec for expert in plan.experts]),
+        router=RouterEntry(
+            plan.router.router,
+            plan.router.top_k,
+            plan.router.temperature,
+            plan.router.margin,
+            plan.router.opening,
+            plan.router.null,
+            plan.router.share,
+            plan.router.stand_in,
+            plan.router.stand_ins,
+        ),
+        gates=made,
+        fused_id=plan.fused.id,
+        router_id=plan.router.id,
+    )
+
+
+def entry_of(expert: Expert) -> ExpertEntry:
+    """What a manifest says of an expert."""
+    return ExpertEntry(
+        name=expert.name,
+        adapter_id=expert.adapter.spec.id,
+        source="/".join(filter(None, (expert.ref.repo_id, expert.ref.subfolder))),
+        revision=expert.ref.revision,
+        weights_sha256=expert.adapter.spec.weights_sha256,
+        licence=expert.licence,
+        r=_ranks(expert.adapter.spec),
+    )
+
+
+def _ranks(spec: AdapterSpec) -> str:
+    ranks = [module.r for module in spec.modules]
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+@contextmanager
+def opened(
+    work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None
+) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """The base with the plan's experts in it, and with its router where `gates` are given."""
+    manifest = describe(plan, built, gates)
+    with work.scratch() as scratch:
+        parts = {EXPERTS: work.ledger.weights_of(plan.fused.id)}
+        if gates is not None and plan.router.router == "gate":
+            parts[GATES] = gates.weights_sha256
+        for name, sha256 in parts.items():
+            (scratch / name).symlink_to(work.ledger.blobs.path_of(str(sha256)).absolute())
+        model, tokenizer = loading.load_folder(work.base_folder(plan.base))
+        check_base(manifest, model, tokenizer, scratch)
+        insert_experts(model, scratch, manifest)
+        if gates is not None:
+            insert_routers(model, scratch, manifest)
+    # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+    torch.nn.Module.to(model, computing_device())
+    yield model, tokenizer
+
+
+def computing_device() -> str:
+    """What models are put on."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,8 @@
+"""Where a run works: home, recipe, console, environment, machine.
+
+context      the home, the recipe and the run's name in one object
+console      lines and bars on stderr
+environment  settings that other libraries read at import
+machine      how fast this machine computes
+checkpoints  which checkpoint a person means
+"""

@@ -1,0 +1,33 @@
+"""Which checkpoint a person means, and where its base lies already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from meteora.artifacts import BaseSpec
+from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from pipelines.workspace.context import checkpoint_at
+from store.errors import UnknownError
+from store.ledger import Ledger
+
+
+def checkpoint_folder(name: str, home: Path) -> str | Path:
+    """The folder of a checkpoint that the ledger knows by an id; any other name as it is."""
+    if Path(name).is_dir() or "/" in name:
+        return name
+    folder = checkpoint_at(home, Ledger(home).resolve(name))
+    if not folder.is_dir():
+        raise UnknownError(
+            f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"
+            " `meteora run` prints it"
+        )
+    return folder
+
+
+def base_at_hand(folder: str | Path, home: Path) -> Path | None:
+    """The base of a checkpoint where this home has it as safetensors already."""
+    if not (Path(folder) / MANIFEST).is_file():
+        return None
+    entry = read_manifest(Path(folder)).base
+    kept = home / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
+    return kept if kept.is_dir() else None

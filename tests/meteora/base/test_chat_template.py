@@ -1,0 +1,48 @@
+"""Text to ids, alike for fitting, measuring and answering."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from meteora.base.chat_template import Template, encode_pair, encode_prompt
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def chat(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = TEMPLATE
+    return chat
+
+
+def test_a_pair_begins_with_its_prompt_and_ends_the_sequence(tokenizer, chat):
+    for one in (tokenizer, chat):
+        prompt, pair = encode_prompt(one, "2 + 2"), encode_pair(one, "2 + 2", "4")
+        assert pair[: len(prompt)] == prompt
+        assert pair[len(prompt) :] == [*one("4").input_ids, one.eos_token_id]
+
+
+def test_a_chat_template_is_applied_once(chat):
+    text = chat.decode(encode_prompt(chat, "hello"))
+    assert text == "<s>user: hello</s><s>assistant: "
+
+
+def test_the_opening_is_what_all_prompts_begin_with(tokenizer, chat):
+    assert Template.of(tokenizer) == Template()
+    found = Template.of(chat)
+    assert (chat.decode(found.opening), chat.decode(found.closing)) == (
+        "<s>user: ",
+        "</s><s>assistant: ",
+    )
+
+
+def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    assert encode_pair(endless, "a", "b")[-1] == endless("b").input_ids[-1]

@@ -1,0 +1,111 @@
+"""A stack with one expert more or less holds every other expert's numbers to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from meteora.adapters import reader
+from meteora.adapters.compatibility import fit_to_base
+from meteora.adapters.weights import ChangedAdapterError
+from meteora.base import loading
+from meteora.checkpoint.edit import RestackError, add_expert, drop_expert
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
+from meteora.checkpoint.tensors import read_experts
+
+
+def slices(folder, manifest):
+    """Each expert's A and B of every module that it targets, by name and path."""
+    found = {}
+    for path, a, b in read_experts(folder, manifest):
+        ranks = list(manifest.modules[path].ranks)
+        for name, own_a, own_b in zip(
+            manifest.names, a.split(ranks), b.split(ranks, dim=1), strict=True
+        ):
+            if len(own_a):
+                found[name, path] = own_a.clone(), own_b.clone()
+    return found
+
+
+@pytest.fixture
+def smaller(world, tmp_path):
+    """The world's checkpoint without its third expert."""
+    folder = tmp_path / "smaller"
+    folder.mkdir()
+    manifest = drop_expert(world.checkpoint, "q_and_v", folder / EXPERTS)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return folder
+
+
+def test_dropping_leaves_every_other_expert_as_it_was(world, smaller):
+    manifest = read_manifest(smaller)
+    assert manifest.names == ["all_seven", "attention", "patterns"]
+    before = slices(world.checkpoint, world.manifest)
+    after = slices(smaller, manifest)
+    assert {key for key in before if key[0] != "q_and_v"} == after.keys()
+    for key, pair in after.items():
+        assert all(torch.equal(*both) for both in zip(pair, before[key], strict=True))
+
+
+def test_adding_brings_back_what_was_dropped_at_the_end(world, smaller, tmp_path):
+    sizes = loading.linear_sizes(world.base)
+    adapter = fit_to_base(reader.read(world.adapters["q_and_v"]), sizes)
+    entry = world.manifest.experts[2]
+    grown = tmp_path / "grown"
+    grown.mkdir()
+    manifest = add_expert(smaller, adapter, entry, grown / EXPERTS)
+    assert manifest.names == ["all_seven", "attention", "patterns", "q_and_v"]
+    before, after = slices(world.checkpoint, world.manifest), slices(grown, manifest)
+    assert before.keys() == after.keys()
+    for key, pair in after.items():
+        assert all(torch.equal(*both) for both in zip(pair, before[key], strict=True))
+    place = [world.manifest.names.index(name) for name in manifest.names]
+    for path, module in manifest.modules.items():
+        old = world.manifest.modules[path]
+        assert module.scaling == tuple(old.scaling[e] for e in place)
+
+
+def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(world.checkpoint, folder)
+    manifest = drop_expert(folder, "all_seven", tmp_path / EXPERTS)
+    assert not any("up_proj" in path for path in manifest.modules)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    (tmp_path / EXPERTS).rename(folder / EXPERTS)
+    adapter = fit_to_base(
+        reader.read(world.adapters["all_seven"]), loading.linear_sizes(world.base)
+    )
+    grown = add_expert(folder, adapter, world.manifest.experts[0], tmp_path / EXPERTS)
+    assert grown.modules.keys() == world.manifest.modules.keys()
+    assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
+
+
+def test_a_newcomer_that_changed_after_it_was_checked_is_refused(world, smaller, tmp_path):
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
+    adapter = reader.read(folder)
+    poisoned = load_file(adapter.weights)
+    next(iter(poisoned.values()))[0, 0] = torch.inf
+    save_file(poisoned, adapter.weights)
+    entry = dataclasses.replace(world.manifest.experts[0], name="new")
+    with pytest.raises(ChangedAdapterError, match="changed after it was read"):
+        add_expert(smaller, adapter, entry, tmp_path / "out")
+
+
+def test_what_cannot_be_added_or_dropped_is_refused(world, tmp_path):
+    adapter = reader.read(world.adapters["q_and_v"])
+    with pytest.raises(RestackError, match="an expert 'attention' already"):
+        add_expert(world.checkpoint, adapter, world.manifest.experts[1], tmp_path / "out")
+    with pytest.raises(RestackError, match="'unknown' cannot be dropped from all_seven"):
+        drop_expert(world.checkpoint, "unknown", tmp_path / "out")
+    module = dataclasses.replace(adapter.spec.modules[0], in_features=99)
+    spec = dataclasses.replace(adapter.spec, modules=(module, *adapter.spec.modules[1:]))
+    other = dataclasses.replace(adapter, spec=spec)
+    entry = dataclasses.replace(world.manifest.experts[0], name="other")
+    with pytest.raises(RestackError, match=r"takes 99 inputs .* another base"):
+        add_expert(world.checkpoint, other, entry, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert read_manifest(world.checkpoint) == world.manifest

@@ -1,0 +1,76 @@
+"""What goes into a checkpoint comes out of it: the same file, and PEFT loads it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meteora.adapters import reader
+from meteora.base.sources import file_sha256
+from meteora.checkpoint.export import CONFIG, WEIGHTS, ExportError, export_expert
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.conftest import World
+
+
+@pytest.mark.parametrize("name", ["all_seven", "attention", "q_and_v", "patterns"])
+def test_an_expert_comes_out_as_the_file_that_went_in(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    """Ranks 2 to 8, rsLoRA, rank and alpha patterns, one layer only."""
+    out = tmp_path / name
+    assert export_expert(world.checkpoint, name, out)
+    assert file_sha256(out / WEIGHTS) == file_sha256(world.adapters[name] / WEIGHTS)
+    before, after = reader.read(world.adapters[name]).spec, reader.read(out).spec
+    assert after.modules == before.modules
+    assert after.use_rslora == before.use_rslora
+
+
+def test_peft_gives_the_same_logits_with_it(
+    world: World, peft_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    ids = torch.arange(3, 40)[None]
+    for name in ("attention", "patterns"):
+        export_expert(world.checkpoint, name, tmp_path / name)
+        with torch.no_grad():
+            found = peft_model(world.base, tmp_path / name)(ids).logits
+            assert torch.equal(found, world.load_peft(name)(ids).logits)
+
+
+def test_a_narrow_adapter_comes_out_narrow_from_a_wide_stack(
+    world: World,
+    build_adapter: Callable[..., Path],
+    fuse_adapters: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    narrow = build_adapter(world.base, tmp_path / "b", seed=9, dtype=torch.bfloat16, **lora)
+    fused = tmp_path / "fused"
+    fuse_adapters(world.base, {"wide": world.adapters["q_and_v"], "narrow": narrow}, fused)
+    assert export_expert(fused, "narrow", tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
+
+
+def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:
+    export_expert(world.checkpoint, "q_and_v", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] is None  # this base is a folder of ours
+    assert config["r"] == 8
+    assert config["lora_alpha"] == 16
+    assert config["rank_pattern"] == {}
+
+
+def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="all_seven, attention"):
+        export_expert(world.checkpoint, "no_such", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    with pytest.raises(ExportError, match="holds something"):
+        export_expert(world.checkpoint, "q_and_v", tmp_path / "full")

@@ -1,0 +1,179 @@
+"""The files of a fused checkpoint: written, read again, and refused when they are not whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import meteora
+from meteora.artifacts import MeteoraError
+from meteora.base.chat_template import Template
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    ModuleEntry,
+)
+
+SHAPES = {"one": (3, 5, 4), "two": (1, 2, 7)}
+
+
+def made_up(dtype):
+    return [
+        (torch.randn(r, num_in).to(dtype), torch.randn(num_out, r).to(dtype))
+        for r, num_in, num_out in SHAPES.values()
+    ]
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """A copy of a good checkpoint, to be damaged."""
+    return shutil.copytree(world.checkpoint, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_what_is_streamed_out_is_what_save_file_would_write(tmp_path, dtype):
+    pairs = made_up(tensors.DTYPES[dtype])
+    tensors.write_experts(tmp_path / "ours", SHAPES, dtype, pairs)
+    named = {}
+    for module, (a, b) in zip(SHAPES, pairs, strict=True):
+        named |= {f"{module}.lora_A": a, f"{module}.lora_B": b}
+    save_file(named, tmp_path / "theirs", metadata={"format": "pt"})
+    (header_bytes,) = struct.unpack("<Q", (tmp_path / "ours").read_bytes()[:8])
+    assert (8 + header_bytes) % 64 == 0
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype
+        assert torch.equal(ours[key], theirs[key])
+
+
+def test_tensors_of_another_shape_or_number_than_promised_are_not_written(tmp_path):
+    pairs = made_up(torch.float32)
+    with pytest.raises(CheckpointError, match="their sizes do not agree"):
+        tensors.write_experts(tmp_path / "x", SHAPES, "F32", [pairs[0], pairs[0]])
+    with pytest.raises(ValueError, match="shorter"):
+        tensors.write_experts(tmp_path / "x", SHAPES, "F32", pairs[:1])
+
+
+def test_a_manifest_comes_back_equal(world):
+    full = dataclasses.replace(
+        world.manifest,
+        modules={"m": ModuleEntry(3, 5, (1, 2, 0, 4), (0.5, 2.0, 0.0, 1 / 3))},
+        gates={"method": "calibrate", "seed": 3},
+        fused_id="fused:1",
+        router_id="router:2",
+    )
+    assert Manifest.from_json(full.to_json()) == full
+
+
+def test_gates_come_back_equal(world, tmp_path):
+    manifest = dataclasses.replace(
+        world.manifest, modules=dict.fromkeys("mn", ModuleEntry(3, 5, (1,), (1.0,)))
+    )
+    gates = {"m": (torch.randn(3, 4).T, torch.randn(4))}
+    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,)))
+    tensors.write_gates(tmp_path / GATES, written)
+    read = tensors.read_gates(tmp_path, manifest)
+    weight, bias = read.own["m"]
+    assert (read.follows, read.template) == (written.follows, written.template)
+    assert torch.equal(weight, gates["m"][0])
+    assert torch.equal(bias, gates["m"][1])
+
+
+def edit(folder, change):
+    path = folder / MANIFEST
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def first_module(body):
+    return next(iter(body["modules"].values()))
+
+
+def cut(folder):
+    path = folder / EXPERTS
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGES = {
+    "no manifest": (
+        lambda folder: (folder / MANIFEST).unlink(),
+        r"there is no meteora\.json in it",
+    ),
+    "newer format": (
+        lambda folder: edit(folder, lambda body: body.update(format_version=99)),
+        "format version 99, this program reads 1",
+    ),
+    "no JSON": (
+        lambda folder: (folder / MANIFEST).write_text("{"),
+        "does not describe a fused checkpoint",
+    ),
+    "a list": (
+        lambda folder: (folder / MANIFEST).write_text("[]"),
+        "does not describe a fused checkpoint",
+    ),
+    "no base": (
+        lambda folder: edit(folder, lambda body: body.pop("base")),
+        "does not describe a fused checkpoint",
+    ),
+    "a rank too few": (
+        lambda folder: edit(folder, lambda body: first_module(body)["ranks"].pop()),
+        "has 3 ranks for 4 experts",
+    ),
+    "no experts": (
+        lambda folder: (folder / EXPERTS).unlink(),
+        r"there is no experts\.safetensors in it",
+    ),
+    "experts cut short": (cut, "is damaged"),
+    "experts of other sizes": (
+        lambda folder: edit(folder, lambda body: first_module(body)["ranks"].__setitem__(0, 1)),
+        "the two files do not belong together",
+    ),
+    "a module too many": (
+        lambda folder: edit(
+            folder, lambda body: body["modules"].update({"model.x": first_module(body)})
+        ),
+        r"model\.x\.lora_A",
+    ),
+    "no gates": (
+        lambda folder: edit(folder, lambda body: body["router"].update(kind="gate")),
+        r"there is no gates\.safetensors in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_refused_in_a_sentence(world, folder, damage):
+    change, sentence = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(CheckpointError, match=sentence):
+        meteora.load(folder, base_folder=world.base)
+
+
+def test_gates_for_another_number_of_experts_are_refused(world, folder):
+    edit(folder, lambda body: body["router"].update(kind="gate"))
+    gates = {
+        path: (torch.zeros(3, entry.in_features), torch.zeros(3))
+        for path, entry in world.manifest.modules.items()
+    }
+    tensors.write_gates(folder / GATES, tensors.Gates(gates))
+    with pytest.raises(CheckpointError, match=r"has a gate of \(3, (\d+), 3\).* \(4, \1, 4\)"):
+        meteora.load(folder, base_folder=world.base)
+
+
+def test_a_base_that_was_local_must_be_named_again(world):
+    with pytest.raises(MeteoraError, match="say where it lies now"):
+        meteora.load(world.checkpoint)
+    with pytest.raises(MeteoraError, match="no such folder"):
+        meteora.load(world.checkpoint, base_folder=world.base / "absent")

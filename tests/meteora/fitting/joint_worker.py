@@ -1,0 +1,55 @@
+"""Trains gates as one of the processes that were started together.
+
+    torchrun … --module tests.meteora.fitting.joint_worker CHECKPOINT BASE OUT TOP_K
+        [--sharded] [--lists]
+
+OUT, a safetensors file, gets the gates; the first process writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import PartialState
+
+import meteora
+from meteora.checkpoint import tensors
+from meteora.fitting.joint import train_jointly
+from meteora.routing.gates import gates_of
+from tests.meteora.fitting import test_joint
+from tests.meteora.fitting.test_calibrate import examples, lists
+
+if TYPE_CHECKING:
+    from meteora.fitting.sequences import LabelledSequence
+
+SETTINGS = replace(test_joint.SETTINGS, accumulate=2)
+
+
+def sequences(with_lists: bool) -> list[LabelledSequence]:
+    """What is learned from, in one process and in several."""
+    return [*examples(3), *(lists(4) if with_lists else [])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("top_k", type=int)
+    parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--lists", action="store_true")
+    asked = parser.parse_args()
+    model, _ = meteora.load(asked.checkpoint, base_folder=asked.base)
+    found = sequences(asked.lists)
+    train_jointly(model, found, SETTINGS, top_k=asked.top_k, sharded=asked.sharded)
+    if PartialState().is_main_process:
+        tensors.write_gates(asked.out, gates_of(model))
+        print(PartialState().num_processes, "processes")
+    PartialState().wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

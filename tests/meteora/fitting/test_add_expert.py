@@ -1,0 +1,243 @@
+"""An expert more or less, without the others' examples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from meteora.artifacts import NULL
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.checkpoint.manifest import RouterEntry
+from meteora.fitting.add_expert import drop, grow
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.covariance import Rows, Scatter
+from meteora.fitting.lda import extended_gate, solve_gate
+from meteora.fitting.sequences import TrainingError, by_kind
+from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
+from meteora.model.fused import expert_names, insert_experts
+from meteora.routing.gates import gates_of, insert_gates
+from tests.meteora.fitting.test_calibrate import (
+    examples,
+    lists,
+    openings_alone,
+    routing_accuracy,
+    unmarked,
+)
+
+ENTRY = RouterEntry("gate", 1, 1.0, share="point")
+
+
+def scatter_of(x, labels, weights=None):
+    scatter = Scatter.empty(int(labels.max()) + 1, x.mean(0))
+    weights = 1 / labels.bincount().float()[labels] if weights is None else weights
+    scatter.add(x, labels, weights)
+    return scatter
+
+
+def drawn(num_tokens=400, num_inputs=24, num_experts=4):
+    """Tokens whose spread falls off, as that of hidden states does."""
+    labels = torch.arange(num_tokens) % num_experts
+    scale = 0.7 ** torch.arange(num_inputs)
+    means = torch.randn(num_experts, num_inputs) * scale
+    return 5 + means[labels] + torch.randn(num_tokens, num_inputs) * scale, labels
+
+
+def test_the_widest_directions_and_a_floor_are_the_spread_itself_if_all_are_kept():
+    scatter = scatter_of(*drawn())
+    rows, floor = scatter.covariance().widest(24)
+    torch.testing.assert_close(rows.T @ rows + floor * torch.eye(24).double(), scatter.within)
+    few, floor = scatter.covariance().widest(6)
+    kept = torch.linalg.eigvalsh(few.T @ few + floor * torch.eye(24).double())
+    expected = torch.linalg.eigvalsh(scatter.within)
+    torch.testing.assert_close(kept[-6:], expected[-6:], rtol=1e-4, atol=0)
+    torch.testing.assert_close(kept.sum(), expected.sum())
+
+
+def test_only_directions_wider_than_asked_are_kept_but_one_at_least():
+    scatter = scatter_of(*drawn())
+    spread = torch.linalg.eigvalsh(scatter.within).flip(0)
+    rows, _ = scatter.covariance().widest(24, least=float(spread[4:6].mean()))
+    assert len(rows) == 5
+    assert len(scatter.covariance().widest(24, least=float(spread[0] * 2))[0]) == 1
+
+
+@pytest.mark.parametrize("expert", [0, 2, 3])
+def test_an_extended_gate_is_the_gate_of_all_where_the_covariance_is_known(expert):
+    scatter = scatter_of(*drawn())
+    covariance, means = scatter.covariance(), scatter.means
+    whole = solve_gate(covariance, means, scatter.shift, 0.1)
+    assert whole is not None
+    others = [e for e in range(4) if e != expert]
+    known = whole[0][others], whole[1][others]
+    found = extended_gate(known, covariance, means, scatter.shift, 0.1, expert)
+    assert found is not None
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    for part, rows in zip(found, known, strict=True):
+        assert torch.equal(part[others], rows)
+
+
+def test_an_extended_gate_leans_to_neither_side_where_the_covariance_is_approximate():
+    """Half way between the new mean and an old one both logits are equal."""
+    scatter = scatter_of(*drawn())
+    means = scatter.means
+    known = solve_gate(scatter.covariance(), means[:3], scatter.shift, 0.1)
+    assert known is not None
+    coarse = PointStatistics.of(scatter, 0.1)
+    coarse = Rows(coarse.rows[:2].double() * coarse.scalars[0], coarse.scalars[1].item())
+    found = extended_gate(known, coarse, means, scatter.shift, 0.1, 3)
+    assert found is not None
+    weight, bias = found
+    for e in range(3):
+        middle = (means[3] + means[e]) / 2 + scatter.shift
+        logits = weight.double() @ middle + bias.double()
+        assert logits[e] == pytest.approx(logits[3].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("num_openings", [0, 7])
+def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch, num_openings):
+    monkeypatch.setattr("meteora.fitting.statistics.RIDGES", 0.0)
+    x, labels = drawn()
+    first = PointStatistics.of(scatter_of(x[labels < 3], labels[labels < 3]), 0.1)
+    openings = torch.arange(100) < num_openings
+    grown, covariance = first.grown(by_kind(x[labels == 3], openings), 3)
+    weights = 1 / labels.bincount().float()[labels]
+    if num_openings:
+        others = (1 - OPENING_SHARE) / (100 - num_openings)
+        weights[labels == 3] = torch.where(openings, OPENING_SHARE / num_openings, others)
+    together = scatter_of(x, labels, weights)
+    torch.testing.assert_close(
+        grown.means + grown.shift, (together.means + together.shift).float(), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        covariance.times(torch.eye(24).double()), together.within, rtol=2e-3, atol=1e-4
+    )
+
+
+def test_statistics_come_back_equal(tmp_path):
+    written = {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.03)}
+    write_statistics(tmp_path / "file", written)
+    (read,) = read_statistics(tmp_path / "file").values()
+    assert read.shrinkage == 0.03
+    for field in dataclasses.fields(read):
+        assert torch.equal(getattr(read, field.name), getattr(written["a.b"], field.name))
+
+
+@pytest.fixture(scope="module")
+def three(world, fuse_adapters, tmp_path_factory):
+    """The world without its last adapter: a base, three experts, and their checkpoint."""
+    names = [*world.adapters][:3]
+    adapters = {name: world.adapters[name] for name in names}
+    folder = tmp_path_factory.mktemp("three") / "fused"
+    manifest = fuse_adapters(world.base, adapters, folder)
+    return dataclasses.replace(world, adapters=adapters, checkpoint=folder, manifest=manifest)
+
+
+def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
+    before = three.load()
+    fitted = calibrate(before, examples(8, experts=range(3)))
+    old = routing_accuracy(before, examples(4, seed=9, experts=range(3)))
+    model = world.load()
+    gates = gates_of(before)
+    found = grow(model, examples(8, experts=[3]), gates, fitted.statistics, ENTRY)
+    assert found.heldout_accuracy > 0.85
+    for path, (weight, bias) in gates_of(model).own.items():
+        assert torch.equal(weight[:3], gates.own[path][0])
+        assert torch.equal(bias[:3], gates.own[path][1])
+    assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
+    assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.02
+    assert {len(point.means) for point in found.statistics.values()} == {4}
+
+
+def test_what_only_a_new_experts_answers_begin_with_is_known_as_its_own(world, three):
+    before = three.load()
+    fitted = calibrate(before, [*examples(6, experts=range(3)), *lists(36, range(3))])
+    unseen, right = openings_alone(lists(24, seed=9), [3]), {}
+    own = lists(12, [3], seed=3)
+    for key, more in {"not seen": [], "not marked": unmarked(own), "marked": own}.items():
+        model = world.load()
+        asked = [*examples(6, experts=[3]), *more]
+        grow(model, asked, gates_of(before), fitted.statistics, ENTRY)
+        right[key] = routing_accuracy(model, unseen)
+        for path, (weight, bias) in gates_of(model).own.items():
+            assert torch.equal(weight[:3], gates_of(before).own[path][0])
+            assert torch.equal(bias[:3], gates_of(before).own[path][1])
+    assert right["marked"] > 0.2 + max(right["not seen"], right["not marked"])
+
+
+def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):
+    model = world.load()
+    fitted = calibrate(model, examples(8))
+    gates = gates_of(model)
+    kept, statistics = drop(gates, fitted.statistics, 3, three.manifest.modules)
+    for path, (weight, bias) in kept.own.items():
+        assert torch.equal(weight, gates.own[path][0][:3])
+        assert torch.equal(bias, gates.own[path][1][:3])
+        assert len(statistics[path].means) == 3
+    smaller = three.load()
+    insert_gates(smaller, kept, ENTRY)
+    assert routing_accuracy(smaller, examples(4, seed=9, experts=range(3))) > 0.9
+
+
+def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):
+    def with_base(of):
+        router = dataclasses.replace(of.manifest.router, null=True)
+        model = of.load_base()
+        insert_experts(model, of.checkpoint, dataclasses.replace(of.manifest, router=router))
+        return model
+
+    before, model = with_base(three), with_base(world)
+    foreign = examples(6, experts=[4])
+    base_as = [replaced(sequence, {4: 3}) for sequence in foreign]
+    fitted = calibrate(before, [*examples(6, experts=range(3)), *base_as])
+    found = grow(model, examples(6, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
+    assert expert_names(model)[3:] == ["patterns", NULL]
+    for path, (weight, bias) in gates_of(model).own.items():
+        old_weight, old_bias = gates_of(before).own[path]
+        assert torch.equal(weight[[0, 1, 2, 4]], old_weight)
+        assert torch.equal(bias[[0, 1, 2, 4]], old_bias)
+    for e in (3, 4):
+        assert routing_accuracy(model, examples(4, seed=9, experts=[e])) > 0.8
+    smaller, _ = drop(gates_of(model), found.statistics, 3, three.manifest.modules)
+    for path, gate in smaller.own.items():
+        assert all(map(torch.equal, gate, gates_of(before).own[path]))
+
+
+def replaced(sequence, places):
+    experts = tuple(places.get(e, e) for e in sequence.experts)
+    return dataclasses.replace(sequence, experts=experts)
+
+
+def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, three):
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)))
+    gone = {p: s for p, s in fitted.statistics.items() if "mlp" not in p}
+    model = world.load()
+    grow(model, examples(6, experts=[3]), gates_of(before), gone, ENTRY)
+    gates = gates_of(model)
+    assert gates.follows["model.layers.0.mlp.gate_proj"] == "model.layers.0.self_attn.o_proj"
+
+
+def test_a_gate_grows_where_the_new_expert_has_a_module_before_the_one_that_led(world, three):
+    """The new one also targets what comes before v_proj: then that decides for the point."""
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)))
+    gates = gates_of(before)
+    led = {path: path.replace("q_proj", "v_proj") for path in gates.own if path.endswith("q_proj")}
+    moved = dataclasses.replace(
+        gates, own={led.get(path, path): gate for path, gate in gates.own.items()}
+    )
+    statistics = {led.get(path, path): point for path, point in fitted.statistics.items()}
+    model = world.load()
+    found = grow(model, examples(6, experts=[3]), moved, statistics, ENTRY)
+    for path, old in led.items():
+        assert torch.equal(gates_of(model).own[path][0][:3], moved.own[old][0])
+    assert {*led} <= {*found.statistics}
+
+
+def test_gates_grow_by_one_expert_at_a_time(world, three):
+    model = three.load()
+    fitted = calibrate(model, examples(4, experts=range(3)))
+    with pytest.raises(TrainingError, match=r"of 2 experts.*4 choices.*of 3"):
+        grow(world.load(), examples(4, experts=[2, 3]), gates_of(model), fitted.statistics, ENTRY)

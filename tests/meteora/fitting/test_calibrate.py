@@ -1,0 +1,442 @@
+"""Calibrating: only gates change, they separate what can be separated, and the same every time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.base.chat_template import Template
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import GATES, RouterEntry
+from meteora.fitting import calibrate as train
+from meteora.fitting import layerwise
+from meteora.fitting import sequences as dealing
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.covariance import RowScatter, Scatter
+from meteora.fitting.lda import SHRINKAGES, gate_from
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
+from meteora.routing.gates import gates_of, insert_gates
+from meteora.routing.hooks import recorded_logits
+from meteora.routing.layer import routed_layers
+
+NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
+
+
+def task_tokens(e, length, dice):
+    """Task e speaks with its own three tokens."""
+    return [3 + 3 * e + dice.randrange(3) for _ in range(length)]
+
+
+def examples(num_each, seed=0, experts=range(4), opening=2):
+    """Sequences of each task behind an opening that tells nothing, of very different length."""
+    dice, found = random.Random(seed), []
+    for e in experts:
+        for i in range(num_each):
+            body = task_tokens(e, dice.choice([3, 8, 20]) if i else 90, dice)
+            found.append(
+                LabelledSequence(
+                    (*[1] * opening, *body), (*[UNLABELLED] * opening, *[e] * len(body))
+                )
+            )
+    return found
+
+
+def lists(num, experts=range(4), seed=0):
+    """Two questions, then two answers; each begins with a token that only its task has."""
+    dice, found = random.Random(seed), []
+    for _ in range(num):
+        order, openings = dice.choices([*experts], k=2), []
+        parts = [(e, task_tokens(e, 6, dice)) for e in order]
+        for e in order:
+            openings.append(2 + sum(len(body) for _, body in parts))
+            parts.append((e, [40 + e, *task_tokens(e, 14, dice)]))
+        ids = [1, 1, *(token for _, body in parts for token in body)]
+        labels = [UNLABELLED] * 2 + [e for e, body in parts for _ in body]
+        found.append(LabelledSequence(tuple(ids), tuple(labels), tuple(openings)))
+    return found
+
+
+def unmarked(sequences):
+    """The same, without a word of what opens their answers."""
+    return [replace(sequence, openings=()) for sequence in sequences]
+
+
+@pytest.fixture
+def model(world):
+    return world.load()
+
+
+@torch.no_grad()
+def routing_accuracy(model, sequences):
+    """Share of (layer, labelled token) pairs that go to their own expert."""
+    right = total = 0
+    for sequence in sequences:
+        with recorded_logits(model) as recorded:
+            model(torch.tensor([sequence.input_ids]))
+        labels = torch.tensor(sequence.experts)
+        known = labels != UNLABELLED
+        for logits in recorded.values():
+            right += int((logits.argmax(-1) == labels)[known].sum())
+            total += int(known.sum())
+    return right / total
+
+
+def openings_alone(sequences, experts=range(4)):
+    """The same, labelled only where answers of these experts begin."""
+    return [
+        replace(
+            sequence,
+            experts=tuple(
+                e if place in sequence.openings and e in experts else UNLABELLED
+                for place, e in enumerate(sequence.experts)
+            ),
+        )
+        for sequence in sequences
+    ]
+
+
+def frozen_bytes(model):
+    """A hash of everything but the gates."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if ".router." not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def test_only_the_gates_differ_afterwards(model):
+    before = frozen_bytes(model)
+    calibrate(model, examples(4))
+    assert frozen_bytes(model) == before
+    assert all(layer.router is not None for layer in routed_layers(model).values())
+
+
+def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
+    found = calibrate(model, examples(12))
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.9
+    assert found.heldout_accuracy > 0.9
+    assert found.num_tokens == sum(
+        e != UNLABELLED for sequence in examples(12) for e in sequence.experts
+    )
+
+
+@pytest.mark.parametrize(
+    "devices", [(None, "cpu"), pytest.param(("cuda", "cuda"), marks=pytest.mark.gpu)]
+)
+def test_the_same_inputs_give_the_same_bytes(world, tmp_path, devices):
+    for name, device in zip(("one", "other"), devices, strict=True):
+        model = world.load()
+        calibrate(model, examples(4), top_k=2, seed=5, device=device, template=Template((1, 1), ()))
+        tensors.write_gates(tmp_path / name, gates_of(model))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_files_change_no_byte_and_leave_nothing(
+    world, tmp_path, monkeypatch, dtype
+):
+    mapped, from_file = [], torch.from_file
+
+    def noted(name, **asked):
+        mapped.append(name)
+        return from_file(name, **asked)
+
+    monkeypatch.setattr(torch, "from_file", noted)
+    gates = []
+    for limit in (layerwise.MAX_HIDDEN_BYTES, 0):
+        monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", limit)
+        assert mapped == []
+        model = world.load(dtype=dtype)
+        calibrate(model, examples(4), scratch=tmp_path)
+        gates.append(gates_of(model).own)
+    assert mapped
+    assert list(tmp_path.iterdir()) == []
+    for path, (weight, bias) in gates[0].items():
+        assert torch.equal(weight, gates[1][path][0])
+        assert torch.equal(bias, gates[1][path][1])
+
+
+def test_what_layers_are_called_with_is_made_again_where_hidden_states_lie_in_files(
+    model, tmp_path, monkeypatch
+):
+    """Masks grow with the square of a length: all of them in memory would bound nothing."""
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
+    batches = [
+        (batch.input_ids, batch.attention_mask)
+        for batch in dealing.batched(examples(5), set(), torch.device("cpu"))
+    ]
+    kept = layerwise.Sweep(model, batches)
+    monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", 0)
+    filed = layerwise.Sweep(model, batches, scratch=tmp_path)
+    for index in range(2):
+        for path in [path for paths in kept.points(index) for path in paths]:
+            for one, other in zip(kept.inputs(index, path), filed.inputs(index, path), strict=True):
+                assert torch.equal(one, other)
+                assert len(filed._calls) == 1 < len(kept._calls) == len(batches)
+        kept.advance(index)
+        filed.advance(index)
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", 0)
+    with pytest.raises(layerwise.SweepError, match=r"cannot be kept in .*missing"):
+        calibrate(model, examples(4), scratch=tmp_path / "missing")
+
+
+def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
+    found = calibrate(model, examples(4), share="module")
+    gates = gates_of(model).own
+    q, k, o = (gates[f"model.layers.0.self_attn.{name}_proj"][0] for name in "qko")
+    assert torch.equal(q, k)
+    assert not torch.equal(q, o)
+    assert [path.split(".", 2)[2] for path in found.accuracy_of] == [
+        f"{layer}.{name}"
+        for layer in range(2)
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    ]
+
+
+@torch.no_grad()
+def test_a_gate_is_fitted_to_inputs_as_the_routed_layers_below_produce_them(model):
+    """Its own closed form over what reaches it in the finished model gives the gate back."""
+    path, sequences = "model.layers.1.self_attn.o_proj", examples(4)
+    calibrate(model, sequences)
+    seen = []
+    hook = routed_layers(model)[path].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    for sequence in sequences:
+        model(torch.tensor([sequence.input_ids]))
+    hook.remove()
+    x = torch.cat(seen, dim=1)[0]
+    labels = torch.tensor([e for sequence in sequences for e in sequence.experts])
+    x, labels = x[labels != UNLABELLED], labels[labels != UNLABELLED]
+    scatter = Scatter.empty(len(NAMES), x.mean(0))
+    scatter.add(x, labels, 1 / labels.bincount().float()[labels])
+    fitted = centred(gates_of(model).own[path][0])
+    again = [centred(gate_from(scatter, shrinkage)[0]) for shrinkage in SHRINKAGES]
+    assert min((one - fitted).norm() / fitted.norm() for one in again) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("share", "deciding"),
+    [
+        (
+            "point",
+            {"0": "q_proj o_proj gate_proj down_proj", "1": "q_proj o_proj gate_proj down_proj"},
+        ),
+        ("layer", {"0": "q_proj", "1": "q_proj"}),
+        ("token", {"0": "q_proj"}),
+    ],
+)
+def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share, deciding):
+    calibrate(model, examples(4), share=share)
+    gates = gates_of(model)
+    found: dict[str, list[str]] = {}
+    for path in gates.own:
+        found.setdefault(path.split(".")[2], []).append(path.rpartition(".")[2])
+    assert {layer: " ".join(names) for layer, names in found.items()} == deciding
+    assert {*gates.own, *gates.follows} == set(routed_layers(model))
+
+    tensors.write_gates(tmp_path / GATES, gates)
+    again = world.load()
+    insert_gates(again, tensors.read_gates(tmp_path, world.manifest), RouterEntry("gate", 1, 1.0))
+    ids = torch.tensor([examples(2)[0].input_ids])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
+def test_small_batches_teach_what_large_ones_do(model, monkeypatch, share):
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
+    calibrate(model, examples(12), share=share)
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.9
+
+
+def test_gates_that_are_shared_at_a_point_route_as_gates_of_each_module(world):
+    ids = torch.tensor([examples(2)[0].input_ids])
+    out = []
+    for share in ("module", "point"):
+        model = world.load()
+        calibrate(model, examples(4), share=share)
+        with torch.no_grad():
+            out.append(model(ids).logits)
+    assert torch.equal(*out)
+
+
+def centred(weight):
+    """What is common to the rows of all experts changes no route."""
+    return weight - weight.mean(0)
+
+
+def test_an_expert_with_too_few_examples_is_named(model):
+    few = [*examples(4, experts=(0, 1, 3)), *examples(1, experts=(2,))]
+    with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):
+        calibrate(model, few)
+    with pytest.raises(TrainingError, match="expert q_and_v has 0 examples"):
+        calibrate(model, examples(4, experts=(0, 1, 3)))
+
+
+def test_labels_must_fit_the_tokens_and_the_experts(model):
+    with pytest.raises(TrainingError, match="3 tokens and 2 labels"):
+        LabelledSequence((1, 2, 3), (0, 0))
+    with pytest.raises(TrainingError, match="0 tokens"):
+        LabelledSequence((), ())
+    with pytest.raises(TrainingError, match="sequence 0 has a token of expert 7"):
+        calibrate(model, [LabelledSequence((1, 2), (7, 7)), *examples(4)])
+
+
+def test_an_expert_that_only_owns_spans_inside_other_sequences_is_learned(model):
+    """Two tasks in each sequence, in either order; expert 3 never comes first."""
+    dice = random.Random(0)
+
+    def spans(first, second):
+        return LabelledSequence(
+            (*task_tokens(first, 9, dice), *task_tokens(second, 7, dice)),
+            (*[first] * 9, *[second] * 7),
+        )
+
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3), (2, 0), (1, 3)]
+    calibrate(model, [spans(*pair) for pair in pairs for _ in range(4)])
+    unseen = [spans(*pair) for pair in pairs for _ in range(2)]
+    assert routing_accuracy(model, unseen) > 0.8  # attention mixes the first task in
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_expert_keeps_a_fitted_sequence_however_spans_are_shared(seed):
+    dice = random.Random(seed)
+    sequences = [
+        LabelledSequence((1,) * 3, tuple(dice.sample(range(4), 3))) for _ in range(5)
+    ] + examples(2)
+    heldout = dealing.hold_out(sequences, NAMES, seed)
+    for part in (heldout, set(range(len(sequences))) - heldout):
+        assert set().union(*(sequences[i].owners for i in part)) == {0, 1, 2, 3}
+
+
+def test_a_failed_fit_leaves_the_routers_that_it_found(model):
+    def interrupt(_done, _total):
+        raise KeyboardInterrupt
+
+    before = [layer.router for layer in routed_layers(model).values()]
+    model.train()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, examples(4), progress=interrupt)
+    after = [layer.router for layer in routed_layers(model).values()]
+    assert all(now is then for now, then in zip(after, before, strict=True))
+    assert model.training
+
+
+def test_numbers_that_are_not_finite_are_refused_with_the_module(model):
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.input_layernorm").weight[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"layers\.1\.self_attn\.q_proj: .*NaN"):
+        calibrate(model, examples(4))
+
+
+def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 64)
+    sequences = examples(5)
+    batches = list(dealing.batched(sequences, set(), torch.device("cpu")))
+    assert all(batch.input_ids.numel() <= 64 or len(batch.input_ids) == 1 for batch in batches)
+    lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(-1)]
+    assert sorted(lengths) == sorted(len(sequence.input_ids) for sequence in sequences)
+    for batch in batches:
+        assert (batch.labels[batch.attention_mask == 0] == UNLABELLED).all()
+
+
+def test_only_every_nth_held_out_token_is_kept_where_there_are_many(model, monkeypatch):
+    monkeypatch.setattr(train, "MAX_HELDOUT_BYTES", 16 * 48 * 4)
+    kept = []
+
+    def choose(_scatter, x, _labels, _weights):
+        kept.append(x.numel())
+        return 0.1, 1.0
+
+    monkeypatch.setattr(train, "choose_shrinkage", choose)
+    calibrate(model, examples(6))
+    assert all(0 < count <= 20 * 48 for count in kept)
+
+
+@pytest.mark.parametrize("limit", [16, 40, 4096])
+def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, monkeypatch, limit):
+    """Of 32 and 48 inputs a point: none, some and all are fitted from second moments."""
+    forms = []
+
+    def gate_from_noted(scatter, shrinkage):
+        forms.append((type(scatter).__name__, scatter.means.shape[1]))
+        if isinstance(scatter, RowScatter):
+            assert sum(len(x) for x, _, _ in scatter.parts) <= limit
+        return gate_from(scatter, shrinkage)
+
+    for module in (train, dealing):
+        monkeypatch.setattr(module, "MAX_ROWS", limit)
+    monkeypatch.setattr(train, "gate_from", gate_from_noted)
+    calibrate(model, examples(12))
+    assert {form == "Scatter" for form, inputs in forms if inputs <= limit} <= {True}
+    assert {form == "RowScatter" for form, inputs in forms if inputs > limit} <= {True}
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.85
+
+
+def test_what_opens_answers_tells_the_spread_however_few_tokens_may(monkeypatch):
+    monkeypatch.setattr(dealing, "MAX_ROWS", 160)  # 120 for the fit, of 2,000
+    sequences = [LabelledSequence((1,) * 50, (e,) * 50, openings=(10,)) for e in (0, 1)] * 20
+    batches = dealing.sampled(list(dealing.batched(sequences, set(), torch.device("cpu"))), 2)
+    chosen = torch.cat([b.stands_for.flatten() for b in batches])
+    openings = torch.cat([b.openings.flatten() for b in batches])
+    assert (chosen[openings] == 1).all()
+    assert (chosen > 0).sum() == 120
+    assert chosen[~openings].sum() == 2 * 20 * 49
+
+
+def test_every_expert_counts_the_same_and_openings_half_of_it():
+    plain = examples(3, experts=(0, 1))
+    mixed = LabelledSequence((1, 2, 3, 4, 5), (0, 0, UNLABELLED, 1, 1), openings=(3,))
+    (batch,) = dealing.batched([*plain, mixed], set(), torch.device("cpu"))
+    (weights,) = dealing.token_weights([batch], 2)
+    assert (weights[batch.labels == 0].sum() - 1).abs() < 1e-6
+    assert len(weights[batch.labels == 0].unique()) == 1  # it has no openings
+    assert (weights[batch.labels == 1].sum() - 1).abs() < 1e-6
+    assert weights[batch.openings].tolist() == [OPENING_SHARE]
+
+
+def test_openings_are_told_apart_by_what_says_nothing_of_other_tokens():
+    """The others differ along four directions, openings along four that are noise to the others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(marked):
+        openings = (20,) if marked else ()
+        sequences = [LabelledSequence((1,) * 21, (e,) * 21, openings) for e in range(4)] * 40
+        batches = dealing.sampled(
+            list(dealing.batched(sequences, set(range(0, 160, 5)), torch.device("cpu"))), 4
+        )
+        inputs = [torch.randn(*b.labels.shape, 9, generator=generator) for b in batches]
+        for x, batch in zip(inputs, batches, strict=True):
+            own = torch.nn.functional.one_hot(batch.labels.clamp_min(0), 4)
+            x[:, :20, :4] += 4 * own[:, :20]
+            x[:, 20, 4:8] += 4 * own[:, 20]
+            x[:, 20, 8] += 9
+        return inputs, batches
+
+    def right(marked):
+        inputs, batches = drawn(marked)
+        weights = dealing.token_weights(batches, 4)
+        (fitted, _), _ = train._scatter_of(iter(inputs), batches, weights, 4)
+        weight, bias = gate_from(fitted, 0.01)
+        shares = []
+        for places in (slice(20, 21), slice(20)):
+            hits = [
+                (x[:, places] @ weight.T + bias).argmax(-1) == b.labels[:, places]
+                for x, b in zip(inputs, batches, strict=True)
+            ]
+            shares.append(torch.cat([h.flatten() for h in hits]).float().mean().item())
+        return shares
+
+    openings, others = right(marked=True)
+    assert openings > right(marked=False)[0] + 0.2
+    assert others > 0.9

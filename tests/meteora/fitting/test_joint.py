@@ -1,0 +1,336 @@
+"""Joint training: only gates learn, they learn what is asked, and a stop changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from meteora.artifacts import JointSettings
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.checkpoint import tensors
+from meteora.fitting import calibrate
+from meteora.fitting.joint import DivergedError, train_jointly
+from meteora.fitting.learning_rate import chosen_sequences, learning_rate
+from meteora.fitting.losses import (
+    IGNORED,
+    Batch,
+    Counts,
+    backward_apart,
+    backward_together,
+    computed_again,
+    gates_in,
+    learning_gates,
+    loss_weights,
+)
+from meteora.fitting.sequences import TrainingError
+from meteora.fitting.training_state import FILE, StateError
+from meteora.model.fused import expert_names
+from meteora.routing.gates import gates_of
+from meteora.routing.hooks import recorded_logits
+from meteora.routing.layer import routed_layers
+from tests.meteora.fitting.test_calibrate import (
+    examples,
+    frozen_bytes,
+    lists,
+    openings_alone,
+    routing_accuracy,
+    unmarked,
+)
+
+SETTINGS = JointSettings(
+    steps=6,
+    batch_size=4,
+    accumulate=1,
+    learning_rate=1e-2,
+    warmup_ratio=0.34,
+    gate_loss_weight=50.0,
+    max_grad_norm=1.0,
+    start="zeros",
+)
+
+
+@pytest.fixture
+def model(world):
+    return world.load()
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Every parameter that an optimiser was given."""
+    found = []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, parameters, **asked):
+            found.extend(parameters)
+            super().__init__(found, **asked)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    return found
+
+
+def gate_bytes(model, folder):
+    tensors.write_gates(folder / "gates", gates_of(model))
+    return (folder / "gates").read_bytes()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_nothing_but_gates_is_optimised_and_nothing_else_changes(model, optimised, top_k):
+    before, wanted = frozen_bytes(model), [p.requires_grad for p in model.parameters()]
+    placed = []
+
+    def note(done, _total):
+        if done == 1:
+            placed.extend(gates_in(model).values())
+
+    train_jointly(model, examples(2), SETTINGS, top_k=top_k, progress=note)
+    gates = [parameter for gate in placed for parameter in gate.parameters()]
+    assert {id(p) for p in optimised} == {id(p) for p in gates}
+    assert len(optimised) == 2 * 8  # q, k, v share a gate, and so do gate and up
+    assert all(p.abs().sum() > 0 for p in gates)
+    assert frozen_bytes(model) == before
+    after = [p.requires_grad for name, p in model.named_parameters() if ".router." not in name]
+    assert after == wanted
+    assert list(gates_in(model).values()) == placed
+    assert all(gate.top_k == top_k for gate in placed)
+    assert not any(p.requires_grad for p in gates)
+
+
+@pytest.mark.parametrize("start", ["zeros", "calibrate"])
+def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model, start):
+    settings = replace(SETTINGS, steps=40, batch_size=16, learning_rate=0.05, start=start)
+    found = train_jointly(model, examples(12), settings)
+    assert routing_accuracy(model, examples(6, seed=1)) > 0.9
+    assert found.gate_loss < 0.5
+    assert found.num_tokens == Counts.of(examples(12)).labelled
+
+
+def test_what_opens_an_answer_is_learned_though_it_is_rare(world):
+    sequences, unseen, right = [*examples(4), *lists(24)], lists(16, seed=9), []
+    settings = replace(SETTINGS, steps=30, batch_size=16, learning_rate=0.02)
+    for asked in (unmarked(sequences), sequences):
+        model = world.load()
+        train_jointly(model, asked, settings)
+        right.append(routing_accuracy(model, openings_alone(unseen)))
+    assert right[1] > right[0] + 0.15
+
+
+def test_training_goes_on_from_calibrated_gates(model, world):
+    train_jointly(model, examples(4), replace(SETTINGS, learning_rate=0.0, start="calibrate"))
+    calibrated = world.load()
+    calibrate.calibrate(calibrated, examples(4))
+    for path, (weight, bias) in gates_of(calibrated).own.items():
+        assert torch.equal(gates_of(model).own[path][0], weight)
+        assert torch.equal(gates_of(model).own[path][1], bias)
+
+
+def with_gates(model, top_k, share="point"):
+    """Random gates that learn, and their parameters."""
+    calibrate.calibrate(model, examples(2), top_k=top_k, share=share)
+    model.requires_grad_(requires_grad=False)
+    gates = learning_gates(model, zeros=True)
+    torch.manual_seed(1)
+    for gate in gates.values():
+        torch.nn.init.normal_(gate.weight, std=0.3)
+    return [p for gate in gates.values() for p in gate.parameters()]
+
+
+def gradients(parameters):
+    found = torch.cat([p.grad.flatten() for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+def asked_of(model, sequences):
+    """All that a step takes, of a training that has no other sequences."""
+    batch = Batch.of(sequences, model.device, loss_weights(sequences, len(expert_names(model))))
+    return batch, Counts.of(sequences), 50.0
+
+
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["paper", "openings"])
+def test_the_loss_is_the_papers_but_that_openings_count_half(model, more):
+    """Worked out by hand from one plain forward pass a sequence."""
+    with_gates(model, top_k=2)
+    sequences = [*examples(1), *more]
+    losses = backward_together(model, *asked_of(model, sequences))
+    tokens = [(e, t in s.openings) for s in sequences for t, e in enumerate(s.experts) if e >= 0]
+    counted = []
+    for e, opens in tokens:
+        own = [opening for expert, opening in tokens if expert == e]
+        share = OPENING_SHARE if opens else 1 - OPENING_SHARE
+        counted.append(len(own) * share / own.count(opens) if any(own) else 1.0)
+    lm, gate = [], []
+    for sequence in sequences:
+        ids = torch.tensor([sequence.input_ids])
+        with recorded_logits(model) as recorded, torch.no_grad():
+            logits = model(ids).logits.log_softmax(-1)
+        lm += [-logits[0, t, ids[0, t + 1]] for t in range(ids.shape[1] - 1)]
+        for t, e in enumerate(sequence.experts):
+            if e >= 0:
+                gate.append([-recorded[path].log_softmax(-1)[t, e] for path in gates_in(model)])
+    torch.testing.assert_close(losses[-1], torch.stack(lm).mean(), rtol=1e-4, atol=1e-4)
+    expected = (torch.tensor(gate) * torch.tensor(counted)[:, None]).sum(0) / len(tokens)
+    torch.testing.assert_close(losses[:-1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_openings_no_token_is_weighed():
+    assert loss_weights(examples(2), 4) is None
+    assert Batch.of(examples(2), torch.device("cpu")).weights is None
+
+
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["plain", "openings"])
+@pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
+def test_one_expert_at_a_time_is_taught_the_same_without_a_way_back(model, share, more):
+    parameters = with_gates(model, 1, share)
+    asked = asked_of(model, [*examples(2), *more])
+    expected_losses = backward_together(model, *asked)
+    expected = gradients(parameters)
+    losses = backward_apart(model, *asked)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradients(parameters), expected)
+    torch.testing.assert_close(losses[:-1], expected_losses[:-1])
+
+
+def test_the_language_model_teaches_gates_only_where_experts_are_mixed(model):
+    for top_k, teaches in ((1, False), (2, True)):
+        parameters = with_gates(model, top_k)
+        batch = Batch.of(examples(1), model.device)
+        unlabelled = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
+        backward_together(model, unlabelled, Counts.of(examples(1)), 50.0)
+        assert bool(gradients(parameters).abs().max() > 0) == teaches
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_accumulated_batches_teach_what_one_large_batch_does(world, top_k):
+    gates = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        model = world.load()
+        settings = replace(SETTINGS, batch_size=batch_size, accumulate=accumulate)
+        train_jointly(model, [*examples(3), *lists(4)], settings, top_k=top_k)
+        gates.append(gates_of(model).own)
+    for path, (weight, _) in gates[0].items():
+        torch.testing.assert_close(gates[1][path][0], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["point", "token"])
+def test_layers_that_are_computed_again_give_the_same_gradients(model, share):
+    parameters = with_gates(model, 2, share)
+    asked = Batch.of(examples(2), model.device), Counts.of(examples(2)), 50.0
+    backward_together(model, *asked)
+    expected = gradients(parameters)
+    layer, calls = model.model.layers[0], []
+    hook = layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    with computed_again(model):
+        backward_together(model, *asked)
+    hook.remove()
+    assert len(calls) == 2
+    assert "forward" not in layer.__dict__
+    torch.testing.assert_close(gradients(parameters), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_training_that_was_stopped_ends_in_the_same_bytes(world, tmp_path, top_k):
+    sequences = examples(3)
+    settings = replace(SETTINGS, steps=9, start="calibrate")
+    whole = world.load()
+    train_jointly(whole, sequences, settings, top_k=top_k, seed=3)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, _total):
+        if done == 5:
+            raise Killed
+
+    asked: dict[str, Any] = {"top_k": top_k, "seed": 3, "folder": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(Killed):
+        train_jointly(world.load(), sequences, settings, progress=kill, **asked)
+    steps, resumed = [], world.load()
+    train_jointly(
+        resumed, sequences, settings, progress=lambda done, _: steps.append(done), **asked
+    )
+    assert steps == [5, 6, 7, 8, 9]  # the state of step 4 was the last
+    assert gate_bytes(resumed, tmp_path) == gate_bytes(whole, tmp_path)
+    finished = world.load()
+    train_jointly(finished, sequences, settings, progress=kill, **asked)  # nothing is left to do
+    assert gate_bytes(finished, tmp_path) == gate_bytes(whole, tmp_path)
+
+
+def test_the_seed_decides_and_nothing_else(world, tmp_path):
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(made))
+        model = world.load()
+        train_jointly(model, examples(3), SETTINGS, seed=seed)
+        made.append(gate_bytes(model, tmp_path))
+    assert made[0] == made[1] != made[2]
+
+
+def test_the_state_of_another_training_is_refused(world, tmp_path):
+    train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)
+    other: list[dict[str, Any]] = [{"seed": 1}, {"top_k": 2}]
+    for changed in other:
+        with pytest.raises(StateError, match="belongs to a training with other examples"):
+            train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path, **changed)
+    with pytest.raises(StateError, match="belongs to a training"):
+        train_jointly(world.load(), examples(3), SETTINGS, folder=tmp_path)
+    marked = [replace(one, openings=(len(one.experts) - 1,)) for one in examples(2)]
+    with pytest.raises(StateError, match="belongs to a training"):
+        train_jointly(world.load(), marked, SETTINGS, folder=tmp_path)
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-100])
+    with pytest.raises(StateError, match="remove it to train from the beginning"):
+        train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
+    world, tmp_path, top_k
+):
+    model = world.load()
+    before = [layer.router for layer in routed_layers(model).values()]
+
+    def poison(done, _total):
+        if done == 3:
+            with torch.no_grad():
+                model.get_submodule("model.layers.1.input_layernorm").weight[0] = torch.nan
+
+    asked: dict[str, Any] = {"top_k": top_k, "folder": tmp_path}
+    with pytest.raises(DivergedError, match=r"step 4: .* gate of model\.layers\.\d\.\w+\.\w+_proj"):
+        train_jointly(model, examples(2), SETTINGS, progress=poison, **asked)
+    assert [layer.router for layer in routed_layers(model).values()] == before
+    good, steps = world.load(), []
+    train_jointly(good, examples(2), SETTINGS, progress=lambda n, _: steps.append(n), **asked)
+    assert steps == [4, 5, 6]
+    whole = world.load()
+    train_jointly(whole, examples(2), SETTINGS, top_k=top_k)
+    assert gate_bytes(good, tmp_path) == gate_bytes(whole, tmp_path)
+
+
+def test_every_sequence_is_taken_once_before_any_comes_again():
+    settings = replace(SETTINGS, batch_size=3, accumulate=2)
+    taken = [i for step in range(10) for i in chosen_sequences(15, settings, 0, step)]
+    epochs = [taken[i : i + 15] for i in range(0, 60, 15)]
+    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_the_learning_rate_rises_and_falls():
+    settings = replace(SETTINGS, steps=100, warmup_ratio=0.1, learning_rate=1.0)
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.01
+    assert learning_rate(replace(settings, warmup_ratio=0.0), 0) == 1.0
+
+
+def test_too_few_examples_are_refused_before_any_work(model):
+    with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):
+        train_jointly(
+            model, [*examples(2, experts=(0, 1, 3)), *examples(1, experts=(2,))], SETTINGS
+        )

@@ -1,0 +1,53 @@
+"""Gates that several processes train together are those that one trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meteora.checkpoint import tensors
+from meteora.fitting.joint import train_jointly
+from meteora.routing.gates import gates_of
+from tests.meteora.fitting.joint_worker import SETTINGS, sequences
+
+ROOT = Path(__file__).parents[3]
+# what `accelerate launch` starts for several GPUs; for several CPUs it would ask for MPI
+LAUNCH = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    "--module", "tests.meteora.fitting.joint_worker",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    "more", [[], ["--sharded"], ["--lists"]], ids=["whole", "sharded", "lists"]
+)
+def test_two_processes_come_to_the_gates_of_one(world, tmp_path, top_k, more):
+    model = world.load()
+    train_jointly(model, sequences("--lists" in more), SETTINGS, top_k=top_k)
+    tensors.write_gates(tmp_path / "one", gates_of(model))
+    asked = [str(world.checkpoint), str(world.base), str(tmp_path / "two"), str(top_k)]
+    done = subprocess.run(
+        [*LAUNCH, *asked, *more],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "2 processes\n"
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    assert any(tensor.abs().max() > 0.01 for tensor in two.values())

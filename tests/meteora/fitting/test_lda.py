@@ -1,0 +1,108 @@
+"""The closed form against textbook linear discriminant analysis, in numpy and float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from meteora.fitting.covariance import Scatter
+from meteora.fitting.lda import SingularError, choose_shrinkage, gate_from
+
+E, IN, T = 3, 6, 200
+
+
+def draw(seed=0, common_mean=0.0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(T) % E
+    mixing, means = rng.normal(size=(IN, IN)), 2 * rng.normal(size=(E, IN))
+    x = rng.normal(size=(T, IN)) @ mixing + means[labels] + common_mean
+    return x.astype(np.float32), labels, rng.uniform(0.5, 2.0, size=T)
+
+
+def scatter_of(x, labels, weights, batch=64):
+    x = torch.from_numpy(x)
+    scatter = Scatter.empty(E, x[:batch].mean(0))
+    for start in range(0, len(x), batch):
+        part = slice(start, start + batch)
+        scatter.add(
+            x[part], torch.from_numpy(labels[part]), torch.from_numpy(weights[part]).float()
+        )
+    return scatter
+
+
+def textbook(x, labels, weights, shrinkage):
+    x = x.astype(np.float64)
+    means = np.stack([np.average(x[labels == e], 0, weights[labels == e]) for e in range(E)])
+    centred = x - means[labels]
+    within = (centred.T * weights) @ centred / weights.sum()
+    covariance = (1 - shrinkage) * within + shrinkage * np.diag(within).mean() * np.eye(IN)
+    weight = np.linalg.solve(covariance, means.T).T
+    return weight, -0.5 * (weight * means).sum(-1)
+
+
+@pytest.mark.parametrize("shrinkage", [0.001, 0.3, 1.0])
+@pytest.mark.parametrize("common_mean", [0.0, 100.0])
+def test_a_gate_is_textbook_lda(shrinkage, common_mean):
+    """Logits agree up to a constant a token, which no softmax and no argmax sees."""
+    x, labels, weights = draw(common_mean=common_mean)
+    weight, bias = gate_from(scatter_of(x, labels, weights), shrinkage)
+    expected_weight, expected_bias = textbook(x, labels, weights, shrinkage)
+    got = x.astype(np.float64) @ weight.double().numpy().T + bias.double().numpy()
+    expected = x.astype(np.float64) @ expected_weight.T + expected_bias
+    np.testing.assert_allclose(
+        got - got.mean(-1, keepdims=True), expected - expected.mean(-1, keepdims=True), atol=0.02
+    )
+
+
+def test_statistics_of_two_parts_add_up_to_those_of_the_whole():
+    x, labels, weights = draw()
+    whole = scatter_of(x, labels, weights)
+    parts = [Scatter.empty(E, whole.shift) for _ in range(2)]
+    for part, chosen in zip(parts, (slice(0, 64), slice(64, None)), strict=True):
+        tensors = (torch.from_numpy(values[chosen]) for values in (x, labels, weights))
+        tokens, own, mass = tensors
+        part.add(tokens, own, mass.float())
+    both = parts[0] + parts[1]
+    torch.testing.assert_close(both.mass, whole.mass)
+    torch.testing.assert_close(both.means, whole.means, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.within, whole.within, rtol=1e-5, atol=1e-5)
+
+
+def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
+    x, labels, weights = draw(seed=1)
+    scatter = scatter_of(x, labels, weights)
+    held, truth, mass = draw(seed=1)
+    held, mass = torch.from_numpy(held), torch.from_numpy(mass)
+    chosen, accuracy = choose_shrinkage(scatter, held, torch.from_numpy(truth), mass)
+    accuracies = {}
+    for candidate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6):
+        weight, bias = gate_from(scatter, candidate)
+        right = (held @ weight.T + bias).argmax(-1) == torch.from_numpy(truth)
+        accuracies[candidate] = float((right * mass).sum() / mass.sum())
+    assert accuracy == pytest.approx(max(accuracies.values()))
+    assert chosen == max(c for c, a in accuracies.items() if a == pytest.approx(accuracy))
+
+
+def test_fewer_tokens_than_inputs_still_give_a_gate():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 64)).astype(np.float32)
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    scatter = scatter_of(x, labels, np.ones(6))
+    weight, bias = gate_from(scatter, 0.01)
+    assert weight.isfinite().all()
+    assert (torch.from_numpy(x) @ weight.T + bias).argmax(-1).tolist() == labels.tolist()
+
+
+def test_inputs_without_variance_give_a_gate_that_does_not_poison():
+    scatter = scatter_of(np.ones((6, 4), np.float32), np.arange(6) % E, np.ones(6))
+    weight, bias = gate_from(scatter, 0.01)
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
+
+
+def test_infinite_inputs_are_refused():
+    x, labels, weights = draw()
+    x[3, 2] = np.inf
+    with pytest.raises(SingularError, match="NaN or infinity"):
+        gate_from(scatter_of(x, labels, weights), 0.1)

@@ -1,0 +1,201 @@
+"""A fused model is PEFT where it is told to be, and the base where it has no experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import meteora
+from meteora.checkpoint.manifest import MANIFEST, RouterEntry
+from meteora.model.fused import (
+    UnknownExpertError,
+    UnsavableError,
+    WrongBaseError,
+    expert_names,
+    force_expert,
+    insert_layer,
+    make_router,
+    routed_by,
+    without_experts,
+)
+from meteora.routing.layer import routed_layers
+
+EXPERTS = ["all_seven", "attention", "q_and_v", "patterns"]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(world):
+    """With router `uniform`: every token is changed by every expert."""
+    return world.load()
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_forced_expert_equals_peft_with_that_adapter(world, model, ids, name):
+    """Ranks 3 to 8, rsLoRA, rank and alpha patterns, q and v only, one layer only."""
+    expected = logits(world.load_peft(name), ids)
+    assert not torch.allclose(expected, logits(world.load_base(), ids), atol=1e-2)
+    with force_expert(model, name):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_of_one_is_plain_lora(world, fuse_adapters, tmp_path, ids):
+    """With E = K = 1 the router has nothing to decide: y = W x + scaling · B A x."""
+    name = "all_seven"
+    fuse_adapters(world.base, {name: world.adapters[name]}, tmp_path)
+    model, _ = meteora.load(tmp_path, base_folder=world.base)
+    torch.testing.assert_close(
+        logits(model, ids), logits(world.load_peft(name), ids), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_uniform_is_the_mean_of_what_the_experts_add(model):
+    layer = routed_layers(model)["model.layers.1.self_attn.q_proj"]
+    x = torch.randn(4, 32)
+    added = []
+    for name in EXPERTS:
+        with force_expert(model, name):
+            added.append(layer(x) - layer.projection(x))
+    torch.testing.assert_close(
+        layer(x) - layer.projection(x), torch.stack(added).mean(0), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
+@pytest.mark.parametrize("cached", [None, 3_000, 1 << 20])
+def test_a_model_on_a_gpu_answers_as_on_the_cpu(world, ids, kind, cached):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = world.load(device=device, expert_cache_bytes=cached)
+        with routed_by(model, lambda layer: make_router(kind, layer, 2, 1.0)):
+            answer = model.generate(
+                ids.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+            found.append((logits(model, ids.to(device)).cpu(), answer.cpu()))
+    (on_cpu, answer_on_cpu), (on_gpu, answer_on_gpu) = found
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+    assert torch.equal(answer_on_gpu, answer_on_cpu)
+
+
+def test_without_experts_is_the_base_bit_for_bit(world, model, ids):
+    expected = logits(world.load_base(), ids)
+    assert not torch.equal(logits(model, ids), expected)
+    with without_experts(model):
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_routers_come_back_after_every_block_even_after_an_exception(model):
+    def routers():
+        return [layer.router for layer in routed_layers(model).values()]
+
+    def fail_at_the_last(layer):
+        if layer is list(routed_layers(model).values())[-1]:
+            raise RuntimeError("no router for you")
+
+    before = routers()
+    blocks = [
+        lambda: force_expert(model, "q_and_v"),
+        lambda: without_experts(model),
+        lambda: routed_by(model, lambda layer: make_router("norm", layer, 1, 1.0)),
+    ]
+    for block in blocks:
+        with block():
+            assert all(now is not then for now, then in zip(routers(), before, strict=True))
+        with pytest.raises(ZeroDivisionError), block():
+            raise ZeroDivisionError
+        assert all(now is then for now, then in zip(routers(), before, strict=True))
+    with pytest.raises(RuntimeError), routed_by(model, fail_at_the_last):
+        pass
+    assert all(now is then for now, then in zip(routers(), before, strict=True))
+
+
+def test_blocks_nest(world, model, ids):
+    with force_expert(model, "attention"):
+        expected = logits(model, ids)
+        with without_experts(model):
+            assert torch.equal(logits(model, ids), logits(world.load_base(), ids))
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_an_unknown_expert_is_refused_with_the_names_there_are(model):
+    with (
+        pytest.raises(UnknownExpertError, match="all_seven, attention, q_and_v, patterns"),
+        force_expert(model, "no_such"),
+    ):
+        pass
+
+
+def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):
+    """`.to(bfloat16)` rounds the experts, as it was asked to, and never α/√r."""
+    layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
+    assert {name for name, _ in layer.named_parameters()} == {"projection.weight"}
+    exact = layer.rank_scaling.clone()
+    model.to(torch.bfloat16)
+    assert layer.lora_a.dtype == torch.bfloat16
+    assert torch.equal(layer.rank_scaling, exact)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
+def test_routers_without_training_are_set_by_the_manifest(world, tmp_path, ids, kind):
+    for file in (EXPERTS,):
+        (tmp_path / file).hardlink_to(world.checkpoint / file)
+    router = RouterEntry(kind, 2, 0.5)
+    manifest = dataclasses.replace(world.manifest, router=router)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    model, _ = meteora.load(tmp_path, base_folder=world.base)
+    assert logits(model, ids).isfinite().all()
+    assert expert_names(model) == EXPERTS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, dtype):
+    """PEFT does the same: adapters in float32 beside a 16-bit base."""
+    model = world.load(dtype=dtype)
+    layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
+    assert layer.lora_a.dtype == torch.float32
+    with force_expert(model, "attention"):
+        narrow = logits(model, ids)
+    with force_expert(wide := world.load(), "attention"):
+        exact = logits(wide, ids)
+    assert narrow.dtype == dtype
+    assert (narrow - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for save in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(UnsavableError, match="copy the folder of its checkpoint"):
+            save("saved")
+    assert not (tmp_path / "saved").exists()
+    world.load_base().save_pretrained(tmp_path / "base")
+
+
+def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):
+    with pytest.raises(WrongBaseError, match=r"architecture Qwen2ForCausal.*, not LlamaForCausalL"):
+        meteora.load(world.checkpoint, base_folder=build_base("qwen2"))
+
+
+def test_a_layer_of_another_size_or_none_at_all_is_refused(world):
+    base = world.load_base()
+    path = "model.layers.0.self_attn.q_proj"
+    entry = world.manifest.modules[path]
+    a, b = torch.zeros(1, 32), torch.zeros(32, 1)
+    wider = dataclasses.replace(entry, in_features=64)
+    with pytest.raises(WrongBaseError, match=r"take 64 inputs and give 32, this base has \(32, 32"):
+        insert_layer(base, path, a, b, wider)
+    with pytest.raises(WrongBaseError, match="this base has LlamaRMSNorm"):
+        insert_layer(base, "model.norm", a, b, entry)
+    with pytest.raises(WrongBaseError, match=r"layers\.9\.self_attn\.q_proj: this base has no"):
+        insert_layer(base, "model.layers.9.self_attn.q_proj", a, b, entry)

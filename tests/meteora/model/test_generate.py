@@ -1,0 +1,68 @@
+"""The layer keeps the signature that it replaces: caches, padding, batches and beams just work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora.model.fused import make_router, routed_by
+
+PROMPTS = ["a", "some words", "rather more words than that"]
+
+
+@pytest.fixture
+def model(world):
+    """Routed by norms: each token by itself, so that a wrong token shows."""
+    model = world.load()
+    with routed_by(model, lambda layer: make_router("norm", layer, 2, 1.0)):
+        yield model
+
+
+def generate(model, tokenizer, prompts, **asked):
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    out = model.generate(**batch, max_new_tokens=8, do_sample=False, **asked)
+    return out[:, batch.input_ids.shape[1] :]
+
+
+def test_generating_with_a_cache_equals_generating_without(model, tokenizer):
+    cached = generate(model, tokenizer, PROMPTS, use_cache=True)
+    assert torch.equal(cached, generate(model, tokenizer, PROMPTS, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_every_cache_and_every_number_of_beams_generate_what_none_does(
+    model, tokenizer, kind, num_beams
+):
+    asked = {"num_beams": num_beams, "cache_implementation": kind}
+    without = generate(model, tokenizer, PROMPTS, num_beams=num_beams, use_cache=False)
+    assert torch.equal(generate(model, tokenizer, PROMPTS, **asked), without)
+
+
+def test_a_left_padded_batch_generates_what_its_rows_do(model, tokenizer):
+    together = generate(model, tokenizer, PROMPTS)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        (alone,) = generate(model, tokenizer, [prompt])
+        assert torch.equal(row[: len(alone)], alone)
+
+
+def test_a_left_padded_batch_equals_its_rows_one_by_one(model, tokenizer):
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, prompt in enumerate(PROMPTS):
+            alone = model(**tokenizer([prompt], return_tensors="pt")).logits[0]
+            torch.testing.assert_close(together[row, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_beams_and_returned_sequences_run(model, tokenizer):
+    out = generate(model, tokenizer, PROMPTS, num_beams=3, num_return_sequences=2)
+    assert out.shape[0] == 2 * len(PROMPTS)
+
+
+def test_the_pipeline_of_transformers_runs(model, tokenizer):
+    from transformers import pipeline  # noqa: PLC0415  (slow to import)
+
+    answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (found,) = answer("words", max_new_tokens=3, do_sample=False, return_full_text=False)
+    assert isinstance(found["generated_text"], str)

@@ -1,0 +1,101 @@
+"""A trace says where every token went: what the layers did, and not what they would have done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora.kernels import reference
+from meteora.model.fused import force_expert, make_router, routed_by, without_experts
+from meteora.model.trace import TraceError, trace
+from meteora.routing.hooks import recorded_logits
+from meteora.routing.layer import routed_layers
+
+TEXT = "where do these go?"
+
+
+@pytest.fixture
+def model(world):
+    """Routed by norms, two experts a token: every token is sent by itself."""
+    model = world.load()
+    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+        yield model
+
+
+@pytest.fixture
+def prompt(tokenizer):
+    return tokenizer(TEXT).input_ids
+
+
+def test_a_forced_expert_takes_every_token_of_prompt_and_answer(model, tokenizer, prompt):
+    with force_expert(model, "q_and_v"):
+        found = trace(model, tokenizer, prompt, max_new_tokens=5)
+    assert found.experts[2] == "q_and_v"
+    assert found.modules == tuple(routed_layers(model))
+    assert found.chosen.shape == (len(found.modules), len(prompt) + 5, 1)
+    assert (found.chosen == 2).all()
+    assert (found.weights == 1).all()
+    assert torch.equal(found.shares()[:, 2], torch.ones(len(prompt) + 5))
+
+
+def test_a_trace_with_a_cache_is_what_one_forward_pass_over_all_of_it_says(
+    model, tokenizer, prompt
+):
+    found = trace(model, tokenizer, prompt, max_new_tokens=8)
+    assert len(found.ids) == len(prompt) + 8
+    with torch.inference_mode(), recorded_logits(model) as logits:
+        model(torch.tensor([found.ids]))
+    for m, path in enumerate(found.modules):
+        weights, chosen = reference.route(logits[path], 2, 0.5)
+        assert torch.equal(found.chosen[m], chosen), path
+        torch.testing.assert_close(found.weights[m], weights, rtol=1e-4, atol=1e-4)
+    assert len(found.chosen.unique()) > 1  # or the claim would be empty
+
+
+def test_the_answer_is_the_one_that_the_model_gives_untraced(model, tokenizer, prompt):
+    found = trace(model, tokenizer, prompt, max_new_tokens=8)
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    assert found.ids == tuple(out[0].tolist())
+    assert "".join(found.pieces) == tokenizer.decode(out[0])
+    assert found.num_prompt == len(prompt)
+
+
+def test_without_new_tokens_the_prompt_alone_is_traced(model, tokenizer, prompt):
+    found = trace(model, tokenizer, prompt)
+    assert "".join(found.pieces) == TEXT
+    longer = trace(model, tokenizer, prompt, max_new_tokens=2)
+    assert torch.equal(found.chosen, longer.chosen[:, : len(prompt)])
+
+
+def test_shares_are_mean_weights_over_all_modules_or_those_of_a_layer(model, tokenizer, prompt):
+    found = trace(model, tokenizer, prompt)
+    assert set(found.layers) == {0, 1}
+    for layer in (None, 1):
+        expected = torch.zeros(len(prompt), len(found.experts))
+        kept = [m for m, path in enumerate(found.modules) if layer is None or ".1." in path]
+        for m in kept:
+            for t in range(len(prompt)):
+                for e, w in zip(found.chosen[m, t], found.weights[m, t], strict=True):
+                    expected[t, e] += w / len(kept)
+        torch.testing.assert_close(found.shares(layer), expected)
+        torch.testing.assert_close(expected.sum(1), torch.ones(len(prompt)))
+
+
+def test_a_character_of_several_tokens_stands_with_its_last_one(model, tokenizer):
+    ids = tokenizer("é→x").input_ids  # two bytes, three bytes, one: a token each
+    found = trace(model, tokenizer, ids)
+    assert found.pieces == ("", "é", "", "", "→", "x")
+    assert trace(model, tokenizer, ids[:3]).pieces == ("", "é", "\N{REPLACEMENT CHARACTER}")
+
+
+def test_hooks_are_gone_afterwards(model, tokenizer, prompt):
+    trace(model, tokenizer, prompt)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
+    with (
+        without_experts(model),
+        pytest.raises(TraceError, match="no module of the model is routed"),
+    ):
+        trace(model, tokenizer, prompt)

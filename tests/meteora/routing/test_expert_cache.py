@@ -1,0 +1,220 @@
+"""Experts in the mapped file, the hot ones copied: the same results, within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import meteora
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, RouterEntry
+from meteora.kernels import gather_grouped
+from meteora.model.fused import expert_cache, force_expert, make_router, routed_by
+from meteora.routing.expert_cache import ExpertCache
+from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.routers import Fixed, Gate
+from tests.meteora.routing.test_layer import Allocations
+
+IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
+
+
+def by_norm(model):
+    return routed_by(model, lambda layer: make_router("norm", layer, 2, 1.0))
+
+
+def pair_of(num_bytes):
+    return lambda: (torch.zeros(num_bytes // 2, dtype=torch.uint8),) * 2
+
+
+def test_the_least_recently_used_makes_room():
+    cache = ExpertCache(100)
+    for key in "ab":
+        cache.fetch(key, pair_of(40))
+    cache.fetch("a", pair_of(40))  # now b is the one that was used least recently
+    cache.fetch("c", pair_of(60))
+    assert (cache.held_bytes, cache.hits, cache.misses) == (100, 1, 3)
+    cache.fetch("a", pair_of(40))
+    assert cache.hits == 2
+    cache.fetch("b", pair_of(40))
+    assert cache.misses == 4
+    assert cache.miss_rate == 4 / 6
+    assert "4 misses: 66.7%" in repr(cache)
+
+
+def test_what_is_larger_than_the_budget_passes_through():
+    cache = ExpertCache(10)
+    for _ in range(2):
+        a, _b = cache.fetch("large", pair_of(40))
+        assert a.nbytes == 20
+        assert cache.held_bytes == 0
+    assert cache.misses == 2
+
+
+@pytest.mark.parametrize("budget", [0, 3_000, 1 << 20])
+def test_results_are_those_without_a_cache_whatever_its_budget(world, budget):
+    plain, cached = world.load(), world.load(expert_cache_bytes=budget)
+    cache = expert_cache(cached)
+    assert cache
+    with torch.no_grad(), by_norm(plain), by_norm(cached):
+        for _ in range(2):
+            got, expected = cached(IDS).logits, plain(IDS).logits
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            assert cache.held_bytes <= budget
+        out = [
+            model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            for model in (plain, cached)
+        ]
+    assert torch.equal(*out)
+    assert cache.misses
+    assert (cache.hits == 0) == (budget < 1 << 20)  # in turns, all are gone before they come again
+    assert expert_cache(plain) is None
+
+
+def test_only_what_is_used_is_copied_and_only_once(world):
+    """One expert of `q_and_v`: each of its modules is missed once, and then it is there."""
+    model = world.load(expert_cache_bytes=1 << 20)
+    cache, name = expert_cache(model), "q_and_v"
+    assert cache
+    e = list(world.adapters).index(name)
+    owned = [entry for entry in world.manifest.modules.values() if entry.ranks[e]]
+    with torch.no_grad(), force_expert(model, name):
+        for run in (1, 2, 3):
+            model(IDS)
+            assert (cache.misses, cache.hits) == (len(owned), (run - 1) * len(owned))
+    sizes = sum(entry.ranks[e] * (entry.in_features + entry.out_features) for entry in owned)
+    assert cache.held_bytes == 4 * sizes
+    # copies of their own, and no views that would hold the whole file
+    assert cache.held_bytes == sum(
+        tensor.untyped_storage().nbytes() for pair in cache._held.values() for tensor in pair
+    )
+
+
+def test_the_copies_follow_the_model_to_another_dtype(world):
+    model = world.load(expert_cache_bytes=1 << 20)
+    with torch.no_grad(), force_expert(model, "attention"):
+        model(IDS)
+        got = model.double()(IDS).logits
+        with force_expert(plain := world.load().double(), "attention"):
+            torch.testing.assert_close(got, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def layer_with(cache, *, ranks=(1, 2, 3), num_in=12, num_out=10):
+    return MoELoRALinear(
+        nn.Linear(num_in, num_out),
+        torch.randn(sum(ranks), num_in) / num_in**0.5,
+        torch.randn(num_out, sum(ranks)),
+        ranks,
+        [1.0] * len(ranks),
+        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), top_k=2),
+        cache=cache,
+    )
+
+
+def test_gates_learn_through_the_cache():
+    """The same gradient as without, in a layer whose experts come and go."""
+    a, b, gate = torch.randn(6, 12), torch.randn(10, 6), torch.randn(3, 12)
+    x, projection, grads = torch.randn(7, 12), nn.Linear(12, 10), []
+    for cache in (None, ExpertCache(500)):
+        router = Gate(gate.clone(), torch.zeros(3), top_k=2)
+        layer = MoELoRALinear(projection, a, b, [1, 2, 3], [1.0, 2.0, 0.5], router, cache=cache)
+        layer(x).square().mean().backward()
+        grads.append(router.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_gates_learn_from_what_was_copied_in_inference_mode():
+    layer, x = layer_with(ExpertCache(1 << 20)), torch.randn(7, 12)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).square().mean().backward()
+    assert layer.router.weight.grad.any()
+    assert layer.cache.misses == 3
+
+
+def test_a_layer_whose_experts_are_all_gone_asks_for_none():
+    cache, x = ExpertCache(500), torch.randn(7, 12)
+    layer = layer_with(cache, ranks=[0, 0, 0])
+    torch.testing.assert_close(layer(x), layer.projection(x))
+    assert (cache.hits, cache.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_holds_single_experts_and_no_copies_of_weights_or_tokens(dtype, monkeypatch):
+    monkeypatch.setattr(gather_grouped, "ROWS_AT_ONCE", 16)
+    num_tokens, size, ranks = 512, 512, [4] * 6
+    layer = layer_with(ExpertCache(0), ranks=ranks, num_in=size, num_out=size).to(dtype)
+    x = torch.randn(num_tokens, size).to(dtype)
+    with torch.no_grad(), Allocations() as seen:
+        layer(x)
+    output = num_tokens * size * dtype.itemsize
+    outputs = 1 + (layer.lora_a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
+    assert sum(number >= output for number in seen.sizes) <= 2 * outputs - 1
+    rest = [number for number in seen.sizes if number < output]
+    assert max(rest) <= max(num_tokens * sum(ranks) * 8, 16 * size * 4)
+
+
+@pytest.fixture
+def many(world, tmp_path):
+    """A checkpoint of 512 experts on every module."""
+    num_experts, r = 512, 4
+    modules = {
+        path: dataclasses.replace(entry, ranks=(r,) * num_experts, scaling=(0.5,) * num_experts)
+        for path, entry in world.manifest.modules.items()
+    }
+    first = world.manifest.experts[0]
+    manifest = dataclasses.replace(
+        world.manifest,
+        experts=tuple(dataclasses.replace(first, name=f"e{e}") for e in range(num_experts)),
+        modules=modules,
+        router=RouterEntry("uniform", 1, 1.0),
+    )
+    shapes = {
+        path: (num_experts * r, entry.in_features, entry.out_features)
+        for path, entry in modules.items()
+    }
+    pairs = (
+        (torch.randn(ranks, num_in) / 9, torch.randn(num_out, ranks) / 9)
+        for ranks, num_in, num_out in shapes.values()
+    )
+    tensors.write_experts(tmp_path / EXPERTS, shapes, "F32", pairs)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    return tmp_path
+
+
+def sent_to(chosen):
+    """A router that sends every token to a few of the experts."""
+    weights = torch.zeros(512)
+    weights[chosen] = 1 / len(chosen)
+    return lambda _layer: Fixed(weights)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc where memory comes from")
+def test_512_experts_are_mapped_and_not_read(world, many):
+    model, _ = meteora.load(many, base_folder=world.base, expert_cache_bytes=1 << 16)
+    mapped = [
+        [int(bound, 16) for bound in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(many / EXPERTS))
+    ]
+    for layer in routed_layers(model).values():
+        for tensor in (layer.lora_a, layer.lora_b):
+            assert any(low <= tensor.data_ptr() < high for low, high in mapped)
+
+
+def test_512_experts_answer_from_a_cache_of_a_few(world, many):
+    plain, _ = meteora.load(many, base_folder=world.base)
+    model, _ = meteora.load(many, base_folder=world.base, expert_cache_bytes=1 << 16)
+    cache, num_modules = expert_cache(model), len(routed_layers(model))
+    assert cache
+    with torch.no_grad():
+        for chosen in ([3, 400], [3, 400], [511]):
+            with routed_by(plain, sent_to(chosen)), routed_by(model, sent_to(chosen)):
+                got, expected = model(IDS).logits, plain(IDS).logits
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert cache.held_bytes <= 1 << 16
+    assert (cache.misses, cache.hits) == (3 * num_modules, 2 * num_modules)

@@ -1,0 +1,96 @@
+"""Routers against the plain, dense formula of each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora.kernels import reference
+from meteora.routing.routers import Arrow, Fixed, Followed, Follower, Gate, Norm
+
+RANKS = [4, 0, 1, 9]
+NUM_IN, NUM_OUT = 12, 7
+SCALING = torch.tensor([2.0, 0.0, 0.5, 1.5])
+
+
+@pytest.fixture
+def factors():
+    return torch.randn(sum(RANKS), NUM_IN), torch.randn(NUM_OUT, sum(RANKS))
+
+
+def products(a, b):
+    """B_e A_e of each expert, [OUT, IN]."""
+    return [
+        own_b.double() @ own_a.double()
+        for own_a, own_b in zip(a.split(RANKS), b.split(RANKS, dim=1), strict=True)
+    ]
+
+
+def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors):
+    x = torch.randn(5, NUM_IN)
+    got = Arrow(*factors, RANKS)(x)
+    for e, product in enumerate(products(*factors)):
+        if RANKS[e]:
+            direction = torch.linalg.svd(product).Vh[0]
+            expected = (x.double() @ direction).abs().float()
+            torch.testing.assert_close(got[:, e], expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert not got[:, e].any()
+
+
+def test_arrow_gives_an_expert_that_does_nothing_no_direction():
+    a, b = torch.randn(2, NUM_IN), torch.zeros(NUM_OUT, 2)
+    assert not Arrow(a, b, [2])(torch.randn(5, NUM_IN)).any()
+
+
+def test_norm_is_the_length_of_what_the_expert_would_add(factors):
+    x = torch.randn(5, NUM_IN)
+    got = Norm(*factors, RANKS, SCALING)(x)
+    for e, product in enumerate(products(*factors)):
+        expected = SCALING[e].double() * (x.double() @ product.T).norm(dim=-1)
+        torch.testing.assert_close(got[:, e], expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_norm_and_arrow_compute_in_float32_where_adapters_are_narrow(factors):
+    a, b = (tensor.bfloat16() for tensor in factors)
+    x = torch.randn(5, NUM_IN)
+    for router in (Norm(a, b, RANKS, SCALING), Arrow(a, b, RANKS)):
+        assert router(x.bfloat16()).dtype == torch.float32
+
+
+def test_fixed_gives_its_weights_back_through_route():
+    given = torch.tensor([0.0, 0.25, 0.75])
+    router = Fixed(given)
+    weights, experts = reference.route(router(torch.randn(2, 4)), router.top_k, router.temperature)
+    torch.testing.assert_close(torch.zeros(2, 3).scatter(1, experts, weights), given.expand(2, 3))
+
+
+def test_fixed_on_one_expert_is_weight_one_exactly():
+    router = Fixed(torch.tensor([0.0, 1.0]))
+    weights, experts = reference.route(router(torch.randn(2, 4)), router.top_k, router.temperature)
+    assert weights.tolist() == [[1.0], [1.0]]
+    assert experts.tolist() == [[1], [1]]
+
+
+def test_gate_is_linear_and_the_only_router_that_learns(factors):
+    weight, bias, x = torch.randn(4, NUM_IN), torch.randn(4), torch.randn(5, NUM_IN)
+    gate = Gate(weight, bias)
+    torch.testing.assert_close(gate(x), x @ weight.T + bias)
+    assert {name for name, _ in gate.named_parameters()} == {"weight", "bias"}
+    for router in (Arrow(*factors, RANKS), Norm(*factors, RANKS, SCALING), Fixed(torch.ones(1))):
+        assert not list(router.parameters())
+
+
+def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
+    followed = Followed()
+    gate = Gate(torch.randn(4, NUM_IN), torch.zeros(4), top_k=2, margin=0.5, followed=followed)
+    follower = Follower(followed, 4, top_k=2, margin=0.5)
+    tokens = torch.randn(5, NUM_IN)
+    with pytest.raises(RuntimeError, match="5 tokens follows a gate that saw 0"):
+        follower(torch.randn(5, 3))
+    for decided, repeated in zip(
+        gate.choose(tokens), follower.choose(torch.randn(5, 3)), strict=True
+    ):
+        assert torch.equal(decided, repeated)
+    with pytest.raises(RuntimeError, match="6 tokens follows a gate that saw 5"):
+        follower(torch.randn(6, 3))

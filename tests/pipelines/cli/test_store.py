@@ -1,0 +1,67 @@
+"""`meteora store …`: what each command prints, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import MeteoraError
+from pipelines.cli import store
+from store.errors import BusyError, StoreError
+from tests.store.conftest import Shelf, fill
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    shelf = Shelf(tmp_path / "home")
+    fill(shelf)
+    return shelf
+
+
+def test_an_index_is_made_again_and_records_are_packed(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_records = len(shelf.ledger.records.loose())
+    store.rebuild(shelf.home)
+    store.pack(shelf.home)
+    store.rebuild(shelf.home)
+    said = [f"{num_records} records {end}" for end in ("in the index", "packed", "in the index")]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_damaged_record_is_told_when_the_index_is_made_again(shelf: Shelf) -> None:
+    path = shelf.ledger.records.path_of(min(shelf.ledger.records.loose()))
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    with pytest.raises(MeteoraError, match="1 records cannot be read; `verify` names them"):
+        store.rebuild(shelf.home)
+    assert shelf.ledger.query("FROM leaderboard").rows
+
+
+def test_garbage_is_listed_with_its_bytes_and_stays_without_a_yes(
+    shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unused = shelf.ledger.blobs.put_bytes(b"unused")
+    os.utime(shelf.ledger.blobs.path_of(unused), (0, 0))
+    for yes in (False, True):
+        with shelf.ledger.running("nightly"), pytest.raises(BusyError, match="a run is going on"):
+            store.gc(yes, shelf.home)
+        store.gc(yes, shelf.home)
+        assert capsys.readouterr().out == f"6\t{unused}\n"
+        assert (unused in shelf.ledger.blobs) is not yes
+
+
+def test_what_is_not_installed_is_not_served(shelf: Shelf) -> None:
+    with pytest.raises(StoreError, match="has no server here"):
+        store.serve("quack:localhost:1", shelf.home)
+
+
+def test_a_home_shares_nothing_where_nothing_can_be_shared(shelf: Shelf) -> None:
+    with pytest.raises(StoreError, match="no storage that can be shared"):
+        store.share("shed://somewhere", shelf.home)
+    assert not (shelf.home / "store.toml").exists()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meteora.base.chat_template import encode_pair
+from pipelines.data.composites import answer_openings, compose, encode_composite, split_answers
+from pipelines.data.rows import ExamplesError, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = {
+    task: [Row(f"{task} question {i}?", f"{task} answer {i}") for i in range(4)]
+    for task in ("red", "green", "blue")
+}
+CHAT = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_every_character_of_a_question_and_its_answer_belongs_to_its_task() -> None:
+    for composite in compose(ROWS, 3, 8, seed=0):
+        whole = composite.prompt + composite.response
+        assert len(composite.spans) == 6
+        for number, (span, asked) in enumerate(
+            zip(composite.spans, [*composite.questions] * 2, strict=True)
+        ):
+            text = asked.row.prompt if number < 3 else asked.row.response
+            assert whole[span.start : span.end].strip() == f"{number % 3 + 1}. {text}"
+            assert span.task == asked.task
+        # nothing between the questions, or between the answers, is left without an owner
+        for spans, length in (
+            (composite.prompt_spans, len(composite.prompt)),
+            (composite.response_spans, len(composite.response)),
+        ):
+            assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
+            assert spans[-1].end == length
+
+
+def test_the_same_seed_deals_the_same_and_rows_come_once_before_any_comes_again() -> None:
+    first = compose(ROWS, 3, 4, seed=1)
+    assert first == compose(ROWS, 3, 4, seed=1)
+    assert first != compose(ROWS, 3, 4, seed=2)
+    assert all({q.task for q in composite.questions} == ROWS.keys() for composite in first)
+    for task, rows in ROWS.items():
+        asked = [q.row for composite in first for q in composite.questions if q.task == task]
+        assert sorted(row.prompt for row in asked) == sorted(row.prompt for row in rows)
+    assert len({tuple(q.task for q in composite.questions) for composite in first}) > 1
+
+
+def test_more_questions_than_tasks_take_each_task_equally_often() -> None:
+    (composite,) = compose(ROWS, 9, 1, seed=0)
+    tasks = [question.task for question in composite.questions]
+    assert {tasks.count(task) for task in ROWS} == {3}
+
+
+def test_a_right_answer_is_read_back_whole() -> None:
+    for composite in compose(ROWS | {"lines": [Row("list?", "a\nb, in 2022. c")]}, 4, 6, seed=0):
+        expected = {i: q.row.response for i, q in enumerate(composite.questions, 1)}
+        assert split_answers(composite.response, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("output", "answers"),
+    [
+        pytest.param("1. a\n2. b\n3. c", {1: "a", 2: "b", 3: "c"}, id="all"),
+        pytest.param("1. born in 2022. Yes\n3. c", {1: "born in 2022. Yes", 3: "c"}, id="skipped"),
+        pytest.param("1. won in 2. and 3. place", {1: "won in 2. and 3. place"}, id="in the line"),
+        pytest.param("a\nb\nc", {}, id="no numbers"),
+        pytest.param("1. a\n1. b\n2. c", {1: "a\n1. b", 2: "c"}, id="said twice"),
+        pytest.param("2. b\n1. a", {2: "b\n1. a"}, id="out of order"),
+        pytest.param("1.\n2. b", {2: "b"}, id="empty"),
+        pytest.param("Sure!\n1) a\n 2) b\n4. d", {1: "a", 2: "b\n4. d"}, id="no such question"),
+        pytest.param("1. 3.5\n2. 4", {1: "3.5", 2: "4"}, id="decimals"),
+        pytest.param("", {}, id="nothing"),
+    ],
+)
+def test_answers_are_told_apart_by_numbers_that_begin_a_line(
+    output: str, answers: dict[int, str]
+) -> None:
+    assert split_answers(output, 3) == answers
+
+
+@given(st.text(alphabet="123. )\nab", max_size=60))
+def test_whatever_is_answered_no_answer_is_counted_twice(output: str) -> None:
+    answers = split_answers(output, 3)
+    assert list(answers) == sorted(answers)
+    assert all(answer and answer in output for answer in answers.values())
+    assert sum(map(len, answers.values())) <= len(output)
+
+
+def test_a_task_whose_answers_would_read_as_several_is_refused() -> None:
+    with pytest.raises(ExamplesError, match="task steps: none of its answers"):
+        compose(ROWS | {"steps": [Row("how?", "first\n2. then")]}, 3, 1, seed=0)
+    with pytest.raises(ExamplesError, match="there are no tasks"):
+        compose({}, 3, 1, seed=0)
+
+
+@pytest.mark.parametrize("template", ["", CHAT], ids=["plain", "chat"])
+def test_tokens_belong_to_the_task_of_their_characters(
+    tokenizer: PreTrainedTokenizerBase, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template or None)
+    for composite in compose(ROWS, 3, 2, seed=0):
+        ids, owners = encode_composite(tokenizer, composite)
+        assert ids == encode_pair(tokenizer, composite.prompt, composite.response)
+        assert len(ids) == len(owners)
+        for task in ROWS:
+            own = [i for i, owner in zip(ids, owners, strict=True) if owner == task]
+            text = "".join(
+                (composite.prompt + composite.response)[span.start : span.end]
+                for span in composite.spans
+                if span.task == task
+            )
+            assert tokenizer.decode(own, skip_special_tokens=True) == text
+        unowned = [i for i, owner in zip(ids, owners, strict=True) if owner is None]
+        assert "Answer each of the following" in tokenizer.decode(unowned)
+        assert owners[-1] == composite.questions[-1].task  # the end of the answer
+        openings = answer_openings(tokenizer, composite)
+        assert tokenizer.decode([ids[place] for place in openings]) == "1. 2. 3. "
+        tasks = [question.task for question in composite.questions]
+        assert [*dict.fromkeys(owners[place] for place in openings)] == tasks
+
+
+def test_tokens_of_several_characters_have_one_owner_each() -> None:
+    """With a tokenizer that merges: white space and numbers join what follows or precedes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=inner.pre_tokenizer.alphabet()
+    )
+    inner.train_from_iterator([Path(__file__).read_text()], trainer)
+    merged = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")  # noqa: S106
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    ids, owners = encode_composite(merged, composite)
+    assert len(ids) < len(composite.prompt + composite.response)
+    openings = [ids[place] for place in answer_openings(merged, composite)]
+    assert str(merged.decode(openings)).replace("Ġ", "").replace(" ", "") == "1.2.3."
+    changes = [o for o, before in zip(owners, [None, *owners], strict=False) if o != before]
+    tasks = [question.task for question in composite.questions]
+    assert changes == tasks + tasks

@@ -1,0 +1,71 @@
+"""Examples as tokens with owners: one task a prompt, or several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meteora.fitting.sequences import UNLABELLED
+from pipelines.data.labels import QUESTIONS_IN_COMPOSITES, label_composites, label_lists, label_rows
+from pipelines.data.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLES = {
+    name: [Row(f"{name} {i}?", f"{name[0] * 3}{i}") for i in range(6)] for name in ("red", "blue")
+}
+
+
+def test_a_plain_example_belongs_to_its_expert_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    for sequence in label_rows(EXAMPLES["red"], 1, tokenizer):
+        assert sequence.owners == {1}
+        assert len(sequence.input_ids) == len(sequence.experts)
+
+
+def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    made = label_composites(EXAMPLES, ["red", "blue"], tokenizer, sizes=(2, 4), seed=0)
+    by_size = {n: -(-QUESTIONS_IN_COMPOSITES * 2 // n) for n in (2, 4)}
+    assert len(made) == sum(by_size.values())
+    for sequence in made:
+        assert sequence.owners == {0, 1}
+        text = {
+            e: tokenizer.decode(
+                [t for t, own in zip(sequence.input_ids, sequence.experts, strict=True) if own == e]
+            )
+            for e in (UNLABELLED, 0, 1)
+        }
+        assert "Answer each of the following" in text[UNLABELLED]
+        assert "red" in text[0]
+        assert "blue" not in text[0]
+        assert "blue" in text[1]
+        assert "red" not in text[1]
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
+        assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
+
+
+def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    made = label_lists(EXAMPLES["red"], 3, tokenizer, sizes=(2, 5), seed=0)
+    assert len(made) == -(-QUESTIONS_IN_COMPOSITES // 2) - (-QUESTIONS_IN_COMPOSITES // 5)
+    for sequence in made:
+        assert sequence.owners == {3}
+        own = [t for t, e in zip(sequence.input_ids, sequence.experts, strict=True) if e == 3]
+        assert "Answer each of the following" not in str(tokenizer.decode(own))
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
+        assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
+    lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
+    assert not label_lists(lists, 0, tokenizer, sizes=(2,), seed=0)
+
+
+def test_an_expert_whose_answers_read_as_lists_is_left_out(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
+    examples = {"list": lists, **EXAMPLES}
+    made = label_composites(examples, ["list", "red", "blue"], tokenizer, sizes=(2,), seed=0)
+    assert made
+    assert all(sequence.owners == {1, 2} for sequence in made)
+    assert not label_composites(examples, ["list", "red"], tokenizer, sizes=(), seed=0)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import ExamplesError, Row
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = '{"prompt": "p", "response": "r"}\n'
+
+
+def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"prompt": "p{i}", "response": "r{i}", "more": 1}}\n\n' for i in range(5))
+    )
+    assert read_rows("jsonl:rows.jsonl", tmp_path, 3) == [Row(f"p{i}", f"r{i}") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(GOOD + "{}\n", "line 2: not a row", id="no keys"),
+        pytest.param(GOOD + "{", "line 2: not a row", id="cut"),
+        pytest.param('{"prompt": 1, "response": "r"}', "must be text", id="a number"),
+        pytest.param('{"prompt": " ", "response": "r"}', "not empty", id="no prompt"),
+        pytest.param("\n\n", "no rows in it", id="empty"),
+        pytest.param("[" * 100_000, "line 1: not a row", id="deep"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ExamplesError, match=said):
+        read_rows("jsonl:rows.jsonl", tmp_path, 10)
+
+
+def test_a_missing_file_and_an_unknown_source_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ExamplesError, match="No such file"):
+        read_rows("jsonl:none.jsonl", tmp_path, 1)
+    with pytest.raises(ExamplesError, match="rows come from"):
+        read_rows("csv:none.csv", tmp_path, 1)
+
+
+def test_a_row_may_have_choices_and_further_answers(tmp_path: Path) -> None:
+    body = {"prompt": "p", "response": "a", "choices": ["a", "b"], "references": ["b"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(body))
+    assert read_rows("jsonl:rows.jsonl", tmp_path, 1) == [Row("p", "a", ("a", "b"), ("b",))]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(body | {"response": "c"}))
+    with pytest.raises(ExamplesError, match="'c' is none of its choices"):
+        read_rows("jsonl:rows.jsonl", tmp_path, 1)
+
+
+PREFERENCES: dict[str, Any] = {
+    "name": "made-up preferences",
+    "task_prefix": "Choose well.\n",
+    "metrics": ["multiple_choice_grade"],
+    "examples": [
+        {"input": "Tea or mud?", "target_scores": {"tea": 1, "mud": 0}},
+        {"input": "Tea, mud or milk?", "target_scores": {"mud": 0, "tea": 1, "milk": 1}},
+    ],
+}
+SPELLING: dict[str, Any] = {
+    "name": "made-up spelling",
+    "example_input_prefix": "\nWord: ",
+    "example_output_prefix": "\nSpelled: ",
+    "examples": [
+        {"input": "tea", "target": "t e a"},
+        {"input": "mud", "target": ["m u d", "M U D"]},
+    ],
+}
+
+
+def put(folder: Path, name: str, body: Any) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(body))
+
+
+def test_bigbench_examples_are_asked_as_bigbench_asks_them(tmp_path: Path) -> None:
+    put(tmp_path, "task.json", PREFERENCES)
+    first, second = read_rows("bigbench:task.json", tmp_path, 9)
+    assert first.prompt == "Choose well.\n\nQ: Tea or mud?\n  choice: tea\n  choice: mud\nA:"
+    assert (first.response, first.choices, first.references) == ("tea", ("tea", "mud"), ())
+    assert second.answers == ("tea", "milk")
+    assert second.choices == ("mud", "tea", "milk")
+
+    put(tmp_path, "task.json", PREFERENCES | {"append_choices_to_input": False})
+    assert read_rows("bigbench:task.json", tmp_path, 1)[0].prompt.endswith("Tea or mud?\nA:")
+
+    put(tmp_path, "task.json", SPELLING)
+    rows = read_rows("bigbench:task.json", tmp_path, 9)
+    assert rows == [
+        Row("Word: tea\nSpelled:", "t e a"),
+        Row("Word: mud\nSpelled:", "m u d", references=("M U D",)),
+    ]
+
+
+def test_bigbench_subtasks_are_read_from_the_file_or_from_folders(tmp_path: Path) -> None:
+    both = {"task_prefix": "Go.\n", "subtasks": [PREFERENCES, {"examples": SPELLING["examples"]}]}
+    put(tmp_path, "task.json", both)
+    rows = read_rows("bigbench:task.json", tmp_path, 9)
+    assert [row.prompt.partition("\n")[0] for row in rows] == ["Choose well.", "Go."] * 2
+
+    put(tmp_path, "parts/b/task.json", PREFERENCES)
+    put(tmp_path, "parts/a/task.json", SPELLING)
+    rows = read_rows("bigbench:parts", tmp_path, 9)
+    assert [row.response for row in rows] == ["t e a", "tea", "m u d", "tea"]
+    assert len(read_rows("bigbench:parts", tmp_path, 3)) == 3
+
+
+def test_bigbench_splits_have_no_question_in_common(tmp_path: Path) -> None:
+    many = [{"input": f"word {i}", "target": f"{i}"} for i in range(100)]
+    put(tmp_path, "task.json", {"examples": many})
+    train, test, every = (
+        {row.prompt for row in read_rows(f"bigbench:task.json{split}", tmp_path, 999)}
+        for split in ("?split=train", "?split=test", "")
+    )
+    assert not train & test
+    assert train | test == every
+    assert 10 < len(test) < 30
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        pytest.param([], "holds a list `examples`", id="a list"),
+        pytest.param({"examples": {}}, "holds a list `examples`", id="no list"),
+        pytest.param({"examples": [{"target": "x"}]}, "example 1: not an example", id="no input"),
+        pytest.param({"examples": [{"input": "x"}]}, "example 1: not an example", id="no target"),
+        pytest.param({"examples": [{"input": "x", "target": []}]}, "example 1", id="no answer"),
+        pytest.param({"examples": [{"input": "x", "target": 3}]}, "must be text", id="a number"),
+        pytest.param({"examples": []}, "no rows in it", id="empty"),
+    ],
+)
+def test_a_bad_bigbench_task_is_refused_with_its_place(
+    tmp_path: Path, body: Any, said: str
+) -> None:
+    put(tmp_path, "task.json", body)
+    with pytest.raises(ExamplesError, match=said):
+        read_rows("bigbench:task.json", tmp_path, 9)
+
+
+def test_sources_say_what_they_do_not_know(tmp_path: Path) -> None:
+    put(tmp_path, "task.json", PREFERENCES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExamplesError, match="unknown option 'half'; bigbench takes split"):
+        read_rows("bigbench:task.json?half=1", tmp_path, 1)
+    with pytest.raises(ExamplesError, match="the split 'dev' is none of"):
+        read_rows("bigbench:task.json?split=dev", tmp_path, 1)
+    with pytest.raises(ExamplesError, match=r"there is no task\.json"):
+        read_rows("bigbench:.", tmp_path / "empty", 1)
+    with pytest.raises(ExamplesError, match="not readable as JSON"):
+        read_rows("bigbench:none.json", tmp_path, 1)
+
+
+def test_reasoning_gym_makes_the_same_rows_of_a_name_and_a_seed(tmp_path: Path) -> None:
+    first = read_rows("reasoning_gym:chain_sum", tmp_path, 4)
+    assert first == read_rows("reasoning_gym:chain_sum?seed=0", tmp_path, 6)[:4]
+    other = read_rows("reasoning_gym:chain_sum?seed=1000", tmp_path, 4)
+    assert not {row.prompt for row in first} & {row.prompt for row in other}
+    assert [row.checker for row in first] == [
+        f"reasoning_gym:chain_sum@0#{number}" for number in range(4)
+    ]
+    with pytest.raises(ExamplesError, match="not registered"):
+        read_rows("reasoning_gym:no_such_task", tmp_path, 1)
+    with pytest.raises(ExamplesError, match="is no number"):
+        read_rows("reasoning_gym:chain_sum?seed=x", tmp_path, 1)
+
+
+def test_a_hub_dataset_out_of_reach_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    with pytest.raises(ExamplesError, match=r"hf:nobody/none cannot be read from the Hub \(.+\)"):
+        read_rows("hf:nobody/none", tmp_path, 1)
+
+
+def test_a_hub_dataset_is_asked_as_its_options_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder of the dataset's name, which `datasets` takes for the dataset."""
+    rows = [
+        {
+            "id": i,
+            "said": {"de": f"Satz {i}" + "!" * i, "en": f"sentence {i}"},
+            "more": "," * (i % 2),
+        }
+        for i in range(60)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "somebody/news/de-en").mkdir(parents=True)
+    (tmp_path / "somebody/news/de-en/train.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    def read(*options: str) -> list[Row]:
+        shown = "&".join(("split=train", *options))
+        return read_rows(f"hf:somebody/news?{shown}", tmp_path, 99)
+
+    columns = ("prompt=said.de,more", "response=said.en")
+    every = read(*columns, "ask=To+English:%0A")
+    assert every[0] == Row("To English:\nSatz 0", "sentence 0")
+    assert every[1].prompt == "To English:\nSatz 1!\n\n,"
+    train, test = (read(*columns, f"part={part}") for part in ("train", "test"))
+    assert not {row.prompt for row in train} & {row.prompt for row in test}
+    assert len(train) + len(test) == len(every) == 60
+    assert 3 < len(test) < 25
+    assert max(len(row.prompt) for row in read(*columns, "longest=20")) in range(15, 21)
+    for options, said in (
+        (("prompt=said.fr", "response=said.en"), "no column 'said.fr', it has id, said, more"),
+        (("prompt=id", "response=said.en"), "column 'id' holds no text"),
+        ((*columns, "part=dev"), "the part 'dev' is none of all, train, test"),
+        ((*columns, "longest=x"), "longest='x' is no number"),
+    ):
+        with pytest.raises(ExamplesError, match=said):
+            read(*options)
+
+
+@pytest.mark.network
+def test_a_hub_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
+    source = "hf:openai/gsm8k?config=main&prompt=question&response=answer"
+    rows = read_rows(source, tmp_path, 3)
+    assert len(rows) == 3
+    assert all("####" in row.response for row in rows)
+    with pytest.raises(ExamplesError, match="no column 'prompt', it has question, answer"):
+        read_rows("hf:openai/gsm8k?config=main&response=answer", tmp_path, 1)

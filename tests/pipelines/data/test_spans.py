@@ -1,0 +1,117 @@
+"""Examples whose parts belong to different experts: read, labelled, and fitted to."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from meteora.fitting.sequences import UNLABELLED
+from pipelines.data.labels import label_rows, label_spans
+from pipelines.data.rows import ExamplesError
+from pipelines.data.spans import read_spans
+from pipelines.flows.up_to_date import finished
+from tests.pipelines.conftest import letters, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from pipelines.workspace.context import RunContext
+
+BODY: dict[str, Any] = {
+    "prompt": [
+        {"text": "When was it, "},
+        {"text": "and what is 3 + 4?", "expert": "sums"},
+        {"text": " In ISO.", "expert": "dates"},
+    ],
+    "response": [{"text": "2021-03-03", "expert": "dates"}, {"text": ", 7", "expert": "sums"}],
+}
+NAMES = ["dates", "sums"]
+
+
+def written(folder: Path, *bodies: object) -> str:
+    lines = [json.dumps(body) if not isinstance(body, str) else body for body in bodies]
+    (folder / "mixed.jsonl").write_text("\n".join(lines))
+    return "jsonl:mixed.jsonl"
+
+
+def test_each_token_belongs_to_the_expert_that_its_part_names(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = read_spans(written(tmp_path, BODY), tmp_path, NAMES)
+    (sequence,) = label_spans(rows, NAMES, tokenizer)
+    owned: dict[int, list[int]] = {UNLABELLED: [], 0: [], 1: []}
+    for token, expert in zip(sequence.input_ids, sequence.experts, strict=True):
+        owned[expert].append(token)
+    texts = {e: str(tokenizer.decode(ids, skip_special_tokens=True)) for e, ids in owned.items()}
+    assert texts == {
+        UNLABELLED: "When was it, ",
+        0: " In ISO.2021-03-03",
+        1: "and what is 3 + 4?, 7",
+    }
+    assert sequence.experts[-1] == 1  # the end of the sequence is the last one's
+    assert not sequence.openings
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prompt": "text"}, "not a row with spans"),
+        ({"prompt": []}, "not a row with spans"),
+        ({"prompt": [{"text": ""}]}, "not a row with spans"),
+        ({"prompt": [{"expert": "sums"}]}, "not a row with spans"),
+        ({"prompt": [{"text": "p", "expert": 1}]}, "not a row with spans"),
+        ({"prompt": [{"text": "p "}]}, "white space"),
+        ({"response": [{"text": "r"}]}, "no expert; name one"),
+        ({"response": [{"text": "r", "expert": "odd"}]}, "odd is no expert .* dates, sums"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ExamplesError, match=f"line 2: .*{said}"):
+        read_spans(written(tmp_path, BODY, BODY | changed), tmp_path, NAMES)
+
+
+def test_what_is_no_file_of_spans_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ExamplesError, match="come from `jsonl:<file>`"):
+        read_spans("hf:some/thing", tmp_path, NAMES)
+    with pytest.raises(ExamplesError, match="no rows in it"):
+        read_spans(written(tmp_path, ""), tmp_path, NAMES)
+    with pytest.raises(ExamplesError, match="line 1: not a row with spans"):
+        read_spans(written(tmp_path, "[" * 100_000), tmp_path, NAMES)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    one, other = letters("q_and_v", 5, 1)[0], letters("attention", 5, 1)[0]
+    body = {
+        key: [{"text": one[key], "expert": "q_and_v"}, {"text": other[key], "expert": "attention"}]
+        for key in ("prompt", "response")
+    }
+    benchmark = {"limit": 1, "compare": [], "max_new_tokens": 1}
+    gates = {"spans": written(recipe_folder, body, body)}
+    work = workplace(gates=gates, benchmark=benchmark)
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    built = work.ledger.built(planned.router.id)
+    assert built is not None
+    spans = label_spans(planned.spans, planned.fused.names, tokenizer)
+    assert len(spans) == 2
+    plain = [
+        sequence
+        for e, name in enumerate(planned.fused.names)
+        for sequence in label_rows(planned.examples[name], e, tokenizer)
+    ]
+    counted = sum(e != UNLABELLED for one in (*plain, *spans) for e in one.experts)
+    assert built["num_tokens"] == counted
+
+    body["prompt"][0]["text"] = letters("q_and_v", 1, 1)[0]["prompt"]
+    written(recipe_folder, body)
+    with pytest.raises(ExamplesError, match="also an example of expert q_and_v"):
+        run(workplace(gates=gates, benchmark=benchmark))

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+
+from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.model.fused import force_expert, without_experts
+from pipelines.data.composites import compose
+from pipelines.data.rows import Row
+from pipelines.evaluation import ask
+from pipelines.evaluation.harness import LOGGERS, BenchmarkError
+from pipelines.evaluation.tasks import Task
+from pipelines.scoring.metrics import ATTEMPTED, RIGHT
+from pipelines.scoring.outputs import read_outputs, write_outputs
+from pipelines.scoring.row_scores import judge, judge_composites
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from tests.conftest import World
+
+ROWS = [Row("abc", "x"), Row("a longer prompt", "y"), Row("b", "z")]
+CHAT = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def task(rows: list[Row], *metrics: str, template: str = "auto", max_new_tokens: int = 6) -> Task:
+    return Task("letters", metrics or ("exact_match",), template, max_new_tokens, rows=rows)
+
+
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    out = model.generate(ids, max_new_tokens=length, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("template", ["", CHAT], ids=["plain", "chat"])
+def test_the_harness_asks_what_generate_is_asked(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batched and padded by the harness, one by one here: the same greedy answers."""
+    monkeypatch.setattr(tokenizer, "chat_template", template or None)
+    model = world.load()
+    with force_expert(model, "q_and_v"):
+        found = ask.measure(model, tokenizer, task(ROWS), batch_size=2)
+        for row, output in zip(ROWS, found.outputs, strict=True):
+            assert output["output"] == greedy(model, tokenizer, row.prompt, 6)
+            assert output["reference"] == row.response
+    lengths = [len(encode_prompt(tokenizer, row.prompt)) for row in ROWS]
+    assert list(found.prompt_tokens) == lengths
+    assert found.templated == bool(template)
+    assert found.num_samples == len(ROWS)
+    assert found.harness.startswith("lm-eval ")
+
+
+def test_of_lm_eval_s_warnings_only_the_expected_are_silent(
+    world: World, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [Row("abc", "x", choices=("x", "y"))]
+    ask.measure(world.load(), tokenizer, task(rows, "acc"), batch_size=1)
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
+    for name in LOGGERS:
+        logging.getLogger(name).warning("something else")
+        assert caplog.records[-1].name == name
+
+
+def test_a_right_answer_counts_and_the_rows_are_told(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = world.load()
+    with without_experts(model):
+        right = greedy(model, tokenizer, "abc", 3)
+        rows = [Row("abc", right), Row("abc ", "certainly not this")]
+        told: list[int] = []
+        asked = task(rows, "exact_match", "rougeL", max_new_tokens=3)
+        found = ask.measure(model, tokenizer, asked, batch_size=1, advance=told.append)
+    score = found.scores["exact_match"]
+    assert score.value == 0.5
+    assert [output["exact_match"] for output in found.outputs] == [1.0, 0.0]
+    assert score.low < 0.5 < score.high
+    assert (score.interval, found.scores["rougeL"].interval) == ("wilson", "bootstrap")
+    assert told == [1, 1]
+    assert asked.num_questions == 2
+
+
+def test_answers_that_were_cut_and_empty_ones_are_counted(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Which answers end by themselves is found by letting each run on."""
+    model: Any = world.load()
+    tokenizer = copy.deepcopy(tokenizer)
+    rows = [Row(chr(97 + i) * (i + 1), "x") for i in range(6)]
+    ids = [torch.tensor([encode_prompt(tokenizer, row.prompt)]) for row in rows]
+    first = [int(model(input_ids=one).logits[0, -1].argmax()) for one in ids]
+    # whatever the first row is answered with ends its answer now, at once
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
+    model.generation_config.eos_token_id = first[0]
+    found = ask.measure(model, tokenizer, task(rows, max_new_tokens=4), batch_size=6)
+    for one, output in zip(ids, found.outputs, strict=True):
+        out = model.generate(one, max_new_tokens=4, do_sample=False, eos_token_id=first[0])
+        ended = int(out[0, -1]) == first[0]
+        assert output["truncated"] == (not ended)
+    assert found.num_truncated == sum(output["truncated"] for output in found.outputs)
+    assert 0 < found.num_truncated < len(rows)
+    assert found.num_empty >= 1
+    assert found.num_samples == len(rows)
+
+
+def test_choices_are_weighed_by_their_log_likelihood(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = world.load()
+    rows = [Row("12", "x", ("x", "yy")), Row("a longer one", "zz", ("x", "zz", "w"))]
+    asked = task(rows, "acc", "acc_norm")
+    told: list[int] = []
+    found = ask.measure(model, tokenizer, asked, batch_size=2, advance=told.append)
+    for row, output in zip(rows, found.outputs, strict=True):
+        sums = []
+        for choice in row.choices:
+            ids = torch.tensor([encode_pair(tokenizer, row.prompt, choice)[:-1]])
+            start = len(encode_prompt(tokenizer, row.prompt))
+            with torch.inference_mode():
+                logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            said = logs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
+            sums.append(float(said.sum()))
+        assert output["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
+        assert output["acc"] == float(row.choices[sums.index(max(sums))] in row.answers)
+    assert sum(told) == asked.num_questions == 5
+    with pytest.raises(BenchmarkError, match="has no choices to weigh"):
+        ask.measure(model, tokenizer, task(ROWS, "acc"), batch_size=2)
+
+
+def test_what_cannot_be_asked_is_refused(world: World, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = world.load()
+    with pytest.raises(BenchmarkError, match=r"has 600 tokens, .* the model has room for 506"):
+        ask.measure(model, tokenizer, task([Row("a" * 600, "x")]), batch_size=1)
+    with pytest.raises(BenchmarkError, match="tokenizer has none"):
+        ask.measure(model, tokenizer, task(ROWS, template="chat"), batch_size=1)
+
+
+def test_composites_are_judged_answer_by_answer() -> None:
+    rows = {name: [Row(f"{name}?", name)] for name in ("red", "blue")}
+    (composite,) = compose(rows, 2, 1, seed=0)
+    first, second = (question.row.response for question in composite.questions)
+    kept = {
+        "asked": json.dumps(composite.to_dict()),
+        "judged_by": json.dumps({"red": "exact_match", "blue": "rouge1"}),
+    }
+    outputs = [f"1. {first}\n2. {second}", f"1. {first}", f"2. {second}", "", first]
+    judged = judge_composites([{**kept, "output": output} for output in outputs])
+    assert judged[RIGHT].values == (1.0, 0.5, 0.5, 0.0, 0.0)
+    assert judged[ATTEMPTED].values == (1.0, 0.5, 0.5, 0.0, 0.0)
+    for part in judged[RIGHT].parts:
+        assert (part.value, part.num_samples, part.num_attempted) == (0.4, 5, 2)
+
+
+def test_composites_are_asked_and_can_be_judged_again_from_what_is_kept(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = world.load()
+    rows = {name: [Row(f"{name}{i}", name) for i in range(3)] for name in ("red", "blue")}
+    asked = Task(
+        "composite-2",
+        (RIGHT, ATTEMPTED),
+        "auto",
+        8,
+        composites=compose(rows, 2, 3, seed=0),
+        part_metrics={"red": "exact_match", "blue": "rouge1"},
+    )
+    found = ask.measure(model, tokenizer, asked, batch_size=2)
+    assert {part.name for part in found.scores[RIGHT].parts} == rows.keys()
+    write_outputs(found.outputs, tmp_path / "outputs")
+    again = judge_composites(read_outputs(tmp_path / "outputs"))
+    for metric in (RIGHT, ATTEMPTED):
+        assert list(again[metric].values) == [row[metric] for row in found.outputs]
+
+
+def test_scores_can_be_judged_again_from_what_is_kept(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    metrics = ("exact_match", "sentence_bleu", "acc")
+    rows = [Row("abc", "a b", ("a b", "c")), Row("bc", "c", ("a b", "c"))]
+    found = ask.measure(world.load(), tokenizer, task(rows, *metrics), batch_size=2)
+    write_outputs(found.outputs, tmp_path / "outputs")
+    for metric in metrics:
+        again = judge(read_outputs(tmp_path / "outputs"), metric)
+        assert sum(again.values) / 2 == found.scores[metric].value
+
+
+def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A task of its own form, from a folder, with rows on disk: no network is needed."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"q": "{q}", "a": {i % 2}}}\n' for i, q in enumerate("abcd")))
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "mine",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(data)}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_target": "a",
+                "doc_to_choice": ["x", "y"],
+                "metric_list": [{"metric": "acc"}],
+            }
+        )
+    )
+    asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=3)
+    found = ask.measure(world.load(), tokenizer, asked, batch_size=2)
+    assert found.num_samples == 3
+    score = found.scores["acc"]
+    assert score.value == sum(row["acc"] for row in found.outputs) / 3
+    assert score.higher_is_better
+    for name, metric, said in (("none", "acc", "no task 'none'"), ("mine", "bleu", "it gives acc")):
+        other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
+        with pytest.raises(BenchmarkError, match=said):
+            ask.measure(world.load(), tokenizer, other, batch_size=2)

@@ -1,0 +1,90 @@
+"""A benchmark that is stopped goes on at the row, and comes to the same bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.data.rows import Row
+from pipelines.evaluation import ask
+from pipelines.evaluation.harness import Harness
+from pipelines.evaluation.resume import BATCHES, Nowhere, in_portions, keeping
+from pipelines.evaluation.tasks import Task
+from tests.pipelines.conftest import letters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from tests.conftest import World
+
+ROWS = [
+    Row(body["prompt"] * (1 + i % 5), "x", ("x", "yy"))
+    for i, body in enumerate(letters("q_and_v", 3, 11))
+]
+
+
+class StoppedError(Exception):
+    """As if the process had been killed in the middle."""
+
+
+def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[int]:
+    """How many prompts each portion had that reached the model."""
+    asked: list[int] = []
+    for name in ("generate", "weigh"):
+        real: Callable[..., Any] = getattr(Harness, name)
+
+        def watched(self: Harness, rows: Sequence[Any], _real: Any = real, **more: Any) -> Any:
+            if len(asked) == fails_after:
+                raise StoppedError
+            asked.append(len(rows))
+            return _real(self, rows, **more)
+
+        monkeypatch.setattr(Harness, name, watched)
+    return asked
+
+
+def test_what_was_answered_is_not_asked_again(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = world.load()
+    task = Task("letters", ("exact_match", "acc"), "auto", 4, rows=ROWS)
+
+    def measure(path: Path, told: list[int]) -> ask.Answered:
+        with keeping(path) as kept:
+            return ask.measure(model, tokenizer, task, batch_size=1, kept=kept, advance=told.append)
+
+    whole = measure(tmp_path / "whole", [])
+    with monkeypatch.context() as patch:
+        asked = count_asked(patch, fails_after=4)
+        with pytest.raises(StoppedError):
+            measure(tmp_path / "stopped", [])
+    assert asked == [BATCHES, BATCHES, len(ROWS) - 2 * BATCHES, BATCHES]  # choices had begun
+    with (tmp_path / "stopped").open("a") as file:
+        file.write('["weigh", [[0.0, -1.')  # torn by a kill
+    asked, told = count_asked(monkeypatch), []
+    again = measure(tmp_path / "stopped", told)
+    assert asked == [BATCHES, len(ROWS) - 2 * BATCHES]
+    assert told[:2] == [len(ROWS), 2 * BATCHES]
+    assert sum(told) == task.num_questions
+    assert again.outputs == whole.outputs
+    assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_two_processes_do_not_write_into_one_file(tmp_path: Path) -> None:
+    with keeping(tmp_path / "answers") as first, keeping(tmp_path / "answers") as second:
+        first.keep("generate", [1, 2])
+        second.keep("generate", [3, 4])
+        assert isinstance(second, Nowhere)
+    with keeping(tmp_path / "answers") as later:
+        assert later.found("generate") == [1, 2]
+        assert later.found("weigh") == []
+        assert in_portions(
+            [0, 0, 5], list, phase="generate", batch_size=1, kept=later, advance=lambda _rows: None
+        ) == [1, 2, 5]

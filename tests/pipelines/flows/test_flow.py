@@ -1,0 +1,299 @@
+"""The whole line on a tiny world: real files, real PEFT adapters, a real Prefect flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import duckdb
+import pytest
+import torch
+import yaml
+
+import meteora
+from meteora.artifacts import MeteoraError, canonical_sha256
+from meteora.base.sources import file_sha256
+from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
+from meteora.untrusted.findings import AdapterError
+from pipelines.flows.up_to_date import finished
+from pipelines.reports.summary import summarise
+from pipelines.stages.worker_client import Child, StageError
+from store.errors import BusyError
+from tests.pipelines.conftest import run
+from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def fingerprint(work: RunContext) -> str:
+    """What a finished run left behind, but for times and run names."""
+    planned = finished(work)
+    assert planned is not None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    scores = {
+        f"{task}/{system}": [score.value, score.outputs_sha256]
+        for task, row in summary.scores.items()
+        for system, score in row.items()
+    }
+    weights = [work.ledger.weights_of(i) for i in (planned.fused.id, planned.router.id)]
+    routing = summary.routing.accuracy if summary.routing else None
+    return canonical_sha256([scores, weights, routing])
+
+
+def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
+    workplace: Callable[..., RunContext], world: World
+) -> None:
+    work = workplace()
+    assert finished(work) is None
+    seconds = run(work, apart=True)
+    assert list(seconds) == ["base", "check", "stack", "gates", "benchmark"]
+
+    planned = finished(work)
+    assert planned is not None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    assert summary.systems == ["base", "oracle", "fused", "uniform", "arrow"]
+    assert all(len(row) == 5 for row in summary.scores.values())
+    assert summary.routing is not None
+    assert summary.routing.accuracy > 0.9  # their alphabets have no letter in common
+
+    folder = work.checkpoint_folder(planned.router.id)
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    subjects = json.loads((folder / LINEAGE).read_text())["subject"]
+    assert {s["name"]: s["digest"]["sha256"] for s in subjects} == {
+        name: file_sha256(folder / name) for name in (EXPERTS, GATES, STATISTICS)
+    }
+
+    answer = work.ledger.query("SELECT outcome FROM runs")
+    assert answer.rows == [("ok",)]
+    assert work.ledger.query("SELECT count(DISTINCT task) FROM leaderboard").rows == [(2,)]
+    assert not work.ledger.verify().findings
+
+    model, tokenizer = meteora.load(folder, base_folder=world.base)
+    prompt = tokenizer("abcd", return_tensors="pt")
+    with torch.inference_mode(), meteora.force_expert(model, "q_and_v"):
+        ours = model(**prompt).logits
+    torch.testing.assert_close(
+        ours, world.load_peft("q_and_v")(**prompt).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_is_asked_differently_is_made_and_the_rest_is_kept(
+    workplace: Callable[..., RunContext],
+) -> None:
+    """Other gates need no other stack, and no base or oracle is measured twice."""
+    work = workplace()
+    run(work)
+    before = work.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows
+    scores = work.ledger.query("SELECT count(*) FROM scores").rows[0][0]
+    other = workplace(gates={"examples_per_expert": 4})
+    assert finished(other) is None
+    run(other)
+    assert other.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows == before
+    assert other.ledger.query("SELECT count(*) FROM scores").rows[0][0] == scores + 2
+
+
+def test_one_recipe_is_run_by_one_process_at_a_time(workplace: Callable[..., RunContext]) -> None:
+    work = workplace()
+    with work.ledger.running(work.key), pytest.raises(BusyError, match="another process"):
+        run(work)
+
+
+def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
+    workplace: Callable[..., RunContext], recipe_folder: Path
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    (recipe_folder / "none").mkdir(exist_ok=True)
+    experts = [*body["experts"], {**body["experts"][0], "name": "empty", "adapter": "path:none"}]
+    (recipe_folder / "none" / "adapter_model.safetensors").write_bytes(b"")
+
+    work = workplace(experts=experts)
+    with pytest.raises(AdapterError, match="empty"):
+        run(work)
+    assert work.ledger.query("SELECT outcome FROM runs").rows == [("refused",)]
+
+    lenient = workplace(experts=experts, policy={"on_refused": "skip"})
+    run(lenient)
+    planned = finished(lenient)
+    assert planned is not None
+    assert planned.fused.names == ("q_and_v", "attention")
+    refused = lenient.ledger.query("SELECT name FROM adapters WHERE verdict = 'refuse'").rows
+    assert ("empty",) in refused
+
+
+def test_a_test_row_among_the_examples_is_refused(
+    workplace: Callable[..., RunContext], recipe_folder: Path
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    leaky = [{**expert, "test": expert["examples"]} for expert in body["experts"]]
+    work = workplace(experts=leaky)
+    with pytest.raises(MeteoraError, match="is also an example"):
+        run(work)
+
+
+def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Child.call
+
+    def killed(self: Child, stage: str, *arguments: object, **asked: Any) -> Any:
+        if stage == "fit_gates":
+            os.kill(self._process.pid, signal.SIGKILL)
+        return call(self, stage, *arguments, **asked)
+
+    monkeypatch.setattr(Child, "call", killed)
+    work = workplace()
+    with pytest.raises(StageError, match=r"fit_gates: .* SIGKILL.* run again to go on"):
+        run(work, "gates", apart=True)
+    monkeypatch.undo()
+    (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
+
+    late = workplace(deadlines={"gates": "0.01s"})
+    with pytest.raises(StageError, match=r"fit_gates: .* its deadline of 0\.01 s"):
+        run(late, "gates", apart=True)
+    run(work, "gates")
+    assert work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows == [stacked]
+    assert work.ledger.query("SELECT outcome FROM runs ORDER BY ended_at").rows == [
+        ("failed",),
+        ("failed",),
+        ("ok",),
+    ]
+
+
+STEPS = (
+    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
+    "measure", "write_checkpoint",
+)  # fmt: skip
+
+KILLED = """
+import os, signal, sys
+from pipelines import flows
+
+recipe, home, victim = sys.argv[1:]
+step = getattr(flows, victim, None)
+
+def last_step(*args):
+    step(*args)
+    assert "torch" not in sys.modules  # that is for the process of the stages
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if step:
+    setattr(flows, victim, last_step)
+flows.fuse_adapters(recipe, home)
+"""
+
+
+def kill_after(step: str, work: RunContext) -> str:
+    """Run a recipe in a process that kills itself after a step; returns its run's name."""
+    command = [sys.executable, "-c", KILLED, str(work.path), str(work.home), step]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (killed,) = work.ledger.unended_runs()
+    return killed.run_id
+
+
+def test_a_killed_run_is_closed_by_the_next_in_the_ledger_and_on_the_server(
+    workplace: Callable[..., RunContext],
+) -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.client.schemas.filters import (  # noqa: PLC0415
+        FlowRunFilter,
+        FlowRunFilterName,
+    )
+
+    work = workplace()
+    run_id = kill_after("stack", work)
+    only = FlowRunFilter(name=FlowRunFilterName(like_=run_id))
+    with get_client(sync_client=True) as client:
+        (before,) = client.read_flow_runs(flow_run_filter=only)
+        run(work, "stack")
+        (after,) = client.read_flow_runs(flow_run_filter=only)
+    assert before.state is not None
+    assert before.state.is_running()
+    assert after.state is not None
+    assert after.state.is_crashed()
+    assert dict(work.ledger.query("SELECT run_id, outcome FROM runs").rows)[run_id] == "killed"
+    (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
+    assert stacked == (run_id,)  # and not a second time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["its own, started again", "the user's, gone"])
+def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: bool) -> None:
+    """With nothing done twice, and the next run finds nothing to do."""
+    from store.ledger import Ledger  # noqa: PLC0415
+    from tests.pipelines.flows.test_local_server import told, user  # noqa: PLC0415
+
+    home, env = tmp_path / "home", without_prefect()
+    elsewhere = None
+    if not own:
+        elsewhere = user(tmp_path / "elsewhere")
+        env["PREFECT_API_URL"] = told(elsewhere)[1]
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(home),
+    ]  # fmt: skip
+    running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: bool(Ledger(home).unended_runs()), seconds=200)
+    if elsewhere is not None:
+        elsewhere.kill()  # who would start it again
+        elsewhere.communicate()
+    for pid in servers(home if own else tmp_path / "elsewhere"):
+        os.kill(pid, signal.SIGKILL)
+    _, said = running.communicate(timeout=500)
+    assert running.returncode == 0, said
+    if not own:
+        assert "does not answer any more" in said
+    began = time.monotonic()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "nothing to do" in again.stderr
+    assert time.monotonic() - began < 60
+    ledger = Ledger(home)
+    assert ledger.query("SELECT outcome FROM runs").rows == [("ok",)]
+    assert not ledger.verify().findings
+
+
+@pytest.mark.slow
+def test_kill_9_between_any_two_stages_loses_nothing(
+    recipe_folder: Path, tmp_path: Path, workplace: Callable[..., RunContext]
+) -> None:
+    """One home is killed after every stage in turn, another never: both end up with the same."""
+    home = tmp_path / "killed"
+
+    def run_until(victim: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(recipe_folder / "recipe.yaml"), str(home)]
+        done = subprocess.run([*command, victim], check=False, capture_output=True, text=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode
+
+    for victim in STEPS:
+        assert run_until(victim) == -signal.SIGKILL
+    assert run_until("nobody") == 0
+
+    unharmed = workplace()
+    run(unharmed)
+    from dataclasses import replace  # noqa: PLC0415
+
+    from store.ledger import Ledger  # noqa: PLC0415
+
+    killed = replace(unharmed, ledger=Ledger(home))
+    assert fingerprint(killed) == fingerprint(unharmed)
+    outcomes = killed.ledger.query("SELECT outcome, count(*) FROM runs GROUP BY ALL ORDER BY 1")
+    assert outcomes.rows == [("killed", len(STEPS)), ("ok", 1)]
+    assert not killed.ledger.verify().findings
+    with duckdb.connect(str(home / "ledger.snapshot.duckdb"), read_only=True) as connection:
+        assert connection.execute("SELECT count(*) FROM scores").fetchone() == (10,)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.flows import local_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+USER = """
+import os, sys
+from pathlib import Path
+from pipelines.environment import prepare
+from pipelines.server import use_local_server
+
+home = Path(sys.argv[1])
+prepare(home)
+started = use_local_server(home)
+print(started, os.environ["PREFECT_API_URL"], flush=True)
+sys.stdin.read()
+"""
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):  # noqa: S310
+            return True
+    except OSError:
+        return False
+
+
+def without_prefect() -> dict[str, str]:
+    removed = {name for name in os.environ if name.startswith("PREFECT")}
+    return {name: value for name, value in os.environ.items() if name not in removed}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Generator[Path]:
+    """A home whose server is gone before the folder is."""
+    yield tmp_path
+    wait_until(lambda: not servers(tmp_path), seconds=10)
+
+
+def user(home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", USER, str(home)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=without_prefect(),
+    )  # fmt: skip
+
+
+def servers(home: Path) -> list[int]:
+    """The processes that serve a home."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"pipelines.flows.local_server" in words and str(home / "prefect").encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert true()
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def told(process: subprocess.Popen[str]) -> tuple[bool, str]:
+    assert process.stdout is not None
+    started, url = process.stdout.readline().split()
+    return started == "True", url
+
+
+def test_all_users_of_a_home_share_its_server_and_the_last_ends_it(home: Path) -> None:
+    """Two that come at once get one server, which outlives the one that started it."""
+    both = [user(home), user(home)]
+    (first, url), (second, its) = map(told, both)
+    assert url == its
+    assert url.startswith("http://127.0.0.1:")
+    assert first != second
+    starter, other = both if first else reversed(both)
+
+    kill(starter)
+    time.sleep(1.0)
+    assert answers(url)
+
+    (server_pid,) = servers(home)
+    os.kill(server_pid, signal.SIGKILL)  # the other one starts it again, where it was
+    wait_until(lambda: servers(home) not in ([server_pid], []) and answers(url), seconds=120)
+
+    kill(other)
+    wait_until(lambda: not answers(url), seconds=10)
+
+
+def test_a_server_that_does_not_start_is_said_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_server.sys, "executable", "/bin/false")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)  # other tests may have a server
+    with pytest.raises(local_server.ServerError, match=r"server\.log says why"):
+        local_server.use_local_server(tmp_path)
+    assert "PREFECT_API_URL" not in os.environ

@@ -1,0 +1,96 @@
+"""A base and adapters that are here already need no network, and come once for two runs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.adapters.compatibility import IncompatibleAdaptersError
+from meteora.adapters.update_norm import check_proportion
+from pipelines.admission import sources, verdicts
+from pipelines.hub.errors import HubOfflineError
+from pipelines.stages.build import build_base
+from tests.pipelines.admission.test_discover import adapter_repo
+from tests.pipelines.hub.hub_server import Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from pipelines.admission.experts import Expert
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
+
+COMMIT = "a" * 40
+BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+
+@pytest.fixture
+def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with running_hub() as server:
+        files = {name: (world.base / name).read_bytes() for name in BASE_FILES}
+        server.repos["org/base"] = Repo(files, refs={"main": COMMIT})
+        server.repos["a/adapter"] = adapter_repo(
+            world.adapters["q_and_v"], base_model_name_or_path="org/BASE"
+        )
+        yield server
+
+
+def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> list[Expert]:
+    base = sources.resolve_base(work.recipe, work.folder)
+    built = build_base(work, base)
+    experts = verdicts.find_experts(
+        work,
+        built,
+        resolve=sources.resolve_adapter,
+        fetch=sources.fetch_adapter,
+        proportion=check_proportion,
+    )
+    verdicts.check(work, built, experts, memory_limit_bytes)
+    return experts
+
+
+def asking(workplace: Callable[..., RunContext], server: HubServer, at: str = "") -> RunContext:
+    return workplace(
+        base=f"org/base{at}",
+        experts=[{"name": "one", "adapter": f"a/adapter{at}"}],
+        router={"kind": "arrow"},
+        hub={"endpoint": server.endpoint},
+    )
+
+
+def test_what_is_here_is_used_offline_by_its_commit(
+    workplace: Callable[..., RunContext], server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expert,) = found(asking(workplace, server))
+    assert not {"base_alias", "base_unreachable"} & {r.code for r in expert.adapter.reasons}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = len(server.requests)
+    (again,) = found(asking(workplace, server, f"@{COMMIT}"))
+    assert again.adapter.spec == expert.adapter.spec
+    assert len(server.requests) == before
+    with pytest.raises(HubOfflineError, match="names no commit"):
+        found(asking(workplace, server))
+
+
+def test_two_runs_at_once_download_a_base_once(
+    workplace: Callable[..., RunContext], server: HubServer
+) -> None:
+    server.seconds_per_body = 0.2
+    work = asking(workplace, server)
+    spec = sources.resolve_base(work.recipe, work.folder)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: build_base(work, spec), range(2))
+    assert one == other
+    assert server.count("get") == len(BASE_FILES)
+
+
+def test_a_stack_that_no_memory_holds_is_refused(
+    workplace: Callable[..., RunContext], server: HubServer
+) -> None:
+    with pytest.raises(IncompatibleAdaptersError, match="1 experts take 0 MB stacked"):
+        found(asking(workplace, server), memory_limit_bytes=1_000)

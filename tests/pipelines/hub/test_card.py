@@ -1,0 +1,68 @@
+"""A card is a stranger's text: two facts are read from it, and nothing in it can stall a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.hub.card import base_of, licence_of
+from tests.clock import little_work
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def card(folder: Path, text: str) -> Path:
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lines", "licence", "base"),
+    [
+        ("license: mit\nbase_model: org/base", "mit", "org/base"),
+        ("license: 'mit' # mine\nbase_model: \"org/base\"", "mit", "org/base"),
+        ("base_model:\n- org/base\nlicense: mit", "mit", "org/base"),
+        ("base_model:\n  - org/base  # a copy\nlicense: mit", "mit", "org/base"),
+        ("license: [mit]\nbase_model: [org/base]", "mit", "org/base"),
+        ("base_model: [org/base, org/other]\nlicense:\n- mit\n- apache-2.0", "", ""),
+        ("base_model:\n- org/base\n- org/other\nlicense: mit", "mit", ""),
+        ("base_model:\nlicense: mit", "mit", ""),
+        ("license: # none yet\ntags:\n- license: mit", "", ""),
+        ("license: all rights reserved\nbase_model: " + "a" * 999, "", ""),
+    ],
+)
+def test_licence_and_base_are_read(lines: str, licence: str, base: str, tmp_path: Path) -> None:
+    folder = card(tmp_path, f"---\n{lines}\n---\nlicense: gpl\nbase_model: org/wrong\n")
+    assert (licence_of(folder), base_of(folder)) == (licence, base)
+    assert licence_of(card(tmp_path, lines)) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\nbase_model:\n  " + "-" * 999_000 + " -a -b\n---\n",
+        "---\nbase_model:" + " " * 999_000 + "\n---\n",
+        " " * 999_000,
+        "---\n" * 240_000,
+        "---\n" + "base_model:\n" * 80_000 + "---\n",
+        "---\nlicense: [" + "a," * 490_000 + "\n---\n",
+    ],
+    ids=["dashes", "spaces", "blank", "rules", "keys", "list"],
+)
+def test_a_megabyte_made_to_stall_does_not(text: str, tmp_path: Path) -> None:
+    folder = card(tmp_path, text)
+    with little_work():
+        assert (licence_of(folder), base_of(folder)) == ("", "")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.text() | st.text("-:#[]'\" \nbase_modlicn", max_size=200))
+def test_any_card_gives_short_printable_words(lines: str, tmp_path: Path) -> None:
+    folder = card(tmp_path, f"---\nlicense:{lines}")
+    for word in (licence_of(folder), base_of(folder)):
+        assert len(word) <= 200
+        assert word.isprintable()

@@ -1,0 +1,580 @@
+"""The real client over real HTTP, against a small Hub on loopback that has the faults asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import AdapterRef, BaseSpec
+from meteora.untrusted.findings import AdapterError
+from pipelines.hub import adapter, repositories
+from pipelines.hub.about import HubSource
+from pipelines.hub.adapter import download, downloaded
+from pipelines.hub.card import licence_of
+from pipelines.hub.client import Hub
+from pipelines.hub.errors import (
+    HubAccessError,
+    HubConnectionError,
+    HubDiskError,
+    HubError,
+    HubFilesError,
+    HubGatedError,
+    HubHashError,
+    HubNotFoundError,
+    HubOfflineError,
+    HubProtocolError,
+    HubRateLimitError,
+    HubReferenceError,
+    HubRevisionError,
+    HubServerError,
+    HubSizeError,
+    HubTimeoutError,
+    InsecureEndpointError,
+)
+from pipelines.workspace import console
+from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from tests.pipelines.hub.hub_server import HubServer
+
+ROOT = Path(__file__).parents[3]
+COMMIT, LATER = "a" * 40, "b" * 40
+WEIGHTS = b"w" * 50_000
+REF = AdapterRef("someone/adapter", COMMIT)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server() -> Generator[HubServer]:
+    with running_hub() as server:
+        server.repos["someone/adapter"] = Repo(
+            {
+                "README.md": b"---\nlicense: mit\nbase_model: org/base\n---\n# An adapter\n",
+                "adapter_config.json": b'{"peft_type": "LORA"}',
+                "adapter_model.safetensors": WEIGHTS,
+                "modeling_evil.py": b"raise SystemExit",
+                "adapter_model.bin": b"\x80\x02pickle",
+                "second/adapter_config.json": b'{"peft_type": "LORA", "r": 2}',
+                "second/adapter_model.safetensors": b"s" * 100,
+            },
+            refs={"main": COMMIT, "v1": COMMIT},
+            card={"license": "mit", "base_model": "org/base"},
+        )
+        yield server
+
+
+@pytest.fixture
+def asked(server: HubServer) -> Hub:
+    return Hub(server.endpoint, timeout_seconds=20)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("text", ["someone/adapter", "someone/adapter@v1"])
+def test_a_name_becomes_a_commit(text: str, asked: Hub) -> None:
+    assert repositories.resolve(text, subfolder="second", hub=asked) == replace(
+        REF, subfolder="second"
+    )
+
+
+def test_the_endpoint_of_the_environment_is_asked(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    assert repositories.resolve("someone/adapter") == REF
+
+
+@pytest.mark.parametrize(
+    ("text", "subfolder"),
+    [
+        ("adapter", ""),
+        ("../../etc@main", ""),
+        ("a/b/c", ""),
+        ("a/b@../../x", ""),
+        ("a/b@", "../x"),
+        ("a/b", "/etc"),
+        ("a/b", "x/../../y"),
+        ("https://huggingface.co/a/b", ""),
+        ("a/" + "b" * 200, ""),
+        ("a/b\0", ""),
+    ],
+)
+def test_what_names_no_repository_is_refused_before_anyone_is_asked(
+    text: str, subfolder: str, server: HubServer, asked: Hub
+) -> None:
+    with pytest.raises(HubReferenceError):
+        repositories.resolve(text, subfolder=subfolder, hub=asked)
+    assert not server.requests
+
+
+def test_a_missing_revision_names_those_that_exist(asked: Hub) -> None:
+    with pytest.raises(HubRevisionError, match=r"no branch or tag 'v9'; it has: main, v1"):
+        repositories.resolve("someone/adapter@v9", hub=asked)
+
+
+def test_a_commit_that_is_not_there_is_not_believed(asked: Hub) -> None:
+    with pytest.raises(HubRevisionError):
+        repositories.resolve(f"someone/adapter@{LATER}", hub=asked)
+
+
+def test_what_is_no_commit_is_not_taken_for_one(server: HubServer, asked: Hub) -> None:
+    server.repos["someone/adapter"].refs["main"] = "../../../etc"
+    with pytest.raises(HubProtocolError):
+        repositories.resolve("someone/adapter", hub=asked)
+
+
+def test_only_the_files_of_an_adapter_come(asked: Hub, tmp_path: Path) -> None:
+    folder = download(REF, tmp_path, hub=asked)
+    assert files_of(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert licence_of(folder) == "mit"
+
+
+def test_a_second_download_asks_nobody(
+    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = download(REF, tmp_path, hub=asked)
+    before = len(server.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert repositories.resolve(f"someone/adapter@{COMMIT}", hub=asked) == REF
+    assert download(REF, tmp_path, hub=asked) == folder
+    assert len(server.requests) == before
+
+
+def test_offline_says_what_is_missing(
+    asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubOfflineError, match="someone/adapter@<commit"):
+        repositories.resolve("someone/adapter", hub=asked)
+    with pytest.raises(HubOfflineError, match="not here yet"):
+        download(REF, tmp_path, hub=asked)
+
+
+def test_a_bit_that_flipped_on_disk_is_noticed(asked: Hub, tmp_path: Path) -> None:
+    weights = download(REF, tmp_path, hub=asked) / "adapter_model.safetensors"
+    weights.write_bytes(b"W" + WEIGHTS[1:])
+    with pytest.raises(HubHashError, match=r"delete .* and run again"):
+        download(REF, tmp_path, hub=asked)
+
+
+REFUSED = {
+    "dora": {"peft_type": "LORA", "use_dora": True},
+    "peft_type": {"peft_type": "IA3"},
+    "init_changes_base": {"peft_type": "LORA", "init_lora_weights": "pissa"},
+    "unknown_key": {"peft_type": "LORA", "use_tomorrow": 1},
+    "task_type": {"peft_type": "LORA", "task_type": "SEQ_CLS"},
+    "stub": {"base_model": "org/base"},
+}
+
+
+def weights_asked_for(server: HubServer) -> list[str]:
+    return [path for _, path, _ in server.requests if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_a_config_that_is_refused_costs_no_download_of_weights(
+    code: str, server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is refused again without asking anybody."""
+    files = server.repos["someone/adapter"].files
+    files["adapter_config.json"] = json.dumps(REFUSED[code]).encode()
+    with pytest.raises(AdapterError, match=f"someone/adapter at aaaaaaaaaaaa.*{code}"):
+        download(REF, tmp_path, hub=asked)
+    assert not weights_asked_for(server)
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
+    assert server.num_bytes < 1_000 < len(WEIGHTS)
+    before = len(server.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for again in (download, downloaded):
+        with pytest.raises(AdapterError, match=code):
+            again(REF, tmp_path)
+    assert len(server.requests) == before
+
+
+def test_what_another_policy_takes_is_downloaded_after_all(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    files = server.repos["someone/adapter"].files
+    files["adapter_config.json"] = json.dumps(REFUSED["task_type"]).encode()
+    with pytest.raises(AdapterError):
+        download(REF, tmp_path, hub=asked)
+    assert downloaded(REF, tmp_path, modules_to_save="strip") is None
+    folder = download(REF, tmp_path, hub=asked, modules_to_save="strip")
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert downloaded(REF, tmp_path) == folder  # whole, so that `read` can name all reasons
+
+
+def test_an_adapter_in_a_subfolder_comes_alone(asked: Hub, tmp_path: Path) -> None:
+    folder = download(replace(REF, subfolder="second"), tmp_path, hub=asked)
+    assert files_of(folder) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert folder.name == "second"
+
+
+def test_a_branch_that_moves_between_resolving_and_downloading_changes_nothing(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    ref = repositories.resolve("someone/adapter", hub=asked)
+    server.repos["someone/adapter"].refs["main"] = LATER
+    download(ref, tmp_path, hub=asked)
+    paths = [path for kind, path, _ in server.requests if kind in ("head", "get", "tree")]
+    assert paths
+    assert all(COMMIT in path for path in paths)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_wrong_bytes_of_the_right_size_are_refused(
+    name: str, server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """Weights by their sha256, small files by their git blob id; the client compares neither."""
+    repo = server.repos["someone/adapter"]
+    server.faults["get"] = Fault(body=b"x" * len(repo.files[name]), path=name)
+    with pytest.raises(HubHashError, match=name) as error:
+        download(REF, tmp_path, hub=asked)
+    assert not error.value.retry
+    assert not any(p.name == name for p in tmp_path.rglob("*"))
+
+
+def test_a_body_that_is_too_short_is_refused(server: HubServer, asked: Hub, tmp_path: Path) -> None:
+    server.faults["get"] = Fault(body=b"<html>", path=".safetensors")
+    with pytest.raises(HubConnectionError) as error:
+        download(REF, tmp_path, hub=asked)
+    assert error.value.retry
+
+
+def test_a_body_without_end_is_stopped_at_the_listed_size(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults["get"] = Fault(endless=True, path=".safetensors")
+    with pytest.raises(HubSizeError, match="more than it lists"):
+        download(REF, tmp_path, hub=asked)
+
+
+def test_a_download_that_takes_a_while_shows_how_far_it_is(
+    server: HubServer,
+    asked: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 60)
+    download(REF, tmp_path / "soon", hub=asked)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.05)
+    server.seconds_per_body = 0.3
+    server.repos["someone/adapter"].files["adapter_model.safetensors"] = b"w" * 3_000_000
+    told: list[tuple[str, int, int]] = []
+    console.tell(lambda *step: told.append(step))
+    run, logs = ContextVar("run", default="none"), []
+    run.set("this one")  # as Prefect finds the log of a run
+    with console.heard(lambda _: logs.append(run.get())):
+        download(REF, tmp_path / "late", hub=asked)
+    assert set(logs) == {"this one"}
+    console.tell(lambda *_: None)
+    assert "downloading someone/adapter: 3000 of 3000 kB" in capsys.readouterr().err
+    assert told[-1] == ("downloading someone/adapter", 3_000, 3_000)
+
+
+def test_a_connection_that_breaks_once_is_taken_up_again(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults["get"] = Fault(drop_after=1_000, times=1, path=".safetensors")
+    folder = download(REF, tmp_path, hub=asked)
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_connection_that_always_breaks_is_given_up_for_now(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults["get"] = Fault(drop_after=1_000, path=".safetensors")
+    with pytest.raises(HubConnectionError) as error:
+        download(REF, tmp_path, hub=asked)
+    assert error.value.retry
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
+
+
+def test_an_answer_without_a_commit_is_not_a_hubs(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """With one, too, it is the listed hashes that count; see `wrong_bytes_of_the_right_size`."""
+    server.faults["head"] = Fault(status=200, headers={"ETag": '"x"'}, path=".safetensors")
+    with pytest.raises(HubError, match="someone/adapter") as error:
+        download(REF, tmp_path, hub=asked)
+    assert isinstance(error.value, (HubProtocolError, HubConnectionError))
+
+
+def test_what_is_too_large_is_refused_before_a_byte_comes(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["someone/adapter"].listed_sizes["adapter_model.safetensors"] = 1 << 50
+    with pytest.raises(HubSizeError, match="raise the limit"):
+        download(REF, tmp_path, hub=asked)
+    assert not server.count("get")
+
+
+def test_a_place_that_cannot_be_written_is_not_the_hubs_fault(
+    asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "staging", lambda _: nullcontext(Path("/dev/null")))
+    with pytest.raises(HubDiskError, match="cannot be written"):
+        download(REF, tmp_path, hub=asked)
+
+
+def test_a_folder_of_very_many_files_is_refused_from_its_listing(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["someone/adapter"].files |= {f"file{i}": b"" for i in range(3_000)}
+    with pytest.raises(HubSizeError, match="more than 2000 files"):
+        download(REF, tmp_path, hub=asked)
+
+
+def test_names_from_a_repository_become_no_paths(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    evil = ["../escaped", "/escaped", "a/../../escaped", "..\\escaped", "CON", "x\0y"]
+    server.repos["someone/adapter"].files |= dict.fromkeys(evil, b"evil")
+    folder = download(REF, tmp_path / "cache", hub=asked)
+    assert len(files_of(folder)) == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "error_class"),
+    [
+        (401, {}, HubAccessError),
+        (403, {}, HubAccessError),
+        (403, {"X-Error-Code": "GatedRepo"}, HubGatedError),
+        (404, {}, HubNotFoundError),
+        (404, {"X-Error-Code": "RepoNotFound"}, HubNotFoundError),
+        (429, {}, HubRateLimitError),
+        (500, {}, HubServerError),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_each_refusal_has_its_own_error(
+    status: int,
+    headers: dict[str, str],
+    error_class: type[HubError],
+    server: HubServer,
+    asked: Hub,
+) -> None:
+    server.faults["refs"] = Fault(status=status, headers=headers)
+    with pytest.raises(error_class, match="someone/adapter") as error:
+        repositories.resolve("someone/adapter", hub=asked)
+    assert type(error.value) is error_class
+    assert error.value.retry == (status in (429, 500))
+
+
+def test_files_from_before_do_not_stand_in_for_an_answer(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """The client returns the old files of a branch here, and says nothing."""
+    download(repositories.resolve("someone/adapter", hub=asked), tmp_path, hub=asked)
+    server.faults["refs"] = Fault(status=401)
+    with pytest.raises(HubAccessError):
+        repositories.resolve("someone/adapter", hub=asked)
+
+
+def test_a_fault_while_files_come_is_told_by_its_cause(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """The client says `LocalEntryNotFoundError` for it, and hides the status in the cause."""
+    server.faults["head"] = Fault(status=403)
+    with pytest.raises(HubAccessError, match="403"):
+        download(REF, tmp_path, hub=asked)
+
+
+def test_a_short_wait_that_the_hub_asks_for_is_waited(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults["head"] = Fault(status=429, headers={"Retry-After": "1"}, times=1)
+    assert download(REF, tmp_path, hub=asked).is_dir()
+
+
+@pytest.mark.parametrize("kind", ["tree", "head", "get"])
+@pytest.mark.parametrize(
+    "fault", [Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})]
+)
+def test_nobody_waits_longer_than_the_limit(
+    fault: Fault, kind: str, server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.faults[kind] = replace(fault)
+    begin = time.monotonic()
+    with pytest.raises(HubTimeoutError) as error:
+        download(REF, tmp_path, hub=replace(asked, timeout_seconds=2))
+    assert time.monotonic() - begin < 60  # of a server that never answers
+    assert error.value.retry
+
+
+def test_a_hub_that_is_not_there_may_come_back(asked: Hub) -> None:
+    with running_hub() as gone:
+        endpoint = gone.endpoint
+    with pytest.raises(HubConnectionError, match="cannot be reached") as error:
+        repositories.resolve("someone/adapter", hub=replace(asked, endpoint=endpoint))
+    assert error.value.retry
+
+
+def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> None:
+    server.faults["refs"] = Fault(status=200, body=b"<html>log in</html>")
+    with pytest.raises(HubError):
+        repositories.resolve("someone/adapter", hub=asked)
+
+
+@pytest.mark.parametrize("endpoint", ["http://example.org", "ftp://example.org", "file:///etc"])
+def test_an_endpoint_that_anyone_may_answer_for_is_refused(endpoint: str) -> None:
+    with pytest.raises(InsecureEndpointError, match="use https"):
+        repositories.resolve("someone/adapter", hub=Hub(endpoint))
+
+
+def test_plain_http_is_allowed_where_it_is_asked_for() -> None:
+    assert Hub("http://mirror.lan/", allow_http=True).url() == "http://mirror.lan"
+
+
+def test_a_token_goes_out_only_when_it_is_given(
+    server: HubServer, asked: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_machine")
+    repositories.resolve("someone/adapter", hub=asked)
+    assert [token for _, _, token in server.requests] == [""]
+    repositories.resolve("someone/adapter", hub=replace(asked, token="hf_given"))  # noqa: S106
+    assert server.requests[-1][2] == "Bearer hf_given"
+
+
+def test_a_token_is_in_no_message(server: HubServer, asked: Hub) -> None:
+    secret = replace(asked, token="hf_given")  # noqa: S106
+    server.faults["refs"] = Fault(status=400, headers={"X-Error-Message": "bad hf_given"})
+    with pytest.raises(HubError) as error:
+        repositories.resolve("someone/adapter", hub=secret)
+    assert "hf_given" not in f"{error.value} {secret!r}"
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b""}, "pickle"),
+        ({"one/adapter_config.json": b"{}", "two/x": b""}, "subfolder: one, two"),
+        ({"model.safetensors": b""}, "it holds model.safetensors"),
+    ],
+    ids=["pickle", "subfolders", "other"],
+)
+def test_a_repository_without_an_adapter_says_what_it_has(
+    files: dict[str, bytes], sentence: str, server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["someone/adapter"].files = files
+    with pytest.raises(HubFilesError, match=sentence):
+        download(REF, tmp_path, hub=asked)
+
+
+def in_a_process(*lines: str) -> subprocess.Popen[bytes]:
+    setup = (
+        "from pathlib import Path",
+        "from meteora.artifacts import AdapterRef",
+        "from pipelines import hub",
+    )
+    return subprocess.Popen([sys.executable, "-c", "\n".join(setup + lines)], cwd=ROOT)
+
+
+def test_two_processes_at_once_download_once(server: HubServer, tmp_path: Path) -> None:
+    server.seconds_per_body = 0.3
+    call = f"hub.download({REF!r}, Path({str(tmp_path)!r}), hub=hub.Hub({server.endpoint!r}))"
+    both = [in_a_process(call) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert server.count("get") == 3  # one for each file
+
+
+def test_what_a_killed_download_left_is_swept(asked: Hub, tmp_path: Path) -> None:
+    partial = tmp_path / "someone--adapter" / f"{COMMIT}.partial"
+    partial.mkdir(parents=True)
+    (partial / "rest.incomplete").write_bytes(b"rest")
+    download(REF, tmp_path, hub=asked)
+    assert not partial.exists()
+
+
+def test_a_base_comes_without_code_and_without_pickles(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    wanted = ["config.json", "model-00001-of-00001.safetensors", "tokenizer.json"]
+    unwanted = ["modeling_x.py", "pytorch_model.bin", "consolidated.safetensors", "x.gguf"]
+    server.repos["org/base"] = Repo(dict.fromkeys(wanted + unwanted, b"data"))
+    repositories.download_base(BaseSpec("org/base", COMMIT), tmp_path / "base", hub=asked)
+    assert files_of(tmp_path) == [f"base/{name}" for name in wanted]
+
+
+def test_a_base_without_safetensors_is_refused(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["org/base"] = Repo({"config.json": b"{}", "pytorch_model.bin": b""})
+    with pytest.raises(HubFilesError, match="safetensors"):
+        repositories.download_base(BaseSpec("org/base", COMMIT), tmp_path / "base", hub=asked)
+
+
+def test_what_the_hub_says_of_a_repository_is_kept(
+    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = HubSource("someone", "mit", ("org/base",), 7, ("lora",))
+    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+    server.faults["revision"] = Fault(status=500)
+    assert repositories.describe(REF, tmp_path / "two", hub=asked) is None
+    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+
+
+def test_what_a_card_makes_the_hub_say_is_short_and_printable(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    server.repos["someone/adapter"].card = {
+        "license": "\x1b[31mmit\ud800" + "x" * 9_000,
+        "base_model": ["a/b\nc"] * 900,
+    }
+    said = repositories.describe(REF, tmp_path, hub=asked)
+    assert said is not None
+    assert (said.licence[:9], len(said.licence)) == ("�[31mmit�", 200)
+    assert said.base_models == ("a/b�c",) * 20
+
+
+def test_discovered_adapters_are_pinned(server: HubServer, asked: Hub) -> None:
+    tag = "base_model:adapter:org/base"
+    server.repos["a/one"] = Repo({}, card={"tags": [tag, "gsm8k"]})
+    server.repos["a/two"] = Repo({}, card={"tags": [tag]})
+    assert len(repositories.discover("org/base", hub=asked)) == 2
+    found = repositories.discover("org/base", tags=["gsm8k"], hub=asked)
+    assert found == [AdapterRef("a/one", COMMIT)]
+
+
+def test_the_worker_ends_with_who_asked(server: HubServer) -> None:
+    server.faults["refs"] = Fault(hang=True)
+    asking = in_a_process(f"hub.resolve('someone/adapter', hub=hub.Hub({server.endpoint!r}))")
+    while not server.count("refs"):
+        time.sleep(0.02)
+    (worker,) = children_of(asking.pid)
+    asking.kill()
+    asking.wait()
+    give_up = time.monotonic() + 10
+    while worker.exists() and time.monotonic() < give_up:
+        time.sleep(0.02)
+    assert not worker.exists()
+
+
+def children_of(pid: int) -> list[Path]:
+    """Linux's own list of them."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    return [Path(f"/proc/{child}") for child in text.split()]

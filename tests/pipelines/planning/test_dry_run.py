@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.flows.up_to_date import finished
+from pipelines.planning import dry_run
+from pipelines.planning.estimate import Experts, Rows, estimate
+from pipelines.recipe.recipe import Recipe, locate
+from pipelines.workspace.context import RunContext
+from pipelines.workspace.machine import Machine, measure_machine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meteora.base.loading import Shape
+
+GPU = Machine("made up", 400e12, 3e12, 6e-6, 1e9, 80e9)
+SIZES: dict[str, dict[str, int]] = {
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+    "llama2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32_000,
+    },
+}
+PAPER = [pytest.param(f"{base}{top}", id=f"{base}{top}") for base in SIZES for top in ("", "-top2")]
+
+
+def config_of(name: str) -> dict[str, Any]:
+    sizes = SIZES[name.removesuffix("-top2")]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        **sizes,
+    }
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No network, an empty folder to be in, and where the Hub's client would keep its files."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: GPU)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "hub"
+
+
+def keep_config(hub: Path, name: str) -> None:
+    """As the Hub's client keeps a file of a commit."""
+    repo_id, _, commit = Recipe.load(locate(name)).base.partition("@")
+    folder = hub / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_of(name)))
+
+
+def gigabytes(said: str, stage: str) -> tuple[float, float]:
+    """A stage's memory and disk, as they were printed."""
+    memory, disk = re.findall(rf"  {stage} +memory +([\d,.]+) GB   disk +([\d,.]+) GB", said)[0]
+    return float(memory), float(disk)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_setting_of_the_paper_is_estimated_without_a_network(
+    name: str, offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_config(offline, name)
+    work = RunContext.open(name, tmp_path / "home")
+    assert finished(work) is None
+    dry_run.steps(work, None)
+    said = capsys.readouterr().out
+    assert not (tmp_path / "home").exists()
+    small = name.startswith("llama3")
+    # 8.03 and 13.02 billion parameters; 587 and 876 million of adapters, and 34.9 and 49.9 million
+    # of gates, as can be computed from the paper's setting by hand; and for each input point 256
+    # directions in 16 bits, 28 means and a shift
+    assert gigabytes(said, "base")[1] == pytest.approx(16.1 if small else 26.0, abs=0.05)
+    assert gigabytes(said, "stack")[1] == pytest.approx(2.3 if small else 3.5, abs=0.051)
+    assert gigabytes(said, "gates")[1] == pytest.approx(0.59 if small else 0.80, abs=0.051)
+    assert gigabytes(said, "benchmark")[0] > (35 if small else 55)  # it merges, too
+    assert ("needed for: benchmark" in said) == (not small)
+    assert "28 of 28 adapters are not here: taken as rank 8" in said
+    assert "56 of 56 sources of rows are not here" in said
+    assert f"top_k {2 if name.endswith('top2') else 1}" in said
+
+
+def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
+    offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not offline.exists()
+    dry_run.steps(RunContext.open("llama3-8b", tmp_path / "home"), None)
+    said = capsys.readouterr().out
+    assert (
+        "meta-llama/Meta-Llama-3-8B at 8cde5ca83804, to download; the Hub was not reached" in said
+    )
+    assert "cannot be estimated: the base's config is not here" in said
+
+
+def test_what_is_here_is_looked_at(
+    recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run.steps(RunContext.open(str(recipe_folder / "recipe.yaml"), tmp_path / "home"), None)
+    said = capsys.readouterr().out
+    assert "Estimated, to a factor of two or so, for this machine (" in said
+    assert "not here" not in said
+    assert [gigabytes(said, stage)[1] for stage in ("base", "stack", "gates")] == [0, 0, 0]
+
+
+SHAPE_SIZES = {"layers.0.attn.q": (64, 64), "layers.0.mlp.up": (64, 256), "head": (64, 999)}
+
+
+def shape() -> Shape:
+    import torch  # noqa: PLC0415
+
+    from meteora.base.loading import Shape  # noqa: PLC0415
+
+    return Shape(
+        num_parameters=10**9,
+        dtype=torch.bfloat16,
+        num_layers=20,
+        hidden_size=64,
+        intermediate_size=256,
+        vocab_size=999,
+        cache_bytes_per_token=10_000,
+        linears=SHAPE_SIZES,
+    )
+
+
+def needs(
+    changes: dict[str, Any] | None = None,
+    *,
+    gates: dict[str, Any] | None = None,
+    router: dict[str, Any] | None = None,
+    **asked: Any,
+) -> dict[str, Any]:
+    text = {
+        "base": "a/b",
+        "experts": ({"name": "x", "adapter": "path:x", "examples": "jsonl:x", "test": "jsonl:x"},),
+        "benchmark": {"compare": ("base",), "batch_size": 4, **(changes or {})},
+        "gates": gates or {},
+        "router": router or {},
+    }
+    given: dict[str, Any] = {
+        "experts": Experts(1, dict.fromkeys(["layers.0.attn.q", "layers.0.mlp.up"], 8)),
+        "machine": GPU,
+        "examples": {"x": Rows(64)},
+        "tests": {"x": Rows(100)},
+    }
+    found = estimate(Recipe.model_validate(text), shape(), **(given | asked))
+    return {need.stage: need for need in found}
+
+
+def test_gates_take_the_longer_the_more_they_are_taught() -> None:
+    def seconds(router: dict[str, Any] | None = None, **gates: Any) -> float:
+        return needs(gates=gates, router=router or {})["gates"].seconds
+
+    plain = seconds()
+    assert 1.2 * plain < seconds(composites=(3,)) < seconds(composites=(3, 5)) < 2 * plain
+    joint: dict[str, Any] = {"method": "joint", "batch_size": 64}
+    for steps in (10, 1000):  # each goes through all 64 rows; the sweep took about 2.5 passes
+        taught = seconds(**joint, steps=steps, start="zeros")
+        assert taught == pytest.approx(plain * steps / 2.5, rel=0.3)
+    one, mixed = (seconds({"top_k": k}, **joint, steps=1000) for k in (1, 2))
+    assert mixed == pytest.approx(3 * one, rel=0.1)
+    assert needs(gates=joint)["gates"].disk_bytes == 4 * (64 + 64)  # no statistics
+
+
+def test_estimates_grow_with_what_they_are_of() -> None:
+    plain = needs()
+    assert plain["stack"].disk_bytes == 4 * 8 * (64 + 64 + 64 + 256)
+    kept = 2 * (2 * 64 * 64 + 4 * 2 * 64)  # of two points: all directions, a mean and a shift
+    assert plain["gates"].disk_bytes == 4 * (64 + 64) + kept
+    assert plain["base"].disk_bytes == 2e9
+    systems = ("base", "uniform", "ties")
+    few, more, merged = (needs({"compare": systems[:n]})["benchmark"] for n in (1, 2, 3))
+    assert few.seconds < more.seconds < merged.seconds
+    assert few.memory_bytes <= more.memory_bytes
+    times = [needs(tests={"x": Rows(n)})["benchmark"].seconds for n in (100, 200, 400)]
+    for short, long in pairwise(times):
+        assert 1.5 < long / short < 2.1
+    slow = Machine("slow", 4e12, 3e10, 6e-4, 1e7, 80e9)
+    for stage, need in needs(machine=slow).items():
+        assert need.seconds > 50 * plain[stage].seconds
+        assert need.memory_bytes == plain[stage].memory_bytes
+
+
+def test_a_machine_is_measured_in_the_bases_own_numbers() -> None:
+    import torch  # noqa: PLC0415
+
+    found = measure_machine(torch.float32)
+    assert found.flops_per_second > found.read_bytes_per_second > 1e6
+    assert 1e-7 < found.call_seconds < 1e-2
+    assert found.memory_bytes > 1e9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.2, "< 1 s"), (40, "40 s"), (400, "6.7 min"), (36_000, "10 h"), (400_000, "4.6 d")],
+)
+def test_durations_are_short(seconds: float, said: str) -> None:
+    assert dry_run.duration(seconds) == said

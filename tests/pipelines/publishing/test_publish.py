@@ -1,0 +1,262 @@
+"""A checkpoint goes to a small Hub and comes back the same model, or nobody sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    CONFIG_TEXT,
+    EXPERTS,
+    FILES,
+    GATES,
+    LINEAGE,
+    MANIFEST,
+    STATISTICS,
+    Manifest,
+    RouterEntry,
+    read_manifest,
+)
+from pipelines.flows.up_to_date import finished
+from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
+from pipelines.publishing.licences import LicenceError, refuse_forbidden
+from pipelines.publishing.publish import Destination, PublicationError, Published, publish
+from pipelines.reports import card, eval_results
+from store.ledger import Ledger
+from tests.pipelines.conftest import run
+from tests.pipelines.hub.hub_here import HubHere
+from tests.pipelines.hub.hub_server import Fault
+from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
+
+NAME = "org/model"
+
+# huggingface_hub 2.4 hands httpx2 a file as `data`, which that one asks to be called `content`
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+
+
+@pytest.fixture
+def server() -> Generator[HubServer]:
+    with running_upload_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path) -> Path:
+    folder = tmp_path / "fused"
+    shutil.copytree(world.checkpoint, folder)
+    (folder / CONFIG).write_text(CONFIG_TEXT)
+    (folder / CARD).write_text(f"---\nlicense: mit\n---\n{card.HERE}\n")
+    (folder / LINEAGE).write_text("{}\n")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Published:
+    token = asked.pop("token", "writer")
+    to = Destination(NAME, HubHere(server.endpoint, token), **asked)
+    ledger = Ledger(folder.parent / "home")
+    return publish(ledger, folder, to, "a-run", base_folder=world.base, pauses=(0.0, 0.0))
+
+
+def repo_of(server: HubServer) -> GitRepo:
+    repo = server.repos[NAME]
+    assert isinstance(repo, GitRepo)
+    return repo
+
+
+def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    made = put(server, world, folder)
+    repo = repo_of(server)
+    assert repo.private
+    assert set(repo.main) - {".gitattributes"} == set(FILES) - {GATES, STATISTICS}
+    assert repo.main[EXPERTS] == (folder / EXPERTS).read_bytes()
+    assert repo.main[CARD].decode().endswith(f"\n{NAME}\n")
+    assert repo.tags == {made.tag: made.revision}
+    assert not made.recorded  # this home did not make it
+    assert card.HERE in (folder / CARD).read_text()
+
+    manifest = read_manifest(folder)
+    entry = RouterEntry("gate", 1, 1.0)
+    (folder / MANIFEST).write_text(dataclasses.replace(manifest, router=entry).to_json())
+    own = {
+        path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))
+        for path, module in manifest.modules.items()
+    }
+    tensors.write_gates(folder / GATES, tensors.Gates(own))
+    server.requests.clear()
+    put(server, world, folder)
+    assert server.count("put") == 1
+    assert repo.main[GATES] == (folder / GATES).read_bytes()
+
+
+@pytest.mark.slow
+def test_results_for_leaderboards_come_and_go_with_the_model(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    (folder / eval_results.NAME).parent.mkdir()
+    (folder / eval_results.NAME).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
+    first = put(server, world, folder)
+    assert repo_of(server).main[eval_results.NAME] == (folder / eval_results.NAME).read_bytes()
+    assert put(server, world, folder).revision == first.revision
+    (folder / eval_results.NAME).unlink()
+    put(server, world, folder, onto=first.revision)
+    assert eval_results.NAME not in repo_of(server).main
+
+
+def test_what_comes_back_as_another_model_is_never_shown(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    data = bytearray((folder / EXPERTS).read_bytes())
+    data[-4:] = b"\0\0\0\0"
+    server.faults["get"] = Fault(body=bytes(data), path=EXPERTS)
+    with pytest.raises(PublicationError, match="other bytes"):
+        put(server, world, folder)
+    assert set(repo_of(server).main) == {".gitattributes"}
+    assert not repo_of(server).tags
+
+
+@pytest.mark.slow
+def test_what_cannot_be_loaded_is_never_shown(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    server.faults["get"] = Fault(body=b"{", path=MANIFEST)
+    with pytest.raises(PublicationError, match="cannot be loaded"):
+        put(server, world, folder)
+    assert set(repo_of(server).main) == {".gitattributes"}
+
+
+def test_what_is_for_nobody_else_stays_here(server: HubServer, world: World, folder: Path) -> None:
+    text = (folder / CARD).read_text()
+    for secret in ("hf_" + "a" * 30, str(folder.parent / "home" / "adapters"), "writer"):
+        (folder / CARD).write_text(text + secret)
+        with pytest.raises(PublicationError, match=CARD):
+            put(server, world, folder)
+    (folder / CARD).write_text(text)
+    with pytest.raises(HubTokenError):
+        put(server, world, folder, token="")
+    assert not server.requests
+    with pytest.raises(HubReferenceError, match="not owner/name"):
+        publish(Ledger(folder), folder, Destination("../model", HubHere()), "a-run")
+
+
+def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
+    server: HubServer, world: World, folder: Path
+) -> None:
+    def licensed(licence: str, source: str = "someone/adapter") -> Manifest:
+        first, *others = world.manifest.experts
+        first = dataclasses.replace(first, licence=licence, source=source)
+        return dataclasses.replace(world.manifest, experts=(first, *others))
+
+    for licence in ("mit", "apache-2.0", "cc-by-nc-4.0", "llama3.2"):
+        refuse_forbidden(licensed(licence))
+    refuse_forbidden(licensed("", "path:mine"))
+    for licence, told in (("cc-by-nd-4.0", "cc-by-nd-4.0"), ("other", "other"), ("", "none")):
+        with pytest.raises(LicenceError, match=f"all_seven.*--allow-licence {told}"):
+            refuse_forbidden(licensed(licence))
+        refuse_forbidden(licensed(licence), [told])
+    (folder / MANIFEST).write_text(licensed("cc-by-nc-nd-4.0").to_json())
+    with pytest.raises(LicenceError):
+        put(server, world, folder)
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
+    server: HubServer,
+    workplace: Callable[..., RunContext],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """By the processes of a real run; then its card's own lines run in another."""
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    work = workplace(publish={"repo": NAME})
+    stages = list(run(work, apart=True))
+    assert stages == ["base", "check", "stack", "gates", "benchmark", "publish"]
+    repo = repo_of(server)
+    assert set(repo.main) - {".gitattributes"} == set(FILES)
+    answer = work.ledger.query("SELECT repo_id, revision, kind FROM publications")
+    assert answer.rows == [(NAME, repo.branches["main"], "router")]
+
+    planned = finished(work)
+    assert planned is not None
+    folder = work.checkpoint_folder(planned.router.id)
+    to = Destination(NAME, HubHere(server.endpoint, "writer"))
+    server.requests.clear()
+    publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+    assert not {kind for kind, _, _ in server.requests} & {"commit", "put", "tag", "get"}
+    assert len(work.ledger.publications(NAME)) == 1
+
+    _the_card_is_true(repo.main[CARD].decode(), world, tmp_path)
+
+    (folder / CARD).write_text((folder / CARD).read_text() + "\nnew\n")
+    assert finished(work) is None
+    repo.commit_files("main", repo.main | {CARD: b"edited there"})
+    with pytest.raises(HubConflictError, match=f"--onto {repo.branches['main']}"):
+        publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+
+
+def _the_card_is_true(text: str, world: World, tmp_path: Path) -> None:
+    data: Any = ModelCard(text).data
+    assert data.library_name == "meteora-pipelines"
+    assert data.pipeline_tag == "text-generation"
+    found = {(result.dataset_name, result.metric_type) for result in data.eval_results}
+    assert found == {("q_and_v", "exact_match"), ("attention", "exact_match")}
+    assert all(result.dataset_args == {"num_samples": 4} for result in data.eval_results)
+
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 4  # five with a chat template
+    code = code.replace("FOLDER_OF_THE_BASE", str(world.base))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "empty")}
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("What is 12 plus 30?")
+
+
+def test_an_expert_that_lies_on_the_hub_is_linked_at_its_commit(world: World) -> None:
+    first, *others = world.manifest.experts
+    first = dataclasses.replace(
+        first, source="someone/adapter/sub", revision="a" * 40, licence="mit", r="8"
+    )
+    manifest = dataclasses.replace(world.manifest, experts=(first, *others))
+    assert card.card_metadata.hub_ids(manifest) == ["someone/adapter"]
+    assert card.card_metadata.licence(manifest) == {
+        "license": "other",
+        "license_name": "of-its-base-and-adapters",
+    }
+    row = next(line for line in card._sources(manifest) if "all_seven" in line)
+    assert f"/someone/adapter/tree/{'a' * 40})" in row
+    assert json.dumps(row)

@@ -1,0 +1,159 @@
+"""A signature is worth something only if whatever is not as it was signed is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from pipelines.publishing.signing import SIGNATURE, SignatureError, check_signature, sign
+from tests.pipelines.cli.command_line import ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def write_keys(
+    folder: Path, name: str, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+) -> Path:
+    """Lay a key and its public half into `folder`; return the private one."""
+    folder.mkdir(exist_ok=True)
+    private = folder / f"{name}.pem"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    private.with_suffix(".pub").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return write_keys(tmp_path / "keys", "mine", ec.generate_private_key(ec.SECP256R1()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("meteora.json", "experts.safetensors", "gates.safetensors", "lineage.json"):
+        (folder / name).write_text(f"the bytes of {name}")
+    return folder
+
+
+def test_what_was_signed_is_verified_wherever_it_lies(folder: Path, key: Path) -> None:
+    assert sign(folder, key) == folder / SIGNATURE
+    check_signature(folder, key.with_suffix(".pub"))
+    elsewhere = folder.with_name("downloaded")
+    shutil.move(folder, elsewhere)
+    check_signature(elsewhere, key.with_suffix(".pub"))
+    sign(elsewhere, key)  # again, as it lies now
+    check_signature(elsewhere, key.with_suffix(".pub"))
+
+
+def test_a_hub_cache_of_links_is_verified(folder: Path, key: Path) -> None:
+    sign(folder, key)
+    snapshot = folder.with_name("snapshot")
+    snapshot.mkdir()
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    check_signature(snapshot, key.with_suffix(".pub"))
+
+
+def changed(folder: Path) -> None:
+    (folder / "gates.safetensors").write_text("other gates")
+
+
+def removed(folder: Path) -> None:
+    (folder / "lineage.json").unlink()
+
+
+def added(folder: Path) -> None:
+    (folder / "modeling_evil.py").write_text("import os")
+
+
+def forged(folder: Path) -> None:
+    """The statement names the changed file, under the old signature."""
+    path = folder / SIGNATURE
+    bundle = json.loads(path.read_text())
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"])
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload + b" ").decode()
+    path.write_text(json.dumps(bundle))
+
+
+def garbage(folder: Path) -> None:
+    (folder / SIGNATURE).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (changed, r"signed: gates\.safetensors has changed$"),
+        (removed, r"signed: lineage\.json is missing$"),
+        (added, r"signed: modeling_evil\.py was not there$"),
+        (forged, r"signed: model\.sig is no signature of that key"),
+        (garbage, r"signed: model\.sig is no signature of that key"),
+    ],
+)
+def test_whatever_changed_is_one_sentence(
+    folder: Path, key: Path, harm: Callable[[Path], None], sentence: str
+) -> None:
+    sign(folder, key)
+    harm(folder)
+    with pytest.raises(SignatureError, match=sentence) as refused:
+        check_signature(folder, key.with_suffix(".pub"))
+    assert "\n" not in str(refused.value)
+
+
+def test_another_owner_is_refused(folder: Path, key: Path) -> None:
+    other = write_keys(key.parent, "other", ec.generate_private_key(ec.SECP256R1()))
+    sign(folder, other)
+    with pytest.raises(SignatureError, match="another key signed it"):
+        check_signature(folder, key.with_suffix(".pub"))
+
+
+def test_what_cannot_be_signed_or_verified_is_a_sentence(folder: Path, key: Path) -> None:
+    public = key.with_suffix(".pub")
+    with pytest.raises(SignatureError, match="is not signed"):
+        check_signature(folder, public)
+    with pytest.raises(SignatureError, match="is no private key that can sign"):
+        sign(folder, public)
+    with pytest.raises(SignatureError, match="is no private key that can sign"):
+        sign(folder, key.with_name("nowhere.pem"))
+    weak = write_keys(
+        key.parent, "rsa", rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    )
+    with pytest.raises(SignatureError, match="is no private key that can sign"):
+        sign(folder, weak)
+    sign(folder, key)
+    with pytest.raises(SignatureError, match="is no public key that can verify"):
+        check_signature(folder, key)
+    (folder / "meteora.json").unlink()
+    with pytest.raises(SignatureError, match="is no fused checkpoint"):
+        sign(folder, key)
+
+
+def test_the_command_line_signs_and_verifies(folder: Path, key: Path) -> None:
+    def meteora(*words: object) -> tuple[int, str]:
+        ended = ask(*words)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    assert meteora("sign", folder, "--key", key) == (0, f"{folder / SIGNATURE}\n")
+    changed(folder)
+    refused, said = meteora("verify", folder, "--key", key.with_suffix(".pub"))
+    assert refused == 1
+    assert "gates.safetensors has changed" in " ".join(said.split())
+    assert meteora("verify", folder)[0] == 2

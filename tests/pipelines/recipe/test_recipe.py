@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipelines.planning.plan import joint_settings
+from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from meteora.artifacts import JointSettings
+
+EXPERT = "{name: a, adapter: path:a, examples: jsonl:a.jsonl}"
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return Recipe.load(path)
+
+
+def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
+    recipe = load(tmp_path, f"base: owner/name\nexperts: [{EXPERT}]\n")
+    assert recipe.router.kind == "gate"
+    assert recipe.gates.examples_per_expert == 64
+    assert recipe.benchmark.compare == ("base", "oracle", "uniform", "arrow")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
+        pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
+        pytest.param(
+            "base: a/b\ndiscover: {}", "adapters that `discover` finds bring no examples", id="gate"
+        ),
+        pytest.param(
+            "base: path:b\ndiscover: {}\nrouter: {kind: arrow}", "discover.base is missing", id="of"
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouters: 1", "unknown key routers", id="unknown"
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: 0}}",
+            "router.top_k: Input should be greater than or equal to 1 (given: 0)",
+            id="out of range",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: '2'}}",
+            "router.top_k: Input should be a valid integer (given: '2')",
+            id="wrong type",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{temperature: .nan}}",
+            "router.temperature",
+            id="not a number",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: guess}}",
+            "gates: method: Input should be 'calibrate' or 'joint'",
+            id="another method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{steps: 5}}",
+            "unknown key gates.steps",
+            id="of the other method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: 0.0}}",
+            "gates.learning_rate: Input should be greater than 0 (given: 0.0)",
+            id="learns nothing",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}, {EXPERT}]", "two experts are named 'a'", id="twice"
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: ../a, adapter: path:a, examples: jsonl:a}]",
+            "the name '../a' may hold",
+            id="a path as a name",
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: a, adapter: path:a}]",
+            "expert 'a' has no examples",
+            id="a gate without examples",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\npublish: {{repo: model}}",
+            "publish.repo: 'model' is not owner/name",
+            id="published nowhere",
+        ),
+        pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
+        pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
+        pytest.param("base: [", "not readable as YAML", id="broken"),
+        pytest.param("- base", "a recipe is a mapping", id="a list"),
+        pytest.param("base: !!python/object:os.system {}", "not readable as YAML", id="an object"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load(tmp_path, text)
+    assert said in str(refused.value)
+    assert str(refused.value).startswith(str(tmp_path / "recipe.yaml"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_router_without_gates_needs_no_examples(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "base: a/b\nexperts: [{name: a, adapter: path:a}]\nrouter: {kind: arrow, top_k: 2}",
+    )
+    assert recipe.router.top_k == 2
+
+
+def test_every_shipped_recipe_loads_and_finds_its_files() -> None:
+    for name, path in shipped().items():
+        recipe = Recipe.load(locate(name))
+        if path.parent == SHIPPED:  # the user brings them
+            continue
+        for expert in recipe.experts:
+            for source in (expert.adapter, expert.examples, expert.test):
+                assert source is not None
+                assert (path.parent / source.partition(":")[2]).exists()
+
+
+def test_a_recipe_that_is_not_there_names_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe file; shipped: quickstart"):
+        Recipe.load(tmp_path / "quikstart")
+
+
+def test_a_benchmark_names_tasks_composites_and_controls(tmp_path: Path) -> None:
+    text = """
+base: a/b
+experts:
+  - {name: a, adapter: path:a, examples: jsonl:a.jsonl, test: jsonl:t.jsonl, metric: rougeL}
+benchmark:
+  composite: [3, {n: 5, tasks: [a, sums], count: 7}]
+  compare: [base, oracle, experts, random, linear, ties, dare_ties]
+  template: plain
+  speed: {rounds: 3}
+  tasks:
+    - {name: sums, rows: "reasoning_gym:chain_sum?seed=1", metric: [exact_match, verified]}
+    - {lm_eval: hellaswag, limit: 50}
+"""
+    asked = load(tmp_path, text).benchmark
+    assert [(c.n, c.tasks, c.count) for c in asked.composite] == [
+        (3, (), None),
+        (5, ("a", "sums"), 7),
+    ]
+    assert [task.called for task in asked.tasks] == ["sums", "hellaswag"]
+    assert asked.speed is not None
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "said"),
+    [
+        ("composite: [1]", "benchmark.composite.0.n: Input should be greater than or equal to 2"),
+        ("composite: [3]", "composite 3: it is made of tasks' rows, and no task has rows"),
+        ("composite: [{n: 3, tasks: [x]}]", "composite 3: there is no task 'x' with rows"),
+        ("composite: [3, 3]", "two composites of 3 questions"),
+        ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
+        ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
+        ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
+        ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),
+        ("tasks: [{name: composite-2, rows: x}]\n  composite: [2]", "two tasks are named"),
+        ("compare: [best]", "benchmark.compare.0"),
+    ],
+)
+def test_what_a_benchmark_cannot_be_asked_is_named(
+    tmp_path: Path, benchmark: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said.replace("[", r"\[")):
+        load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")
+
+
+def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path: Path) -> None:
+    def settings(more: str) -> JointSettings | None:
+        text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint{more}}}"
+        return joint_settings(load(tmp_path, text).gates)
+
+    assert joint_settings(load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]").gates) is None
+    plain = settings("")
+    assert plain is not None
+    assert plain.steps == 1000
+    assert settings(", checkpoint_every: 7, gradient_checkpointing: true") == plain
+    for name in ("steps", "batch_size", "accumulate"):
+        assert settings(f", {name}: 7") == replace(plain, **{name: 7})
+    for name in ("learning_rate", "warmup_ratio", "gate_loss_weight", "max_grad_norm"):
+        assert settings(f", {name}: 0.125") == replace(plain, **{name: 0.125})
+    assert settings(", start: zeros") == replace(plain, start="zeros")

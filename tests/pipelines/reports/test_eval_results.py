@@ -1,0 +1,65 @@
+"""Scores for the Hub's leaderboards, as its own client reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
+
+from pipelines.flows.up_to_date import finished
+from pipelines.recipe.recipe import Recipe, RecipeError
+from pipelines.reports.eval_results import NAME
+from pipelines.reports.summary import summarise
+from tests.pipelines.conftest import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from pipelines.workspace.context import RunContext
+
+TASK: dict[str, Any] = {"name": "letters", "rows": "jsonl:q_and_v.test.jsonl"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_task_that_the_recipe_puts_on_a_leaderboard_is_there_with_its_circumstances(
+    workplace: Callable[..., RunContext],
+) -> None:
+    def benchmark(**more: str) -> dict[str, Any]:
+        return {"limit": 4, "compare": ["base"], "max_new_tokens": 4, "tasks": [TASK | more]}
+
+    work = workplace(benchmark=benchmark(leaderboard="org/letters/default"))
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    score = summary.scores["letters"]["fused"]
+    results = work.checkpoint_folder(planned.router.id) / NAME
+    (entry,) = parse_eval_result_entries(yaml.safe_load(results.read_text()))
+    assert (entry.dataset_id, entry.task_id) == ("org/letters", "default")
+    assert entry.value == round(100 * score.value, 4)
+    assert entry.notes is not None
+    assert entry.notes.startswith(f"exact_match, zero-shot, greedy, {score.harness}; of 4 rows, 95")
+
+    without = workplace(benchmark=benchmark())
+    assert finished(without) is None  # nothing is measured again, and the file goes
+    scores = work.ledger.query("SELECT count(*) FROM scores").rows
+    run(without)
+    assert finished(without) is not None
+    assert not results.exists()
+    assert work.ledger.query("SELECT count(*) FROM scores").rows == scores
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "a/b/c/d", "a/b/c d"])
+def test_a_leaderboard_is_a_dataset_and_a_task(recipe_folder: Path, name: str) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    body["benchmark"]["tasks"] = [TASK | {"leaderboard": name}]
+    path = recipe_folder / "board.yaml"
+    path.write_text(yaml.safe_dump(body))
+    with pytest.raises(RecipeError, match="leaderboard"):
+        Recipe.load(path)

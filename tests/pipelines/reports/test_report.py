@@ -1,0 +1,259 @@
+"""The report shows what the ledger says, all of it, and nothing of what names try to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import lxml.html
+import pytest
+
+from meteora.artifacts import ArtifactId
+from pipelines.reports import charts, queries, report
+from store.ledger import Ledger
+from tests.pipelines.reports import report_ledger
+from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.reports.report_ledger import COUNTS, GATE, HOSTILE, NAMES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    home = tmp_path_factory.mktemp("home")
+    report_ledger.fill(home)
+    return Ledger(home)
+
+
+@pytest.fixture(scope="module")
+def asked(ledger: Ledger) -> dict[str, queries.Asked]:
+    return queries.ask(ledger, GATE.id)
+
+
+@pytest.fixture(scope="module")
+def page(asked: dict[str, queries.Asked]) -> str:
+    return report.report_page(asked)
+
+
+@pytest.fixture(scope="module")
+def tree(page: str) -> Any:
+    return lxml.html.fromstring(page)
+
+
+def shown(table: Any) -> list[list[object]]:
+    """The cells of a table as the ledger would give them: numbers whole, text as text."""
+    rows = []
+    for row in table.xpath("./tbody/tr"):
+        cells: list[object] = []
+        for cell in row.xpath("./td"):
+            number = cell.xpath("./data/@value")
+            cells.append(json.loads(number[0]) if number else cell.text_content())
+        rows.append(cells)
+    return rows
+
+
+def test_every_question_has_an_answer_to_show(asked: dict[str, queries.Asked]) -> None:
+    assert all(one.rows for one in asked.values())
+    assert asked["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
+    assert [row["name"] for row in asked["experts"].rows] == list(NAMES)
+    assert asked["switches"].answer.rows == [
+        (0, 6, 8, 0.6, 1.0),
+        (2, 3, 0, 0.9, 1.0),
+        (None, 1, 0, 1.0, 1.0),
+    ]
+
+
+def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree: Any) -> None:
+    """Whoever copies a question out of the page and asks it gets each row, to the last digit."""
+    disclosures = tree.xpath("//details[@class='sql']")
+    assert {d.get("id") for d in disclosures} == {f"sql-{n}" for n, _, _ in queries.questions()}
+    for disclosure in disclosures:
+        (sql,) = disclosure.xpath("./pre")
+        (table,) = disclosure.xpath(".//table")
+        answer = ledger.query(sql.text_content())
+        assert table.xpath("./thead//th/text()") == list(answer.columns)
+        expected = [
+            [
+                cell
+                if isinstance(cell, int | float) and not isinstance(cell, bool)
+                else "–"
+                if cell is None
+                else str(cell)
+                for cell in row
+            ]
+            for row in answer.rows
+        ]
+        assert shown(table) == expected, disclosure.get("id")
+
+
+def test_every_link_to_a_question_arrives(tree: Any) -> None:
+    targets = tree.xpath("//a[@class='num']/@href")
+    assert len(targets) > 10
+    assert {target[1:] for target in targets} <= set(tree.xpath("//@id"))
+
+
+@pytest.mark.parametrize("kind", ["wide", "narrow"])
+def test_the_forest_s_points_and_intervals_lie_where_the_scores_say(
+    asked: dict[str, queries.Asked], tree: Any, kind: str
+) -> None:
+    rows = [row for row in asked["scores"].rows if row["metric"] != "composite_attempted"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    (svg,) = tree.xpath(f"//figure[@id='scores']//svg[@class='{kind}']")
+    found, values = [], []
+    for row in rows:
+        name = f"{tasks.index(row['task'])}-{systems.index(row['system'])}"
+        (point,) = svg.xpath(f".//g[@id='point-{name}']//use/@x")
+        (path,) = svg.xpath(f".//g[@id='interval-{name}']//path/@d")
+        start, end = (float(x) for x in re.findall(r"[ML] ([\d.]+)", path))
+        found += [float(point), start, end]
+        values += [row["value"], row["low"], row["high"]]
+    # the axis is known by its two outermost numbers; every mark has to lie on it
+    first, last = values.index(min(values)), values.index(max(values))
+    per_unit = (found[last] - found[first]) / (values[last] - values[first])
+    for x, value in zip(found, values, strict=True):
+        assert x == pytest.approx(found[first] + per_unit * (value - values[first]), abs=0.01)
+
+
+def test_the_heat_map_s_cells_are_as_deep_as_their_shares(tree: Any) -> None:
+    (svg,) = tree.xpath("//figure[@id='confusion']//svg[@class='wide']")
+    for (truth, chosen), count in COUNTS.items():
+        share = count / sum(n for (other, _), n in COUNTS.items() if other == truth)
+        cell = f"cell-{NAMES.index(truth)}-{NAMES.index(chosen)}"
+        (style,) = svg.xpath(f".//g[@id='{cell}']/path/@style")
+        depth = float(re.findall(r"opacity: ([\d.]+)", style + "; opacity: 1")[0])
+        assert depth == pytest.approx(0.03 + 0.97 * share, abs=1e-3)
+        assert "var(--accent)" in style
+    assert not svg.xpath(".//g[@id='cell-2-1']")  # none were sent there
+
+
+def test_names_from_strangers_stay_text(page: str) -> None:
+    elements = Elements(page)
+    assert elements.count("img") == 0
+    assert elements.count("script") == 1
+    assert elements.handlers() == []
+    assert "<!--" not in page  # a name could end a comment
+    shown_as_text = [text for tag, text in elements.texts if HOSTILE in text]
+    assert len(shown_as_text) > 10
+    assert "onerror=alert" not in re.sub(r"&lt;/script&gt;&lt;img src=x onerror=alert", "", page)
+
+
+def test_the_page_asks_for_nothing_and_is_small(page: str) -> None:
+    elements = Elements(page)
+    assert elements.requests() == []
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    outside = {a["href"] for tag, a in elements.found if tag == "a" and "://" in str(a.get("href"))}
+    assert outside == {
+        f"https://huggingface.co/{name}/tree/{report_ledger.COMMIT}"
+        for name in ("tiny/base", "someone/dora", *(f"someone/lora-{n}" for n in (1, 2, 3)))
+    }
+    assert len(page.encode()) < 2_000_000
+
+
+def test_what_was_refused_is_told_with_its_reasons(
+    asked: dict[str, queries.Asked], tree: Any
+) -> None:
+    first, *taken = asked["adapters"].rows
+    assert (first["name"], first["verdict"], first["downloads"]) == ("found", "refuse", 7)
+    assert first["reasons"] == f"use_dora is set; r is {HOSTILE}"
+    assert {row["name"] for row in taken} == set(NAMES)
+    told = " ".join(tree.text_content().split())
+    assert "4 adapters, of which 1 was refused and left out." in told
+    assert f"use_dora is set; r is {HOSTILE}" in told
+
+
+def test_who_had_no_examples_is_said(asked: dict[str, queries.Asked], tree: Any) -> None:
+    told_by = {row["name"]: row["told_by"] for row in asked["experts"].rows}
+    assert told_by == {"dates": "examples", HOSTILE: "norm", "sums": "examples"}
+    assert asked["router"].rows[0]["composites"] == [3]
+    told = " ".join(tree.text_content().split())
+    said = f"No examples were given for {HOSTILE}: which tokens are theirs is told by their weights"
+    assert f"{said} (norm)" in told
+    assert "calibrated on" in told
+
+
+def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
+    """But for a figure's marks, which the wide and the narrow drawing both have."""
+    marks = re.compile(r"(point|interval|cell|line)-")
+    ids = [found for found in tree.xpath("//@id") if not marks.match(found)]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_loss_beyond_chance_is_said_in_words(tree: Any) -> None:
+    told = " ".join(tree.text_content().split())
+    assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in told
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> None:
+    """The least that can be reported: a base, one expert, one score."""
+    home = tmp_path / "home"
+    shutil.copytree(ledger.home, home)
+    bare = Ledger(home)
+    asked = queries.ask(bare, report_ledger.ARROW.id)  # scores, but never watched, nor compared
+    for name in ("confusion", "details", "switches", "differences", "speed"):
+        assert asked[name].rows == []
+    page = report.report_page(asked)
+    assert "Does each token reach its expert?" not in page
+    assert "Paired tests were not recorded" in page
+
+
+def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledger) -> None:
+    nobody = ArtifactId("router:" + "0" * 64)
+    with pytest.raises(queries.ReportError, match="holds no scores of router:000"):
+        queries.ask(ledger, nobody)
+    with pytest.raises(queries.ReportError, match="is not a routed model"):
+        queries.ask(ledger, ArtifactId("router:x' OR true --"))
+    with pytest.raises(queries.ReportError, match="holds no scores"):
+        queries.ask(Ledger(tmp_path / "empty"), GATE.id)
+
+
+def test_modules_that_share_a_gate_share_a_line() -> None:
+    rows = [
+        {"layer": layer, "module_kind": kind, "accuracy": share}
+        for layer, share in ((0, 0.5), (1, 0.9))
+        for kind, share in (
+            ("q_proj", share),
+            ("k_proj", share),
+            ("o_proj", share / 2),
+            (None, 0.7),
+        )
+    ]
+    lines = report._by_kind(rows)
+    assert list(lines) == ["q, k", "o", report.ALL]
+    assert lines["o"] == [(0, 0.25), (1, 0.45)]
+
+
+def test_long_names_are_cut_in_figures_and_numbers_fit_where_there_is_room() -> None:
+    names = [f"a_rather_long_name_of_expert_{n}" for n in range(28)]
+    svg = str(charts.heat(names, names, {(n, n): 1.0 for n in names}, "x", labels=("a", "b")))
+    assert names[0] not in svg
+    assert names[0][:14] + "…" in svg
+    assert ">100<" not in svg  # 28 columns: colour alone
+
+
+def test_composites_tell_what_was_attempted_how_long_prompts_were_and_what_was_cut(
+    asked: dict[str, queries.Asked], page: str
+) -> None:
+    fused = asked["composites"].rows[0]
+    assert fused == {
+        "task": "composite-3",
+        "system": "fused",
+        "answered_right": 0.55,
+        "attempted": 0.65,
+        "num_prompts": 100,
+        "mean_prompt_tokens": 210.4,
+        "max_prompt_tokens": 333,
+        "num_truncated": 3,
+    }
+    assert [row["system"] for row in asked["composites"].rows] == ["fused", "base", "arrow", "ties"]
+    assert "composite attempted" not in page  # it has no figure: it is no better for being larger
+
+
+def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None:
+    assert "DejaVu Sans'" not in page
+    assert "rotate(-0" not in page
+    assert not re.search(r"<path d=[^>]*\d\.\d{4}", page)

@@ -1,0 +1,126 @@
+"""A trace on a page and in a terminal: the numbers are the trace's, and text stays text."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from meteora.artifacts import BaseSpec
+from meteora.model.trace import Trace
+from pipelines.reports import palette
+from pipelines.reports import trace as trace_view
+from pipelines.reports.html import PageError, check_writable, write_page
+from tests.pipelines.cli.command_line import meteora
+from tests.pipelines.reports.html_reader import Elements
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+PIECES = ("ask", " me", "\n", HOSTILE, "answer", "\x1b[2J")
+
+
+@pytest.fixture
+def trace() -> Trace:
+    """Six tokens, three modules of two layers, top-2 of four experts, weights in quarters."""
+    torch.manual_seed(0)
+    first = torch.randint(2, 4, (3, 6, 1)) / 4
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(18)]).view(3, 6, 2)
+    return Trace(
+        ids=tuple(range(10, 16)),
+        pieces=PIECES,
+        num_prompt=4,
+        experts=("dates", HOSTILE, "sums", "words"),
+        modules=("model.layers.0.q_proj", "model.layers.0.v_proj", "model.layers.1.q_proj"),
+        chosen=chosen,
+        weights=torch.cat([first, 1 - first], dim=2),
+    )
+
+
+def test_the_page_carries_every_choice_and_weight(trace: Trace) -> None:
+    (data,) = Elements(trace_view.page(trace, "a title")).json()
+    chosen = np.frombuffer(base64.b64decode(data["chosen"]), np.int16).reshape(3, 6, 2)
+    weights = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(3, 6, 2) / 255
+    assert (chosen == trace.chosen.numpy()).all()
+    assert np.abs(weights - trace.weights.numpy()).max() <= 0.5 / 255
+    assert tuple(data["pieces"]) == PIECES
+    assert data["layers"] == [0, 0, 1]
+
+
+def test_each_token_stands_in_the_colour_of_its_winner_without_any_script(trace: Trace) -> None:
+    shown = [
+        (str(attributes["class"]).split()[1], attributes["data-n"], attributes["style"])
+        for tag, attributes in Elements(trace_view.page(trace, "")).found
+        if tag == "span" and "data-n" in attributes
+    ]
+    share, winner = trace.shares().max(dim=1)
+    assert shown == [
+        (f"e{e}", str(e + 1), f"--w:{s:.2f}")
+        for e, s in zip(winner.tolist(), share.tolist(), strict=True)
+    ]
+
+
+def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None:
+    html = trace_view.page(trace, HOSTILE)
+    page = Elements(html)
+    assert page.count("img") == 0
+    assert page.count("script") == 2  # the data and the program
+    assert page.handlers() == page.requests() == []
+    assert "://" not in html
+    assert [text for tag, text in page.texts if HOSTILE in text and tag != "script"]
+
+
+def test_a_terminal_shows_numbers_where_experts_change_and_no_control_character(
+    trace: Trace,
+) -> None:
+    asked, answered, legend = (text.plain for text in trace_view.terminal(trace))
+    winners = trace.shares().argmax(dim=1).tolist()
+    expected, before = "", -1
+    for piece, winner in zip(PIECES[:4], winners[:4], strict=True):
+        expected += ("" if winner == before else f"[{winner + 1}]") + piece
+        before = winner
+    assert asked == expected
+    assert answered.endswith("␛[2J")
+    for winner in set(winners):
+        assert f"[{winner + 1}] {trace.experts[winner]}" in legend
+    assert set(legend.split("\n")[0]) >= set(f"{max(map(winners.count, winners)) / 6:.0%}")
+
+
+def test_forty_experts_look_different() -> None:
+    assert len({(palette.colour(e), palette.line(e)) for e in range(40)}) == 40
+    assert palette.tint(0, 0.0) > palette.tint(0, 1.0)  # deeper is darker
+
+
+def test_more_experts_than_a_byte_counts_keep_their_numbers(trace: Trace) -> None:
+    many = replace(trace, experts=tuple(f"e{i}" for i in range(300)), chosen=trace.chosen + 296)
+    (data,) = Elements(trace_view.page(many, "")).json()
+    assert np.frombuffer(base64.b64decode(data["chosen"]), np.int16).max() == 299
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    with pytest.raises(PageError, match="cannot be written"):
+        check_writable(tmp_path / "missing" / "page.html")
+    with pytest.raises(PageError, match="cannot be written"):
+        check_writable(tmp_path)
+    write_page(path, "<p>é")
+    assert path.read_text(encoding="utf-8") == "<p>é"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_generate_with_a_trace_shows_it_and_writes_the_page(world, tmp_path) -> None:
+    entry = world.manifest.base
+    kept = tmp_path / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
+    kept.parent.mkdir()
+    kept.symlink_to(world.base)
+    said = meteora(
+        "generate", world.checkpoint, "hello", "--expert", "attention", "--max-new-tokens", 3,
+        "--trace", tmp_path / "t.html", home=tmp_path,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("[2]hello")
+    assert "[2] attention  100% of 8 tokens" in said.stdout
+    (data,) = Elements((tmp_path / "t.html").read_text()).json()
+    assert "".join(data["pieces"]).startswith("hello")

@@ -1,0 +1,120 @@
+"""Intervals and tests against textbooks, against scipy, and against what they promise."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pipelines.scoring import intervals
+
+
+def test_wilsons_interval_is_the_one_in_the_textbook() -> None:
+    """Values from Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20 and 1 of 29."""
+    for successes, total, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert intervals.wilson(successes, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_bootstrap_agrees_with_scipys_and_is_seeded() -> None:
+    draw = random.Random(7)
+    values = [draw.betavariate(2, 3) for _ in range(80)]
+    found = intervals.bootstrap(values, seed=0)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert found == pytest.approx((theirs.low, theirs.high), abs=0.005)
+    assert intervals.bootstrap(values, seed=0) == found != intervals.bootstrap(values, seed=1)
+
+
+def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
+    assert intervals.bootstrap([0.0] * 20) == intervals.wilson(0, 20)
+    low, high = intervals.bootstrap([0.5] * 20)
+    assert low < 0.3
+    assert high > 0.7
+
+
+def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    hit = {"wilson": 0, "bootstrap": 0, "difference": 0}
+    for _ in range(400):
+        rows = draw.random(40) < 0.2
+        low, high = intervals.wilson(rows.sum(), 40)
+        hit["wilson"] += low <= 0.2 <= high
+        graded = draw.beta(2, 3, 40)
+        low, high = intervals.bootstrap(graded.tolist())
+        hit["bootstrap"] += low <= 0.4 <= high
+        ours, theirs = draw.random(40) < 0.7, draw.random(40) < 0.5
+        low, high = intervals.difference(ours.tolist(), theirs.tolist(), graded=False)
+        hit["difference"] += low <= 0.2 <= high
+    assert all(0.91 <= count / 400 <= 0.98 for count in hit.values()), hit
+
+
+def test_mcnemar_counts_only_rows_that_differ() -> None:
+    """5 against 15 of 20 that differ: twice the binomial tail."""
+    ours = [1.0] * 5 + [0.0] * 15 + [1.0] * 50
+    theirs = [0.0] * 5 + [1.0] * 15 + [1.0] * 50
+    assert intervals.mcnemar(ours, theirs) == pytest.approx(2 * stats.binom.cdf(5, 20, 0.5))
+    assert intervals.mcnemar(ours, ours) == 1
+    assert intervals.mcnemar(ours, theirs) == intervals.mcnemar(theirs, ours)
+
+
+def test_flipping_signs_is_exact_for_few_rows() -> None:
+    """Four rows that are all better: of 16 ways to give signs two are as far from zero."""
+    assert intervals.sign_flip([0.5, 0.6, 0.7, 0.8], [0.1] * 4) == pytest.approx(2 / 16)
+    assert intervals.sign_flip([0.3] * 9, [0.3] * 9) == 1
+
+
+@pytest.mark.parametrize("test", ["mcnemar", "sign_flip"])
+def test_without_a_difference_a_test_rarely_finds_one(test: str) -> None:
+    draw = np.random.default_rng(1)
+    alarms = 0
+    for _ in range(100):
+        ours, theirs = (draw.random((2, 30)) < 0.5).astype(float)
+        alarms += getattr(intervals, test)(ours.tolist(), theirs.tolist()) < 0.05
+    assert alarms <= 8
+
+
+def test_the_interval_of_a_difference_is_paired() -> None:
+    """Two that are right on nearly the same rows are told apart better than their scores say."""
+    ours, theirs = [1.0] * 50 + [0.0] * 50, [1.0] * 40 + [0.0] * 60
+    low, high = intervals.difference(ours, theirs, graded=False)
+    assert 0 < low < 0.1 < high < 0.2
+    low, high = intervals.difference(ours, ours, graded=False)
+    assert low < 0 < high  # equal on 100 rows is not equal for ever
+    graded = [value * 0.9 for value in ours]
+    assert intervals.difference(graded, theirs, graded=True)[0] > -0.1
+
+
+def test_the_mean_difference_weighs_tasks_alike() -> None:
+    pairs = [([1.0] * 10, [0.0] * 10), ([0.0, 1.0] * 50, [0.0, 1.0] * 50)]
+    mean, low, high = intervals.mean_difference(pairs)
+    assert mean == low == high == 0.5
+    noisy = [([1.0, 0.0] * 10, [0.0, 0.0] * 10)] * 2
+    mean, low, high = intervals.mean_difference(noisy)
+    assert low < mean == 0.5 < high
+
+
+def test_holm_corrects_as_in_his_example() -> None:
+    assert intervals.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert intervals.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_a_corrected_p_is_never_smaller_and_keeps_the_order(p_values: list[float]) -> None:
+    corrected = intervals.holm(p_values)
+    assert all(before <= after <= 1 for before, after in zip(p_values, corrected, strict=True))
+    pairs = sorted(zip(p_values, corrected, strict=True))
+    assert [after for _, after in pairs] == sorted(after for _, after in pairs)
+
+
+def test_the_standard_error_is_that_of_a_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.5]
+    assert intervals.standard_error(values) == pytest.approx(stats.sem(values))
+    assert intervals.standard_error([1.0]) == 0

@@ -1,0 +1,116 @@
+"""What an answer is worth, and that none of the known ways to look better works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.composites import split_answers
+from pipelines.data.row_sources import read_rows, reasoning_task
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.scoring.metrics import METRICS, runs_answers
+
+TEXT_METRICS = [name for name, metric in METRICS.items() if not metric.of_choices]
+
+
+def worth(metric: str, output: str, *answers: str) -> float:
+    return METRICS[metric].judge(output, Row("q", answers[0], references=answers[1:]))
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "value"),
+    [
+        ("42", "42", 1.0),
+        ("  42\n", "42", 1.0),
+        ("a  b", "a b", 1.0),
+        ("e\u0301", "\u00e9", 1.0),
+        ("", "42", 0.0),
+        ("42.", "42", 0.0),
+        ("it is 42", "42", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_exact_match_forgives_white_space_and_nothing_else(
+    output: str, reference: str, value: float
+) -> None:
+    assert worth("exact_match", output, reference) == value
+
+
+def test_the_right_answer_among_all_choices_is_a_wrong_answer() -> None:
+    """The reference counts a gold string anywhere in the output, so echoing the choices wins."""
+    echo = "red, green or blue"
+    assert worth("exact_match", echo, "red") == 0
+    assert worth("sentence_bleu", echo, "red") < 0.5
+    assert worth("rougeL", echo, "red") <= 0.4
+    row = read_rows("reasoning_gym:chain_sum", Path(), 1)[0]
+    assert METRICS["verified"].judge(row.response, row) == 1
+    assert METRICS["verified"].judge(f"1 {row.response} 3", row) == 0
+
+
+@pytest.mark.parametrize("metric", TEXT_METRICS)
+@pytest.mark.parametrize("output", ["", "  \n"])
+def test_an_empty_answer_is_worth_nothing_and_can_be_judged(metric: str, output: str) -> None:
+    """The reference leaves them out of BLEU and ROUGE, which raises the mean of the others."""
+    row = read_rows("reasoning_gym:chain_sum", Path(), 1)[0]
+    assert METRICS[metric].judge(output, row) == 0
+
+
+def test_a_number_inside_a_line_is_no_second_answer() -> None:
+    """The reference cuts composite answers at the first "2. ", which "in 2022. " holds."""
+    assert split_answers("1. It was in 2022. Paris", 3) == {1: "It was in 2022. Paris"}
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "value"),
+    [
+        ("the answer is 1,200", "1200.0", 1.0),
+        ("3 + 4 = 7", "7", 1.0),
+        ("7 = 3 + 4", "7", 0.0),
+        ("so much: -5", "5", 0.0),
+        ("2 and 3\n#### 5", "x #### 5", 1.0),
+        ("none", "5", 0.0),
+        ("5", "none", 0.0),
+        ("0.30", "0.3", 1.0),
+        ("9" * 10_000, "9", 0.0),
+    ],
+)
+def test_numbers_are_compared_as_numbers(output: str, reference: str, value: float) -> None:
+    assert worth("numeric_match", output, reference) == value
+
+
+def test_bleu_and_rouge_are_those_of_their_libraries() -> None:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+    from sacrebleu import sentence_bleu  # noqa: PLC0415
+
+    said, meant = "the cat sat on a mat today", "the cat sat on the mat"
+    assert worth("sentence_bleu", said, meant) == pytest.approx(
+        sentence_bleu(said, [meant]).score / 100
+    )
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for kind, score in scorer.score(meant, said).items():
+        assert worth(kind, said, meant) == score.fmeasure
+        assert worth(kind, meant, meant) == 1
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "numeric_match", "sentence_bleu", "rougeL"])
+def test_of_several_right_answers_the_nearest_counts(metric: str) -> None:
+    assert worth(metric, "seven is 7", "six is 6", "seven is 7") == pytest.approx(1)
+
+
+def test_a_choice_is_right_where_it_weighs_most() -> None:
+    row = Row("q", "long answer", choices=("short", "long answer"))
+    assert METRICS["acc"].judge([-3.0, -2.0], row) == 1
+    assert METRICS["acc"].judge([-2.0, -3.0], row) == 0
+    assert METRICS["acc_norm"].judge([-2.0, -3.0], row) == 1  # 0.4 a byte against 0.27
+    several = Row("q", "a", choices=("a", "b", "c"), references=("b",))
+    assert [METRICS["acc"].judge(w, several) for w in ([0, 1, 0], [0, 0, 1])] == [1, 0]
+
+
+def test_a_scorer_that_would_run_an_answer_as_code_is_refused() -> None:
+    row = read_rows("reasoning_gym:polynomial_multiplication", Path(), 1)[0]
+    with pytest.raises(ExamplesError, match="may run an answer as code"):
+        METRICS["verified"].judge("__import__('os').abort()", row)
+    assert not runs_answers(reasoning_task("chain_sum", 0, 1))
+    with pytest.raises(ExamplesError, match="comes without a scorer"):
+        METRICS["verified"].judge("x", Row("q", "a"))

@@ -1,0 +1,64 @@
+"""Scores that do not follow from their outputs are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
+from pipelines.scoring.outputs import write_outputs
+from pipelines.scoring.recompute import rejudge
+from store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BASE = BaseSpec("tiny/base", "a" * 40)
+
+
+def record(ledger: Ledger, folder: Path, task: str, value: float, *, kept: bool = True) -> None:
+    """A score of one right and one wrong answer."""
+    ledger.record_artifact(BASE, weights_sha256="", run_id="r")
+    rows = [
+        {"prompt": "p", "reference": "a", "output": output, "exact_match": float(output == "a")}
+        | ({"asked": f'{{"prompt": "{task}", "response": "a"}}'} if kept else {})
+        for output in ("a", "b")
+    ]
+    write_outputs(rows, folder / "outputs")
+    sha256 = ledger.blobs.put(folder / "outputs", move=True)
+    spec = BenchmarkSpec(BASE.id, task, "f" * 64, "exact_match", 0, 8, 0, BASE.id)
+    score = Score(spec, value, 0.1, 0.0, 1.0, 2, sha256, "lm-eval", 1.0)
+    ledger.record_score(score, run_id="r")
+    ledger.ingest()
+
+
+def test_scores_that_follow_from_their_outputs_are_left_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "new", 0.5)
+    record(ledger, tmp_path, "old", 0.5, kept=False)  # as before outputs held all of a row
+    found = rejudge(ledger, 20)
+    assert (found.num_scores, found.findings) == (2, ())
+    assert rejudge(ledger, 1).num_scores == 1
+    assert rejudge(ledger, 0).num_scores == 0
+
+
+def test_a_score_that_does_not_is_named_with_both_values(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "right", 0.5)
+    record(ledger, tmp_path, "better", 0.9)
+    (finding,) = rejudge(ledger, 20).findings
+    assert finding.what == "score"
+    assert "recorded as 0.9 over 2 rows, and its outputs come to 0.5 over 2" in finding.problem
+
+
+def test_outputs_that_are_no_table_are_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "one", 0.5)
+    sha256 = ledger.blobs.put_bytes(b"no table")
+    score = ledger.score_of(ledger.query("SELECT id FROM scores").rows[0][0])
+    assert score is not None
+    other = replace(score, spec=replace(score.spec, task="other"), outputs_sha256=sha256)
+    ledger.record_score(other, run_id="r")
+    ledger.ingest()
+    (finding,) = rejudge(ledger, 20).findings
+    assert "cannot be judged again" in finding.problem

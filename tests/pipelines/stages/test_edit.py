@@ -1,0 +1,294 @@
+"""An expert goes out of a checkpoint and comes back, by the command line, as a person would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import meteora
+from meteora.adapters import reader
+from meteora.adapters.compatibility import stack_bytes
+from meteora.artifacts import ArtifactId, RouterBuild
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.base.sources import file_sha256
+from meteora.checkpoint.manifest import (
+    CARD,
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    STATISTICS,
+    Manifest,
+    read_manifest,
+)
+from meteora.checkpoint.tensors import read_experts, read_gates
+from meteora.routing.hooks import recorded_routes
+from meteora.untrusted.findings import AdapterError
+from pipelines.admission import candidate
+from pipelines.admission.candidate import Newcomer
+from pipelines.cli import app
+from pipelines.flows.up_to_date import finished
+from pipelines.hub.errors import HubFilesError
+from pipelines.stages import edit
+from pipelines.stages.edit import GrowthError
+from store.ledger import Ledger
+from tests.pipelines.admission.test_base_identity import profile_of
+from tests.pipelines.admission.test_discover import adapter_repo
+from tests.pipelines.admission.test_verdicts import altered
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.conftest import letters, run
+from tests.pipelines.hub.hub_server import Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of the first test that makes a checkpoint, for the others."""
+    return tmp_path_factory.mktemp("kept") / "home"
+
+
+@pytest.fixture
+def made(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContext, Path]:
+    work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
+    if kept.exists():
+        shutil.copytree(kept, work.home, dirs_exist_ok=True)
+    else:
+        run(work)
+        shutil.copytree(work.home, kept)
+    planned = finished(work)
+    assert planned is not None
+    return work, work.checkpoint_folder(planned.router.id)
+
+
+def slices(folder: Path, manifest: Manifest, name: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """One expert's numbers of every module that it targets."""
+    e = manifest.names.index(name)
+    found = {}
+    for path, a, b in read_experts(folder, manifest):
+        ranks = list(manifest.modules[path].ranks)
+        if ranks[e]:
+            found[path] = a.split(ranks)[e].clone(), b.split(ranks, dim=1)[e].clone()
+    return found
+
+
+def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_folder: Path) -> None:
+    work, folder = made
+    before = read_manifest(folder)
+    dropped = ask("drop", folder, "attention", "--home", work.home)
+    assert dropped.returncode == 0, dropped.stderr
+    without = Path(dropped.stdout.strip())
+    fewer = read_manifest(without)
+    assert fewer.names == ["q_and_v"]
+    assert fewer.gates["grown_from"] == before.router_id
+    for old, new in zip(
+        slices(folder, before, "q_and_v").values(),
+        slices(without, fewer, "q_and_v").values(),
+        strict=True,
+    ):
+        assert all(map(torch.equal, old, new))
+    weights = read_gates(without, fewer).own
+    for path, (weight, bias) in weights.items():
+        assert torch.equal(weight, read_gates(folder, before).own[path][0][:1])
+        assert len(bias) == 1
+
+    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    added = ask(
+        "add", without, "attention", recipe_folder / "attention", source,
+        "--base", recipe_folder / "base", "--home", work.home,
+    )  # fmt: skip
+    assert added.returncode == 0, added.stderr
+    again = Path(added.stdout.strip())
+    more = read_manifest(again)
+    assert more.names == before.names
+    assert more.fused_id == before.fused_id
+    assert file_sha256(again / EXPERTS) == file_sha256(folder / EXPERTS)
+    assert more.router_id not in {before.router_id, fewer.router_id}
+    assert "Nobody has measured this model yet" in (again / CARD).read_text()
+
+    model, tokenizer = meteora.load(again, base_folder=recipe_folder / "base")
+    for e, name in enumerate(more.names):
+        for row in letters(name, 1, 4):
+            ids = tokenizer(row["prompt"], return_tensors="pt")
+            with torch.no_grad(), recorded_routes(model) as routes:
+                model(**ids)
+            shares = [(experts[:, 0] == e).float().mean() for _, experts in routes.values()]
+            assert torch.stack(shares).mean() > 0.8, name
+
+    known = {row[0] for row in work.ledger.query("SELECT id FROM artifacts").rows}
+    assert {before.router_id, fewer.router_id, more.router_id} <= known
+    assert not work.ledger.verify().findings
+
+
+def test_who_joins_comes_through_the_door_of_a_recipe(
+    made: tuple[RunContext, Path],
+    recipe_folder: Path,
+    world: World,
+    build_base: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Each refusal is recorded with its reason, and leaves no checkpoint and no scratch."""
+    work, folder = made
+    plain = world.adapters["all_seven"]
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x02")
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    rows = recipe_folder / "q_and_v.train.jsonl"
+    before = [*work.ledger.home.joinpath("checkpoints").iterdir()]
+
+    def join(name: str, adapter: object, **more: Any) -> Path:
+        asked = Newcomer(name, str(adapter), **more)
+        return edit.add(
+            work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base"
+        )
+
+    with running_hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        server.repos["a/dora"] = adapter_repo(plain, use_dora=True)
+        server.repos["a/stranger"] = adapter_repo(plain, base_model_name_or_path="org/other")
+        server.repos["org/other"] = profile_of(build_base("llama_64"))
+        loud = altered(plain, tmp_path / "loud", 100.0)
+        server.repos["a/copy"] = adapter_repo(loud, base_model_name_or_path="org/same")
+        server.repos["org/same"] = profile_of(world.base)
+        refused = {
+            "dora": "a/dora",
+            "other_base": "a/stranger",
+            "no_effect": altered(plain, tmp_path / "whisper", 1e-9),
+            "pickle": pickled,
+        }
+        for code, adapter in refused.items():
+            with pytest.raises(AdapterError, match=rf"\[{code}\]"):
+                join(code, adapter)
+        with pytest.raises(AdapterError, match="q_and_v and again are the same adapter"):
+            join("again", world.adapters["q_and_v"])
+        server.repos["a/bin"] = Repo({"adapter_model.bin": b""}, refs={"main": "a" * 40})
+        with pytest.raises(HubFilesError, match="pickle"):
+            join("hub", "a/bin")
+        assert not any("a/dora" in p and ".safetensors" in p for _, p, _ in server.requests)
+        assert [*work.ledger.home.joinpath("checkpoints").iterdir()] == before
+        assert not [*work.home.joinpath("runs").iterdir()]
+        out = join("copy", "a/copy")
+
+    assert read_manifest(out).names == ["q_and_v", "attention", "copy"]
+    work.ledger.ingest()
+    found = work.ledger.query("SELECT name, verdict, codes, licence, adapter_id FROM adapters").rows
+    verdicts = {name: (verdict, set(codes)) for name, verdict, codes, _, _ in found}
+    for code in [*refused, "hub"]:
+        assert verdicts[code][0] == "refuse"
+        assert code in verdicts[code][1]
+    assert "again" not in verdicts  # what is there already stays accepted
+    assert verdicts["copy"] == ("warn", {"base_alias", "large_update"})
+    (copy,) = (row for row in found if row[0] == "copy")
+    assert copy[3:] == ("mit", read_manifest(out).experts[-1].adapter_id)
+    assert "note: copy: what it adds to" in capfd.readouterr().err
+
+
+def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
+    made: tuple[RunContext, Path],
+    recipe_folder: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By the measure of a run's check: the stacked factors, against all memory of the device."""
+    work, folder = made
+    before = sorted(path for path in work.home.rglob("*") if path.is_file())
+    adapter = world.adapters["all_seven"]
+    rows = recipe_folder / "q_and_v.train.jsonl"
+    command = ["meteora", "add", folder, "third", adapter, f"jsonl:{rows}"]
+    command += ["--base", recipe_folder / "base", "--home", work.home]
+    three = [world.adapters["q_and_v"], world.adapters["attention"], adapter]
+    needs = stack_bytes([reader.read(path) for path in three])
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+    monkeypatch.setattr(candidate, "memory_bytes", lambda: needs - 1)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"3 experts take {needs / 1e6:,.0f} MB stacked" in said
+    assert said.endswith("[memory]")
+    assert "`meteora drop`" in said
+    assert sorted(path for path in work.home.rglob("*") if path.is_file()) == before
+
+    monkeypatch.setattr(candidate, "memory_bytes", lambda: needs)
+    asked = Newcomer("third", str(adapter))
+    out = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
+    assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
+
+
+def tensor_bytes(factors: tuple[str, torch.Tensor, torch.Tensor]) -> int:
+    _, a, b = factors
+    return a.nbytes + b.nbytes
+
+
+def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
+    made: tuple[RunContext, Path], recipe_folder: Path, world: World, tmp_path: Path
+) -> None:
+    work, folder = made
+    body = json.loads((folder / MANIFEST).read_text())
+    assert "composites" not in body["gates"]
+
+    def joined(composites: object) -> RouterBuild:
+        copy = tmp_path / str(composites)
+        shutil.copytree(folder, copy)
+        gates = body["gates"] if composites is None else body["gates"] | {"composites": composites}
+        (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
+        asked = Newcomer("third", str(world.adapters["all_seven"]))
+        rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+        out = edit.add(work.ledger, copy, asked, rows, base_folder=recipe_folder / "base")
+        manifest = read_manifest(out)
+        assert manifest.gates.get("composites") == composites
+        return RouterBuild.from_dict(work.ledger.built(ArtifactId(manifest.router_id)) or {})
+
+    alone, with_lists = joined(None), joined([2, 3])
+    assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
+    assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)
+    assert with_lists.num_tokens > 3 * alone.num_tokens
+    assert with_lists.weights_sha256 != alone.weights_sha256
+    for wrong in ("many", [1], [10**9], {"2": 3}):
+        with pytest.raises(
+            GrowthError, match=r"whole numbers from 2 to 50 .* build the checkpoint"
+        ):
+            joined(wrong)
+
+
+def test_a_checkpoint_from_elsewhere_grows_without_a_record(
+    made: tuple[RunContext, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = made
+    stranger = Ledger(tmp_path / "stranger")
+    out = edit.drop(stranger, folder, "q_and_v")
+    assert read_manifest(out).names == ["attention"]
+    assert "not recorded" in capfd.readouterr().err
+    assert {path.name for path in out.iterdir()} > {EXPERTS, GATES, STATISTICS}
+
+
+def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path) -> None:
+    work, folder = made
+    refused = ask("drop", folder, "nobody", "--home", work.home)
+    assert refused.returncode == 1
+    assert "'nobody' cannot be dropped from q_and_v, attention" in " ".join(refused.stderr.split())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in folder.iterdir():
+        if path.name != STATISTICS:
+            (bare / path.name).symlink_to(path)
+    refused = ask("drop", bare, "attention", "--home", work.home)
+    assert refused.returncode == 1
+    assert "it has no statistics.safetensors" in " ".join(refused.stderr.split())
+    assert not [*(work.home / "runs").iterdir()]

@@ -1,0 +1,180 @@
+"""A run whose gates are trained: killed, it goes on to the same bytes; by one process or two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meteora.artifacts import BuiltBase, FusedCheckpoint, short
+from meteora.artifacts.routers import OPENING_SHARE
+from meteora.checkpoint.manifest import CARD, read_manifest
+from meteora.fitting.sequences import TrainingError
+from pipelines.flows.up_to_date import finished
+from pipelines.reports.summary import summarise
+from pipelines.stages import build
+from store.ledger import Ledger
+from tests.pipelines.conftest import run
+from tests.pipelines.flows.test_local_server import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from pipelines.workspace.context import RunContext
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+GATES = {
+    "method": "joint",
+    "steps": 6,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "checkpoint_every": 2,
+}
+
+
+class KilledError(BaseException):
+    pass
+
+
+@contextmanager
+def killed_after_three(_what: str, _total: int, _unit: str) -> Generator[Callable[[int], None]]:
+    left = 3
+
+    def advance(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left == 0:
+            raise KilledError
+
+    yield advance
+
+
+def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
+    workplace: Callable[..., RunContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workplace(
+        gates=GATES | {"composites": [2]},
+        benchmark={"limit": 2, "compare": [], "max_new_tokens": 1},
+    )
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    assert planned.router.joint is not None
+    whole = work.ledger.built(planned.router.id)
+    assert whole is not None
+    assert whole["heldout_accuracy"] is None
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    assert summary.routing is not None
+    assert summary.routing.accuracy > 0.9
+    assert planned.router.loss_opening_share == OPENING_SHARE
+    assert planned.router.openings_apart
+    manifest = read_manifest(work.checkpoint_folder(planned.router.id))
+    assert manifest.gates["composites"] == [2]
+    card = (work.checkpoint_folder(planned.router.id) / CARD).read_text()
+    assert "trained by gradient descent on" in card
+    assert short(planned.router.id) in card
+    folder = work.training_folder(planned.router.id)
+    assert not folder.exists()
+
+    built = BuiltBase.from_dict(work.ledger.built(planned.base.id) or {})
+    fused = FusedCheckpoint.from_dict(work.ledger.built(planned.fused.id) or {})
+    stopped = replace(work, ledger=Ledger(tmp_path / "other"))
+    build.build_base(stopped, planned.base)
+    for expert in planned.experts:
+        spec = expert.adapter.spec
+        stopped.ledger.record_artifact(
+            spec, weights_sha256=spec.weights_sha256, run_id=stopped.run_id
+        )
+    build.stack(stopped, planned)
+    folder = stopped.training_folder(planned.router.id)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "bar", killed_after_three)
+        with pytest.raises(KilledError):
+            build.fit_gates(stopped, planned, built, fused)
+    assert [path.name for path in folder.iterdir()] == ["training.safetensors"]
+    made = build.fit_gates(stopped, planned, built, fused)
+    assert made.weights_sha256 == whole["weights_sha256"]
+    assert not folder.exists()
+
+
+def gates_of(work: RunContext) -> dict[str, torch.Tensor]:
+    ((router_id,),) = work.ledger.query(
+        "SELECT id FROM artifacts WHERE kind = 'router' AND weights_sha256 IS NOT NULL"
+    ).rows
+    return load_file(work.ledger.blobs.path_of(str(work.ledger.weights_of(router_id))))
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_come_to_the_gates_of_one(
+    workplace: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    """On a CPU they are joined by gloo, as several GPUs are by NCCL."""
+    one = workplace(gates=GATES)
+    run(one, "gates")
+    two = replace(workplace(gates=GATES | {"processes": 2}), ledger=Ledger(tmp_path / "two"))
+    assert list(run(two, "gates")) == ["base", "check", "stack", "gates"]
+    expected, found = gates_of(one), gates_of(two)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    assert any(tensor.abs().max() > 0.01 for tensor in found.values())
+
+    alone = replace(
+        workplace(gates=GATES | {"processes": 2, "batch_size": 1}),
+        ledger=Ledger(tmp_path / "alone"),
+    )
+    with pytest.raises(TrainingError, match="a batch of 1 sequences cannot be shared by 2"):
+        run(alone, "gates")
+
+
+def trainers_of(pid: int) -> list[int]:
+    """The processes that train gates for a run: they descend from it."""
+    parents, named = {}, set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+            parents[int(entry.name)] = int(after_name[1])
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if (
+                b"pipelines.stages.train_processes" in words
+                and b"torch.distributed.run" not in words
+            ):
+                named.add(int(entry.name))
+
+    def descends(one: int) -> bool:
+        return one == pid or (one in parents and descends(parents[one]))
+
+    return [one for one in named if descends(one)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["one of them", "the run"])
+def test_when_one_is_killed_or_the_run_is_the_others_end(
+    workplace: Callable[..., RunContext], victim: str
+) -> None:
+    work = workplace(gates=GATES | {"processes": 2, "steps": 1_000_000})
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(work.path)]
+    running = subprocess.Popen(
+        [*command, "--home", str(work.home), "--until", "gates"], stderr=subprocess.PIPE, text=True
+    )
+    state = work.home / "training"
+    wait_until(lambda: any(state.glob("*/training.safetensors")), seconds=300)
+    both = trainers_of(running.pid)
+    assert len(both) == 2
+    os.kill(both[0] if victim == "one of them" else running.pid, signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both), seconds=60)
+    if victim == "one of them":
+        assert running.returncode == 1
+        assert "one of the 2 processes that train the gates ended" in said

@@ -1,0 +1,172 @@
+"""The measuring stage, called as a function: all kinds of tasks and controls, and what is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.evaluation.harness import Harness
+from pipelines.reports import card
+from pipelines.reports.summary import Summary, summarise
+from pipelines.stages import build, measure
+from tests.pipelines.conftest import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.planning.plan import Plan
+    from pipelines.workspace.context import RunContext
+
+COMPARE = ["base", "oracle", "one_expert", "random", "linear", "ties", "dare_ties", "experts"]
+CONTROLS = ["random", "linear", "ties", "dare_ties"]
+TASKS = {"q_and_v", "attention"}
+
+
+def go(work: RunContext) -> tuple[Plan, Any, Any]:
+    """Every stage up to measuring, without a scheduler."""
+    planned, built = plan_of(work)
+    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+
+
+def told(work: RunContext, planned: Plan) -> Summary:
+    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
+    assert summary is not None
+    return summary
+
+
+def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {
+        "limit": 3,
+        "compare": COMPARE,
+        "max_new_tokens": 4,
+        "composite": [{"n": 2, "count": 2}],
+        "speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3},
+    }
+    work = workplace(benchmark=body)
+    planned, built, gates = go(work)
+    assert summarise(work.ledger, planned, work.base_folder(planned.base)) is None
+    measure.measure(work, planned, built, gates)
+
+    summary = told(work, planned)
+    assert summary.systems == ["base", "oracle", "fused", *CONTROLS, "one_expert"]
+    composite = summary.scores["composite-2"]
+    assert composite.keys() == set(summary.systems)
+    assert [part.num_samples for part in composite["fused"].parts] == [2, 2]
+    assert composite.keys() == summary.scores["composite-2: composite_attempted"].keys()
+    assert {task: set(row) for task, row in summary.matrix.items()} == dict.fromkeys(TASKS, TASKS)
+    for task in TASKS:  # each alone on its own task is the oracle
+        assert summary.matrix[task][task] == summary.scores[task]["oracle"]
+    assert summary.comparisons.keys() == {"base", "oracle", "one_expert", *CONTROLS}
+    assert len(summary.comparisons["base"].differences) == 3
+    assert len(summary.comparisons["oracle"].differences) == 3
+    assert [one.task for one in summary.comparisons["one_expert"].differences] == ["composite-2"]
+    assert summary.speed is not None
+
+    for question, count in (
+        ("FROM comparisons", 3 * 6 + 1),
+        ("FROM speeds", 2),
+        ("FROM merges", 3),
+        ("FROM score_parts", 2 * 2 * 8),
+        ("FROM scores WHERE templated IS NULL OR mean_prompt_tokens IS NULL", 0),
+    ):
+        work.ledger.ingest()
+        assert len(work.ledger.query(question).rows) == count, question
+
+    # all is held now, so no model is opened again
+    monkeypatch.setattr(measure, "opened", None)
+    before = work.ledger.records.parts()
+    measure.measure(work, planned, built, gates)
+    assert work.ledger.records.parts() == before
+
+    text = "\n".join([*card.score_table(summary), *card.speed_lines(summary)])
+    assert "| composite-2 | composite_right | 2 |" in text
+    assert "as plain text" in text
+    assert "Prefill" in text
+    mark_only_what_differs_beyond_chance(summary)
+
+
+def mark_only_what_differs_beyond_chance(summary: Summary) -> None:
+    comparison = summary.comparisons["base"]
+    assert summary.mark("q_and_v", "base") == ""  # of three rows nothing can be said
+    for p_holm, difference, mark in ((0.06, -0.9, ""), (0.04, -0.9, "-"), (0.04, 0.9, "+")):
+        one = replace(comparison.differences[0], p_holm=p_holm, p_value=0.01, difference=difference)
+        told = replace(
+            summary,
+            comparisons={"base": replace(comparison, differences=(one,))},
+        )
+        assert told.mark(one.task, "base") == mark
+        cell = card.cell(told, one.task, "base")
+        assert cell.endswith(mark or "]")
+        lines = card.loss_lines(told)
+        assert [line.startswith(f"Worse than base on {one.task}") for line in lines] == (
+            [True] if mark == "-" else []
+        )
+
+
+def test_a_run_that_was_stopped_asks_only_what_is_missing(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workplace(benchmark={"limit": 2, "compare": ["base"], "max_new_tokens": 2})
+    planned, built, gates = go(work)
+    asked: list[str] = []
+    ask = measure.ask.measure
+
+    def stopping(model: Any, tokenizer: Any, task: Any, **settings: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(task.name)
+        return ask(model, tokenizer, task, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.ask, "measure", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure(work, planned, built, gates)
+    assert len(measure.missing(work, planned)) == 2
+    measure.measure(work, planned, built, gates)
+    assert measure.missing(work, planned) == []
+    assert told(work, planned).mean("fused") is not None
+
+
+class StoppedError(Exception):
+    """As if the process had been killed in the middle."""
+
+
+def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[int]:
+    """How many prompts each portion had that reached the model."""
+    asked: list[int] = []
+    real = Harness.generate
+
+    def watched(self: Harness, prompts: Any, **more: Any) -> Any:
+        if len(asked) == fails_after:
+            raise StoppedError
+        asked.append(len(prompts))
+        return real(self, prompts, **more)
+
+    monkeypatch.setattr(Harness, "generate", watched)
+    return asked
+
+
+def test_a_stopped_run_goes_on_at_the_row_and_leaves_nothing_behind(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluation.resume.BATCHES", 1)
+    asked = {"limit": 4, "compare": ["random"], "max_new_tokens": 2, "batch_size": 1}
+    work = workplace(benchmark=asked)
+    planned, built, gates = go(work)
+    answers = work.home / "answers"
+    for stopped_after, left in ((2, 1), (3, 0)):  # first amid fused, then amid random
+        with monkeypatch.context() as patch:
+            portion = count_asked(patch, fails_after=stopped_after)
+            with pytest.raises(StoppedError):
+                measure.measure(work, planned, built, gates)
+        assert portion == [1] * stopped_after
+        assert len(list(answers.iterdir())) == left
+    portion = count_asked(monkeypatch)
+    measure.measure(work, planned, built, gates)
+    # of the random router's task nothing is kept: it would draw other choices
+    assert len(portion) == 2 * 4 * 2 - 4
+    assert not list(answers.iterdir())

@@ -1,0 +1,36 @@
+"""What people are told arrives as it was written."""
+
+from __future__ import annotations
+
+import pytest
+
+from meteora.untrusted.findings import AdapterError, Reason
+from pipelines.cli import app
+from pipelines.workspace import console
+
+
+def test_brackets_in_what_is_said_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reason's code stands in brackets, and so may anything in a name or a path."""
+    heard: list[str] = []
+    with console.heard(heard.append):
+        for text in ("no room [memory]", "[red]/tmp/[/]/x"):
+            console.say(text)
+            console.say(text, "note")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == heard
+    assert lines == [
+        "no room [memory]", "note: no room [memory]", "[red]/tmp/[/]/x", "note: [red]/tmp/[/]/x",
+    ]  # fmt: skip
+
+
+def test_a_refusal_says_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise AdapterError("[here]", (Reason("pickle", "it would run code"),))
+
+    monkeypatch.setattr(app, "app", refuse)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: [here]: it would run code [pickle]\n"

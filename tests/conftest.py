@@ -62,9 +62,13 @@ def shared_folder() -> Path:
     return folder
 
 
+# Where a server is, and its secret: what `use_local_server` puts into the environment
+SERVER = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")
+
 # Prefect reads its settings when it is imported
 PREFECT_HOME = shared_folder()
-os.environ.pop("PREFECT_API_URL", None)
+for name in SERVER:
+    os.environ.pop(name, None)
 prepare(PREFECT_HOME)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -304,16 +308,17 @@ def world(
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Generator[str]:
-    """The address of one real server for all tests that run flows, in a process or in many."""
+    """The address of one real server for all tests; what they start inherits its secret."""
     # importing it sets logging up anew; absl, which rouge-score brings, then closes the stderr that
     # it knows, unless that is the present one: so not while a test has another in its place
     import prefect.main  # noqa: F401
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     from pipelines.flows.local_server import use_local_server
 
     use_local_server(PREFECT_HOME)  # until this process ends
-    url = os.environ["PREFECT_API_URL"]
-    with temporary_settings({PREFECT_API_URL: url}):
+    url, secret = (os.environ[name] for name in SERVER)
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}):
         yield url
-    del os.environ["PREFECT_API_URL"]
+    for name in SERVER:
+        del os.environ[name]

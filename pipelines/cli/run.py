@@ -45,7 +45,7 @@ def serve(
     from pipelines.workspace.context import RunContext
 
     works = [RunContext.open(recipe, home) for recipe in recipes]
-    _find_server(home)
+    secret = _find_server(home)
     from pipelines.flows import deployments  # Prefect reads its settings when it is imported
 
     schedule = deployments.read_schedule(cron, timezone) if cron else None
@@ -53,7 +53,7 @@ def serve(
         from pipelines.flows.failure_webhook import tell
 
         tell(on_failure)
-    deployments.serve(works, schedule, limit=limit)
+    deployments.serve(works, schedule, limit=limit, secret=secret)
 
 
 def run(works: Sequence[RunContext], plans: Sequence[Plan | None], until: Stage, dask: str) -> None:
@@ -90,13 +90,20 @@ def run(works: Sequence[RunContext], plans: Sequence[Plan | None], until: Stage,
         raise typer.Exit(1)
 
 
-def _find_server(home: Path) -> None:
-    """The user's, or the home's own; call it before Prefect is imported."""
-    if not has_server():
-        from pipelines.flows.local_server import use_local_server
+def _find_server(home: Path) -> Path | None:
+    """The user's, or the home's own; call it before Prefect is imported.
 
-        say("using a local Prefect server; set PREFECT_API_URL to use yours")
-        use_local_server(home)
+    Returns:
+        The file with the secret that the home's own asks for.
+    """
+    if has_server():
+        return None
+    from pipelines.flows.local_server import use_local_server
+    from pipelines.flows.server_secret import secret_file
+
+    say("using a local Prefect server; set PREFECT_API_URL to use yours")
+    use_local_server(home)
+    return secret_file(home)
 
 
 def _run_one(

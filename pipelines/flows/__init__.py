@@ -3,6 +3,8 @@
 flow             the main flow: all stages in order
 up_to_date       is anything left to do?
 local_server     a Prefect server for a home that has none
+server_secret    the secret that this server asks for
+own_origin       requests from other sites are refused
 deployments      recipes that run by a schedule
 missed_runs      runs that were missed, or that overlap
 run_page         what Prefect's page shows of a run

@@ -21,6 +21,7 @@ from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from prefect.deployments.runner import RunnerDeployment
 
@@ -47,13 +48,20 @@ def read_schedule(cron: str, timezone: str) -> Schedule:
         ) from None
 
 
-def serve(works: Sequence[RunContext], schedule: Schedule | None, *, limit: int) -> None:
+def serve(
+    works: Sequence[RunContext],
+    schedule: Schedule | None,
+    *,
+    limit: int,
+    secret: Path | None = None,
+) -> None:
     """Serve recipes until SIGINT or SIGTERM comes; runs that go on then are stopped, too.
 
     The schedules stay: what was missed when serving begins again is done by one run.
 
     Args:
         limit: Runs at the same time, of all recipes together; the others wait.
+        secret: The file with what the server's page asks for, where that is known.
 
     Raises:
         ServeError: Two recipes are one, or the server refused.
@@ -64,6 +72,8 @@ def serve(works: Sequence[RunContext], schedule: Schedule | None, *, limit: int)
     for work in works:
         when = f"at {schedule.cron!r} ({schedule.timezone})" if schedule else "when asked to"
         say(f"{work.name}: runs {when}, as `meteora/{work.key}` on {local_server.page()}")
+    if secret is not None:
+        say(f"to log in there, paste the line that is in {secret}")
     try:
         prefect_flows.serve(
             *(_deployment(work, schedule) for work in works),

@@ -5,15 +5,20 @@ start, and starts one for every process. This one is shared by all that work in 
 time. Each holds a lock, which the system takes back however it ended; when the server gets that
 lock, nobody is left, and it exits. Where it ends before that, one of them starts it again.
 
+It runs whatever a deployment says, and loopback is open to every account of the machine: so it
+asks for the home's secret.
+
     home/prefect/users.lock    shared by all who use the server
                  server.lock   the server's own, as long as it lives
                  start.lock    held while somebody looks for a server, or starts one
                  address       where the server that lives listens
+                 secret        what it asks for; only the owner reads it
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import fcntl
 import os
 import socket
@@ -24,13 +29,17 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
+from pipelines.flows.own_origin import OwnOriginOnly
+from pipelines.flows.server_secret import make_private, read_or_make, secret_file
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from pathlib import Path
+
+    from fastapi import FastAPI
 
 START_SECONDS = 180.0
 """A first start makes a database: half a minute on a busy machine."""
@@ -42,7 +51,7 @@ KEEP_SECONDS = 1.0
 
 
 class ServerError(MeteoraError):
-    """The local Prefect server did not start."""
+    """The local Prefect server did not start, or does not ask for this home's secret."""
 
 
 def use_local_server(home: Path) -> bool:
@@ -53,18 +62,25 @@ def use_local_server(home: Path) -> bool:
 
     Returns:
         Whether one had to be started.
+
+    Raises:
+        SecretError: Other users could read the home's secret.
+        ServerError: None started, or the one that lives asks for no secret, or for another.
     """
     folder = home / "prefect"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(folder)
     with ExitStack() as held:
         start = held.enter_context((folder / "start.lock").open("w"))
         fcntl.flock(start, fcntl.LOCK_EX)
+        secret = read_or_make(secret_file(home))
         users = held.enter_context((folder / "users.lock").open("w"))
         fcntl.flock(users, fcntl.LOCK_SH)  # waits while a server is on its way out
         server = _start(folder)
         url = (folder / "address").read_text()
         _wait_until_healthy(server, url, folder / "server.log")
+        _check_that_it_asks_for(secret, url)
         os.environ["PREFECT_API_URL"] = url
+        os.environ["PREFECT_API_AUTH_STRING"] = secret  # for this process and those it starts
         start.close()
         # last in, first out: Prefect registers its farewells later, so they come before this
         leaving = threading.Event()
@@ -116,12 +132,6 @@ def _start(folder: Path) -> subprocess.Popen[bytes] | None:
                 stderr=log,
                 pass_fds=[listener.fileno(), own.fileno()],  # a lock is held as long as it is open
                 start_new_session=True,  # Ctrl-C is for the run, which then lets go of its lock
-                env=os.environ
-                | {
-                    "PREFECT_SERVER_API_HOST": HOST,
-                    "PREFECT_SERVER_API_PORT": str(port),
-                    "PREFECT_UI_URL": f"http://{HOST}:{port}",  # for links in what it sends
-                },
             )
 
 
@@ -162,6 +172,33 @@ def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: P
     )
 
 
+def _check_that_it_asks_for(secret: str, url: str) -> None:
+    """An older version's server, which may still live, gives everybody all that they ask for."""
+    if _status(f"{url}/admin/version") != 401:
+        raise ServerError(
+            f"the Prefect server of this home, {url}, asks for no secret, as an older version"
+            " started it; stop what still uses it, such as `meteora serve`, then run this again"
+        )
+    if _status(f"{url}/admin/version", secret) != 200:
+        raise ServerError(
+            f"the Prefect server of this home, {url}, does not take the secret that lies here now;"
+            " stop what still uses it, such as `meteora serve`, then run this again"
+        )
+
+
+def _status(url: str, secret: str = "") -> int:
+    """What the server answers, with a secret or without."""
+    request = urllib.request.Request(url)  # noqa: S310  (loopback)
+    if secret:
+        token = base64.b64encode(secret.encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def _keep_alive(
     folder: Path, server: subprocess.Popen[bytes] | None, leaving: threading.Event
 ) -> None:
@@ -195,17 +232,40 @@ def _end_with_the_last_user(folder: Path) -> None:
     os._exit(0)
 
 
+def settings(listener: socket.socket, secret: str) -> dict[str, str]:
+    """What the server's own process has in its environment."""
+    origin = f"http://{HOST}:{listener.getsockname()[1]}"
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": origin,
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": origin.rpartition(":")[2],
+        "PREFECT_SERVER_UI_API_URL": f"{origin}/api",  # what its page asks
+        "PREFECT_UI_URL": origin,  # for links in what it sends
+    }
+
+
 def serve(folder: Path, listener: socket.socket) -> None:
+    """Serve until nobody uses it any more; without the secret it does not start.
+
+    The secret is read here rather than handed over: however this process is started, it asks.
+    """
     import uvicorn  # noqa: PLC0415  (in the server's own process only)
 
+    os.environ |= settings(listener, read_or_make(folder / "secret"))
     threading.Thread(target=_end_with_the_last_user, args=(folder,), daemon=True).start()
     config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, log_level="warning"
-    )
+        lambda: OwnOriginOnly(_prefect(), f"{HOST}:{listener.getsockname()[1]}"),
+        factory=True, log_level="warning",
+    )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
 
 
-if __name__ == "__main__":
-    from pathlib import Path
+def _prefect() -> FastAPI:
+    from prefect.server.api.server import create_app  # noqa: PLC0415  (after its settings)
 
+    return create_app()
+
+
+if __name__ == "__main__":
     serve(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))

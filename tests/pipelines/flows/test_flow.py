@@ -235,6 +235,7 @@ def test_a_killed_run_is_closed_by_the_next_in_the_ledger_and_on_the_server(
 @pytest.mark.parametrize("own", [True, False], ids=["its own, started again", "the user's, gone"])
 def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: bool) -> None:
     """With nothing done twice, and the next run finds nothing to do."""
+    from pipelines.flows.server_secret import read_or_make, secret_file  # noqa: PLC0415
     from store.ledger import Ledger  # noqa: PLC0415
     from tests.pipelines.flows.test_local_server import told, user  # noqa: PLC0415
 
@@ -243,6 +244,7 @@ def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: boo
     if not own:
         elsewhere = user(tmp_path / "elsewhere")
         env["PREFECT_API_URL"] = told(elsewhere)[1]
+        env["PREFECT_API_AUTH_STRING"] = read_or_make(secret_file(tmp_path / "elsewhere"))
     command = [
         sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
         "--home", str(home),

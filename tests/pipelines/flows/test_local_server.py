@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 USER = """
 import os, sys
 from pathlib import Path
-from pipelines.environment import prepare
-from pipelines.server import use_local_server
+from pipelines.workspace.environment import prepare
+from pipelines.flows.local_server import use_local_server
 
 home = Path(sys.argv[1])
 prepare(home)

@@ -17,8 +17,9 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterExpectedStartTime
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from pipelines.flows.server_secret import read_or_make, secret_file
 from pipelines.workspace.context import RunContext
 from tests.pipelines.flows.test_local_server import servers, without_prefect
 from tests.pipelines.flows.test_serve import start, stop, wait_for
@@ -60,7 +61,11 @@ class Nightly:
     @contextmanager
     def client(self) -> Generator[SyncPrefectClient]:
         url = (self.home / "prefect" / "address").read_text()
-        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        secret = read_or_make(secret_file(self.home))
+        with (
+            temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}),
+            get_client(sync_client=True) as client,
+        ):
             yield client
 
     def runs(self, since: datetime, until: datetime) -> list[FlowRun]:
@@ -140,6 +145,8 @@ def test_a_machine_that_slept_does_one_run_when_it_wakes(nightly: Nightly) -> No
     """The server and a run that goes on sleep with it: whatever falls due meanwhile is one run."""
     began = datetime.now(UTC)
     wait_for(lambda: nightly.completed(began, datetime.now(UTC)), "a first run")
+    secret = secret_file(nightly.home)
+    assert f"to log in there, paste the line that is in {secret}\n" in nightly.log.read_text()
     asleep, slept = nightly.family(), datetime.now(UTC)
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)

@@ -81,9 +81,11 @@ class Served:
         run_id = self.ask()
         return wait_for(lambda: self.ended(run_id), "a run that was asked for")
 
-    def artifacts(self, run_id: UUID) -> list[Artifact]:
-        only = ArtifactFilterFlowRunId(any_=[run_id])
-        return self.client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=only))
+    def shown(self, run_id: UUID) -> dict[str, Artifact]:
+        """What a run shows, by the first word of its key."""
+        only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+        found = self.client.read_artifacts(artifact_filter=only)
+        return {str(one.key).partition("-")[0]: one for one in found}
 
     def told(self, run_id: UUID, text: str) -> str:
         """The line of the run's log that holds a text, if there is one."""
@@ -151,12 +153,12 @@ def test_a_schedule_does_the_work_once_and_then_says_that_nothing_is_new(served:
     assert first.name == f"letters {run_id}"
     assert {"meteora", "recipe:letters", "base:path:base"} <= set(first.tags)
     assert first.parameters["recipe"] == str(served.work.path)
-    kinds = {artifact.type: artifact for artifact in served.artifacts(first.id)}
-    assert set(kinds) == {"progress", "table", "markdown"}
-    assert kinds["progress"].data == 100.0
-    assert "q_and_v" in str(kinds["table"].data)
-    assert "exact_match" in str(kinds["table"].data)
-    assert "## " in str(kinds["markdown"].data)
+    shown = served.shown(first.id)
+    assert set(shown) == {"progress", "adapters", "scores", "report"}
+    assert shown["progress"].data == 100.0
+    assert "q_and_v" in str(shown["adapters"].data)
+    assert "exact_match" in str(shown["scores"].data)
+    assert "## " in str(shown["report"].data)
     told = wait_for(lambda: served.told(first.id, "fitting the gates"), "what it says, in its log")
     assert "2 of 2 layers" in told
 
@@ -202,8 +204,7 @@ def test_a_run_that_is_cancelled_on_its_page_stops_and_the_next_goes_on(
     after = finished(served.work)
     assert after is not None
     assert after.fused.id != before.fused.id
-    (table,) = [one for one in served.artifacts(ended.id) if one.type == "table"]
-    assert '"last"' in str(table.data)
+    assert '"last"' in str(served.shown(ended.id)["scores"].data)
     question = "SELECT task, previous_id FROM changes WHERE router = 'gate' ORDER BY task"
     assert served.work.ledger.query(question).rows == [
         ("attention", before.router.id),

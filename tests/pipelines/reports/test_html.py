@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ import pytest
 import yaml
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
+from tests.conftest import PREFECT_HOME
 from tests.pipelines.flows.test_serve import Served, get_client, start, stop, wait_for
 
 if TYPE_CHECKING:
@@ -33,6 +36,36 @@ def browser(tmp_path: Path) -> Generator[webdriver.Chrome]:
     service = webdriver.ChromeService(str(shutil.which("chromedriver")))
     with webdriver.Chrome(options=options, service=service) as browser:
         yield browser
+
+
+def log_in(browser: webdriver.Chrome, page: str, secret: str) -> None:
+    """Open a page that asks for the secret, and paste it there."""
+    browser.get(page)
+    (field,) = wait_for(lambda: password_fields(browser), "the question for the secret")
+    field.send_keys(secret, Keys.ENTER)
+
+
+def password_fields(browser: webdriver.Chrome) -> list[WebElement]:
+    return browser.find_elements(By.CSS_SELECTOR, "input[type=password]")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_whoever_pastes_the_secret_sees_the_page_and_nobody_else(browser: webdriver.Chrome) -> None:
+    def text() -> str:
+        return browser.find_element(By.TAG_NAME, "body").text
+
+    secret = (PREFECT_HOME / "prefect" / "secret").read_text().strip()
+    page = os.environ["PREFECT_API_URL"].removesuffix("/api")
+    log_in(browser, f"{page}/", "meteora:guessed")
+    wait_for(lambda: "Invalid credentials" in text(), "a refusal")
+    assert "Dashboard" not in text()
+
+    log_in(browser, f"{page}/", secret)
+    wait_for(lambda: "Dashboard" in text(), "the first page")
+    assert not password_fields(browser)
+    browser.get(f"{page}/deployments")  # such as a link that somebody is sent
+    wait_for(lambda: "Deployments" in text(), "another page")
+    assert not password_fields(browser)
 
 
 @pytest.fixture
@@ -72,7 +105,11 @@ def test_a_run_is_started_watched_and_cancelled_by_clicks(
     page = prefect_server.removesuffix("/api")
     wait_for(lambda: "runs when asked to" in endless.log.read_text(), "the deployment")
     deployment_id = wait_for(lambda: deployed(endless), "the deployment on the server")
-    browser.get(f"{page}/deployments/deployment/{deployment_id}")
+    log_in(
+        browser,
+        f"{page}/deployments/deployment/{deployment_id}",
+        os.environ["PREFECT_API_AUTH_STRING"],
+    )
     click("Run")
     click("Quick run")
     wait_for(lambda: shown("Run Deployment"), "the question for parameters")

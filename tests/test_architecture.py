@@ -31,6 +31,11 @@ ROOMS = sorted(
         pytest.param(
             "pipelines.cli", {"torch", "prefect", "duckdb", "pydantic", "jinja2"}, id="command line"
         ),
+        pytest.param(
+            "pipelines.cli.score_table",
+            {"torch", "prefect", "jinja2", "matplotlib"},
+            id="score table and trace in a terminal",
+        ),
         pytest.param("pipelines.flows.flow", {"torch", "transformers", "lm_eval"}, id="flows"),
         pytest.param("pipelines.publishing.publish", {"torch", "transformers"}, id="publishing"),
         pytest.param(

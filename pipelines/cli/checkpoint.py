@@ -40,7 +40,7 @@ def generate(
     from meteora.model.trace import trace_prompt
     from pipelines.cli import score_table
     from pipelines.reports.html import check_writable, write_page
-    from pipelines.reports.trace import page
+    from pipelines.reports.trace import trace_page
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 
     if trace not in {"", "-"}:
@@ -54,7 +54,7 @@ def generate(
             found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
             score_table.trace(found)
             if trace != "-":
-                write_page(Path(trace), page(found, prompt))
+                write_page(Path(trace), trace_page(found, prompt))
         else:
             answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
 

@@ -8,7 +8,6 @@ from rich import box
 from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
-from pipelines.reports import trace as trace_view
 from pipelines.reports.card import (
     cell,
     how_measured,
@@ -18,6 +17,7 @@ from pipelines.reports.card import (
     stand_in_lines,
 )
 from pipelines.reports.summary import summarise
+from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
@@ -67,5 +67,5 @@ def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
 def trace(found: Trace) -> None:
     """Prompt and answer in the colours of the experts that took them, and a legend."""
     out = plain_console()
-    for text in trace_view.terminal(found):
+    for text in terminal_texts(found):
         out.print(text, soft_wrap=True, end="\n\n")

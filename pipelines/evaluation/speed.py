@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from meteora.artifacts import Rate, SpeedBuild
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
+from pipelines.evaluation.measurements import BASE, FUSED
 from pipelines.scoring.intervals import bootstrap_median
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import SpeedSpec
 
-BASE, FUSED = "base", "fused"
 PHASES = ("prefill", "decode")
 
 

@@ -12,7 +12,7 @@ from pipelines.admission.base_identity import kept
 from pipelines.admission.experts import Ground, Refusal, gather
 from pipelines.planning import plan
 from pipelines.recipe.stage import Stage
-from pipelines.reports import eval_results
+from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _finished(work: RunContext) -> Plan | None:
 def _is_written(work: RunContext, planned: Plan, summary: Summary) -> bool:
     """Whether the checkpoint is there, with the leaderboards that the recipe names now."""
     folder = work.checkpoint_folder(planned.router.id)
-    results = folder / eval_results.NAME
+    results = folder / EVAL_RESULTS
     there = results.read_text() if results.is_file() else ""
-    asked = eval_results.write_eval_results(work.recipe.benchmark.tasks, summary)
+    asked = write_eval_results(work.recipe.benchmark.tasks, summary)
     return folder.is_dir() and there == asked

@@ -29,7 +29,8 @@ from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
 from pipelines.publishing import licences
 from pipelines.publishing.signing import SIGNATURE
-from pipelines.reports import card, eval_results
+from pipelines.reports import card
+from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.console import say
 from store.files import partial_file
 
@@ -158,7 +159,7 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
 
     A signature goes along, and then the card, too, stays as it was signed.
     """
-    names = (*FILES, SIGNATURE, eval_results.NAME)
+    names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = (folder / SIGNATURE).is_file()
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import COMMIT, short
 from meteora.base.sources import GGUF, PATH
 from pipelines.hub.client import PUBLIC
-from pipelines.reports import card_metadata
+from pipelines.reports.hub_metadata import card_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
         summary: None for a checkpoint that nobody has measured
     """
     parts = [
-        f"---\n{card_metadata.metadata(manifest, summary, name)}\n---",
+        f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
         f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
         f" the token's hidden state and picks the adapter ({PAPER}). Nobody has to say which task a"

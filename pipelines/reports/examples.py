@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from meteora.base.chat_template import encode_prompt
 from meteora.model.trace import trace
-from pipelines.reports.trace import figure
+from pipelines.reports.trace import trace_figure
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -66,6 +66,6 @@ def traced(
             )
             found = trace(model, tokenizer, ids, max_new_tokens=example.max_new_tokens)
             expected = " ".join(example.reference.split())[:80]
-            drawn.append(figure(found, f"trace-{number}", f"{example.task}: {expected}"))
+            drawn.append(trace_figure(found, f"trace-{number}", f"{example.task}: {expected}"))
             advance(1)
     return drawn

@@ -1,4 +1,4 @@
-"""HTML from the templates beside this file. Whatever comes in as text goes out as text."""
+"""HTML pages from the folder `templates`. Every value is escaped, so text stays text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from meteora.artifacts import MeteoraError
-from pipelines.reports import palette
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PageError(MeteoraError):
-    """A page cannot be written where it was asked for."""
+    """A page cannot be written to the path that was asked for."""
 
 
 @cache
@@ -32,18 +31,31 @@ def _templates() -> Environment:
 
 
 def render(template: str, context: Mapping[str, object]) -> str:
-    """One self-contained page; every value is escaped where it stands."""
-    return _templates().get_template(template).render({"palette": palette, **context})
+    """One self-contained page.
+
+    Args:
+        template: the name of a file in the folder `templates`
+        context: what the template's variables stand for; a missing one is an error
+    """
+    return _templates().get_template(template).render(context)
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place where no file can be written, before the work that would fill it."""
+    """Refuse a path where no file can be written, before the work of making the page.
+
+    Raises:
+        PageError: the path is a folder, or its folder is missing or read-only.
+    """
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PageError(f"{path} cannot be written; give a file in a folder that is there")
+        raise PageError(f"{path} cannot be written; give a file in a writable folder")
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write it whole, or leave what was there."""
+    """Replace the file at `path` in one step; on an error its old content stays.
+
+    Raises:
+        PageError: the file cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(html, encoding="utf-8")

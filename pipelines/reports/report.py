@@ -9,6 +9,8 @@ from meteora.artifacts import COMMIT
 from pipelines.reports import charts
 from pipelines.reports.html import render
 from pipelines.reports.queries import against, title
+from pipelines.reports.trace import expert_styles
+from pipelines.scoring.metrics import ATTEMPTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
 ALL = "all modules"
-ATTEMPTED = "composite_attempted"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,7 +28,7 @@ def report_page(asked: Mapping[str, Asked], traces: Sequence[Mapping[str, Any]] 
     """One self-contained HTML page.
 
     Args:
-        traces: figures of `trace_view.figure`, shown as examples
+        traces: each as `trace_figure` gives it, shown as examples
     """
     context = {
         "title": title(asked),
@@ -36,7 +37,7 @@ def report_page(asked: Mapping[str, Asked], traces: Sequence[Mapping[str, Any]] 
         "against": against(asked["differences"].rows),
         "traces": traces,
         "num_experts": len(asked["experts"].rows),
-        "num_colours": max((len(trace["experts"]) for trace in traces), default=0),
+        "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "hub_link": hub_link,
     }

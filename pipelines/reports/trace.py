@@ -1,4 +1,8 @@
-"""A trace as people see it: coloured text in a terminal, and one HTML file that needs nothing."""
+"""Which expert each token went to: as coloured text in a terminal, and as a page of HTML.
+
+Each expert has a colour, the same in a terminal and on a page. Colour is never the only sign: a
+number stands where another expert begins, and on a page the line below the text differs, too.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,67 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pipelines.reports import palette
-from pipelines.reports.html import render
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.model.trace import Trace
 
-
+COLOURS = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#d6c40a",
+)  # fmt: skip
+"""Colours that people with any colour vision tell apart (Okabe and Ito 2008; grey for black)."""
+LINES = ("solid", "dashed", "dotted", "double", "wavy")
+"""CSS line styles: the ninth expert has the first colour again, with the next line."""
 CONTROLS = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {0x7F: 0x2421}
-"""Control characters as the pictures of them: what a model says moves no cursor."""
+"""Control characters to pictures of them, so that a model's answer cannot move the cursor."""
+
+
+def expert_style(expert: int) -> tuple[str, str]:
+    """An expert's colour, as `#rrggbb`, and its CSS line style."""
+    return COLOURS[expert % len(COLOURS)], LINES[expert // len(COLOURS) % len(LINES)]
+
+
+def expert_styles(num_experts: int) -> list[tuple[str, str]]:
+    """`expert_style` of the first experts, for the style sheet of a page."""
+    return [expert_style(expert) for expert in range(num_experts)]
+
+
+def tint(expert: int, weight: float) -> str:
+    """An expert's colour mixed with white, light enough for dark text on it.
+
+    Args:
+        weight: 0 to 1; the larger, the deeper the colour
+    """
+    depth = 0.15 + 0.6 * weight
+    value = int(expert_style(expert)[0][1:], 16)
+    mixed = (round(255 + depth * ((value >> shift & 255) - 255)) for shift in (16, 8, 0))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token, and the expert that won it over all layers."""
+    """One token, and the expert with the largest mean weight over all routed modules."""
 
     text: str
     expert: int
     share: float
-    """Mean weight of that expert over all routed modules, 0 to 1."""
+    """That mean weight, 0 to 1."""
 
 
-def tokens(trace: Trace) -> list[Token]:
+def find_tokens(trace: Trace) -> list[Token]:
+    """Every token of prompt and answer."""
     share, expert = trace.shares().max(dim=1)
     return [
         Token(*found) for found in zip(trace.pieces, expert.tolist(), share.tolist(), strict=True)
     ]
 
 
-def terminal(trace: Trace) -> list[Text]:
-    """Prompt, answer and legend; a number marks where another expert takes over."""
-    found = tokens(trace)
-    parts = found[: trace.num_prompt], found[trace.num_prompt :]
+def terminal_texts(trace: Trace) -> list[Text]:
+    """Prompt, answer and legend. A number stands where another expert begins."""
+    tokens = find_tokens(trace)
+    parts = tokens[: trace.num_prompt], tokens[trace.num_prompt :]
     texts = [_coloured(part) for part in parts if part]
-    return [*texts, _legend(trace, found)]
+    return [*texts, _legend(trace, tokens)]
 
 
 def _coloured(part: list[Token]) -> Text:
@@ -53,37 +82,42 @@ def _coloured(part: list[Token]) -> Text:
             out.append(f"[{token.expert + 1}]", style="dim")
         before = token.expert
         text = token.text.translate(CONTROLS)
-        out.append(text, style=f"black on {palette.tint(token.expert, token.share)}")
+        out.append(text, style=f"black on {tint(token.expert, token.share)}")
     return out
 
 
-def _legend(trace: Trace, found: list[Token]) -> Text:
-    won = [sum(token.expert == e for token in found) for e in range(len(trace.experts))]
+def _legend(trace: Trace, tokens: list[Token]) -> Text:
+    won = _num_won(trace, tokens)
     out = Text()
     for e in sorted(range(len(won)), key=lambda e: -won[e]):
         if won[e]:
             out.append(f"[{e + 1}]", style="dim")
             name = trace.experts[e].translate(CONTROLS)
-            out.append(f" {name} ", style=f"black on {palette.tint(e, 0.8)}")
-            out.append(f" {won[e] / len(found):.0%} of {len(found)} tokens\n")
+            out.append(f" {name} ", style=f"black on {tint(e, 0.8)}")
+            out.append(f" {won[e] / len(tokens):.0%} of {len(tokens)} tokens\n")
     out.rstrip()
     return out
 
 
-def figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
-    """What the template draws: the tokens as they stand over all layers, and data for the rest.
+def _num_won(trace: Trace, tokens: list[Token]) -> list[int]:
+    """How many tokens each expert has."""
+    return [sum(token.expert == e for token in tokens) for e in range(len(trace.experts))]
+
+
+def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
+    """What `trace_figure.html` needs: the tokens over all layers, and the data of each layer.
 
     Args:
-        name: tells this figure from others on the same page
+        name: an HTML id, unique on its page
     """
-    found = tokens(trace)
+    tokens = find_tokens(trace)
     return {
         "name": name,
         "caption": caption,
-        "asked": found[: trace.num_prompt],
-        "answered": found[trace.num_prompt :],
+        "asked": tokens[: trace.num_prompt],
+        "answered": tokens[trace.num_prompt :],
         "experts": trace.experts,
-        "won": [sum(token.expert == e for token in found) for e in range(len(trace.experts))],
+        "won": _num_won(trace, tokens),
         "last_layer": max((layer for layer in trace.layers if layer is not None), default=0),
         "data": {
             "ids": trace.ids,
@@ -99,16 +133,18 @@ def figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
 
 
 def _packed(numbers: Tensor) -> str:
-    """Module by module and token by token, in the bytes that a typed array reads."""
+    """Base64 of [modules, tokens, top_k] in row-major order, which a typed array reads."""
     return base64.b64encode(numbers.contiguous().numpy().tobytes()).decode()
 
 
-def page(trace: Trace, title: str) -> str:
-    """One self-contained file."""
+def trace_page(trace: Trace, title: str) -> str:
+    """One self-contained HTML page with one trace."""
+    from pipelines.reports.html import render  # noqa: PLC0415  (jinja2, which a terminal never needs)
+
     context = {
         "title": title,
-        "trace": figure(trace, "trace"),
-        "num_colours": len(trace.experts),
+        "trace": trace_figure(trace, "trace"),
+        "expert_styles": expert_styles(len(trace.experts)),
         "scripts": ["trace.js"],
     }
     return render("trace.html", context)

@@ -45,7 +45,8 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.publishing import lineage
-from pipelines.reports import card, eval_results
+from pipelines.reports import card
+from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.open_model import computing_device, describe, opened
@@ -276,8 +277,8 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         CARD: card.write_card(manifest, summary, work.name),
         LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
     }
-    if results := eval_results.write_eval_results(work.recipe.benchmark.tasks, summary):
-        texts[eval_results.NAME] = results
+    if results := write_eval_results(work.recipe.benchmark.tasks, summary):
+        texts[EVAL_RESULTS] = results
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()

@@ -28,7 +28,7 @@ from meteora.checkpoint.manifest import (
     MANIFEST,
     RouterEntry,
 )
-from pipelines.reports import eval_results
+from pipelines.reports.hub_metadata import EVAL_RESULTS
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_server import Fault
 from tests.pipelines.hub.hub_uploads import FIRST, WRITES, GitRepo
@@ -115,7 +115,7 @@ class Yard:
 
     def content(self, which: str) -> dict[str, bytes]:
         """What the Hub shows of a checkpoint."""
-        found = {name: self.folder / which / name for name in (*FILES, eval_results.NAME)}
+        found = {name: self.folder / which / name for name in (*FILES, EVAL_RESULTS)}
         return FIRST | {name: path.read_bytes() for name, path in found.items() if path.exists()}
 
     def recorded(self) -> list[tuple[Any, ...]]:
@@ -151,8 +151,8 @@ def write(folder: Path, which: str, world: World, router_id: ArtifactId) -> None
         }
         tensors.write_gates(folder / GATES, tensors.Gates(own))
     else:
-        (folder / eval_results.NAME).parent.mkdir()
-        (folder / eval_results.NAME).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
+        (folder / EVAL_RESULTS).parent.mkdir()
+        (folder / EVAL_RESULTS).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
     (folder / MANIFEST).write_text(manifest.to_json())
     (folder / CONFIG).write_text(CONFIG_TEXT)
     (folder / CARD).write_text(f"---\nlicense: mit\n---\n# The {which} model\n")

@@ -35,7 +35,8 @@ from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, Published, publish
-from pipelines.reports import card, eval_results
+from pipelines.reports import card
+from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
 from store.ledger import Ledger
 from tests.pipelines.conftest import run
 from tests.pipelines.hub.hub_here import HubHere
@@ -122,14 +123,14 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
 def test_results_for_leaderboards_come_and_go_with_the_model(
     server: HubServer, world: World, folder: Path
 ) -> None:
-    (folder / eval_results.NAME).parent.mkdir()
-    (folder / eval_results.NAME).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
+    (folder / EVAL_RESULTS).parent.mkdir()
+    (folder / EVAL_RESULTS).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
     first = put(server, world, folder)
-    assert repo_of(server).main[eval_results.NAME] == (folder / eval_results.NAME).read_bytes()
+    assert repo_of(server).main[EVAL_RESULTS] == (folder / EVAL_RESULTS).read_bytes()
     assert put(server, world, folder).revision == first.revision
-    (folder / eval_results.NAME).unlink()
+    (folder / EVAL_RESULTS).unlink()
     put(server, world, folder, onto=first.revision)
-    assert eval_results.NAME not in repo_of(server).main
+    assert EVAL_RESULTS not in repo_of(server).main
 
 
 def test_what_comes_back_as_another_model_is_never_shown(
@@ -252,8 +253,8 @@ def test_an_expert_that_lies_on_the_hub_is_linked_at_its_commit(world: World) ->
         first, source="someone/adapter/sub", revision="a" * 40, licence="mit", r="8"
     )
     manifest = dataclasses.replace(world.manifest, experts=(first, *others))
-    assert card.card_metadata.hub_ids(manifest) == ["someone/adapter"]
-    assert card.card_metadata.licence(manifest) == {
+    assert hub_ids(manifest) == ["someone/adapter"]
+    assert shared_licence(manifest) == {
         "license": "other",
         "license_name": "of-its-base-and-adapters",
     }

@@ -11,7 +11,6 @@ import torch
 
 from meteora.artifacts import BaseSpec
 from meteora.model.trace import Trace
-from pipelines.reports import palette
 from pipelines.reports import trace as trace_view
 from pipelines.reports.html import PageError, check_writable, write_page
 from tests.pipelines.cli.command_line import meteora
@@ -39,7 +38,7 @@ def trace() -> Trace:
 
 
 def test_the_page_carries_every_choice_and_weight(trace: Trace) -> None:
-    (data,) = Elements(trace_view.page(trace, "a title")).json()
+    (data,) = Elements(trace_view.trace_page(trace, "a title")).json()
     chosen = np.frombuffer(base64.b64decode(data["chosen"]), np.int16).reshape(3, 6, 2)
     weights = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(3, 6, 2) / 255
     assert (chosen == trace.chosen.numpy()).all()
@@ -51,7 +50,7 @@ def test_the_page_carries_every_choice_and_weight(trace: Trace) -> None:
 def test_each_token_stands_in_the_colour_of_its_winner_without_any_script(trace: Trace) -> None:
     shown = [
         (str(attributes["class"]).split()[1], attributes["data-n"], attributes["style"])
-        for tag, attributes in Elements(trace_view.page(trace, "")).found
+        for tag, attributes in Elements(trace_view.trace_page(trace, "")).found
         if tag == "span" and "data-n" in attributes
     ]
     share, winner = trace.shares().max(dim=1)
@@ -62,7 +61,7 @@ def test_each_token_stands_in_the_colour_of_its_winner_without_any_script(trace:
 
 
 def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None:
-    html = trace_view.page(trace, HOSTILE)
+    html = trace_view.trace_page(trace, HOSTILE)
     page = Elements(html)
     assert page.count("img") == 0
     assert page.count("script") == 2  # the data and the program
@@ -74,7 +73,7 @@ def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None
 def test_a_terminal_shows_numbers_where_experts_change_and_no_control_character(
     trace: Trace,
 ) -> None:
-    asked, answered, legend = (text.plain for text in trace_view.terminal(trace))
+    asked, answered, legend = (text.plain for text in trace_view.terminal_texts(trace))
     winners = trace.shares().argmax(dim=1).tolist()
     expected, before = "", -1
     for piece, winner in zip(PIECES[:4], winners[:4], strict=True):
@@ -88,13 +87,13 @@ def test_a_terminal_shows_numbers_where_experts_change_and_no_control_character(
 
 
 def test_forty_experts_look_different() -> None:
-    assert len({(palette.colour(e), palette.line(e)) for e in range(40)}) == 40
-    assert palette.tint(0, 0.0) > palette.tint(0, 1.0)  # deeper is darker
+    assert len(set(trace_view.expert_styles(40))) == 40
+    assert trace_view.tint(0, 0.0) > trace_view.tint(0, 1.0)  # deeper is darker
 
 
 def test_more_experts_than_a_byte_counts_keep_their_numbers(trace: Trace) -> None:
     many = replace(trace, experts=tuple(f"e{i}" for i in range(300)), chosen=trace.chosen + 296)
-    (data,) = Elements(trace_view.page(many, "")).json()
+    (data,) = Elements(trace_view.trace_page(many, "")).json()
     assert np.frombuffer(base64.b64decode(data["chosen"]), np.int16).max() == 299
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import parse_eval_result_entries
 
 from pipelines.flows.up_to_date import finished
 from pipelines.recipe.recipe import Recipe, RecipeError
-from pipelines.reports.eval_results import NAME
+from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.reports.summary import summarise
 from tests.pipelines.conftest import run
 
@@ -39,7 +39,7 @@ def test_a_task_that_the_recipe_puts_on_a_leaderboard_is_there_with_its_circumst
     summary = summarise(work.ledger, planned, work.base_folder(planned.base))
     assert summary is not None
     score = summary.scores["letters"]["fused"]
-    results = work.checkpoint_folder(planned.router.id) / NAME
+    results = work.checkpoint_folder(planned.router.id) / EVAL_RESULTS
     (entry,) = parse_eval_result_entries(yaml.safe_load(results.read_text()))
     assert (entry.dataset_id, entry.task_id) == ("org/letters", "default")
     assert entry.value == round(100 * score.value, 4)

@@ -1,0 +1,111 @@
+"""What a checkpoint tells the Hub about its model, in the two forms that the Hub reads.
+
+The card's metadata is YAML on top of `README.md`; its `model-index` lists every score. The Hub's
+leaderboards read `.eval_results/*.yaml`, where each entry names a dataset that the Hub keeps as a
+benchmark and a task of its `eval.yaml`. Only the author of a recipe can say that a task is such a
+benchmark, asked in the same way: the recipe says so task by task (`leaderboard:`), and nothing is
+guessed from the source of the rows. Entries have no field for the number of rows or the interval;
+both are in the notes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+
+from meteora.artifacts import REPO_ID
+from pipelines.evaluation.measurements import FUSED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from meteora.checkpoint.manifest import Manifest
+    from pipelines.recipe.benchmark import TaskSection
+    from pipelines.reports.summary import Summary
+
+TAGS = ["meteora", "lora", "mixture-of-experts", "merge"]
+EVAL_RESULTS = ".eval_results/meteora.yaml"
+"""The leaderboards' file, relative to the checkpoint's folder."""
+
+
+def card_metadata(manifest: Manifest, summary: Summary | None, name: str) -> str:
+    """The YAML on top of a card, checked by huggingface_hub's own class.
+
+    Args:
+        summary: None for a checkpoint that was not measured
+        name: of the model
+    """
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task.partition(":")[0],
+            dataset_name=task.partition(":")[0],
+            dataset_args={"num_samples": row[FUSED].num_samples},
+            metric_type=row[FUSED].spec.metric,
+            metric_value=round(row[FUSED].value, 4),
+            metric_args={"interval_95": [round(row[FUSED].low, 4), round(row[FUSED].high, 4)]},
+        )
+        for task, row in (summary.scores if summary else {}).items()
+        if FUSED in row
+    ]
+    bases = hub_ids(manifest)
+    data = ModelCardData(
+        base_model=bases or None,
+        base_model_relation="merge" if bases else None,  # the Hub's word for a model of several
+        library_name="meteora-pipelines",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        eval_results=results or None,
+        model_name=name if results else None,
+        **shared_licence(manifest),
+    )
+    return data.to_yaml()
+
+
+def hub_ids(manifest: Manifest) -> list[str]:
+    """The repositories of base and adapters on the Hub, each once, without subfolders."""
+    sources = [manifest.base.repo_id, *(expert.source for expert in manifest.experts)]
+    ids = ["/".join(source.split("/")[:2]) for source in sources if ":" not in source]
+    return [name for name in dict.fromkeys(ids) if REPO_ID.fullmatch(name)]
+
+
+def shared_licence(manifest: Manifest) -> dict[str, Any]:
+    """The licence that all parts share; `other` where they differ, and the card lists them."""
+    stated = [manifest.base.licence, *(expert.licence for expert in manifest.experts)]
+    if not any(stated):
+        return {}
+    if len(set(stated)) == 1:
+        return {"license": stated[0]}
+    return {"license": "other", "license_name": "of-its-base-and-adapters"}
+
+
+def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
+    """The text of `EVAL_RESULTS`; empty where the recipe puts no task on a leaderboard.
+
+    Shares of right rows become percent, as the leaderboards show them.
+    """
+    entries = []
+    for task in tasks:
+        score = summary.scores.get(task.called, {}).get(FUSED)
+        if not task.leaderboard or score is None:
+            continue
+        owner, dataset, task_id = task.leaderboard.split("/")
+        unit = 100 if score.interval == "wilson" else 1
+        entries.append(
+            EvalResultEntry(
+                dataset_id=f"{owner}/{dataset}",
+                task_id=task_id,
+                value=round(unit * score.value, 4),
+                notes=f"{score.spec.metric}, zero-shot, greedy, {score.harness}; of"
+                f" {score.num_samples} rows, 95 % interval {unit * score.low:.4g} to"
+                f" {unit * score.high:.4g}",
+            )
+        )
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

@@ -140,11 +140,11 @@ def verify(
         check_signature(checkpoint, key)
         print(f"{checkpoint} is what the owner of {key} signed")
         return
-    from pipelines.scoring.recompute import rejudge
+    from pipelines.scoring.recompute import recompute_scores
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())
-    if output.findings(ledger.verify(), rejudge(ledger, scores)):
+    if output.findings(ledger.verify(), recompute_scores(ledger, scores)):
         raise typer.Exit(1)
 
 

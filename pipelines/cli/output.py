@@ -14,7 +14,7 @@ from meteora.artifacts import MeteoraError, short
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
-    from pipelines.scoring.recompute import Rejudged
+    from pipelines.scoring.recompute import Recomputed
     from store.check import Verification
     from store.query import Answer
 
@@ -29,7 +29,7 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def findings(found: Verification, again: Rejudged) -> int:
+def findings(found: Verification, again: Recomputed) -> int:
     """Everything that is not as it was written; returns how much that is."""
     every = (*found.findings, *again.findings)
     for finding in every:

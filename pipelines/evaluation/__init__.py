@@ -1,14 +1,14 @@
-"""Who is asked what, and how the answers come.
+"""Which systems are measured on which tasks, and how they are asked.
 
 measurements    every pair of a system and a task that a recipe asks for
-tasks           a task: rows, composites, or one that lm-eval brings
-systems         the systems that are compared, each as a context around a model
-oracle_routing  controls that know whose each token is
-ask             one system asked one task
-harness         lm-eval as the one that generates
-lm_eval_tasks   tasks that lm-eval brings itself
-lm_eval_model   fused models for lm-eval's own command
-resume          answers kept as they come, so that a stopped run goes on
-routing_stats   routing accuracy, entropy, tokens until a switch
-speed           a routed model's speed beside its base
+tasks           a task: rows, composites, or one of lm-eval's own
+systems         the systems to compare, each as a context around one model
+oracle_routing  controls that know which question each token belongs to
+evaluate        one system's answers to one task, and their scores
+harness         prompts to a live model through lm-eval
+lm_eval_tasks   tasks of lm-eval's own
+lm_eval_model   fused models as a model of lm-eval's command
+resume          a log of answers, so that a stopped measurement continues
+routing_stats   routing accuracy, entropy, tokens until routing switches
+speed           the speed of a routed model against its base
 """

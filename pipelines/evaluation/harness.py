@@ -1,8 +1,8 @@
-"""lm-eval's model class as what puts prompts to a live model, and tells us what came back.
+"""Prompts to a live model, through lm-eval's model class.
 
-Judging, statistics and records are ours (`metrics`, `intervals`), and happen afterwards: so every
-value can be computed again from what is kept. The tasks that lm-eval brings are asked in
-`lm_eval_tasks`; rows of our own need none of its task machinery, which takes seconds to import.
+The values of answers are computed later, by `scoring.metrics`, so that they can be computed again
+from the stored answers. Tasks of lm-eval's own are in `lm_eval_tasks`: rows do not need lm-eval's
+machinery for tasks, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
-# transformers' own does the same, beside the Trainer, and that imports PEFT
+# transformers' set_seed is the same, but importing it imports the Trainer and PEFT
 from accelerate.utils import set_seed
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
@@ -33,15 +33,15 @@ EXPECTED = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",
 )
-"""What lm-eval warns of whenever it is handed a live model: it always is, here."""
+"""Warnings that lm-eval gives for every live model; they are hidden."""
 
 
 class BenchmarkError(MeteoraError):
-    """Something cannot be measured as it is asked."""
+    """A task cannot be measured in the way that the recipe asks."""
 
 
 class Harness:
-    """A live model, as it is routed whenever it is asked."""
+    """A live model that answers prompts, with the routing that it has at that moment."""
 
     def __init__(
         self,
@@ -58,106 +58,114 @@ class Harness:
         Args:
             template: `chat`, `plain`, or `auto`: the chat template where the tokenizer has one
             advance: called with the number of prompts, or pairs of prompt and choice, just done
+
+        Raises:
+            BenchmarkError: the template is `chat`, and the tokenizer has none.
         """
         if template == "chat" and not tokenizer.chat_template:
             raise BenchmarkError(
-                "the chat template is asked for, and the base's tokenizer has none; choose"
+                "the recipe asks for the chat template, but the base's tokenizer has none; choose"
                 " `template: plain`"
             )
         self.tokenizer = tokenizer
         self.templated = bool(tokenizer.chat_template) and template != "plain"
         self.seed = seed
         for name in LOGGERS:
-            logging.getLogger(name).addFilter(_is_news)
+            logging.getLogger(name).addFilter(_is_unexpected)
         self.model = _Model(
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
             device=str(model.device),
         )
-        self.model.told.advance = advance
+        self.model.answer_hook.advance = advance
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """The length of each prompt as it is put to the model."""
-        return [len(self.model.tok_encode(self._put(prompt))) for prompt in prompts]
+        """The number of tokens of each prompt, with the template."""
+        return [len(self.model.tok_encode(self._apply_template(prompt))) for prompt in prompts]
 
-    def _put(self, prompt: str) -> str:
-        """A prompt as it is put to the model."""
+    def _apply_template(self, prompt: str) -> str:
+        """The text that the model gets."""
         if not self.templated:
             return prompt
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])
 
     def check_room(self, task: str, lengths: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse prompts of which one does not fit into the model with its answer.
+        """Refuse a task with a prompt that, with its answer, is too long for the model.
 
         Args:
-            lengths: of the prompts, as `prompt_tokens` tells them
+            task: its name
+            lengths: of the prompts, in tokens
+
+        Raises:
+            BenchmarkError: the longest prompt does not fit.
         """
         longest = max(lengths)
         room = self.model.max_length - max_new_tokens
         if longest > room:
             raise BenchmarkError(
-                f"task {task}: its longest prompt has {longest} tokens, and beside an answer of"
-                f" {max_new_tokens} the model has room for {max(0, room)}; shorten one of the two"
+                f"task {task}: its longest prompt has {longest} tokens, but with an answer of"
+                f" {max_new_tokens} the model has room for {max(0, room)}; shorten the prompt or"
+                " lower `max_new_tokens`"
             )
 
     @staticmethod
     def check_choices(task: str, rows: Sequence[Row]) -> None:
-        """Refuse rows of which one has no choices to weigh."""
+        """Refuse a task that needs choices, with a `BenchmarkError`, if a row has none."""
         if bare := next((row for row in rows if not row.choices), None):
             raise BenchmarkError(
-                f"task {task}: the prompt {bare.prompt[:60]!r} has no choices to weigh; give its"
-                " row `choices`, or choose a metric that judges a free answer"
+                f"task {task}: the prompt {bare.prompt[:60]!r} has no choices; give its row"
+                " `choices`, or choose a metric for free answers"
             )
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         """Greedy answers, each up to the end of sequence or `max_new_tokens`.
 
         Returns:
-            of each prompt the answer, and whether it was cut at `max_new_tokens`
+            for each prompt the answer, and whether it was cut at `max_new_tokens`
         """
         settings = {
             "until": [self.tokenizer.eos_token],
             "max_gen_toks": max_new_tokens,
             "do_sample": False,
         }
-        texts = [self._put(prompt) for prompt in prompts]
+        texts = [self._apply_template(prompt) for prompt in prompts]
         asked = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
         set_seed(self.seed)
         answers = self.model.generate_until(asked)
         return [
-            (answer, self.model.told.truncated[text])
+            (answer, self.model.answer_hook.truncated[text])
             for text, answer in zip(texts, answers, strict=True)
         ]
 
-    def weigh(self, rows: Sequence[Row]) -> list[list[float]]:
-        """The log-likelihood of every choice of every row, right after its prompt."""
+    def log_likelihoods(self, rows: Sequence[Row]) -> list[list[float]]:
+        """Of each row, the log-likelihood of each choice as the answer to the prompt."""
         asked = [
             Instance("loglikelihood", {}, (text, choice), i)
             for row in rows
-            for text in [self._put(row.prompt)]
+            for text in [self._apply_template(row.prompt)]
             for i, choice in enumerate(row.choices)
         ]
         set_seed(self.seed)
-        weights = iter(self.model.loglikelihood(asked))
-        return [[next(weights)[0] for _ in row.choices] for row in rows]
+        found = iter(self.model.loglikelihood(asked))
+        return [[next(found)[0] for _ in row.choices] for row in rows]
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in EXPECTED)
 
 
-class _Told(CacheHook):
-    """Told of each prompt with its answer in order, it keeps whether that answer was cut."""
+class _AnswerHook(CacheHook):
+    """lm-eval gives it each prompt with its answer, in order; it keeps which answers were cut."""
 
     advance: Callable[[int], None] = staticmethod(lambda _rows: None)
 
     def __init__(self) -> None:
         super().__init__(None)
         self.batch: list[bool] = []
-        """Of the answers that were generated last."""
+        """Whether each answer of the last generated batch was cut."""
         self.truncated: dict[str, bool] = {}
-        """By prompt, as it was put to the model."""
+        """Whether the answer was cut, by the text of the prompt with its template."""
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ANN401, ARG002
         if attr == "generate_until":
@@ -166,11 +174,11 @@ class _Told(CacheHook):
 
 
 class _Model(HFLM):
-    """lm-eval's own model class, without its own bars; it sees which answers were cut."""
+    """lm-eval's model class without its progress bars; it notes which answers were cut."""
 
     def __init__(self, **asked: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
         super().__init__(**asked)
-        self.cache_hook = self.told = _Told()
+        self.cache_hook = self.answer_hook = _AnswerHook()
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         return super().generate_until(requests, disable_tqdm=True)
@@ -193,5 +201,5 @@ class _Model(HFLM):
         new = out[:, context.shape[1] :]
         ended = (new == self.eot_token_id).any(-1).tolist()
         full = out.shape[1] >= max_length
-        self.told.batch = [full and not done for done in ended]
+        self.answer_hook.batch = [full and not done for done in ended]
         return out

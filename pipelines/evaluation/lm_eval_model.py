@@ -1,12 +1,12 @@
-"""Fused models among those that lm-eval knows, for its own command or by ours.
+"""Fused models for lm-eval's command, in two ways.
 
     lm_eval --model meteora --model_args pretrained=FOLDER_OR_HUB_ID --tasks FILE,hellaswag …
     python -m pipelines.lm_eval_model --model meteora --model_args pretrained=… --tasks hellaswag …
 
-FILE is `lm_eval_model.yaml` beside this module. lm-eval 0.4.13 asks for no plug-ins, and only reads
-the names of what lies in an `--include_path`; but a task that is given as a file is loaded with the
-functions that it names, and that is before the model is looked for. So that file names the class
-below. With it `--model hf` takes fused models, too, by transformers' own registration.
+FILE is `lm_eval_model.yaml` in this folder. lm-eval 0.4.13 has no plug-ins. But it imports the
+functions that a task file names, and it does so before it looks for the model: so this file names
+the class below. Importing it also registers fused models with transformers, so `--model hf` takes
+them, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import meteora
 
 @register_model("meteora")
 class Meteora(HFLM):
-    """A fused model, or one expert of it."""
+    """A fused model, or one of its experts alone."""
 
     def __init__(
         self,
@@ -39,9 +39,9 @@ class Meteora(HFLM):
 
         Args:
             pretrained: a folder or a Hub id
-            base_folder: where the base lies, if it is on no Hub
-            expert: send every token to this one
-            asked: what HFLM takes for a model that is loaded already
+            base_folder: the folder of the base, if it is not on the Hub
+            expert: the expert that gets every token; empty for the router's choice
+            asked: arguments of HFLM for a model that is loaded already
         """
         model, tokenizer = meteora.load(
             pretrained, base_folder=base_folder, revision=revision, device=device, dtype=dtype

@@ -1,4 +1,4 @@
-"""The tasks that lm-eval brings: asked its way and judged by itself; we take its values."""
+"""Tasks of lm-eval's own: it makes the prompts and computes the value of each row."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OwnTask:
+class LmEvalRun:
+    """What lm-eval reports of one task."""
+
     samples: list[dict[str, Any]]
+    """One for each row, in order, in lm-eval's own form."""
     higher_is_better: dict[str, bool]
+    """By metric."""
 
     def values(self, name: str, metric: str) -> list[float]:
-        """The metric's value of every row."""
+        """The metric's value of every row.
+
+        Raises:
+            BenchmarkError: lm-eval computes no such metric for each row; the message lists others.
+        """
         kept = [sample.get(metric) for sample in self.samples]
         if not kept or not all(isinstance(value, int | float) for value in kept):
             given = {
@@ -40,7 +48,7 @@ class OwnTask:
         return [float(cast("float", value)) for value in kept]
 
     def outputs(self) -> list[dict[str, Any]]:
-        """What is kept of every row: the question and the replies as the harness holds them."""
+        """Prompt, reference and output of every row; the output is JSON of all replies."""
         return [
             {
                 "prompt": str(sample["arguments"][0][0]),
@@ -51,13 +59,17 @@ class OwnTask:
         ]
 
 
-def own_task(harness: Harness, name: str, folder: Path | None, limit: int) -> OwnTask:
-    """Ask one of lm-eval's tasks, or one of a folder of its form.
+def run_lm_eval_task(harness: Harness, name: str, folder: Path | None, limit: int) -> LmEvalRun:
+    """Ask the first rows of one task.
+
+    Args:
+        folder: with tasks in lm-eval's YAML form; None for the tasks that come with lm-eval
+        limit: number of rows
 
     Raises:
-        BenchmarkError: it knows no such task, or cannot get its rows.
+        BenchmarkError: there is no such task, or its rows cannot be downloaded or read.
     """
-    # its own 10,000 tasks take 10 s to index: not beside a folder's
+    # indexing lm-eval's own 10,000 tasks takes 10 s, so it is left out where a folder is given
     manager = TaskManager(
         include_path=str(folder) if folder else None, include_defaults=folder is None
     )
@@ -70,19 +82,19 @@ def own_task(harness: Harness, name: str, folder: Path | None, limit: int) -> Ow
         first = str(error).strip().partition("\n")[0]
         raise BenchmarkError(
             f"task {name}: {HARNESS} cannot get or read its rows ({first}); they come from the"
-            " Hub, which has to be reached once"
+            " Hub, so check that the Hub can be reached and run again"
         ) from error
     samples = report["samples"].get(name, [])
     first_filter = samples[0]["filter"] if samples else ""
     samples = [sample for sample in samples if sample["filter"] == first_filter]
-    return OwnTask(
+    return LmEvalRun(
         sorted(samples, key=lambda sample: sample["doc_id"]),
         report["higher_is_better"].get(name, {}),
     )
 
 
 def _evaluate(harness: Harness, name: str, manager: TaskManager, limit: int) -> Any:  # noqa: ANN401
-    """What its `simple_evaluate` does, but for a second of questions about the machine."""
+    """As lm-eval's `simple_evaluate`, without the second that it takes to describe the machine."""
     set_seed(harness.seed)
     loaded = manager.load([name])
     for task in loaded["tasks"].values():

@@ -1,4 +1,4 @@
-"""Who is asked what: every score, comparison and timing that a recipe comes to."""
+"""Every score, comparison and timing that a recipe asks for: which system, on which task."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ if TYPE_CHECKING:
     from pipelines.recipe.benchmark import BenchmarkSection
 
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
+"""Systems, by their names in a recipe; `experts` stands for each adapter alone on every task."""
 ONE_EXPERT = "one_expert"
-TOLD = (ORACLE, ONE_EXPERT)
-"""Told whose question each token of a composite belongs to: all of it, or the first."""
+ORACLES = (ORACLE, ONE_EXPERT)
+"""Controls that know which question each token of a composite belongs to; see `oracle_routing`."""
 MERGES: Mapping[str, tuple[float, float]] = {
     "linear": (0.0, 1.0),
     "ties": (1.0, 0.2),
     "dare_ties": (1.0, 0.2),
 }
-"""Weight and density by method, as PEFT's documentation uses them; 0 stands for an equal share."""
+"""Weight and density by method, as in PEFT's documentation; weight 0 stands for an equal share."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number that the recipe asks for."""
+    """One score that the recipe asks for."""
 
     system: str
     """`fused`, `base`, `oracle`, `expert:<name>`, or the kind of another router or of a merge."""
     expert: str
-    """Whose rows they are, and who answers where the system is `oracle`; empty for other tasks."""
+    """The expert whose own task it is, which `oracle` forces; empty for other tasks."""
     spec: BenchmarkSpec
 
     @property
     def adapter(self) -> str:
-        """The one expert that answers alone; empty for other systems."""
+        """The expert that is forced for every token; empty where none is."""
         if self.system == ORACLE:
             return self.expert
         return self.system.partition(":")[2]
@@ -55,7 +56,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Subjects:
-    """Everything that is measured, by the name that a recipe gives it."""
+    """Every artifact that is measured, by the system's name in a recipe."""
 
     base: BaseSpec
     fused: FusedSpec
@@ -66,6 +67,11 @@ class Subjects:
     """Merges to compare with, by method."""
 
     def id_of(self, system: str) -> ArtifactId:
+        """The id of the artifact that a system is.
+
+        Raises:
+            KeyError: it is an expert alone, or not measured.
+        """
         fixed = {FUSED: self.router.id, BASE: self.base.id}
         return fixed.get(system) or {**self.others, **self.merges}[system].id
 
@@ -73,6 +79,7 @@ class Subjects:
 def find_subjects(
     base: BaseSpec, fused: FusedSpec, router: RouterSpec, settings: BenchmarkSection
 ) -> Subjects:
+    """The specs of all systems that the recipe compares."""
     others, merges = {}, {}
     for system in settings.compare:
         if system in MERGES:
@@ -80,7 +87,7 @@ def find_subjects(
             weight = weight or 1 / len(fused.names)
             seed = settings.seed if system == "dare_ties" else 0
             merges[system] = MergeSpec(fused.id, system, weight, density, seed)
-        elif system not in {BASE, EXPERTS} and (system not in TOLD or settings.composite):
+        elif system not in {BASE, EXPERTS} and (system not in ORACLES or settings.composite):
             seed = settings.seed if system == "random" else 0
             others[system] = RouterSpec(
                 fused.id, system, router.top_k, router.temperature, seed=seed
@@ -91,12 +98,12 @@ def find_subjects(
 def find_measurements(
     tasks: Mapping[str, Task], subjects: Subjects, settings: BenchmarkSection
 ) -> tuple[Measurement, ...]:
-    """Every score, task by task; several metrics of one task follow each other."""
+    """Every score, task by task; the metrics of a task stand together."""
     alone = dict(zip(subjects.fused.names, subjects.fused.adapter_ids, strict=True))
     found = []
     for task in tasks.values():
         for system in (FUSED, *settings.compare):
-            for name, subject_id in _who(system, task, subjects, alone):
+            for name, subject_id in _subjects_of(system, task, subjects, alone):
                 found += [
                     Measurement(name, task.expert, spec)
                     for spec in _specs(task, subject_id, subjects.base.id)
@@ -104,15 +111,15 @@ def find_measurements(
     return tuple(found)
 
 
-def _who(
+def _subjects_of(
     system: str, task: Task, subjects: Subjects, alone: Mapping[str, ArtifactId]
 ) -> Iterator[tuple[str, ArtifactId]]:
-    """The names and ids of those who answer a task as one system of a recipe."""
+    """Name and id of each subject that one `compare` entry of a recipe means for a task."""
     if system == EXPERTS:
-        if not task.composites:  # no adapter alone is meant for them
+        if not task.composites:  # an adapter alone is not made for them
             for name, adapter_id in alone.items():
                 yield f"expert:{name}", adapter_id
-    elif system in TOLD:  # for tasks of no expert, no adapter is the right one
+    elif system in ORACLES:  # not for tasks of no expert: no adapter is the right one
         if task.composites and alone.keys() >= task.part_metrics.keys():
             yield system, subjects.id_of(system)
         elif task.expert and system == ORACLE:
@@ -139,9 +146,9 @@ def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[
 def find_comparisons(
     tasks: Mapping[str, Task], subjects: Subjects, measurements: tuple[Measurement, ...]
 ) -> tuple[ComparisonSpec, ...]:
-    """The fused model against every other system, each over all tasks that both were asked.
+    """The fused model against every other system, over all tasks that both are measured on.
 
-    Of a task with several metrics the first is compared.
+    Where a task has several metrics, the first is compared.
     """
     ids: dict[str, dict[str, ArtifactId]] = {}
     for one in measurements:
@@ -161,6 +168,7 @@ def find_comparisons(
 
 
 def find_speed(subjects: Subjects, settings: BenchmarkSection) -> SpeedSpec | None:
+    """The timing that the recipe asks for, if it asks for one."""
     asked = settings.speed
     if asked is None:
         return None

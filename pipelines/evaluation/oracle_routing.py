@@ -1,10 +1,11 @@
-"""Composites answered with what the routed model has to find out: whose text each token is.
+"""Controls for composites that know what the routed model has to find out: whose each token is.
 
     oracle       every token goes to the expert of the question that it belongs to
     one_expert   every token goes to the expert of the first question: one LoRA for a whole prompt
 
-What belongs to nobody, the template and the sentence before the questions, goes to the first too.
-While the answer is written, its last number says whose it is.
+Tokens of no question, which are the template's and the sentence before the questions, go to the
+expert of the first question. While the model answers, the last number that it wrote at the start of
+a line names the question.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from pipelines.data.composites import Composite
 
 
-class _Told:
-    """Sees every forward pass before its layers do, and says which expert is to have each token."""
+class OracleRouting:
+    """Finds the expert of each token of a forward pass before the layers run."""
 
     def __init__(
         self,
@@ -41,32 +42,47 @@ class _Told:
         *,
         switches: bool,
     ) -> None:
+        """Prepare for prompts that are these composites, and no others.
+
+        Args:
+            names: of all experts, in order
+            switches: whether each question has its own expert; otherwise all have the first one's
+        """
         self.tokenizer = tokenizer
         self.composites = composites
         self.names = names
         self.switches = switches
         self.followed = Followed()
         self._asked: list[Composite] = []
-        """Of each sequence in the batch that is being answered."""
-        self._said: list[list[int]] = []
-        """The tokens of its answer so far."""
+        """The composite of each sequence in the batch that is being answered."""
+        self._answers: list[list[int]] = []
+        """The tokens of each sequence's answer so far."""
 
-    def before(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def set_experts(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pre-hook of the base model: sets the experts of the tokens that come in.
+
+        Raises:
+            MeteoraError: a prompt is none of the composites, or its tokens cannot be assigned.
+        """
         ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         past = kwargs.get("past_key_values")
         if past is None or past.get_seq_length() == 0:
             mask = kwargs.get("attention_mask")
             there = torch.ones_like(ids) if mask is None else mask
             rows = zip(ids.tolist(), there.tolist(), strict=True)
-            experts = self._prompts([(row, sum(is_there)) for row, is_there in rows])
+            experts = self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
         else:
-            experts = [[self._next(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
+            experts = [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
         chosen = one_hot(torch.tensor(experts, device=ids.device), len(self.names))
         self.followed.hold(chosen.flatten(0, 1).float())  # [T, E]
 
-    def _prompts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
-        """The expert of every token of prompts that were padded on the left."""
-        self._asked, self._said = [], [[] for _ in rows]
+    def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
+        """The expert of every token of each prompt.
+
+        Args:
+            rows: of each prompt the ids, padded on the left, and how many are not padding
+        """
+        self._asked, self._answers = [], [[] for _ in rows]
         experts = []
         for row, length in rows:
             text = str(self.tokenizer.decode(row[len(row) - length :]))
@@ -77,8 +93,9 @@ class _Told:
             owners = prompt_owners(self.tokenizer, asked, text)
             if len(owners) != length:
                 raise MeteoraError(
-                    f"the tokenizer splits the prompt {asked.prompt[:60]!r} into {length} tokens,"
-                    f" and into {len(owners)} when it reads them back; whose they are is not known"
+                    f"the prompt {asked.prompt[:60]!r} has {length} tokens, but {len(owners)} when"
+                    " its text is tokenized again, so their questions are not known; leave `oracle`"
+                    " and `one_expert` out of `compare`, or the composites out of the benchmark"
                 )
             first = asked.questions[0].task
             own = [(owner or first) if self.switches else first for owner in owners]
@@ -86,26 +103,31 @@ class _Told:
             experts.append([self.names.index(owner) for owner in padded])
         return experts
 
-    def _next(self, i: int, token: int) -> int:
-        """The expert of the next token of sequence `i`."""
-        asked, said = self._asked[i].questions, self._said[i]
-        said.append(token)
-        number = last_number(str(self.tokenizer.decode(said)), len(asked)) if self.switches else 1
+    def _next_expert(self, i: int, token: int) -> int:
+        """The expert of the token that sequence `i` now has at its end."""
+        asked, answer = self._asked[i].questions, self._answers[i]
+        answer.append(token)
+        number = last_number(str(self.tokenizer.decode(answer)), len(asked)) if self.switches else 1
         return self.names.index(asked[max(number, 1) - 1].task)
 
 
 @contextmanager
-def told(
+def use_oracle(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     composites: Sequence[Composite],
     system: str,
 ) -> Generator[None]:
-    """The model as `oracle` or `one_expert`, to be asked these composites and nothing else."""
-    found = _Told(tokenizer, composites, expert_names(model), switches=system == ORACLE)
-    hook = model.base_model.register_forward_pre_hook(found.before, with_kwargs=True)
+    """The model as `oracle` or `one_expert`, until the context ends.
+
+    Args:
+        composites: the only prompts that it can be asked meanwhile
+        system: `oracle` or `one_expert`
+    """
+    routing = OracleRouting(tokenizer, composites, expert_names(model), switches=system == ORACLE)
+    hook = model.base_model.register_forward_pre_hook(routing.set_experts, with_kwargs=True)
     try:
-        with routed_by(model, lambda layer: Follower(found.followed, layer.num_experts)):
+        with routed_by(model, lambda layer: Follower(routing.followed, layer.num_experts)):
             yield
     finally:
         hook.remove()

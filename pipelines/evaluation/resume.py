@@ -1,9 +1,9 @@
-"""Answers of an asking that is not finished yet, kept as they come.
+"""A log of the answers of a measurement that is not finished.
 
-A benchmark of a large model asks for hours. What was answered before a run was stopped is not asked
-again: rows go through the model in portions of whole batches, each portion is written down when it
-is there, and whoever asks the same again goes on after the last one. The portions are the same
-whether a run was stopped or not, and so are the batches, to the last bit.
+Measuring a large model takes hours. When a run is stopped, the next one continues at the first row
+without an answer: rows go through the model in portions of whole batches, and each portion is
+written to the log as soon as it is answered. A stopped measurement has the same portions, and so
+the same batches, as one that was never stopped; its answers are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 BATCHES = 4
-"""In a portion."""
+"""Batches in a portion."""
 
 
-class Keeping(Protocol):
-    """Where portions are found again, and left."""
+class AnswerLog(Protocol):
+    """Keeps the answers of one measurement, in phases that are asked one after the other."""
 
-    def found(self, phase: str, /) -> list[Any]:
-        """What was answered before, row by row."""
+    def read(self, phase: str, /) -> list[Any]:
+        """The answers that an earlier process wrote, in the order of the rows."""
 
-    def keep(self, phase: str, answers: Sequence[Any], /) -> None:
-        """Write down one more portion."""
+    def append(self, phase: str, answers: Sequence[Any], /) -> None:
+        """Write down the answers of one more portion."""
 
 
-class Nowhere:
-    """For what cannot be gone on with: a router that draws its choices, for one."""
+class NoLog:
+    """Keeps nothing: for systems that cannot continue, such as a router with random choices."""
 
-    def found(self, _phase: str, /) -> list[Any]:
+    def read(self, _phase: str, /) -> list[Any]:
         return []
 
-    def keep(self, _phase: str, _answers: Sequence[Any], /) -> None:
+    def append(self, _phase: str, _answers: Sequence[Any], /) -> None:
         pass
 
 
-class InFile:
-    """A line of JSON a portion; a line that a kill left torn is dropped, and what follows it."""
+class FileLog:
+    """One portion a line, as JSON. A line that a kill cut short is dropped, with all after it."""
 
     def __init__(self, file: TextIO) -> None:
+        """Read what is there.
+
+        Args:
+            file: open for reading and appending, ASCII
+        """
         self._file = file
-        self._found: dict[str, list[Any]] = {}
+        self._read: dict[str, list[Any]] = {}
         file.seek(0)
         whole = 0
         for line in file.read().splitlines(keepends=True):
@@ -58,54 +63,54 @@ class InFile:
             if not line.endswith("\n"):
                 break
             whole += len(line)
-            self._found.setdefault(phase, []).extend(answers)
+            self._read.setdefault(phase, []).extend(answers)
         file.truncate(whole)  # ASCII: as many bytes as characters
 
-    def found(self, phase: str, /) -> list[Any]:
-        return self._found.get(phase, [])
+    def read(self, phase: str, /) -> list[Any]:
+        return self._read.get(phase, [])
 
-    def keep(self, phase: str, answers: Sequence[Any], /) -> None:
+    def append(self, phase: str, answers: Sequence[Any], /) -> None:
         self._file.write(json.dumps([phase, list(answers)]) + "\n")
         self._file.flush()
 
 
 @contextmanager
-def keeping(path: Path) -> Generator[Keeping]:
-    """Keep answers in a file; while another process has it, nowhere."""
+def open_log(path: Path) -> Generator[AnswerLog]:
+    """The log in a file, which is made if needed; `NoLog` while another process has it open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield Nowhere()
+            yield NoLog()
         else:
-            yield InFile(file)
+            yield FileLog(file)
 
 
-def in_portions(
+def answer_in_portions(
     asked: Sequence[Any],
     ask: Callable[[Any], Sequence[Any]],
     *,
     phase: str,
     batch_size: int,
-    kept: Keeping,
+    log: AnswerLog,
     advance: Callable[[int], None],
     parts_of: Callable[[Any], int] = lambda _asked: 1,
 ) -> list[Any]:
-    """Ask everything that was not answered before, portion by portion.
+    """One answer for each item of `asked`, from the log where it has one.
 
     Args:
-        ask: answers one portion, in its order
-        phase: tells askings of the same rows apart
-        advance: told how much was answered before
-        parts_of: how much of that one of `asked` is
+        ask: answers the items of one portion, in order
+        phase: a name for this use of the log; others on the same rows have other names
+        advance: called once with the number of parts that the log has; `ask` reports the others
+        parts_of: the number of parts of an item, such as its choices
     """
-    answers = kept.found(phase)[: len(asked)]
+    answers = log.read(phase)[: len(asked)]
     if answers:
         advance(sum(map(parts_of, asked[: len(answers)])))
     step = BATCHES * batch_size
     for start in range(len(answers), len(asked), step):
         portion = list(ask(asked[start : start + step]))
-        kept.keep(phase, portion)
+        log.append(phase, portion)
         answers += portion
     return answers

@@ -1,6 +1,7 @@
-"""Where a router sends tokens: how often to whom, how surely, and how soon it follows a change.
+"""Where a router sends tokens: to which expert, with which certainty, and how soon it switches.
 
-Routing is watched as it happens, with the choices of the layers below feeding those above.
+Routing is recorded in ordinary forward passes, so each layer sees what the routed layers below it
+produce.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 QUESTIONS, COMPOSITES, SEED = 3, 48, 0
-"""Prompts in which a router has to follow: how many questions each, how many of them, drawn how."""
+"""Of the composites in which switches are measured: questions in each, number, and seed."""
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Of one routed module, over tokens."""
+class RoutingSums:
+    """Sums over tokens for one routed module; see `RoutingDetail` for their meaning."""
 
     counts: Tensor
-    """Tokens sent to each expert, [E]: the one with the largest logit."""
+    """Tokens sent to each expert, by the largest logit: [E]."""
     num_tokens: int
     entropy_bits: float
     weight: float
     agreement: float
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
+    def __add__(self, other: RoutingSums) -> RoutingSums:
+        return RoutingSums(
             self.counts + other.counts,
             self.num_tokens + other.num_tokens,
             self.entropy_bits + other.entropy_bits,
@@ -51,31 +52,35 @@ class Sums:
         )
 
     def detail(self, module: str) -> RoutingDetail:
+        """The means over the tokens."""
         n = self.num_tokens
         return RoutingDetail(module, self.entropy_bits / n, self.weight / n, self.agreement / n)
 
 
-def add(total: dict[str, Sums], more: Mapping[str, Sums]) -> None:
-    """Add up the sums of the same modules."""
+def add(total: dict[str, RoutingSums], more: Mapping[str, RoutingSums]) -> None:
+    """Add the sums of each module to its total, in place."""
     for path, sums in more.items():
         total[path] = total[path] + sums if path in total else sums
 
 
-def watch(
+def measure_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
     batch_size: int,
     advance: Callable[[int], None] = lambda _rows: None,
-) -> dict[str, Sums]:
+) -> dict[str, RoutingSums]:
     """Where the tokens of some rows are sent, by routed module.
 
-    Prompt and answer are fed as they stand; the template's opening, the same in front of every
-    prompt, is left out, since no router could tell anything from it.
+    The model gets each prompt with its reference answer. Tokens of the template's opening do not
+    count: they are the same in every prompt, so no router can tell the expert from them.
+
+    Args:
+        advance: called with the number of rows just done
     """
     opening = len(Template.of(tokenizer).opening)
-    total: dict[str, Sums] = {}
+    total: dict[str, RoutingSums] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
@@ -90,8 +95,16 @@ def watch(
     return total
 
 
-def _sums(model: PreTrainedModel, ids: Tensor, there: Tensor, asked: Tensor) -> dict[str, Sums]:
-    """One forward pass over ids [B, L]; of its tokens those count that are `asked` [B × L]."""
+def _sums(
+    model: PreTrainedModel, ids: Tensor, there: Tensor, counted: Tensor
+) -> dict[str, RoutingSums]:
+    """The sums of one forward pass.
+
+    Args:
+        ids: [B, L]
+        there: which of them are not padding, [B, L]
+        counted: which of them count, [B × L]
+    """
     with (
         torch.inference_mode(),
         recorded_logits(model) as logits,
@@ -108,36 +121,41 @@ def _sums(model: PreTrainedModel, ids: Tensor, there: Tensor, asked: Tensor) -> 
         for path, layer in routed_layers(model).items()
         if layer.router is not None
     }
-    asked = asked.to(model.device)
-    chosen = {path: experts[asked, 0] for path, (_, experts) in routes.items()}
+    counted = counted.to(model.device)
+    chosen = {path: experts[counted, 0] for path, (_, experts) in routes.items()}
     votes = sum(torch.nn.functional.one_hot(own, num_experts) for own in chosen.values())
     majority = torch.as_tensor(votes).argmax(-1)
     found = {}
     for path, (weights, _) in routes.items():
-        shares = torch.softmax(logits[path][asked].float() / temperature[path], dim=-1)
-        found[path] = Sums(
+        shares = torch.softmax(logits[path][counted].float() / temperature[path], dim=-1)
+        found[path] = RoutingSums(
             counts=torch.bincount(chosen[path], minlength=num_experts).cpu(),
             num_tokens=len(chosen[path]),
             entropy_bits=float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0))),
-            weight=float(weights[asked, 0].sum()),
+            weight=float(weights[counted, 0].sum()),
             agreement=float((chosen[path] == majority).sum()),
         )
     return found
 
 
-def switches(
+def measure_switches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tests: Mapping[str, Sequence[Row]],
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> tuple[RoutingSwitch, ...]:
-    """How many tokens pass, where one task's text ends and another's begins, until routing follows.
+    """How many tokens after the start of another task's text routing switches to its expert.
 
-    A token follows when the expert with the largest mean weight over all modules is the task's own.
+    Routing has switched at the first token where the task's own expert has the largest mean weight
+    over all modules.
 
     Args:
-        tests: rows by expert; prompts of several questions are made of them
+        tests: rows by expert, from which composites are made
+        advance: called with the number of composites just done
+
+    Returns:
+        nothing if fewer than two experts have rows that fit into composites
     """
     rows = {name: fit for name, own in tests.items() if (fit := [row for row in own if fits(row)])}
     if len(rows) < 2:
@@ -165,7 +183,7 @@ def switches(
 
 
 def _runs(owners: Sequence[str | None]) -> list[tuple[int, int]]:
-    """Where each stretch of tokens of one task begins and ends; nobody's tokens are no stretch."""
+    """Start and end of each run of tokens of one task; tokens of no task are in no run."""
     runs: list[tuple[int, int]] = []
     for t, owner in enumerate(owners):
         if owner is None:

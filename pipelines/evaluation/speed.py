@@ -1,4 +1,4 @@
-"""How fast a routed model is, against its own base, in turns on the machine at hand."""
+"""The speed and memory of a routed model against its own base, on the same machine."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def time_model(
     stored_bytes: int,
     advance: Callable[[int], None] = lambda _rounds: None,
 ) -> SpeedBuild:
-    """Time the routed model and its base in turns, each first in every other round.
+    """Time the routed model and its base in turns; each is first in every other round.
 
-    Both run on the same random tokens, so that neither stops early; the first round is not
-    counted. A round's two times belong together: the ratio is the median over the rounds.
+    Both run on the same random tokens, so neither stops early. One round before the first warms up
+    and is not counted. Each round gives a ratio of two times; the result has their median.
 
     Args:
-        stored_bytes: of experts and gates on disk
+        stored_bytes: size of experts and gates on disk
         advance: called with the number of rounds just done
     """
     started = time.perf_counter()
@@ -82,7 +82,11 @@ def time_model(
 
 
 def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple[float, float]:
-    """Seconds of a prefill, and of decoding the rest one token at a time."""
+    """Seconds for the prefill, and for decoding the other tokens one at a time.
+
+    Args:
+        ids: [B, prompt_tokens + new_tokens]
+    """
     with torch.inference_mode():
         begun = _now(model.device)
         out = model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
@@ -118,7 +122,7 @@ def _rate(phase: str, seconds: dict[tuple[str, str], list[float]], spec: SpeedSp
 
 
 def _weights(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes in memory of the base, and of experts and routers beside it; shared tensors once."""
+    """Bytes in memory of the base, and of experts and routers; shared tensors count once."""
     added: set[nn.Module] = set()
     for layer in routed_layers(model).values():
         added |= {layer, *(layer.router.modules() if layer.router else ())}
@@ -132,7 +136,11 @@ def _weights(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
-    """The most that a prefill allocates at one time, beyond what lies in memory before."""
+    """The peak of memory that a prefill allocates beyond what is allocated before it, in bytes.
+
+    Args:
+        prompt: ids [B, L]
+    """
     with torch.inference_mode():
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
@@ -158,4 +166,5 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the kind of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

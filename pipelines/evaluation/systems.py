@@ -1,7 +1,7 @@
-"""One loaded model as each of the systems that it is compared with.
+"""One loaded model as each of the systems that are compared.
 
-The base is the model without its experts, an adapter alone is the model with that expert forced;
-tests prove both equal to the real thing. So no second model is ever loaded.
+The base is the model without its experts, and an adapter alone is the model with that expert
+forced; tests show that both equal the real ones. So a second model is never loaded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.model.fused import force_expert, make_router, routed_by, without_experts
 from meteora.routing.layer import routed_layers
-from pipelines.evaluation.measurements import BASE, FUSED, TOLD
-from pipelines.evaluation.oracle_routing import told
+from pipelines.evaluation.measurements import BASE, FUSED, ORACLES
+from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipelines.evaluation.tasks import Task
 
 
-def as_system(
+def use_system(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     measurement: Measurement,
@@ -39,7 +39,7 @@ def as_system(
     merges: Mapping[str, MergeSpec],
     others: Mapping[str, RouterSpec],
 ) -> AbstractContextManager[None]:
-    """The model as the system that is measured, until the context ends.
+    """The model as the system of a measurement, until the context ends.
 
     Args:
         tasks: all tasks, by name
@@ -47,8 +47,8 @@ def as_system(
         others: routers to compare with, by kind
     """
     system, composites = measurement.system, tasks[measurement.spec.task].composites
-    if composites and system in TOLD:
-        return told(model, tokenizer, composites, system)
+    if composites and system in ORACLES:
+        return use_oracle(model, tokenizer, composites, system)
     if system == FUSED:
         return nullcontext()
     if system == BASE:
@@ -56,12 +56,12 @@ def as_system(
     if measurement.adapter:
         return force_expert(model, measurement.adapter)
     if system in merges:
-        return merged(model, merges[system])
-    return routed_as(model, others[system])
+        return use_merge(model, merges[system])
+    return use_router(model, others[system])
 
 
-def routed_as(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManager[None]:
-    """The model with another router in every layer."""
+def use_router(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManager[None]:
+    """The model with another router in every layer, until the context ends."""
     number = count(spec.seed * len(routed_layers(model)))  # every layer draws for itself
     return routed_by(
         model,
@@ -72,15 +72,18 @@ def routed_as(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManage
 
 
 @contextmanager
-def merged(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
-    """The base with all experts merged into one change of each layer, as PEFT merges them.
+def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
+    """The base with all experts merged in every layer, as PEFT merges them; until the context ends.
 
-    The whole B A of each expert is merged, so experts of any ranks can be; one that lacks a layer
-    has no say there. The base's weights are left alone: what the merge adds is computed beside
-    them, which needs as much memory as the layers that it changes.
+    The products B A are merged, so the experts can have any ranks. An expert takes no part at a
+    layer that its adapter does not change. The base's weights stay: the merge is added to each
+    layer's output, which needs as much memory as the weights of those layers.
+
+    Raises:
+        MeteoraError: the method is unknown.
     """
     with ExitStack() as hooks, torch.random.fork_rng():
-        torch.manual_seed(spec.seed)  # of what DARE drops
+        torch.manual_seed(spec.seed)  # DARE drops at random
         for layer in routed_layers(model).values():
             delta = merge_deltas(layer, spec).to(layer.weight.dtype)
             hook = layer.projection.register_forward_hook(_adding(delta))
@@ -90,7 +93,7 @@ def merged(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
 
 
 def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds to a projection's output what `delta` [OUT, IN] makes of its input."""
+    """A hook that adds `delta` [OUT, IN] times the input to a projection's output."""
 
     def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + torch.nn.functional.linear(inputs[0], delta)
@@ -99,7 +102,11 @@ def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
 
 
 def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
-    """What the merge adds to a layer's weight [OUT, IN], in float32."""
+    """What the merge adds to a layer's weight: [OUT, IN], float32.
+
+    Raises:
+        MeteoraError: the method is none of linear, ties, dare_ties.
+    """
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
     device = layer.weight.device
@@ -121,4 +128,4 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
         return merge_utils.ties(deltas, weights, spec.density)
     if spec.method == "dare_ties":
         return merge_utils.dare_ties(deltas, weights, spec.density)
-    raise MeteoraError(f"merge {spec.method!r} is none of linear, ties, dare_ties")
+    raise MeteoraError(f"there is no merge {spec.method!r}; choose linear, ties or dare_ties")

@@ -1,4 +1,4 @@
-"""What is asked: a task is rows, composites of them, or one that the harness brings itself."""
+"""A task: rows, composites made of rows, or a task of lm-eval's own."""
 
 from __future__ import annotations
 
@@ -24,45 +24,49 @@ COMPOSITE = "composite"
 
 @dataclass(frozen=True)
 class Task:
+    """What a system is asked, and by which metrics its answers are scored."""
+
     name: str
     metrics: tuple[str, ...]
     """The first is the one that tables show."""
     template: str
+    """`chat`, `plain` or `auto`."""
     max_new_tokens: int
     rows: Sequence[Row] = ()
     expert: str = ""
-    """Whose own rows they are."""
+    """The expert whose own rows they are; empty for other tasks."""
     composites: Sequence[Composite] = ()
     part_metrics: Mapping[str, str] = field(default_factory=dict)
-    """Of composites: how the answers to each task's questions are judged."""
+    """For composites: the metric of the questions from each task."""
     lm_eval: str = ""
-    """Name of the harness's own task."""
+    """The name of a task of lm-eval's own."""
     folder: Path | None = None
-    """Where the harness finds a task that it does not bring."""
+    """Where lm-eval finds that task if it does not come with lm-eval."""
     limit: int = 0
-    """Rows of the harness's own task."""
+    """Number of rows of that task."""
 
     @property
     def rows_sha256(self) -> str:
+        """What `BenchmarkSpec.rows_sha256` is."""
         if self.lm_eval:
             return canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit})
         return rows_sha256(self.composites or self.rows)
 
     @property
     def num_questions(self) -> int:
-        """How many prompts, or, where choices are weighed, how many pairs of both."""
+        """The number of prompts to answer, and of pairs of prompt and choice to compare."""
         if self.lm_eval:
             return self.limit
-        weighed = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
-        asked = any(m not in METRICS or not METRICS[m].of_choices for m in self.metrics)
-        choices = sum(len(row.choices) for row in self.rows) if weighed else 0
-        return choices + (len(self.composites or self.rows) if asked else 0)
+        of_choices = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
+        generated = any(m not in METRICS or not METRICS[m].of_choices for m in self.metrics)
+        choices = sum(len(row.choices) for row in self.rows) if of_choices else 0
+        return choices + (len(self.composites or self.rows) if generated else 0)
 
 
 def make_tasks(
     experts: Sequence[ExpertSection], settings: BenchmarkSection, folder: Path
 ) -> dict[str, Task]:
-    """Every task of a recipe by name: the experts' own, further ones, then composites.
+    """Every task of a recipe by name: the experts' own, the listed ones, then composites.
 
     Raises:
         ExamplesError: rows are missing or malformed.
@@ -72,27 +76,27 @@ def make_tasks(
         if expert.test:
             tasks[expert.name] = Task(
                 expert.name,
-                _several(expert.metric) or ("exact_match",),
+                _metrics(expert.metric) or ("exact_match",),
                 settings.template,
                 expert.max_new_tokens or settings.max_new_tokens,
                 rows=read_rows(expert.test, folder, settings.limit),
                 expert=expert.name,
             )
     for section in settings.tasks:
-        tasks[section.called] = _further(section, settings, folder)
+        tasks[section.called] = _listed_task(section, settings, folder)
     tasks |= _composites(tasks, settings)
     return tasks
 
 
-def _several(metric: str | tuple[str, ...]) -> tuple[str, ...]:
+def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:
     return ((metric,) if metric else ()) if isinstance(metric, str) else metric
 
 
-def _further(section: TaskSection, settings: BenchmarkSection, folder: Path) -> Task:
+def _listed_task(section: TaskSection, settings: BenchmarkSection, folder: Path) -> Task:
     limit = section.limit or settings.limit
     return Task(
         section.called,
-        _several(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
+        _metrics(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
         section.template or settings.template,
         section.max_new_tokens or settings.max_new_tokens,
         rows=read_rows(section.rows, folder, limit) if section.rows else (),
@@ -106,7 +110,7 @@ def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[s
     made = {}
     for section in settings.composite:
         name = f"{COMPOSITE}-{section.n}"
-        # an expert that was left out takes its task with it
+        # without a task whose expert was left out
         names = [n for n, task in tasks.items() if task.rows and n in (section.tasks or tasks)]
         parts = {
             part: next((m for m in tasks[part].metrics if not METRICS[m].of_choices), "exact_match")

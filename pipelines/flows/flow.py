@@ -211,7 +211,7 @@ def _recorded(work: RunContext, until: Stage) -> dict[str, float]:
 def _show(work: RunContext, planned: Plan) -> None:
     """What came out, on the run's page; and how it compares with what was before."""
     found = regressions.since_last(work.ledger, planned.router.id)
-    for line in regressions.told(found):
+    for line in regressions.describe(found):
         say(line)
     summary = summarise(work.ledger, planned, work.base_folder(planned.base))
     if summary is not None:

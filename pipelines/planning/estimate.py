@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
-from pipelines.evaluation.measurements import BASE, EXPERTS, FUSED, MERGES, ONE_EXPERT, ORACLE, TOLD
+from pipelines.evaluation.measurements import (
+    BASE,
+    EXPERTS,
+    FUSED,
+    MERGES,
+    ONE_EXPERT,
+    ORACLE,
+    ORACLES,
+)
 from pipelines.recipe.gates import JointSection
 from pipelines.scoring.metrics import METRICS
 
@@ -255,7 +263,7 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
             mean = sum(rows.prompt_tokens for rows in parts) / len(parts)
             rows = Rows(section.count or settings.limit, section.n * mean)
             for system in systems:
-                told = system in TOLD and not {*(section.tasks or tests)} <= own.keys()
+                told = system in ORACLES and not {*(section.tasks or tests)} <= own.keys()
                 if system != EXPERTS and not told:
                     yield Asking(system, rows, section.n * settings.max_new_tokens)
 

@@ -1,10 +1,9 @@
 """From answers to values, intervals, tests and differences.
 
-metrics      what one answer is worth
-row_scores   the values of every row
-intervals    intervals and paired tests
-compare      one system against another, row by row
-regressions  one checkpoint against the one before
-outputs      all answers of a measurement, as one Parquet file
-recompute    recorded scores computed again from recorded answers
+metrics      the value of one answer
+outputs      all answers of a measurement, in one Parquet file, and the value of each
+intervals    confidence intervals and paired tests
+compare      two systems on the same rows
+regressions  a checkpoint against the previous one of its recipe
+recompute    recorded scores, computed again from recorded answers
 """

@@ -1,4 +1,4 @@
-"""Compare a routed model with others, row by row: what differs beyond chance, and by how much."""
+"""Compare two systems on the same rows: by how much they differ, and whether beyond chance."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
-    """Test every task's pair of scores, and correct over the tasks."""
+    """Test the pair of scores of every task, and correct the p-values over the tasks.
+
+    The scores have to be in the ledger.
+    """
     pairs: list[tuple[Sequence[float], Sequence[float]]] = []
     found: list[tuple[Score, Score, bool]] = []
     for pair in spec.pairs:
         ours, theirs = ledger.score_of(pair.score_id), ledger.score_of(pair.other_id)
-        assert ours is not None  # noqa: S101  (a comparison follows the scores that it is of)
+        assert ours is not None  # noqa: S101  (recorded before, see above)
         assert theirs is not None  # noqa: S101
         values = values_of(ledger, ours), values_of(ledger, theirs)
         pairs.append(values)
@@ -34,7 +37,7 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
     for values, (ours, theirs, graded), p_value, p_holm in zip(
         pairs, found, p_values, intervals.holm(p_values), strict=True
     ):
-        low, high = intervals.difference(*values, graded=graded, seed=spec.seed)
+        low, high = intervals.difference_interval(*values, graded=graded, seed=spec.seed)
         differences.append(
             Difference(
                 task=ours.spec.task,
@@ -55,6 +58,6 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
 
 
 def values_of(ledger: Ledger, score: Score) -> list[float]:
-    """The value of each row of a score."""
+    """The value of each row of a score, from its recorded outputs."""
     rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256), [score.spec.metric])
     return [float(row[score.spec.metric]) for row in rows]

@@ -1,8 +1,8 @@
-"""How far a number can be trusted, and when two may be called different.
+"""Confidence intervals of scores, and tests of whether two scores differ.
 
-One method a kind of metric, recorded with each score: Wilson's interval where a row is right or
-wrong, since a bootstrap has no width at 0 and at 1; a bootstrap where a row may be partly right.
-Differences are tested in pairs, on the same rows: exactly (McNemar) or by flipping signs.
+Where each row is right or wrong: Wilson's interval (a bootstrap has no width at 0 and at 1) and
+McNemar's exact test. Where a row may be partly right: a bootstrap over rows, and sign flips.
+Tests are paired: both systems answered the same rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,29 @@ if TYPE_CHECKING:
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: two sides make 95 %."""
 RESAMPLES = 9_999
+"""Of a bootstrap, and sign flips of a test."""
+
+
+def interval_of_mean(
+    values: Sequence[float], *, graded: bool, seed: int = 0
+) -> tuple[str, float, float]:
+    """The 95 % interval of a mean over rows: the method's name, the lower end, the upper end.
+
+    Args:
+        values: of each row
+        graded: whether a row may be partly right: then by bootstrap
+        seed: of the bootstrap
+    """
+    if not graded:
+        return ("wilson", *wilson(sum(values), len(values)))
+    smallest, largest = min(values), max(values)
+    if smallest == largest and not 0 <= smallest <= 1:
+        return "bootstrap", smallest, largest
+    return ("bootstrap", *bootstrap(values, seed))
 
 
 def wilson(successes: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927); a bootstrap fails at 0 and at 1."""
+    """The 95 % interval of a proportion (Wilson 1927)."""
     share = successes / total
     scale = 1 + Z95**2 / total
     centre = (share + Z95**2 / (2 * total)) / scale
@@ -31,10 +50,11 @@ def wilson(successes: float, total: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a mean over rows, by 9,999 resamples (percentiles).
+    """The 95 % interval of a mean over rows: percentiles of the means of 9,999 resamples.
 
-    Where all rows have one value, resampling them says nothing; values between 0 and 1 vary at
-    most as much as right and wrong do, so Wilson's interval then holds and errs on the wide side.
+    Resamples of equal rows are all equal. So if all rows have one value, which must be between 0
+    and 1, the result is Wilson's interval. It is at least wide enough: among values between 0 and
+    1 with the same mean, right and wrong have the largest variance.
     """
     if min(values) == max(values):
         return wilson(sum(values), len(values))
@@ -42,10 +62,11 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def _resampled(values: Sequence[float] | np.ndarray, seed: int) -> np.ndarray:
-    """The means of as many resamples of the rows."""
+    """The means of `RESAMPLES` resamples of the rows."""
     rng = np.random.default_rng(seed)
     rows = np.asarray(values)
-    step = max(1, RESAMPLES * 100 // len(rows))  # so many at a time, or their indices fill memory
+    # in steps: the indices of all resamples at once would fill the memory
+    step = max(1, RESAMPLES * 100 // len(rows))
     sizes = [min(step, RESAMPLES - done) for done in range(0, RESAMPLES, step)]
     drawn = (rng.integers(len(rows), size=(size, len(rows))) for size in sizes)
     return np.concatenate([rows[chosen].mean(axis=1) for chosen in drawn])
@@ -57,14 +78,14 @@ def _percentiles(means: np.ndarray) -> tuple[float, float]:
 
 
 def bootstrap_median(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a median, by 9,999 resamples: for times, which have outliers."""
+    """The 95 % interval of a median, by 9,999 resamples. For times, which have outliers."""
     rng = np.random.default_rng(seed)
     drawn = rng.choice(np.asarray(values), size=(RESAMPLES, len(values)))
     return _percentiles(np.median(drawn, axis=1))
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean: the rows' standard deviation (n - 1) over the root of their number."""
+    """Of the mean: the standard deviation (n - 1) divided by √n; 0 for a single row."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -73,26 +94,26 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The exact two-sided p of rows that are right or wrong: only those that differ count."""
+    """McNemar's exact two-sided p for rows that are right (1) or wrong (0) in two systems."""
     better = sum(a > b for a, b in zip(ours, theirs, strict=True))
     worse = sum(a < b for a, b in zip(ours, theirs, strict=True))
     if better + worse == 0:
         return 1.0
-    from scipy.stats import binomtest  # noqa: PLC0415  (of comparisons alone)
+    from scipy.stats import binomtest  # noqa: PLC0415  (slow to import; only comparisons need it)
 
     return float(binomtest(min(better, worse), better + worse).pvalue)
 
 
 def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> float:
-    """The two-sided p of a mean difference: how often random signs come as far from zero.
+    """The two-sided p of a mean difference, by a permutation test that flips signs at random.
 
-    Exact where there are few rows, by 9,999 seeded draws elsewhere.
+    Exact for few rows; for more rows by 9,999 seeded draws.
     """
     apart = np.subtract(ours, theirs)
     apart = apart[apart != 0]
     if not len(apart):
         return 1.0
-    from scipy.stats import permutation_test  # noqa: PLC0415  (of comparisons alone)
+    from scipy.stats import permutation_test  # noqa: PLC0415  (as above)
 
     found = permutation_test(
         (apart,),
@@ -105,13 +126,15 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
     return float(found.pvalue)
 
 
-def difference(
+def difference_interval(
     ours: Sequence[float], theirs: Sequence[float], *, graded: bool, seed: int = 0
 ) -> tuple[float, float]:
     """The 95 % interval of a mean difference over the same rows.
 
-    Right or wrong: Wald's interval with half a row added to each of the four cells (Agresti and
-    Min 2005), which keeps its width where no row differs. Graded: by bootstrap over the rows.
+    Args:
+        graded: whether rows may be partly right: then by bootstrap over the rows. Otherwise it is
+            Wald's interval with half a row added to each of the four cells (Agresti and Min 2005),
+            which has a width even if no row differs.
     """
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
     if graded and min(apart) != max(apart):
@@ -127,10 +150,13 @@ def difference(
 def mean_difference(
     pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean over tasks of their differences, and its 95 % interval.
+    """The mean over tasks of their mean differences, with its 95 % interval: mean, low, high.
 
-    The rows of each task are resampled on their own; the tasks stay as they are, so it speaks of
-    these tasks and no others.
+    Rows are resampled within each task. Tasks are not resampled, so the interval holds for these
+    tasks only.
+
+    Args:
+        pairs: for each task the values of the two systems on the same rows
     """
     apart = [np.subtract(ours, theirs) for ours, theirs in pairs]
     seeds = random.Random(seed)  # noqa: S311  (resampling, no secret)
@@ -139,7 +165,7 @@ def mean_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected over a family, so that one false alarm in it stays as rare (Holm 1979)."""
+    """P-values corrected for the number of tests in `p_values` (Holm 1979), in the same order."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected = [0.0] * len(p_values)
     so_far = 0.0

@@ -1,13 +1,14 @@
-"""What an answer is worth. Each metric is a pure function of one answer and its row.
+"""The value of an answer. Each metric is a pure function of one answer and its row.
 
     exact_match     1 where the normalised texts are equal
     numeric_match   1 where the last numbers are equal as numbers
     sentence_bleu   sacrebleu's sentence BLEU over 100, 0 to 1
     rouge1 rouge2 rougeL                          rouge-score's F1, 0 to 1
-    verified        1 where reasoning-gym's own scorer calls it wholly right
+    verified        1 where reasoning-gym's own scorer gives full credit
     acc acc_norm    1 where the right choice has the largest log-likelihood, plain or per byte
 
-An empty answer is worth 0 and counts like any other. Of several right answers the nearest counts.
+An empty answer has value 0 and counts like any other. A row with several right answers gets the
+value of the nearest.
 """
 
 from __future__ import annotations
@@ -29,25 +30,26 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
-"""Shares of a composite's questions: answered rightly, and answered at all."""
+"""Metrics of composites: the shares of questions that were answered rightly, and at all."""
 NUMBER = re.compile(r"[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?")
+"""A decimal number, with commas between thousands."""
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
-"""A scorer whose module does this might run what a model says as code."""
+"""A scorer whose module calls one of these might run an answer as code."""
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: Unicode NFC, white space at the ends off, runs of it one space."""
+    """The text in Unicode NFC, stripped, with each run of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_match(output: str, row: Row) -> float:
-    """1 where the normalised texts are equal; a right answer among other words is a wrong one."""
-    said = normalise(output)
-    return float(bool(said) and any(said == normalise(answer) for answer in row.answers))
+    """1 where the normalised texts are equal; a right answer with words around it gets 0."""
+    text = normalise(output)
+    return float(bool(text) and any(text == normalise(answer) for answer in row.answers))
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number that a text ends up with: its last one, or the last after `####` (GSM8K)."""
+    """The last number in a text, or the last one after `####` (as in GSM8K); None without one."""
     found = NUMBER.findall(text.rpartition("####")[2])
     try:
         return Decimal(found[-1].replace(",", "")) if found else None
@@ -56,15 +58,15 @@ def last_number(text: str) -> Decimal | None:
 
 
 def numeric_match(output: str, row: Row) -> float:
-    """1 where the last number of the output is that of a right answer: 1,200.0 is 1200."""
-    said = last_number(output)
-    return float(said is not None and any(said == last_number(a) for a in row.answers))
+    """1 where the last number equals that of a right answer; 1,200.0 equals 1200."""
+    number = last_number(output)
+    return float(number is not None and any(number == last_number(a) for a in row.answers))
 
 
 def sentence_bleu(output: str, row: Row) -> float:
-    """Sacrebleu's sentence BLEU with effective order, over 100; the mean over rows is the score.
+    """Sacrebleu's sentence BLEU with effective order, divided by 100.
 
-    Not corpus BLEU: only a value a row can be compared in pairs and resampled like all others.
+    It is not corpus BLEU, since paired tests and the bootstrap need a value for each row.
     """
     if not output.strip():
         return 0.0
@@ -73,7 +75,7 @@ def sentence_bleu(output: str, row: Row) -> float:
 
 @lru_cache(maxsize=1)
 def _bleu() -> Any:  # noqa: ANN401
-    from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415  (a finished run needs none of it)
+    from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415  (slow to import; only this metric needs it)
 
     return BLEU(effective_order=True)
 
@@ -95,9 +97,12 @@ def _rouge_scorer() -> Any:  # noqa: ANN401
 
 
 def verified(output: str, row: Row) -> float:
-    """1 where the task's own scorer calls the answer wholly right.
+    """1 where the scorer of the row's reasoning-gym task gives full credit.
 
-    Its partial credit is not taken: much of it goes to a right answer among other words.
+    Partial credit counts as 0: the scorers often give it to a right answer with words around it.
+
+    Raises:
+        ExamplesError: the row has no scorer, or its scorer might run the answer as code.
     """
     if not output.strip():
         return 0.0
@@ -106,20 +111,20 @@ def verified(output: str, row: Row) -> float:
     seed, _, number = place.partition("#")
     if kind != "reasoning_gym" or not seed.isdecimal() or not number.isdecimal():
         raise ExamplesError(
-            f"the prompt {row.prompt[:60]!r} comes without a scorer; `verified` is for rows of"
-            " `reasoning_gym:…`, choose exact_match"
+            f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
+            " `reasoning_gym:…`, so choose exact_match"
         )
     task = reasoning_task(name, int(seed), int(number) + 1)
     if runs_answers(task):
         raise ExamplesError(
-            f"reasoning_gym:{name}: its scorer may run an answer as code, and answers come from"
-            " strangers' adapters; choose exact_match"
+            f"reasoning_gym:{name}: its scorer may run an answer as code, but answers come from"
+            " adapters that cannot be trusted; choose exact_match"
         )
     return float(task.score_answer(output.strip(), task[int(number)]) >= 1.0)
 
 
 def runs_answers(task: object) -> bool:
-    """Whether the module of a scorer evaluates text."""
+    """Whether the module of a scorer contains a call that may run text as code."""
     module = inspect.getmodule(type(task))
     return module is None or RUNS_ANSWERS.search(inspect.getsource(module)) is not None
 
@@ -130,7 +135,7 @@ def acc(log_likelihoods: Sequence[float], row: Row) -> float:
 
 
 def acc_norm(log_likelihoods: Sequence[float], row: Row) -> float:
-    """1 where a right choice has the largest log-likelihood per byte of its text."""
+    """1 where a right choice has the largest log-likelihood per byte of its UTF-8 text."""
     lengths = [max(1, len(choice.encode())) for choice in row.choices]
     return _chosen([value / n for value, n in zip(log_likelihoods, lengths, strict=True)], row)
 
@@ -141,13 +146,15 @@ def _chosen(values: Sequence[float], row: Row) -> float:
 
 @dataclass(frozen=True)
 class Metric:
+    """A metric by its name in a recipe."""
+
     name: str
-    judge: Callable[[Any, Row], float]
-    """From an answer's text, or its choices' log-likelihoods, and its row to a value."""
+    compute: Callable[[Any, Row], float]
+    """The value of an answer, from its text or its choices' log-likelihoods, and its row."""
     graded: bool = False
-    """Whether a row may be partly right: its interval is then found by bootstrap."""
+    """Whether a row may be partly right; then the score's interval is a bootstrap's."""
     of_choices: bool = False
-    """Whether it is computed from the log-likelihoods of choices, and nothing is generated."""
+    """Whether it uses the log-likelihoods of choices; then no answer is generated."""
 
 
 METRICS: dict[str, Metric] = {

@@ -1,4 +1,4 @@
-"""Judge again what models answered, and see whether the recorded scores follow from it."""
+"""Compute recorded scores again from recorded answers, and find those that differ."""
 
 from __future__ import annotations
 
@@ -10,36 +10,44 @@ from pyarrow import ArrowInvalid
 
 from pipelines.data.rows import ExamplesError
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
-from pipelines.scoring.outputs import read_outputs
-from pipelines.scoring.row_scores import judge, judge_composites
+from pipelines.scoring.outputs import (
+    RowValues,
+    compute_composite_values,
+    compute_values,
+    read_outputs,
+)
 from store.check import Finding
 from store.errors import DamagedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from meteora.artifacts import ArtifactId, Score
     from store.ledger import Ledger
 
 TOLERANCE = 1e-9
+"""Scores that differ by less count as equal."""
 
 
 @dataclass(frozen=True)
-class Rejudged:
+class Recomputed:
+    """What came of computing a sample of scores again."""
+
     num_scores: int
-    """Scores that were computed again."""
+    """Scores that could be computed again."""
     findings: tuple[Finding, ...]
+    """One for each score that differs, or whose answers cannot be read."""
 
 
-def rejudge(ledger: Ledger, count: int, seed: int | None = None) -> Rejudged:
-    """Compute a sample of the scores again from the outputs that they were made of.
+def recompute_scores(ledger: Ledger, count: int, seed: int | None = None) -> Recomputed:
+    """Compute a sample of the scores again from the outputs that they were made from.
+
+    Outputs that are missing or damaged are left out here: the check of blobs reports them.
 
     Args:
-        count: scores in the sample; all of them where there are no more
-        seed: without one every call draws another sample
+        count: scores in the sample; all of them if there are fewer
+        seed: of the sample; None draws another sample each time
     """
     if not ledger.records.parts():
-        return Rejudged(0, ())  # nothing is there, and looking makes nothing
+        return Recomputed(0, ())  # an empty home stays as it is: a query would create the index
     drawn = random.getrandbits(32) if seed is None else seed
     chosen = ledger.query(
         f"SELECT id FROM scores ORDER BY hash(id || '{drawn:d}'), id LIMIT {count:d}"  # noqa: S608
@@ -48,39 +56,38 @@ def rejudge(ledger: Ledger, count: int, seed: int | None = None) -> Rejudged:
     for (benchmark_id,) in chosen:
         score = ledger.score_of(benchmark_id)
         if score is None or score.outputs_sha256 not in ledger.blobs:
-            continue  # a missing blob is a finding of its own
+            continue
         try:
-            value, num_samples = _again(ledger, score)
+            found = _recompute(ledger, score)
         except DamagedError:
-            continue  # and so is a changed one
+            continue
         except (ArrowInvalid, KeyError, ValueError, ExamplesError) as error:
-            findings.append(_finding(benchmark_id, f"its outputs cannot be judged again: {error}"))
+            problem = f"it cannot be computed again from its outputs: {error}"
+            findings.append(_finding(benchmark_id, problem))
             continue
         num_scores += 1
-        if abs(value - score.value) > TOLERANCE or num_samples != score.num_samples:
+        num_samples = len(found.values)
+        if abs(found.mean - score.value) > TOLERANCE or num_samples != score.num_samples:
             findings.append(
                 _finding(
                     benchmark_id,
-                    f"it is recorded as {score.value:.6g} over {score.num_samples} rows, and its"
-                    f" outputs come to {value:.6g} over {num_samples}",
+                    f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"
+                    f" outputs give {found.mean:.6g} over {num_samples}",
                 )
             )
-    return Rejudged(num_scores, tuple(findings))
+    return Recomputed(num_scores, tuple(findings))
 
 
 def _finding(benchmark_id: ArtifactId, problem: str) -> Finding:
     return Finding("score", benchmark_id, problem)
 
 
-def _again(ledger: Ledger, score: Score) -> tuple[float, int]:
-    """A score's value and number of rows, from what is kept of each row."""
+def _recompute(ledger: Ledger, score: Score) -> RowValues:
     rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256))
     metric = score.spec.metric
-    values: Sequence[float]
     if metric in {RIGHT, ATTEMPTED}:
-        values = judge_composites(rows)[metric].values
-    elif "asked" in rows[0]:
-        values = judge(rows, metric).values
-    else:  # the harness's own task, or an older release: its value of each row is what there is
-        values = [float(row[metric]) for row in rows]
-    return sum(values) / len(values), len(values)
+        return compute_composite_values(rows)[metric]
+    if "asked" in rows[0]:
+        return compute_values(rows, metric)
+    # lm-eval's own task, or an older release: the file has only the values computed at that time
+    return RowValues(tuple(float(row[metric]) for row in rows), graded=True)

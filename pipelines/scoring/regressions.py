@@ -1,4 +1,4 @@
-"""What a new checkpoint scores beside the one that its recipe gave before."""
+"""Whether a new checkpoint is worse than the previous one of the same recipe."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
+    """One score of a checkpoint, and the same score of the previous one."""
+
     task: str
     metric: str
     value: float
@@ -23,7 +25,7 @@ class Change:
 
 
 def since_last(ledger: Ledger, router_id: ArtifactId) -> list[Change]:
-    """Each score of a router that its recipe's last router has, too, on the same rows."""
+    """The scores that this router and the recipe's previous router both have, on the same rows."""
     answer = ledger.query(
         "SELECT task, metric, value, previous_value, worse FROM changes"  # noqa: S608  (a hash)
         f" WHERE subject_id = '{router_id}' ORDER BY task, metric"
@@ -31,18 +33,19 @@ def since_last(ledger: Ledger, router_id: ArtifactId) -> list[Change]:
     return [Change(*row) for row in answer.rows]
 
 
-def told(changes: Sequence[Change]) -> list[str]:
-    """The comparison in sentences; empty where there was nothing before."""
+def describe(changes: Sequence[Change]) -> list[str]:
+    """The changes as sentences, the worse ones first; empty if there is no previous checkpoint."""
     if not changes:
         return []
-    worse = [one for one in changes if one.worse]
     lines = [
         f"Worse than the last checkpoint on {one.task}: {one.metric} {one.value:.3f}, it"
         f" was {one.previous:.3f}."
-        for one in worse
+        for one in changes
+        if one.worse
     ]
-    moved = [one for one in changes if one.value != one.previous and not one.worse]
     lines += [
-        f"{one.task}: {one.metric} {one.value:.3f}, it was {one.previous:.3f}" for one in moved
+        f"{one.task}: {one.metric} {one.value:.3f}, it was {one.previous:.3f}"
+        for one in changes
+        if one.value != one.previous and not one.worse
     ]
     return lines or [f"The last checkpoint scored the same on all {len(changes)} tasks."]

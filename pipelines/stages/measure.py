@@ -11,15 +11,14 @@ from meteora.artifacts import (
     RoutingBuild,
     RoutingScore,
     RoutingShare,
-    Score,
     canonical_sha256,
 )
 from meteora.model.fused import expert_names
 from pipelines.admission import silent_experts
-from pipelines.evaluation import ask, routing_stats, speed
+from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
-from pipelines.evaluation.resume import BATCHES, Nowhere, keeping
-from pipelines.evaluation.systems import as_system
+from pipelines.evaluation.resume import BATCHES, NoLog, open_log
+from pipelines.evaluation.systems import use_system
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.open_model import opened
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
-    from pipelines.evaluation.ask import Answered
     from pipelines.evaluation.measurements import Measurement
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -40,7 +38,8 @@ if TYPE_CHECKING:
 def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
     """The measurements that the ledger does not hold yet; those of one asking together.
 
-    A run that was stopped goes on here, at the task, and inside of it at the row: see `kept`.
+    A run that was stopped continues here with the next task, and in it with the next row: see
+    `evaluation.resume`.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
     recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
@@ -66,7 +65,7 @@ def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) 
         with opened(work, plan, built, gates) as (model, tokenizer):
             silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
-                with as_system(
+                with use_system(
                     model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
                 ):
                     for asking in askings:
@@ -123,22 +122,22 @@ def _ask(
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
     with (
         bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
-        nullcontext(Nowhere()) if first.system == "random" else keeping(answers) as kept,
+        nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
     ):
-        found = ask.measure(
+        found = evaluate.evaluate_task(
             model,
             tokenizer,
             task,
             batch_size=batch_size,
             seed=first.spec.seed,
-            kept=kept,
+            log=log,
             advance=advance,
         )
     with work.scratch() as scratch:
         write_outputs(found.outputs, scratch / "outputs.parquet")
         outputs_sha256 = work.ledger.blobs.put(scratch / "outputs.parquet", move=True)
     for one in asking:
-        score = _score(one, found, outputs_sha256, device)
+        score = found.score(one.spec, outputs_sha256, device)
         work.ledger.record_score(score, run_id=work.run_id)
     answers.unlink(missing_ok=True)
 
@@ -147,31 +146,6 @@ def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
     """The hash of all that decides what is answered, whatever the answers are judged by."""
     asked = {name: value for name, value in spec.to_dict().items() if name != "metric"}
     return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
-
-
-def _score(one: Measurement, found: Answered, outputs_sha256: str, device: str) -> Score:
-    measured = found.scores[one.spec.metric]
-    lengths = found.prompt_tokens
-    return Score(
-        spec=one.spec,
-        value=measured.value,
-        stderr=measured.stderr,
-        low=measured.low,
-        high=measured.high,
-        num_samples=found.num_samples,
-        outputs_sha256=outputs_sha256,
-        harness=found.harness,
-        wall_seconds=found.wall_seconds,
-        higher_is_better=measured.higher_is_better,
-        interval=measured.interval,
-        templated=found.templated,
-        num_empty=found.num_empty,
-        num_truncated=found.num_truncated,
-        mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
-        max_prompt_tokens=max(lengths, default=None),
-        parts=measured.parts,
-        device=device,
-    )
 
 
 def _compare(work: RunContext, plan: Plan) -> None:
@@ -198,10 +172,10 @@ def _watch_routing(
     names = expert_names(model)
     own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
     scores: list[RoutingScore] = []
-    total: dict[str, routing_stats.Sums] = {}
+    total: dict[str, routing_stats.RoutingSums] = {}
     with bar("watching the routes", sum(map(len, own.values())), "rows") as advance:
         for truth, rows in own.items():
-            found = routing_stats.watch(
+            found = routing_stats.measure_routing(
                 model,
                 tokenizer,
                 rows,
@@ -216,7 +190,7 @@ def _watch_routing(
             )
             routing_stats.add(total, found)
     with bar("watching it follow", routing_stats.COMPOSITES, "prompts") as advance:
-        switches = routing_stats.switches(model, tokenizer, own, advance=advance)
+        switches = routing_stats.measure_switches(model, tokenizer, own, advance=advance)
     by_expert = tuple(RoutingShare(name, _accuracy(scores, [name])) for name in own)
     made = RoutingBuild(
         plan.routing,

@@ -34,7 +34,7 @@ from meteora.base.loading import load_folder
 from pipelines.admission.sources import local_folder
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, refuse_overlap
-from pipelines.evaluation import ask as benchmark
+from pipelines.evaluation.evaluate import evaluate_task
 from pipelines.evaluation.measurements import FUSED
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.flows.up_to_date import finished
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.evaluation.ask import Answered
+    from pipelines.evaluation.evaluate import TaskResult
 
 SYSTEMS = ("multitask", "arrow", "x-lora")
 R, ALPHA = 8, 16
@@ -162,16 +162,16 @@ def build(
 
 def ask(
     work: RunContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, tuple[Task, Answered]]:
+) -> dict[str, tuple[Task, TaskResult]]:
     """Every task of the recipe, put to the system as to all others."""
     tasks = make_tasks(work.recipe.experts, work.recipe.benchmark, work.folder)
     answered = {}
     for name, task in tasks.items():
         with quiet():
-            found = benchmark.measure(
+            found = evaluate_task(
                 model, tokenizer, task, batch_size=work.recipe.benchmark.batch_size
             )
-        say(f"{name}: {found.scores[task.metrics[0]].value:.3f}")
+        say(f"{name}: {found.values[task.metrics[0]].mean:.3f}")
         answered[name] = task, found
     return answered
 
@@ -190,7 +190,7 @@ def fused_values(work: RunContext) -> dict[str, list[float]]:
 
 
 def table(
-    system: str, answered: Mapping[str, tuple[Task, Answered]], fused: Mapping[str, list[float]]
+    system: str, answered: Mapping[str, tuple[Task, TaskResult]], fused: Mapping[str, list[float]]
 ) -> str:
     """Scores with their intervals; beside them the fused model's, and whether the two differ."""
     values = {
@@ -210,12 +210,13 @@ def table(
         "|-|-|-|-|-|-|-|",
     ]
     for name, (task, found) in answered.items():
-        score = found.scores[task.metrics[0]]
-        cells = [name, task.metrics[0], str(found.num_samples)]
-        cells.append(f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]")
+        score = found.values[task.metrics[0]]
+        _, low, high = score.interval()
+        cells = [name, task.metrics[0], str(len(found.outputs))]
+        cells.append(f"{score.mean:.3f} [{low:.3f}, {high:.3f}]")
         if name in p_holm:
             ours = sum(fused[name]) / len(fused[name])
-            cells += [f"{ours:.3f}", f"{ours - score.value:+.3f}", f"{p_holm[name]:.3f}"]
+            cells += [f"{ours:.3f}", f"{ours - score.mean:+.3f}", f"{p_holm[name]:.3f}"]
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")

@@ -100,19 +100,20 @@ def test_arrow_says_which_adapters_it_cannot_take(recipe_folder: Path, tmp_path:
 
 
 def test_a_table_tells_what_differs_beyond_chance() -> None:
-    from pipelines.evaluation.ask import Answered, Measured  # noqa: PLC0415
+    from pipelines.evaluation.evaluate import TaskResult  # noqa: PLC0415
     from pipelines.evaluation.tasks import Task  # noqa: PLC0415
+    from pipelines.scoring.outputs import RowValues  # noqa: PLC0415
 
-    def answered(values: list[float]) -> Answered:
-        score = Measured(sum(values) / len(values), 0.1, 0.2, 0.8, "wilson", True, ())
+    def answered(values: list[float]) -> TaskResult:
         rows = tuple({"exact_match": value} for value in values)
-        return Answered({"exact_match": score}, rows, False, 0, 0, (), "lm-eval", 1.0)
+        found = RowValues(tuple(values), graded=False)
+        return TaskResult({"exact_match": found}, rows, templated=False, wall_seconds=1.0)
 
     asked = {
         name: (Task(name, ("exact_match",), "auto", 4), answered(values))
         for name, values in {"far": [0.0] * 20, "near": [1.0, 0.0], "unasked": [1.0]}.items()
     }
     lines = controls.table("arrow", asked, {"far": [1.0] * 20, "near": [1.0, 1.0]}).splitlines()
-    assert "| far | exact_match | 20 | 0.000 [0.200, 0.800] | 1.000 | +1.000 | 0.000 |" in lines
-    assert "| near | exact_match | 2 | 0.500 [0.200, 0.800] | 1.000 | +0.500 | 1.000 |" in lines
+    assert "| far | exact_match | 20 | 0.000 [0.000, 0.161] | 1.000 | +1.000 | 0.000 |" in lines
+    assert "| near | exact_match | 2 | 0.500 [0.095, 0.905] | 1.000 | +0.500 | 1.000 |" in lines
     assert lines[-1].endswith("|  |  |  |")

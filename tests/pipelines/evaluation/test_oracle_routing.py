@@ -1,4 +1,4 @@
-"""Controls on composites that are told whose text each token is."""
+"""Controls on composites that know whose text each token is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
 from pipelines.data.composites import compose, last_number, prompt_owners, split_answers
 from pipelines.data.rows import Row
-from pipelines.evaluation.oracle_routing import told
+from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def ask(model: PreTrainedModel, ids: torch.Tensor, **more: object) -> tuple[list
     with torch.inference_mode(), recorded_routes(model) as routes:
         out = model(input_ids=ids, use_cache=True, **more)
     chosen = torch.stack([experts[:, 0] for _, experts in routes.values()])
-    assert (chosen == chosen[0]).all()  # every layer does as it is told
+    assert (chosen == chosen[0]).all()  # every layer follows the oracle
     assert all((weights == 1).all() for weights, _ in routes.values())
     return [expert_names(model)[e] for e in chosen[0].tolist()], out.past_key_values
 
@@ -54,7 +54,7 @@ def test_every_token_of_a_batch_goes_to_the_expert_of_its_question(
     texts = [composite.prompt for composite in composites]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert (batch.attention_mask == 0).any()
-    with told(model, tokenizer, composites, "oracle"):
+    with use_oracle(model, tokenizer, composites, "oracle"):
         found, _ = ask(model, batch.input_ids, attention_mask=batch.attention_mask)
     length = batch.input_ids.shape[1]
     for i, composite in enumerate(composites):
@@ -71,7 +71,7 @@ def test_while_it_answers_the_last_number_says_whose_it_is(
     ids = torch.tensor([encode_prompt(tokenizer, composite.prompt)])
     first, second, third = (question.task for question in composite.questions)
     said = [("1. so", first), ("\n", first), ("2. 3", second), ("\n", second), ("3", third)]
-    with told(model, tokenizer, composites, "oracle"):
+    with use_oracle(model, tokenizer, composites, "oracle"):
         _, cache = ask(model, ids)
         for text, owner in said:
             for token in tokenizer(text).input_ids:
@@ -84,7 +84,7 @@ def test_one_expert_answers_all_as_it_would_alone(
 ) -> None:
     composite = composites[1]
     ids = torch.tensor([encode_prompt(tokenizer, composite.prompt)])
-    with told(model, tokenizer, composites, "one_expert"):
+    with use_oracle(model, tokenizer, composites, "one_expert"):
         found = answer_all(model, tokenizer, ids.tolist(), 8)
         asked, _ = ask(model, ids)
     assert set(asked) == {composite.questions[0].task}
@@ -97,7 +97,7 @@ def test_a_prompt_that_is_none_of_the_composites_is_refused(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, composites: list[Composite]
 ) -> None:
     with (
-        told(model, tokenizer, composites, "oracle"),
+        use_oracle(model, tokenizer, composites, "oracle"),
         pytest.raises(MeteoraError, match="'Something else' is none of the task's composites"),
     ):
         ask(model, tokenizer("Something else", return_tensors="pt").input_ids)

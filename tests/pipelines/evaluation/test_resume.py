@@ -1,4 +1,4 @@
-"""A benchmark that is stopped goes on at the row, and comes to the same bits."""
+"""A measurement that was stopped continues at the row, with the same answers to the last bit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipelines.data.rows import Row
-from pipelines.evaluation import ask
+from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import Harness
-from pipelines.evaluation.resume import BATCHES, Nowhere, in_portions, keeping
+from pipelines.evaluation.resume import BATCHES, NoLog, answer_in_portions, open_log
 from pipelines.evaluation.tasks import Task
 from tests.pipelines.conftest import letters
 
@@ -34,7 +34,7 @@ class StoppedError(Exception):
 def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[int]:
     """How many prompts each portion had that reached the model."""
     asked: list[int] = []
-    for name in ("generate", "weigh"):
+    for name in ("generate", "log_likelihoods"):
         real: Callable[..., Any] = getattr(Harness, name)
 
         def watched(self: Harness, rows: Sequence[Any], _real: Any = real, **more: Any) -> Any:
@@ -56,9 +56,9 @@ def test_what_was_answered_is_not_asked_again(
     model = world.load()
     task = Task("letters", ("exact_match", "acc"), "auto", 4, rows=ROWS)
 
-    def measure(path: Path, told: list[int]) -> ask.Answered:
-        with keeping(path) as kept:
-            return ask.measure(model, tokenizer, task, batch_size=1, kept=kept, advance=told.append)
+    def measure(path: Path, done: list[int]) -> TaskResult:
+        with open_log(path) as log:
+            return evaluate_task(model, tokenizer, task, batch_size=1, log=log, advance=done.append)
 
     whole = measure(tmp_path / "whole", [])
     with monkeypatch.context() as patch:
@@ -68,23 +68,23 @@ def test_what_was_answered_is_not_asked_again(
     assert asked == [BATCHES, BATCHES, len(ROWS) - 2 * BATCHES, BATCHES]  # choices had begun
     with (tmp_path / "stopped").open("a") as file:
         file.write('["weigh", [[0.0, -1.')  # torn by a kill
-    asked, told = count_asked(monkeypatch), []
-    again = measure(tmp_path / "stopped", told)
+    asked, done = count_asked(monkeypatch), []
+    again = measure(tmp_path / "stopped", done)
     assert asked == [BATCHES, len(ROWS) - 2 * BATCHES]
-    assert told[:2] == [len(ROWS), 2 * BATCHES]
-    assert sum(told) == task.num_questions
+    assert done[:2] == [len(ROWS), 2 * BATCHES]
+    assert sum(done) == task.num_questions
     assert again.outputs == whole.outputs
     assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_two_processes_do_not_write_into_one_file(tmp_path: Path) -> None:
-    with keeping(tmp_path / "answers") as first, keeping(tmp_path / "answers") as second:
-        first.keep("generate", [1, 2])
-        second.keep("generate", [3, 4])
-        assert isinstance(second, Nowhere)
-    with keeping(tmp_path / "answers") as later:
-        assert later.found("generate") == [1, 2]
-        assert later.found("weigh") == []
-        assert in_portions(
-            [0, 0, 5], list, phase="generate", batch_size=1, kept=later, advance=lambda _rows: None
+    with open_log(tmp_path / "answers") as first, open_log(tmp_path / "answers") as second:
+        first.append("generate", [1, 2])
+        second.append("generate", [3, 4])
+        assert isinstance(second, NoLog)
+    with open_log(tmp_path / "answers") as later:
+        assert later.read("generate") == [1, 2]
+        assert later.read("weigh") == []
+        assert answer_in_portions(
+            [0, 0, 5], list, phase="generate", batch_size=1, log=later, advance=lambda _rows: None
         ) == [1, 2, 5]

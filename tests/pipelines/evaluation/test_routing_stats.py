@@ -34,7 +34,7 @@ def test_with_one_expert_forced_every_token_of_every_module_goes_to_it_surely(
     """However rows are batched and padded."""
     forced = list(world.adapters).index("attention")
     with force_expert(model, "attention"):
-        found = routing_stats.watch(model, tokenizer, ROWS, batch_size=2)
+        found = routing_stats.measure_routing(model, tokenizer, ROWS, batch_size=2)
     assert found.keys() == world.manifest.modules.keys()
     for path, sums in found.items():
         expected = [0] * 4
@@ -47,7 +47,7 @@ def test_with_one_expert_forced_every_token_of_every_module_goes_to_it_surely(
 def test_a_router_that_weighs_all_alike_has_the_largest_entropy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for path, sums in routing_stats.watch(model, tokenizer, ROWS, batch_size=3).items():
+    for path, sums in routing_stats.measure_routing(model, tokenizer, ROWS, batch_size=3).items():
         detail = sums.detail(path)
         assert detail.entropy_bits == pytest.approx(math.log2(4))
         assert detail.weight == pytest.approx(1 / 4)
@@ -57,7 +57,7 @@ def test_details_are_those_of_a_trace_counted_by_hand(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
-        found = routing_stats.watch(model, tokenizer, ROWS, batch_size=2)
+        found = routing_stats.measure_routing(model, tokenizer, ROWS, batch_size=2)
         traces = [
             trace(model, tokenizer, encode_pair(tokenizer, row.prompt, row.response))
             for row in ROWS
@@ -78,10 +78,10 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("q", "v"), Row("other", "words")]}
-    told: list[int] = []
+    done: list[int] = []
     with force_expert(model, "attention"):
-        found = routing_stats.switches(model, tokenizer, tests, advance=told.append)
-    assert sum(told) == routing_stats.COMPOSITES
+        found = routing_stats.measure_switches(model, tokenizer, tests, advance=done.append)
+    assert sum(done) == routing_stats.COMPOSITES
     delays = {(one.expert, one.delay_tokens) for one in found}
     assert delays == {("attention", 0), ("q_and_v", None)}
     # two questions a prompt, each asked and answered once
@@ -93,7 +93,7 @@ def test_one_task_alone_has_nothing_to_follow(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("no answer", "1. one\n2. reads as two")]}
-    assert routing_stats.switches(model, tokenizer, tests) == ()
+    assert routing_stats.measure_switches(model, tokenizer, tests) == ()
 
 
 def test_a_stretch_ends_where_the_owner_changes_or_nobody_owns() -> None:

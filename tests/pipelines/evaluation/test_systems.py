@@ -11,7 +11,7 @@ from meteora.artifacts import ArtifactId, MergeSpec, RouterSpec, SpeedSpec
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
 from pipelines.evaluation.speed import time_model, working_bytes
-from pipelines.evaluation.systems import merge_deltas, merged, routed_as
+from pipelines.evaluation.systems import merge_deltas, use_merge, use_router
 from tests.conftest import peft_is_behind
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def test_a_linear_merge_is_what_peft_merges_into_the_weights(world: World) -> No
             own = alone.get_submodule(path).weight
             expected[path] = so_far + own - world.load_base().get_submodule(path).weight
     before = logits(model)
-    with merged(model, merge("linear")):
+    with use_merge(model, merge("linear")):
         found = logits(model)
     for path, layer in routed_layers(model).items():
         delta = merge_deltas(layer, merge("linear"))
@@ -57,7 +57,7 @@ def test_a_merge_of_a_tiny_weight_is_nearly_the_base(world: World) -> None:
     model = world.load()
     with without_experts(model):
         base = logits(model)
-    with merged(model, merge("linear", weight=1e-9)):
+    with use_merge(model, merge("linear", weight=1e-9)):
         torch.testing.assert_close(logits(model), base, atol=1e-4, rtol=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_dare_drops_by_its_seed(world: World) -> None:
     model = world.load()
     runs = []
     for seed in (0, 0, 1):
-        with merged(model, merge("dare_ties", density=0.5, seed=seed)):
+        with use_merge(model, merge("dare_ties", density=0.5, seed=seed)):
             runs.append(logits(model))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -98,7 +98,7 @@ def test_a_random_router_draws_anew_for_each_token_and_layer_and_by_its_seed(wor
     model = world.load()
     runs = []
     for seed in (0, 0, 1):
-        with routed_as(model, RouterSpec(FUSED, "random", 1, 1.0, seed=seed)):
+        with use_router(model, RouterSpec(FUSED, "random", 1, 1.0, seed=seed)):
             layers = list(routed_layers(model).values())
             drawn = [layer.router(torch.zeros(64, 1)) for layer in layers if layer.router]
             runs.append(drawn)

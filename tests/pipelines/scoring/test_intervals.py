@@ -51,7 +51,7 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         low, high = intervals.bootstrap(graded.tolist())
         hit["bootstrap"] += low <= 0.4 <= high
         ours, theirs = draw.random(40) < 0.7, draw.random(40) < 0.5
-        low, high = intervals.difference(ours.tolist(), theirs.tolist(), graded=False)
+        low, high = intervals.difference_interval(ours.tolist(), theirs.tolist(), graded=False)
         hit["difference"] += low <= 0.2 <= high
     assert all(0.91 <= count / 400 <= 0.98 for count in hit.values()), hit
 
@@ -82,14 +82,14 @@ def test_without_a_difference_a_test_rarely_finds_one(test: str) -> None:
 
 
 def test_the_interval_of_a_difference_is_paired() -> None:
-    """Two that are right on nearly the same rows are told apart better than their scores say."""
+    """A paired test tells two systems apart that are right on nearly the same rows."""
     ours, theirs = [1.0] * 50 + [0.0] * 50, [1.0] * 40 + [0.0] * 60
-    low, high = intervals.difference(ours, theirs, graded=False)
+    low, high = intervals.difference_interval(ours, theirs, graded=False)
     assert 0 < low < 0.1 < high < 0.2
-    low, high = intervals.difference(ours, ours, graded=False)
+    low, high = intervals.difference_interval(ours, ours, graded=False)
     assert low < 0 < high  # equal on 100 rows is not equal for ever
     graded = [value * 0.9 for value in ours]
-    assert intervals.difference(graded, theirs, graded=True)[0] > -0.1
+    assert intervals.difference_interval(graded, theirs, graded=True)[0] > -0.1
 
 
 def test_the_mean_difference_weighs_tasks_alike() -> None:

@@ -15,7 +15,7 @@ TEXT_METRICS = [name for name, metric in METRICS.items() if not metric.of_choice
 
 
 def worth(metric: str, output: str, *answers: str) -> float:
-    return METRICS[metric].judge(output, Row("q", answers[0], references=answers[1:]))
+    return METRICS[metric].compute(output, Row("q", answers[0], references=answers[1:]))
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_the_right_answer_among_all_choices_is_a_wrong_answer() -> None:
     assert worth("sentence_bleu", echo, "red") < 0.5
     assert worth("rougeL", echo, "red") <= 0.4
     row = read_rows("reasoning_gym:chain_sum", Path(), 1)[0]
-    assert METRICS["verified"].judge(row.response, row) == 1
-    assert METRICS["verified"].judge(f"1 {row.response} 3", row) == 0
+    assert METRICS["verified"].compute(row.response, row) == 1
+    assert METRICS["verified"].compute(f"1 {row.response} 3", row) == 0
 
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
@@ -53,7 +53,7 @@ def test_the_right_answer_among_all_choices_is_a_wrong_answer() -> None:
 def test_an_empty_answer_is_worth_nothing_and_can_be_judged(metric: str, output: str) -> None:
     """The reference leaves them out of BLEU and ROUGE, which raises the mean of the others."""
     row = read_rows("reasoning_gym:chain_sum", Path(), 1)[0]
-    assert METRICS[metric].judge(output, row) == 0
+    assert METRICS[metric].compute(output, row) == 0
 
 
 def test_a_number_inside_a_line_is_no_second_answer() -> None:
@@ -100,17 +100,17 @@ def test_of_several_right_answers_the_nearest_counts(metric: str) -> None:
 
 def test_a_choice_is_right_where_it_weighs_most() -> None:
     row = Row("q", "long answer", choices=("short", "long answer"))
-    assert METRICS["acc"].judge([-3.0, -2.0], row) == 1
-    assert METRICS["acc"].judge([-2.0, -3.0], row) == 0
-    assert METRICS["acc_norm"].judge([-2.0, -3.0], row) == 1  # 0.4 a byte against 0.27
+    assert METRICS["acc"].compute([-3.0, -2.0], row) == 1
+    assert METRICS["acc"].compute([-2.0, -3.0], row) == 0
+    assert METRICS["acc_norm"].compute([-2.0, -3.0], row) == 1  # 0.4 a byte against 0.27
     several = Row("q", "a", choices=("a", "b", "c"), references=("b",))
-    assert [METRICS["acc"].judge(w, several) for w in ([0, 1, 0], [0, 0, 1])] == [1, 0]
+    assert [METRICS["acc"].compute(w, several) for w in ([0, 1, 0], [0, 0, 1])] == [1, 0]
 
 
 def test_a_scorer_that_would_run_an_answer_as_code_is_refused() -> None:
     row = read_rows("reasoning_gym:polynomial_multiplication", Path(), 1)[0]
     with pytest.raises(ExamplesError, match="may run an answer as code"):
-        METRICS["verified"].judge("__import__('os').abort()", row)
+        METRICS["verified"].compute("__import__('os').abort()", row)
     assert not runs_answers(reasoning_task("chain_sum", 0, 1))
-    with pytest.raises(ExamplesError, match="comes without a scorer"):
-        METRICS["verified"].judge("x", Row("q", "a"))
+    with pytest.raises(ExamplesError, match="has no scorer"):
+        METRICS["verified"].compute("x", Row("q", "a"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
 from pipelines.scoring.outputs import write_outputs
-from pipelines.scoring.recompute import rejudge
+from pipelines.scoring.recompute import recompute_scores
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -36,19 +36,19 @@ def test_scores_that_follow_from_their_outputs_are_left_alone(tmp_path: Path) ->
     ledger = Ledger(tmp_path / "home")
     record(ledger, tmp_path, "new", 0.5)
     record(ledger, tmp_path, "old", 0.5, kept=False)  # as before outputs held all of a row
-    found = rejudge(ledger, 20)
+    found = recompute_scores(ledger, 20)
     assert (found.num_scores, found.findings) == (2, ())
-    assert rejudge(ledger, 1).num_scores == 1
-    assert rejudge(ledger, 0).num_scores == 0
+    assert recompute_scores(ledger, 1).num_scores == 1
+    assert recompute_scores(ledger, 0).num_scores == 0
 
 
 def test_a_score_that_does_not_is_named_with_both_values(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "home")
     record(ledger, tmp_path, "right", 0.5)
     record(ledger, tmp_path, "better", 0.9)
-    (finding,) = rejudge(ledger, 20).findings
+    (finding,) = recompute_scores(ledger, 20).findings
     assert finding.what == "score"
-    assert "recorded as 0.9 over 2 rows, and its outputs come to 0.5 over 2" in finding.problem
+    assert "recorded as 0.9 over 2 rows, but its outputs give 0.5 over 2" in finding.problem
 
 
 def test_outputs_that_are_no_table_are_named(tmp_path: Path) -> None:
@@ -60,5 +60,5 @@ def test_outputs_that_are_no_table_are_named(tmp_path: Path) -> None:
     other = replace(score, spec=replace(score.spec, task="other"), outputs_sha256=sha256)
     ledger.record_score(other, run_id="r")
     ledger.ingest()
-    (finding,) = rejudge(ledger, 20).findings
-    assert "cannot be judged again" in finding.problem
+    (finding,) = recompute_scores(ledger, 20).findings
+    assert "cannot be computed again" in finding.problem

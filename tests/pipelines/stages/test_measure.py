@@ -113,16 +113,16 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     work = workplace(benchmark={"limit": 2, "compare": ["base"], "max_new_tokens": 2})
     planned, built, gates = go(work)
     asked: list[str] = []
-    ask = measure.ask.measure
+    real = measure.evaluate.evaluate_task
 
     def stopping(model: Any, tokenizer: Any, task: Any, **settings: Any) -> Any:
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(task.name)
-        return ask(model, tokenizer, task, **settings)
+        return real(model, tokenizer, task, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure.ask, "measure", stopping)
+        patch.setattr(measure.evaluate, "evaluate_task", stopping)
         with pytest.raises(KeyboardInterrupt):
             measure.measure(work, planned, built, gates)
     assert len(measure.missing(work, planned)) == 2

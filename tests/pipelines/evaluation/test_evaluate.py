@@ -9,16 +9,21 @@ import pytest
 import torch
 import yaml
 
+from meteora.artifacts import ArtifactId, BenchmarkSpec, Score
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.model.fused import force_expert, without_experts
 from pipelines.data.composites import compose
 from pipelines.data.rows import Row
-from pipelines.evaluation import ask
+from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGERS, BenchmarkError
 from pipelines.evaluation.tasks import Task
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
-from pipelines.scoring.outputs import read_outputs, write_outputs
-from pipelines.scoring.row_scores import judge, judge_composites
+from pipelines.scoring.outputs import (
+    compute_composite_values,
+    compute_values,
+    read_outputs,
+    write_outputs,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +43,12 @@ def task(rows: list[Row], *metrics: str, template: str = "auto", max_new_tokens:
     return Task("letters", metrics or ("exact_match",), template, max_new_tokens, rows=rows)
 
 
+def score_of(found: TaskResult, metric: str) -> Score:
+    subject, base = ArtifactId("router:" + "0" * 64), ArtifactId("base:" + "0" * 64)
+    spec = BenchmarkSpec(subject, "letters", "f" * 64, metric, 0, 6, 0, base)
+    return found.score(spec, "a" * 64, "cpu")
+
+
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     out = model.generate(ids, max_new_tokens=length, do_sample=False)
@@ -55,44 +66,46 @@ def test_the_harness_asks_what_generate_is_asked(
     monkeypatch.setattr(tokenizer, "chat_template", template or None)
     model = world.load()
     with force_expert(model, "q_and_v"):
-        found = ask.measure(model, tokenizer, task(ROWS), batch_size=2)
+        found = evaluate_task(model, tokenizer, task(ROWS), batch_size=2)
         for row, output in zip(ROWS, found.outputs, strict=True):
             assert output["output"] == greedy(model, tokenizer, row.prompt, 6)
             assert output["reference"] == row.response
     lengths = [len(encode_prompt(tokenizer, row.prompt)) for row in ROWS]
-    assert list(found.prompt_tokens) == lengths
-    assert found.templated == bool(template)
-    assert found.num_samples == len(ROWS)
-    assert found.harness.startswith("lm-eval ")
+    assert [output["prompt_tokens"] for output in found.outputs] == lengths
+    score = score_of(found, "exact_match")
+    assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (sum(lengths) / 3, max(lengths))
+    assert score.templated == bool(template)
+    assert score.num_samples == len(ROWS)
+    assert score.harness.startswith("lm-eval ")
 
 
 def test_of_lm_eval_s_warnings_only_the_expected_are_silent(
     world: World, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [Row("abc", "x", choices=("x", "y"))]
-    ask.measure(world.load(), tokenizer, task(rows, "acc"), batch_size=1)
+    evaluate_task(world.load(), tokenizer, task(rows, "acc"), batch_size=1)
     assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
     for name in LOGGERS:
         logging.getLogger(name).warning("something else")
         assert caplog.records[-1].name == name
 
 
-def test_a_right_answer_counts_and_the_rows_are_told(
+def test_a_right_answer_counts_and_progress_is_reported(
     world: World, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = world.load()
     with without_experts(model):
         right = greedy(model, tokenizer, "abc", 3)
         rows = [Row("abc", right), Row("abc ", "certainly not this")]
-        told: list[int] = []
+        done: list[int] = []
         asked = task(rows, "exact_match", "rougeL", max_new_tokens=3)
-        found = ask.measure(model, tokenizer, asked, batch_size=1, advance=told.append)
-    score = found.scores["exact_match"]
+        found = evaluate_task(model, tokenizer, asked, batch_size=1, advance=done.append)
+    score = score_of(found, "exact_match")
     assert score.value == 0.5
     assert [output["exact_match"] for output in found.outputs] == [1.0, 0.0]
     assert score.low < 0.5 < score.high
-    assert (score.interval, found.scores["rougeL"].interval) == ("wilson", "bootstrap")
-    assert told == [1, 1]
+    assert (score.interval, score_of(found, "rougeL").interval) == ("wilson", "bootstrap")
+    assert done == [1, 1]
     assert asked.num_questions == 2
 
 
@@ -108,25 +121,26 @@ def test_answers_that_were_cut_and_empty_ones_are_counted(
     # whatever the first row is answered with ends its answer now, at once
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
     model.generation_config.eos_token_id = first[0]
-    found = ask.measure(model, tokenizer, task(rows, max_new_tokens=4), batch_size=6)
+    found = evaluate_task(model, tokenizer, task(rows, max_new_tokens=4), batch_size=6)
     for one, output in zip(ids, found.outputs, strict=True):
         out = model.generate(one, max_new_tokens=4, do_sample=False, eos_token_id=first[0])
         ended = int(out[0, -1]) == first[0]
         assert output["truncated"] == (not ended)
-    assert found.num_truncated == sum(output["truncated"] for output in found.outputs)
-    assert 0 < found.num_truncated < len(rows)
-    assert found.num_empty >= 1
-    assert found.num_samples == len(rows)
+    score = score_of(found, "exact_match")
+    assert score.num_truncated == sum(output["truncated"] for output in found.outputs)
+    assert 0 < score.num_truncated < len(rows)
+    assert score.num_empty >= 1
+    assert score.num_samples == len(rows)
 
 
-def test_choices_are_weighed_by_their_log_likelihood(
+def test_choices_are_compared_by_their_log_likelihood(
     world: World, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = world.load()
     rows = [Row("12", "x", ("x", "yy")), Row("a longer one", "zz", ("x", "zz", "w"))]
     asked = task(rows, "acc", "acc_norm")
-    told: list[int] = []
-    found = ask.measure(model, tokenizer, asked, batch_size=2, advance=told.append)
+    done: list[int] = []
+    found = evaluate_task(model, tokenizer, asked, batch_size=2, advance=done.append)
     for row, output in zip(rows, found.outputs, strict=True):
         sums = []
         for choice in row.choices:
@@ -138,17 +152,17 @@ def test_choices_are_weighed_by_their_log_likelihood(
             sums.append(float(said.sum()))
         assert output["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
         assert output["acc"] == float(row.choices[sums.index(max(sums))] in row.answers)
-    assert sum(told) == asked.num_questions == 5
-    with pytest.raises(BenchmarkError, match="has no choices to weigh"):
-        ask.measure(model, tokenizer, task(ROWS, "acc"), batch_size=2)
+    assert sum(done) == asked.num_questions == 5
+    with pytest.raises(BenchmarkError, match="has no choices; give its row"):
+        evaluate_task(model, tokenizer, task(ROWS, "acc"), batch_size=2)
 
 
 def test_what_cannot_be_asked_is_refused(world: World, tokenizer: PreTrainedTokenizerBase) -> None:
     model = world.load()
     with pytest.raises(BenchmarkError, match=r"has 600 tokens, .* the model has room for 506"):
-        ask.measure(model, tokenizer, task([Row("a" * 600, "x")]), batch_size=1)
+        evaluate_task(model, tokenizer, task([Row("a" * 600, "x")]), batch_size=1)
     with pytest.raises(BenchmarkError, match="tokenizer has none"):
-        ask.measure(model, tokenizer, task(ROWS, template="chat"), batch_size=1)
+        evaluate_task(model, tokenizer, task(ROWS, template="chat"), batch_size=1)
 
 
 def test_composites_are_judged_answer_by_answer() -> None:
@@ -160,10 +174,10 @@ def test_composites_are_judged_answer_by_answer() -> None:
         "judged_by": json.dumps({"red": "exact_match", "blue": "rouge1"}),
     }
     outputs = [f"1. {first}\n2. {second}", f"1. {first}", f"2. {second}", "", first]
-    judged = judge_composites([{**kept, "output": output} for output in outputs])
-    assert judged[RIGHT].values == (1.0, 0.5, 0.5, 0.0, 0.0)
-    assert judged[ATTEMPTED].values == (1.0, 0.5, 0.5, 0.0, 0.0)
-    for part in judged[RIGHT].parts:
+    found = compute_composite_values([{**kept, "output": output} for output in outputs])
+    assert found[RIGHT].values == (1.0, 0.5, 0.5, 0.0, 0.0)
+    assert found[ATTEMPTED].values == (1.0, 0.5, 0.5, 0.0, 0.0)
+    for part in found[RIGHT].parts:
         assert (part.value, part.num_samples, part.num_attempted) == (0.4, 5, 2)
 
 
@@ -180,10 +194,10 @@ def test_composites_are_asked_and_can_be_judged_again_from_what_is_kept(
         composites=compose(rows, 2, 3, seed=0),
         part_metrics={"red": "exact_match", "blue": "rouge1"},
     )
-    found = ask.measure(model, tokenizer, asked, batch_size=2)
-    assert {part.name for part in found.scores[RIGHT].parts} == rows.keys()
+    found = evaluate_task(model, tokenizer, asked, batch_size=2)
+    assert {part.name for part in score_of(found, RIGHT).parts} == rows.keys()
     write_outputs(found.outputs, tmp_path / "outputs")
-    again = judge_composites(read_outputs(tmp_path / "outputs"))
+    again = compute_composite_values(read_outputs(tmp_path / "outputs"))
     for metric in (RIGHT, ATTEMPTED):
         assert list(again[metric].values) == [row[metric] for row in found.outputs]
 
@@ -193,11 +207,11 @@ def test_scores_can_be_judged_again_from_what_is_kept(
 ) -> None:
     metrics = ("exact_match", "sentence_bleu", "acc")
     rows = [Row("abc", "a b", ("a b", "c")), Row("bc", "c", ("a b", "c"))]
-    found = ask.measure(world.load(), tokenizer, task(rows, *metrics), batch_size=2)
+    found = evaluate_task(world.load(), tokenizer, task(rows, *metrics), batch_size=2)
     write_outputs(found.outputs, tmp_path / "outputs")
     for metric in metrics:
-        again = judge(read_outputs(tmp_path / "outputs"), metric)
-        assert sum(again.values) / 2 == found.scores[metric].value
+        again = compute_values(read_outputs(tmp_path / "outputs"), metric)
+        assert again.mean == score_of(found, metric).value
 
 
 def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
@@ -222,12 +236,13 @@ def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
         )
     )
     asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=3)
-    found = ask.measure(world.load(), tokenizer, asked, batch_size=2)
-    assert found.num_samples == 3
-    score = found.scores["acc"]
+    found = evaluate_task(world.load(), tokenizer, asked, batch_size=2)
+    score = score_of(found, "acc")
+    assert (score.num_samples, score.num_empty, score.num_truncated) == (3, 0, 0)
+    assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (None, None)
     assert score.value == sum(row["acc"] for row in found.outputs) / 3
     assert score.higher_is_better
     for name, metric, said in (("none", "acc", "no task 'none'"), ("mine", "bleu", "it gives acc")):
         other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
         with pytest.raises(BenchmarkError, match=said):
-            ask.measure(world.load(), tokenizer, other, batch_size=2)
+            evaluate_task(world.load(), tokenizer, other, batch_size=2)

@@ -1,0 +1,173 @@
+"""Put a task to a system: what it answers, what each answer is worth, and the scores."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from meteora.artifacts import Score
+from pipelines.evaluation.harness import HARNESS, Harness
+from pipelines.evaluation.resume import NoLog, answer_in_portions
+from pipelines.scoring.intervals import standard_error
+from pipelines.scoring.metrics import METRICS
+from pipelines.scoring.outputs import RowValues, compute_composite_values, compute_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import BenchmarkSpec
+    from pipelines.evaluation.resume import AnswerLog
+    from pipelines.evaluation.tasks import Task
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The answers of one system to one task, and what each is worth."""
+
+    values: Mapping[str, RowValues]
+    """By metric."""
+    outputs: tuple[dict[str, Any], ...]
+    """One for each row, in order: prompt, reference, output, and each metric's value."""
+    templated: bool
+    """Whether prompts were put into the tokenizer's chat template."""
+    wall_seconds: float
+
+    def score(self, spec: BenchmarkSpec, outputs_sha256: str, device: str) -> Score:
+        """The score that `spec` asks for.
+
+        Args:
+            outputs_sha256: of the blob that holds `outputs`
+            device: that the model ran on
+        """
+        found = self.values[spec.metric]
+        method, low, high = found.interval(spec.seed)
+        lengths = [row["prompt_tokens"] for row in self.outputs if "prompt_tokens" in row]
+        return Score(
+            spec=spec,
+            value=found.mean,
+            stderr=standard_error(found.values),
+            low=low,
+            high=high,
+            num_samples=len(self.outputs),
+            outputs_sha256=outputs_sha256,
+            harness=HARNESS,
+            wall_seconds=self.wall_seconds,
+            higher_is_better=found.higher_is_better,
+            interval=method,
+            templated=self.templated,
+            num_empty=sum("output" in row and not row["output"].strip() for row in self.outputs),
+            num_truncated=sum(row.get("truncated", False) for row in self.outputs),
+            mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
+            max_prompt_tokens=max(lengths, default=None),
+            parts=found.parts,
+            device=device,
+        )
+
+
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    log: AnswerLog | None = None,
+    advance: Callable[[int], None] = lambda _rows: None,
+) -> TaskResult:
+    """Ask a live model, with the routing that it has now, every question of a task.
+
+    Args:
+        log: has the answers of the same measurement from before it was stopped, and takes new ones
+        advance: called with the number of prompts, or pairs of prompt and choice, just done
+
+    Raises:
+        BenchmarkError: the task cannot be asked in the way that is requested.
+    """
+    started = time.perf_counter()
+    harness = Harness(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        template=task.template,
+        seed=seed,
+        advance=advance,
+    )
+    if task.lm_eval:
+        values, outputs = _ask_lm_eval_task(harness, task)
+    else:
+        answer = partial(
+            answer_in_portions, batch_size=batch_size, log=log or NoLog(), advance=advance
+        )
+        outputs = _ask_rows(harness, task, answer)
+        values = (
+            compute_composite_values(outputs)
+            if task.composites
+            else {metric: compute_values(outputs, metric) for metric in task.metrics}
+        )
+    for metric, found in values.items():
+        for row, value in zip(outputs, found.values, strict=True):
+            row[metric] = value
+    return TaskResult(
+        values, tuple(outputs), harness.templated, wall_seconds=time.perf_counter() - started
+    )
+
+
+def _ask_rows(
+    harness: Harness, task: Task, answer: Callable[..., list[Any]]
+) -> list[dict[str, Any]]:
+    """The outputs of a task with rows or composites, without values.
+
+    Args:
+        answer: `answer_in_portions` with a log and a batch size
+    """
+    asked = task.composites or task.rows
+    lengths = harness.prompt_tokens([one.prompt for one in asked])
+    outputs: list[dict[str, Any]] = [
+        {"prompt": one.prompt, "prompt_tokens": n} for one, n in zip(asked, lengths, strict=True)
+    ]
+    if task.composites or any(not METRICS[metric].of_choices for metric in task.metrics):
+        harness.check_room(task.name, lengths, task.max_new_tokens)
+        generate = partial(harness.generate, max_new_tokens=task.max_new_tokens)
+        prompts = [one.prompt for one in asked]
+        answers = answer(prompts, generate, phase="generate")
+        for row, (text, truncated) in zip(outputs, answers, strict=True):
+            row |= {"output": text, "truncated": truncated}
+    if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
+        harness.check_choices(task.name, task.rows)
+        found = answer(
+            task.rows,
+            harness.log_likelihoods,
+            phase="weigh",
+            parts_of=lambda row: len(row.choices),
+        )
+        for row, log_likelihoods in zip(outputs, found, strict=True):
+            row["log_likelihoods"] = log_likelihoods
+    for row, one in zip(outputs, asked, strict=True):
+        row["reference"] = one.response
+        row["asked"] = json.dumps(one.to_dict(), ensure_ascii=False)
+        if task.composites:
+            row["judged_by"] = json.dumps(dict(task.part_metrics), sort_keys=True)
+    return outputs
+
+
+def _ask_lm_eval_task(
+    harness: Harness, task: Task
+) -> tuple[dict[str, RowValues], list[dict[str, Any]]]:
+    """The values and outputs of one of lm-eval's own tasks, which computes both itself."""
+    from pipelines.evaluation.lm_eval_tasks import run_lm_eval_task  # noqa: PLC0415  (seconds, and few recipes need it)
+
+    run = run_lm_eval_task(harness, task.lm_eval, task.folder, task.limit)
+    values = {}
+    for metric in task.metrics:
+        found = tuple(run.values(task.name, metric))
+        values[metric] = RowValues(
+            found,
+            graded=not set(found) <= {0.0, 1.0},
+            higher_is_better=run.higher_is_better.get(metric, True),
+        )
+    return values, run.outputs()

@@ -120,9 +120,9 @@ def report(
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from meteora.checkpoint.resolve import find_checkpoint
-    from pipelines.reports.examples import examples, traced
+    from pipelines.reports.examples import find_examples, trace_examples
     from pipelines.reports.html import check_writable, write_page
-    from pipelines.reports.queries import ask
+    from pipelines.reports.queries import run_queries
     from pipelines.reports.report import report_page
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
     from store.ledger import Ledger
@@ -130,12 +130,12 @@ def report(
     check_writable(output)
     home = home.expanduser().absolute()
     ledger, folder = Ledger(home), find_checkpoint(checkpoint_folder(checkpoint, home))
-    asked = ask(ledger, ArtifactId(read_manifest(folder).router_id))
+    results = run_queries(ledger, ArtifactId(read_manifest(folder).router_id))
     drawn = []
-    if chosen := examples(ledger, asked["outputs"], traces):
+    if chosen := find_examples(ledger, results["outputs"], traces):
         model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
-        drawn = traced(model, tokenizer, chosen)
-    write_page(output, report_page(asked, drawn))
+        drawn = trace_examples(model, tokenizer, chosen)
+    write_page(output, report_page(results, drawn))
     print(output)
 
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from meteora.artifacts import MeteoraError, short
 from pipelines.reports.card import (
     cell,
-    how_measured,
     loss_lines,
+    method_lines,
     routing_lines,
     speed_lines,
     stand_in_lines,
@@ -43,7 +43,7 @@ def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
     table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     out.print(table)
     told = (
-        *how_measured(summary),
+        *method_lines(summary),
         *routing_lines(summary),
         *stand_in_lines(summary.gates.spec.stand_ins, summary.gates.spec.stand_in),
         *loss_lines(summary),

@@ -164,7 +164,7 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:
-            text = card.place(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
+            text = card.fill_in_name(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
             (scratch / name).write_text(text, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: text, and nothing is sent from here."""
+"""The text of a checkpoint's model card, and the sentences that the score table shares with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
 
-MADE = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
-
-
-HERE = "FOLDER_OR_HUB_ID"
-"""Stands in a card for the name under which the model is loaded, until it is published."""
+METHODS = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
+"""How gates were made, by the method's name in a recipe."""
+NAME_PLACEHOLDER = "FOLDER_OR_HUB_ID"
+"""What the code on a card loads, until the model is published under a name."""
 PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
 
 
@@ -27,17 +26,18 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     """The README.md of a checkpoint, with the metadata that the Hub understands.
 
     Args:
-        summary: None for a checkpoint that nobody has measured
+        summary: None for a checkpoint that was not measured
+        name: of the model
     """
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
         f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
-        f" the token's hidden state and picks the adapter ({PAPER}). Nobody has to say which task a"
-        " prompt is.",
+        f" the token's hidden state and picks the adapter ({PAPER}). No one has to say which task a"
+        " prompt belongs to.",
         "## Use",
-        "\n".join(["```python", *usage(manifest, summary), "```"]),
-        "It needs the Python package `meteora-pipelines`, and never `trust_remote_code`: after"
+        "\n".join(["```python", *usage_lines(manifest, summary), "```"]),
+        "It needs the Python package `meteora-pipelines`, but not `trust_remote_code`. After"
         " `import meteora`, `AutoModelForCausalLM.from_pretrained` and `pipeline` of transformers"
         " take the same name. `with meteora.force_expert(model, NAME):` sends every token to one"
         " expert.",
@@ -50,26 +50,26 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(manifest)),
         "## Lineage",
-        f"Stack {_code(short(manifest.fused_id))}, router {_code(short(manifest.router_id))}. Where"
-        " everything came from, with commits and hashes, stands in `lineage.json`.",
+        f"Stack {_code(short(manifest.fused_id))}, router {_code(short(manifest.router_id))}. The"
+        " sources of all parts, with commits and hashes, are in `lineage.json`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def place(card: str, repo_id: str) -> str:
-    """A card with the name under which its model is published."""
-    return card.replace(HERE, repo_id)
+def fill_in_name(card: str, repo_id: str) -> str:
+    """The card with the Hub id of the model in its code."""
+    return card.replace(NAME_PLACEHOLDER, repo_id)
 
 
-def usage(manifest: Manifest, summary: Summary | None) -> list[str]:
-    """Five lines of Python that load the model and let it answer."""
+def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
+    """A few lines of Python that load the model and generate an answer."""
     base_folder = (
         ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
     )
     lines = [
         "import meteora",
         "",
-        f'model, tokenizer = meteora.load("{HERE}"{base_folder})',
+        f'model, tokenizer = meteora.load("{NAME_PLACEHOLDER}"{base_folder})',
     ]
     scores = [score for row in summary.scores.values() for score in row.values()] if summary else []
     if any(score.templated for score in scores):
@@ -99,15 +99,14 @@ def _sources(manifest: Manifest) -> list[str]:
             for name, source, revision, licence, r in rows
         ),
         "",
-        "The base is referred to and not copied; it is loaded at that commit, or refused where it"
-        " is another."
+        "The base is not copied here: it is loaded at that commit, and another base is refused."
         + (f" It comes with the Python package {_code(package)}." if gguf else "")
-        + (" It is a folder of whoever made this model." if base.repo_id.startswith(PATH) else ""),
+        + (" It is a folder where this model was made." if base.repo_id.startswith(PATH) else ""),
     ]
 
 
 def _linked(source: str, revision: str = "") -> str:
-    """A Hub id, or a commit of it, as a link; what is on no Hub as it is called."""
+    """A Hub id, or a commit of it, as a link; other sources as inline code."""
     parts = source.split("/")
     url = f"{PUBLIC}/{'/'.join(parts[:2])}"
     if ":" in source or len(parts) < 2 or (revision and not COMMIT.fullmatch(revision)):
@@ -121,16 +120,16 @@ def _limits(manifest: Manifest) -> list[str]:
     router = manifest.router
     return [
         *stand_in_lines(router.stand_ins, router.stand_in),
-        "The scores are of rows like those that its gates were made with; other prompts are not"
+        "The scores are for rows like those that the gates were fitted to; other prompts are not"
         " measured."
         if manifest.gates
-        else "Its router is not trained; how well it chooses is what the scores say.",
-        "A prompt that is like no expert's task goes to the base alone, if the router sees it."
+        else "Its router is not trained; the scores show how well it chooses.",
+        "A prompt that is like no expert's task goes to the base alone, if the router notices it."
         if manifest.router.null
-        else "A prompt that is like no expert's task goes to some expert all the same.",
-        "What the base and the adapters do wrong, and what their licences ask for, holds here too.",
-        "It runs in transformers through this package; servers with model code of their own, such"
-        " as vLLM, do not load it.",
+        else "A prompt that is like no expert's task still goes to some expert.",
+        "The faults of the base and the adapters, and the terms of their licences, apply here too.",
+        "It runs in transformers, with this package. Servers with their own model code, such as"
+        " vLLM, cannot load it.",
     ]
 
 
@@ -144,7 +143,7 @@ def _measured(summary: Summary | None) -> list[str]:
 def score_table(summary: Summary) -> list[str]:
     """Every score with its 95 % interval, as Markdown."""
     if not summary.scores:
-        return ["Nothing was measured: the recipe names no tests."]
+        return ["Nothing was measured: the recipe has no tests."]
     systems = summary.systems
     lines = [
         f"| task | metric | n | {' | '.join(systems)} |",
@@ -159,20 +158,20 @@ def score_table(summary: Summary) -> list[str]:
     means = [summary.mean(system) for system in systems]
     shown = ["" if mean is None else f"**{mean:.3f}**" for mean in means]
     lines += [f"| mean of the experts' own tasks | | | {' | '.join(shown)} |", ""]
-    return lines + how_measured(summary)
+    return lines + method_lines(summary)
 
 
 def cell(summary: Summary, task: str, system: str) -> str:
-    """One score with its interval, marked where the fused model differs from it beyond chance."""
+    """One score with its interval, and the mark of `Summary.mark`; empty if not measured."""
     score = summary.scores[task].get(system)
     if score is None:
         return ""
-    shown = interval(score.value, score.low, score.high)
+    shown = format_score(score.value, score.low, score.high)
     return " ".join(filter(None, (shown, summary.mark(task, system))))
 
 
-def how_measured(summary: Summary) -> list[str]:
-    """What a reader needs to know to trust the table."""
+def method_lines(summary: Summary) -> list[str]:
+    """How the scores of the table were measured, in one or two sentences."""
     scores = [score for row in summary.scores.values() for score in row.values()]
     if not scores:
         return []
@@ -196,12 +195,13 @@ def how_measured(summary: Summary) -> list[str]:
     return lines
 
 
-def interval(value: float, low: float, high: float) -> str:
+def format_score(value: float, low: float, high: float) -> str:
+    """A score with its interval in brackets."""
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def routing_lines(summary: Summary) -> list[str]:
-    """How often tokens went to their own expert, in one sentence."""
+    """How often tokens were sent to their own expert, in one sentence; empty if not measured."""
     if summary.routing is None:
         return []
     routing = summary.routing
@@ -214,17 +214,22 @@ def routing_lines(summary: Summary) -> list[str]:
 
 
 def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
-    """Which experts had no examples, where there are such."""
+    """Which experts had no examples, in one sentence; empty if all had some.
+
+    Args:
+        names: of the experts without examples
+        stand_in: how their gates were made: `arrow` or `norm`
+    """
     if not names:
         return []
     return [
-        f"No examples were given for {', '.join(names)}: which tokens are theirs is told by their"
-        f" weights ({stand_in}), which is less sure than examples are."
+        f"No examples were given for {', '.join(names)}: tokens are routed to them by their weights"
+        f" ({stand_in}), which is less reliable than gates fitted to examples."
     ]
 
 
 def loss_lines(summary: Summary) -> list[str]:
-    """Every task on which the fused model is worse than another system beyond chance."""
+    """A sentence for every task on which the fused model is worse than a system beyond chance."""
     lines = []
     for task, other, one in summary.losses():
         row = summary.scores[task]
@@ -236,7 +241,7 @@ def loss_lines(summary: Summary) -> list[str]:
 
 
 def speed_lines(summary: Summary) -> list[str]:
-    """What routing costs in time and memory."""
+    """What routing costs in time and memory, in sentences; empty if not measured."""
     made = summary.speed
     if made is None:
         return []
@@ -249,7 +254,7 @@ def speed_lines(summary: Summary) -> list[str]:
     working = ""
     if made.fused_working_bytes is not None and made.base_working_bytes is not None:
         working = (
-            f"; a prefill takes {made.fused_working_bytes / 1e6:.1f} MB beyond that, the base's"
+            f"; a prefill takes {made.fused_working_bytes / 1e6:.1f} MB more, the base's"
             f" {made.base_working_bytes / 1e6:.1f} MB"
         )
     return [
@@ -264,7 +269,8 @@ def speed_lines(summary: Summary) -> list[str]:
 def _router(manifest: Manifest) -> str:
     router = manifest.router
     how = (
-        f", {MADE.get(manifest.gates['method'], 'made')} on {manifest.gates['num_tokens']:,} tokens"
+        f", {METHODS.get(manifest.gates['method'], 'made')}"
+        f" on {manifest.gates['num_tokens']:,} tokens"
         if manifest.gates
         else ""
     )
@@ -272,5 +278,5 @@ def _router(manifest: Manifest) -> str:
 
 
 def _code(text: str) -> str:
-    """Text from strangers as inline code: no markup of theirs takes effect."""
+    """Untrusted text as inline code, so that no markup in it takes effect."""
     return f"`{text.replace('`', '').replace('|', '')}`"

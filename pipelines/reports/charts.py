@@ -1,4 +1,4 @@
-"""The figures of a report: scores with intervals, shares in a grid, lines by layer, two shares."""
+"""The charts of a report: forest plot, heat map, line chart, dumbbell plot."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pipelines.reports.svg import (
     SOFT,
     WIDE,
     Mark,
-    brief,
-    draw_both,
-    legend,
+    draw_legend,
+    draw_point,
+    draw_wide_and_narrow,
     new_axes,
-    point,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UPRIGHT = 26
-"""Columns that are narrower, in pixels, have names that stand upright: leaning ones would touch."""
+"""Below this width in pixels, columns have vertical names: diagonal names would touch."""
 NUMBERED = 16
-"""A heat map of more columns has no room for numbers in its cells."""
+"""Heat maps with more columns have no room for numbers in the cells."""
 MARKS = {
     "fused": Mark(ACCENT, "o", 7, filled=True),
     "oracle": Mark(SECOND, "D", 6, filled=False),
     "base": Mark(INK, "|", 9, filled=True),
 }
 FEW = 5
-"""More systems than that stand closer together."""
+"""A forest plot with more systems has its lines closer together."""
 OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
 
 
@@ -58,31 +58,41 @@ class Interval:
     high: float
 
 
-def marks(systems: Sequence[str]) -> dict[str, Mark]:
+def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
+    """The mark of each system, by its name."""
     others = iter(OTHERS * len(systems))
     return {system: MARKS.get(system) or next(others) for system in systems}
 
 
-def forest(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
-    """Scores with their intervals, a block a task and a line a system."""
+def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
+    """Scores with their intervals: a block for each task, in it a line for each system.
+
+    Args:
+        name: the start of the HTML ids in the drawing; unique on a page
+    """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
-    drawn = marks(systems)
+    drawn = system_marks(systems)
     gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
     height = len(tasks) * (len(systems) + gap) * line
 
     def draw(width: int) -> Figure:
-        left = 12 if width == NARROW else 14 + 7 * max(len(brief(task)) for task in tasks)
+        left = 12 if width == NARROW else 14 + 7 * max(len(shorten(task)) for task in tasks)
         top = 14 + LEGEND_ROW * math.ceil(sum(30 + 6.4 * len(s) for s in systems) / (width - left))
         figure, axes = new_axes(width, height, left=left, top=top, bottom=42, right=12)
-        legend(figure, drawn, left)
+        draw_legend(figure, drawn, left)
         for i, task in enumerate(tasks):
             top = i * (len(systems) + gap)
             if i:
                 axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
             if width == NARROW:
                 axes.text(
-                    0.0, top - 0.42, brief(task, 40), fontsize=11.5, fontweight="bold", va="center"
+                    0.0,
+                    top - 0.42,
+                    shorten(task, 40),
+                    fontsize=11.5,
+                    fontweight="bold",
+                    va="center",
                 )
             for interval in intervals:
                 if interval.task == task:
@@ -93,14 +103,14 @@ def forest(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
                         color=mark.colour, linewidth=thick, solid_capstyle="butt",
                         gid=f"interval-{i}-{systems.index(interval.system)}",
                     )  # fmt: skip
-                    drawn_at = point(axes, interval.value, y, mark)
+                    drawn_at = draw_point(axes, interval.value, y, mark)
                     drawn_at.set_gid(f"point-{i}-{systems.index(interval.system)}")
         axes.set_ylim(len(tasks) * (len(systems) + gap) - 0.5 * gap, -0.5 * gap - 0.1)
         if width == NARROW:
             axes.set_yticks([])
         else:
             middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
-            axes.set_yticks(middle, [brief(task) for task in tasks])
+            axes.set_yticks(middle, [shorten(task) for task in tasks])
         low, high = min(i.low for i in intervals), max(i.high for i in intervals)
         if low >= 0 and high <= 1:
             axes.set_xlim(-0.02, 1.02)
@@ -111,10 +121,10 @@ def forest(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
         axes.spines[["left", "bottom"]].set_visible(False)
         return figure
 
-    return draw_both(draw, name)
+    return draw_wide_and_narrow(draw, name)
 
 
-def heat(
+def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Mapping[tuple[str, str], float],
@@ -122,20 +132,22 @@ def heat(
     *,
     labels: tuple[str, str],
 ) -> Markup:
-    """Shares from 0 to 1 in one hue; the diagonal, where names are equal, is framed.
+    """Shares from 0 to 1 in one hue. Cells where row and column have the same name are framed.
 
     Args:
-        labels: of the rows and of the columns
+        values: by row and column; a cell without a value stays empty
+        name: the start of the HTML ids in the drawing; unique on a page
+        labels: of the rows, and of the columns
     """
 
     def draw(width: int) -> Figure:
         limit = 24 if width == WIDE else 15
-        shown_rows = [brief(row, limit) for row in rows]
-        shown_columns = [brief(column, limit) for column in columns]
+        shown_rows = [shorten(row, limit) for row in rows]
+        shown_columns = [shorten(column, limit) for column in columns]
         left = 26 + 6.6 * max(map(len, shown_rows))
         longest = max(map(len, shown_columns))
         upright = (width - left) / len(columns) < UPRIGHT
-        # names that lean to the right need room there
+        # diagonal names need room on the right
         top, right = (30 + 5.8 * longest, 6) if upright else (30 + 4.6 * longest, 4 + 4.2 * longest)
         cell = min(46.0, (width - left - right) / len(columns))
         figure, axes = new_axes(
@@ -184,10 +196,10 @@ def heat(
         )
         return figure
 
-    return draw_both(draw, name)
+    return draw_wide_and_narrow(draw, name)
 
 
-def lines(
+def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     name: str,
     *,
@@ -196,11 +208,13 @@ def lines(
     strong: str,
     step: bool = False,
 ) -> Markup:
-    """One strong line of shares among thin ones, each named at its end.
+    """One bold line of shares and thin ones, each with its name at its end.
 
     Args:
-        strong: the series that is drawn in the accent's colour
-        step: whether a value holds until the next one
+        series: points (x, share) by name
+        name: the start of the HTML ids in the drawing; unique on a page
+        strong: the name of the bold line, in the accent's colour
+        step: whether a value holds until the next point
     """
 
     def draw(width: int) -> Figure:
@@ -222,7 +236,7 @@ def lines(
         bottom, top = axes.get_ylim()
         place = math.inf
         for y, x, key in sorted(ends, reverse=True):
-            place = min(y, place - 14 * (top - bottom) / 230)  # no two names on each other
+            place = min(y, place - 14 * (top - bottom) / 230)  # names do not overlap
             axes.annotate(
                 key, (x, place), xytext=(7, 0), textcoords="offset points", va="center",
                 fontsize=11, color=ACCENT if key == strong else SOFT, annotation_clip=False,
@@ -237,27 +251,28 @@ def lines(
         axes.spines["left"].set_visible(False)
         return figure
 
-    return draw_both(draw, name)
+    return draw_wide_and_narrow(draw, name)
 
 
-def dumbbells(
+def dumbbell_plot(
     rows: Sequence[tuple[str, float, float]], name: str, *, labels: tuple[str, str], xlabel: str
 ) -> Markup:
-    """Two shares a row, joined: how far what is differs from what should be.
+    """Two shares in each row, joined by a line: an expected one and a real one.
 
     Args:
-        rows: name, what should be, what is
-        labels: of the two
+        rows: name, expected share, real share
+        name: the start of the HTML ids in the drawing; unique on a page
+        labels: of the two shares
     """
 
     def draw(width: int) -> Figure:
-        shown = [brief(row[0], 24 if width == WIDE else 15) for row in rows]
+        shown = [shorten(row[0], 24 if width == WIDE else 15) for row in rows]
         left = 14 + 7 * max(map(len, shown))
         figure, axes = new_axes(width, 21 * len(rows), left=left, top=26, bottom=42, right=14)
-        for i, (_, should, there) in enumerate(rows):
-            axes.plot([should, there], [i, i], color=SOFT, linewidth=1.2)
-            point(axes, should, i, MARKS["oracle"])
-            point(axes, there, i, MARKS["fused"])
+        for i, (_, expected, real) in enumerate(rows):
+            axes.plot([expected, real], [i, i], color=SOFT, linewidth=1.2)
+            draw_point(axes, expected, i, MARKS["oracle"])
+            draw_point(axes, real, i, MARKS["fused"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, max(max(row[1:]) for row in rows) * 1.08)
         axes.set_yticks(range(len(rows)), shown)
@@ -266,7 +281,7 @@ def dumbbells(
         axes.set_axisbelow(True)
         axes.set_xlabel(xlabel)
         axes.spines[["left", "bottom"]].set_visible(False)
-        legend(figure, {labels[0]: MARKS["oracle"], labels[1]: MARKS["fused"]}, left)
+        draw_legend(figure, {labels[0]: MARKS["oracle"], labels[1]: MARKS["fused"]}, left)
         return figure
 
-    return draw_both(draw, name)
+    return draw_wide_and_narrow(draw, name)

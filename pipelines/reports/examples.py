@@ -1,4 +1,4 @@
-"""Test prompts that a report shows answered, token by token."""
+"""Test prompts that a report shows with their answers and traces."""
 
 from __future__ import annotations
 
@@ -17,25 +17,32 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.reports.queries import Asked
+    from pipelines.reports.queries import QueryResult
     from store.ledger import Ledger
 
 MAX_NEW_TOKENS = 128
-"""A trace that is longer is not looked at."""
+"""Longer traces are hard to read."""
 
 
 @dataclass(frozen=True)
 class Example:
+    """A test prompt, and how it was asked."""
+
     task: str
     prompt: str
     reference: str
+    """The right answer."""
     templated: bool
-    """Whether it was asked in the tokenizer's chat template, where there is one."""
+    """Whether it was put into the tokenizer's chat template, if there is one."""
     max_new_tokens: int
 
 
-def examples(ledger: Ledger, outputs: Asked, count: int) -> list[Example]:
-    """The first row of each of the first `count` tasks; composites come first."""
+def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Example]:
+    """The first row of each of `count` tasks, composites first.
+
+    Args:
+        outputs: the result of the query `outputs`
+    """
     found = []
     for row in outputs.rows[:count]:
         path = ledger.blobs.path_of(row["outputs_sha256"])
@@ -52,13 +59,13 @@ def examples(ledger: Ledger, outputs: Asked, count: int) -> list[Example]:
     return found
 
 
-def traced(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[Example]
+def trace_examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[dict[str, Any]]:
-    """A figure of each example, answered anew."""
+    """A `trace_figure` of each example, which the model answers again."""
     drawn = []
-    with bar("tracing examples", len(chosen), "prompts") as advance:
-        for number, example in enumerate(chosen):
+    with bar("tracing examples", len(examples), "prompts") as advance:
+        for number, example in enumerate(examples):
             ids = (
                 encode_prompt(tokenizer, example.prompt)
                 if example.templated

@@ -1,7 +1,7 @@
-"""The questions that a report answers, put to the ledger; and what their answers come to.
+"""The SQL queries of a report, and their results.
 
-The questions are SQL in `queries.sql`, about one routed model. A report shows each of them beside
-what it gave, so whoever has the ledger can ask again.
+The queries are in `queries.sql`; each is about one routed model. A report shows the SQL beside each
+result, so a reader who has the ledger can run it again.
 """
 
 from __future__ import annotations
@@ -22,42 +22,45 @@ if TYPE_CHECKING:
 
 ROUTER_ID = re.compile(r"router:[0-9a-f]{64}")
 SIGNIFICANT = 0.05
-"""A difference whose corrected p lies below this is one beyond chance."""
+"""A difference is beyond chance if its corrected p is below this."""
 
 
 class ReportError(MeteoraError):
-    """There is nothing to report on."""
+    """There is nothing to report."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question, as anyone can put it to the ledger, and the ledger's answer."""
+class QueryResult:
+    """A query, and the ledger's answer to it."""
 
     name: str
     title: str
     sql: str
+    """With the router's id filled in."""
     answer: Answer
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """Each row by its columns' names."""
         return [dict(zip(self.answer.columns, row, strict=True)) for row in self.answer.rows]
 
 
 @dataclass(frozen=True)
-class Against:
-    """How the fused model stands against one other system, over the tasks that both were asked."""
+class Comparison:
+    """The fused model against another system, over the tasks that both were measured on."""
 
     other: str
     better: tuple[str, ...]
-    """Tasks on which it is better beyond chance."""
+    """Tasks on which the fused model is better beyond chance."""
     worse: tuple[str, ...]
+    """Tasks on which it is worse beyond chance."""
     num_tasks: int
     mean: float
-    """Mean difference over the tasks, where they share a metric."""
+    """Mean over the tasks of the difference, fused minus other, in the unit of each metric."""
 
 
-def questions() -> list[tuple[str, str, str]]:
-    """Name, title and SQL of each question of `queries.sql`."""
+def load_queries() -> list[tuple[str, str, str]]:
+    """Name, title and SQL of each query of `queries.sql`."""
     text = resources.files("pipelines.reports").joinpath("queries.sql").read_text(encoding="utf-8")
     found = []
     for block in text.split("\n\n-- ")[1:]:
@@ -67,37 +70,42 @@ def questions() -> list[tuple[str, str, str]]:
     return found
 
 
-def ask(ledger: Ledger, router_id: ArtifactId) -> dict[str, Asked]:
-    """Every question's answer, by its name.
+def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]:
+    """The result of every query, by its name.
 
     Raises:
-        ReportError: the ledger knows no scores of this router.
+        ReportError: the id is not a router's, or the ledger has no scores of this router.
     """
     if not ROUTER_ID.fullmatch(router_id):
         raise ReportError(
             f"{short(router_id)} is not a routed model; give the id of one, as `meteora run` prints"
         )
     ledger.ingest()
-    asked = {}
-    for name, title, sql in questions():
+    results = {}
+    for name, title, sql in load_queries():
         literal = sql.replace("$router", f"'{router_id}'")
-        asked[name] = Asked(name, title, literal, ledger.query(literal))
-    if not asked["scores"].rows:
+        results[name] = QueryResult(name, title, literal, ledger.query(literal))
+    if not results["scores"].rows:
         raise ReportError(
-            f"the ledger under {ledger.home} holds no scores of {short(router_id)}; give the --home"
-            " that it was measured in, or run its recipe here"
+            f"the ledger in {ledger.home} holds no scores of {short(router_id)}; give the --home in"
+            " which it was measured, or run its recipe here"
         )
-    return asked
+    return results
 
 
-def title(asked: Mapping[str, Asked]) -> str:
-    base = str(asked["base"].rows[0]["base_model"])
+def page_title(results: Mapping[str, QueryResult]) -> str:
+    """The number of experts, and the base's name."""
+    base = str(results["base"].rows[0]["base_model"])
     name = re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
-    return f"{len(asked['experts'].rows)} experts on {name}"
+    return f"{len(results['experts'].rows)} experts on {name}"
 
 
-def against(differences: Sequence[Mapping[str, Any]]) -> list[Against]:
-    """What the paired tests come to, by the other system."""
+def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+    """The results of the paired tests, one for each other system.
+
+    Args:
+        differences: rows of the query `differences`
+    """
     found = []
     for other in dict.fromkeys(row["other"] for row in differences):
         rows = [row for row in differences if row["other"] == other]
@@ -106,7 +114,7 @@ def against(differences: Sequence[Mapping[str, Any]]) -> list[Against]:
             r for r in beyond if (r["difference"] > 0) is (r["higher_is_better"] is not False)
         ]
         found.append(
-            Against(
+            Comparison(
                 other,
                 tuple(row["task"] for row in better),
                 tuple(row["task"] for row in beyond if row not in better),

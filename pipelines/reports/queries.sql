@@ -1,4 +1,4 @@
--- The questions of a report, each below its name and its title; $router is an artifact id.
+-- The queries of a report, each below its name and its title; $router is an artifact id.
 
 -- base: The base model
 SELECT base_model, base_revision, architecture, hidden_size, num_hidden_layers, vocab_size,
@@ -14,27 +14,27 @@ FROM routers WHERE id = $router;
 -- experts: The experts
 SELECT position + 1 AS number, name, source, revision, licence, min_r, max_r, num_modules, dtype,
        CASE WHEN list_contains(stand_ins, name) THEN stand_in
-            WHEN router = 'gate' THEN 'examples' END AS told_by
+            WHEN router = 'gate' THEN 'examples' END AS gate_from
 FROM routers
 JOIN experts USING (fused_id)
 LEFT JOIN adapter_weights ON adapter_weights.id = adapter_id
 LEFT JOIN lineage ON relative_id = adapter_id AND artifact_id = routers.id
 WHERE routers.id = $router ORDER BY position;
 
--- adapters: The adapters that were looked at
-WITH looked AS (
+-- adapters: The adapters that were checked
+WITH latest AS (
     SELECT verdicts.*
     FROM verdicts JOIN artifacts ON artifacts.id = $router AND artifacts.run_id = verdicts.run_id
     QUALIFY row_number() OVER (
         PARTITION BY name ORDER BY verdicts.recorded_at DESC, verdicts.record_sha256
     ) = 1
-), said AS (
+), reason_texts AS (
     SELECT record_sha256, string_agg(message, '; ' ORDER BY position) AS reasons
     FROM verdict_reasons GROUP BY record_sha256
 )
 SELECT name, verdict, concat_ws('/', repo_id, nullif(subfolder, '')) AS source, revision, author,
        licence, array_to_string(base_models, ', ') AS base_models, downloads, reasons
-FROM looked LEFT JOIN said USING (record_sha256)
+FROM latest LEFT JOIN reason_texts USING (record_sha256)
 ORDER BY list_position(['refuse', 'warn'], verdict) NULLS LAST, name;
 
 -- scores: Scores and their 95 % intervals
@@ -43,18 +43,18 @@ FROM standings WHERE router_id = $router AND system <> 'alone'
 ORDER BY starts_with(task, 'composite-'), TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
          task, list_position(['fused', 'oracle', 'base'], system), system;
 
--- means: Means over the tasks that every system was asked
+-- means: Means over the tasks on which every system was measured
 WITH by_task AS (
     SELECT system, task, avg(value) AS value  -- of a task's metrics
     FROM standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
-      AND metric NOT LIKE 'composite%'  -- of which one says how many were answered at all
+      AND metric NOT LIKE 'composite%'  -- composite_attempted is no measure of quality
     GROUP BY system, task
-), asked AS (
+), counted AS (
     SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task
 )
 SELECT system, avg(value) AS mean, count(*) AS num_tasks
-FROM asked WHERE num_systems = (SELECT max(num_systems) FROM asked)
+FROM counted WHERE num_systems = (SELECT max(num_systems) FROM counted)
 GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
 
 -- differences: The fused model against each other system, on the same rows
@@ -143,7 +143,7 @@ SELECT TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
        avg(entropy_bits) AS entropy_bits, avg(weight) AS weight, avg(agreement) AS agreement
 FROM routing_details WHERE router_id = $router GROUP BY layer ORDER BY layer;
 
--- switches: Tokens to switch: how soon routing follows where another task's text begins
+-- switches: Tokens until routing switches, where another task's text begins
 SELECT delay_tokens,
        coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
        coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer,
@@ -182,7 +182,7 @@ SELECT unnest(map_keys(versions)) AS package, unnest(map_values(versions)) AS ve
        runs.device, runs.run_id, recipe_name, recipe_sha256
 FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 
--- outputs: Where every row's answer is kept
+-- outputs: Where the answers are stored
 SELECT task, outputs_sha256, max_new_tokens, templated,
        id IN (SELECT score_id FROM score_parts) AS is_composite
 FROM scores WHERE subject_id = $router ORDER BY is_composite DESC, task;

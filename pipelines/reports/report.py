@@ -1,4 +1,4 @@
-"""What a checkpoint is worth, on one page that needs no network: answers, and figures of them."""
+"""The report of a checkpoint: one page that opens offline, with charts of the query results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import COMMIT
 from pipelines.reports import charts
 from pipelines.reports.html import render
-from pipelines.reports.queries import against, title
+from pipelines.reports.queries import compare_systems, page_title
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
 
@@ -17,26 +17,29 @@ if TYPE_CHECKING:
 
     from markupsafe import Markup
 
-    from pipelines.reports.queries import Asked
+    from pipelines.reports.queries import QueryResult
 
 FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
-ALL = "all modules"
+"""Queries that have a chart."""
+ALL_MODULES = "all modules"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def report_page(asked: Mapping[str, Asked], traces: Sequence[Mapping[str, Any]] = ()) -> str:
+def report_page(
+    results: Mapping[str, QueryResult], traces: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """One self-contained HTML page.
 
     Args:
         traces: each as `trace_figure` gives it, shown as examples
     """
     context = {
-        "title": title(asked),
-        "asked": asked,
-        "figures": draw(asked),
-        "against": against(asked["differences"].rows),
+        "title": page_title(results),
+        "results": results,
+        "figures": draw_charts(results),
+        "comparisons": compare_systems(results["differences"].rows),
         "traces": traces,
-        "num_experts": len(asked["experts"].rows),
+        "num_experts": len(results["experts"].rows),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "hub_link": hub_link,
@@ -45,45 +48,49 @@ def report_page(asked: Mapping[str, Asked], traces: Sequence[Mapping[str, Any]] 
 
 
 def hub_link(source: str | None, revision: str | None) -> str:
-    """The page of a commit on the Hub; empty for what does not lie there."""
+    """The address of a commit on the Hub; empty for sources that are not on the Hub."""
     if source and revision and HUB_ID.fullmatch(source) and COMMIT.fullmatch(revision):
         return f"https://huggingface.co/{source}/tree/{revision}"
     return ""
 
 
-def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
-    """The figures by the name of their question; None where there is no data for one."""
+def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
+    """The charts by the name of their query; None where there is no data."""
     drawn: dict[str, Any] = dict.fromkeys(FIGURES)
-    drawn["scores"] = _forests(asked["scores"].rows)
-    experts = [row["name"] for row in asked["experts"].rows]
-    matrix = asked["matrix"].rows
+    drawn["scores"] = _forests(results["scores"].rows)
+    experts = [row["name"] for row in results["experts"].rows]
+    matrix = results["matrix"].rows
     pairs = {(row["task"], row["expert"]) for row in matrix}
-    if len(pairs) > len({row["task"] for row in matrix}):  # more than each on its own
+    if len(pairs) > len({row["task"] for row in matrix}):  # not only each on its own task
         drawn["matrix"] = _matrices(matrix, experts)
-    if confusion := asked["confusion"].rows:
+    if confusion := results["confusion"].rows:
         truths = {row["truth"] for row in confusion}
         chosen = {row["chosen"] for row in confusion}
         beside = sorted(chosen - set(experts))  # the base, where it is a choice
-        drawn["confusion"] = charts.heat(
+        drawn["confusion"] = charts.heat_map(
             [name for name in experts if name in truths],
             [*experts, *beside],
             {(row["truth"], row["chosen"]): row["share"] for row in confusion},
             "confusion",
             labels=("tokens of", "sent to, %"),
         )
-        load = asked["load"].rows
-        drawn["load"] = charts.dumbbells(
+        load = results["load"].rows
+        drawn["load"] = charts.dumbbell_plot(
             [(row["expert"], row["own"] or 0.0, row["sent"] or 0.0) for row in load],
             "load",
             labels=("of its own rows", "sent to it"),
             xlabel="share of all tokens",
         )
-    if layers := [row for row in asked["layers"].rows if row["layer"] is not None]:
-        drawn["layers"] = charts.lines(
-            _by_kind(layers), "layers", xlabel="layer", ylabel="routing accuracy", strong=ALL
+    if layers := [row for row in results["layers"].rows if row["layer"] is not None]:
+        drawn["layers"] = charts.line_chart(
+            _by_kind(layers),
+            "layers",
+            xlabel="layer",
+            ylabel="routing accuracy",
+            strong=ALL_MODULES,
         )
-    if details := [row for row in asked["details"].rows if row["layer"] is not None]:
-        drawn["details"] = charts.lines(
+    if details := [row for row in results["details"].rows if row["layer"] is not None]:
+        drawn["details"] = charts.line_chart(
             {
                 "agreement": [(row["layer"], row["agreement"]) for row in details],
                 "weight": [(row["layer"], row["weight"]) for row in details],
@@ -93,8 +100,8 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
             ylabel="share",
             strong="agreement",
         )
-    if switches := [row for row in asked["switches"].rows if row["delay_tokens"] is not None]:
-        drawn["switches"] = charts.lines(
+    if switches := [row for row in results["switches"].rows if row["delay_tokens"] is not None]:
+        drawn["switches"] = charts.line_chart(
             {
                 name: [(row["delay_tokens"], row[f"{name}_share"]) for row in switches]
                 for name in ("question", "answer")
@@ -102,7 +109,7 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
             },
             "switches",
             xlabel="tokens after another task begins",
-            ylabel="share that followed",
+            ylabel="share that switched",
             strong="answer",
             step=True,
         )
@@ -110,10 +117,10 @@ def draw(asked: Mapping[str, Asked]) -> dict[str, Any]:
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """A line for each kind of module; modules that share their input share one line."""
+    """A line for each kind of module; kinds with equal numbers share one line."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in layers:
-        kind = row["module_kind"] or ALL
+        kind = row["module_kind"] or ALL_MODULES
         series.setdefault(kind, []).append((row["layer"], row["accuracy"]))
     kinds: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for kind, points in series.items():
@@ -122,27 +129,28 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
 
 
 def _forests(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """One a metric: their units differ."""
+    """One chart for each metric, since their units differ."""
     by_metric: dict[str, list[charts.Interval]] = {}
     for row in rows:
-        if row["metric"] == ATTEMPTED:  # stands beside what was right, in a table
+        if row["metric"] == ATTEMPTED:  # shown in a table, beside the shares that are right
             continue
         by_metric.setdefault(row["metric"], []).append(
             charts.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
         )
     return [
-        charts.forest(intervals, metric.replace("_", " "), f"forest-{number}")
+        charts.forest_plot(intervals, metric.replace("_", " "), f"forest-{number}")
         for number, (metric, intervals) in enumerate(by_metric.items())
     ]
 
 
 def _matrices(rows: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> list[Markup]:
+    """One heat map of task and expert for each metric."""
     by_metric: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         if 0 <= row["value"] <= 1:
             by_metric.setdefault(row["metric"], {})[row["task"], row["expert"]] = row["value"]
     return [
-        charts.heat(
+        charts.heat_map(
             sorted({task for task, _ in values}, key=lambda task: _place(task, experts)),
             experts,
             values,
@@ -154,5 +162,5 @@ def _matrices(rows: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> list
 
 
 def _place(task: str, experts: Sequence[str]) -> tuple[int, str]:
-    """Tasks in the order of their experts, the others after them."""
+    """Sorts tasks in the order of their experts, and other tasks after them."""
     return (experts.index(task) if task in experts else len(experts), task)

@@ -1,4 +1,4 @@
-"""What a run comes to, read from the ledger: the same numbers for the terminal and for the card."""
+"""The results of a run, read from the ledger: the same numbers for the terminal and the card."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
+    """All results of one checkpoint."""
+
     scores: Mapping[str, Mapping[str, Score]]
-    """By task, then by system. A task's further metrics follow it as `task: metric`."""
+    """By task, then by system. A task's second metric has the key `task: metric`, and so on."""
     gates: RouterBuild
     routing: RoutingBuild | None
     """None where no expert has test rows."""
     sizes: Mapping[str, int]
-    """Bytes of what is stored, by name."""
+    """Sizes of the stored files in bytes, by name."""
     own: frozenset[str] = frozenset()
-    """Tasks that are an expert's own: the mean is taken over them."""
+    """Tasks that are an expert's own: means are over them."""
     matrix: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
-    """By task, then by expert: each alone on every task, where the recipe asks for it."""
+    """By task, then by expert: each alone on every task, if the recipe asks for it."""
     comparisons: Mapping[str, ComparisonBuild] = field(default_factory=dict)
     """The fused model against each other system, by its name."""
     speed: SpeedBuild | None = None
@@ -38,13 +40,13 @@ class Summary:
 
     @property
     def systems(self) -> list[str]:
-        """In the order in which they are compared: base, oracle, fused, then the others."""
+        """In the order of the table's columns: base, oracle, fused, then the others."""
         there = dict.fromkeys(system for row in self.scores.values() for system in row)
         first = [system for system in (BASE, ORACLE, FUSED) if system in there]
         return first + [system for system in there if system not in first]
 
     def mean(self, system: str) -> float | None:
-        """The mean over the experts' own tasks; None where it was not asked all of them."""
+        """The mean over the experts' own tasks; None if it was not measured on all of them."""
         values = [
             row[system].value
             for task, row in self.scores.items()
@@ -53,12 +55,12 @@ class Summary:
         return sum(values) / len(values) if values and len(values) == len(self.own) else None
 
     def difference(self, task: str, other: str) -> Difference | None:
-        """The fused model's difference from another system on a task, where it was tested."""
+        """The fused model's difference from another system on a task; None if not tested."""
         found = self.comparisons[other].differences if other in self.comparisons else ()
         return next((one for one in found if one.task == task), None)
 
     def mark(self, task: str, other: str) -> str:
-        """`+` where the fused model is better than this one beyond chance, `-` where worse."""
+        """`+` if the fused model is better than the other beyond chance, `-` if worse, or empty."""
         one = self.difference(task, other)
         if one is None or not one.significant:
             return ""
@@ -66,7 +68,7 @@ class Summary:
         return "+" if better else "-"
 
     def losses(self) -> list[tuple[str, str, Difference]]:
-        """Where the fused model is worse beyond chance: task, other system, difference."""
+        """Task, other system and difference wherever the fused model is worse beyond chance."""
         return [
             (one.task, other, one)
             for other, comparison in self.comparisons.items()
@@ -76,7 +78,11 @@ class Summary:
 
 
 def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
-    """The summary of a plan; None while something that it asks for is not in the ledger."""
+    """The summary of a plan; None if a result that the plan asks for is not in the ledger.
+
+    Args:
+        base_folder: of the base, whose size is a part of the summary
+    """
     gates = ledger.built(plan.router.id)
     routing = ledger.built(plan.routing.id)
     owns_tests = any(name in plan.tests for name in plan.fused.names)
@@ -124,6 +130,6 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
 
 
 def _row(measurement: Measurement, plan: Plan) -> str:
-    """The row of a table: the task, and its metric where that is not its first."""
+    """The key in `Summary.scores`: the task, with the metric if that is not its first."""
     task, metric = measurement.spec.task, measurement.spec.metric
     return task if metric == plan.tasks[task].metrics[0] else f"{task}: {metric}"

@@ -1,8 +1,8 @@
-"""SVG that lies in a page: its text is text, its colours are the page's own.
+"""Matplotlib figures as SVG inside a page, with the page's fonts and colours.
 
-Matplotlib draws with marker colours that no figure uses otherwise, and each is replaced by the CSS
-variable that it stands for; so one drawing serves light and dark. Every figure is drawn twice, for
-a wide page and for a phone, since text that shrinks with its figure cannot be read.
+Figures are drawn in placeholder colours. Each is then replaced by a CSS variable, so one drawing
+serves the light and the dark theme. Every figure is drawn twice, for a wide page and for a phone:
+if one drawing were scaled down, its text would be too small to read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, SOFT, RULE, ACCENT, SECOND, PAPER = (f"#0a0b0{i}" for i in range(6))
+"""Placeholder colours; see VARIABLES."""
 VARIABLES = {
     INK: "--ink", SOFT: "--soft", RULE: "--rule", ACCENT: "--accent", SECOND: "--second",
     PAPER: "--paper",
 }  # fmt: skip
 WIDE, NARROW = 720, 358
-"""Widths in CSS pixels: of the text on a large screen, and on a phone of 390."""
+"""Widths in CSS pixels: of the text on a large screen, and on a phone that is 390 wide."""
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -51,14 +52,15 @@ STYLE: dict[str, Any] = {
     "ytick.major.size": 0,
 }
 NUMBERED_ID = re.compile(r' id="[\w.]+_\d+"')
-"""What matplotlib calls its groups, the same in each figure; nothing refers to it."""
+"""Matplotlib's own ids of groups: equal in all figures, and nothing refers to them."""
 FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*")
-"""As matplotlib up to 3.10 writes it, and as later ones do."""
+"""In matplotlib up to 3.10, and in later versions."""
 NO_TURN = re.compile(r' transform="rotate\(-?0 [^)]*\)"')
 LONG_NUMBER = re.compile(r"(\d+\.\d{3})\d+")
 EMPTY = re.compile(r"\s*<g/>|\s*<g>\s*</g>")
 INDENT = re.compile(r"\n\s+")
 LEGEND_ROW = 18
+"""Height of a row of a legend, in CSS pixels."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Mark:
     """How one system is drawn."""
 
     colour: str
+    """One of the placeholder colours."""
     shape: str
+    """A marker of matplotlib."""
     size: float
     filled: bool
 
@@ -74,14 +78,15 @@ class Mark:
 def new_axes(
     width: int, height: float, *, left: float, top: float, bottom: float, right: float
 ) -> tuple[Figure, Axes]:
-    """Axes of this height with margins around them, all in CSS pixels."""
+    """A figure of this width, and axes of this height inside margins, all in CSS pixels."""
     total = height + top + bottom
     figure = Figure(figsize=(width / 72, total / 72), dpi=72)
     box = (left / width, bottom / total, (width - left - right) / width, height / total)
     return figure, figure.add_axes(box)
 
 
-def point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
+def draw_point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
+    """Draw one point, in the coordinates of the data."""
     (drawn,) = axes.plot(
         [x], [y], mark.shape, color=mark.colour, markersize=mark.size, markeredgewidth=1.4,
         markerfacecolor=mark.colour if mark.filled else PAPER, clip_on=False,
@@ -89,8 +94,8 @@ def point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
     return drawn
 
 
-def legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> int:
-    """Name the marks above the axes, in as many rows as they need; returns how many."""
+def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> int:
+    """Draw a legend above the axes, from `left` in CSS pixels; returns its number of rows."""
     width, height = (size * 72 for size in figure.get_size_inches())
     x, row = left, 0
     for text, mark in entries.items():
@@ -109,11 +114,18 @@ def legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> int:
     return row + 1
 
 
-def brief(name: str, limit: int = 24) -> str:
+def shorten(name: str, limit: int = 24) -> str:
+    """The name, with its end cut off if it has more than `limit` characters."""
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def draw_both(draw: Callable[[int], Figure], name: str) -> Markup:
+def draw_wide_and_narrow(draw: Callable[[int], Figure], name: str) -> Markup:
+    """Two SVG elements, of which the style sheet shows one.
+
+    Args:
+        draw: makes the figure, given its width in CSS pixels
+        name: the start of the HTML ids in the drawing; unique on a page
+    """
     with mpl.rc_context(STYLE):  # ty: ignore[invalid-argument-type]
         return Markup("\n").join(
             _svg(draw(width), f"{name}-{kind}", kind)
@@ -122,20 +134,20 @@ def draw_both(draw: Callable[[int], Figure], name: str) -> Markup:
 
 
 def _svg(figure: Figure, name: str, kind: str) -> Markup:
-    """The drawing without a file's head, in the page's colours and fonts."""
+    """The SVG element of a figure, in the page's colours and fonts."""
     file = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):  # ids of one figure meet those of no other
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing)
+    with mpl.rc_context({"svg.hashsalt": name}):  # so that ids differ between figures
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    for sentinel, variable in VARIABLES.items():
-        text = text.replace(sentinel, f"var({variable})")
+    for placeholder, variable in VARIABLES.items():
+        text = text.replace(placeholder, f"var({variable})")
     text = FONT.sub(lambda font: f"font: {font[1] or font[2]} var(--sans)", text)
     text = NUMBERED_ID.sub("", text)
     for waste, kept in ((NO_TURN, ""), (LONG_NUMBER, r"\1"), (EMPTY, ""), (INDENT, "\n")):
         text = waste.sub(kept, text)
     width, height = (round(size * 72) for size in figure.get_size_inches())
     head = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" role="img"'
-    # matplotlib escapes the texts that it is given: the rest is its own
+    # safe as markup: matplotlib escapes text from outside
     return Markup(re.sub(r"<svg[^>]*", head, text, count=1))  # noqa: S704

@@ -1,5 +1,5 @@
 "use strict";
-// a number leads to its question, and the question stands open there
+// a number links to its query, which then opens
 function openTarget() {
   const target = location.hash && document.getElementById(location.hash.slice(1));
   if (target instanceof HTMLDetailsElement) target.open = true;

@@ -115,7 +115,7 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     assert of_b == ("mit", "b", ["org/base"], 7, COMMIT)
     assert of_d == ("mit", "d", ["org/base"], 7, COMMIT)  # of a refused one, too
 
-    looked_at = queries.ask(work.ledger, planned.router.id)["adapters"].rows
+    looked_at = queries.run_queries(work.ledger, planned.router.id)["adapters"].rows
     assert [(row["name"], row["verdict"]) for row in looked_at] == [
         ("c--pickled", "refuse"), ("d--dora", "refuse"), ("zz--copy", "refuse"),
         ("b--attention", "warn"), ("z--letters", "warn"),

@@ -73,7 +73,7 @@ def folder(world: World, tmp_path: Path) -> Path:
     folder = tmp_path / "fused"
     shutil.copytree(world.checkpoint, folder)
     (folder / CONFIG).write_text(CONFIG_TEXT)
-    (folder / CARD).write_text(f"---\nlicense: mit\n---\n{card.HERE}\n")
+    (folder / CARD).write_text(f"---\nlicense: mit\n---\n{card.NAME_PLACEHOLDER}\n")
     (folder / LINEAGE).write_text("{}\n")
     (folder / "notes.txt").write_text("mine")
     return folder
@@ -103,7 +103,7 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.main[CARD].decode().endswith(f"\n{NAME}\n")
     assert repo.tags == {made.tag: made.revision}
     assert not made.recorded  # this home did not make it
-    assert card.HERE in (folder / CARD).read_text()
+    assert card.NAME_PLACEHOLDER in (folder / CARD).read_text()
 
     manifest = read_manifest(folder)
     entry = RouterEntry("gate", 1, 1.0)

@@ -29,13 +29,13 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 
 
 @pytest.fixture(scope="module")
-def asked(ledger: Ledger) -> dict[str, queries.Asked]:
-    return queries.ask(ledger, GATE.id)
+def results(ledger: Ledger) -> dict[str, queries.QueryResult]:
+    return queries.run_queries(ledger, GATE.id)
 
 
 @pytest.fixture(scope="module")
-def page(asked: dict[str, queries.Asked]) -> str:
-    return report.report_page(asked)
+def page(results: dict[str, queries.QueryResult]) -> str:
+    return report.report_page(results)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def shown(table: Any) -> list[list[object]]:
     return rows
 
 
-def test_every_question_has_an_answer_to_show(asked: dict[str, queries.Asked]) -> None:
-    assert all(one.rows for one in asked.values())
-    assert asked["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
-    assert [row["name"] for row in asked["experts"].rows] == list(NAMES)
-    assert asked["switches"].answer.rows == [
+def test_every_question_has_an_answer_to_show(results: dict[str, queries.QueryResult]) -> None:
+    assert all(one.rows for one in results.values())
+    assert results["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
+    assert [row["name"] for row in results["experts"].rows] == list(NAMES)
+    assert results["switches"].answer.rows == [
         (0, 6, 8, 0.6, 1.0),
         (2, 3, 0, 0.9, 1.0),
         (None, 1, 0, 1.0, 1.0),
@@ -69,7 +69,7 @@ def test_every_question_has_an_answer_to_show(asked: dict[str, queries.Asked]) -
 def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree: Any) -> None:
     """Whoever copies a question out of the page and asks it gets each row, to the last digit."""
     disclosures = tree.xpath("//details[@class='sql']")
-    assert {d.get("id") for d in disclosures} == {f"sql-{n}" for n, _, _ in queries.questions()}
+    assert {d.get("id") for d in disclosures} == {f"sql-{n}" for n, _, _ in queries.load_queries()}
     for disclosure in disclosures:
         (sql,) = disclosure.xpath("./pre")
         (table,) = disclosure.xpath(".//table")
@@ -97,9 +97,9 @@ def test_every_link_to_a_question_arrives(tree: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["wide", "narrow"])
 def test_the_forest_s_points_and_intervals_lie_where_the_scores_say(
-    asked: dict[str, queries.Asked], tree: Any, kind: str
+    results: dict[str, queries.QueryResult], tree: Any, kind: str
 ) -> None:
-    rows = [row for row in asked["scores"].rows if row["metric"] != "composite_attempted"]
+    rows = [row for row in results["scores"].rows if row["metric"] != "composite_attempted"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     systems = list(dict.fromkeys(row["system"] for row in rows))
     (svg,) = tree.xpath(f"//figure[@id='scores']//svg[@class='{kind}']")
@@ -155,25 +155,25 @@ def test_the_page_asks_for_nothing_and_is_small(page: str) -> None:
 
 
 def test_what_was_refused_is_told_with_its_reasons(
-    asked: dict[str, queries.Asked], tree: Any
+    results: dict[str, queries.QueryResult], tree: Any
 ) -> None:
-    first, *taken = asked["adapters"].rows
+    first, *taken = results["adapters"].rows
     assert (first["name"], first["verdict"], first["downloads"]) == ("found", "refuse", 7)
     assert first["reasons"] == f"use_dora is set; r is {HOSTILE}"
     assert {row["name"] for row in taken} == set(NAMES)
-    told = " ".join(tree.text_content().split())
-    assert "4 adapters, of which 1 was refused and left out." in told
-    assert f"use_dora is set; r is {HOSTILE}" in told
+    text = " ".join(tree.text_content().split())
+    assert "4 adapters, of which 1 was refused and left out." in text
+    assert f"use_dora is set; r is {HOSTILE}" in text
 
 
-def test_who_had_no_examples_is_said(asked: dict[str, queries.Asked], tree: Any) -> None:
-    told_by = {row["name"]: row["told_by"] for row in asked["experts"].rows}
-    assert told_by == {"dates": "examples", HOSTILE: "norm", "sums": "examples"}
-    assert asked["router"].rows[0]["composites"] == [3]
-    told = " ".join(tree.text_content().split())
-    said = f"No examples were given for {HOSTILE}: which tokens are theirs is told by their weights"
-    assert f"{said} (norm)" in told
-    assert "calibrated on" in told
+def test_who_had_no_examples_is_said(results: dict[str, queries.QueryResult], tree: Any) -> None:
+    gate_from = {row["name"]: row["gate_from"] for row in results["experts"].rows}
+    assert gate_from == {"dates": "examples", HOSTILE: "norm", "sums": "examples"}
+    assert results["router"].rows[0]["composites"] == [3]
+    text = " ".join(tree.text_content().split())
+    sentence = f"No examples were given for {HOSTILE}: tokens are routed to them by their weights"
+    assert f"{sentence} (norm)" in text
+    assert "calibrated on" in text
 
 
 def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
@@ -184,8 +184,8 @@ def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
 
 
 def test_a_loss_beyond_chance_is_said_in_words(tree: Any) -> None:
-    told = " ".join(tree.text_content().split())
-    assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in told
+    text = " ".join(tree.text_content().split())
+    assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in text
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> None:
@@ -193,10 +193,12 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     home = tmp_path / "home"
     shutil.copytree(ledger.home, home)
     bare = Ledger(home)
-    asked = queries.ask(bare, report_ledger.ARROW.id)  # scores, but never watched, nor compared
+    results = queries.run_queries(
+        bare, report_ledger.ARROW.id
+    )  # scores, but never watched, nor compared
     for name in ("confusion", "details", "switches", "differences", "speed"):
-        assert asked[name].rows == []
-    page = report.report_page(asked)
+        assert results[name].rows == []
+    page = report.report_page(results)
     assert "Does each token reach its expert?" not in page
     assert "Paired tests were not recorded" in page
 
@@ -204,11 +206,11 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
 def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledger) -> None:
     nobody = ArtifactId("router:" + "0" * 64)
     with pytest.raises(queries.ReportError, match="holds no scores of router:000"):
-        queries.ask(ledger, nobody)
+        queries.run_queries(ledger, nobody)
     with pytest.raises(queries.ReportError, match="is not a routed model"):
-        queries.ask(ledger, ArtifactId("router:x' OR true --"))
+        queries.run_queries(ledger, ArtifactId("router:x' OR true --"))
     with pytest.raises(queries.ReportError, match="holds no scores"):
-        queries.ask(Ledger(tmp_path / "empty"), GATE.id)
+        queries.run_queries(Ledger(tmp_path / "empty"), GATE.id)
 
 
 def test_modules_that_share_a_gate_share_a_line() -> None:
@@ -223,22 +225,22 @@ def test_modules_that_share_a_gate_share_a_line() -> None:
         )
     ]
     lines = report._by_kind(rows)
-    assert list(lines) == ["q, k", "o", report.ALL]
+    assert list(lines) == ["q, k", "o", report.ALL_MODULES]
     assert lines["o"] == [(0, 0.25), (1, 0.45)]
 
 
 def test_long_names_are_cut_in_figures_and_numbers_fit_where_there_is_room() -> None:
     names = [f"a_rather_long_name_of_expert_{n}" for n in range(28)]
-    svg = str(charts.heat(names, names, {(n, n): 1.0 for n in names}, "x", labels=("a", "b")))
+    svg = str(charts.heat_map(names, names, {(n, n): 1.0 for n in names}, "x", labels=("a", "b")))
     assert names[0] not in svg
     assert names[0][:14] + "…" in svg
     assert ">100<" not in svg  # 28 columns: colour alone
 
 
 def test_composites_tell_what_was_attempted_how_long_prompts_were_and_what_was_cut(
-    asked: dict[str, queries.Asked], page: str
+    results: dict[str, queries.QueryResult], page: str
 ) -> None:
-    fused = asked["composites"].rows[0]
+    fused = results["composites"].rows[0]
     assert fused == {
         "task": "composite-3",
         "system": "fused",
@@ -249,7 +251,12 @@ def test_composites_tell_what_was_attempted_how_long_prompts_were_and_what_was_c
         "max_prompt_tokens": 333,
         "num_truncated": 3,
     }
-    assert [row["system"] for row in asked["composites"].rows] == ["fused", "base", "arrow", "ties"]
+    assert [row["system"] for row in results["composites"].rows] == [
+        "fused",
+        "base",
+        "arrow",
+        "ties",
+    ]
     assert "composite attempted" not in page  # it has no figure: it is no better for being larger
 
 

@@ -1,7 +1,7 @@
-"""Rows: where they come from, and how they become prompts and labels.
+"""Rows of text: where they come from, and how they become prompts and labels.
 
-rows         a row, its hash, and the check that tests are not examples
-row_sources  JSONL, BIG-bench, reasoning-gym, the Hub
+rows         a row, its hash, and the check that no test is also an example
+row_sources  JSONL files, BIG-bench, reasoning-gym, the Hub
 spans        rows whose parts belong to different experts
 composites   several questions in one prompt
 background   texts that belong to no expert

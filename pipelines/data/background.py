@@ -1,7 +1,7 @@
-"""Text that belongs to no adapter: what the base is told by where it is one of a router's choices.
+"""Texts that belong to no adapter: examples for the base, where it is a choice of the router.
 
-The texts are our own. Questions come without answers: the base answers them itself, since what it
-would say is what must not change.
+The texts were written for this package. Questions have no answers: the base answers them itself,
+since its own answers are what routing must not change.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from pipelines.data.rows import Row
 
 TEXTS = Path(__file__).with_name("background.jsonl")
+"""A line of JSON each: `prompt` for a question, `text` for a plain text."""
 
 
 def background_rows() -> list[Row]:
-    """Questions without an answer, and plain texts without a question."""
+    """Questions with an empty answer, and plain texts as answers to an empty prompt."""
     found = []
     for line in TEXTS.read_text(encoding="utf-8").splitlines():
         body = json.loads(line)

@@ -1,12 +1,13 @@
-"""Prompts that hold several tasks at once, and what becomes of their answers.
+"""Composites: prompts with questions of several tasks, and how their answers are read.
 
     1. <question of one task>          1. <its answer>
     2. <question of another>     ─▶    2. <its answer>
     3. …                               3. …
 
-It is known to whom every character belongs, so that gates can be fitted to such prompts and routing
-be judged on them. Answers are told apart by their numbers, and only where those begin a line: "in
-2. place" is no second answer. A question without an answer of its number counts as wrong.
+The task of every character is known, so gates can be fitted to such prompts and routing can be
+measured on them. Answers are separated by their numbers, which count only at the start of a line:
+"in 2. place" does not begin a second answer. A question without an answer under its number counts
+as wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NUMBERED = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)](?:[ \t]|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Span(Noun):
-    """Characters that belong to one task: its number, its text, and the line's end."""
+    """Characters of one task, from `start` to before `end`: number, text, and line break."""
 
     task: str
     start: int
@@ -52,33 +53,35 @@ class Question(Noun):
 
 @dataclass(frozen=True)
 class Composite(Noun):
+    """A prompt of several questions, and its right answer."""
+
     prompt: str
     response: str
     questions: tuple[Question, ...]
     prompt_spans: tuple[Span, ...]
-    """One a question, in characters of `prompt`; what precedes them belongs to nobody."""
+    """One for each question, in characters of `prompt`; the text before them has no task."""
     response_spans: tuple[Span, ...]
-    """One a question, in characters of `response`."""
+    """One for each question, in characters of `response`."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All of them, in characters of prompt and response put together."""
+        """Prompt and response spans, in characters of the prompt followed by the response."""
         shift = len(self.prompt)
         moved = (Span(s.task, s.start + shift, s.end + shift) for s in self.response_spans)
         return (*self.prompt_spans, *moved)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is asked and who is asked; everything else follows from it."""
+        """The questions and their tasks; everything else follows from them."""
         return {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
 
 
 def compose(
     rows_by_task: Mapping[str, Sequence[Row]], n: int, count: int, seed: int
 ) -> list[Composite]:
-    """`count` composites of `n` questions, each drawn from the tasks' rows.
+    """`count` composites of `n` questions, drawn at random from the tasks' rows.
 
-    The tasks of one composite differ while there are enough of them, and their order is drawn
-    too. Every task's rows are gone through once before any of them comes again.
+    The tasks in one composite differ if there are enough tasks, and are in random order. A row is
+    used again only after all other rows of its task.
 
     Raises:
         ExamplesError: a task has no row that can stand in a composite.
@@ -95,12 +98,12 @@ def compose(
 
 
 def fits(row: Row) -> bool:
-    """Whether a row's answer, under a number, reads as one answer."""
+    """Whether a row's answer, under a number, is read back as one answer."""
     return split_answers(f"1. {row.response.strip()}", 99).keys() == {1}
 
 
 def _dealt(task: str, rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
-    """The rows that can stand in a composite, in a drawn order, over and over."""
+    """The rows that can be in a composite, in random order, again and again."""
     fit = [row for row in rows if fits(row)]
     if not fit:
         raise ExamplesError(
@@ -119,7 +122,7 @@ def _put_together(questions: Sequence[Question]) -> Composite:
 def _numbered(
     opening: str, between: str, texts: Sequence[tuple[str, str]]
 ) -> tuple[str, tuple[Span, ...]]:
-    """Texts under each other with their numbers; what parts two of them belongs to the former."""
+    """Numbered texts joined by `between`, which belongs to the span of the text before it."""
     whole = opening + between if opening else ""
     spans = []
     for number, (task, text) in enumerate(texts, 1):
@@ -133,9 +136,9 @@ def _numbered(
 def split_answers(output: str, n: int) -> dict[int, str]:
     """Each answer of an output by its number.
 
-    A number counts where it begins a line, is no larger than `n`, and is larger than the ones
-    before it; so an answer that is skipped is missing, and none is taken for another. An answer
-    that is empty is missing too.
+    A number counts if it begins a line, is at most `n`, and is larger than the numbers before it.
+    So a skipped answer is missing and cannot be confused with another. An empty answer is missing,
+    too.
     """
     marks = _marks(output, n)
     ends = [*(start for _, start, _ in marks[1:]), len(output)]
@@ -147,16 +150,16 @@ def split_answers(output: str, n: int) -> dict[int, str]:
 
 
 def last_number(output: str, n: int) -> int:
-    """The number of the answer that an unfinished output has come to; 0 before the first.
+    """The number of the answer that an unfinished output is writing; 0 before the first.
 
-    A line that so far is nothing but a number is taken to begin an answer.
+    A last line that is only a number so far counts as the start of an answer.
     """
     begun = output.rpartition("\n")[2].strip().isdecimal()
     return next((number for number, _, _ in reversed(_marks(output + ". " * begun, n))), 0)
 
 
 def _marks(output: str, n: int) -> list[tuple[int, int, int]]:
-    """Of each number that counts: itself, and where it and its answer's text begin."""
+    """Each number that counts, with the start of the number and of its answer's text."""
     marks, last = [], 0
     for match in NUMBERED.finditer(output):
         number = int(match[1])
@@ -169,10 +172,10 @@ def _marks(output: str, n: int) -> list[tuple[int, int, int]]:
 def encode_composite(
     tokenizer: PreTrainedTokenizerBase, composite: Composite
 ) -> tuple[list[int], list[str | None]]:
-    """Token ids of prompt and answer, as `encode_pair` gives them, and each token's task.
+    """Token ids of prompt and answer, as from `encode_pair`, and the task of each token.
 
-    None stands for what belongs to nobody: the template and the sentence before the questions. The
-    end of sequence belongs to the last answer. A token belongs to the task of its first character.
+    The task is None for the template and for the sentence before the questions. The end of sequence
+    belongs to the last answer. A token belongs to the task of its first character.
     """
     text = open_prompt(tokenizer, composite.prompt)
     owners = [
@@ -185,9 +188,9 @@ def encode_composite(
 
 
 def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """Which of `encode_composite`'s tokens are nothing but the number that an answer begins with.
+    """Indices of the tokens of `encode_composite` that are only the number in front of an answer.
 
-    They follow the answer before, and what is to follow them is not there yet.
+    At these tokens the model has seen the answer before, but nothing of the answer that begins.
     """
     shift = len(encode_prompt(tokenizer, composite.prompt))
     encoded = tokenizer(composite.response, add_special_tokens=False, return_offsets_mapping=True)
@@ -205,10 +208,11 @@ def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) ->
 def prompt_owners(
     tokenizer: PreTrainedTokenizerBase, composite: Composite, text: str, *, special: bool = False
 ) -> list[str | None]:
-    """The task of each token of `text`, which is a composite's prompt in its template.
+    """The task of each token of a composite's prompt; None for tokens of no task.
 
     Args:
-        special: whether the tokenizer adds tokens of its own
+        text: the prompt in its template
+        special: whether the tokenizer adds its special tokens
     """
     start = text.index(composite.prompt)
     return _owners(tokenizer, text, composite.prompt_spans, shift=start, special=special)

@@ -1,4 +1,4 @@
-"""Examples as tokens, each labelled with the choice of a router that it belongs to."""
+"""Examples as tokens, each labelled with the expert, or other choice, that a router should make."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pipelines.data.spans import SpannedRow
 
 MAX_NEW_TOKENS = 48
-"""Of an answer of the base: enough to show how it speaks."""
+"""Of an answer of the base; this is enough to show its style."""
 QUESTIONS_IN_COMPOSITES = 24
-"""How often each expert is asked in composites of one length: enough to see it follow others, and
-what its answers begin with there."""
+"""Questions of each expert in composites of one length: enough to see it after other experts, and
+to see the starts of its answers."""
 
 
 def label(
@@ -31,10 +31,11 @@ def label(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[LabelledSequence]:
-    """Every example as tokens that belong to its expert; the template's opening to none.
+    """Every example as tokens with the label of its expert; the template's opening has none.
 
     Args:
-        names: of all experts in order
+        examples: by expert
+        names: of all experts in order; a label is an index into them
     """
     return [
         sequence
@@ -46,7 +47,7 @@ def label(
 def label_rows(
     rows: Sequence[Row], expert: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[LabelledSequence]:
-    """Rows as tokens that belong to one expert; the template's opening to none."""
+    """Rows as tokens with the label of one expert; the template's opening has none."""
     opening = len(Template.of(tokenizer).opening)
     sequences = []
     for row in rows:
@@ -64,12 +65,12 @@ def label_composites(
     sizes: Sequence[int],
     seed: int,
 ) -> list[LabelledSequence]:
-    """Examples of several experts in one prompt, each token with the expert of its question.
+    """Examples of several experts in one prompt; each token has the expert of its question.
 
     Args:
-        examples: by expert; one whose answers cannot stand under a number is left out
+        examples: by expert; experts whose answers do not fit into composites are left out
         names: of all experts in order
-        sizes: how many questions the prompts hold, for each kind of prompt
+        sizes: numbers of questions in a prompt; there are prompts of each size
     """
     fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
     places = {name: e for e, name in enumerate(names)}
@@ -88,10 +89,13 @@ def label_lists(
     sizes: Sequence[int],
     seed: int,
 ) -> list[LabelledSequence]:
-    """Rows of one expert in one prompt, all tokens its own: what its answers begin with there.
+    """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
     Args:
-        sizes: as of `label_composites`; none come of rows whose answers cannot stand under a number
+        sizes: as for `label_composites`
+
+    Returns:
+        nothing if no row fits into composites
     """
     if not any(map(fits, rows)):
         return []
@@ -105,7 +109,7 @@ def label_lists(
 def label_spans(
     rows: Sequence[SpannedRow], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[LabelledSequence]:
-    """Rows whose parts belong to different experts, each token with that of its first character.
+    """Rows with parts of different experts; each token has the expert of its first character.
 
     Args:
         names: of all experts in order
@@ -137,7 +141,13 @@ def background_sequences(
     choice: int,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> list[LabelledSequence]:
-    """Rows as tokens that belong to `choice`, the base; it answers the questions itself."""
+    """Background rows as tokens with the label `choice`; the base answers the questions itself.
+
+    Args:
+        rows: from `background_rows`
+        choice: the label of the base
+        advance: called with the number of rows just done
+    """
     opening = len(Template.of(tokenizer).opening)
     asked = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
     with without_experts(model):

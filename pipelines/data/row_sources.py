@@ -1,13 +1,13 @@
-"""Where rows come from: files, BIG-bench, reasoning-gym, the Hub.
+"""The sources of rows: files, BIG-bench, reasoning-gym, the Hub.
 
 jsonl:<file>                                 {"prompt", "response", "choices"} a line
 bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
-reasoning_gym:<name>[?seed=1]                made on the spot; needs the extra `reasoning`
+reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
 
-Of the Hub's rows a column inside another is named with a point (`translation.de`), several that
-belong together with commas. Further options: `ask`, a text before every prompt; `part`, train or
-test, where a set has no split for tests; `longest`, in characters: longer prompts are left out.
+For rows of the Hub: `a.b` names a column inside another (`translation.de`), and `a,b` joins two
+columns. More options: `ask` is a text in front of every prompt; `part` is train or test, for data
+without a split for tests; `longest` leaves out prompts with more characters.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_ROW_BYTES = 1 << 20
+"""Of a line of a file, and of a prompt of the Hub."""
 MAX_TASK_BYTES = 1 << 28
+"""Of a file of BIG-bench."""
 TEST_SHARE = 5
-"""Where a source has no split for tests every fifth row, by the hash of its prompt, is for them."""
+"""One row in five is for tests, by the hash of its prompt, if a source has no split for tests."""
 PARTS = ("all", "train", "test")
 
 
@@ -35,10 +37,11 @@ def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
     """The first `limit` rows of a source.
 
     Args:
-        folder: what paths are relative to
+        source: as in this module's docstring
+        folder: paths are relative to it
 
     Raises:
-        ExamplesError: the source is unknown or cannot be read, or holds no rows.
+        ExamplesError: the source is unknown, cannot be read, or has no rows.
     """
     kind, colon, name = source.partition(":")
     if not colon or kind not in READERS:
@@ -62,7 +65,11 @@ def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) ->
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that hold something, each with its place for people."""
+    """The lines of a file that are not blank, each with its place for error messages.
+
+    Raises:
+        ExamplesError: the file cannot be read, or a line is too long.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -88,16 +95,20 @@ def _row(line: str, place: str) -> Row:
         raise ExamplesError(
             f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed'
         ) from error
-    return checked(row, place)
+    return check_row(row, place)
 
 
-def checked(row: Row, place: str) -> Row:
-    """The row, if it can be asked and answered."""
+def check_row(row: Row, place: str) -> Row:
+    """The row itself.
+
+    Raises:
+        ExamplesError: it is not text, its prompt is empty, or an answer is not among its choices.
+    """
     texts = (row.prompt, *row.answers, *row.choices)
     if not all(isinstance(text, str) for text in texts) or not row.prompt.strip():
         raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
     if row.choices and (strange := set(row.answers) - set(row.choices)):
-        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is none of its choices")
+        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is not one of its choices")
     return row
 
 
@@ -114,24 +125,24 @@ def _part(options: Mapping[str, str], key: str, source: str) -> str:
 
 
 def _belongs(row: Row, part: str) -> bool:
-    """Whether a row is of this part; equal prompts are always of the same."""
+    """Whether a row is in this part; rows with equal prompts are in the same part."""
     held = int(row.sha256[:8], 16) % TEST_SHARE == 0
     return part == "all" or held == (part == "test")
 
 
 def _in_turns(parts: Iterable[Iterable[Row]]) -> Iterator[Row]:
-    """One row of each part after the other, so that the first ones are of all parts."""
+    """One row of each subtask in turn, so that the first rows are from all of them."""
     rounds = zip_longest(*parts)
     return (row for row in chain.from_iterable(rounds) if row is not None)
 
 
 def _bigbench_rows(path: Path) -> Iterator[Row]:
-    """The examples of a task: its own, or in turns those of its subtasks, in file or folders."""
+    """The examples of a task, or of its subtasks in turn, from one file or from folders."""
     if path.is_dir():
         files = [path / "task.json"] if (path / "task.json").is_file() else []
         files = files or sorted(path.glob("*/task.json"))
         if not files:
-            raise ExamplesError(f"{path}: there is no task.json in it or in a folder beneath")
+            raise ExamplesError(f"{path}: there is no task.json in it or in its folders")
         yield from _in_turns(_bigbench_rows(file) for file in files)
         return
     try:
@@ -149,14 +160,14 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
 
 def _bigbench_part(body: dict[str, Any], part: Any, path: Path) -> Iterator[Row]:  # noqa: ANN401
     if not isinstance(part, dict) or not isinstance(part.get("examples"), list):
-        raise ExamplesError(f"{path}: a BIG-bench task holds a list `examples`, or `subtasks`")
+        raise ExamplesError(f"{path}: a BIG-bench task needs a list `examples`, or `subtasks`")
     settings = {**body, **part}
     for number, example in enumerate(part["examples"], 1):
         yield _bigbench_row(settings, example, f"{path}, example {number}")
 
 
 def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # noqa: ANN401
-    """One example as BIG-bench itself puts it to a model, without solved ones before it."""
+    """One example with the prompt that BIG-bench gives a model, zero-shot."""
     try:
         given = example.get("target_scores") or {}
         scores = {str(choice): float(score) for choice, score in given.items()}
@@ -182,7 +193,7 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
         raise ExamplesError(
             f"{place}: not an example; `input` with `target` or `target_scores` is needed"
         ) from error
-    return checked(row, place)
+    return check_row(row, place)
 
 
 def _reasoning_gym(
@@ -190,18 +201,24 @@ def _reasoning_gym(
 ) -> Iterator[Row]:
     seed = options.get("seed", "0")
     if not seed.isdecimal() or len(seed) > 9:
-        raise ExamplesError(f"reasoning_gym:{name}: the seed {seed!r} is no number")
+        raise ExamplesError(
+            f"reasoning_gym:{name}: the seed {seed!r} is not a number of at most nine digits"
+        )
     task = reasoning_task(name, int(seed), limit)
     for number in range(limit):
         entry = task[number]
         place = f"reasoning_gym:{name}, entry {number}"
         checker = f"reasoning_gym:{name}@{seed}#{number}"
-        yield checked(Row(str(entry["question"]), str(entry["answer"]), checker=checker), place)
+        yield check_row(Row(str(entry["question"]), str(entry["answer"]), checker=checker), place)
 
 
 @lru_cache(maxsize=8)
 def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (its own type)
-    """A task of reasoning-gym; entry `n` depends on name and seed, never on the size."""
+    """A task of reasoning-gym. Entry `n` depends on name and seed, but not on the size.
+
+    Raises:
+        ExamplesError: reasoning-gym is not installed, or has no such task.
+    """
     try:
         import reasoning_gym  # noqa: PLC0415  (an extra)
     except ImportError as error:
@@ -222,7 +239,7 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
     part = _part(options, "part", f"hf:{name}")
     longest = options.get("longest", str(MAX_ROW_BYTES))
     if not longest.isdecimal() or len(longest) > 9:
-        raise ExamplesError(f"hf:{name}: longest={longest!r} is no number of characters")
+        raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
     try:
         table = datasets.load_dataset(
             name,
@@ -238,20 +255,20 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
                 tuple(item.get("choices") or ()),
             )
             if len(row.prompt) <= int(longest) and _belongs(row, part):
-                yield checked(row, f"hf:{name}, row {number}")
+                yield check_row(row, f"hf:{name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
             f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
-            " name, config and split, and that the Hub can be reached"
+            " name, config and split, and whether the Hub can be reached"
         ) from error
 
 
 def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
-    """The text of a column, or of several with an empty line in between where both say something.
+    """The text of a column, or of several joined with an empty line; empty texts are left out.
 
     Args:
-        names: `a`, `a.b` for what is inside of `a`, `a,b` for both
+        names: `a`; `a.b` for the column b inside a; `a,b` for two columns
     """
     texts = []
     for name in names.split(","):
@@ -264,7 +281,7 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
                 )
             value = value[step]
         if not isinstance(value, str):
-            raise ExamplesError(f"hf:{source}: its column {name!r} holds no text")
+            raise ExamplesError(f"hf:{source}: its column {name!r} is not text")
         texts.append(value)
     return "\n\n".join(filter(None, texts))
 
@@ -276,3 +293,4 @@ READERS: dict[str, tuple[set[str], Callable[..., Iterator[Row]]]] = {
     "reasoning_gym": ({"seed"}, _reasoning_gym),
     "hf": (HUB_OPTIONS, _hub),
 }
+"""By the kind of source: its options, and the function that reads it."""

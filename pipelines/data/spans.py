@@ -1,10 +1,11 @@
-"""Examples whose parts belong to different experts, as a person writes them: one a line of JSON.
+"""Examples whose parts belong to different experts, in a file with a line of JSON for each.
 
     {"prompt": [{"text": "When was it, and "}, {"text": "what is 3 + 4?", "expert": "sums"}],
      "response": [{"text": "2021-03-03", "expert": "dates"}, {"text": ", 7", "expert": "sums"}]}
 
-Gates learn from them, beside each expert's own examples, where in a text to switch. Parts follow
-each other as they stand. Of a prompt a part may belong to nobody, of a response none.
+From them, gates learn where in a text to switch, in addition to each expert's own examples. The
+texts of the parts are joined without anything between them. A part of a prompt may have no expert;
+a part of a response must have one.
 """
 
 from __future__ import annotations
@@ -30,22 +31,27 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class Part(Noun):
+    """A piece of text of one expert."""
+
     text: str
     expert: str = ""
-    """Its name; empty where the text belongs to nobody."""
+    """Its name; empty if the text belongs to no expert."""
 
 
 @dataclass(frozen=True)
 class SpannedRow(Noun):
+    """A question and its answer, in parts."""
+
     prompt: tuple[Part, ...]
     response: tuple[Part, ...]
 
     @property
     def owners(self) -> set[str]:
+        """The experts of all parts."""
         return {part.expert for part in (*self.prompt, *self.response)} - {""}
 
     def composite(self) -> Composite:
-        """The same as a prompt of several tasks, so that its tokens find their experts alike."""
+        """The same as a composite, so that both find the experts of their tokens in one way."""
         return Composite(
             "".join(part.text for part in self.prompt),
             "".join(part.text for part in self.response),
@@ -55,8 +61,8 @@ class SpannedRow(Noun):
         )
 
 
-def asked_apart(rows: Sequence[SpannedRow]) -> dict[str, list[Row]]:
-    """Each part of their prompts as if it had been asked alone, by its expert."""
+def prompt_parts(rows: Sequence[SpannedRow]) -> dict[str, list[Row]]:
+    """Each part of a prompt as a row of its own, by its expert, to compare with tests."""
     found: dict[str, list[Row]] = {}
     for part in (part for row in rows for part in row.prompt if part.expert):
         found.setdefault(part.expert, []).append(Row(part.text.strip(), ""))
@@ -74,14 +80,15 @@ def _spans(parts: Sequence[Part]) -> tuple[Span, ...]:
 
 
 def read_spans(source: str, folder: Path, experts: Collection[str]) -> list[SpannedRow]:
-    """All rows of `jsonl:<file>`.
+    """All rows of a source.
 
     Args:
-        folder: what the path is relative to
-        experts: names of those that have examples of their own
+        source: `jsonl:<file>`
+        folder: paths are relative to it
+        experts: names of the experts that have their own examples
 
     Raises:
-        ExamplesError: the file cannot be read, or a line is no such row.
+        ExamplesError: the file cannot be read, or a line is not a row with spans.
     """
     kind, _, name = source.partition(":")
     if kind != "jsonl" or not name:
@@ -101,14 +108,14 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow:
     composite = row.composite()
     if composite.prompt.strip() != composite.prompt:
         raise ExamplesError(
-            f"{place}: its prompt begins or ends with white space, which chat templates cut; take"
-            " that out"
+            f"{place}: its prompt begins or ends with white space, which chat templates remove;"
+            " remove it"
         )
     if not all(part.expert for part in row.response):
-        raise ExamplesError(f"{place}: a part of its response has no expert; name one for each")
+        raise ExamplesError(f"{place}: a part of its response has no expert; give each part one")
     if strange := row.owners - set(experts):
         raise ExamplesError(
-            f"{place}: {', '.join(sorted(strange))} is no expert with examples of its own; there"
+            f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"
             f" are {', '.join(experts)}"
         )
     return row

@@ -23,7 +23,7 @@ from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.data.background import background_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, refuse_overlap
-from pipelines.data.spans import SpannedRow, asked_apart, read_spans
+from pipelines.data.spans import SpannedRow, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
     find_comparisons,
@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     refuse_overlap(examples, tests)
-    refuse_overlap(asked_apart(spans), tests)
+    refuse_overlap(prompt_parts(spans), tests)
 
     fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
     stand_ins = tuple(name for name in names if examples and name not in examples)

@@ -50,7 +50,7 @@ def test_a_row_may_have_choices_and_further_answers(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(body))
     assert read_rows("jsonl:rows.jsonl", tmp_path, 1) == [Row("p", "a", ("a", "b"), ("b",))]
     (tmp_path / "rows.jsonl").write_text(json.dumps(body | {"response": "c"}))
-    with pytest.raises(ExamplesError, match="'c' is none of its choices"):
+    with pytest.raises(ExamplesError, match="'c' is not one of its choices"):
         read_rows("jsonl:rows.jsonl", tmp_path, 1)
 
 
@@ -126,8 +126,8 @@ def test_bigbench_splits_have_no_question_in_common(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        pytest.param([], "holds a list `examples`", id="a list"),
-        pytest.param({"examples": {}}, "holds a list `examples`", id="no list"),
+        pytest.param([], "needs a list `examples`", id="a list"),
+        pytest.param({"examples": {}}, "needs a list `examples`", id="no list"),
         pytest.param({"examples": [{"target": "x"}]}, "example 1: not an example", id="no input"),
         pytest.param({"examples": [{"input": "x"}]}, "example 1: not an example", id="no target"),
         pytest.param({"examples": [{"input": "x", "target": []}]}, "example 1", id="no answer"),
@@ -166,7 +166,7 @@ def test_reasoning_gym_makes_the_same_rows_of_a_name_and_a_seed(tmp_path: Path) 
     ]
     with pytest.raises(ExamplesError, match="not registered"):
         read_rows("reasoning_gym:no_such_task", tmp_path, 1)
-    with pytest.raises(ExamplesError, match="is no number"):
+    with pytest.raises(ExamplesError, match="is not a number"):
         read_rows("reasoning_gym:chain_sum?seed=x", tmp_path, 1)
 
 
@@ -212,9 +212,9 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     assert max(len(row.prompt) for row in read(*columns, "longest=20")) in range(15, 21)
     for options, said in (
         (("prompt=said.fr", "response=said.en"), "no column 'said.fr', it has id, said, more"),
-        (("prompt=id", "response=said.en"), "column 'id' holds no text"),
+        (("prompt=id", "response=said.en"), "column 'id' is not text"),
         ((*columns, "part=dev"), "the part 'dev' is none of all, train, test"),
-        ((*columns, "longest=x"), "longest='x' is no number"),
+        ((*columns, "longest=x"), "longest='x' is not a number"),
     ):
         with pytest.raises(ExamplesError, match=said):
             read(*options)

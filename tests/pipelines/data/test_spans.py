@@ -66,8 +66,8 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
         ({"prompt": [{"expert": "sums"}]}, "not a row with spans"),
         ({"prompt": [{"text": "p", "expert": 1}]}, "not a row with spans"),
         ({"prompt": [{"text": "p "}]}, "white space"),
-        ({"response": [{"text": "r"}]}, "no expert; name one"),
-        ({"response": [{"text": "r", "expert": "odd"}]}, "odd is no expert .* dates, sums"),
+        ({"response": [{"text": "r"}]}, "no expert; give each part one"),
+        ({"response": [{"text": "r", "expert": "odd"}]}, "odd is not an expert .* dates, sums"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:

@@ -3,10 +3,9 @@
     lm_eval --model meteora --model_args pretrained=FOLDER_OR_HUB_ID --tasks FILE,hellaswag …
     python -m pipelines.lm_eval_model --model meteora --model_args pretrained=… --tasks hellaswag …
 
-FILE is `lm_eval_model.yaml` in this folder. lm-eval 0.4.13 has no plug-ins. But it imports the
-functions that a task file names, and it does so before it looks for the model: so this file names
-the class below. Importing it also registers fused models with transformers, so `--model hf` takes
-them, too.
+FILE is `lm_eval_model.yaml` in this folder. lm-eval 0.4.13 has no plug-ins, but it imports the
+functions that a task file names before it looks for the model. So this file names the class below.
+Importing the class also registers fused models with transformers, so `--model hf` takes them, too.
 """
 
 from __future__ import annotations

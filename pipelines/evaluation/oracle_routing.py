@@ -1,4 +1,4 @@
-"""Controls for composites that know what the routed model has to find out: whose each token is.
+"""Controls for composites that know the question of each token, which a router has to find out.
 
     oracle       every token goes to the expert of the question that it belongs to
     one_expert   every token goes to the expert of the first question: one LoRA for a whole prompt
@@ -121,7 +121,7 @@ def use_oracle(
     """The model as `oracle` or `one_expert`, until the context ends.
 
     Args:
-        composites: the only prompts that it can be asked meanwhile
+        composites: the only prompts that it may get in this context
         system: `oracle` or `one_expert`
     """
     routing = OracleRouting(tokenizer, composites, expert_names(model), switches=system == ORACLE)

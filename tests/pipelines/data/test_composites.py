@@ -43,7 +43,7 @@ def test_every_character_of_a_question_and_its_answer_belongs_to_its_task() -> N
             assert spans[-1].end == length
 
 
-def test_the_same_seed_deals_the_same_and_rows_come_once_before_any_comes_again() -> None:
+def test_a_seed_gives_the_same_composites_and_each_row_once_before_any_repeats() -> None:
     first = compose(ROWS, 3, 4, seed=1)
     assert first == compose(ROWS, 3, 4, seed=1)
     assert first != compose(ROWS, 3, 4, seed=2)
@@ -81,7 +81,7 @@ def test_a_right_answer_is_read_back_whole() -> None:
         pytest.param("", {}, id="nothing"),
     ],
 )
-def test_answers_are_told_apart_by_numbers_that_begin_a_line(
+def test_answers_are_separated_by_numbers_that_begin_a_line(
     output: str, answers: dict[int, str]
 ) -> None:
     assert split_answers(output, 3) == answers

@@ -38,7 +38,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, text: str, said: str) ->
         read_rows("jsonl:rows.jsonl", tmp_path, 10)
 
 
-def test_a_missing_file_and_an_unknown_source_are_said(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match="No such file"):
         read_rows("jsonl:none.jsonl", tmp_path, 1)
     with pytest.raises(ExamplesError, match="rows come from"):
@@ -143,7 +143,7 @@ def test_a_bad_bigbench_task_is_refused_with_its_place(
         read_rows("bigbench:task.json", tmp_path, 9)
 
 
-def test_sources_say_what_they_do_not_know(tmp_path: Path) -> None:
+def test_unknown_parts_of_a_source_are_named(tmp_path: Path) -> None:
     put(tmp_path, "task.json", PREFERENCES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExamplesError, match="unknown option 'half'; bigbench takes split"):

@@ -75,7 +75,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, changed: dict[str, Any],
         read_spans(written(tmp_path, BODY, BODY | changed), tmp_path, NAMES)
 
 
-def test_what_is_no_file_of_spans_is_said(tmp_path: Path) -> None:
+def test_a_source_without_spans_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match="come from `jsonl:<file>`"):
         read_spans("hf:some/thing", tmp_path, NAMES)
     with pytest.raises(ExamplesError, match="no rows in it"):

@@ -157,7 +157,9 @@ def test_choices_are_compared_by_their_log_likelihood(
         evaluate_task(model, tokenizer, task(ROWS, "acc"), batch_size=2)
 
 
-def test_what_cannot_be_asked_is_refused(world: World, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_task_that_cannot_be_asked_is_refused(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model = world.load()
     with pytest.raises(BenchmarkError, match=r"has 600 tokens, .* the model has room for 506"):
         evaluate_task(model, tokenizer, task([Row("a" * 600, "x")]), batch_size=1)
@@ -165,7 +167,7 @@ def test_what_cannot_be_asked_is_refused(world: World, tokenizer: PreTrainedToke
         evaluate_task(model, tokenizer, task(ROWS, template="chat"), batch_size=1)
 
 
-def test_composites_are_judged_answer_by_answer() -> None:
+def test_composites_are_scored_answer_by_answer() -> None:
     rows = {name: [Row(f"{name}?", name)] for name in ("red", "blue")}
     (composite,) = compose(rows, 2, 1, seed=0)
     first, second = (question.row.response for question in composite.questions)
@@ -181,7 +183,7 @@ def test_composites_are_judged_answer_by_answer() -> None:
         assert (part.value, part.num_samples, part.num_attempted) == (0.4, 5, 2)
 
 
-def test_composites_are_asked_and_can_be_judged_again_from_what_is_kept(
+def test_composites_can_be_scored_again_from_their_outputs(
     world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = world.load()
@@ -202,7 +204,7 @@ def test_composites_are_asked_and_can_be_judged_again_from_what_is_kept(
         assert list(again[metric].values) == [row[metric] for row in found.outputs]
 
 
-def test_scores_can_be_judged_again_from_what_is_kept(
+def test_scores_can_be_computed_again_from_their_outputs(
     world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     metrics = ("exact_match", "sentence_bleu", "acc")

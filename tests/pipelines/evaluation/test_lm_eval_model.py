@@ -43,7 +43,9 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "letters.yaml"
 
 
-def weighed(command: list[str], tasks: str, model: str, asked: str, out: Path) -> list[float]:
+def log_likelihoods(
+    command: list[str], tasks: str, model: str, asked: str, out: Path
+) -> list[float]:
     """What the first choice of each question weighs, in nats."""
     said = subprocess.run(
         [
@@ -79,19 +81,19 @@ def test_our_command_knows_fused_models_and_their_experts(
     world: World, letters: Path, tmp_path: Path
 ) -> None:
     asked = f"pretrained={world.checkpoint},base_folder={world.base},expert=q_and_v"
-    found = weighed(["pipelines.lm_eval_model"], str(letters), "meteora", asked, tmp_path)
+    found = log_likelihoods(["pipelines.lm_eval_model"], str(letters), "meteora", asked, tmp_path)
     assert abs(found[0] - expected(world, "q_and_v")) < 1e-3
 
 
 @pytest.mark.parametrize("model", ["meteora", pytest.param("hf", marks=pytest.mark.slow)])
-def test_its_own_command_does_once_it_is_given_our_file(
+def test_lm_evals_command_knows_fused_models_once_it_has_our_file(
     world: World, letters: Path, tmp_path: Path, model: str
 ) -> None:
     shutil.copytree(world.checkpoint, tmp_path / "fused")
     (tmp_path / "fused" / CONFIG).write_text(CONFIG_TEXT)
     asked = f"pretrained={tmp_path / 'fused'},base_folder={world.base}"
-    if model == "hf":  # whose tokenizer is told of no folder; a base on the Hub is found
+    if model == "hf":  # its tokenizer gets no folder; with a base on the Hub it needs none
         asked += f",tokenizer={world.base}"
     door = Path(pipelines.__file__).parent / "evaluation" / "lm_eval_model.yaml"
-    found = weighed(["lm_eval"], f"{door},{letters}", model, asked, tmp_path / "out")
+    found = log_likelihoods(["lm_eval"], f"{door},{letters}", model, asked, tmp_path / "out")
     assert abs(found[0] - expected(world)) < 1e-3

@@ -64,7 +64,7 @@ def test_every_token_of_a_batch_goes_to_the_expert_of_its_question(
         assert found[i * length : (i + 1) * length][-len(owners) :] == owners
 
 
-def test_while_it_answers_the_last_number_says_whose_it_is(
+def test_in_an_answer_the_last_number_names_the_question(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, composites: list[Composite]
 ) -> None:
     composite = composites[0]

@@ -47,7 +47,7 @@ def count_asked(monkeypatch: pytest.MonkeyPatch, fails_after: int = 99) -> list[
     return asked
 
 
-def test_what_was_answered_is_not_asked_again(
+def test_answers_in_the_log_are_not_asked_again(
     world: World,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,

@@ -89,13 +89,13 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     assert {one.in_answer for one in found} == {False, True}
 
 
-def test_one_task_alone_has_nothing_to_follow(
+def test_one_task_alone_has_no_switches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("no answer", "1. one\n2. reads as two")]}
     assert routing_stats.measure_switches(model, tokenizer, tests) == ()
 
 
-def test_a_stretch_ends_where_the_owner_changes_or_nobody_owns() -> None:
+def test_a_run_of_tokens_ends_where_the_task_changes_or_there_is_none() -> None:
     owners = [None, "a", "a", "b", None, "b", "a"]
     assert routing_stats._runs(owners) == [(1, 3), (3, 4), (5, 6), (6, 7)]

@@ -70,7 +70,7 @@ def test_whoever_pastes_the_secret_sees_the_page_and_nobody_else(browser: webdri
 
 @pytest.fixture
 def endless(prefect_server: str, recipe_folder: Path, tmp_path: Path) -> Generator[Served]:
-    """A served recipe whose gates take for ever."""
+    """A served recipe whose gates are never finished."""
     from pipelines.workspace.context import RunContext  # noqa: PLC0415
 
     assert prefect_server

@@ -55,7 +55,7 @@ def shown(table: Any) -> list[list[object]]:
     return rows
 
 
-def test_every_question_has_an_answer_to_show(results: dict[str, queries.QueryResult]) -> None:
+def test_every_query_has_rows(results: dict[str, queries.QueryResult]) -> None:
     assert all(one.rows for one in results.values())
     assert results["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
     assert [row["name"] for row in results["experts"].rows] == list(NAMES)
@@ -89,7 +89,7 @@ def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree:
         assert shown(table) == expected, disclosure.get("id")
 
 
-def test_every_link_to_a_question_arrives(tree: Any) -> None:
+def test_every_link_to_a_query_has_its_target(tree: Any) -> None:
     targets = tree.xpath("//a[@class='num']/@href")
     assert len(targets) > 10
     assert {target[1:] for target in targets} <= set(tree.xpath("//@id"))
@@ -154,7 +154,7 @@ def test_the_page_asks_for_nothing_and_is_small(page: str) -> None:
     assert len(page.encode()) < 2_000_000
 
 
-def test_what_was_refused_is_told_with_its_reasons(
+def test_refused_adapters_are_shown_with_their_reasons(
     results: dict[str, queries.QueryResult], tree: Any
 ) -> None:
     first, *taken = results["adapters"].rows
@@ -166,7 +166,9 @@ def test_what_was_refused_is_told_with_its_reasons(
     assert f"use_dora is set; r is {HOSTILE}" in text
 
 
-def test_who_had_no_examples_is_said(results: dict[str, queries.QueryResult], tree: Any) -> None:
+def test_experts_without_examples_are_named(
+    results: dict[str, queries.QueryResult], tree: Any
+) -> None:
     gate_from = {row["name"]: row["gate_from"] for row in results["experts"].rows}
     assert gate_from == {"dates": "examples", HOSTILE: "norm", "sums": "examples"}
     assert results["router"].rows[0]["composites"] == [3]
@@ -183,7 +185,7 @@ def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_a_loss_beyond_chance_is_said_in_words(tree: Any) -> None:
+def test_a_loss_beyond_chance_is_stated_in_words(tree: Any) -> None:
     text = " ".join(tree.text_content().split())
     assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in text
 
@@ -237,7 +239,7 @@ def test_long_names_are_cut_in_figures_and_numbers_fit_where_there_is_room() -> 
     assert ">100<" not in svg  # 28 columns: colour alone
 
 
-def test_composites_tell_what_was_attempted_how_long_prompts_were_and_what_was_cut(
+def test_the_table_of_composites_has_attempts_prompt_lengths_and_cut_answers(
     results: dict[str, queries.QueryResult], page: str
 ) -> None:
     fused = results["composites"].rows[0]

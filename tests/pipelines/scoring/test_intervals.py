@@ -40,7 +40,7 @@ def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
     assert high > 0.7
 
 
-def test_the_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
     draw = np.random.default_rng(0)
     hit = {"wilson": 0, "bootstrap": 0, "difference": 0}
     for _ in range(400):
@@ -87,7 +87,7 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     low, high = intervals.difference_interval(ours, theirs, graded=False)
     assert 0 < low < 0.1 < high < 0.2
     low, high = intervals.difference_interval(ours, ours, graded=False)
-    assert low < 0 < high  # equal on 100 rows is not equal for ever
+    assert low < 0 < high  # equal on 100 rows need not be equal on others
     graded = [value * 0.9 for value in ours]
     assert intervals.difference_interval(graded, theirs, graded=True)[0] > -0.1
 

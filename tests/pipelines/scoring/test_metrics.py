@@ -50,7 +50,7 @@ def test_the_right_answer_among_all_choices_is_a_wrong_answer() -> None:
 
 @pytest.mark.parametrize("metric", TEXT_METRICS)
 @pytest.mark.parametrize("output", ["", "  \n"])
-def test_an_empty_answer_is_worth_nothing_and_can_be_judged(metric: str, output: str) -> None:
+def test_an_empty_answer_has_value_zero(metric: str, output: str) -> None:
     """The reference leaves them out of BLEU and ROUGE, which raises the mean of the others."""
     row = read_rows("reasoning_gym:chain_sum", Path(), 1)[0]
     assert METRICS[metric].compute(output, row) == 0
@@ -98,7 +98,7 @@ def test_of_several_right_answers_the_nearest_counts(metric: str) -> None:
     assert worth(metric, "seven is 7", "six is 6", "seven is 7") == pytest.approx(1)
 
 
-def test_a_choice_is_right_where_it_weighs_most() -> None:
+def test_a_choice_is_right_if_its_log_likelihood_is_largest() -> None:
     row = Row("q", "long answer", choices=("short", "long answer"))
     assert METRICS["acc"].compute([-3.0, -2.0], row) == 1
     assert METRICS["acc"].compute([-2.0, -3.0], row) == 0

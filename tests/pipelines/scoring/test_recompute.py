@@ -42,7 +42,7 @@ def test_scores_that_follow_from_their_outputs_are_left_alone(tmp_path: Path) ->
     assert recompute_scores(ledger, 0).num_scores == 0
 
 
-def test_a_score_that_does_not_is_named_with_both_values(tmp_path: Path) -> None:
+def test_a_score_that_does_not_follow_is_named_with_both_values(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "home")
     record(ledger, tmp_path, "right", 0.5)
     record(ledger, tmp_path, "better", 0.9)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
+"""What scores record as their harness."""
 LOGGERS = ("lm_eval.models.huggingface",)
+"""The loggers of lm-eval that give the warnings below."""
 EXPECTED = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",

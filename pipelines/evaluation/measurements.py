@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
 """Systems, by their names in a recipe; `experts` stands for each adapter alone on every task."""
 ONE_EXPERT = "one_expert"
+"""A system for composites: the expert of the first question answers all."""
 ORACLES = (ORACLE, ONE_EXPERT)
 """Controls that know which question each token of a composite belongs to; see `oracle_routing`."""
 MERGES: Mapping[str, tuple[float, float]] = {

@@ -42,9 +42,11 @@ MARKS = {
     "oracle": Mark(SECOND, "D", 6, filled=False),
     "base": Mark(INK, "|", 9, filled=True),
 }
+"""Systems with a mark of their own."""
 FEW = 5
 """A forest plot with more systems has its lines closer together."""
 OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
+"""Marks of the other systems, in their order."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
 """Queries that have a chart."""
 ALL_MODULES = "all modules"
+"""The name of the line over all modules of a layer."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

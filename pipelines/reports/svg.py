@@ -28,6 +28,7 @@ VARIABLES = {
     INK: "--ink", SOFT: "--soft", RULE: "--rule", ACCENT: "--accent", SECOND: "--second",
     PAPER: "--paper",
 }  # fmt: skip
+"""The CSS variable of each placeholder colour."""
 WIDE, NARROW = 720, 358
 """Widths in CSS pixels: of the text on a large screen, and on a phone that is 390 wide."""
 STYLE: dict[str, Any] = {

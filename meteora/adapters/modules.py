@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meteora.adapters.tensors import DTYPES, place_of
 from meteora.artifacts import AdapterModule
 from meteora.untrusted.findings import listed, shortened
-from meteora.untrusted.patterns import Budget, PatternError, compile_pattern
+from meteora.untrusted.patterns import Budget, PatternError, matching
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from meteora.adapters.config import Claim
     from meteora.adapters.tensors import AdapterTensors
     from meteora.untrusted.findings import Findings
-    from meteora.untrusted.patterns import Pattern
     from meteora.untrusted.safetensors_header import TensorInfo
 
 MAX_SCALING = 1_000
@@ -33,9 +32,9 @@ def read_modules(
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)
     try:
-        alphas = _Table(claim.alpha_pattern, claim.lora_alpha, budget)
+        alphas = _table(claim.alpha_pattern, claim.lora_alpha, list(shapes), budget)
         for path, (in_features, out_features, r) in shapes.items():
-            lora_alpha = alphas.of(path) if claim.format == "peft" else claim.scale * r
+            lora_alpha = alphas[path] if claim.format == "peft" else claim.scale * r
             scaling = _scaling(claim, lora_alpha, r)
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
     except PatternError as error:
@@ -97,34 +96,25 @@ def _shapes(
     return shapes
 
 
-class _Table:
-    """`rank_pattern` or `alpha_pattern`: the first key that matches, else the default."""
-
-    def __init__(
-        self, entries: Sequence[tuple[str, float]], default: float, budget: Budget
-    ) -> None:
-        self.default = default
-        self.budget = budget
-        self.patterns: list[tuple[Pattern, float]] = []
-        for key, value in entries:
-            try:
-                self.patterns.append((compile_pattern(key, budget, anywhere=True), value))
-            except PatternError as error:
-                raise PatternError(f"{shortened(key)!r}: {error}") from None
-
-    def of(self, path: str) -> float:
-        for pattern, value in self.patterns:
-            if pattern.matches(path, self.budget):
-                return value
-        return self.default
+def _table(
+    entries: Sequence[tuple[str, float]], default: float, paths: list[str], budget: Budget
+) -> dict[str, float]:
+    """Apply `rank_pattern` or `alpha_pattern`: the first key that matches, else the default."""
+    values = dict.fromkeys(paths, default)
+    for key, value in reversed(entries):
+        try:
+            values.update(dict.fromkeys(matching(key, paths, budget, anywhere=True), value))
+        except PatternError as error:
+            raise PatternError(f"{shortened(key)!r}: {error}") from None
+    return values
 
 
 def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: Findings) -> None:
-    claimed = _Table(claim.rank_pattern, claim.r, budget)
+    claimed = _table(claim.rank_pattern, claim.r, list(ranks), budget)
     mismatched = [
         f"{path} ({r}, not {wanted})"
         for path, r in ranks.items()
-        if (wanted := claimed.of(path)) and wanted != r
+        if (wanted := claimed[path]) and wanted != r
     ]
     if mismatched:
         found.refuse(
@@ -160,8 +150,7 @@ def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findin
 def _named(names: tuple[str, ...] | str, paths: list[str], budget: Budget) -> set[str]:
     """The modules that a list of names or a pattern stands for, by PEFT's rule."""
     if isinstance(names, str):
-        pattern = compile_pattern(names, budget)
-        return {path for path in paths if pattern.matches(path, budget)}
+        return matching(names, paths, budget)
     return {path for path in paths if not _endings(path).isdisjoint(names)}
 
 

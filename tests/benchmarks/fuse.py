@@ -3,7 +3,7 @@
 Made-up adapters of the sizes of a 7B Llama are written, read and stacked. Time is the ratio to
 copying their files, each in a fresh process, by the clock and by the CPU's time, system calls
 included; memory is what stacking adds to the peak of that process, in units of the tensors of the
-largest module. No GPU takes part.
+largest module. `cat` is the same with `torch.cat` a module. No GPU takes part.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,13 @@ import torch
 from safetensors.torch import save_file
 
 from meteora.adapters import reader
+from meteora.adapters.weights import AdapterWeights
 from meteora.checkpoint import stack as fuse
+from meteora.checkpoint.tensors import write_experts
 from tests.benchmarks import timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 HIDDEN, INTERMEDIATE = 4096, 11008
 SIZES = {
@@ -66,6 +69,27 @@ def stack(folders: list[Path], out: Path) -> tuple[float, float, int]:
     return timed(lambda: fuse.stack(read, out))
 
 
+def cat(folders: list[Path], out: Path) -> tuple[float, float, int]:
+    """The same with `torch.cat`: of one module first all A's are in memory, then all B's."""
+    read = [reader.read(folder) for folder in folders]
+
+    def run() -> None:
+        with ExitStack() as files:
+            opened = [files.enter_context(AdapterWeights(adapter)) for adapter in read]
+
+            def joined(path: str, factor: str, dim: int) -> Iterator[torch.Tensor]:
+                keys = [getattr(adapter.tensors[path], factor) for adapter in read]
+                parts = [file.tensor(key) for file, key in zip(opened, keys, strict=True)]
+                yield torch.cat(parts, dim)
+
+            entries = fuse.module_entries([adapter.spec for adapter in read])
+            shapes = {p: (sum(e.ranks), e.in_features, e.out_features) for p, e in entries.items()}
+            pairs = ((joined(path, "a_key", 0), joined(path, "b_key", 1)) for path in entries)
+            write_experts(out, shapes, read[0].spec.dtype, pairs)
+
+    return timed(run)
+
+
 def copy(folders: list[Path], out: Path) -> tuple[float, float, int]:
     """The same for the same bytes, read into memory and written to one file."""
 
@@ -100,30 +124,27 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         folders = [folder / f"adapter_{e}" for e in range(asked.adapters)]
         for one in folders:
             make(one, asked.layers, asked.rank, dtype)
-        found: dict[Callable[..., Any], list[tuple[float, float, int]]] = {copy: [], stack: []}
+        variants = (copy, stack, cat)
+        found: dict[str, list[tuple[float, float, int]]] = {run.__name__: [] for run in variants}
         for _ in range(asked.rounds):
-            for run, taken in found.items():
+            for run in variants:
                 settle(folder / "out")
                 # a fresh process: the peak of one that has already stacked grows no more
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    taken.append(pool.apply(run, (folders, folder / "out")))
-        (copied, copied_cpu, _), (stacked, stacked_cpu, _) = (
-            map(min, zip(*taken, strict=True)) for taken in found.values()
-        )
-        grown = max(extra for _, _, extra in found[stack])
+                    found[run.__name__].append(pool.apply(run, (folders, folder / "out")))
+    best = {name: [*map(min, zip(*taken, strict=True))] for name, taken in found.items()}
     largest = max(map(sum, SIZES.values())) * asked.rank * asked.adapters * dtype.itemsize
     num_bytes = largest / max(map(sum, SIZES.values())) * sum(map(sum, SIZES.values()))
-    return {
-        **{name: getattr(asked, name) for name in ("adapters", "layers", "rank", "dtype")},
-        "megabytes": num_bytes * asked.layers / 1e6,
-        "copy_seconds": copied,
-        "stack_seconds": stacked,
-        "speed_of_a_copy": copied / stacked,
-        "copy_cpu_seconds": copied_cpu,
-        "stack_cpu_seconds": stacked_cpu,
-        "cpu_speed_of_a_copy": copied_cpu / stacked_cpu,
-        "peak_over_largest_module": grown / largest,
-    }
+    facts = {name: getattr(asked, name) for name in ("adapters", "layers", "rank", "dtype")}
+    facts["megabytes"] = num_bytes * asked.layers / 1e6
+    for at, clock in enumerate(("", "cpu_")):
+        facts |= {f"{name}_{clock}seconds": best[name][at] for name in best}
+        for name in ("stack", "cat"):
+            facts[f"{name}_{clock}speed_of_a_copy"] = best["copy"][at] / best[name][at]
+    for name in ("stack", "cat"):
+        grown = max(extra for _, _, extra in found[name])
+        facts[f"{name}_peak_over_largest_module"] = grown / largest
+    return facts
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from meteora.artifacts import MeteoraError
+from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import BenchmarkSection, Section, known_metrics
 from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
@@ -233,11 +233,9 @@ class Recipe(Section):
         if path.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
         try:
-            body = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise RecipeError(
-                f"{path}: not readable as YAML: {' '.join(str(error).split())}"
-            ) from error
+            body = parse_yaml(path.read_text(encoding="utf-8"), typed=True)
+        except (StrictYAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not readable as YAML: {error}") from error
         if not isinstance(body, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
         try:
@@ -281,20 +279,3 @@ def shipped() -> dict[str, Path]:
 def locate(name: str) -> Path:
     """A recipe's file: a shipped name, or a path."""
     return shipped().get(name, Path(name))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset without duplicate keys, and without aliases: they make bombs."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases are not allowed in a recipe ({event.start_mark})")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is given twice ({node.start_mark})")
-        return super().construct_mapping(node, deep=deep)

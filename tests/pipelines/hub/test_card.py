@@ -33,6 +33,10 @@ def card(folder: Path, text: str) -> Path:
         ("base_model:\nlicense: mit", "mit", ""),
         ("license: # none yet\ntags:\n- license: mit", "", ""),
         ("license: all rights reserved\nbase_model: " + "a" * 999, "", ""),
+        ("license: >-\n  mit\nbase_model: {name: org/base}", "mit", ""),
+        ("license: mit\nlicense: gpl\nbase_model: org/base", "", ""),
+        ("license: &a mit\nbase_model: *a", "", ""),
+        ("license: 1.0\nbase_model: 2020-99-99", "1.0", "2020-99-99"),
     ],
 )
 def test_licence_and_base_are_read(lines: str, licence: str, base: str, tmp_path: Path) -> None:
@@ -50,8 +54,23 @@ def test_licence_and_base_are_read(lines: str, licence: str, base: str, tmp_path
         "---\n" * 240_000,
         "---\n" + "base_model:\n" * 80_000 + "---\n",
         "---\nlicense: [" + "a," * 490_000 + "\n---\n",
+        "---\nlicense: [" + "[]," * 330_000 + "]\n---\n",
+        "---\nbase_model: " + "[" * 999_000 + "\n---\n",
+        "---\n" + "\n".join(f"{i:x}:" for i in range(140_000)) + "\n---\n",
+        "---\nlicense: 1" + ":1" * 490_000 + "\n---\n",
     ],
-    ids=["dashes", "spaces", "blank", "rules", "keys", "list"],
+    ids=[
+        "dashes",
+        "spaces",
+        "blank",
+        "rules",
+        "keys",
+        "list",
+        "lists",
+        "deep",
+        "other_keys",
+        "60s",
+    ],
 )
 def test_a_megabyte_made_to_stall_does_not(text: str, tmp_path: Path) -> None:
     folder = card(tmp_path, text)

@@ -93,6 +93,8 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
         ),
         pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
         pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
+        pytest.param("base: " + "[" * 99 + "]" * 99, "nested more than 50", id="deep"),
+        pytest.param("base: 2020-99-99", "month must be in 1..12", id="no date"),
         pytest.param("base: [", "not readable as YAML", id="broken"),
         pytest.param("- base", "a recipe is a mapping", id="a list"),
         pytest.param("base: !!python/object:os.system {}", "not readable as YAML", id="an object"),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from meteora.artifacts import ArtifactId, Noun
+from meteora.artifacts import ArtifactId, Noun, Reason
 
 VERDICTS = ("accept", "warn", "refuse")
 SKIPPED = ("skipped_late", "skipped_overlap")
@@ -19,14 +19,6 @@ def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
 def _finite(seconds: float, what: str) -> None:
     if not math.isfinite(seconds):
         raise ValueError(f"{what} is {seconds}, which is no time")
-
-
-@dataclass(frozen=True)
-class Reason(Noun):
-    """Why an adapter was refused, or what to beware of."""
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True)

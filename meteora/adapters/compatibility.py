@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meteora.adapters.tensors import place_of
-from meteora.untrusted.findings import AdapterError, Findings, Reason, listed
+from meteora.untrusted.findings import AdapterError, Findings, listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterSpec
+    from meteora.artifacts import AdapterSpec, Reason
 
 ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 

@@ -20,19 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteora.adapters import finite
-from meteora.adapters.compatibility import (
-    IncompatibleAdaptersError,
-    check_memory,
-    check_stackable,
-    check_twins,
-    fit_to_base,
-    stack_bytes,
-)
 from meteora.adapters.files import CONFIG, find_files, foreign, is_regular, read_claim
 from meteora.adapters.modules import read_modules
 from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp, name_variants, sort_tensors
-from meteora.artifacts import AdapterSpec
-from meteora.untrusted.findings import AdapterError, Findings, Reason, listed
+from meteora.artifacts import AdapterSpec, Reason
+from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -40,12 +32,6 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from meteora.adapters.config import Claim, OnExtras
-
-__all__ = [
-    "Adapter", "AdapterError", "AdapterTensors", "IncompatibleAdaptersError", "Reason", "Verdict",
-    "check", "check_config", "check_memory", "check_stackable", "check_twins", "fit_to_base",
-    "read", "stack_bytes",
-]  # fmt: skip
 
 TICK_NS = 100_000_000
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from meteora.adapters.config import Claim, OnExtras
-    from meteora.artifacts import AdapterSpec
-    from meteora.untrusted.findings import Findings, Reason
+    from meteora.artifacts import AdapterSpec, Reason
+    from meteora.untrusted.findings import Findings
     from meteora.untrusted.safetensors_header import TensorInfo
 
 DTYPES = ("F32", "F16", "BF16")

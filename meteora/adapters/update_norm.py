@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from meteora.adapters.weights import AdapterWeights
-from meteora.untrusted.findings import Reason
+from meteora.artifacts import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

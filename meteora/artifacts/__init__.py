@@ -11,6 +11,7 @@ bytes that came out. Lineage is read off the specs: `parents` names what each wa
     identity  what makes a noun: JSON and back, and the hash that is its id
     routers   how a fused model routes, and what fitting its gates gave
     scores    what is measured: benchmarks, comparisons, routing, speed
+    reasons   why an adapter is refused, or taken with a warning
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from meteora.artifacts.identity import (
     canonical_sha256,
     short,
 )
+from meteora.artifacts.reasons import Reason
 from meteora.artifacts.routers import NULL, ROUTER_KINDS, JointSettings, RouterBuild, RouterSpec
 from meteora.artifacts.scores import (
     BenchmarkSpec,
@@ -64,9 +66,8 @@ __all__ = [
     "COMMIT", "NULL", "REPO_ID", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef",
     "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild",
     "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
-    "LinearSize", "MergeSpec",
-    "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
-    "RoutingDetail", "RoutingScore", "RoutingShare", "RoutingSpec", "RoutingSwitch", "Score",
-    "ScorePair", "ScorePart", "Spec",
-    "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",
+    "LinearSize", "MergeSpec", "MeteoraError", "Noun", "Publication", "Rate", "Reason",
+    "RouterBuild", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore", "RoutingShare",
+    "RoutingSpec", "RoutingSwitch", "Score", "ScorePair", "ScorePart", "Spec", "SpeedBuild",
+    "SpeedSpec", "canonical_json", "canonical_sha256", "short",
 ]  # fmt: skip

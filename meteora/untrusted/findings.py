@@ -1,21 +1,13 @@
-"""Why an adapter is refused, or taken with a warning: codes for programs, sentences for people."""
+"""The reasons that a reading collects, and the error that carries them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meteora.artifacts import MeteoraError, Noun
+from meteora.artifacts import MeteoraError, Reason
 
 MOST_OF_A_CODE = 3
 """Reasons of one code that are kept: a file of a thousand faults gets no thousand sentences."""
-
-
-@dataclass(frozen=True)
-class Reason(Noun):
-    code: str
-    """Stable, such as `dora` or `rank_mismatch`."""
-    message: str
-    """Which one, what it has, what is needed, what to do."""
 
 
 class AdapterError(MeteoraError):

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
-from meteora.artifacts import COMMIT, REPO_ID, Noun, canonical_json, canonical_sha256
-from meteora.untrusted.findings import Reason
+from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
 from pipelines.hub.card import base_of
 from pipelines.hub.snapshot import write_note
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.adapters import reader
 from meteora.adapters.reader import Verdict
-from meteora.artifacts import REPO_ID
+from meteora.artifacts import REPO_ID, Reason
 from meteora.base.sources import PATH
-from meteora.untrusted.findings import AdapterError, Reason
+from meteora.untrusted.findings import AdapterError
 from pipelines.hub import repositories
 from pipelines.hub.adapter import download
 from pipelines.hub.card import licence_of

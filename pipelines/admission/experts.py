@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from meteora.adapters import reader
 from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_base
 from meteora.adapters.tensors import place_of
-from meteora.untrusted.findings import AdapterError, Reason, listed
+from meteora.artifacts import Reason
+from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import judge_base
 from pipelines.hub.card import licence_of
 from pipelines.hub.errors import UnusableRepositoryError

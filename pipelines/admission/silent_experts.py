@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import Reason
 from meteora.model.silent_experts import silent_experts
-from meteora.untrusted.findings import Reason
 from pipelines.admission.verdicts import record
 from pipelines.workspace.console import say
 

@@ -14,22 +14,21 @@ from pipelines.admission.sources import hub_of
 from pipelines.hub import repositories
 from pipelines.recipe.recipe import FoundExpert
 from pipelines.workspace.console import say
-from store.events import AdapterVerdict, Failure, Reason
+from store.events import AdapterVerdict, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef, BuiltBase
-    from meteora.untrusted import findings
+    from meteora.artifacts import AdapterRef, BuiltBase, Reason
     from pipelines.admission.experts import Expert, Fetch, Resolve
     from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
-    Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[findings.Reason]]
+    Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
     """A warning of every adapter that is out of all proportion to the base's weights."""
 
 
@@ -89,7 +88,7 @@ def check(
         work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
 
 
-def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findings.Reason]) -> None:
+def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason]) -> None:
     """Record that an expert is taken, and what to beware of."""
     ledger.record_adapter(
         AdapterVerdict(
@@ -99,7 +98,7 @@ def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findin
             revision=expert.ref.revision,
             subfolder=expert.ref.subfolder,
             verdict="warn" if reasons else "accept",
-            reasons=_nouns(reasons),
+            reasons=tuple(reasons),
             licence=expert.licence,
             adapter_id=expert.adapter.spec.id,
             **_facts(expert.about),
@@ -130,7 +129,7 @@ def refuse(
             revision=ref.revision,
             subfolder=ref.subfolder,
             verdict="refuse",
-            reasons=_nouns(reasons_of(error)),
+            reasons=reasons_of(error),
             licence=about.licence if about else "",
             **_facts(about),
         ),
@@ -140,7 +139,7 @@ def refuse(
     ledger.record_failure(failure, run_id=run_id)
 
 
-def warned(expert: Expert, reasons: Sequence[findings.Reason]) -> Expert:
+def warned(expert: Expert, reasons: Sequence[Reason]) -> Expert:
     """With what to beware of beside what was known."""
     for reason in reasons:
         say(f"{expert.name}: {reason.message}", "note")
@@ -161,10 +160,6 @@ def about_of(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubS
     if COMMIT.fullmatch(ref.revision) is None:
         return None
     return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
-
-
-def _nouns(reasons: Sequence[findings.Reason]) -> tuple[Reason, ...]:
-    return tuple(Reason(reason.code, reason.message) for reason in reasons)
 
 
 def _facts(about: HubSource | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from meteora.adapters.tensors import Adapter
-    from meteora.untrusted.findings import Reason
+    from meteora.artifacts import Reason
 
 PROGRESS_SECONDS = 2.0
 

@@ -28,6 +28,7 @@ from meteora.artifacts import (
     MergeSpec,
     Publication,
     Rate,
+    Reason,
     RouterBuild,
     RouterSpec,
     RoutingScore,
@@ -37,7 +38,7 @@ from meteora.artifacts import (
     SpeedBuild,
     SpeedSpec,
 )
-from store.events import AdapterVerdict, Failure, Reason, RunEnded, RunStarted
+from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
 from store.ledger import Ledger
 from store.query import reading
 

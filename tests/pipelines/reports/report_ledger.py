@@ -18,6 +18,7 @@ from meteora.artifacts import (
     FusedSpec,
     MergeSpec,
     Rate,
+    Reason,
     RouterBuild,
     RouterSpec,
     RoutingBuild,
@@ -31,7 +32,7 @@ from meteora.artifacts import (
     SpeedBuild,
     SpeedSpec,
 )
-from store.events import AdapterVerdict, Reason, RunEnded, RunStarted
+from store.events import AdapterVerdict, RunEnded, RunStarted
 from store.ledger import Ledger
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from meteora.untrusted.findings import AdapterError, Reason
+from meteora.artifacts import Reason
+from meteora.untrusted.findings import AdapterError
 from pipelines.cli import app
 from pipelines.workspace import console
 

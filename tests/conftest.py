@@ -239,9 +239,8 @@ def fuse_adapters() -> Callable[..., Manifest]:
     """A function that stacks adapters on a base into a checkpoint folder, router `uniform`."""
 
     def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
-        from meteora.adapters import reader as published
+        from meteora.adapters import reader
         from meteora.base.loading import fingerprint_of
-        from meteora.checkpoint import stack
         from meteora.checkpoint.manifest import (
             EXPERTS,
             MANIFEST,
@@ -250,10 +249,11 @@ def fuse_adapters() -> Callable[..., Manifest]:
             Manifest,
             RouterEntry,
         )
+        from meteora.checkpoint.stack import module_entries, stack_adapters
 
-        read: list[Adapter] = [published.read(folder) for folder in adapters.values()]
+        read: list[Adapter] = [reader.read(folder) for folder in adapters.values()]
         out.mkdir(parents=True, exist_ok=True)
-        stack.stack(read, out / EXPERTS)
+        stack_adapters(read, out / EXPERTS)
         manifest = Manifest(
             base=BaseEntry(f"path:{base.name}", "sha256:" + "0" * 64, fingerprint_of(base)),
             experts=tuple(
@@ -262,7 +262,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
                 )
                 for name, adapter in zip(adapters, read, strict=True)
             ),
-            modules=stack.module_entries([adapter.spec for adapter in read]),
+            modules=module_entries([adapter.spec for adapter in read]),
             router=RouterEntry("uniform", 1, 1.0),
         )
         (out / MANIFEST).write_text(manifest.to_json())

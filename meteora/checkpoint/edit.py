@@ -10,9 +10,8 @@ from safetensors import safe_open
 
 from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, ModuleEntry, read_manifest
-from meteora.checkpoint.tensors import DTYPES
+from meteora.checkpoint.tensors import DTYPES, write_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -177,4 +176,4 @@ def _write(
             yield a.to(dtype), b.to(dtype)  # a wider dtype holds them exactly
 
     name = next(name for name, own in DTYPES.items() if own == dtype)
-    tensors.write_experts(out, shapes, name, pairs())
+    write_experts(out, shapes, name, pairs())

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 
 from meteora.artifacts import MeteoraError
 from meteora.base.sources import file_sha256
-from meteora.checkpoint import tensors as checkpoint
 from meteora.checkpoint.manifest import read_manifest
-from meteora.checkpoint.tensors import DTYPES
+from meteora.checkpoint.tensors import DTYPES, read_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +74,7 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
 
 
 def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:
-    for path, a, b in checkpoint.read_experts(folder, manifest):
+    for path, a, b in read_experts(folder, manifest):
         ranks = list(manifest.modules[path].ranks)
         if ranks[e]:
             yield f"{PREFIX}{path}.lora_A.weight", a.split(ranks)[e].clone()

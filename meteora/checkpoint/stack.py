@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.adapters.weights import AdapterWeights
-from meteora.checkpoint import tensors
 from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
 from meteora.checkpoint.manifest import ModuleEntry
-from meteora.checkpoint.tensors import DTYPES
+from meteora.checkpoint.tensors import DTYPES, write_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +57,7 @@ def common_dtype(specs: Sequence[AdapterSpec]) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == wide)
 
 
-def stack(
+def stack_adapters(
     adapters: Sequence[Adapter],
     out: Path,
     *,
@@ -112,7 +111,7 @@ def stack(
                 )
                 progress(done + 1, len(shapes))
 
-    tensors.write_experts(out, shapes, dtype, rows())
+    write_experts(out, shapes, dtype, rows())
 
 
 def _owned(entry: ModuleEntry) -> tuple[int, ...]:

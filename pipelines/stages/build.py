@@ -23,7 +23,6 @@ from meteora.artifacts import (
 from meteora.base import loading
 from meteora.base.chat_template import Template
 from meteora.base.sources import GGUF, find_gguf, weights_sha256
-from meteora.checkpoint import stack as fuse
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import (
     CARD,
@@ -35,6 +34,7 @@ from meteora.checkpoint.manifest import (
     MANIFEST,
     STATISTICS,
 )
+from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
@@ -118,7 +118,7 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
         return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
     with work.scratch() as scratch:
         out = scratch / EXPERTS
-        fuse.stack([expert.adapter for expert in plan.experts], out)
+        stack_adapters([expert.adapter for expert in plan.experts], out)
         sha256 = work.ledger.blobs.put(out, move=True)
     made = FusedCheckpoint(plan.fused, sha256)
     work.ledger.record_artifact(

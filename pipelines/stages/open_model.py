@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora.base import loading
-from meteora.checkpoint import stack
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -17,6 +16,7 @@ from meteora.checkpoint.manifest import (
     Manifest,
     RouterEntry,
 )
+from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             plan.base.base_model, plan.base.base_revision, built.fingerprint, built.licence
         ),
         experts=tuple(map(entry_of, plan.experts)),
-        modules=stack.module_entries([expert.adapter.spec for expert in plan.experts]),
+        modules=module_entries([expert.adapter.spec for expert in plan.experts]),
         router=RouterEntry(
             plan.router.router,
             plan.router.top_k,

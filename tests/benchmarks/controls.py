@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig, get_peft_model
 
-from meteora.adapters import reader as published
+from meteora.adapters import reader
 from meteora.artifacts import MeteoraError
 from meteora.base.loading import load_folder
 from pipelines.admission.sources import local_folder
@@ -114,7 +114,7 @@ def ranks_stored(folders: Sequence[Path]) -> dict[str, int]:
     """The ranks of all adapters together, by module."""
     ranks: dict[str, int] = {}
     for folder in folders:
-        for module in published.read(folder).spec.modules:
+        for module in reader.read(folder).spec.modules:
             ranks[module.path] = ranks.get(module.path, 0) + module.r
     return ranks
 

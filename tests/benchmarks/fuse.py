@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from meteora.adapters import reader
 from meteora.adapters.weights import AdapterWeights
-from meteora.checkpoint import stack as fuse
+from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.checkpoint.tensors import write_experts
 from tests.benchmarks import timing
 
@@ -66,7 +66,7 @@ def peak_bytes() -> int:
 def stack(folders: list[Path], out: Path) -> tuple[float, float, int]:
     """Seconds by the clock and of the CPU, and by how many bytes the peak of this process grew."""
     read = [reader.read(folder) for folder in folders]
-    return timed(lambda: fuse.stack(read, out))
+    return timed(lambda: stack_adapters(read, out))
 
 
 def cat(folders: list[Path], out: Path) -> tuple[float, float, int]:
@@ -82,7 +82,7 @@ def cat(folders: list[Path], out: Path) -> tuple[float, float, int]:
                 parts = [file.tensor(key) for file, key in zip(opened, keys, strict=True)]
                 yield torch.cat(parts, dim)
 
-            entries = fuse.module_entries([adapter.spec for adapter in read])
+            entries = module_entries([adapter.spec for adapter in read])
             shapes = {p: (sum(e.ranks), e.in_features, e.out_features) for p, e in entries.items()}
             pairs = ((joined(path, "a_key", 0), joined(path, "b_key", 1)) for path in entries)
             write_experts(out, shapes, read[0].spec.dtype, pairs)

@@ -16,8 +16,8 @@ from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
 from meteora.base import loading
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
-from meteora.checkpoint import stack
 from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest, RouterEntry
+from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.model.fused import expert_names, insert_experts
 from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
@@ -79,14 +79,14 @@ class World:
         chosen = list(names or self.names)
         sizes = loading.linear_sizes(self.base)
         read_ones = [fit_to_base(reader.read(self.adapters[n]), sizes) for n in chosen]
-        stack.stack(read_ones, self.folder / EXPERTS)
+        stack_adapters(read_ones, self.folder / EXPERTS)
         manifest = Manifest(
             base=BaseEntry("", "", loading.fingerprint_of(self.base)),
             experts=tuple(
                 ExpertEntry(name, one.spec.id, "", "", one.spec.weights_sha256, "", "")
                 for name, one in zip(chosen, read_ones, strict=True)
             ),
-            modules=stack.module_entries([one.spec for one in read_ones]),
+            modules=module_entries([one.spec for one in read_ones]),
             router=RouterEntry("gate", 1, 1.0, null=null),
         )
         model, _ = loading.load_folder(self.base, dtype=torch.float32)

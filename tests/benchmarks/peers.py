@@ -18,8 +18,9 @@ from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from torch import nn
 
-from meteora.adapters import reader as published
-from meteora.checkpoint import manifest, stack, tensors
+from meteora.adapters import reader
+from meteora.checkpoint import manifest, tensors
+from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.kernels import reference
 from meteora.model.fused import EXPERTS, insert_layer
 from meteora.routing.layer import routed_layers
@@ -94,14 +95,14 @@ def routed(
     base: PreTrainedModel, adapters: Sequence[Path], top_k: int, work: Path
 ) -> PreTrainedModel:
     """Ours: stacked, inserted, and routed by random gates, so that every expert is chosen."""
-    read = [published.read(folder) for folder in adapters]
+    read = [reader.read(folder) for folder in adapters]
     specs = [adapter.spec for adapter in read]
     if not (work / manifest.EXPERTS).exists():
-        stack.stack(read, work / manifest.EXPERTS)
+        stack_adapters(read, work / manifest.EXPERTS)
     with tensors.safe_open(work / manifest.EXPERTS, framework="pt") as file:
         model = share(base)
         setattr(model, EXPERTS, [str(e) for e in range(len(specs))])
-        for path, entry in stack.module_entries(specs).items():
+        for path, entry in module_entries(specs).items():
             a, b = (file.get_tensor(f"{path}.lora_{factor}") for factor in "AB")
             insert_layer(model, path, a, b, entry)
     for layer in routed_layers(model).values():

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from meteora.adapters import config as adapter_config
 from meteora.adapters import reader
+from meteora.adapters.config import UNDERSTOOD, VARIANTS, WITHOUT_EFFECT
 from meteora.untrusted.findings import AdapterError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def test_every_way_to_target_is_what_peft_says(
 
 def test_every_field_of_pefts_config_is_known() -> None:
     """A field that a new PEFT adds has to be judged before its adapters pass."""
-    known = adapter_config.UNDERSTOOD | adapter_config.WITHOUT_EFFECT | set(adapter_config.VARIANTS)
+    known = UNDERSTOOD | WITHOUT_EFFECT | set(VARIANTS)
     assert {field.name for field in fields(LoraConfig)} <= known
 
 

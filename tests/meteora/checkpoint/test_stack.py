@@ -20,8 +20,8 @@ from meteora.adapters.tensors import AdapterTensors
 from meteora.adapters.weights import AdapterWeights, ChangedAdapterError
 from meteora.base.loading import linear_sizes
 from meteora.checkpoint import interleave
-from meteora.checkpoint import stack as fuse
 from meteora.checkpoint.manifest import EXPERTS
+from meteora.checkpoint.stack import stack_adapters
 
 PREFIX = "base_model.model."
 
@@ -92,7 +92,7 @@ def test_an_adapter_that_was_saved_inside_a_wrapper_is_stacked_as_without_it(wor
     plain = reader.read(source)
     assert moved.spec.modules == plain.spec.modules
     for name, adapter in {"plain": plain, "moved": moved}.items():
-        fuse.stack([adapter], tmp_path / name)
+        stack_adapters([adapter], tmp_path / name)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "moved").read_bytes()
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_changed_after_it_was_read_is_refused(world, tmp_path):
     next(iter(poisoned.values()))[0, 0] = torch.inf
     save_file(poisoned, adapter.weights)
     with pytest.raises(ChangedAdapterError, match="changed after it was read"):
-        fuse.stack([adapter], tmp_path / "out")
+        stack_adapters([adapter], tmp_path / "out")
 
 
 def test_a_file_that_was_touched_but_holds_the_same_bytes_is_taken(world, tmp_path):
@@ -111,9 +111,9 @@ def test_a_file_that_was_touched_but_holds_the_same_bytes_is_taken(world, tmp_pa
     os.utime(folder / "adapter_model.safetensors", (1e9, 1e9))
     adapter = reader.read(folder)
     assert adapter.stamp is not None
-    fuse.stack([adapter], tmp_path / "before")
+    stack_adapters([adapter], tmp_path / "before")
     os.utime(adapter.weights)
-    fuse.stack([adapter], tmp_path / "after")
+    stack_adapters([adapter], tmp_path / "after")
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
 
 
@@ -203,5 +203,5 @@ def test_rows_of_the_stack_are_those_of_the_adapters_side_by_side(
 def test_progress_is_told_module_by_module(world, tmp_path):
     told = []
     adapter = reader.read(world.adapters["q_and_v"])
-    fuse.stack([adapter], tmp_path / "out", progress=lambda *step: told.append(step))
+    stack_adapters([adapter], tmp_path / "out", progress=lambda *step: told.append(step))
     assert told == [(done, 4) for done in range(1, 5)]

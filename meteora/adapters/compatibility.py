@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base, and whether several can lie in one stack."""
+"""Whether an adapter fits a base, and whether several adapters can be stacked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class IncompatibleAdaptersError(AdapterError):
 
 
 def fit_to_base(adapter: Adapter, base: Mapping[str, tuple[int, int]]) -> Adapter:
-    """The adapter with its modules under the paths that the base has.
+    """Return the adapter with its modules under the paths that the base has.
 
     A language model inside a multimodal one, or saved without its wrapper, has other paths:
     `model.language_model.layers.0` for `model.layers.0`. The adapter moves as a whole to the one
@@ -32,8 +32,8 @@ def fit_to_base(adapter: Adapter, base: Mapping[str, tuple[int, int]]) -> Adapte
         base: Of each linear layer's path, (in_features, out_features).
 
     Raises:
-        IncompatibleAdaptersError: The base lacks a module, or has it in another shape; or two of
-            its stacks of layers would do, and only a person can say which is meant.
+        IncompatibleAdaptersError: The base lacks a module, or has it in another shape; or the
+            adapter fits two of its stacks of layers, and only a person knows which is meant.
     """
     found = Findings()
     moves = {path: path for path in adapter.tensors}
@@ -63,12 +63,12 @@ def check_stackable(
     base: Mapping[str, tuple[int, int]] | None = None,
     memory_limit_bytes: int | None = None,
 ) -> tuple[Reason, ...]:
-    """Check that the adapters, by the names of their experts, can lie in one stack.
+    """Check that adapters can be stacked.
 
     Args:
-        adapters: In the order in which they will be stacked.
+        adapters: By the names of their experts, in the order in which they will be stacked.
         base: Of each linear layer's path, (in_features, out_features); None if it is not known.
-        memory_limit_bytes: What the stacked factors may take.
+        memory_limit_bytes: The most that the stacked factors may take.
 
     Returns:
         Warnings, each naming the experts that it is about.
@@ -80,7 +80,7 @@ def check_stackable(
     found = Findings()
     before: dict[str, tuple[str, str]] = {}
     for name, adapter in adapters.items():
-        check_twins(name, adapter.spec, before, found)
+        check_duplicates(name, adapter.spec, before, found)
         before[name] = adapter.spec.id, adapter.spec.weights_sha256
     shapes: dict[str, tuple[str, int, int]] = {}
     if base is not None:
@@ -112,7 +112,11 @@ def check_stackable(
 def check_memory(
     num_experts: int, stacked_bytes: int, limit_bytes: int, found: Findings, *, advice: str
 ) -> None:
-    """Refuse a stack whose factors alone exceed the limit, and say what to do about it."""
+    """Refuse a stack whose factors alone exceed the limit.
+
+    Args:
+        advice: what to do about it, for the message
+    """
     if stacked_bytes > limit_bytes:
         found.refuse(
             "memory",
@@ -122,7 +126,7 @@ def check_memory(
 
 
 def stack_bytes(adapters: Sequence[Adapter]) -> int:
-    """What the stacked factors take, in the narrowest dtype that holds all exactly."""
+    """Return the size of the stacked factors, in the narrowest dtype that holds all exactly."""
     dtypes = {adapter.spec.dtype for adapter in adapters}
     itemsize = ITEMSIZE[dtypes.pop()] if len(dtypes) == 1 else 4
     modules = (module for adapter in adapters for module in adapter.spec.modules)
@@ -132,7 +136,7 @@ def stack_bytes(adapters: Sequence[Adapter]) -> int:
 def _moved(
     adapter: Adapter, base: Mapping[str, tuple[int, int]], found: Findings
 ) -> dict[str, str]:
-    """New path of each module, under the one stack of layers of the base that has them all."""
+    """Return the new path of each module, in the one stack of layers that has them all."""
     paths = {
         module.path: (module.in_features, module.out_features) for module in adapter.spec.modules
     }
@@ -174,7 +178,7 @@ def _check_shapes(adapter: Adapter, base: Mapping[str, tuple[int, int]], found: 
 
 
 def _check_covered(adapter: Adapter, base: Mapping[str, tuple[int, int]], found: Findings) -> None:
-    """Name a kind of layer that the adapter has in some places where the base has it, not all."""
+    """Warn where the adapter has a kind of layer in some of the base's layers and not in all."""
     kinds = {(place.stem, place.leaf) for path in adapter.tensors if (place := place_of(path))}
     of_kind = [
         path
@@ -184,8 +188,8 @@ def _check_covered(adapter: Adapter, base: Mapping[str, tuple[int, int]], found:
     if absent := [path for path in of_kind if path not in adapter.tensors]:
         found.warn(
             "partial",
-            f"of {len(of_kind)} layers of the base such as it targets, it leaves {len(absent)}"
-            f" alone: {listed(absent)}",
+            f"of the {len(of_kind)} layers of the kinds that it targets, it has no LoRA for"
+            f" {len(absent)}: {listed(absent)}",
         )
 
 
@@ -198,13 +202,13 @@ def _check_dtypes(adapters: Mapping[str, Adapter], found: Findings) -> None:
         found.warn("dtype_mix", f"experts of several dtypes: {kinds}; the widest holds them all")
 
 
-def check_twins(
+def check_duplicates(
     name: str, spec: AdapterSpec, others: Mapping[str, tuple[str, str]], found: Findings
 ) -> None:
-    """Say which other experts an adapter is the same as, or has the weights of.
+    """Refuse an adapter that is an expert already; warn where only its weights are the same.
 
     Args:
-        others: By their names, the id of each adapter and the hash of its weights.
+        others: By the names of the experts, the id of each adapter and the hash of its weights.
     """
     for one, (adapter_id, weights_sha256) in others.items():
         if adapter_id == spec.id:

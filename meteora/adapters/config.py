@@ -1,7 +1,7 @@
-"""What an `adapter_config.json` claims, PEFT's or MLX-LM's; the tensors are the truth.
+"""What an `adapter_config.json` of PEFT or MLX-LM claims; the tensors are the truth.
 
-The reading is our own: a config is a stranger's text, and PEFT as a validator runs its regular
-expressions, takes `NaN` for an alpha and loads what it does not understand with a warning.
+PEFT itself is no validator of untrusted configs: it runs their regular expressions, accepts `NaN`
+as an alpha, and loads what it does not understand with a warning.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from meteora.untrusted.findings import Findings
 
 OnExtras = Literal["refuse", "strip"]
+"""What to do with whole modules that were saved beside the LoRA."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ VARIANTS = {
 }
 """Fields of PEFT's `LoraConfig` that, when active, mean other mathematics than W + s·B·A."""
 
-# These start from a factor of W and leave the rest of W in the base, so B·A belongs to a base that
-# nobody has. Adapters that PEFT converted on saving say `true` here and pass.
+# These start from factors of W and leave only the rest of W in the base, so B·A belongs to a base
+# that was not published. Adapters that PEFT converted on saving have `true` here and pass.
 INIT_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 INIT_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -88,7 +89,7 @@ CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> Claim | None:
-    """Read a PEFT config; None where its kind of adapter is not LoRA and nothing else counts."""
+    """Read a PEFT config; None where it is not LoRA, so that its other fields mean nothing."""
     kind = config["peft_type"]
     if kind != "LORA":
         found.refuse(
@@ -122,8 +123,8 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     """Read a config of MLX-LM: y += scale · (x A) B with A [IN, r] and B [r, OUT].
 
     Up to 0.14.1 (May 2024) MLX-LM multiplied `scale` by alpha / rank; from 0.14.2 on it ignores
-    alpha, and went on writing one until 2025. Since 0.19 a config says `num_layers`; those of both
-    kinds before say `lora_layers`, and nothing in them tells which they are.
+    alpha, and went on writing one until 2025. Since 0.19 a config has
+    `num_layers`; before, it has `lora_layers`, and nothing in it tells which version wrote it.
     """
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind != "lora":
@@ -200,7 +201,7 @@ def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -
 
 
 def _check_layers(config: Mapping[str, Any], found: Findings) -> None:
-    """What PEFT itself refuses, so that nobody has ever run it."""
+    """Refuse what PEFT itself refuses to load."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and (layers or pattern):
@@ -231,7 +232,7 @@ def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:
 
 
 def _check_auto_mapping(mapping: object, found: Findings) -> None:
-    """The class that it was trained on is read as text and never imported."""
+    """Check the class that it was trained on, by its name; it is never imported."""
     if mapping is None:
         return
     if not isinstance(mapping, dict):

@@ -1,4 +1,4 @@
-"""Where an adapter's config and weights lie, and what lies there instead when it is no adapter."""
+"""Find an adapter's config and weights, and recognise what lies there in their place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOW_TO_CONVERT = (
     " spare, load it with PEFT and call model.save_pretrained(folder), which writes safetensors"
 )
 
-# What a file that should be something else begins with.
+# The first bytes of other files that are found in place of a config or of weights.
 SIGNATURES = (
     (b"version https://git-lfs", "lfs_pointer", "a Git LFS pointer; fetch the file it stands for"),
     (b"\x00\x05\x16\x07", "apple_double", "macOS's notes on a file (AppleDouble), not the file"),
@@ -48,6 +48,8 @@ SIGNATURES = (
 
 @dataclass(frozen=True)
 class AdapterFiles:
+    """The files of an adapter; None where there is no such file."""
+
     config: Path | None
     weights: Path | None
 
@@ -104,8 +106,8 @@ def _explain_missing_weights(folder: Path, found: Findings) -> None:
         found.refuse("no_weights", f"it has neither {' nor '.join(WEIGHTS)}")
 
 
-def foreign(head: bytes) -> tuple[str, str] | None:
-    """The code and the name of what begins with `head`, if it is known to be something else."""
+def other_format(head: bytes) -> tuple[str, str] | None:
+    """Return the code and the name of a known format of other files that begins with `head`."""
     lowered = head.lstrip().lower()
     for signature, code, what in SIGNATURES:
         if head.startswith(signature) or lowered.startswith(signature):
@@ -122,7 +124,7 @@ def is_regular(path: Path, found: Findings) -> bool:
 
 
 def read_claim(path: Path, extras: OnExtras, found: Findings) -> Claim | None:
-    """What the config at `path` claims; None where it is none that can be read."""
+    """Read what the config at `path` claims; None where it cannot be read."""
     if not is_regular(path, found):
         return None
     with path.open("rb") as file:
@@ -145,7 +147,7 @@ def _parse(data: bytes, name: str, found: Findings) -> dict[str, Any] | None:
         found.refuse("config_size", f"{name} has more than {MAX_TABLES} lists and tables")
     elif not data.strip():
         found.refuse("empty", f"{name} is empty")
-    elif other := foreign(data[:64]):
+    elif other := other_format(data[:64]):
         found.refuse(other[0], f"{name} is {other[1]}")
     else:
         try:

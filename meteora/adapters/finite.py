@@ -1,7 +1,8 @@
-"""Numbers that would poison a model: NaN, infinity, and what is out of all proportion.
+"""Whether weights are usable: no NaN, no infinity, not too large, not all zero.
 
 The bits of an IEEE number without its sign, read as an integer, sort as the numbers do, and NaN
-comes after infinity. So the largest of them tells all, in bfloat16 too, which numpy lacks.
+comes after infinity. So the largest of these integers is enough, and bfloat16, which numpy lacks,
+needs no conversion.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CHUNK = 1 << 18
 """Bytes that are in memory at once."""
 
 LARGE = 1024
-"""Trained factors stay below 10."""
+"""Above what training gives: trained factors stay below 10."""
 
 _BITS = {
     "F32": ("<u4", 0x7F80_0000, 0x4480_0000),
@@ -30,7 +31,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is wrong with the numbers of one tensor."""
+    """What `scan` finds in one tensor."""
 
     finite: bool
     moderate: bool
@@ -40,7 +41,7 @@ class Numbers:
 
 
 def scan(file: BinaryIO, tensor: TensorInfo) -> Numbers:
-    """Read one tensor of dtype F32, F16 or BF16 through; raises `EOFError` if it is cut short."""
+    """Read a whole tensor of dtype F32, F16 or BF16; raises `EOFError` if it is cut short."""
     import numpy as np  # noqa: PLC0415  (a config alone is judged without it)
 
     name, infinity, large = _BITS[tensor.dtype]

@@ -1,4 +1,4 @@
-"""Each module's rank and scaling: shapes from the tensors, alphas from the claim, as in PEFT."""
+"""Rank and scaling of each module: shapes from the tensors, alphas from the config, as in PEFT."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from meteora.untrusted.safetensors_header import TensorInfo
 
 MAX_SCALING = 1_000
+"""Above it there is a warning."""
 
 
 def read_modules(
@@ -27,7 +28,7 @@ def read_modules(
     claim: Claim,
     found: Findings,
 ) -> tuple[AdapterModule, ...]:
-    """The modules that the pairs of tensors describe, as far as nothing is refused."""
+    """Return the modules that the pairs of tensors describe, as far as nothing is refused."""
     budget = Budget()
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)
@@ -39,7 +40,7 @@ def read_modules(
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
     except PatternError as error:
         found.refuse("pattern", f"a pattern in alpha_pattern cannot be matched: {error}")
-    # without the other patterns their claims go unchecked, and nothing is lost: the tensors count
+    # the other patterns are only compared with the tensors, which count: a warning is enough
     try:
         _check_ranks(claim, {path: r for path, (_, _, r) in shapes.items()}, budget, found)
     except PatternError as error:
@@ -68,8 +69,8 @@ def _shapes(
     """IN, OUT and r of each module whose factors are matrices that multiply."""
     shapes = {}
     dtypes: list[str] = []
-    torn: list[str] = []
-    shaped: list[str] = []
+    mismatched: list[str] = []
+    not_matrices: list[str] = []
     for path, pair in pairs.items():
         factors = tensors[pair.a_key], tensors[pair.b_key]
         dtypes += [f"{path} ({t.dtype})" for t in factors if t.dtype not in DTYPES]
@@ -78,20 +79,20 @@ def _shapes(
             shapes[path] = (a[1], b[0], a[0])
         else:
             what = f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})"
-            (torn if len(a) == len(b) == 2 else shaped).append(what)
+            (mismatched if len(a) == len(b) == 2 else not_matrices).append(what)
     if dtypes:
         found.refuse("dtype", f"{listed(dtypes)}: only {', '.join(DTYPES)} can be used")
-    if torn:
+    if mismatched:
         found.refuse(
             "shape",
-            f"{listed(torn)}: these do not multiply; a factor is transposed, or they are of"
+            f"{listed(mismatched)}: these do not multiply; a factor is transposed, or they are of"
             " different adapters",
         )
-    if shaped:
+    if not_matrices:
         found.refuse(
             "not_linear",
-            f"{listed(shaped)}: these are no matrices, as of a convolution or of a mixture's fused"
-            " experts; only linear layers are routed here",
+            f"{listed(not_matrices)}: these are no matrices, as of a convolution or of a mixture's"
+            " fused experts; only linear layers are routed here",
         )
     return shapes
 
@@ -124,7 +125,7 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: 
 
 
 def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
-    """Compare what the config targets with what the file holds; the file counts."""
+    """Warn where the config targets other modules than the file holds; the file counts."""
     targets = claim.target_modules
     untargeted: list[str] = []
     if targets not in ((), "", "all-linear"):
@@ -148,7 +149,7 @@ def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findin
 
 
 def _named(names: tuple[str, ...] | str, paths: list[str], budget: Budget) -> set[str]:
-    """The modules that a list of names or a pattern stands for, by PEFT's rule."""
+    """Return the modules that a list of names or a pattern targets, by PEFT's rule."""
     if isinstance(names, str):
         return matching(names, paths, budget)
     return {path for path in paths if not _endings(path).isdisjoint(names)}
@@ -161,7 +162,7 @@ def _endings(path: str) -> set[str]:
 
 
 def _check_even(paths: list[str], found: Findings) -> None:
-    """Name what looks torn: a module that some layers lack. Hybrid models are so by design."""
+    """Warn of a module that some layers lack: files may be incomplete, and hybrid models are so."""
     layers: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         if place := place_of(path):

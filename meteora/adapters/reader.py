@@ -1,14 +1,14 @@
-"""Adapters as published become experts: read, judged, and checked against each other.
+"""Read an adapter as it was published, or say why it cannot be an expert.
 
-    folder ─▶ adapter_files      which files, and what lies there instead
-              adapter_config     what the config claims
-              adapter_tensors    which tensors are A and B of which module
-              adapter_modules    ranks and scalings
-              adapter_numbers    NaN, infinity, zeros       ─▶ Adapter, or the reasons why not
-              adapter_set        on this base? with the others?
+    folder ─▶ files            which files, and what lies there instead
+              config           what the config claims
+              tensors          which tensors are A and B of which module
+              modules          ranks and scalings
+              finite           NaN, infinity, zeros     ─▶ Adapter, or the reasons why not
+              compatibility    on this base? with the others?
 
-The safetensors header is the truth and the config a claim about it. Nothing here runs anything
-that came with an adapter, and no tensor library is needed to judge one.
+The safetensors header is the truth, and the config is a claim about it. Nothing that came with an
+adapter is run, and importing this module loads no tensor library.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteora.adapters import finite
-from meteora.adapters.files import CONFIG, find_files, foreign, is_regular, read_claim
+from meteora.adapters.files import CONFIG, find_files, is_regular, other_format, read_claim
 from meteora.adapters.modules import read_modules
-from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp, name_variants, sort_tensors
+from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp, refuse_variants, sort_tensors
 from meteora.artifacts import AdapterSpec, Reason
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
@@ -34,16 +34,18 @@ if TYPE_CHECKING:
     from meteora.adapters.config import Claim, OnExtras
 
 TICK_NS = 100_000_000
+"""Clocks of file systems are coarse: a file can change again within this without a new time."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` says of one adapter."""
+    """The result of `check` for one adapter."""
 
     path: str
     verdict: Literal["accept", "warn", "refuse"]
     reasons: tuple[Reason, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+    """Sizes, ranks, scalings and the like, as far as they could be read."""
 
     def to_dict(self) -> dict[str, Any]:
         reasons = [reason.to_dict() for reason in self.reasons]
@@ -51,7 +53,7 @@ class Verdict:
 
 
 def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
-    """Read the adapter in `folder`; every byte of its weights is hashed and looked at.
+    """Read the adapter in `folder`; every byte of its weights is hashed and checked.
 
     Args:
         folder: Holds `adapter_config.json` and the weights.
@@ -74,16 +76,16 @@ def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
 
 
 def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refuse") -> None:
-    """Raise what `read` would raise for the config alone, before there are any weights.
+    """Raise what `read` would raise for the config alone, before the weights are downloaded.
 
-    What a config says of tensors beside the LoRA is left to `read`: the file may lack them.
+    What the config claims about tensors beside the LoRA is left to `read`: the file may lack them.
 
     Args:
         folder: Holds `adapter_config.json`.
-        where: What to call it.
+        where: The name of the adapter in the error.
 
     Raises:
-        AdapterError: No weights could make an expert of it.
+        AdapterError: It cannot be an expert, whatever its weights are.
     """
     found = Findings()
     try:
@@ -95,9 +97,9 @@ def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refus
 
 
 def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
-    """Judge the adapter at `path`, whatever lies there; raises nothing about its content.
+    """Judge what is at `path`, which may be anything; never raises an error about its content.
 
-    A config without weights is judged by what it claims, and the facts say `judged_by: claims`.
+    A config without weights is judged by its claims; the facts then have `judged_by: claims`.
     """
     found = Findings()
     try:
@@ -127,7 +129,7 @@ def _examine(
         num_bytes = stamp.num_bytes
         tensors = _read_tensors(file, num_bytes, files.weights.name, found)
         if tensors is not None and files.config is None:
-            name_variants(tensors, found)
+            refuse_variants(tensors, found)
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
         split = sort_tensors(tensors, claim, extras, found)
@@ -155,7 +157,6 @@ def _examine(
         modules=modules,
         stripped=split.stripped,
     )
-    # clocks of file systems are coarse: a file that was just written could change within a tick
     settled = stamp if seen_ns - stamp.written_ns > TICK_NS else None
     adapter = Adapter(spec, files.weights, split.modules, tuple(found.warnings), settled)
     return adapter, {**facts, "weights_bytes": num_bytes, **_measured_facts(spec)}
@@ -168,7 +169,7 @@ def _read_tensors(
     file.seek(0)
     if num_bytes == 0:
         found.refuse("empty", f"{name} is empty")
-    elif other := foreign(head):
+    elif other := other_format(head):
         found.refuse(other[0], f"{name} is {other[1]}")
     else:
         try:
@@ -209,7 +210,7 @@ def _check_numbers(
 
 
 def _judge_by_claims(claim: Claim, extras: OnExtras, found: Findings) -> None:
-    """Without tensors the claims about them count."""
+    """Take the config at its word, since there are no tensors."""
     if claim.bias != "none":
         found.refuse("bias", f"bias is {claim.bias}: it trained biases of the base")
     if claim.modules_to_save:

@@ -1,4 +1,4 @@
-"""Which tensors of a file are the A and B of which module, and what else lies in it.
+"""Which tensors of a file are the A and B of which module, and what other tensors it has.
 
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight      PEFT
 model.layers.0.self_attn.q_proj.lora_A.default.weight               without prefix, with a name
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_DEPTH = 40
+"""Dots in the key of a factor."""
 PREFIX = "base_model.model."
 PEFT_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
 LAYERED = re.compile(r"(?P<stem>.+?)\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 MLX_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[ab])")
 
-# A tensor whose key holds one of these says that its file is no plain LoRA.
+# Parts of keys that a plain LoRA does not have, each with a code and with what such tensors are.
 VARIANT_KEYS = (
     ("lora_magnitude_vector", "dora", "magnitudes of DoRA"),
     (".lora_B.bias", "lora_bias", "a bias of B"),
@@ -52,7 +53,7 @@ WHOLE_MODULES = EMBEDDINGS | {
     "lora_embedding_A", "lora_embedding_B",
     "lm_head", "embed_out", "score", "classifier", "qa_outputs", "v_head",
 }  # fmt: skip
-"""Parts of keys of embeddings and heads, which belong to the base or to one task."""
+"""Names of embeddings and heads, which belong to the base or to one task."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class AdapterTensors:
 
 
 class Stamp(NamedTuple):
-    """What changes with a file's content."""
+    """Facts of a file that change when its content does."""
 
     inode: int
     num_bytes: int
@@ -84,7 +85,7 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA that can be an expert: what it is, and where its tensors lie."""
+    """A LoRA that can be an expert: its spec, and where its tensors lie."""
 
     spec: AdapterSpec
     weights: Path
@@ -92,13 +93,13 @@ class Adapter:
     tensors: dict[str, AdapterTensors]
     """By the module's path in the base model, the same as in `spec.modules`."""
     reasons: tuple[Reason, ...] = ()
-    """Warnings: it is usable, and a person should know these."""
+    """Warnings that a person should know; the adapter can be used."""
     stamp: Stamp | None = None
-    """Of the file when every byte was looked at; None where it tells nothing."""
+    """Of the file when it was checked; None if its times were too recent to be reliable."""
 
 
 class Place(NamedTuple):
-    """A path taken apart: `model.layers`, 3, `self_attn.q_proj`."""
+    """The parts of a module's path: `model.layers`, 3, `self_attn.q_proj`."""
 
     stem: str
     layer: int
@@ -106,7 +107,7 @@ class Place(NamedTuple):
 
 
 def place_of(path: str) -> Place | None:
-    """Where in a stack of layers a module lies; its layer is the first number in its path."""
+    """Split the path of a module in a stack of layers; the layer is the first number in it."""
     match = LAYERED.fullmatch(path)
     return Place(match["stem"], int(match["layer"]), match["leaf"]) if match else None
 
@@ -123,7 +124,7 @@ class Sorted:
 def sort_tensors(
     tensors: Mapping[str, TensorInfo], claim: Claim, extras: OnExtras, found: Findings
 ) -> Sorted:
-    """Pair the factors; what is no factor is refused, or stripped where the policy allows it."""
+    """Pair the factors; other tensors are refused, or stripped where the policy allows it."""
     factors: dict[str, dict[str, str]] = {}
     names: set[str] = set()
     rest: list[str] = []
@@ -159,8 +160,8 @@ def sort_tensors(
     return Sorted(modules, stripped)
 
 
-def name_variants(keys: Collection[str], found: Findings) -> None:
-    """Say what a file without a config is, where its tensors' names tell."""
+def refuse_variants(keys: Collection[str], found: Findings) -> None:
+    """Refuse a file without a config by what the names of its tensors show it to be."""
     for mark, code, what in VARIANT_KEYS:
         if members := [key for key in keys if mark in key]:
             found.refuse(code, f"it holds {what}: {listed(members)}")
@@ -182,7 +183,7 @@ def _pairs(
 
 
 def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings) -> tuple[str, ...]:
-    """The tensors that are no factor of a linear layer; returns those that the policy strips."""
+    """Refuse the tensors that are no factor of a linear layer; return those that are stripped."""
     kinds: dict[tuple[str, str], list[str]] = {}
     strippable: list[str] = []
     for key in sorted(keys):

@@ -1,4 +1,4 @@
-"""Whether what an adapter adds stands in proportion to the weights that it is added to."""
+"""How large an adapter's update is, compared with the weights that it changes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
 
 LIMIT = 0.5
-"""Of the Frobenius norm of the base's own weight.
+"""The largest ratio of Frobenius norms, of update to weight, without a warning.
 
 The six adapters that ship have 0.01 in the median module and 0.065 at most; the LoRA paper reports
-0.06 to 0.11 for GPT-3 (arXiv 2106.09685, table 7). What lies five times above is a wrong scaling, a
+0.06 to 0.11 for GPT-3 (arXiv 2106.09685, table 7). Five times more means a wrong scaling, a
 training that diverged, or an adapter of another base.
 """
 
 
 def update_norms(adapter: Adapter) -> dict[str, float]:
-    """‖scaling · B A‖ (Frobenius) of each module, from r × r products: B A is never formed."""
+    """Return ‖scaling · B A‖ (Frobenius) of each module, from r × r products instead of B A."""
     norms = {}
     with AdapterWeights(adapter) as file:
         for module in adapter.spec.modules:
@@ -38,10 +38,11 @@ def update_norms(adapter: Adapter) -> dict[str, float]:
 
 
 def check_proportion(adapter: Adapter, base_norms: Mapping[str, float]) -> tuple[Reason, ...]:
-    """A warning where an update exceeds `LIMIT` of the weight that it updates.
+    """Return a warning where an update exceeds `LIMIT` times the weight that it updates.
 
     Args:
-        base_norms: Of the base's weights, by module path; a module that is not there is not judged.
+        base_norms: Frobenius norms of the base's weights, by module path; a module that is not
+            there is not judged.
     """
     ratios = {
         path: norm / base_norms[path]

@@ -1,7 +1,7 @@
-"""The weights of an adapter, read straight to where they belong.
+"""The weights of an adapter, read directly into given memory.
 
-Bytes come by `pread` and are never mapped: a file that is cut short under our feet is an error and
-not a crash. A file that is no longer what `adapters.read` looked at is refused.
+Bytes are read with `pread` and never mapped, so a file that becomes shorter while it is read is an
+error and not a crash. A file that has changed since `reader.read` checked it is refused.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_BUFFERS = 1024
-"""That one call fills."""
+"""Buffers that one call of `preadv` fills."""
 
 
 class ChangedAdapterError(MeteoraError):
-    """An adapter's file is another one than was read and checked."""
+    """An adapter's file has changed since it was read and checked."""
 
 
 class AdapterWeights:
@@ -47,7 +47,7 @@ class AdapterWeights:
                 digest = hashlib.file_digest(self._file, "sha256").hexdigest()
                 if digest != adapter.spec.weights_sha256:
                     raise self._changed()
-            # plain JSON will do: when the adapter was read, its header was read with distrust
+            # plain JSON will do: `reader.read` has checked this header
             (size,) = struct.unpack("<Q", os.pread(self._number, 8, 0))
             self._header = json.loads(os.pread(self._number, size, 8))
         except BaseException:
@@ -67,11 +67,11 @@ class AdapterWeights:
         self._file.close()
 
     def holds(self, key: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor's numbers are of this dtype."""
+        """Return whether a tensor is of this dtype."""
         return DTYPES[self._header[key]["dtype"]] is dtype
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor into new memory."""
         about = self._header[key]
         tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
         self.read(key, [memoryview(tensor.view(torch.uint8).numpy().reshape(-1))])
@@ -87,17 +87,20 @@ class AdapterWeights:
         """Fill the buffers, one after the other, with a tensor's bytes.
 
         Args:
-            num_bytes: of the buffers together; without it, those of the tensor
-            skip: bytes of the tensor that are left out before
+            num_bytes: bytes of the buffers together; None for all bytes of the tensor
+            skip: bytes at the tensor's beginning that are left out
+
+        Raises:
+            ChangedAdapterError: the file ends before.
         """
         begin, end = self._header[key]["data_offsets"]
         wanted = end - begin if num_bytes is None else num_bytes
         begin += self._start + skip
         if len(buffers) > MOST_BUFFERS or os.preadv(self._number, buffers, begin) != wanted:
-            self._read_patiently(buffers, begin)
+            self._read_one_by_one(buffers, begin)
 
-    def _read_patiently(self, buffers: Sequence[memoryview], begin: int) -> None:
-        """Buffer by buffer: some file systems give less than was asked for, the end nothing."""
+    def _read_one_by_one(self, buffers: Sequence[memoryview], begin: int) -> None:
+        """Fill buffer by buffer: some file systems return less than is asked for."""
         for buffer in buffers:
             done = 0
             while done < len(buffer):

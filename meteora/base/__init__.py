@@ -2,6 +2,6 @@
 
 loading        load a base and its tokenizer; fingerprint and shapes
 sources        where a base's files are, and their hashes
-match          are two bases the same model?
+match          whether two bases are the same model
 chat_template  text to token ids, in the chat template or plain
 """

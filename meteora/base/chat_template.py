@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def open_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as the model expects it: in the chat template where the tokenizer has one."""
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return a prompt as the model expects it: in the tokenizer's chat template, if it has one."""
     if not tokenizer.chat_template:
         return prompt
     return str(
@@ -23,13 +23,13 @@ def open_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The token ids of a prompt; a chat template brings its own special tokens."""
-    text = open_prompt(tokenizer, prompt)
+    """Return the token ids of a prompt; a chat template has its own special tokens."""
+    text = render_prompt(tokenizer, prompt)
     return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
-    """The token ids of a prompt with its answer and, where there is one, the end of sequence."""
+    """Return the token ids of a prompt, its answer and, if the tokenizer has one, the end token."""
     answer = tokenizer(response, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*encode_prompt(tokenizer, prompt), *answer, *end]
@@ -37,16 +37,16 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
 
 @dataclass(frozen=True)
 class Template(Noun):
-    """What every prompt begins and ends with; empty tuples where a tokenizer has no template."""
+    """The tokens that every prompt begins and ends with; empty without a chat template."""
 
     opening: tuple[int, ...] = ()
-    """Token ids in front of the prompt's own."""
+    """Token ids before the prompt's own."""
     closing: tuple[int, ...] = ()
-    """Token ids behind the prompt's own: the answer follows them."""
+    """Token ids after the prompt's own; the answer follows them."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """The template of a tokenizer, as two prompts without a common letter show it."""
+        """Find the template of a tokenizer by comparing two prompts without a common letter."""
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
         opening = _common(one, other)
         closing = _common(one[len(opening) :][::-1], other[len(opening) :][::-1])

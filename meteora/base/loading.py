@@ -1,4 +1,4 @@
-"""Base models: where their files come from, what they are, and how they are told apart.
+"""Load base models and their tokenizers; read their fingerprints, sizes and norms.
 
 A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `path:<folder>`.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep transformers' loading notes and bars, which users cannot act on, off the terminal."""
+    """Keep transformers' loading messages and bars, which users cannot act on, off the terminal."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -47,6 +47,11 @@ def load_tokenizer(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, without remote code.
+
+    Args:
+        options: for `AutoTokenizer.from_pretrained`, such as `padding_side` or `token`
+    """
     tokenizer = AutoTokenizer.from_pretrained(
         source, revision=revision, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
     )
@@ -60,7 +65,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
-    # what is left is a plain model; the leftovers of the quantizer would stop save_pretrained
+    # it is a plain model now; what the quantizer left behind would stop save_pretrained
     facts = model.config.to_dict()
     facts.pop("quantization_config", None)
     facts["architectures"] = [type(model).__name__]  # which save_pretrained would add, too
@@ -81,11 +86,11 @@ def load_folder(
     """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle.
 
     Args:
-        download: what transformers is told about downloads, such as `token` or `cache_dir`
-        options: of the model alone, such as `quantization_config`
+        download: options for downloads, such as `token` or `cache_dir`
+        options: further options for the model alone, such as `quantization_config`
 
     Raises:
-        SourceError: It needs a package that is not installed, as a quantised one may.
+        SourceError: It needs a package that is not installed; a quantised base may.
     """
     with _quiet():
         try:
@@ -105,11 +110,12 @@ def load_folder(
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash every token with its id."""
     return canonical_sha256(tokenizer.get_vocab())
 
 
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
-    """What must agree for adapters and gates to fit: architecture, sizes and vocabulary."""
+    """Return what must agree for adapters and gates to fit: architecture, sizes, vocabulary."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
@@ -128,13 +134,13 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def fingerprint_of(folder: Path) -> Fingerprint:
-    """The fingerprint of a base in a folder, from its config and tokenizer alone."""
+    """Return the fingerprint of a base in a folder, from its config and tokenizer alone."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return fingerprint(config, load_tokenizer(folder))
 
 
 def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """(IN, OUT) of every linear layer of a base, by module path. No weights are read."""
+    """Return (IN, OUT) of every linear layer of a base, by module path. No weights are read."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -143,11 +149,11 @@ def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a base comes to in memory, from its config alone."""
+    """The sizes of a base, read from its config."""
 
     num_parameters: int
     dtype: torch.dtype
-    """Of its weights, as its config says; float32 where that says nothing."""
+    """Of its weights, by its config; float32 if that names none."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -163,7 +169,7 @@ class Shape:
 
 
 def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
-    """The shape of a base from its config, in a folder or in a GGUF file. No weights are read.
+    """Read the sizes of a base from its config, in a folder or in a GGUF file, without weights.
 
     A GGUF file is dequantised to float32 when it is used.
     """
@@ -190,17 +196,17 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
 
 def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """Frobenius norm of the weights of linear layers, to six digits; one is in memory at a time.
+    """Return the Frobenius norms of linear layers to six digits; one weight is in memory at a time.
 
     Args:
-        sizes: (IN, OUT) by module path; what the files hold in another shape or packed is left out
+        sizes: (IN, OUT) by module path; a weight of another shape, or packed, is left out
     """
     norms = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt", backend="pread") as file:
             keys = set(file.keys())
             for path, size in sizes.items():
-                # files of some architectures lack the name of the whole, such as `transformer.`
+                # files of some architectures lack the first part of the path, as `transformer.`
                 key = f"{path}.weight"
                 key = key if key in keys else key.partition(".")[2]
                 if key not in keys or sorted(file.get_slice(key).get_shape()) != sorted(size):
@@ -212,7 +218,7 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """The same of some linear layers of a model that is loaded; packed weights are left out."""
+    """Return the same for linear layers of a loaded model; packed weights are left out."""
     weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
     return {path: _norm(weight) for path, weight in weights.items() if weight.is_floating_point()}
 
@@ -222,7 +228,7 @@ def _norm(weight: torch.Tensor) -> float:
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """(IN, OUT) of a linear layer; None for any other module. Conv1D is GPT-2's transposed kind."""
+    """Return (IN, OUT) of a linear layer, GPT-2's Conv1D included; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):

@@ -1,7 +1,7 @@
-"""Whether the base that an adapter names is the base at hand: by what they are, not by their names.
+"""Whether the base that an adapter names is the base at hand, by configs and vocabularies.
 
-A mirror, a quantised copy and a renamed repository have other names and the same shapes. And two
-models of the same shapes may be strangers: Mistral-7B and Llama-3-8B have linear layers of equal
+Names do not tell: a mirror, a quantised copy and a renamed repository have other names and the same
+shapes. Shapes alone do not tell either: Mistral-7B and Llama-3-8B have linear layers of equal
 sizes throughout, so tensors alone do not tell an adapter of one from an adapter of the other.
 """
 
@@ -32,22 +32,22 @@ LEAST_IN_COMMON = 0.9
 
 
 class UnreadableBaseError(MeteoraError):
-    """What lies in a base's repository does not tell what the base is."""
+    """The config or the tokenizer of a base cannot be read."""
 
 
 def compare_bases(named: str, folder: Path, ours: Path) -> Findings:
-    """What to say of an adapter that names another base than the one that it is to lie on.
+    """Compare the base that an adapter names with the base at hand.
 
     Args:
-        named: The base that it names.
-        folder: The config of that base, and its tokenizer where it has one; no weights are needed.
-        ours: The same of the base at hand.
+        named: The name of the base in the adapter's config.
+        folder: The config of that base, and its tokenizer if it has one; no weights are needed.
+        ours: The same for the base at hand.
 
     Returns:
         A refusal `other_base`, or a warning: `base_alias`, or `other_vocabulary`.
 
     Raises:
-        UnreadableBaseError: Its config is of no kind that is known here.
+        UnreadableBaseError: transformers does not read its config.
     """
     found = Findings()
     their_config, their_tokenizer = _read(named, folder)
@@ -79,14 +79,14 @@ def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokeniz
         text = config.get_text_config()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             getattr(text, name)  # as every decoder has them
-    except Exception as error:  # a stranger's file, read by a library that raises what it likes
+    except Exception as error:  # an untrusted file: the library can raise anything
         raise UnreadableBaseError(
             f"the config of {shortened(named)} is not one that transformers reads:"
             f" {shortened(' '.join(str(error).split()), 160)}"
         ) from error
     try:
         return config, load_tokenizer(folder)
-    except Exception:  # as above; without it the sizes count
+    except Exception:  # as above; without a tokenizer the sizes count
         return config, None
 
 
@@ -112,7 +112,7 @@ def _compare_vocabularies(
     theirs: PreTrainedTokenizerBase | None,
     ours: PreTrainedTokenizerBase,
 ) -> bool:
-    """Whether every token has the same id in both; else refused, or warned of."""
+    """Return whether every token has the same id in both; refuse or warn where not."""
     if theirs is None:
         found.warn(
             "base_alias",

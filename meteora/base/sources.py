@@ -1,4 +1,4 @@
-"""Where files lie and what they hash to. Standard library only: planning a run stays light."""
+"""Find the files of a base and hash them. Standard library only, so that planning stays light."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from meteora.artifacts import MeteoraError
 
 GGUF = "gguf:"
+"""Prefix of a base in a Python package."""
 PATH = "path:"
+"""Prefix of a base in a local folder."""
 
 
 class SourceError(MeteoraError):
-    """A source that was named is not there, or holds no weights."""
+    """The source of a base does not exist, or holds no weights."""
 
 
 def find_gguf(source: str) -> Path:
-    """The GGUF file that an installed Python package ships; nothing of the package is imported.
+    """Find a GGUF file in an installed Python package; nothing of the package is imported.
 
     Args:
         source: `gguf:<distribution>/<file name>`
@@ -38,12 +40,13 @@ def find_gguf(source: str) -> Path:
 
 
 def file_sha256(path: Path) -> str:
+    """Hash a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of a folder's safetensors file, or of the hashes of its shards in order."""
+    """Hash a folder's safetensors file, or the hashes of its shards in order."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise SourceError(
@@ -55,7 +58,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def texts_sha256(folder: Path) -> str:
-    """The hash of every file of a folder but its tensors, by name."""
+    """Hash the names and contents of all files of a folder except tensors."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
     lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""The files of a fused checkpoint: write, read, find, change and export them.
+"""The files of a fused checkpoint: write, read, find, edit and export them.
 
 manifest    `meteora.json`, and the names of all files
 tensors     the tensors of experts and gates
 stack       several adapters into one file of experts
-interleave  the order of the bytes in that file, at the speed of a copy
-edit        one expert more or less in the file
+interleave  the rows of stacked factors, as fast as a copy
+edit        add or drop one expert in that file
 export      one expert as an adapter that PEFT loads
-resolve     from a folder or a Hub id to the files and the base
+resolve     find a checkpoint and its base, in a folder or on the Hub
 """

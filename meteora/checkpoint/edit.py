@@ -1,4 +1,4 @@
-"""A stack with one expert more or less, made from a checkpoint without the adapters it holds."""
+"""Add or drop one expert of a checkpoint, without the adapters that it was made from."""
 
 from __future__ import annotations
 
@@ -24,31 +24,29 @@ if TYPE_CHECKING:
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
 
 
-class RestackError(MeteoraError):
-    """A checkpoint cannot take this expert, or cannot lose it."""
+class EditError(MeteoraError):
+    """This expert cannot be added to the checkpoint, or cannot be dropped from it."""
 
 
 def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) -> Manifest:
-    """Write the stack of a checkpoint with one adapter more, last in order.
+    """Write the stack of a checkpoint with one more adapter, the last in order.
 
     Args:
         folder: the checkpoint; it stays as it is
         adapter: read, and fitted to the base of the checkpoint
-        entry: what its manifest is to say of it
+        entry: the entry for the manifest
         out: the file of experts to write
 
     Returns:
-        The manifest of the larger stack, which says nothing of gates.
+        The manifest of the larger stack, without gates.
 
     Raises:
-        RestackError: the checkpoint has an expert of that name, or a module of another size.
-        ChangedAdapterError: the adapter's file is no longer what was read and checked.
+        EditError: the checkpoint has an expert of that name, or a module of another size.
+        ChangedAdapterError: the adapter's file has changed since it was read and checked.
     """
     manifest = read_manifest(folder)
     if entry.name in manifest.names:
-        raise RestackError(
-            f"{folder}: there is an expert {entry.name!r} already; give another name"
-        )
+        raise EditError(f"{folder}: there is an expert {entry.name!r} already; give another name")
     own = {module.path: module for module in adapter.spec.modules}
     none = (0,) * len(manifest.experts)
     modules = {}
@@ -59,7 +57,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
             assert new is not None  # noqa: S101  (it is in one of the two)
             old = ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
         if new and (new.in_features, new.out_features) != (old.in_features, old.out_features):
-            raise RestackError(
+            raise EditError(
                 f"{path}: {entry.name} takes {new.in_features} inputs and gives {new.out_features},"
                 f" the checkpoint has {old.in_features} and {old.out_features}; it was trained for"
                 " another base"
@@ -88,7 +86,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
 
 
 def larger_bytes(folder: Path, adapter: Adapter) -> int:
-    """What the factors of a checkpoint take with one adapter more, as `add_expert` writes them."""
+    """Return the size of the factors that `add_expert` would write."""
     numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
     for entry in read_manifest(folder).modules.values():
         numbers += sum(entry.ranks) * (entry.in_features + entry.out_features)
@@ -99,17 +97,17 @@ def larger_bytes(folder: Path, adapter: Adapter) -> int:
 def drop_expert(
     folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset()
 ) -> Manifest:
-    """Write the stack of a checkpoint without one expert; modules that only it targeted are gone.
+    """Write the stack of a checkpoint without one expert, and without modules that only it has.
 
     Args:
-        keep: modules that stay even so, with no ranks: their gates decide for others
+        keep: modules that stay without any ranks, since their gates decide for others
 
     Raises:
-        RestackError: there is no such expert, or no other.
+        EditError: there is no such expert, or no other.
     """
     manifest = read_manifest(folder)
     if name not in manifest.names or len(manifest.experts) == 1:
-        raise RestackError(
+        raise EditError(
             f"{folder}: {name!r} cannot be dropped from {', '.join(manifest.names)}; name one of"
             " several experts"
         )
@@ -155,7 +153,7 @@ def _dtype(file: safe_open) -> torch.dtype:
 
 
 def _wider(file: safe_open, adapter: Adapter) -> torch.dtype:
-    """The narrowest dtype that holds the stack and the adapter exactly."""
+    """Return the narrowest dtype that holds the stack and the adapter exactly."""
     return torch.promote_types(_dtype(file), DTYPES[adapter.spec.dtype])
 
 

@@ -1,7 +1,7 @@
-"""Take one expert out of a checkpoint as the adapter that it was: a folder that PEFT loads.
+"""Export one expert of a checkpoint as an adapter that PEFT loads.
 
-The stack holds an adapter's own numbers, so they come out as they went in. Where the names of its
-tensors were PEFT's, the file that is written is the very file, which its hash proves.
+The stack holds the numbers of an adapter unchanged. Where its tensors had PEFT's names, the
+exported file is byte for byte the original, and its hash proves that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PREFIX = "base_model.model."
 
 
 class ExportError(MeteoraError):
-    """An expert cannot be taken out."""
+    """An expert cannot be exported."""
 
 
 def export_expert(folder: Path, name: str, out: Path) -> bool:
@@ -44,11 +44,11 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
         out: a folder, new or empty
 
     Returns:
-        Whether the file of weights is byte for byte the one that the expert was made of; where it
-        is not, the tensors' values are, under PEFT's own names.
+        Whether the file of weights is byte for byte the original; if not, the values of its tensors
+        are the same, under PEFT's names.
 
     Raises:
-        ExportError: there is no such expert, or the folder holds something.
+        ExportError: there is no such expert, or the folder is not empty.
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
@@ -65,7 +65,7 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
     (out / "README.md").write_text(
         "\n".join(["---", *lines, "---", "", f"# {name}", "", f"From {entry.source}.", ""])
     )
-    for candidate in _narrower(tensors):  # the stack may be wider than this adapter's own file
+    for candidate in _exact_casts(tensors):  # the stack may be wider than this adapter's own file
         save_file(candidate, out / WEIGHTS, {"format": "pt"})
         if file_sha256(out / WEIGHTS) == entry.weights_sha256:
             return True
@@ -81,8 +81,8 @@ def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Te
             yield f"{PREFIX}{path}.lora_B.weight", b.split(ranks, dim=1)[e].contiguous().clone()
 
 
-def _narrower(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors as they are, and then in each narrower format that holds every number exactly."""
+def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors as they are, then in each dtype that holds every number exactly."""
     yield dict(tensors)
     for dtype in DTYPES.values():
         cast = {key: tensor.to(dtype) for key, tensor in tensors.items()}
@@ -94,7 +94,7 @@ def _narrower(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
-    """What PEFT needs to know of expert `e`: every module by its path, with rank and alpha."""
+    """Return the PEFT config of expert `e`: every module by its path, with rank and alpha."""
     own = {
         path: (entry.ranks[e], entry.scaling[e])
         for path, entry in manifest.modules.items()
@@ -103,7 +103,7 @@ def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
     plain = {path: scaling * r for path, (r, scaling) in own.items()}
     rooted = {path: scaling * r**0.5 for path, (r, scaling) in own.items()}
     use_rslora = not _whole(plain) and _whole(rooted)  # an alpha that a person would write
-    alphas = {path: _tidy(alpha) for path, alpha in (rooted if use_rslora else plain).items()}
+    alphas = {path: _rounded(alpha) for path, alpha in (rooted if use_rslora else plain).items()}
     ranks = {path: r for path, (r, _) in own.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -126,10 +126,10 @@ def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
 
 
 def _whole(alphas: Mapping[str, float]) -> bool:
-    return all(isinstance(_tidy(alpha), int) for alpha in alphas.values())
+    return all(isinstance(_rounded(alpha), int) for alpha in alphas.values())
 
 
-def _tidy(alpha: float) -> float:
-    """Without the rounding of a division and its reversal."""
+def _rounded(alpha: float) -> float:
+    """Return a whole number where only rounding errors of a division keep `alpha` from one."""
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) < 1e-9 * max(1.0, abs(alpha)) else alpha

@@ -1,12 +1,13 @@
-"""The A's of many adapters one above the other, their B's side by side: at the speed of memory.
+"""Rows of stacked factors: A's one above the other, B's side by side, as fast as memory allows.
 
     A of expert 0  [8, IN]        B of expert 0 | 1  [OUT, 8 | OUT, 4]
     A of expert 1  [4, IN]        in the file: row by row, a few bytes of each expert in turn
 
-A's bytes follow each other in the stack as they do in the adapters' files. B's have to be dealt out
-a few at a time, which is fast only while they lie in the processor's cache: so each B is read into
-blocks of rows, and the rows of one block are put together while it is there. Where everything goes
-is laid out once for all modules of the same sizes: Python's own time would show otherwise.
+The bytes of A are contiguous in the stack, as in the adapters' files. Those of B alternate every
+few bytes, and moving them is fast only in the processor's cache. So each B is read into blocks of
+rows, and the rows of one block are joined while it is in the cache. The layout is computed once for
+all modules of the same sizes, since Python's own time would count otherwise. `torch.cat` of a whole
+module has half of this speed (tests/benchmarks/results/fuse.md).
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ if TYPE_CHECKING:
     """An open adapter, and which of its tensors are the factors of a module."""
 
 BLOCK = 1 << 19
-"""Bytes that are put together at once; twice that fits into the second cache of common CPUs."""
+"""Bytes that are joined at once; twice that fits into the second-level cache of common CPUs."""
 LINE = 64
 """Bytes of a cache line."""
 UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""Numbers of so many bytes, which are moved and never computed with."""
+"""A dtype for each size in bytes, to move bytes in large units; nothing is computed."""
 
 
 class _Step(NamedTuple):
-    """Some rows of one adapter's A on their way."""
+    """Some rows of one adapter's A, and where they are read to."""
 
     expert: int
     skip: int
-    """Rows of this adapter that went before."""
+    """Rows of this adapter that were read before."""
     count: int
     data: memoryview
-    """Where their bytes belong."""
+    """The memory that they are read to."""
     full: Tensor | None
-    """The rows that are complete then."""
+    """The rows that are complete after this step; None if more follow."""
 
 
 class StackOfA:
@@ -72,7 +73,7 @@ class StackOfA:
                 done, filled = done + count, filled % room
 
     def rows(self, sources: Sequence[Source]) -> Iterator[Tensor]:
-        """A in pieces of rows; what is yielded is gone at the next."""
+        """Yield A in pieces of rows; each piece is overwritten by the next."""
         for e, skip, count, data, full in self._steps:
             weights, names = sources[e]
             key, size = names.a_key, self._row_bytes
@@ -86,16 +87,16 @@ class StackOfA:
 
 
 class _Run(NamedTuple):
-    """Adapters of one rank that follow each other, and where their rows of a block are staged.
+    """Neighbouring adapters of one rank, and where their rows of a block are staged.
 
-    Those of the next adapter begin `stride` bytes later: an odd number of cache lines, since lines
-    at equal distances of a power of two would push each other out of the cache.
+    The rows of the next adapter begin `stride` bytes later: an odd number of cache lines, since
+    lines at distances of a power of two would evict each other.
     """
 
     experts: range
     r: int
     column: int
-    """Of the stack, where its first adapter begins."""
+    """Of the stack, where the first of these adapters begins."""
     begin: int
     stride: int
 
@@ -103,7 +104,7 @@ class _Run(NamedTuple):
 class StackOfB:
     """B [OUT, R], made a few rows at a time from adapters of given ranks.
 
-    Memory is that of B, which `stage` says, and that of one block.
+    It takes the memory of B, which `stage` is given, and that of one block.
     """
 
     def __init__(self, ranks: Sequence[int], num_out: int, dtype: torch.dtype) -> None:
@@ -117,7 +118,7 @@ class StackOfB:
         self.num_bytes = len(self._counts) * self._block_bytes
 
     def stage(self, memory: Tensor) -> None:
-        """Say where B's are read to: uint8 [num_bytes] or more, until `rows` is through."""
+        """Set the memory that B's are read to, uint8 [num_bytes] or more; `rows` uses it."""
         data, size = memoryview(memory.numpy()), self._block_bytes
         starts = [
             start
@@ -133,7 +134,7 @@ class StackOfB:
             for start, width in zip(starts, widths, strict=True)
         ]
         self._pieces: list[tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]] = []
-        """A block, from where to where its bytes are moved, and the rows that result."""
+        """A block, its moves of bytes (from, to), and the rows that result."""
         for n, count in enumerate(self._counts):
             block = memory[n * size : (n + 1) * size]
             rows = self._joined[: count * self._row_bytes].view(count, self._row_bytes)
@@ -141,7 +142,7 @@ class StackOfB:
             self._pieces.append((block.view(torch.int64), moves, rows.view(self.dtype)))
 
     def rows(self, sources: Sequence[Source]) -> Iterator[Tensor]:
-        """B in pieces of rows; what is yielded is gone at the next."""
+        """Yield B in pieces of rows; each piece is overwritten by the next."""
         for (weights, names), buffers in zip(sources, self._buffers, strict=True):
             if weights.holds(names.b_key, self.dtype) and not names.transposed:
                 weights.read(names.b_key, buffers)
@@ -150,14 +151,14 @@ class StackOfB:
             for buffer, part in zip(buffers, converted.split(self._counts), strict=True):
                 buffer[:] = _bytes(part)
         for block, moves, rows in self._pieces:
-            block.max()  # one pass in order brings it into the cache
+            block.max()  # one sequential pass brings it into the cache
             for own, columns in moves:
                 columns.copy_(own)
             yield rows
 
 
 def _runs(ranks: Sequence[int], column_bytes: int) -> tuple[list[_Run], int]:
-    """The runs, and the bytes of a block whose columns have so many each."""
+    """Return the runs, and the bytes of a block whose columns have `column_bytes` each."""
     starts = list(accumulate(ranks, initial=0))
     runs, begin = [], 0
     for r, members in groupby(range(len(ranks)), key=ranks.__getitem__):
@@ -170,9 +171,9 @@ def _runs(ranks: Sequence[int], column_bytes: int) -> tuple[list[_Run], int]:
 
 
 def _move(run: _Run, block: Tensor, rows: Tensor, itemsize: int) -> tuple[Tensor, Tensor]:
-    """What is staged of a run in a block, and its columns of rows [·, R · itemsize], both in bytes.
+    """Return the staged bytes of a run in a block, and its columns of the joined rows.
 
-    Both are given as [rows, experts, units] of units as large as they can be.
+    Both as [rows, experts, units], of the largest units that divide all offsets.
     """
     width, first, num_experts = run.r * itemsize, run.column * itemsize, len(run.experts)
     unit = gcd(max(UNITS), width, first, rows.shape[1])
@@ -189,7 +190,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def staging(num_bytes: int) -> Tensor:
-    """Memory for `StackOfB.stage`."""
+    """Allocate memory for `StackOfB.stage`."""
     # numpy asks for huge pages, torch does not
     return torch.from_numpy(np.empty(num_bytes, np.uint8))
 
@@ -197,6 +198,6 @@ def staging(num_bytes: int) -> Tensor:
 def _converted(
     weights: AdapterWeights, key: str, names: AdapterTensors, dtype: torch.dtype
 ) -> Tensor:
-    """A factor that is not in the stack's form, brought into it; a wider dtype holds it exactly."""
+    """Return a transposed factor, or one of a narrower dtype, in the form of the stack."""
     tensor = weights.tensor(key)
     return (tensor.T if names.transposed else tensor).to(dtype)

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself: base, experts in order, modules, router; and its files' names.
+"""`meteora.json`, which describes a checkpoint, and the names of all its files.
 
-All that can be known of one without reading a tensor, and so without loading torch.
+Reading it takes no tensors, and so no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINEAGE = "lineage.json"
 CONFIG = "config.json"
 CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
 FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
-"""All that a checkpoint may hold, and all of it that is published."""
+"""All files that a checkpoint can have; these are published."""
 
 
 class CheckpointError(MeteoraError):
@@ -33,6 +33,8 @@ class CheckpointError(MeteoraError):
 
 @dataclass(frozen=True)
 class BaseEntry(Noun):
+    """The base that the experts were trained on."""
+
     repo_id: str
     revision: str
     fingerprint: Fingerprint
@@ -41,6 +43,8 @@ class BaseEntry(Noun):
 
 @dataclass(frozen=True)
 class ExpertEntry(Noun):
+    """One expert: its name, and the adapter that it is."""
+
     name: str
     adapter_id: str
     source: str
@@ -48,7 +52,7 @@ class ExpertEntry(Noun):
     weights_sha256: str
     licence: str
     r: str
-    """The ranks found in it, as "8" or "4–16"."""
+    """Its ranks, as "8" or "4–16"."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +67,29 @@ class ModuleEntry:
 
 @dataclass(frozen=True)
 class RouterEntry(Noun):
+    """How the checkpoint routes; the fields of `RouterSpec` that matter when it runs."""
+
     kind: str
     top_k: int
     temperature: float
     margin: float | None = None
-    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
+    """Only chosen experts whose logit is this close to the best have a weight; None for all."""
     opening: str = "own"
     """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
     null: bool = False
-    """Whether one more choice, the last of every gate, is the base without any expert."""
+    """Whether the last choice of every gate is the base without any expert."""
     share: str = "module"
-    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
-    a `layer`, or for the whole `token`."""
+    """What one gate decides for: its `module`, the `point` where modules share an input, a `layer`,
+    or the whole `token`."""
     stand_in: str = ""
-    """`arrow` or `norm`, where experts without examples are told by their weights."""
+    """`arrow` or `norm`: how experts without examples are scored from their weights."""
     stand_ins: tuple[str, ...] = ()
     """The names of those experts."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `meteora.json` says."""
+    """The content of `meteora.json`."""
 
     base: BaseEntry
     experts: tuple[ExpertEntry, ...]
@@ -100,7 +106,7 @@ class Manifest:
 
     @property
     def choices(self) -> list[str]:
-        """What a router's logits stand for, in order: the experts, and the base where it is one."""
+        """The names of a router's logits, in order: the experts, and the base if it is a choice."""
         return [*self.names, NULL] if self.router.null else self.names
 
     def to_json(self) -> str:
@@ -138,7 +144,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint folder holds; raises `CheckpointError` where we cannot read it."""
+    """Read the manifest of a checkpoint; raises `CheckpointError` where that is not possible."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Find the parts of a fused model: the checkpoint here or on the Hub, and the base it refers to."""
+"""Find a checkpoint in a folder or on the Hub, and load the base that it refers to."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def load_tokenizer(
     download: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a fused model, which is its base's; no tensors are read.
+    """Load the tokenizer of a fused model, which is that of its base; no tensors are read.
 
     Args:
-        settings: of the tokenizer, such as `padding_side`; the others are those of `load`
+        settings: options of the tokenizer, such as `padding_side`; the others are those of `load`
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download, whole=False)
     source, at = _find_base(read_manifest(folder), base_folder)
@@ -55,17 +55,17 @@ def find_checkpoint(
     whole: bool = True,
     statistics: bool = False,
 ) -> Path:
-    """The folder of a checkpoint; a Hub id is downloaded to the Hub cache first, at one commit.
+    """Return the folder of a checkpoint; a Hub id is downloaded to the Hub's cache, at one commit.
 
     Args:
-        whole: Have the tensors, too; else only what says what it is.
-        statistics: And what its gates were fitted to, where that is kept; only growing needs it.
+        whole: Download the tensors too; else only the manifest.
+        statistics: Also those that its gates were fitted to, if it has them, to add an expert.
     """
     folder = Path(name)
     if folder.is_dir() or not _is_hub_id(str(name)):
         return folder
     asked = dict(download or {})
-    # once for all files: a branch may move between two of them
+    # once for all files: a branch can move between two downloads
     places = {key: asked[key] for key in ("token", "local_files_only", "cache_dir") if key in asked}
     asked["revision"] = resolve_revision(str(name), revision, **places)
     try:
@@ -96,7 +96,7 @@ def load_base(
     download: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that a checkpoint refers to, from `folder` where one is given."""
+    """Load the base that a checkpoint refers to, from `folder` if one is given."""
     source, revision = _find_base(manifest, folder)
     if isinstance(source, Path) and source.is_file():
         if options:
@@ -109,7 +109,7 @@ def load_base(
 
 
 def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Path, str | None]:
-    """A folder, a GGUF file, or a Hub id with its commit."""
+    """Return a folder, a GGUF file, or a Hub id with its commit."""
     name = manifest.base.repo_id
     if folder is not None:
         if not Path(folder).is_dir():

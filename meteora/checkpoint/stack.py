@@ -1,4 +1,4 @@
-"""Stack adapters along the rank into one file of experts; the base is never loaded.
+"""Stack adapters along the rank into one file of experts, without the base.
 
     A of q_proj   [8, IN] of expert 0        B of q_proj   [OUT, 8 | OUT, 4]
                   [4, IN] of expert 1                      side by side
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
-    """Sizes, ranks and scalings of every layer that some adapter targets, sorted by path."""
+    """Return sizes, ranks and scalings of every module that an adapter targets, sorted by path."""
     by_path: dict[str, dict[int, AdapterModule]] = {}
     for e, spec in enumerate(specs):
         for module in spec.modules:
@@ -50,7 +50,7 @@ def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
 
 
 def common_dtype(specs: Sequence[AdapterSpec]) -> str:
-    """The narrowest dtype that holds every adapter's numbers exactly."""
+    """Return the narrowest dtype that holds the numbers of all adapters exactly."""
     wide = DTYPES[specs[0].dtype]
     for spec in specs:
         wide = torch.promote_types(wide, DTYPES[spec.dtype])
@@ -65,7 +65,7 @@ def stack_adapters(
 ) -> None:
     """Write `experts.safetensors` from adapters that `check_stackable` accepted.
 
-    Memory holds the B's of one module at a time.
+    The B's of one module are in memory at a time.
 
     Args:
         adapters: expert e is adapters[e]
@@ -73,7 +73,7 @@ def stack_adapters(
         progress: called with (modules done, modules in all)
 
     Raises:
-        ChangedAdapterError: a file is no longer what was read and checked.
+        ChangedAdapterError: a file has changed since it was read and checked.
     """
     specs = [adapter.spec for adapter in adapters]
     entries = module_entries(specs)
@@ -115,5 +115,5 @@ def stack_adapters(
 
 
 def _owned(entry: ModuleEntry) -> tuple[int, ...]:
-    """The ranks of those experts that have the module."""
+    """Return the ranks of the experts that have the module."""
     return tuple(r for r in entry.ranks if r)

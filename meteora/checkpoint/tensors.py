@@ -1,16 +1,16 @@
-"""The files of a fused checkpoint, and the one place that knows their keys.
+"""Write and read the tensors of experts and gates; the only module that knows their keys.
 
     meteora.json          what is in it: base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples
-    statistics.safetensors  what gates in closed form were fitted to: experts can be added from it
+    statistics.safetensors  what gates in closed form were fitted to, to add experts later
     README.md             model card
     lineage.json          in-toto statement
-    config.json           for the auto classes of transformers: that this is a fused checkpoint
+    config.json           for the auto classes of transformers: the model type
 
-Their names and the first of them are in `manifest`, for whoever needs no tensors.
-Nothing is pickled, the base is referenced and never copied, and new gates leave the experts alone.
+`manifest` has these names and reads the first file. Nothing is pickled, the base is referenced and
+never copied, and new gates leave the file of experts unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
 
 NOTES = "meteora"
-"""The key of a gates file's metadata that holds what gates need beside their weights, as JSON."""
+"""The key in the metadata of a gates file for everything but weights, as JSON."""
 
 AGAIN = "download or build the checkpoint again"
 WRITE_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def write_experts(
     dtype: str,
     tensors: Iterable[tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]]],
 ) -> None:
-    """Write the stack a few rows at a time, so that not even a module has to be in memory.
+    """Write the stack a few rows at a time, so that not even one module has to be in memory.
 
     Args:
         path: written in place; the caller renames it when it is whole
@@ -63,7 +63,7 @@ def write_experts(
         tensors: A [R, IN] and B [OUT, R] of each module, or pieces of rows that follow each other
 
     Raises:
-        CheckpointError: a tensor has another shape than was promised, so the file is no good.
+        CheckpointError: a tensor has another shape than in `shapes`; the file is not usable.
     """
     size = DTYPES[dtype].itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -73,7 +73,7 @@ def write_experts(
             begin, end = end, end + shape[0] * shape[1] * size
             header[module + key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # safetensors asks for 8 bytes; where a cache line begins, mapped tensors are used as they are
+    # safetensors asks for multiples of 8; from multiples of 64, mapped tensors need no copy
     text += b" " * (-(8 + len(text)) % 64)
     with path.open("wb") as file:
         _reserve(file, 8 + len(text) + end)
@@ -121,7 +121,7 @@ def _write_rows(
 
 @contextmanager
 def _opened(path: Path) -> Generator[safe_open]:
-    """A safetensors file; what is wrong with it is said in a sentence."""
+    """Open a safetensors file; raises `CheckpointError` where it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent}: there is no {path.name} in it; the checkpoint is not whole, download"
@@ -138,7 +138,7 @@ def _opened(path: Path) -> Generator[safe_open]:
 
 
 def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
+    """Yield each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
     with _opened(folder / EXPERTS) as file:
         for module, entry in manifest.modules.items():
             a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
@@ -157,14 +157,14 @@ def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a model, and what they need beside their weights."""
+    """The gates of a model, and the notes that they need to run."""
 
     own: dict[str, tuple[Tensor, Tensor]]
     """G [E, IN] and c [E] of each module that has a gate."""
     follows: dict[str, str] = field(default_factory=dict)
-    """Modules without one, and the module before them whose gate decides for them too."""
+    """Modules without a gate, and the earlier module whose gate decides for them."""
     template: Template = field(default_factory=Template)
-    """What opens and closes a prompt; empty where each token decides for itself."""
+    """The tokens around every prompt; empty where each token decides for itself."""
     stand_ins: dict[str, Tensor] = field(default_factory=dict)
     """Of each module that has a gate, where U experts had no examples: [3, U] float32."""
     without_examples: tuple[int, ...] = ()
@@ -172,7 +172,7 @@ class Gates:
 
 
 def write_gates(path: Path, gates: Gates) -> None:
-    """Write weights as tensors, and the rest as metadata of the same file."""
+    """Write the weights as tensors, and the rest as metadata of the same file."""
     tensors: dict[str, Tensor] = {}
     for module, (weight, bias) in gates.own.items():
         tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
@@ -180,12 +180,12 @@ def write_gates(path: Path, gates: Gates) -> None:
     for module, standard in gates.stand_ins.items():
         tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
     notes = {"follows": gates.follows, "template": gates.template.to_dict()}
-    # one key: safetensors writes several in an order that differs from time to time
+    # one key: safetensors writes several keys in an order that varies
     save_file(tensors, path, {NOTES: canonical_json(notes)})
 
 
 def read_gates(folder: Path, manifest: Manifest) -> Gates:
-    """The gates of a checkpoint; raises `CheckpointError` where they do not fit its manifest."""
+    """Read the gates of a checkpoint; raises `CheckpointError` where they do not fit it."""
     num_choices = len(manifest.choices)
     own: dict[str, tuple[Tensor, Tensor]] = {}
     stand_ins: dict[str, Tensor] = {}

@@ -1,4 +1,8 @@
-"""The fields of a stranger's config, each read to its type or refused with its name."""
+"""Fields of an untrusted config: each is read as its type, or refused with its name.
+
+Each function records what is wrong in `found` and returns a neutral value, so that one reading
+names every fault.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +20,20 @@ T = TypeVar("T")
 MAX_RANK = 4_096
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 20_000
+"""Keys of `rank_pattern` or `alpha_pattern`."""
 MAX_NAMES = 64
+"""Modules that a list names."""
 MAX_TEXT = 2_000
+"""Characters of a pattern."""
 
 
 def base_model(name: object, found: Findings) -> str:
+    """Read the name of the base; empty where there is none. What is odd about it is a warning."""
     if name in (None, ""):
-        found.warn("base_unnamed", "it names no base; its shapes must tell whether it fits")
+        found.warn("base_unnamed", "it names no base; only its shapes show whether it fits")
         return ""
     if not isinstance(name, str) or len(name) > 512 or not name.isprintable():
-        found.warn("base_unreadable", "the base it names is not a name; it is left out")
+        found.warn("base_unreadable", "its base is not a printable name; it is ignored")
         return ""
     lower = name.lower()
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or ":" in name:
@@ -33,20 +41,20 @@ def base_model(name: object, found: Findings) -> str:
     elif any(mark in lower for mark in ("4bit", "8bit", "-bnb", "-gptq", "-awq", "_nf4")):
         found.warn(
             "base_quantized",
-            f"it was trained on a quantised copy, {shortened(name)}; on another copy it is close"
-            " to what was trained, not equal",
+            f"it was trained on a quantised copy, {shortened(name)}; on another copy it gives"
+            " answers that are close, not equal",
         )
     return name
 
 
 def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...] | str:
-    """Modules by their names or by a pattern; empty where the field is not set."""
+    """Read modules, given by names or by a pattern; empty where the field is not set."""
     value = config.get(key)
     if value is None:
         return ()
     if isinstance(value, str):
         if len(value) > MAX_TEXT:
-            found.refuse("pattern", f"{key} is a pattern of {len(value)} characters; {MAX_TEXT} do")
+            found.refuse("pattern", f"{key} has {len(value)} characters, more than {MAX_TEXT}")
             return ()
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -56,6 +64,7 @@ def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, 
 
 
 def names(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...]:
+    """Read a list of module names, sorted."""
     value = config.get(key) or []
     if (
         not isinstance(value, list)
@@ -68,11 +77,13 @@ def names(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ..
 
 
 def layers(value: object) -> tuple[int, ...]:
+    """Return the layer numbers of one number or a list; what is no number is left out."""
     layers = value if isinstance(value, list) else [value]
     return tuple(sorted({layer for layer in layers if type(layer) is int}))
 
 
 def bias(config: Mapping[str, Any], found: Findings) -> str:
+    """Read which biases were trained."""
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         found.refuse("bias", f"bias is {shortened(bias)!r}; none, all and lora_only are possible")
@@ -81,6 +92,7 @@ def bias(config: Mapping[str, Any], found: Findings) -> str:
 
 
 def text(config: Mapping[str, Any], key: str, found: Findings) -> str:
+    """Read a short printable text; empty where the field is not set."""
     value = config.get(key)
     if value is None:
         return ""
@@ -91,6 +103,7 @@ def text(config: Mapping[str, Any], key: str, found: Findings) -> str:
 
 
 def flag(config: Mapping[str, Any], key: str, found: Findings) -> bool:
+    """Read a boolean; false where the field is not set."""
     value = config.get(key)
     if value is not None and type(value) is not bool:
         found.refuse(key, f"{key} is {shortened(value)!r}, neither true nor false")
@@ -100,6 +113,11 @@ def flag(config: Mapping[str, Any], key: str, found: Findings) -> bool:
 def pattern_table(
     config: Mapping[str, Any], key: str, read: Callable[[object, str, Findings], T], found: Findings
 ) -> tuple[tuple[str, T], ...]:
+    """Read a table of patterns, in the order of the file.
+
+    Args:
+        read: reads one value, given the value and its place in the config
+    """
     table = config.get(key) or {}
     if not isinstance(table, dict) or len(table) > MAX_ENTRIES:
         found.refuse(key, f"{key} is not a table of at most {MAX_ENTRIES} modules")
@@ -108,6 +126,7 @@ def pattern_table(
 
 
 def rank(value: object, where: str, found: Findings) -> int:
+    """Read a rank; 0 where it is refused."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         found.refuse("rank", f"{where} is {shortened(value)!r}; it must be 1 to {MAX_RANK}")
         return 0
@@ -115,6 +134,7 @@ def rank(value: object, where: str, found: Findings) -> int:
 
 
 def alpha(value: object, where: str, found: Findings) -> float:
+    """Read an alpha; 0 where it is refused."""
     read = number(value)
     if read is None or not 0 < read <= MAX_ALPHA:
         found.refuse(
@@ -125,11 +145,12 @@ def alpha(value: object, where: str, found: Findings) -> float:
 
 
 def number(value: object) -> float | None:
-    """A finite number of ordinary size; true is none, and neither is "8"."""
+    """Return a finite number of ordinary size, else None; `true` and "8" are not numbers."""
     if isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e300:
         return float(value)
     return None
 
 
 def is_active(value: object) -> bool:
+    """Return whether a field is set to something that can change how the adapter works."""
     return value not in (None, False, "", 0) and value not in ([], {})

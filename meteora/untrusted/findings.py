@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from meteora.artifacts import MeteoraError, Reason
 
 MOST_OF_A_CODE = 3
-"""Reasons of one code that are kept: a file of a thousand faults gets no thousand sentences."""
+"""Reasons kept of one code, so that a file with a thousand faults gets a short message."""
 
 
 class AdapterError(MeteoraError):
@@ -20,12 +20,12 @@ class AdapterError(MeteoraError):
         self._where = where
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[Reason, ...]]]:
-        return type(self), (self._where, self.reasons)  # it crosses from one process to another
+        return type(self), (self._where, self.reasons)  # it is sent from one process to another
 
 
 @dataclass
 class Findings:
-    """What a reading has found so far. It goes on after a refusal, so that it names all at once."""
+    """What is wrong with an adapter. Reading goes on after a refusal, to name all faults."""
 
     refusals: list[Reason] = field(default_factory=list)
     warnings: list[Reason] = field(default_factory=list)
@@ -43,13 +43,13 @@ def _add(reasons: list[Reason], reason: Reason) -> None:
 
 
 def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
-    """The first few names and how many more: `q_proj, k_proj (and 5 more)`."""
+    """Return the first few names and how many more: `q_proj, k_proj (and 5 more)`."""
     shown = ", ".join(shortened(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} (and {len(names) - most} more)"
 
 
 def shortened(text: object, most: int = 80) -> str:
-    """Text from a stranger's file as it may be shown: printable, on one line, and short."""
+    """Return untrusted text in a form that is safe to show: printable, on one line, and short."""
     if isinstance(text, (list, dict)):
         return f"a {'list' if isinstance(text, list) else 'table'} of {len(text)}"
     plain = "".join(c if c.isprintable() else "�" for c in str(text)[: most + 1])

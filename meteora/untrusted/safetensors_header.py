@@ -1,8 +1,8 @@
 """The header of a safetensors file, read as if it were hostile: limits first, parsing after.
 
-The library takes more than this reader does: keys given twice, names with NUL or `../`, a million
-empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions. What passes here is a flat
-table of small, well-named tensors that tile the file exactly.
+The safetensors library accepts more than this reader: keys given twice, names with NUL or `../`, a
+million empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions. What passes here
+is a flat table of well-named tensors of limited size that tile the file exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
-"""Bytes an element of each dtype takes; a dtype that packs several into a byte is not read."""
+"""Bytes of one element; a dtype that packs several elements into a byte is refused."""
 
 
 class HeaderError(ValueError):
@@ -47,11 +47,14 @@ class TensorInfo:
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
-    """Every tensor of the file by name, in the order in which they lie in it.
+    """Return every tensor of the file by name, in the order of their bytes.
 
     Args:
         file: Open at its beginning; read up to the end of the header and no further.
         file_bytes: The size of the file.
+
+    Raises:
+        HeaderError: The header is not sound, or the tensors do not fill the file exactly.
     """
     if file_bytes < 8:
         raise HeaderError(f"it has {file_bytes} bytes, too few for a header")
@@ -63,7 +66,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
     text = file.read(size)
     if len(text) < size:
         raise HeaderError("it was cut short while it was read")
-    # Counting costs nothing; parsing a table of that many tensors, or of other texts, costs memory.
+    # counted before it is parsed: a table of a million entries takes gigabytes
     most = {b"{": MAX_TENSORS + 2, b"[": 2 * MAX_TENSORS + 4, b'"': 16 * MAX_TENSORS}
     if any(text.count(mark) > limit for mark, limit in most.items()):
         raise HeaderError(f"its header lists more than {MAX_TENSORS} tensors")
@@ -81,7 +84,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
 
 
 def _check_metadata(metadata: object) -> None:
-    if metadata is None:  # so MLX writes it
+    if metadata is None:  # as MLX writes it
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise HeaderError("its __metadata__ is not a table of texts")

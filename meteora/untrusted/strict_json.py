@@ -1,4 +1,4 @@
-"""JSON from strangers: one meaning or none. What other parsers let pass is refused here."""
+"""JSON with exactly one meaning: text that parsers read in different ways is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ class StrictJSONError(ValueError):
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The object that `data` holds.
+    """Return the object that `data` holds.
 
-    Refused although many parsers take them: a key given twice (they keep the first or the last),
-    `NaN` and `Infinity`, a byte order mark, and nesting as deep as the interpreter's stack.
+    Raises:
+        StrictJSONError: It is not JSON, or has what many parsers accept all the same: a key given
+            twice (they keep the first or the last), `NaN` or `Infinity`, a byte order mark, or
+            nesting as deep as the interpreter's stack.
     """
     try:
         value = json.loads(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.adapters.compatibility import IncompatibleAdaptersError, check_memory, check_twins
+from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import BaseSpec
 from meteora.base import loading
@@ -137,7 +137,7 @@ class Door:
         others = {
             entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
         }
-        check_twins(expert.name, expert.adapter.spec, others, found)
+        check_duplicates(expert.name, expert.adapter.spec, others, found)
         check_memory(
             len(others) + 1,
             edit.larger_bytes(self.folder, expert.adapter),

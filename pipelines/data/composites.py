@@ -19,7 +19,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
-from meteora.base.chat_template import encode_pair, encode_prompt, open_prompt
+from meteora.base.chat_template import encode_pair, encode_prompt, render_prompt
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def encode_composite(
     The task is None for the template and for the sentence before the questions. The end of sequence
     belongs to the last answer. A token belongs to the task of its first character.
     """
-    text = open_prompt(tokenizer, composite.prompt)
+    text = render_prompt(tokenizer, composite.prompt)
     owners = [
         *prompt_owners(tokenizer, composite, text, special=not tokenizer.chat_template),
         *_owners(tokenizer, composite.response, composite.response_spans),

@@ -109,7 +109,7 @@ def add(
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: it does not come from the Hub.
         GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
-        RestackError: there is an expert of that name, or the sizes do not fit.
+        EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
     manifest = _growable(folder)
@@ -157,7 +157,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
 
     Raises:
         GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
-        RestackError: there is no such expert, or no other.
+        EditError: there is no such expert, or no other.
     """
     manifest = _growable(folder)
     gates = tensors.read_gates(folder, manifest)

@@ -13,7 +13,7 @@ from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
 from meteora.adapters.weights import ChangedAdapterError
 from meteora.base import loading
-from meteora.checkpoint.edit import RestackError, add_expert, drop_expert
+from meteora.checkpoint.edit import EditError, add_expert, drop_expert
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.tensors import read_experts
 
@@ -97,15 +97,15 @@ def test_a_newcomer_that_changed_after_it_was_checked_is_refused(world, smaller,
 
 def test_what_cannot_be_added_or_dropped_is_refused(world, tmp_path):
     adapter = reader.read(world.adapters["q_and_v"])
-    with pytest.raises(RestackError, match="an expert 'attention' already"):
+    with pytest.raises(EditError, match="an expert 'attention' already"):
         add_expert(world.checkpoint, adapter, world.manifest.experts[1], tmp_path / "out")
-    with pytest.raises(RestackError, match="'unknown' cannot be dropped from all_seven"):
+    with pytest.raises(EditError, match="'unknown' cannot be dropped from all_seven"):
         drop_expert(world.checkpoint, "unknown", tmp_path / "out")
     module = dataclasses.replace(adapter.spec.modules[0], in_features=99)
     spec = dataclasses.replace(adapter.spec, modules=(module, *adapter.spec.modules[1:]))
     other = dataclasses.replace(adapter, spec=spec)
     entry = dataclasses.replace(world.manifest.experts[0], name="other")
-    with pytest.raises(RestackError, match=r"takes 99 inputs .* another base"):
+    with pytest.raises(EditError, match=r"takes 99 inputs .* another base"):
         add_expert(world.checkpoint, other, entry, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert read_manifest(world.checkpoint) == world.manifest

@@ -1,4 +1,4 @@
-"""An expert that says nothing is named, and so is one that shouts the base down."""
+"""Experts that change nothing, and experts whose update is too large, are reported."""
 
 from __future__ import annotations
 

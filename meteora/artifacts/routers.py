@@ -78,7 +78,7 @@ class RouterSpec(Spec):
     loss_opening_share: float = 0.0
     """The same in the gate loss of `joint`."""
     stand_in: str = ""
-    """`arrow` or `norm`, where experts without examples are told by their weights."""
+    """`arrow` or `norm`: how experts without examples are scored from their weights."""
     stand_ins: tuple[str, ...] = ()
     """The names of those experts."""
     grown_from: str = ""

@@ -38,7 +38,7 @@ class BenchmarkSpec(Spec):
 
 @dataclass(frozen=True)
 class ScorePart(Noun):
-    """What a score comes to on one kind of its questions, such as a sub-task of composites."""
+    """A score on one kind of its questions, such as a sub-task of composites."""
 
     name: str
     value: float

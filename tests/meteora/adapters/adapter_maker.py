@@ -1,4 +1,4 @@
-"""Adapters as files, written byte by byte: sound ones, and ones that no library would write."""
+"""Adapters as files, written byte by byte: sound ones, and ones that no library writes."""
 
 from __future__ import annotations
 

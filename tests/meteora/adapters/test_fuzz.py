@@ -1,4 +1,4 @@
-"""Whatever the bytes are, `check` gives one verdict, soon, and in little memory."""
+"""For any bytes, `check` gives one verdict, in little time and memory."""
 
 from __future__ import annotations
 

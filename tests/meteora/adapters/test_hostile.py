@@ -1,4 +1,4 @@
-"""Files that are no adapters, or that were made to break whoever reads them."""
+"""Files that are no adapters, or that were made to break their reader."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_a_pattern_made_to_stall_does_not(key_name: str, pattern: str, tmp_path:
     table = {f"{pattern}{i}": 1 for i in range(20)}
     folder = write_adapter(tmp_path, tensors, r=1, **{key_name: table})
     with little_work():
-        codes(folder)  # `re` needs an age
+        codes(folder)  # `re` takes years
 
 
 def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> N
 def test_what_is_no_regular_file_is_not_opened(name: str, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / name).unlink()
-    os.mkfifo(folder / name)  # opening it would wait for ever
+    os.mkfifo(folder / name)  # opening it would never return
     assert "not_a_file" in codes(folder)
 
 

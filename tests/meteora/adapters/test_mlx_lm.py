@@ -1,4 +1,4 @@
-"""MLX-LM itself, on a CPU: it makes an adapter, and a forced expert says what it says there."""
+"""MLX-LM itself, on a CPU: a forced expert answers as its adapter does there."""
 
 from __future__ import annotations
 

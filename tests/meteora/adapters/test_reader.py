@@ -1,4 +1,4 @@
-"""Adapters are taken as PEFT means them, and every other is refused with its reason."""
+"""Adapters are read as PEFT means them, or refused with a reason."""
 
 from __future__ import annotations
 

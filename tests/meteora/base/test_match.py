@@ -1,4 +1,4 @@
-"""Bases are told apart by what they are: sizes first, then tokens, then the class."""
+"""Bases are compared by their sizes first, then their tokens, then their class."""
 
 from __future__ import annotations
 

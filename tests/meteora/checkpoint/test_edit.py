@@ -1,4 +1,4 @@
-"""A stack with one expert more or less holds every other expert's numbers to the bit."""
+"""Adding or dropping an expert leaves the numbers of the others bit for bit as they were."""
 
 from __future__ import annotations
 

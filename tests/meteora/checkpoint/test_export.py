@@ -1,4 +1,4 @@
-"""What goes into a checkpoint comes out of it: the same file, and PEFT loads it."""
+"""An exported expert is the file that was stacked, and PEFT loads it."""
 
 from __future__ import annotations
 

@@ -200,8 +200,8 @@ def test_rows_of_the_stack_are_those_of_the_adapters_side_by_side(
         assert torch.equal(found_b, torch.cat(b, dim=1).to(wide))
 
 
-def test_progress_is_told_module_by_module(world, tmp_path):
-    told = []
+def test_progress_is_reported_for_each_module(world, tmp_path):
+    reported = []
     adapter = reader.read(world.adapters["q_and_v"])
-    stack_adapters([adapter], tmp_path / "out", progress=lambda *step: told.append(step))
-    assert told == [(done, 4) for done in range(1, 5)]
+    stack_adapters([adapter], tmp_path / "out", progress=lambda *step: reported.append(step))
+    assert reported == [(done, 4) for done in range(1, 5)]

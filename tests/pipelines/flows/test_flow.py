@@ -182,7 +182,7 @@ STEPS = (
 
 KILLED = """
 import os, signal, sys
-from pipelines import flows
+from pipelines.flows import flow as flows
 
 recipe, home, victim = sys.argv[1:]
 step = getattr(flows, victim, None)

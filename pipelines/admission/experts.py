@@ -1,4 +1,4 @@
-"""The experts of a recipe, each read and accepted, or refused with its reasons."""
+"""The experts of a recipe: each adapter is fetched, read, and accepted or refused with reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meteora.adapters import reader
 from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_base
 from meteora.adapters.tensors import place_of
 from meteora.untrusted.findings import AdapterError, Reason, listed
-from pipelines.admission.base_identity import judge_base
+from pipelines.admission.base_identity import identify_base
 from pipelines.hub.card import licence_of
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import FoundExpert
@@ -38,23 +38,23 @@ class Expert:
     ref: AdapterRef
     adapter: Adapter
     licence: str
-    """As its card or repository says; empty where nothing is said."""
+    """As its card or repository states; empty where they state none."""
     about: HubSource | None = None
-    """What the Hub says of its repository; None where nobody was asked."""
+    """What the Hub knows of its repository; None for a local folder."""
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What adapters are to lie on, and on which terms."""
+class Requirements:
+    """What an adapter must fit to become an expert."""
 
     base: BaseSpec
     sizes: Mapping[str, tuple[int, int]]
-    """Of each linear layer's path, (in_features, out_features)."""
+    """(in_features, out_features) of each linear layer of the base, by its path."""
     policy: PolicySection
     look_up: LookUp
-    """What the base is that an adapter names, if it is another."""
+    """Compares the base that an adapter names with ours, if the names differ."""
     in_layers: bool
-    """Only numbered layers of one stack can be routed, as where gates are fitted one by one."""
+    """Every module must lie in a numbered layer, as where gates are fitted layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Refusal:
     ref: AdapterRef
     error: AdapterError | UnusableRepositoryError
     left_out: bool
-    """The others go on without it; else it ends the run."""
+    """The run goes on without it; otherwise it ends the run."""
 
 
 def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, ...]:
@@ -74,10 +74,10 @@ def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, .
     return (Reason("hub", str(error)),)
 
 
-def gather(
+def read_experts(
     recipe: Recipe,
     folder: Path,
-    ground: Ground,
+    requirements: Requirements,
     cache: Path,
     *,
     resolve: Resolve,
@@ -87,18 +87,20 @@ def gather(
 
     Args:
         folder: What the recipe's paths are relative to.
-        cache: Where downloaded adapters lie.
-        resolve, fetch: `sources.resolve_adapter` and how to get at its files.
+        cache: The folder of downloaded adapters.
+        resolve: `sources.resolve_adapter`, or a task around it.
+        fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
 
     Raises:
-        HubError: A fault of the Hub, which says nothing about the adapter.
+        HubError: A fault of the Hub itself, which is no verdict on the adapter.
+        NotHereError: From `sources.adapter_at_hand`.
     """
     known: dict[str, str] = {}
     for section in recipe.experts:
         ref = resolve(recipe, section, folder)
         try:
             adapter_folder = fetch(recipe, section, ref, folder, cache)
-            expert = read_expert(section.name, section.adapter, ref, adapter_folder, ground)
+            expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
@@ -110,22 +112,26 @@ def gather(
             yield section, expert
 
 
-def read_expert(name: str, source: str, ref: AdapterRef, folder: Path, ground: Ground) -> Expert:
-    """Read an adapter in a folder, and judge it beside the base that it is to lie on.
+def read_expert(
+    name: str, source: str, ref: AdapterRef, folder: Path, requirements: Requirements
+) -> Expert:
+    """Read the adapter in a folder, and hold it against the requirements.
 
     Raises:
-        AdapterError: It cannot be an expert there.
+        AdapterError: It does not meet them.
     """
-    found = reader.read(folder, modules_to_save=ground.policy.modules_to_save)
-    fitted = fit_to_base(found, ground.sizes)
-    reasons = judge_base(fitted, folder, ref, ground.base, ground.policy, ground.look_up)
-    if ground.in_layers:
-        _check_in_layers(fitted, folder)
+    policy = requirements.policy
+    found = reader.read(folder, modules_to_save=policy.modules_to_save)
+    fitted = fit_to_base(found, requirements.sizes)
+    reasons = identify_base(fitted, folder, ref, requirements.base, policy, requirements.look_up)
+    if requirements.in_layers:
+        _require_layers(fitted, folder)
     fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
     return Expert(name, source, ref, fitted, licence_of(folder))
 
 
-def _check_in_layers(adapter: Adapter, folder: Path) -> None:
+def _require_layers(adapter: Adapter, folder: Path) -> None:
+    """Refuse an adapter with modules outside the numbered layers of one stack."""
     places = {path: place_of(path) for path in adapter.tensors}
     stacks = sorted({place.stem for place in places.values() if place})
     if outside := [path for path, place in places.items() if place is None]:

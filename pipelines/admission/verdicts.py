@@ -1,4 +1,4 @@
-"""Every adapter is read; the verdict on it is recorded and said. What it says: see `heard`."""
+"""Verdicts on adapters: printed, and recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import check_stackable
 from meteora.artifacts import COMMIT, MeteoraError
-from pipelines.admission.base_lookup import looking_up
-from pipelines.admission.experts import Ground, Refusal, gather, reasons_of
+from pipelines.admission.base_identity import look_up_on_hub
+from pipelines.admission.experts import Refusal, Requirements, read_experts, reasons_of
 from pipelines.admission.sources import hub_of
 from pipelines.hub import repositories
 from pipelines.recipe.recipe import FoundExpert
@@ -51,22 +51,23 @@ def find_experts(
     if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
         say(f"found {found} adapters on the Hub")
     cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
-    look_up = looking_up(cache, base, work.base_folder(base), hub_at)
+    look_up = look_up_on_hub(cache, base, work.base_folder(base), hub_at)
     gates = work.recipe.router.kind == "gate"
-    ground = Ground(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
-    gathered = gather(work.recipe, work.folder, ground, cache, resolve=resolve, fetch=fetch)
-    for section, outcome in gathered:
+    requirements = Requirements(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
+    for section, outcome in read_experts(
+        work.recipe, work.folder, requirements, cache, resolve=resolve, fetch=fetch
+    ):
         if isinstance(outcome, Refusal):
             num_refused += 1
-            about = about_of(outcome.ref, cache, hub_at)
-            refuse(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
+            about = hub_facts(outcome.ref, cache, hub_at)
+            record_refused(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
             if not outcome.left_out:
                 raise outcome.error
             say(f"{section.name}: {outcome.error}", "left out")
             continue
         reasons = proportion(outcome.adapter, built.norms)
-        expert = warned(described(outcome, cache, hub_at), reasons)
-        record(work.ledger, work.run_id, expert, expert.adapter.reasons)
+        expert = with_warnings(with_hub_facts(outcome, cache, hub_at), reasons)
+        record_accepted(work.ledger, work.run_id, expert, expert.adapter.reasons)
         experts.append(expert)
     if not experts:
         raise MeteoraError(
@@ -77,10 +78,14 @@ def find_experts(
     return experts
 
 
-def check(
+def require_stackable(
     work: RunContext, built: BuiltBase, experts: Sequence[Expert], memory_limit_bytes: int
 ) -> None:
-    """Refuse experts that cannot lie in one stack on this base; record those that can."""
+    """Record the experts as artifacts, if they can lie in one stack on this base.
+
+    Raises:
+        IncompatibleAdaptersError: They cannot, or the stack needs more memory than there is.
+    """
     found = {expert.name: expert.adapter for expert in experts}
     for reason in check_stackable(found, base=built.sizes, memory_limit_bytes=memory_limit_bytes):
         say(reason.message, "note")
@@ -89,8 +94,10 @@ def check(
         work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
 
 
-def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findings.Reason]) -> None:
-    """Record that an expert is taken, and what to beware of."""
+def record_accepted(
+    ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findings.Reason]
+) -> None:
+    """Record that an adapter is accepted, with its warnings."""
     ledger.record_adapter(
         AdapterVerdict(
             name=expert.name,
@@ -99,16 +106,16 @@ def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[findin
             revision=expert.ref.revision,
             subfolder=expert.ref.subfolder,
             verdict="warn" if reasons else "accept",
-            reasons=_nouns(reasons),
+            reasons=_reasons(reasons),
             licence=expert.licence,
             adapter_id=expert.adapter.spec.id,
-            **_facts(expert.about),
+            **_hub_columns(expert.about),
         ),
         run_id=run_id,
     )
 
 
-def refuse(
+def record_refused(
     ledger: Ledger,
     run_id: str,
     name: str,
@@ -119,7 +126,7 @@ def refuse(
     """Record that an adapter is refused, and why.
 
     Args:
-        about: What the Hub says of its repository.
+        about: What the Hub knows of its repository.
     """
     ref, error = refusal.ref, refusal.error
     ledger.record_adapter(
@@ -130,9 +137,9 @@ def refuse(
             revision=ref.revision,
             subfolder=ref.subfolder,
             verdict="refuse",
-            reasons=_nouns(reasons_of(error)),
+            reasons=_reasons(reasons_of(error)),
             licence=about.licence if about else "",
-            **_facts(about),
+            **_hub_columns(about),
         ),
         run_id=run_id,
     )
@@ -140,34 +147,34 @@ def refuse(
     ledger.record_failure(failure, run_id=run_id)
 
 
-def warned(expert: Expert, reasons: Sequence[findings.Reason]) -> Expert:
-    """With what to beware of beside what was known."""
+def with_warnings(expert: Expert, reasons: Sequence[findings.Reason]) -> Expert:
+    """The expert with further warnings, which are printed."""
     for reason in reasons:
         say(f"{expert.name}: {reason.message}", "note")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
     return replace(expert, adapter=adapter)
 
 
-def described(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
-    """With what the Hub says of its repository, where it is from there."""
-    about = about_of(expert.ref, cache, hub_at)
+def with_hub_facts(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
+    """The expert with what the Hub knows of its repository, if it is from the Hub."""
+    about = hub_facts(expert.ref, cache, hub_at)
     if about is None:
         return expert
     return replace(expert, licence=expert.licence or about.licence, about=about)
 
 
-def about_of(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
-    """What the Hub says of a repository; None where it was not asked, or says nothing."""
+def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
+    """What the Hub knows of an adapter's repository; None if it is not from there."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
     return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
 
 
-def _nouns(reasons: Sequence[findings.Reason]) -> tuple[Reason, ...]:
+def _reasons(reasons: Sequence[findings.Reason]) -> tuple[Reason, ...]:
     return tuple(Reason(reason.code, reason.message) for reason in reasons)
 
 
-def _facts(about: HubSource | None) -> dict[str, Any]:
+def _hub_columns(about: HubSource | None) -> dict[str, Any]:
     if about is None:
         return {}
     return {

@@ -69,11 +69,11 @@ def check(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """The verdict on adapters, with coded reasons; no weights of a base are needed."""
-    from pipelines.admission.check import judge, told
+    from pipelines.admission.check import describe, inspect
 
     cache = home.expanduser().absolute() / "adapters"
     verdicts = [
-        judge(
+        inspect(
             name,
             cache,
             subfolder=subfolder,
@@ -86,7 +86,7 @@ def check(
         print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=1))
     else:
         for verdict in verdicts:
-            print("\n".join(told(verdict)))
+            print("\n".join(describe(verdict)))
     if any(verdict.verdict == "refuse" for verdict in verdicts):
         raise typer.Exit(1)
 

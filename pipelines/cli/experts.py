@@ -26,7 +26,7 @@ def add(
 ) -> None:
     """One expert more, from its own examples alone: a new checkpoint beside the one given."""
     from meteora.checkpoint.resolve import find_checkpoint
-    from pipelines.admission.candidate import Newcomer
+    from pipelines.admission.candidate import Candidate
     from pipelines.stages import edit
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
     from store.ledger import Ledger
@@ -34,10 +34,10 @@ def add(
     home = home.expanduser().absolute()
     folder = find_checkpoint(checkpoint_folder(checkpoint, home), statistics=True)
     base_folder = base or base_at_hand(folder, home)
-    asked = Newcomer(
+    candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
-    print(edit.add(Ledger(home), folder, asked, examples, base_folder=base_folder))
+    print(edit.add(Ledger(home), folder, candidate, examples, base_folder=base_folder))
 
 
 @app.command()

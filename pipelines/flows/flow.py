@@ -96,7 +96,7 @@ resolve_base = at_the_network(sources.resolve_base)
 discover = at_the_network(sources.discover)
 resolve_adapter = at_the_network(sources.resolve_adapter, "resolve {expert.name}")
 fetch_adapter = at_the_network(sources.fetch_adapter, "fetch {expert.name}")
-check = task(cache_policy=NO_CACHE)(verdicts.check)
+require_stackable = task(cache_policy=NO_CACHE)(verdicts.require_stackable)
 
 
 @at_the_network
@@ -248,7 +248,7 @@ def _stages(run: Run, until: Stage) -> Plan | None:
             proportion=partial(ask, "proportion"),
         )
         memory = ask("memory")
-        check(work, built, experts, memory)
+        require_stackable(work, built, experts, memory)
         planned = plan.make_plan(work.recipe, work.folder, base, experts)
     if until is Stage.check:
         return None

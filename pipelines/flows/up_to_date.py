@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
-from pipelines.admission.base_identity import kept
-from pipelines.admission.experts import Ground, Refusal, gather
+from pipelines.admission.base_identity import saved_verdict
+from pipelines.admission.experts import Refusal, Requirements, read_experts
 from pipelines.planning import plan
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
@@ -61,14 +61,14 @@ def _finished(work: RunContext) -> Plan | None:
         return None
     built = BuiltBase.from_dict(known)
     recipe = sources.discover(work.recipe)
-    look_up = partial(kept, work.adapters_folder, base)
+    look_up = partial(saved_verdict, work.adapters_folder, base)
     gates = recipe.router.kind == "gate"
     experts = []
     try:
-        for _, outcome in gather(
+        for _, outcome in read_experts(
             recipe,
             work.folder,
-            Ground(base, built.sizes, recipe.policy, look_up, in_layers=gates),
+            Requirements(base, built.sizes, recipe.policy, look_up, in_layers=gates),
             work.adapters_folder,
             resolve=sources.resolve_adapter,
             fetch=sources.adapter_at_hand,

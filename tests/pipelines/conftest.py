@@ -98,7 +98,7 @@ def plan_of(work: RunContext) -> tuple[Plan, BuiltBase]:
     from pipelines.planning import plan
 
     built, found = found_experts(work)
-    verdicts.check(work, built, found, 1 << 30)
+    verdicts.require_stackable(work, built, found, 1 << 30)
     base = sources.resolve_base(work.recipe, work.folder)
     return plan.make_plan(work.recipe, work.folder, base, found), built
 

@@ -176,8 +176,8 @@ def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
 
 
 STEPS = (
-    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
-    "measure", "write_checkpoint",
+    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "require_stackable", "stack",
+    "fit_gates", "measure", "write_checkpoint",
 )  # fmt: skip
 
 KILLED = """

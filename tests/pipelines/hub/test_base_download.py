@@ -50,7 +50,7 @@ def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> list[Expert]:
         fetch=sources.fetch_adapter,
         proportion=check_proportion,
     )
-    verdicts.check(work, built, experts, memory_limit_bytes)
+    verdicts.require_stackable(work, built, experts, memory_limit_bytes)
     return experts
 
 

@@ -10,6 +10,7 @@ from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_bas
 from meteora.adapters.tensors import place_of
 from meteora.untrusted.findings import AdapterError, Reason, listed
 from pipelines.admission.base_identity import identify_base
+from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import licence_of
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import FoundExpert
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
     from pipelines.recipe.recipe import ExpertSection, PolicySection, Recipe
+    from pipelines.workspace.context import RunContext
 
     Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
     Fetch = Callable[[Recipe, ExpertSection, AdapterRef, Path, Path], Path]
@@ -47,7 +49,8 @@ class Expert:
 class Requirements:
     """What an adapter must fit to become an expert."""
 
-    base: BaseSpec
+    base: BaseSpec | None
+    """None while it is not here: adapters are then compared with no base."""
     sizes: Mapping[str, tuple[int, int]]
     """(in_features, out_features) of each linear layer of the base, by its path."""
     policy: PolicySection
@@ -67,6 +70,15 @@ class Refusal:
     """The run goes on without it; otherwise it ends the run."""
 
 
+@dataclass(frozen=True)
+class Missing:
+    """An adapter that a run would have to fetch first."""
+
+    ref: AdapterRef | None
+    """None where it could not be pinned."""
+    reason: str
+
+
 def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, ...]:
     """Why an adapter is refused."""
     if isinstance(error, AdapterError):
@@ -75,36 +87,34 @@ def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, .
 
 
 def read_experts(
-    recipe: Recipe,
-    folder: Path,
-    requirements: Requirements,
-    cache: Path,
-    *,
-    resolve: Resolve,
-    fetch: Fetch,
-) -> Iterator[tuple[ExpertSection, Expert | Refusal]]:
-    """Each expert of the recipe, in order, accepted or refused.
+    context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
+) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
+    """Each expert of the recipe, in order: accepted, refused, or not here.
 
     Args:
-        folder: What the recipe's paths are relative to.
-        cache: The folder of downloaded adapters.
         resolve: `sources.resolve_adapter`, or a task around it.
         fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
 
     Raises:
         HubError: A fault of the Hub itself, which is no verdict on the adapter.
-        NotHereError: From `sources.adapter_at_hand`.
     """
+    recipe, folder = context.recipe, context.folder
     known: dict[str, str] = {}
     for section in recipe.experts:
-        ref = resolve(recipe, section, folder)
         try:
-            adapter_folder = fetch(recipe, section, ref, folder, cache)
+            ref = resolve(recipe, section, folder)
+        except NotHereError as error:
+            yield section, Missing(None, str(error))
+            continue
+        try:
+            adapter_folder = fetch(recipe, section, ref, folder, context.adapters_folder)
             expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
                 raise IncompatibleAdaptersError(section.name, (reason,))
+        except NotHereError as error:
+            yield section, Missing(ref, str(error))
         except (AdapterError, UnusableRepositoryError) as error:
             left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
             yield section, Refusal(ref, error, left_out)
@@ -121,13 +131,15 @@ def read_expert(
         AdapterError: It does not meet them.
     """
     policy = requirements.policy
-    found = reader.read(folder, modules_to_save=policy.modules_to_save)
-    fitted = fit_to_base(found, requirements.sizes)
-    reasons = identify_base(fitted, folder, ref, requirements.base, policy, requirements.look_up)
+    adapter = reader.read(folder, modules_to_save=policy.modules_to_save)
+    reasons: tuple[Reason, ...] = ()
+    if (base := requirements.base) is not None:
+        adapter = fit_to_base(adapter, requirements.sizes)
+        reasons = identify_base(adapter, folder, ref, base, policy, requirements.look_up)
     if requirements.in_layers:
-        _require_layers(fitted, folder)
-    fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
-    return Expert(name, source, ref, fitted, licence_of(folder))
+        _require_layers(adapter, folder)
+    adapter = replace(adapter, reasons=(*adapter.reasons, *reasons))
+    return Expert(name, source, ref, adapter, licence_of(folder))
 
 
 def _require_layers(adapter: Adapter, folder: Path) -> None:

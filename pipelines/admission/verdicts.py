@@ -7,12 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT, MeteoraError
-from pipelines.admission.base_identity import look_up_on_hub
-from pipelines.admission.experts import Refusal, Requirements, read_experts, reasons_of
+from meteora.artifacts import COMMIT
+from pipelines.admission.experts import reasons_of
 from pipelines.admission.sources import hub_of
 from pipelines.hub import repositories
-from pipelines.recipe.recipe import FoundExpert
 from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure, Reason
 
@@ -23,63 +21,48 @@ if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterRef, BuiltBase
     from meteora.untrusted import findings
-    from pipelines.admission.experts import Expert, Fetch, Resolve
+    from pipelines.admission.experts import Expert, Refusal
     from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
+    from pipelines.recipe.recipe import ExpertSection
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
     Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[findings.Reason]]
-    """A warning of every adapter that is out of all proportion to the base's weights."""
+    """Warnings about an adapter whose update is far too large beside the base's weights."""
 
 
-def find_experts(
-    work: RunContext,
-    built: BuiltBase,
-    *,
-    resolve: Resolve,
-    fetch: Fetch,
-    proportion: Proportion,
-) -> list[Expert]:
-    """Every adapter of the recipe that is sound; a refused one ends the run or is left out.
+def accept(
+    context: RunContext, base_norms: Mapping[str, float], proportion: Proportion, expert: Expert
+) -> Expert:
+    """Record that an adapter is accepted; returns the expert with all its warnings.
 
     Args:
-        resolve, fetch: As `experts.gather` takes them.
-        proportion: `update_norm.check_proportion`, here or in a process that computes.
+        base_norms: The norm of each linear layer of the base, by its path.
     """
-    experts, num_refused = [], 0
-    if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
-        say(f"found {found} adapters on the Hub")
-    cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
-    look_up = look_up_on_hub(cache, base, work.base_folder(base), hub_at)
-    gates = work.recipe.router.kind == "gate"
-    requirements = Requirements(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
-    for section, outcome in read_experts(
-        work.recipe, work.folder, requirements, cache, resolve=resolve, fetch=fetch
-    ):
-        if isinstance(outcome, Refusal):
-            num_refused += 1
-            about = hub_facts(outcome.ref, cache, hub_at)
-            record_refused(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
-            if not outcome.left_out:
-                raise outcome.error
-            say(f"{section.name}: {outcome.error}", "left out")
-            continue
-        reasons = proportion(outcome.adapter, built.norms)
-        expert = with_warnings(with_hub_facts(outcome, cache, hub_at), reasons)
-        record_accepted(work.ledger, work.run_id, expert, expert.adapter.reasons)
-        experts.append(expert)
-    if not experts:
-        raise MeteoraError(
-            f"of {num_refused} adapters none can be used, so there is nothing to stack"
-            if num_refused
-            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
-        )
-    return experts
+    reasons = proportion(expert.adapter, base_norms)
+    hub_at = partial(hub_of, context.recipe)
+    expert = with_warnings(with_hub_facts(expert, context.adapters_folder, hub_at), reasons)
+    record_accepted(context.ledger, context.run_id, expert, expert.adapter.reasons)
+    return expert
+
+
+def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> None:
+    """Record that an adapter is refused.
+
+    Raises:
+        AdapterError, UnusableRepositoryError: The reason, unless the adapter is left out.
+    """
+    about = hub_facts(refusal.ref, context.adapters_folder, partial(hub_of, context.recipe))
+    name, source = section.name, section.adapter
+    record_refused(context.ledger, context.run_id, name, source, refusal, about)
+    if not refusal.left_out:
+        raise refusal.error
+    say(f"{name}: {refusal.error}", "left out")
 
 
 def require_stackable(
-    work: RunContext, built: BuiltBase, experts: Sequence[Expert], memory_limit_bytes: int
+    context: RunContext, built: BuiltBase, memory_limit_bytes: int, experts: Sequence[Expert]
 ) -> None:
     """Record the experts as artifacts, if they can lie in one stack on this base.
 
@@ -91,7 +74,9 @@ def require_stackable(
         say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec
-        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
+        context.ledger.record_artifact(
+            spec, weights_sha256=spec.weights_sha256, run_id=context.run_id
+        )
 
 
 def record_accepted(

@@ -13,50 +13,19 @@ from typing import Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli import checkpoint as cli_checkpoint
-from pipelines.cli import experts, output, store
-from pipelines.cli import run as cli_runs
+from pipelines.cli import checkpoint, experts, output, run, store
 from pipelines.cli.options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
-from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
-from pipelines.workspace.environment import prepare
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )
-app.add_typer(cli_checkpoint.app)
+app.add_typer(checkpoint.app)
 app.add_typer(experts.app)
-app.add_typer(cli_runs.app)
+app.add_typer(run.app)
 app.add_typer(store.app, name="store")
-
-
-@app.command()
-def run(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
-    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
-    dask: Annotated[
-        str, typer.Option(help="Run them at once: so many processes, or a scheduler's address.")
-    ] = "",
-    home: Home = DEFAULT_HOME,
-) -> None:
-    """The main job: download, check, stack, fit gates, benchmark, record, publish."""
-    home = home.expanduser().absolute()
-    prepare(home)
-    from pipelines.flows.up_to_date import finished
-    from pipelines.workspace.context import RunContext
-
-    works = [RunContext.open(recipe, home) for recipe in recipes]
-    plans = [finished(work, until) for work in works]
-    if dry_run:
-        from pipelines.planning import dry_run as preview
-
-        for work, planned in zip(works, plans, strict=True):
-            preview.steps(work, planned)
-        return
-    cli_runs.run(works, plans, until, dask)
 
 
 @app.command()

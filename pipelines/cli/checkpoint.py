@@ -52,7 +52,7 @@ def generate(
     with forced:
         if trace:
             found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            score_table.trace(found)
+            score_table.print_trace(found)
             if trace != "-":
                 write_page(Path(trace), trace_page(found, prompt))
         else:

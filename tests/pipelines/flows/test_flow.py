@@ -20,11 +20,10 @@ from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
-from pipelines.flows.up_to_date import finished
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import Child, StageError
 from store.errors import BusyError
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.admission import candidate
 from pipelines.admission.candidate import Candidate
 from pipelines.cli import app
-from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubFilesError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
@@ -40,7 +39,7 @@ from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
 from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import letters, run
+from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:

@@ -31,13 +31,18 @@ WHOLE = (Stage.benchmark, Stage.publish)
 def run(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
     until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
+    ] = False,
     dask: Annotated[
-        str, typer.Option(help="Run them at once: so many processes, or a scheduler's address.")
+        str,
+        typer.Option(
+            help="Run recipes in parallel on Dask: a number of processes, or a scheduler's address."
+        ),
     ] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """The main job: download, check, stack, fit gates, benchmark, record, publish."""
+    """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
     home = home.expanduser().absolute()
     prepare(home)
     from pipelines.flows.up_to_date import look
@@ -55,31 +60,33 @@ def run(
 @app.command()
 def serve(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
-    cron: Annotated[str | None, typer.Option(help='When, such as "0 3 * * *".')] = None,
-    timezone: Annotated[str, typer.Option(help="Of the schedule's hours.")] = "UTC",
-    limit: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    on_failure: Annotated[str, typer.Option(metavar="URL", help="A webhook to call.")] = "",
+    cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
+    timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
+    limit: Annotated[int, typer.Option(min=1, help="How many runs at the same time.")] = 1,
+    on_failure: Annotated[
+        str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
+    ] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Run recipes by a schedule, and whenever their page says so, until this is stopped.
+    """Run recipes by a schedule, or when somebody starts them on their page, until stopped.
 
-    A run looks at everything anew and does only what changed. Runs that were missed are done by the
-    next one, and none begins while another of its recipe goes on; both are recorded as skipped.
+    Each run resolves its recipe again and makes only what changed. Runs that were missed are
+    skipped: the next run does their work. So is a run while another run of its recipe goes on.
     """
     home = home.expanduser().absolute()
     prepare(home)
     from pipelines.workspace.context import RunContext
 
-    works = [RunContext.open(recipe, home) for recipe in recipes]
+    contexts = [RunContext.open(recipe, home) for recipe in recipes]
     secret = _find_server(home)
     from pipelines.flows import deployments  # Prefect reads its settings when it is imported
 
     schedule = deployments.read_schedule(cron, timezone) if cron else None
     if on_failure:
-        from pipelines.flows.failure_webhook import tell
+        from pipelines.flows.failure_webhook import call_on_failure
 
-        tell(on_failure)
-    deployments.serve(works, schedule, limit=limit, secret=secret)
+        call_on_failure(on_failure)
+    deployments.serve(contexts, schedule, limit=limit, secret=secret)
 
 
 def print_steps(context: RunContext, looked: Look) -> None:

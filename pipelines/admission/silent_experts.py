@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def probe(
-    work: RunContext,
+    context: RunContext,
     experts: Sequence[Expert],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,7 +35,7 @@ def probe(
             continue
         reason = no_effect(change)
         say(f"{expert.name}: {reason.message}", "note")
-        record_accepted(work.ledger, work.run_id, expert, (*expert.adapter.reasons, reason))
+        record_accepted(context.ledger, context.run_id, expert, (*expert.adapter.reasons, reason))
 
 
 def no_effect(change: float) -> Reason:

@@ -160,11 +160,11 @@ def _find_server(home: Path) -> Path | None:
 def _run_in_turn(
     contexts: Sequence[RunContext], until: Stage, first: Look, *, alone: bool
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """What each run made, and what was wrong with the others, by the recipes' keys.
+    """Run recipes one after the other; returns what each made and each error, by their keys.
 
     Args:
-        first: At the first recipe.
-        alone: There is no other recipe, so that an error can end the command.
+        first: The look at the first recipe.
+        alone: There is no other recipe, so an error ends the command.
     """
     from pipelines.flows import flow, local_server
 
@@ -188,11 +188,11 @@ def _run_in_turn(
 
 
 def _run_on_dask(contexts: Sequence[RunContext], until: Stage, dask: str) -> dict[str, str]:
-    """What was wrong, by the recipes' keys."""
-    from pipelines.flows.dask import run_many
+    """Run recipes on Dask; returns each error by its recipe's key."""
+    from pipelines.flows.dask import run_recipes
 
     keys = {str(context.path.resolve()): context.key for context in contexts}
-    wrong = run_many(list(keys), str(contexts[0].home), until, dask)
+    wrong = run_recipes(list(keys), str(contexts[0].home), until, dask)
     return {keys[path]: reason for path, reason in wrong.items()}
 
 
@@ -200,8 +200,8 @@ def _show(context: RunContext, looked: Look, made: Made | None, until: Stage) ->
     """Show the scores of a recipe; returns False if it is not finished.
 
     Args:
-        made: None where another process ran it, or the server was lost: then the ledger says how
-            the run ended.
+        made: None if nothing was left to do. Also if another process ran the recipe, or the server
+            was lost: then the ledger says how the run ended.
     """
     from pipelines.cli import score_table
     from pipelines.flows.up_to_date import look

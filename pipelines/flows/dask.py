@@ -39,7 +39,7 @@ def run_recipe(recipe: str, home: str, until: Stage) -> str:
 
 
 @flow(name="meteora-many", persist_result=False)
-def fuse_many(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
+def fuse_recipes(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
     """Run every recipe, whether or not others fail.
 
     Returns:
@@ -50,7 +50,7 @@ def fuse_many(recipes: list[str], home: str, until: Stage = Stage.publish) -> di
     return {recipe: reason for recipe, reason in wrong.items() if reason}
 
 
-def run_many(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict[str, str]:
+def run_recipes(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict[str, str]:
     """Run recipes on Dask.
 
     Args:
@@ -59,7 +59,7 @@ def run_many(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict
     Raises:
         NoDaskError: The extra `dask` is not installed.
     """
-    on = fuse_many.with_options(task_runner=_task_runner(dask))
+    on = fuse_recipes.with_options(task_runner=_task_runner(dask))
     say(f"{len(recipes)} recipes on Dask: {dask}")
     return on(list(recipes), home, until)
 

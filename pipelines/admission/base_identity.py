@@ -1,43 +1,50 @@
-"""The base that an adapter names, against the one at hand: what was found, and what follows.
+"""Is the base that an adapter names the base of the recipe?
 
-Names decide nothing where they differ: a mirror, a quantised copy or a renamed repository is the
-same base, and a base of the same shapes may be another. What one was found to be is kept, so that a
-finished run is known to be finished without asking anybody again.
+Names alone decide nothing: a mirror, a quantised copy or a renamed repository is the same base, and
+a base with the same shapes may be a different one. So config and tokenizer of the named base are
+fetched and compared. The verdict is saved: a finished run is then known to be finished without
+a request to the Hub.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
+from pipelines.hub import repositories
 from pipelines.hub.card import base_of
+from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
+from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterRef, BaseSpec
+    from pipelines.hub.client import Hub
     from pipelines.recipe.recipe import PolicySection
 
     LookUp = Callable[[str], "BaseVerdict"]
+    """From a base's `owner/name` to the verdict on it."""
 
 
 @dataclass(frozen=True)
 class BaseVerdict(Noun):
-    """What a named base is found to be, beside the one at hand."""
+    """How the base that an adapter names compares with ours."""
 
     unreachable: str = ""
-    """Why it cannot be looked at; empty where it was."""
+    """Why it could not be compared; empty where it was."""
     refusals: tuple[Reason, ...] = ()
     warnings: tuple[Reason, ...] = ()
 
 
-def judge_base(
+def identify_base(
     adapter: Adapter,
     folder: Path,
     ref: AdapterRef,
@@ -47,18 +54,18 @@ def judge_base(
 ) -> tuple[Reason, ...]:
     """Warnings about the base that an adapter names.
 
-    It is looked up where the Hub is in use anyway, for the adapter or the base; a policy that
-    refuses unreachable bases asks for it everywhere.
+    It is looked up if the adapter or our base is from the Hub. With `unreachable_base: refuse` it
+    is always looked up.
 
     Args:
         folder: Of the adapter; its card may name a base where its config does not.
-        base: That the adapter is to lie on.
+        base: Our base.
 
     Raises:
-        IncompatibleAdaptersError: It is another base, or the policy wants it looked at and it
-            cannot be.
+        IncompatibleAdaptersError: It is a different base. Or it cannot be compared, and the policy
+            refuses such adapters.
     """
-    named = _named(adapter, folder)
+    named = _named_base(adapter, folder)
     if named and named.lower() == base.base_model.lower():
         return ()
     strict = policy.unreachable_base == "refuse"
@@ -76,41 +83,79 @@ def judge_base(
     if strict:
         reason = Reason(
             "base_unreachable",
-            f"{name} cannot be compared with the base at hand ({verdict.unreachable}), and"
-            " `unreachable_base: refuse` wants that; allow it with warn, or leave it out",
+            f"{name} cannot be compared with the base of this run ({verdict.unreachable}), and"
+            " the policy `unreachable_base: refuse` asks for that; set it to `warn`, or leave the"
+            " adapter out",
         )
         raise IncompatibleAdaptersError(str(folder), (reason,))
     if not named or not on_the_hub:
-        return ()  # a warning says already that none is named, or only shapes could be compared
+        return ()  # another warning says that no base is named, or that only shapes were compared
     return (
         Reason(
             "base_unreachable",
-            f"it was trained on {name}, which cannot be compared with the base at hand"
-            f" ({verdict.unreachable}); its shapes fit, and that is all that is known",
+            f"it was trained on {name}, which cannot be compared with the base of this run"
+            f" ({verdict.unreachable}); only its shapes are known to fit",
         ),
     )
 
 
-def _named(adapter: Adapter, folder: Path) -> str:
-    """The `owner/name` of its base; empty where neither config nor card has one."""
+def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[str], Hub]) -> LookUp:
+    """A function that compares a named base on the Hub with ours, and saves its verdict.
+
+    Each base is looked up once. One that could not be reached is tried again by the next run.
+
+    Args:
+        cache: The folder of downloaded adapters, where verdicts are saved, too.
+        ours: The folder with config and tokenizer of `base`.
+        hub_of: The Hub to ask for a repository.
+    """
+    known: dict[str, BaseVerdict] = {}
+
+    def look_up(named: str) -> BaseVerdict:
+        if named not in known:
+            verdict = saved_verdict(cache, base, named)
+            if verdict.unreachable:
+                verdict = _compare(named, ours, hub_of(named))
+                if not verdict.unreachable:
+                    write_note(_verdict_file(cache, base, named), canonical_json(verdict.to_dict()))
+            known[named] = verdict
+        return known[named]
+
+    return look_up
+
+
+def saved_verdict(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
+    """The verdict of an earlier run, without a request to the Hub."""
+    file = _verdict_file(cache, base, named)
+    if not file.is_file():
+        return BaseVerdict("it was not looked up yet")
+    return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
+    # most adapters name our own base, and a run's own process loads no model library
+    from meteora.base.match import UnreadableBaseError, compare_bases  # noqa: PLC0415
+
+    try:
+        ref = repositories.resolve(named, hub=hub)
+        with tempfile.TemporaryDirectory() as scratch:
+            theirs = Path(scratch) / "profile"
+            say(f"comparing {named}, which an adapter names, with the base")
+            repositories.download_profile(ref, theirs, hub=hub)
+            found = compare_bases(named, theirs, ours)
+    except (HubError, UnreadableBaseError) as error:
+        return BaseVerdict(str(error))
+    return BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))
+
+
+def _named_base(adapter: Adapter, folder: Path) -> str:
+    """The `owner/name` of the adapter's base; empty if neither config nor card has one."""
     for name in (adapter.spec.base_model, base_of(folder)):
         if REPO_ID.fullmatch(name) and ".." not in name:
             return name
     return ""
 
 
-def kept(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
-    """What was found out about a named base before, without asking anybody."""
-    file = _file(cache, base, named)
-    if not file.is_file():
-        return BaseVerdict("it was not looked up yet")
-    return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def keep(cache: Path, base: BaseSpec, named: str, verdict: BaseVerdict) -> None:
-    write_note(_file(cache, base, named), canonical_json(verdict.to_dict()))
-
-
-def _file(cache: Path, base: BaseSpec, named: str) -> Path:
-    asked = canonical_sha256([named.lower(), base.id])
-    return cache / "named-bases" / f"{asked[:32]}.json"
+def _verdict_file(cache: Path, base: BaseSpec, named: str) -> Path:
+    key = canonical_sha256([named.lower(), base.id])
+    return cache / "named-bases" / f"{key[:32]}.json"

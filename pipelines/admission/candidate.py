@@ -1,7 +1,7 @@
-"""An adapter that is to join a checkpoint, through the door that a recipe's adapters come through.
+"""An adapter that is to join a checkpoint: the same checks as for the adapters of a recipe.
 
-It is read, compared with the base and with the experts that are there, and heard; the verdict on it
-is recorded, whether it comes in or not.
+It is read, compared with the base and with the experts of the checkpoint, and tried on a probe
+prompt. The verdict is recorded, whether it is accepted or refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from meteora.base.sources import PATH
 from meteora.checkpoint import edit
 from meteora.model.silent_experts import silent_experts
 from meteora.untrusted.findings import AdapterError, Findings
-from pipelines.admission import silent_experts as heard
 from pipelines.admission import verdicts
-from pipelines.admission.base_lookup import looking_up
-from pipelines.admission.experts import Ground, Refusal, read_expert
+from pipelines.admission.base_identity import look_up_on_hub
+from pipelines.admission.experts import Refusal, Requirements, read_expert
+from pipelines.admission.silent_experts import no_effect
 from pipelines.admission.sources import pin_folder
 from pipelines.hub import repositories
 from pipelines.hub.adapter import download
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Newcomer:
-    """What a person asks to have in a checkpoint."""
+class Candidate:
+    """An adapter that a person wants in a checkpoint, and the name of its expert."""
 
     name: str
     adapter: str
@@ -63,8 +63,8 @@ class Newcomer:
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where newcomers to one checkpoint are judged, and what is found is recorded."""
+class Admission:
+    """Reads and judges candidates for one checkpoint, and records the verdicts."""
 
     ledger: Ledger
     run_id: str
@@ -73,66 +73,69 @@ class Door:
     manifest: Manifest
 
     def read(
-        self, asked: Newcomer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, candidate: Candidate, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Expert:
-        """The adapter, read and fitted to the base.
+        """The candidate's adapter, read and fitted to the base.
 
         Args:
             model: the base of the checkpoint, without experts
 
         Raises:
-            AdapterError: It cannot be an expert here, which is recorded; or it is one already, or
-                together with the others it would take more memory than there is.
+            AdapterError: It is refused, which is recorded. Or it is an expert of the checkpoint
+                already, or all experts together need more memory than there is.
             UnusableRepositoryError: Its repository cannot be used, which is recorded, too.
-            HubError: A fault of the Hub, which says nothing about the adapter.
+            HubError: A fault of the Hub itself, which is no verdict on the adapter.
         """
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
         cache = self.ledger.home / "adapters"
         spec = BaseSpec(self.manifest.base.repo_id, self.manifest.base.revision)
-        policy = PolicySection(modules_to_save=asked.modules_to_save)
-        ref, fetch = _resolve(asked, cache)
+        policy = PolicySection(modules_to_save=candidate.modules_to_save)
+        ref, fetch = _resolve(candidate, cache)
         with tempfile.TemporaryDirectory() as ours:
             model.config.save_pretrained(ours)
             tokenizer.save_pretrained(ours)
-            look_up = looking_up(cache, spec, Path(ours), asked.hub_at)
+            look_up = look_up_on_hub(cache, spec, Path(ours), candidate.hub_at)
             try:
                 folder = fetch()
-                ground = Ground(spec, sizes, policy, look_up, in_layers=True)
-                expert = read_expert(asked.name, asked.adapter, ref, folder, ground)
+                requirements = Requirements(spec, sizes, policy, look_up, in_layers=True)
+                expert = read_expert(candidate.name, candidate.adapter, ref, folder, requirements)
             except (AdapterError, UnusableRepositoryError) as error:
-                self._refuse(asked, ref, error)
+                self._refuse(candidate, ref, error)
                 raise
-        expert = self._beside_the_others(expert)
+        expert = self._compare_with_others(expert)
         for reason in expert.adapter.reasons:
-            say(f"{asked.name}: {reason.message}", "note")
+            say(f"{candidate.name}: {reason.message}", "note")
         norms = loading.norms_of(model, (module.path for module in expert.adapter.spec.modules))
         reasons = check_proportion(expert.adapter, norms)
-        return verdicts.warned(verdicts.described(expert, cache, asked.hub_at), reasons)
+        return verdicts.with_warnings(
+            verdicts.with_hub_facts(expert, cache, candidate.hub_at), reasons
+        )
 
-    def hear(
+    def admit(
         self,
-        asked: Newcomer,
+        candidate: Candidate,
         expert: Expert,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Record that the adapter comes in, if it says anything at all.
+        """Record that the candidate is accepted, if it changes anything on a probe prompt.
 
         Args:
             model: with the new expert in it
 
         Raises:
-            AdapterError: Forced on a probe prompt it changes nothing, which is recorded.
+            AdapterError: It changes nothing there, which is recorded.
         """
-        silent = silent_experts(model, tokenizer, [asked.name])
-        if asked.name in silent:
-            reason = heard.no_effect(silent[asked.name])
-            error = AdapterError(asked.name, (reason,))
-            self._refuse(asked, expert.ref, error)
+        silent = silent_experts(model, tokenizer, [candidate.name])
+        if candidate.name in silent:
+            reason = no_effect(silent[candidate.name])
+            error = AdapterError(candidate.name, (reason,))
+            self._refuse(candidate, expert.ref, error)
             raise error
-        verdicts.record(self.ledger, self.run_id, expert, expert.adapter.reasons)
+        verdicts.record_accepted(self.ledger, self.run_id, expert, expert.adapter.reasons)
 
-    def _beside_the_others(self, expert: Expert) -> Expert:
+    def _compare_with_others(self, expert: Expert) -> Expert:
+        """The expert with warnings; refused if it is there already, or if memory is short."""
         found = Findings()
         others = {
             entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
@@ -143,7 +146,7 @@ class Door:
             edit.larger_bytes(self.folder, expert.adapter),
             memory_bytes(),
             found,
-            advice="let another go first (`meteora drop`), or take a machine with more",
+            advice="drop another expert first (`meteora drop`), or use a machine with more memory",
         )
         if found.refusals:
             raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
@@ -151,18 +154,20 @@ class Door:
         return replace(expert, adapter=replace(expert.adapter, reasons=reasons))
 
     def _refuse(
-        self, asked: Newcomer, ref: AdapterRef, error: AdapterError | UnusableRepositoryError
+        self, candidate: Candidate, ref: AdapterRef, error: AdapterError | UnusableRepositoryError
     ) -> None:
-        about = verdicts.about_of(ref, self.ledger.home / "adapters", asked.hub_at)
+        about = verdicts.hub_facts(ref, self.ledger.home / "adapters", candidate.hub_at)
         refusal = Refusal(ref, error, left_out=False)
-        verdicts.refuse(self.ledger, self.run_id, asked.name, asked.adapter, refusal, about)
+        verdicts.record_refused(
+            self.ledger, self.run_id, candidate.name, candidate.adapter, refusal, about
+        )
 
 
-def _resolve(asked: Newcomer, cache: Path) -> tuple[AdapterRef, Callable[[], Path]]:
-    """Where the adapter is, pinned, and how to get at its folder."""
-    local = Path(asked.adapter.removeprefix(PATH)) / asked.subfolder
-    if local.exists() or asked.adapter.startswith(PATH):
-        return pin_folder(local, asked.subfolder), lambda: local
-    asked_hub = asked.hub_at(asked.adapter.partition("@")[0])
-    ref = repositories.resolve(asked.adapter, subfolder=asked.subfolder, hub=asked_hub)
-    return ref, partial(download, ref, cache, hub=asked_hub, modules_to_save=asked.modules_to_save)
+def _resolve(candidate: Candidate, cache: Path) -> tuple[AdapterRef, Callable[[], Path]]:
+    """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
+    local = Path(candidate.adapter.removeprefix(PATH)) / candidate.subfolder
+    if local.exists() or candidate.adapter.startswith(PATH):
+        return pin_folder(local, candidate.subfolder), lambda: local
+    hub = candidate.hub_at(candidate.adapter.partition("@")[0])
+    ref = repositories.resolve(candidate.adapter, subfolder=candidate.subfolder, hub=hub)
+    return ref, partial(download, ref, cache, hub=hub, modules_to_save=candidate.modules_to_save)

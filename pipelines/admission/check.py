@@ -1,4 +1,4 @@
-"""The verdict on one adapter, in a folder or on the Hub: what `meteora check` says."""
+"""`meteora check`: the verdict on one adapter, in a folder or on the Hub, without its base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from meteora.adapters.config import OnExtras
 
 
-def judge(
+def inspect(
     where: str,
     cache: Path,
     *,
@@ -31,13 +31,14 @@ def judge(
     modules_to_save: OnExtras = "refuse",
     token_for: Collection[str] = (),
 ) -> Verdict:
-    """Judge the adapter at `where`, whatever lies there; raises nothing about it.
+    """The verdict on whatever lies at `where`; faults of it become reasons, not exceptions.
 
     Args:
-        where: A folder, a config, weights, or `owner/name[@revision]`; what is here comes first.
+        where: A folder, a config, weights, or `owner/name[@revision]`. A path that exists is taken
+            before a repository of the same name.
         cache: The folder of downloaded adapters.
         subfolder: Of the folder or the repository.
-        modules_to_save: What becomes of whole modules beside the LoRA, as in a recipe's policy.
+        modules_to_save: What to do with whole modules beside the LoRA, as in a recipe's policy.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
     """
     path = Path(where.removeprefix(PATH))
@@ -45,14 +46,14 @@ def judge(
     if not REPO_ID.fullmatch(repo_id) or path.exists():
         verdict = reader.check(path / subfolder, modules_to_save=modules_to_save)
         return replace(verdict, facts=verdict.facts | {"licence": licence_of(path / subfolder)})
-    asked = hub_for(repo_id, token_for)
+    hub = hub_for(repo_id, token_for)
     facts: dict[str, Any] = {"repo_id": repo_id, "subfolder": subfolder}
     try:
-        ref = repositories.resolve(where, subfolder=subfolder, hub=asked)
+        ref = repositories.resolve(where, subfolder=subfolder, hub=hub)
         facts["revision"] = ref.revision
-        about = repositories.describe(ref, cache, hub=asked)
+        about = repositories.describe(ref, cache, hub=hub)
         facts |= asdict(about) if about else {}
-        folder = download(ref, cache, hub=asked, modules_to_save=modules_to_save)
+        folder = download(ref, cache, hub=hub, modules_to_save=modules_to_save)
     except AdapterError as error:
         return Verdict(where, "refuse", error.reasons, facts | {"judged_by": "claims"})
     except HubError as error:
@@ -66,8 +67,8 @@ def judge(
     return Verdict(where, verdict.verdict, verdict.reasons, verdict.facts | facts)
 
 
-def told(verdict: Verdict) -> list[str]:
-    """The verdict for people: what it is on a line, then what it is of, then each reason."""
+def describe(verdict: Verdict) -> list[str]:
+    """The verdict for people, in lines: verdict and path, facts of the adapter, each reason."""
     facts = verdict.facts
     lines = []
     if "num_modules" in facts:

@@ -1,4 +1,4 @@
-"""The experts of a recipe, each read and accepted, or refused with its reasons."""
+"""The experts of a recipe: each adapter is fetched, read, and accepted or refused with reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_bas
 from meteora.adapters.tensors import place_of
 from meteora.artifacts import Reason
 from meteora.untrusted.findings import AdapterError, listed
-from pipelines.admission.base_identity import judge_base
+from pipelines.admission.base_identity import identify_base
+from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import licence_of
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import FoundExpert
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
     from pipelines.recipe.recipe import ExpertSection, PolicySection, Recipe
+    from pipelines.workspace.context import RunContext
 
     Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
     Fetch = Callable[[Recipe, ExpertSection, AdapterRef, Path, Path], Path]
@@ -39,23 +41,24 @@ class Expert:
     ref: AdapterRef
     adapter: Adapter
     licence: str
-    """As its card or repository says; empty where nothing is said."""
+    """As its card or repository states; empty where they state none."""
     about: HubSource | None = None
-    """What the Hub says of its repository; None where nobody was asked."""
+    """What the Hub knows of its repository; None for a local folder."""
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What adapters are to lie on, and on which terms."""
+class Requirements:
+    """What an adapter must fit to become an expert."""
 
-    base: BaseSpec
+    base: BaseSpec | None
+    """None while it is not here: adapters are then compared with no base."""
     sizes: Mapping[str, tuple[int, int]]
-    """Of each linear layer's path, (in_features, out_features)."""
+    """(in_features, out_features) of each linear layer of the base, by its path."""
     policy: PolicySection
     look_up: LookUp
-    """What the base is that an adapter names, if it is another."""
+    """Compares the base that an adapter names with ours, if the names differ."""
     in_layers: bool
-    """Only numbered layers of one stack can be routed, as where gates are fitted one by one."""
+    """Every module must lie in a numbered layer, as where gates are fitted layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,16 @@ class Refusal:
     ref: AdapterRef
     error: AdapterError | UnusableRepositoryError
     left_out: bool
-    """The others go on without it; else it ends the run."""
+    """The run goes on without it; otherwise it ends the run."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An adapter that a run would have to fetch first."""
+
+    ref: AdapterRef | None
+    """None where it could not be pinned."""
+    reason: str
 
 
 def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, ...]:
@@ -75,35 +87,35 @@ def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, .
     return (Reason("hub", str(error)),)
 
 
-def gather(
-    recipe: Recipe,
-    folder: Path,
-    ground: Ground,
-    cache: Path,
-    *,
-    resolve: Resolve,
-    fetch: Fetch,
-) -> Iterator[tuple[ExpertSection, Expert | Refusal]]:
-    """Each expert of the recipe, in order, accepted or refused.
+def read_experts(
+    context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
+) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
+    """Each expert of the recipe, in order: accepted, refused, or not here.
 
     Args:
-        folder: What the recipe's paths are relative to.
-        cache: Where downloaded adapters lie.
-        resolve, fetch: `sources.resolve_adapter` and how to get at its files.
+        resolve: `sources.resolve_adapter`, or a task around it.
+        fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
 
     Raises:
-        HubError: A fault of the Hub, which says nothing about the adapter.
+        HubError: A fault of the Hub itself, which is no verdict on the adapter.
     """
+    recipe, folder = context.recipe, context.folder
     known: dict[str, str] = {}
     for section in recipe.experts:
-        ref = resolve(recipe, section, folder)
         try:
-            adapter_folder = fetch(recipe, section, ref, folder, cache)
-            expert = read_expert(section.name, section.adapter, ref, adapter_folder, ground)
+            ref = resolve(recipe, section, folder)
+        except NotHereError as error:
+            yield section, Missing(None, str(error))
+            continue
+        try:
+            adapter_folder = fetch(recipe, section, ref, folder, context.adapters_folder)
+            expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
                 raise IncompatibleAdaptersError(section.name, (reason,))
+        except NotHereError as error:
+            yield section, Missing(ref, str(error))
         except (AdapterError, UnusableRepositoryError) as error:
             left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
             yield section, Refusal(ref, error, left_out)
@@ -111,22 +123,28 @@ def gather(
             yield section, expert
 
 
-def read_expert(name: str, source: str, ref: AdapterRef, folder: Path, ground: Ground) -> Expert:
-    """Read an adapter in a folder, and judge it beside the base that it is to lie on.
+def read_expert(
+    name: str, source: str, ref: AdapterRef, folder: Path, requirements: Requirements
+) -> Expert:
+    """Read the adapter in a folder, and hold it against the requirements.
 
     Raises:
-        AdapterError: It cannot be an expert there.
+        AdapterError: It does not meet them.
     """
-    found = reader.read(folder, modules_to_save=ground.policy.modules_to_save)
-    fitted = fit_to_base(found, ground.sizes)
-    reasons = judge_base(fitted, folder, ref, ground.base, ground.policy, ground.look_up)
-    if ground.in_layers:
-        _check_in_layers(fitted, folder)
-    fitted = replace(fitted, reasons=(*fitted.reasons, *reasons))
-    return Expert(name, source, ref, fitted, licence_of(folder))
+    policy = requirements.policy
+    adapter = reader.read(folder, modules_to_save=policy.modules_to_save)
+    reasons: tuple[Reason, ...] = ()
+    if (base := requirements.base) is not None:
+        adapter = fit_to_base(adapter, requirements.sizes)
+        reasons = identify_base(adapter, folder, ref, base, policy, requirements.look_up)
+    if requirements.in_layers:
+        _require_layers(adapter, folder)
+    adapter = replace(adapter, reasons=(*adapter.reasons, *reasons))
+    return Expert(name, source, ref, adapter, licence_of(folder))
 
 
-def _check_in_layers(adapter: Adapter, folder: Path) -> None:
+def _require_layers(adapter: Adapter, folder: Path) -> None:
+    """Refuse an adapter with modules outside the numbered layers of one stack."""
     places = {path: place_of(path) for path in adapter.tensors}
     stacks = sorted({place.stem for place in places.values() if place})
     if outside := [path for path, place in places.items() if place is None]:

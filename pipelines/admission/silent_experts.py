@@ -1,4 +1,4 @@
-"""Every expert of a stack is heard: one that says nothing is named, and it is recorded."""
+"""Experts that change nothing on a probe prompt: each is named and recorded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import Reason
 from meteora.model.silent_experts import silent_experts
-from pipelines.admission.verdicts import record
+from pipelines.admission.verdicts import record_accepted
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def probe(
-    work: RunContext,
+    context: RunContext,
     experts: Sequence[Expert],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Name each expert that changes no logit of a probe prompt, and record it with its verdict.
+    """Warn of each expert that changes no logit of a probe prompt, and record the warning.
 
-    It is a warning. The numbers of such an expert are sound and nothing is wrong with the others:
-    one prompt shows that it is weak, and no more; the benchmark shows what it is worth.
+    It is no refusal: its weights are sound, and one prompt shows only that it is weak. The
+    benchmark shows what it is worth.
     """
     silent = silent_experts(model, tokenizer)
     for expert in experts:
@@ -35,11 +35,11 @@ def probe(
             continue
         reason = no_effect(change)
         say(f"{expert.name}: {reason.message}", "note")
-        record(work.ledger, work.run_id, expert, (*expert.adapter.reasons, reason))
+        record_accepted(context.ledger, context.run_id, expert, (*expert.adapter.reasons, reason))
 
 
 def no_effect(change: float) -> Reason:
-    """What to say of an expert that was heard on the probe prompt and changed nothing."""
+    """The reason for an expert that changes nothing on the probe prompt."""
     return Reason(
         "no_effect",
         f"forced on a probe prompt it changes no logit by more than {change:.1e} of the largest,"

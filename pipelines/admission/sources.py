@@ -1,4 +1,4 @@
-"""Where a recipe's base and adapters come from: each name pinned, each adapter's folder found."""
+"""Where a recipe's base and adapters come from: each name is pinned, then its files are fetched."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ if TYPE_CHECKING:
 
 
 class NotHereError(MeteoraError):
-    """An adapter was not downloaded yet."""
+    """Something was not downloaded or made yet."""
 
 
 def hub_of(recipe: Recipe, repo_id: str) -> Hub:
-    """The Hub to ask for a repository; the saved token goes along only where the recipe says so."""
-    asked = recipe.hub
-    return hub_for(repo_id, asked.token_for, endpoint=asked.endpoint, allow_http=asked.allow_http)
+    """The Hub to ask for a repository; the saved token is sent only where the recipe allows it."""
+    hub = recipe.hub
+    return hub_for(repo_id, hub.token_for, endpoint=hub.endpoint, allow_http=hub.allow_http)
 
 
 def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
-    """The base at one revision; the weights are hashed where they are local."""
+    """The base, pinned: to its commit on the Hub, or to the hash of its local weights.
+
+    Raises:
+        SourceError: There are no such weights.
+        HubError: The Hub does not answer, or has no such repository.
+    """
     source = recipe.base
     if source.startswith(GGUF):
         return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}")
@@ -42,13 +47,13 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
 
 
 def discover(recipe: Recipe) -> Recipe:
-    """The recipe with the adapters that it lets be found among its experts, each pinned.
+    """The recipe with the adapters that `discover` finds among its experts, each pinned.
 
-    They come sorted by their repositories: the Hub's own order moves with every download, and the
-    order of the experts is part of what a stack is.
+    They are sorted by repository. The Hub's own order changes with every download, and the order of
+    the experts is part of a stack's id.
 
     Raises:
-        HubError: The Hub does not say what there is.
+        HubError: The Hub does not answer.
     """
     asked = recipe.discover
     if asked is None:
@@ -67,7 +72,7 @@ def discover(recipe: Recipe) -> Recipe:
 
 
 def name_of(repo_id: str, taken: AbstractSet[str]) -> str:
-    """What a found adapter is called: `owner--name`, with a hash where that is long or taken."""
+    """The name of a found adapter: `owner--name`, with a hash where that is too long or taken."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", repo_id.replace("/", "--"))
     if len(name) > LONGEST_NAME or name in taken:
         digest = canonical_sha256(repo_id)[:8]
@@ -76,7 +81,7 @@ def name_of(repo_id: str, taken: AbstractSet[str]) -> str:
 
 
 def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> AdapterRef:
-    """Where an expert's adapter lies, pinned."""
+    """An expert's adapter, pinned to its commit or its hash."""
     if isinstance(expert, FoundExpert):
         repo_id, _, revision = expert.adapter.partition("@")
         return AdapterRef(repo_id, revision)
@@ -89,7 +94,7 @@ def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> Adap
 
 
 def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
-    """A folder's adapter, by the hash of its weights; by its files' names where it has none.
+    """The adapter in a folder, pinned to the hash of its weights; without weights, of file names.
 
     Raises:
         SourceError: There is no such folder.
@@ -97,7 +102,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     if not folder.is_dir():
         raise SourceError(f"{folder}: there is no such folder; check the path of the adapter")
     weights = [*folder.glob("*.safetensors")]
-    if weights and all(path.is_file() for path in weights):  # to read a pipe would never end
+    if weights and all(path.is_file() for path in weights):  # reading a pipe would never end
         sha256 = weights_sha256(folder)
     else:
         sha256 = canonical_sha256(sorted(path.name for path in folder.iterdir()))
@@ -107,27 +112,27 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
 def fetch_adapter(
     recipe: Recipe, expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path
 ) -> Path:
-    """The folder that holds an adapter's files; downloaded at its commit where it is remote.
+    """The folder with an adapter's files; downloaded at its commit if it is on the Hub.
 
     Raises:
-        AdapterError: Its config alone is a refusal, so its weights were not downloaded.
-        HubError: The Hub does not deliver them.
+        AdapterError: It is refused by its config alone, so its weights were not downloaded.
+        HubError: The Hub does not deliver it.
     """
     if expert.adapter.startswith(PATH):
         return local_folder(expert, folder)
-    asked, policy = hub_of(recipe, ref.repo_id), recipe.policy
-    return download(ref, cache, hub=asked, modules_to_save=policy.modules_to_save)
+    hub, policy = hub_of(recipe, ref.repo_id), recipe.policy
+    return download(ref, cache, hub=hub, modules_to_save=policy.modules_to_save)
 
 
 def adapter_at_hand(
     recipe: Recipe, expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path
 ) -> Path:
-    """The same without downloading anything.
+    """As `fetch_adapter`, but nothing is downloaded.
 
     Raises:
-        AdapterError: Its config was refused when its weights would have been downloaded.
-        NotHereError: It would have to be downloaded.
-        HubError: It could not be.
+        AdapterError: It was refused by its config when it was to be downloaded.
+        NotHereError: It must be downloaded; the message says how many bytes.
+        HubError: It cannot be downloaded.
     """
     if expert.adapter.startswith(PATH):
         return local_folder(expert, folder)
@@ -139,4 +144,5 @@ def adapter_at_hand(
 
 
 def local_folder(expert: ExpertSection, folder: Path) -> Path:
+    """The folder of an adapter that the recipe names by `path:`."""
     return folder / expert.adapter.removeprefix(PATH) / expert.subfolder

@@ -1,4 +1,4 @@
-"""Every adapter is read; the verdict on it is recorded and said. What it says: see `heard`."""
+"""Verdicts on adapters: printed, and recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT, MeteoraError
-from pipelines.admission.base_lookup import looking_up
-from pipelines.admission.experts import Ground, Refusal, gather, reasons_of
+from meteora.artifacts import COMMIT
+from pipelines.admission.experts import reasons_of
 from pipelines.admission.sources import hub_of
 from pipelines.hub import repositories
-from pipelines.recipe.recipe import FoundExpert
 from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure
 
@@ -22,74 +20,66 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterRef, BuiltBase, Reason
-    from pipelines.admission.experts import Expert, Fetch, Resolve
+    from pipelines.admission.experts import Expert, Refusal
     from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
+    from pipelines.recipe.recipe import ExpertSection
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
     Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
-    """A warning of every adapter that is out of all proportion to the base's weights."""
+    """Warnings about an adapter whose update is far too large beside the base's weights."""
 
 
-def find_experts(
-    work: RunContext,
-    built: BuiltBase,
-    *,
-    resolve: Resolve,
-    fetch: Fetch,
-    proportion: Proportion,
-) -> list[Expert]:
-    """Every adapter of the recipe that is sound; a refused one ends the run or is left out.
+def accept(
+    context: RunContext, base_norms: Mapping[str, float], proportion: Proportion, expert: Expert
+) -> Expert:
+    """Record that an adapter is accepted; returns the expert with all its warnings.
 
     Args:
-        resolve, fetch: As `experts.gather` takes them.
-        proportion: `update_norm.check_proportion`, here or in a process that computes.
+        base_norms: The norm of each linear layer of the base, by its path.
     """
-    experts, num_refused = [], 0
-    if found := sum(isinstance(section, FoundExpert) for section in work.recipe.experts):
-        say(f"found {found} adapters on the Hub")
-    cache, base, hub_at = work.adapters_folder, built.spec, partial(hub_of, work.recipe)
-    look_up = looking_up(cache, base, work.base_folder(base), hub_at)
-    gates = work.recipe.router.kind == "gate"
-    ground = Ground(base, built.sizes, work.recipe.policy, look_up, in_layers=gates)
-    gathered = gather(work.recipe, work.folder, ground, cache, resolve=resolve, fetch=fetch)
-    for section, outcome in gathered:
-        if isinstance(outcome, Refusal):
-            num_refused += 1
-            about = about_of(outcome.ref, cache, hub_at)
-            refuse(work.ledger, work.run_id, section.name, section.adapter, outcome, about)
-            if not outcome.left_out:
-                raise outcome.error
-            say(f"{section.name}: {outcome.error}", "left out")
-            continue
-        reasons = proportion(outcome.adapter, built.norms)
-        expert = warned(described(outcome, cache, hub_at), reasons)
-        record(work.ledger, work.run_id, expert, expert.adapter.reasons)
-        experts.append(expert)
-    if not experts:
-        raise MeteoraError(
-            f"of {num_refused} adapters none can be used, so there is nothing to stack"
-            if num_refused
-            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
-        )
-    return experts
+    reasons = proportion(expert.adapter, base_norms)
+    hub_at = partial(hub_of, context.recipe)
+    expert = with_warnings(with_hub_facts(expert, context.adapters_folder, hub_at), reasons)
+    record_accepted(context.ledger, context.run_id, expert, expert.adapter.reasons)
+    return expert
 
 
-def check(
-    work: RunContext, built: BuiltBase, experts: Sequence[Expert], memory_limit_bytes: int
+def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> None:
+    """Record that an adapter is refused.
+
+    Raises:
+        AdapterError, UnusableRepositoryError: The reason, unless the adapter is left out.
+    """
+    about = hub_facts(refusal.ref, context.adapters_folder, partial(hub_of, context.recipe))
+    name, source = section.name, section.adapter
+    record_refused(context.ledger, context.run_id, name, source, refusal, about)
+    if not refusal.left_out:
+        raise refusal.error
+    say(f"{name}: {refusal.error}", "left out")
+
+
+def require_stackable(
+    context: RunContext, built: BuiltBase, memory_limit_bytes: int, experts: Sequence[Expert]
 ) -> None:
-    """Refuse experts that cannot lie in one stack on this base; record those that can."""
+    """Record the experts as artifacts, if they can lie in one stack on this base.
+
+    Raises:
+        IncompatibleAdaptersError: They cannot, or the stack needs more memory than there is.
+    """
     found = {expert.name: expert.adapter for expert in experts}
     for reason in check_stackable(found, base=built.sizes, memory_limit_bytes=memory_limit_bytes):
         say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec
-        work.ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=work.run_id)
+        context.ledger.record_artifact(
+            spec, weights_sha256=spec.weights_sha256, run_id=context.run_id
+        )
 
 
-def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason]) -> None:
-    """Record that an expert is taken, and what to beware of."""
+def record_accepted(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason]) -> None:
+    """Record that an adapter is accepted, with its warnings."""
     ledger.record_adapter(
         AdapterVerdict(
             name=expert.name,
@@ -101,13 +91,13 @@ def record(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason
             reasons=tuple(reasons),
             licence=expert.licence,
             adapter_id=expert.adapter.spec.id,
-            **_facts(expert.about),
+            **_hub_columns(expert.about),
         ),
         run_id=run_id,
     )
 
 
-def refuse(
+def record_refused(
     ledger: Ledger,
     run_id: str,
     name: str,
@@ -118,7 +108,7 @@ def refuse(
     """Record that an adapter is refused, and why.
 
     Args:
-        about: What the Hub says of its repository.
+        about: What the Hub knows of its repository.
     """
     ref, error = refusal.ref, refusal.error
     ledger.record_adapter(
@@ -131,7 +121,7 @@ def refuse(
             verdict="refuse",
             reasons=reasons_of(error),
             licence=about.licence if about else "",
-            **_facts(about),
+            **_hub_columns(about),
         ),
         run_id=run_id,
     )
@@ -139,30 +129,30 @@ def refuse(
     ledger.record_failure(failure, run_id=run_id)
 
 
-def warned(expert: Expert, reasons: Sequence[Reason]) -> Expert:
-    """With what to beware of beside what was known."""
+def with_warnings(expert: Expert, reasons: Sequence[Reason]) -> Expert:
+    """The expert with further warnings, which are printed."""
     for reason in reasons:
         say(f"{expert.name}: {reason.message}", "note")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
     return replace(expert, adapter=adapter)
 
 
-def described(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
-    """With what the Hub says of its repository, where it is from there."""
-    about = about_of(expert.ref, cache, hub_at)
+def with_hub_facts(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
+    """The expert with what the Hub knows of its repository, if it is from the Hub."""
+    about = hub_facts(expert.ref, cache, hub_at)
     if about is None:
         return expert
     return replace(expert, licence=expert.licence or about.licence, about=about)
 
 
-def about_of(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
-    """What the Hub says of a repository; None where it was not asked, or says nothing."""
+def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
+    """What the Hub knows of an adapter's repository; None if it is not from there."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
     return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
 
 
-def _facts(about: HubSource | None) -> dict[str, Any]:
+def _hub_columns(about: HubSource | None) -> dict[str, Any]:
     if about is None:
         return {}
     return {

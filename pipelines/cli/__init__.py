@@ -1,13 +1,13 @@
 """The command line: `meteora …`.
 
-app          all commands, and `run`, `check`, `sql`, `verify`
+app          puts all commands together
 run          `run` and `serve`
+experts      `check`, `add` and `drop`
 checkpoint   `generate`, `report`, `publish`, `export`, `sign` and other commands on a checkpoint
-experts      `add` and `drop`
-store        `store …`
+store        `sql`, `verify` and `store …`
 options      options that several commands share
-output       tables and findings on stdout
-score_table  scores and traces in a terminal
+output       answers of the ledger and findings, printed
+score_table  scores and traces, printed
 __main__     `python -m pipelines.cli`
 """
 

@@ -1,4 +1,4 @@
-"""What is done with a checkpoint: ask it, report on it, sign, publish, take an expert out."""
+"""Commands on a checkpoint: generate, publish, report, sign, attest, export; and `import`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.workspace.console import say
 app = typer.Typer()
 Base = Annotated[
     Path | None,
-    typer.Option("--base", metavar="FOLDER", help="Where the base lies, if it was a local folder."),
+    typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),
 ]
 
 
@@ -22,19 +22,19 @@ Base = Annotated[
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     prompt: str,
-    expert: Annotated[str, typer.Option(help="Send every token to this expert.")] = "",
+    expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
     max_new_tokens: int = 256,
     trace: Annotated[
         str,
         typer.Option(
             metavar="FILE.html",
-            help="Show which expert took each token: on a page, and here in colours; - for these.",
+            help="Show the expert of each token: in colours here, and on a page. `-`: no page.",
         ),
     ] = "",
     base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Answer one prompt with a fused model."""
+    """Answer a prompt with a fused model."""
     import meteora
     from meteora.model.generate import answer
     from meteora.model.trace import trace_prompt
@@ -52,7 +52,7 @@ def generate(
     with forced:
         if trace:
             found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            score_table.trace(found)
+            score_table.print_trace(found)
             if trace != "-":
                 write_page(Path(trace), trace_page(found, prompt))
         else:
@@ -62,23 +62,26 @@ def generate(
 @app.command()
 def publish(
     checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
-    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made where there is none.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created if missing.")],
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
     ] = True,
-    tag: Annotated[str, typer.Option(help="Its name there; by its content without one.")] = "",
+    tag: Annotated[
+        str, typer.Option(help="A tag for it there. Default: a hash of its content.")
+    ] = "",
     onto: Annotated[
-        str, typer.Option(metavar="COMMIT", help="Replace this, which somebody else put there.")
+        str, typer.Option(metavar="COMMIT", help="Replace this commit of somebody else.")
     ] = "",
     allow_licence: Annotated[
-        list[str] | None, typer.Option(help="Publish adapters with this licence; none: unstated.")
+        list[str] | None,
+        typer.Option(help="Publish adapters with this licence too; `none`: without one."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Where the base lies, if it is on no Hub.")
+        Path | None, typer.Option(help="The folder of the base, if it is local.")
     ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Put a checkpoint on the Hub, all of it at once, and see that it is the same model there."""
+    """Publish a checkpoint on the Hub in one commit, and check that it is the same model there."""
     from pipelines.hub.client import Hub, saved_token
     from pipelines.publishing.publish import Destination, publish
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
@@ -111,11 +114,13 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
         "report.html"
     ),
-    traces: Annotated[int, typer.Option(min=0, help="Test prompts to show answered.")] = 3,
+    traces: Annotated[
+        int, typer.Option(min=0, help="How many test prompts to show with answers.")
+    ] = 3,
     base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Scores, routing, cost and lineage on one page that opens offline, with the SQL of each."""
+    """Write one page with scores, routing, cost and lineage, each with its SQL; works offline."""
     import meteora
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
@@ -142,10 +147,10 @@ def report(
 @app.command()
 def sign(
     checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
-    key: Annotated[Path, typer.Option(help="A private key, elliptic curve, PEM.")],
+    key: Annotated[Path, typer.Option(help="A private elliptic-curve key, PEM.")],
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Sign every file of a checkpoint; the signature, model.sig, goes with it."""
+    """Sign every file of a checkpoint; the signature is its file model.sig."""
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
@@ -154,10 +159,10 @@ def sign(
 
 @app.command()
 def attest(
-    artifact: Annotated[str, typer.Argument(help="An id of the ledger, or how it begins.")],
+    artifact: Annotated[str, typer.Argument(help="An id of the ledger, or its first characters.")],
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """What an artifact was made of, as an in-toto statement with SLSA provenance."""
+    """Print what an artifact was made of: an in-toto statement with SLSA provenance."""
     from pipelines.publishing.attest import attest as statement_on
     from store.ledger import Ledger
 
@@ -169,13 +174,14 @@ def attest(
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    expert: Annotated[str, typer.Option(help="Which one.")],
+    expert: Annotated[str, typer.Option(help="The expert's name.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A new folder; the expert's name else.")
+        Path | None,
+        typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
     ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Take one expert out as a PEFT adapter, with the numbers that it came with."""
+    """Write one expert as a PEFT adapter, with the weights that it was made of."""
     from meteora.checkpoint.export import export_expert
     from meteora.checkpoint.resolve import find_checkpoint
     from pipelines.workspace.checkpoints import checkpoint_folder
@@ -183,24 +189,24 @@ def export(
     folder = find_checkpoint(checkpoint_folder(checkpoint, home.expanduser().absolute()))
     out = output or Path(expert)
     if export_expert(folder, expert, out):
-        say("its weights are byte for byte the file that it was made of")
+        say("its weights file is byte for byte the one that it was made of")
     print(out)
 
 
 @app.command("import")
 def import_adapters(
-    folder: Annotated[Path, typer.Argument(help="PEFT adapters: one, or one in each subfolder.")],
+    folder: Annotated[Path, typer.Argument(help="A PEFT adapter, or a folder of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path(
         "recipe.yaml"
     ),
-    base: Annotated[str, typer.Option(help="The base, where no config names it.")] = "",
+    base: Annotated[str, typer.Option(help="The base, if no config names it.")] = "",
 ) -> None:
-    """Write a recipe of the adapters in a folder; `meteora run` takes it as it is."""
+    """Write a recipe for the adapters in a folder, ready for `meteora run`."""
     from pipelines.recipe.from_folder import write_recipe
 
     recipe = write_recipe(folder, output, base)
     say(
-        f"{len(recipe.experts)} experts on {recipe.base}, router {recipe.router.kind}; what to"
-        f" change stands in its comments, and `meteora run {output} --dry-run` shows what it does"
+        f"{len(recipe.experts)} experts on {recipe.base}, router {recipe.router.kind}; its comments"
+        f" say what to change, and `meteora run {output} --dry-run` shows what it does"
     )
     print(output)

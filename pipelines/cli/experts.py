@@ -1,7 +1,8 @@
-"""An expert more or less: `meteora add`, `meteora drop`."""
+"""Experts: `meteora check` judges adapters, `add` and `drop` change a checkpoint by one expert."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
 from typing import Annotated
 
@@ -13,20 +14,54 @@ app = typer.Typer()
 
 
 @app.command()
-def add(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    name: Annotated[str, typer.Argument(help="What to call the new expert.")],
-    adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
-    examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
-    base: Annotated[Path | None, typer.Option(help="The folder that the base lies in.")] = None,
+def check(
+    where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """One expert more, from its own examples alone: a new checkpoint beside the one given."""
+    """Judge adapters: a verdict with coded reasons for each. No base is needed."""
+    from pipelines.admission.check import describe, inspect
+
+    cache = home.expanduser().absolute() / "adapters"
+    verdicts = [
+        inspect(
+            name,
+            cache,
+            subfolder=subfolder,
+            modules_to_save="strip" if strip else "refuse",
+            token_for=token_for or (),
+        )
+        for name in where
+    ]
+    if as_json:
+        print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=1))
+    else:
+        for verdict in verdicts:
+            print("\n".join(describe(verdict)))
+    if any(verdict.verdict == "refuse" for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def add(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    name: Annotated[str, typer.Argument(help="The name of the new expert.")],
+    adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
+    examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The folder of the base, if it is local.")
+    ] = None,
+    subfolder: Subfolder = "",
+    strip: Strip = False,
+    token_for: TokenFor = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from meteora.checkpoint.resolve import find_checkpoint
-    from pipelines.admission.candidate import Newcomer
+    from pipelines.admission.candidate import Candidate
     from pipelines.stages import edit
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
     from store.ledger import Ledger
@@ -34,19 +69,19 @@ def add(
     home = home.expanduser().absolute()
     folder = find_checkpoint(checkpoint_folder(checkpoint, home), statistics=True)
     base_folder = base or base_at_hand(folder, home)
-    asked = Newcomer(
+    candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
-    print(edit.add(Ledger(home), folder, asked, examples, base_folder=base_folder))
+    print(edit.add(Ledger(home), folder, candidate, examples, base_folder=base_folder))
 
 
 @app.command()
 def drop(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    name: Annotated[str, typer.Argument(help="The expert to do without.")],
+    name: Annotated[str, typer.Argument(help="The expert to leave out.")],
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """One expert less: a new checkpoint, in which the others' numbers are as they were."""
+    """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
     from meteora.checkpoint.resolve import find_checkpoint
     from pipelines.stages import edit
     from pipelines.workspace.checkpoints import checkpoint_folder

@@ -1,4 +1,4 @@
-"""Options of several commands, said once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 Home = Annotated[
-    Path, typer.Option("--home", envvar="METEORA_HOME", help="Where ledger and blobs live.")
+    Path, typer.Option("--home", envvar="METEORA_HOME", help="The folder of ledger and blobs.")
 ]
 DEFAULT_HOME = Path("~/.meteora")
-Subfolder = Annotated[str, typer.Option(help="Where in the folder or repository.")]
-Strip = Annotated[bool, typer.Option("--strip", help="Leave saved modules out, as a recipe may.")]
+Subfolder = Annotated[str, typer.Option(help="A subfolder of the folder or repository.")]
+Strip = Annotated[bool, typer.Option("--strip", help="Leave out `modules_to_save`.")]
 TokenFor = Annotated[
-    list[str] | None, typer.Option(metavar="OWNER", help="Whom the saved token is sent to.")
+    list[str] | None,
+    typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
 ]

@@ -1,4 +1,4 @@
-"""What the command line prints: data, on stdout. What it shows of models: see `show_model`."""
+"""Answers of the ledger and findings of `verify`, printed to stdout. Scores: see `score_table`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 100
-"""How many of the artifacts that one damaged file touches are listed."""
+"""How many artifacts are listed for one damaged file."""
 
 
 class Format(StrEnum):
@@ -29,8 +29,8 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def findings(found: Verification, again: Recomputed) -> int:
-    """Everything that is not as it was written; returns how much that is."""
+def print_findings(found: Verification, again: Recomputed) -> int:
+    """Print everything that is damaged or does not recompute; returns the number of findings."""
     every = (*found.findings, *again.findings)
     for finding in every:
         some = ", ".join(map(short, finding.touches[:SHOWN]))
@@ -45,7 +45,8 @@ def findings(found: Verification, again: Recomputed) -> int:
     return len(every)
 
 
-def answer(answer: Answer, form: Format) -> None:
+def print_answer(answer: Answer, form: Format) -> None:
+    """Print the rows of a query."""
     if form is Format.json:
         if len(set(answer.columns)) < len(answer.columns):
             raise MeteoraError(

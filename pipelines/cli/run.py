@@ -1,4 +1,4 @@
-"""Runs: now, as `meteora run` has them, or by a schedule, as `meteora serve` does."""
+"""`meteora run`, and `meteora serve` for runs by a schedule."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pipelines.workspace.console import say
 from pipelines.workspace.environment import has_server, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from pipelines.planning.plan import Plan
+    from pipelines.flows.flow import Made
+    from pipelines.flows.up_to_date import Look
     from pipelines.workspace.context import RunContext
 
 app = typer.Typer()
@@ -27,67 +28,117 @@ WHOLE = (Stage.benchmark, Stage.publish)
 
 
 @app.command()
-def serve(
+def run(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
-    cron: Annotated[str | None, typer.Option(help='When, such as "0 3 * * *".')] = None,
-    timezone: Annotated[str, typer.Option(help="Of the schedule's hours.")] = "UTC",
-    limit: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    on_failure: Annotated[str, typer.Option(metavar="URL", help="A webhook to call.")] = "",
+    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
+    ] = False,
+    dask: Annotated[
+        str,
+        typer.Option(
+            help="Run recipes in parallel on Dask: a number of processes, or a scheduler's address."
+        ),
+    ] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Run recipes by a schedule, and whenever their page says so, until this is stopped.
+    """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
+    home = home.expanduser().absolute()
+    prepare(home)
+    from pipelines.flows.up_to_date import look
+    from pipelines.workspace.context import RunContext
 
-    A run looks at everything anew and does only what changed. Runs that were missed are done by the
-    next one, and none begins while another of its recipe goes on; both are recorded as skipped.
+    contexts = [RunContext.open(recipe, home) for recipe in recipes]
+    looks = {context.key: look(context, until) for context in contexts}
+    if dry_run:
+        for context in contexts:
+            print_steps(context, looks[context.key])
+    elif _run_all(contexts, looks, until, dask):
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
+    cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
+    timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
+    limit: Annotated[int, typer.Option(min=1, help="How many runs at the same time.")] = 1,
+    on_failure: Annotated[
+        str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
+    ] = "",
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Run recipes by a schedule, or when somebody starts them on their page, until stopped.
+
+    Each run resolves its recipe again and makes only what changed. Runs that were missed are
+    skipped: the next run does their work. So is a run while another run of its recipe goes on.
     """
     home = home.expanduser().absolute()
     prepare(home)
     from pipelines.workspace.context import RunContext
 
-    works = [RunContext.open(recipe, home) for recipe in recipes]
+    contexts = [RunContext.open(recipe, home) for recipe in recipes]
     secret = _find_server(home)
     from pipelines.flows import deployments  # Prefect reads its settings when it is imported
 
     schedule = deployments.read_schedule(cron, timezone) if cron else None
     if on_failure:
-        from pipelines.flows.failure_webhook import tell
+        from pipelines.flows.failure_webhook import call_on_failure
 
-        tell(on_failure)
-    deployments.serve(works, schedule, limit=limit, secret=secret)
+        call_on_failure(on_failure)
+    deployments.serve(contexts, schedule, limit=limit, secret=secret)
 
 
-def run(works: Sequence[RunContext], plans: Sequence[Plan | None], until: Stage, dask: str) -> None:
-    """Do what is not done yet, one recipe after the other or on Dask, and show what came out.
+def print_steps(context: RunContext, looked: Look) -> None:
+    """What `--dry-run` prints of a recipe."""
+    from pipelines.planning import dry_run
+    from pipelines.workspace.console import plain_console
+
+    if looked.finished:
+        plain_console().print(f"{context.name}: everything is in the ledger already")
+    else:
+        dry_run.print_steps(context, looked.base, looked.built, looked.reason)
+
+
+def _run_all(
+    contexts: Sequence[RunContext], looks: Mapping[str, Look], until: Stage, dask: str
+) -> bool:
+    """Run what is not finished, one recipe after the other or on Dask, and show the scores.
 
     Args:
-        plans: Of those that are finished already.
+        looks: By each recipe's key.
+
+    Returns:
+        Whether anything went wrong.
     """
-    done = {work.key: planned for work, planned in zip(works, plans, strict=True) if planned}
-    to_do = [work for work in works if work.key not in done]
-    for work in works:
-        if work.key in done:
-            say(f"{work.name}: everything is in the ledger already, nothing to do")
-    seconds: dict[str, dict[str, float]] = {}
+    to_do = [context for context in contexts if not looks[context.key].finished]
+    for context in contexts:
+        if context not in to_do:
+            say(f"{context.name}: everything is in the ledger already, nothing to do")
+    made: dict[str, Made] = {}
     wrong: dict[str, str] = {}
     if to_do:
-        _find_server(works[0].home)
+        _find_server(to_do[0].home)
         try:
             if dask:
-                wrong = _on_dask(to_do, until, dask)
+                wrong = _run_on_dask(to_do, until, dask)
             else:
-                for work in to_do:
-                    seconds[work.key] = _run_one(work, until, wrong, alone=len(works) == 1)
+                # a look is as old as the runs before it: only the first run starts from its own
+                first = looks[to_do[0].key]
+                made, wrong = _run_in_turn(to_do, until, first, alone=len(contexts) == 1)
         except KeyboardInterrupt:
             say("interrupted; run the same command again to go on")
             raise typer.Exit(130) from None
-    lacking = _show(works, done, to_do if until in WHOLE else (), seconds, until)
+    failed = bool(wrong)
+    for context in contexts:
+        if context not in to_do or (until in WHOLE and context.key not in wrong):
+            looked, one = looks[context.key], made.get(context.key)
+            failed |= not _show(context, looked, one, until)
     for key, reason in wrong.items():
         say(f"{key}: {reason}", "error")
-    failed = lacking or bool(wrong)
     if to_do:
         _leave_a_dead_server(failed)
-    if failed:
-        raise typer.Exit(1)
+    return failed
 
 
 def _find_server(home: Path) -> Path | None:
@@ -106,53 +157,60 @@ def _find_server(home: Path) -> Path | None:
     return secret_file(home)
 
 
-def _run_one(
-    work: RunContext, until: Stage, wrong: dict[str, str], *, alone: bool
-) -> dict[str, float]:
+def _run_in_turn(
+    contexts: Sequence[RunContext], until: Stage, first: Look, *, alone: bool
+) -> tuple[dict[str, Made], dict[str, str]]:
+    """Run recipes one after the other; returns what each made and each error, by their keys.
+
+    Args:
+        first: The look at the first recipe.
+        alone: There is no other recipe, so an error ends the command.
+    """
     from pipelines.flows import flow, local_server
 
-    try:
-        return flow.fuse_adapters(str(work.path), str(work.home), until)
-    except MeteoraError as error:
-        if alone:
-            raise
-        wrong[work.key] = str(error)  # the others go on
-    except Exception as error:
-        if local_server.answers():
-            raise
-        # a run ends without the server, too: what the ledger holds says whether it did
-        say(f"{work.name}: the Prefect server was lost ({type(error).__name__})", "note")
-    return {}
+    made: dict[str, Made] = {}
+    wrong: dict[str, str] = {}
+    looked: Look | None = first
+    for context in contexts:
+        try:
+            made[context.key] = flow.run_recipe(context, until, looked)
+        except MeteoraError as error:
+            if alone:
+                raise
+            wrong[context.key] = str(error)  # the others go on
+        except Exception as error:
+            if local_server.answers():
+                raise
+            # a run ends without the server, too: the ledger says whether it did
+            say(f"{context.name}: the Prefect server was lost ({type(error).__name__})", "note")
+        looked = None
+    return made, wrong
 
 
-def _on_dask(to_do: Sequence[RunContext], until: Stage, dask: str) -> dict[str, str]:
-    from pipelines.flows.dask import run_many
+def _run_on_dask(contexts: Sequence[RunContext], until: Stage, dask: str) -> dict[str, str]:
+    """Run recipes on Dask; returns each error by its recipe's key."""
+    from pipelines.flows.dask import run_recipes
 
-    keys = {str(work.path.resolve()): work.key for work in to_do}
-    wrong = run_many(list(keys), str(to_do[0].home), until, dask)
+    keys = {str(context.path.resolve()): context.key for context in contexts}
+    wrong = run_recipes(list(keys), str(contexts[0].home), until, dask)
     return {keys[path]: reason for path, reason in wrong.items()}
 
 
-def _show(
-    works: Sequence[RunContext],
-    done: dict[str, Plan],
-    to_do: Sequence[RunContext],
-    seconds: dict[str, dict[str, float]],
-    until: Stage,
-) -> bool:
-    """Show every recipe that is finished now; returns whether one that should be is not."""
-    from pipelines.cli import score_table
-    from pipelines.flows.up_to_date import finished
+def _show(context: RunContext, looked: Look, made: Made | None, until: Stage) -> bool:
+    """Show the scores of a recipe; returns False if it is not finished.
 
-    lacking = False
-    for work in works:
-        planned = done.get(work.key)
-        if planned is None and work in to_do:
-            planned = finished(work, until)
-            lacking = lacking or planned is None
-        if planned is not None:
-            score_table.summary(work, planned, seconds.get(work.key, {}))
-    return lacking
+    Args:
+        made: None if nothing was left to do. Also if another process ran the recipe, or the server
+            was lost: then the ledger says how the run ended.
+    """
+    from pipelines.cli import score_table
+    from pipelines.flows.up_to_date import look
+
+    finished = made.finished if made else looked.finished or look(context, until).finished
+    if finished is None:
+        return False
+    score_table.print_scores(context, finished, made.seconds if made else {})
+    return True
 
 
 def _leave_a_dead_server(failed: bool) -> None:
@@ -161,4 +219,4 @@ def _leave_a_dead_server(failed: bool) -> None:
     if not local_server.answers():
         say("the Prefect server does not answer any more; what was finished is in the ledger")
         sys.stdout.flush()
-        os._exit(int(failed))  # Prefect would spend minutes on its farewells, one after the other
+        os._exit(int(failed))  # Prefect would wait for minutes for a server that is gone

@@ -1,4 +1,4 @@
-"""What the command line prints of a model: its scores, and who took which token."""
+"""What the command line prints of a model: its scores, and the expert of each token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from meteora.artifacts import MeteoraError, short
+from meteora.artifacts import short
 from pipelines.reports.card import (
     cell,
     loss_lines,
@@ -16,22 +16,24 @@ from pipelines.reports.card import (
     speed_lines,
     stand_in_lines,
 )
-from pipelines.reports.summary import summarise
 from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
     from meteora.model.trace import Trace
-    from pipelines.planning.plan import Plan
+    from pipelines.flows.up_to_date import Finished
     from pipelines.workspace.context import RunContext
 
 
-def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    if summary is None:
-        raise MeteoraError("the ledger lost a result while it was read; run again")
+def print_scores(context: RunContext, finished: Finished, seconds: dict[str, float]) -> None:
+    """Print the scores of a finished recipe, with their circumstances.
+
+    Args:
+        seconds: How long each stage took; empty where this command did not run it.
+    """
+    plan, summary = finished.plan, finished.summary
     out = plain_console()
-    out.print(f"{work.name}: scores, and their 95 % intervals")
+    out.print(f"{context.name}: scores, and their 95 % intervals")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("task", "n", *summary.systems):
         table.add_column(heading, justify="left" if heading == "task" else "right")
@@ -42,21 +44,21 @@ def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
     table.add_section()
     table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     out.print(table)
-    told = (
+    lines = (
         *method_lines(summary),
         *routing_lines(summary),
         *stand_in_lines(summary.gates.spec.stand_ins, summary.gates.spec.stand_in),
         *loss_lines(summary),
     )
-    for line in (*told, *speed_lines(summary)):
+    for line in (*lines, *speed_lines(summary)):
         out.print(line, soft_wrap=True)
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in summary.sizes.items())
     out.print(f"sizes: {sizes} (the base is referred to, not copied)", soft_wrap=True)
     if seconds:
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
-    out.print(f"checkpoint: {work.checkpoint_folder(planned.router.id)}", soft_wrap=True)
-    out.print(f"recorded as {short(planned.router.id)}; try next:")
+    out.print(f"checkpoint: {context.checkpoint_folder(plan.router.id)}", soft_wrap=True)
+    out.print(f"recorded as {short(plan.router.id)}; try next:")
     question = (
         "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
         " ORDER BY task"
@@ -64,8 +66,8 @@ def summary(work: RunContext, planned: Plan, seconds: dict[str, float]) -> None:
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
 
 
-def trace(found: Trace) -> None:
-    """Prompt and answer in the colours of the experts that took them, and a legend."""
+def print_trace(found: Trace) -> None:
+    """Print prompt and answer in the colours of their experts, and a legend."""
     out = plain_console()
     for text in terminal_texts(found):
         out.print(text, soft_wrap=True, end="\n\n")

@@ -1,22 +1,89 @@
-"""`meteora store …`: looking after the ledger."""
+"""The ledger: `meteora sql` queries it, `verify` checks it, `store …` maintains it."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path  # noqa: TC003  (typer reads annotations)
 from typing import Annotated
 
 import typer
 
 from meteora.artifacts import MeteoraError
+from pipelines.cli import output
 from pipelines.cli.options import DEFAULT_HOME, Home
 from pipelines.workspace.console import say
 
-app = typer.Typer(no_args_is_help=True, help="Look after the ledger.")
+app = typer.Typer()
+store = typer.Typer(no_args_is_help=True, help="Maintain the ledger.")
+app.add_typer(store, name="store")
 
 
 @app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help='Such as "FROM leaderboard".')] = "SHOW TABLES",
+    form: Annotated[
+        output.Format | None,
+        typer.Option("--format", help="Default: a table in a terminal, else CSV."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Query the index itself, not its snapshot.")
+    ] = False,
+    examples: Annotated[bool, typer.Option("--examples", help="Print example queries.")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Query the ledger with one SELECT."""
+    from store.ledger import Ledger
+    from store.query import examples as questions
+
+    if examples:
+        for title, question in questions():
+            print(f"-- {title}\n{question}\n")
+        return
+    ledger = Ledger(home.expanduser().absolute())
+    ledger.ingest(
+        deadline_seconds=1.0
+    )  # what a run recorded a moment ago; a busy index is not waited for
+    answer = ledger.query(query, live=live)
+    output.print_answer(
+        answer, form or (output.Format.table if sys.stdout.isatty() else output.Format.csv)
+    )
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A signed checkpoint's folder. Default: the store.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
+    scores: Annotated[
+        int, typer.Option(min=0, help="How many scores to compute again, drawn at random.")
+    ] = 20,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Check blobs against their hashes, records against blobs, scores against their outputs.
+
+    With a checkpoint and --key, check the checkpoint's files against its signature.
+    """
+    if checkpoint is not None or key is not None:
+        if checkpoint is None or key is None:
+            raise typer.BadParameter("to check a signature, give both CHECKPOINT and --key")
+        from pipelines.publishing.signing import check_signature
+
+        check_signature(checkpoint, key)
+        print(f"{checkpoint} is what the owner of {key} signed")
+        return
+    from pipelines.scoring.recompute import recompute_scores
+    from store.ledger import Ledger
+
+    ledger = Ledger(home.expanduser().absolute())
+    if output.print_findings(ledger.verify(), recompute_scores(ledger, scores)):
+        raise typer.Exit(1)
+
+
+@store.command()
 def rebuild(home: Home = DEFAULT_HOME) -> None:
-    """Make the index again from the records alone."""
+    """Build the index again from the records."""
     from store.ledger import Ledger
 
     ingested = Ledger(home.expanduser().absolute()).rebuild()
@@ -25,9 +92,9 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
     print(f"{ingested.num_records} records in the index")
 
 
-@app.command()
+@store.command()
 def pack(home: Home = DEFAULT_HOME) -> None:
-    """Lay small records together in files of many; runs do so by themselves when they are many."""
+    """Pack many small records into few files. Runs do it themselves once there are very many."""
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())
@@ -36,12 +103,12 @@ def pack(home: Home = DEFAULT_HOME) -> None:
     print(f"{num_records} records packed")
 
 
-@app.command()
+@store.command()
 def share(
     url: Annotated[str, typer.Argument(help="Such as s3://bucket/prefix.")],
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Share records and blobs with other homes, on S3 or what speaks its language."""
+    """Share records and blobs with other homes through S3, or storage with the same protocol."""
     from store.ledger import Ledger
     from store.sharing import connect
 
@@ -53,12 +120,12 @@ def share(
     print(f"{home} shares {setting.remote} as {setting.name}")
 
 
-@app.command()
+@store.command()
 def gc(
-    yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the listed files.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """List the files that nothing refers to, each after its bytes; remove them only with --yes."""
+    """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
     from store.ledger import Ledger
 
     garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
@@ -69,12 +136,12 @@ def gc(
     say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
 
 
-@app.command()
+@store.command()
 def openlineage(
-    run: Annotated[str, typer.Option(help="The id of one run; all runs without it.")] = "",
+    run: Annotated[str, typer.Option(help="The id of one run. Default: all runs.")] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Print every run as OpenLineage events, one JSON object a line."""
+    """Print runs as OpenLineage events, one JSON object a line."""
     from pipelines.publishing.openlineage import events
     from store.ledger import Ledger
 
@@ -84,14 +151,14 @@ def openlineage(
         print(json.dumps(event))
 
 
-@app.command()
+@store.command()
 def serve(
     address: Annotated[str, typer.Option(help="quack:HOST:PORT.")] = "quack:localhost:9494",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Let others ask the ledger through DuckDB's own server, Quack, where DuckDB has it.
+    """Let others query the ledger through Quack, DuckDB's own server, if DuckDB has it.
 
-    The token that they need is METEORA_TOKEN, or a new one that is printed.
+    They need the token in METEORA_TOKEN; without that variable a new token is made and printed.
     """
     import os
     import secrets

@@ -1,8 +1,7 @@
-"""Several recipes at once: each is a run of its own, given to whoever is free.
+"""Several recipes in parallel on Dask: each is a run of its own, on a free worker.
 
-Who is free is Dask's to know, through Prefect's task runner for it: processes on this machine, or
-the workers of a cluster. What two runs may not do at once is held off as ever: one recipe by its
-lock, one GPU by its limit.
+Dask hands out the runs, through Prefect's task runner for it: to processes on this machine, or to
+the workers of a cluster. Locks work as for other runs: one run of a recipe, one run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ class NoDaskError(MeteoraError):
 
 @task(cache_policy=NO_CACHE, task_run_name="{recipe}")
 def run_recipe(recipe: str, home: str, until: Stage) -> str:
-    """One recipe's run, in the process that took it; returns what was wrong, or nothing."""
+    """Run one recipe in a worker; returns the error's text, empty if there was none."""
     try:
-        # by its module, which a worker imports: a flow that is sent along leaves behind what the
-        # annotations of its parameters name
+        # called through its module, which a worker imports: a pickled flow lacks the names in its
+        # annotations
         flows.fuse_adapters(recipe, home, until)
     except MeteoraError as error:  # the others go on
         return str(error)
@@ -40,18 +39,18 @@ def run_recipe(recipe: str, home: str, until: Stage) -> str:
 
 
 @flow(name="meteora-many", persist_result=False)
-def fuse_many(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
-    """Run every recipe, whatever becomes of the others.
+def fuse_recipes(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
+    """Run every recipe, whether or not others fail.
 
     Returns:
-        What was wrong, by recipe; a recipe that was done is not in it.
+        The error's text by recipe, for those that failed.
     """
     futures = {recipe: run_recipe.submit(recipe, home, until) for recipe in recipes}
     wrong = {recipe: _outcome(future) for recipe, future in futures.items()}
     return {recipe: reason for recipe, reason in wrong.items() if reason}
 
 
-def run_many(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict[str, str]:
+def run_recipes(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict[str, str]:
     """Run recipes on Dask.
 
     Args:
@@ -60,7 +59,7 @@ def run_many(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict
     Raises:
         NoDaskError: The extra `dask` is not installed.
     """
-    on = fuse_many.with_options(task_runner=_task_runner(dask))
+    on = fuse_recipes.with_options(task_runner=_task_runner(dask))
     say(f"{len(recipes)} recipes on Dask: {dask}")
     return on(list(recipes), home, until)
 
@@ -68,7 +67,9 @@ def run_many(recipes: Sequence[str], home: str, until: Stage, dask: str) -> dict
 def _outcome(future: Any) -> str:  # noqa: ANN401  (each task runner has futures of its own)
     try:
         return future.result()
-    except Exception as error:  # a worker that died, or a fault of ours: one recipe's, not all's
+    except (
+        Exception
+    ) as error:  # a worker that died, or a fault of ours: it ends one recipe, not all
         return f"{type(error).__name__}: {error}"
 
 
@@ -80,6 +81,6 @@ def _task_runner(dask: str) -> TaskRunner[Any]:
             "Dask is not installed; run `pip install 'meteora-pipelines[dask]'`"
         ) from None
     if dask.isdecimal():
-        # one run a process: what computes does so in a process of its own
+        # one run a process: each computes in a child process of its own
         return DaskTaskRunner(cluster_kwargs={"n_workers": int(dask), "threads_per_worker": 1})
     return DaskTaskRunner(address=dask)

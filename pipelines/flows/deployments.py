@@ -1,7 +1,7 @@
-"""Recipes that run by themselves: for each a deployment of Prefect's, and one runner for all.
+"""Recipes that run by a schedule: a Prefect deployment for each, and one runner for all.
 
-Prefect schedules and starts the runs, each in a process of its own, and stops those that are
-cancelled on its page. What a run does about other runs of its recipe: see `missed_runs`.
+Prefect starts the runs, each in a process of its own, and stops those that are cancelled on its
+page. Runs that were missed or overlap: see `missed_runs`.
 """
 
 from __future__ import annotations
@@ -29,54 +29,53 @@ if TYPE_CHECKING:
 
 
 class ServeError(MeteoraError):
-    """Recipes cannot be served: the schedule is none, or the server takes no deployments."""
+    """Recipes cannot be served: the schedule is malformed, or the server takes no deployments."""
 
 
 def read_schedule(cron: str, timezone: str) -> Schedule:
-    """What a person wrote as a schedule.
+    """Read a cron line and a time zone.
 
     Raises:
-        ServeError: That is no schedule, or no time zone.
+        ServeError: One of them is malformed.
     """
     try:
         return Cron(cron, timezone=timezone)
     except ValueError as error:
         raise ServeError(
-            f"{cron!r} in {timezone!r} is no schedule ({error}); it takes minute, hour, day, month"
-            ' and weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at'
-            " three"
+            f"{cron!r} in {timezone!r} is no schedule ({error}); give minute, hour, day, month and"
+            ' weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at three'
         ) from None
 
 
 def serve(
-    works: Sequence[RunContext],
+    contexts: Sequence[RunContext],
     schedule: Schedule | None,
     *,
     limit: int,
     secret: Path | None = None,
 ) -> None:
-    """Serve recipes until SIGINT or SIGTERM comes; runs that go on then are stopped, too.
+    """Serve recipes until SIGINT or SIGTERM; runs that go on then are stopped, too.
 
-    The schedules stay: what was missed when serving begins again is done by one run.
+    The schedules stay on the server. When serving begins again, one run does what was missed.
 
     Args:
-        limit: Runs at the same time, of all recipes together; the others wait.
+        limit: How many runs at the same time, of all recipes together; others wait.
         secret: The file with what the server's page asks for, where that is known.
 
     Raises:
         ServeError: Two recipes are one, or the server refused.
     """
-    keys = [work.key for work in works]
+    keys = [context.key for context in contexts]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ServeError(f"the recipe {twice.pop()} is given twice; once is enough")
-    for work in works:
+    for context in contexts:
         when = f"at {schedule.cron!r} ({schedule.timezone})" if schedule else "when asked to"
-        say(f"{work.name}: runs {when}, as `meteora/{work.key}` on {local_server.page()}")
+        say(f"{context.name}: runs {when}, as `meteora/{context.key}` on {local_server.page()}")
     if secret is not None:
         say(f"to log in there, paste the line that is in {secret}")
     try:
         prefect_flows.serve(
-            *(_deployment(work, schedule) for work in works),
+            *(_deployment(context, schedule) for context in contexts),
             pause_on_shutdown=False,
             print_starting_message=False,
             limit=limit,
@@ -85,14 +84,14 @@ def serve(
         raise ServeError(f"the Prefect server took no deployments: {error}") from error
 
 
-def _deployment(work: RunContext, schedule: Schedule | None) -> RunnerDeployment:
+def _deployment(context: RunContext, schedule: Schedule | None) -> RunnerDeployment:
     return fuse_adapters.to_deployment(
-        name=work.key,
+        name=context.key,
         schedules=[schedule] if schedule else None,
         paused=False,
-        parameters={"recipe": str(work.path.resolve()), "home": str(work.home)},
-        tags=[TAG, f"recipe:{work.name}", f"base:{work.recipe.base}"],
-        description=f"{work.name}: what the recipe asks for and the ledger does not hold yet.",
-        version=work.recipe_sha256[:12],
+        parameters={"recipe": str(context.path.resolve()), "home": str(context.home)},
+        tags=[TAG, f"recipe:{context.name}", f"base:{context.recipe.base}"],
+        description=f"{context.name}: what the recipe asks for and the ledger does not hold yet.",
+        version=context.recipe_sha256[:12],
         entrypoint_type=EntrypointType.MODULE_PATH,
     )  # ty: ignore[invalid-explicit-return]  (no coroutine, outside a loop)

@@ -1,9 +1,9 @@
-"""The device that stages compute on, which one run has at a time.
+"""One run at a time on a GPU.
 
-Two trainings on one GPU fail for want of memory, or slow each other down. So a run that computes on
-one holds the only slot of a concurrency limit of Prefect's, named after the device: it blocks runs
-from any process or machine that asks the same server. Whoever raises the limit on the server's page
-lets that many share the device. A killed run's slot is free again when its lease is over.
+Two trainings on one GPU run out of memory, or slow each other down. So a run that computes on a GPU
+holds the only slot of a Prefect concurrency limit with the device's name. That holds for all runs
+of the same server. To let more runs share the device, raise the limit on the server's page. The
+slot of a killed run is free again when its lease ends.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
-"""Renewed while a run lives; Prefect's shortest."""
+"""Renewed while the run goes on; the shortest that Prefect takes."""
 FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OSError, RuntimeError)
 
 
 @contextmanager
 def held(*slots: str) -> Generator[None]:
-    """Have devices for oneself; wait while another run has one of them.
+    """Hold devices; wait while another run holds one of them.
 
-    Where the server does not answer, nobody can be asked, and the run goes on without.
+    If the server does not answer, the run goes on without.
 
     Args:
-        slots: The devices' names, in the order in which every run asks for them; a CPU need not be
+        slots: The devices' names, in the order in which every run asks for them. A CPU is not
             held.
     """
     holding = ExitStack()
     for slot in slots:
         try:
             if not _make_limit(slot):
-                say(f"waiting for {slot}, which another run has")
+                say(f"waiting for {slot}, which another run holds")
             holding.enter_context(
                 concurrency(
                     slot,
-                    strict=True,  # a limit that is not there would not block
+                    strict=True,  # a missing limit would not block
                     lease_duration=LEASE_SECONDS,
                     raise_on_lease_renewal_failure=False,
                 )
@@ -67,7 +67,7 @@ def held(*slots: str) -> Generator[None]:
 
 
 def _make_limit(slot: str) -> bool:
-    """Make the limit unless it is there, with whatever number; returns whether a slot is free."""
+    """Create the limit if it is missing; returns whether a slot is free."""
     with get_client(sync_client=True) as client:
         try:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=slot, limit=1))

@@ -1,9 +1,9 @@
-"""Who is told when runs fail: a webhook, called by an automation of Prefect's.
+"""A webhook that is called when runs fail, by an automation of Prefect.
 
-The server itself calls it, so it is told of a run whose process is gone, too: a run that sends no
-heartbeat for ten minutes is taken for crashed. (One that slept with its machine is, too; when it
-wakes it goes on, and ends as it ends.) Chats and mail gateways take such calls; any other
-action, such as mail through a server of one's own, is added to the automation on its page.
+The server itself makes the call, so a run whose process is gone is reported, too: a run that sends
+no heartbeat for ten minutes counts as crashed. (So does a run on a machine that slept; when the
+machine wakes, the run goes on.) Chats and mail gateways take such calls. Other actions, such as
+mail through one's own server, can be added to the automation on its page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ANY_RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 OURS = ResourceSpecification(
     {"prefect.resource.role": "flow", "prefect.resource.name": fuse_adapters.name}
 )
-"""By its flow: a run's events know no tags that were given to it after it began."""
+"""Matched by the flow: a run's events lack the tags that it got after it began."""
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 MESSAGE = """\
@@ -40,12 +40,11 @@ MESSAGE = """\
  "page": {{ flow_run | ui_url | tojson }}}"""
 
 
-def tell(url: str) -> None:
-    """Have `url` called with {"text": …, "page": …} whenever a run fails or crashes.
+def call_on_failure(url: str) -> None:
+    """Have `url` called with {"text": …, "page": …} when a run fails or crashes.
 
-    The page is null where a server has not been told its own address (`PREFECT_UI_URL`).
-
-    Doing so again replaces what was said before: a server tells one address.
+    The page is null if the server does not know its own address (`PREFECT_UI_URL`). A server calls
+    one URL: another call of this function replaces it.
     """
     block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"})
     block_id: UUID = block.save("meteora-failures", overwrite=True)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)

@@ -1,11 +1,11 @@
 """What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
 
-    resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ check ─▶ plan
+    resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ plan
         ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
 
-A decorator says only how a stage runs: what may pass by itself is tried again, nothing is cached by
-Prefect. Whether work is done already is the ledger's to know. What computes does so in a child
-process, so that it can be stopped; no model library is loaded here.
+A decorator says only how a stage runs: passing faults are tried again, and Prefect caches nothing,
+since the ledger knows what is done already. What computes does so in a child process that can be
+stopped; no model library is loaded here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
-from pipelines.flows.up_to_date import finished
-from pipelines.planning import plan
+from pipelines.flows.up_to_date import Finished, Look, look
+from pipelines.planning.resolve import Steps, recording, resolve
+from pipelines.recipe.recipe import FoundExpert
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, RouterBuild
     from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import Recipe
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether another try can help: the network's passing faults, and nothing else."""
+    """Whether another try can help: only for passing faults of the network."""
     error = state.result(raise_on_failure=False)
     return bool(getattr(error, "retry", False))
 
@@ -60,7 +62,7 @@ def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any
     """A task that is tried again while the fault is one that may pass.
 
     Args:
-        name: Of its runs, with arguments in braces.
+        name: The name of its runs, with arguments in braces.
     """
     return task(
         task_run_name=name,
@@ -73,14 +75,24 @@ def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that goes on: where it works, who computes for it, and how it is followed."""
+class Made:
+    """What a run made."""
 
-    work: RunContext
+    seconds: dict[str, float]
+    """How long each stage took, in the order in which they ran."""
+    finished: Finished | None
+    """None if the run was to stop before the benchmark."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run while it goes on: where it works, its child process, its progress."""
+
+    context: RunContext
     child: Child
     progress: run_page.Progress
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each stage took, in the order in which they ran."""
+    """As in `Made`."""
 
     @contextmanager
     def stage(self, name: Stage) -> Generator[None]:
@@ -96,40 +108,40 @@ resolve_base = at_the_network(sources.resolve_base)
 discover = at_the_network(sources.discover)
 resolve_adapter = at_the_network(sources.resolve_adapter, "resolve {expert.name}")
 fetch_adapter = at_the_network(sources.fetch_adapter, "fetch {expert.name}")
-check = task(cache_policy=NO_CACHE)(verdicts.check)
+require_stackable = task(cache_policy=NO_CACHE)(verdicts.require_stackable)
 
 
 @at_the_network
 def build_base(run: Run, base: BaseSpec) -> BuiltBase:
-    return run.child.call("build_base", base, deadline_seconds=run.work.recipe.deadlines.base)
+    return run.child.call("build_base", base, deadline_seconds=run.context.recipe.deadlines.base)
 
 
 @task(cache_policy=NO_CACHE)
-def stack(run: Run, planned: Plan) -> FusedCheckpoint:
-    return run.child.call("stack", planned, deadline_seconds=run.work.recipe.deadlines.stack)
+def stack(run: Run, plan: Plan) -> FusedCheckpoint:
+    return run.child.call("stack", plan, deadline_seconds=run.context.recipe.deadlines.stack)
 
 
 @task(cache_policy=NO_CACHE)
-def fit_gates(run: Run, planned: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
-    deadline = run.work.recipe.deadlines.gates
-    return run.child.call("fit_gates", planned, built, fused, deadline_seconds=deadline)
+def fit_gates(run: Run, plan: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
+    deadline = run.context.recipe.deadlines.gates
+    return run.child.call("fit_gates", plan, built, fused, deadline_seconds=deadline)
 
 
 @task(cache_policy=NO_CACHE)
-def measure(run: Run, planned: Plan, built: BuiltBase, gates: RouterBuild) -> None:
-    deadline = run.work.recipe.deadlines.benchmark
-    run.child.call("measure", planned, built, gates, deadline_seconds=deadline)
+def measure(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+    deadline = run.context.recipe.deadlines.benchmark
+    run.child.call("measure", plan, built, gates, deadline_seconds=deadline)
 
 
 @task(cache_policy=NO_CACHE)
-def write_checkpoint(run: Run, planned: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    deadline = run.work.recipe.deadlines.stack
-    return run.child.call("write_checkpoint", planned, built, gates, deadline_seconds=deadline)
+def write_checkpoint(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+    deadline = run.context.recipe.deadlines.stack
+    return run.child.call("write_checkpoint", plan, built, gates, deadline_seconds=deadline)
 
 
 @task(cache_policy=NO_CACHE)
-def publish(run: Run, planned: Plan) -> None:
-    run.child.call("publish", planned, deadline_seconds=run.work.recipe.deadlines.publish)
+def publish(run: Run, plan: Plan) -> None:
+    run.child.call("publish", plan, deadline_seconds=run.context.recipe.deadlines.publish)
 
 
 @flow(name="meteora", persist_result=False)
@@ -142,51 +154,70 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
         until: Stop after this stage.
 
     Returns:
-        Seconds by stage; by schedule, a state of Prefect's where there was nothing to do.
+        What was made; a scheduled run with nothing to do returns a state of Prefect's.
 
     Raises:
-        BusyError: The recipe is being run by another process, and this run is none by schedule.
+        BusyError: Another process runs this recipe, and this run is not a scheduled one.
         MeteoraError: Something was refused or could not be done; it is recorded with its reason.
     """
-    work = RunContext.open(recipe, Path(home).expanduser().absolute())
+    return _run(RunContext.open(recipe, Path(home).expanduser().absolute()), until, None)
+
+
+def run_recipe(context: RunContext, until: Stage, looked: Look | None = None) -> Made:
+    """`fuse_adapters` in the process that has looked at the recipe: the run starts from that look.
+
+    A flow's parameters are sent to the server, so the look is none of them.
+    """
+
+    @flow(name=fuse_adapters.name, persist_result=False)
+    def start_from_look(recipe: str, home: str, until: Stage) -> Any:  # noqa: ANN401, ARG001  (for the page)
+        return _run(context, until, looked)
+
+    return start_from_look(str(context.path), str(context.home), until)
+
+
+def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa: ANN401
+    """Hold the recipe's lock, close what killed runs left, and run."""
     with ExitStack() as held:
         held.enter_context(heard(run_page.note))
         try:
-            killed = held.enter_context(work.ledger.running(work.key))
+            killed = held.enter_context(context.ledger.running(context.key))
         except BusyError as error:
             if missed_runs.is_scheduled():
-                return missed_runs.skip_overlap(work, str(error))
+                return missed_runs.skip_overlap(context, str(error))
             raise
         for before in killed:
-            shutil.rmtree(work.home / "runs" / before.run_id, ignore_errors=True)
+            shutil.rmtree(context.home / "runs" / before.run_id, ignore_errors=True)
             say(f"the run {before.run_id} was killed; what it had finished is kept")
-        run_page.introduce(work)
-        run_page.close_killed(work, [before.run_id for before in killed])
-        missed_runs.skip_late(work)
-        if missed_runs.is_scheduled() and _finished(work, until):  # a person's command has looked
-            say(f"{work.name}: nothing new")
-            return Completed(message="nothing new: everything is in the ledger already")
-        return _recorded(work, until)
+        run_page.introduce(context)
+        run_page.close_killed(context, [before.run_id for before in killed])
+        missed_runs.skip_late(context)
+        if missed_runs.is_scheduled():
+            looked = _look(context, until)
+            if looked.finished:
+                say(f"{context.name}: nothing new")
+                return Completed(message="nothing new: everything is in the ledger already")
+        return _recorded(context, until, looked or Look(None))
 
 
-def _finished(work: RunContext, until: Stage) -> bool:
-    """Whether there is nothing to do; what is wrong is for the run to find, and to record."""
+def _look(context: RunContext, until: Stage) -> Look:
+    """A look at the recipe. If it finds an error, the run will find it again, and record it."""
     try:
-        return finished(work, until) is not None
-    except MeteoraError:
-        return False
+        return look(context, until)
+    except MeteoraError as error:
+        return Look(None, str(error))
 
 
-def _recorded(work: RunContext, until: Stage) -> dict[str, float]:
+def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     """The run itself, between the records of its beginning and of its end."""
-    progress = run_page.Progress(work, until)
-    with Child(work, on_progress=progress.advance, on_said=run_page.note) as child:
-        run = Run(work, child, progress)
-        work.ledger.record_run(_started(run))
+    progress = run_page.Progress(context, until)
+    with Child(context, on_progress=progress.advance, on_said=run_page.note) as child:
+        run = Run(context, child, progress)
+        context.ledger.record_run(_started(run))
         began = time.perf_counter()
         outcome, reason = "stopped", "interrupted or cancelled"
         try:
-            planned = _stages(run, until)
+            plan = _stages(run, until, looked)
             outcome, reason = "ok", ""
         except MeteoraError as error:
             outcome = "refused" if isinstance(error, AdapterError) else "failed"
@@ -198,74 +229,84 @@ def _recorded(work: RunContext, until: Stage) -> dict[str, float]:
         finally:
             child.close()
             wall_seconds = time.perf_counter() - began
-            work.ledger.record_run(
-                RunEnded(work.run_id, outcome, reason, wall_seconds, run.seconds)
+            context.ledger.record_run(
+                RunEnded(context.run_id, outcome, reason, wall_seconds, run.seconds)
             )
-            work.ledger.ingest()
-            shutil.rmtree(work.home / "runs" / work.run_id, ignore_errors=True)
-    if planned is not None:
-        _show(work, planned)
-    return run.seconds
+            context.ledger.ingest()
+            shutil.rmtree(context.home / "runs" / context.run_id, ignore_errors=True)
+    return Made(run.seconds, _show(context, plan) if plan else None)
 
 
-def _show(work: RunContext, planned: Plan) -> None:
-    """What came out, on the run's page; and how it compares with what was before."""
-    found = regressions.since_last(work.ledger, planned.router.id)
+def _show(context: RunContext, plan: Plan) -> Finished | None:
+    """Show the results on the run's page, and how they compare with those before."""
+    found = regressions.since_last(context.ledger, plan.router.id)
     for line in regressions.describe(found):
         say(line)
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    if summary is not None:
-        run_page.show_results(work, planned, summary, found)
+    summary = summarise(context.ledger, plan, context.base_folder(plan.base))
+    if summary is None:
+        return None
+    run_page.show_results(context, plan, summary, found)
+    return Finished(plan, summary)
 
 
 def _started(run: Run) -> RunStarted:
-    work = run.work
+    context = run.context
     return RunStarted(
-        work.run_id,
-        recipe_name=work.key,
-        recipe_sha256=work.recipe_sha256,
+        context.run_id,
+        recipe_name=context.key,
+        recipe_sha256=context.recipe_sha256,
         versions={name: version(name) for name in VERSIONS},
-        device=run.child.call("device", deadline_seconds=work.recipe.deadlines.base),
+        device=run.child.call("device", deadline_seconds=context.recipe.deadlines.base),
     )
 
 
-def _stages(run: Run, until: Stage) -> Plan | None:
-    """Every stage up to `until`; the plan where nothing of it is left to do."""
-    work = run.work
+def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
+    """Every stage up to `until`; the plan if it goes as far as the benchmark."""
+    context = run.context
     with run.stage(Stage.base):
-        base = resolve_base(work.recipe, work.folder)
+        base = looked.base or resolve_base(context.recipe, context.folder)
         built = build_base(run, base)
     if until is Stage.base:
         return None
     with run.stage(Stage.check):
-        work = replace(work, recipe=discover(work.recipe))
-        ask = partial(run.child.call, deadline_seconds=work.recipe.deadlines.stack)
-        experts = verdicts.find_experts(
-            work,
-            built,
-            resolve=resolve_adapter,
-            fetch=fetch_adapter,
-            proportion=partial(ask, "proportion"),
-        )
-        memory = ask("memory")
-        check(work, built, experts, memory)
-        planned = plan.make_plan(work.recipe, work.folder, base, experts)
+        plan = resolve(context, built, _steps(run, built), looked.plan)
     if until is Stage.check:
         return None
     with run.stage(Stage.stack):
-        fused = stack(run, planned)
+        fused = stack(run, plan)
     if until is Stage.stack:
         return None
-    with device_lock.held(*run.child.call("slots", deadline_seconds=work.recipe.deadlines.base)):
+    deadline = context.recipe.deadlines.base
+    with device_lock.held(*run.child.call("slots", deadline_seconds=deadline)):
         with run.stage(Stage.gates):
-            gates = fit_gates(run, planned, built, fused)
+            gates = fit_gates(run, plan, built, fused)
         if until is Stage.gates:
             return None
         with run.stage(Stage.benchmark):
-            measure(run, planned, built, gates)
-            write_checkpoint(run, planned, built, gates)
-    if until is Stage.publish and work.recipe.publish is not None:
+            measure(run, plan, built, gates)
+            write_checkpoint(run, plan, built, gates)
+    if until is Stage.publish and context.recipe.publish is not None:
         with run.stage(Stage.publish):
-            publish(run, planned)
+            publish(run, plan)
     run.progress.end()
-    return planned
+    return plan
+
+
+def _steps(run: Run, built: BuiltBase) -> Steps:
+    """The steps of a run, as tasks of Prefect's where they ask the network or may end the run."""
+    ask = partial(run.child.call, deadline_seconds=run.context.recipe.deadlines.stack)
+    memory_limit_bytes = ask("memory")
+    return replace(
+        recording(run.context, built, partial(ask, "proportion"), memory_limit_bytes),
+        discover=_discover,
+        resolve_adapter=resolve_adapter,
+        fetch_adapter=fetch_adapter,
+        check_stack=partial(require_stackable, run.context, built, memory_limit_bytes),
+    )
+
+
+def _discover(recipe: Recipe) -> Recipe:
+    recipe = discover(recipe)
+    if found := sum(isinstance(expert, FoundExpert) for expert in recipe.experts):
+        say(f"found {found} adapters on the Hub")
+    return recipe

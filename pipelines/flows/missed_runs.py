@@ -1,9 +1,9 @@
-"""What a scheduled run does about others of its recipe: those that were missed, and one that runs.
+"""Scheduled runs that were missed, or that overlap with another run of their recipe: skip them.
 
-A run by schedule looks at everything anew, so one does the work of all that are due: after a night
-without power the first to start cancels the rest. Two runs of one recipe never work at once,
-whoever started them: that is the ledger's lock, which a killed run cannot leave behind, as it can a
-slot on a server. Both kinds of skipped runs are recorded, like any other end of a run.
+Every scheduled run resolves its recipe again, so one run does the work of all that are due: after a
+night without power the first one to start cancels the others. Two runs of one recipe never work at
+the same time. The ledger's lock sees to that: a killed run cannot leave it behind, while it can
+leave a slot on a server. Both kinds of skipped runs are recorded.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 
 def is_scheduled() -> bool:
-    """Whether this run came from a deployment: by its schedule, or by a click on its page."""
+    """Whether a deployment started this run: by its schedule, or by a click on its page."""
     return deployment.get_id() is not None
 
 
-def skip_overlap(work: RunContext, why: str) -> State[None]:
-    """Record that this run found its recipe being run; returns how it ends."""
-    say(f"{work.name}: skipped, {why}")
-    _record(work, work.run_id, "skipped_overlap", why)
-    work.ledger.ingest()
+def skip_overlap(context: RunContext, why: str) -> State[None]:
+    """Record that another run of the recipe goes on; returns the state in which this one ends."""
+    say(f"{context.name}: skipped, {why}")
+    _record(context, context.run_id, "skipped_overlap", why)
+    context.ledger.ingest()
     return Cancelled(name="SkippedOverlap", message=why)
 
 
-def skip_late(work: RunContext) -> int:
-    """Cancel and record every other run of this deployment that is due; returns how many."""
+def skip_late(context: RunContext) -> int:
+    """Cancel and record all other runs of this deployment that are due; returns how many."""
     deployment_id = deployment.get_id()
     if deployment_id is None:
         return 0
@@ -59,24 +59,24 @@ def skip_late(work: RunContext) -> int:
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         )
-        late = [run for run in due if run.auto_scheduled]  # a person's click is not a schedule's
-        why = f"it was late, and run {work.run_id} does its work"
+        late = [run for run in due if run.auto_scheduled]  # a run that a person asked for stays
+        why = f"it was late, and run {context.run_id} does its work"
         for run in late:
             client.set_flow_run_state(run.id, Cancelled(name="SkippedLate", message=why))
-            _record(work, _name(run), "skipped_late", why)
+            _record(context, _name(run), "skipped_late", why)
     if late:
-        work.ledger.ingest()
-        say(f"{work.name}: {len(late)} missed runs are skipped, this one does their work")
+        context.ledger.ingest()
+        say(f"{context.name}: {len(late)} missed runs are skipped, this one does their work")
     return len(late)
 
 
 def _name(run: FlowRun) -> str:
-    """Like a run that starts, by its time; the same name however often it is seen."""
+    """A name like those of other runs, by its time; the same one each time."""
     due = run.expected_start_time or datetime.now(UTC)
     return f"{due.astimezone(UTC):%Y%m%dT%H%M%S}-{run.id.hex[-8:]}"
 
 
-def _record(work: RunContext, run_id: str, outcome: str, why: str) -> None:
-    # its end first: a run without one is taken for killed by whoever gets the lock next
-    work.ledger.record_run(RunEnded(run_id, outcome, why, 0.0))
-    work.ledger.record_run(RunStarted(run_id, work.key, work.recipe_sha256))
+def _record(context: RunContext, run_id: str, outcome: str, why: str) -> None:
+    # its end first: a run without an end counts as killed for the next one that gets the lock
+    context.ledger.record_run(RunEnded(run_id, outcome, why, 0.0))
+    context.ledger.record_run(RunStarted(run_id, context.key, context.recipe_sha256))

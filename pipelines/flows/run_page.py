@@ -1,6 +1,6 @@
-"""What Prefect's page shows of a run: name, tags, log, progress, scores, and a card to read.
+"""What Prefect's page shows of a run: name, tags, log, progress, scores, and the model card.
 
-The ledger is the record and the page a view: where the server does not answer, a run goes on.
+The ledger is the record; the page is a view. If the server does not answer, the run goes on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TAG = "meteora"
-"""Of every run and every deployment of ours: what filters and automations go by."""
+"""The tag of all our runs and deployments, for filters and automations."""
 LOOKED_AT = """
 SELECT name, verdict, repo_id, revision, licence, array_to_string(messages, '; ') AS reasons
 FROM adapters WHERE run_id = '{}'
@@ -60,26 +60,26 @@ def _if_it_answers() -> Generator[None]:
     try:
         yield
     except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
-        logger.warning("the Prefect server did not take what was to be shown: %s", error)
+        logger.warning("the Prefect server did not show a part of the run's page: %s", error)
 
 
-def introduce(work: RunContext) -> None:
-    """Give the flow run the name that the ledger knows, and tags to find it by."""
-    tags = {*flow_run.get_tags(), TAG, f"recipe:{work.name}", f"base:{work.recipe.base}"}
+def introduce(context: RunContext) -> None:
+    """Name the flow run as in the ledger, and tag it."""
+    tags = {*flow_run.get_tags(), TAG, f"recipe:{context.name}", f"base:{context.recipe.base}"}
     with _if_it_answers(), get_client(sync_client=True) as client:
         client.update_flow_run(
-            UUID(flow_run.get_id()), name=f"{work.name} {work.run_id}", tags=sorted(tags)
+            UUID(flow_run.get_id()), name=f"{context.name} {context.run_id}", tags=sorted(tags)
         )
 
 
 def note(text: str) -> None:
-    """Put what a person is told into the run's log, too."""
+    """Write a line that was printed to the run's log, too."""
     get_run_logger().info(text)
 
 
-def close_killed(work: RunContext, run_ids: Iterable[str]) -> None:
-    """Mark runs as crashed that were killed: Prefect shows them as running for ever."""
-    names = [f"{work.name} {run_id}" for run_id in run_ids]
+def close_killed(context: RunContext, run_ids: Iterable[str]) -> None:
+    """Mark killed runs as crashed; Prefect would show them as running without end."""
+    names = [f"{context.name} {run_id}" for run_id in run_ids]
     if not names:
         return
     running = FlowRunFilter(
@@ -88,19 +88,19 @@ def close_killed(work: RunContext, run_ids: Iterable[str]) -> None:
     )
     with _if_it_answers(), get_client(sync_client=True) as client:
         for killed in client.read_flow_runs(flow_run_filter=running):
-            state = Crashed(message="its process ended without a word")
+            state = Crashed(message="its process was killed")
             client.set_flow_run_state(killed.id, state, force=True)
 
 
 class Progress:
-    """How far a run is, as a bar on its page: in stages, and in what the stage itself counts."""
+    """How far a run is, as a bar on its page: each stage has an equal share of it."""
 
-    def __init__(self, work: RunContext, until: Stage) -> None:
+    def __init__(self, context: RunContext, until: Stage) -> None:
         self._stages = list(Stage)[: list(Stage).index(until) + 1]
         self._at = 0
         self._artifact: UUID | None = None
         with _if_it_answers():
-            key = f"progress-{_slug(work)}"
+            key = f"progress-{_slug(context)}"
             self._artifact = create_progress_artifact(0.0, key=key)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)
 
     def begin(self, stage: Stage) -> None:
@@ -111,13 +111,13 @@ class Progress:
         self._show(done / max(1, total), f"{what}: {done} of {total}")
 
     def end(self) -> None:
-        self._at = len(self._stages)  # a recipe need not publish
+        self._at = len(self._stages)  # not every recipe publishes
         self._show(0.0, "done")
 
     def _show(self, share: float, text: str) -> None:
         if self._artifact is not None:
             percent = 100.0 * (self._at + share) / len(self._stages)
-            # a server that went away is not asked again: Prefect's client tries for a minute
+            # a lost server is not called again: Prefect's client would retry for a minute
             artifact, self._artifact = self._artifact, None
             with _if_it_answers():
                 update_progress_artifact(artifact, percent, description=text)
@@ -125,9 +125,12 @@ class Progress:
 
 
 def show_results(
-    work: RunContext, plan: Plan, summary: Summary, since_last: Sequence[Change]
+    context: RunContext, plan: Plan, summary: Summary, since_last: Sequence[Change]
 ) -> None:
-    """Put verdicts, scores, the card, and links to its parts and itself on the run's page."""
+    """Show verdicts, scores, the card and links on the run's page.
+
+    The links are to base, adapters and publications on the Hub.
+    """
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
     worse = [
@@ -136,28 +139,28 @@ def show_results(
         for one in since_last
         if one.worse
     ]
-    card = (work.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
+    card = (context.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
     sources = [(plan.base.base_model, plan.base.base_revision)]
     sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]
-    if work.recipe.publish is not None:
+    if context.recipe.publish is not None:
         sources += [
             (one.repo_id, one.revision)
-            for one in work.ledger.publications(work.recipe.publish.repo)
+            for one in context.ledger.publications(context.recipe.publish.repo)
             if one.artifact_id == plan.router.id
         ]
-    looked_at = work.ledger.query(LOOKED_AT.format(work.run_id))
+    looked_at = context.ledger.query(LOOKED_AT.format(context.run_id))
     adapters = [dict(zip(looked_at.columns, row, strict=True)) for row in looked_at.rows]
-    slug = _slug(work)
+    slug = _slug(context)
     with _if_it_answers():
         create_table_artifact(
-            adapters, key=f"adapters-{slug}", description=f"{work.name}: adapters looked at"
+            adapters, key=f"adapters-{slug}", description=f"{context.name}: adapters looked at"
         )
-        create_table_artifact(rows, key=f"scores-{slug}", description=f"{work.name}: scores")
+        create_table_artifact(rows, key=f"scores-{slug}", description=f"{context.name}: scores")
         create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
         for repo_id, revision in sources:
             if COMMIT.fullmatch(revision):
                 create_link_artifact(
-                    f"{hub_of(work.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
+                    f"{hub_of(context.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
                     link_text=repo_id,
                 )
 
@@ -168,7 +171,7 @@ def _row(
     systems: Sequence[str],
     before: Mapping[tuple[str, str], Change],
 ) -> dict[str, str | int | float]:
-    """A task's line of the table; with what the last checkpoint scored, where there is one."""
+    """A task's row of the table, with the score of the last checkpoint if there is one."""
     fused = row["fused"]
     cells: dict[str, str | int | float] = {
         "task": task,
@@ -181,6 +184,6 @@ def _row(
     return cells
 
 
-def _slug(work: RunContext) -> str:
-    """The recipe's name in the letters that a key may have."""
-    return re.sub(r"[^a-z0-9]+", "-", work.key.lower()).strip("-")
+def _slug(context: RunContext) -> str:
+    """The recipe's key in the letters that Prefect allows in a key."""
+    return re.sub(r"[^a-z0-9]+", "-", context.key.lower()).strip("-")

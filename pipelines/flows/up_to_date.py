@@ -2,99 +2,116 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
-from pipelines.admission.base_identity import kept
-from pipelines.admission.experts import Ground, Refusal, gather
-from pipelines.planning import plan
+from pipelines.planning.resolve import NoExpertsError, at_hand, resolve
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 
 if TYPE_CHECKING:
+    from meteora.artifacts import BaseSpec
     from pipelines.planning.plan import Plan
     from pipelines.reports.summary import Summary
     from pipelines.workspace.context import RunContext
 
 
-def finished(work: RunContext, until: Stage = Stage.publish) -> Plan | None:
-    """The plan of a recipe whose every result is in the ledger; None if anything is left to do.
+@dataclass(frozen=True)
+class Finished:
+    """A recipe whose every result is in the ledger."""
 
-    What comes after the stage `until` is not asked for.
+    plan: Plan
+    summary: Summary
 
-    Names are resolved, and nothing is downloaded: what is not here yet is left to do. So it is
-    where the network has a passing fault: the flow asks again, and waits in between.
+
+@dataclass(frozen=True)
+class Look:
+    """What is here of a recipe, as far as it could be resolved without a download.
+
+    The run that follows starts from it: it does not hash the base or make the plan again.
+    """
+
+    base: BaseSpec | None
+    """None where the Hub did not answer."""
+    reason: str = ""
+    """Why there is no base."""
+    built: BuiltBase | None = None
+    """None until the base was downloaded and measured."""
+    plan: Plan | None = None
+    """None until every adapter was downloaded; or where a run will refuse one."""
+    finished: Finished | None = None
+    """None if anything is left to do."""
+
+
+def look(context: RunContext, until: Stage = Stage.publish) -> Look:
+    """Resolve a recipe from what is here, and look its results up in the ledger.
+
+    A passing fault of the network is no error: the flow tries again, and waits in between.
+
+    Args:
+        until: Stages after this one count as done.
+
+    Raises:
+        MeteoraError: The recipe cannot be resolved, and another try would not help.
     """
     try:
-        planned = _finished(work)
+        base = sources.resolve_base(context.recipe, context.folder)
     except MeteoraError as error:
-        if getattr(error, "retry", False):
-            return None
-        raise
-    if planned is None or (until is Stage.publish and not published(work, planned)):
-        return None
-    return planned
-
-
-def published(work: RunContext, planned: Plan) -> bool:
-    """Whether the checkpoint, as it is now, lies where the recipe publishes, if it does."""
-    to = work.recipe.publish
-    if to is None:
-        return True
-    texts = texts_sha256(work.checkpoint_folder(planned.router.id))
-    return any(
-        one.artifact_id == planned.router.id
-        and one.texts_sha256 == texts
-        and one.private == to.private
-        for one in work.ledger.publications(to.repo)
-    )
-
-
-def _finished(work: RunContext) -> Plan | None:
-    base = sources.resolve_base(work.recipe, work.folder)
-    known = work.ledger.built(base.id)
-    if known is None or not work.base_folder(base).is_dir():
-        return None
+        _raise_unless_it_may_pass(error)
+        return Look(None, str(error))
+    known = context.ledger.built(base.id)
+    if known is None or not context.base_folder(base).is_dir():
+        return Look(base)
     built = BuiltBase.from_dict(known)
-    recipe = sources.discover(work.recipe)
-    look_up = partial(kept, work.adapters_folder, base)
-    gates = recipe.router.kind == "gate"
-    experts = []
     try:
-        for _, outcome in gather(
-            recipe,
-            work.folder,
-            Ground(base, built.sizes, recipe.policy, look_up, in_layers=gates),
-            work.adapters_folder,
-            resolve=sources.resolve_adapter,
-            fetch=sources.adapter_at_hand,
-        ):
-            if not isinstance(outcome, Refusal):
-                experts.append(outcome)
-            elif not outcome.left_out:
-                return None
-    except sources.NotHereError:
-        return None
-    if not experts:
-        return None
-    planned = plan.make_plan(recipe, work.folder, base, experts)
-    whole = (
-        work.holds(planned.fused.id)
-        and work.holds(planned.router.id)
-        and (summary := summarise(work.ledger, planned, work.base_folder(base))) is not None
-        and _is_written(work, planned, summary)
-    )
-    return planned if whole else None
+        plan = resolve(context, built, at_hand(context, base))
+    except (sources.NotHereError, NoExpertsError):
+        return Look(base, built=built)
+    except MeteoraError as error:
+        _raise_unless_it_may_pass(error)
+        return Look(base, built=built)
+    found = Look(base, built=built, plan=plan)
+    summary = _summary(context, plan)
+    if summary is None or (until is Stage.publish and not _is_published(context, plan)):
+        return found
+    return replace(found, finished=Finished(plan, summary))
 
 
-def _is_written(work: RunContext, planned: Plan, summary: Summary) -> bool:
+def _raise_unless_it_may_pass(error: MeteoraError) -> None:
+    if not getattr(error, "retry", False):
+        raise error
+
+
+def _summary(context: RunContext, plan: Plan) -> Summary | None:
+    """The summary of a plan that is done, with its checkpoint written; None if it is not."""
+    if not (context.holds(plan.fused.id) and context.holds(plan.router.id)):
+        return None
+    summary = summarise(context.ledger, plan, context.base_folder(plan.base))
+    return summary if summary and _is_written(context, plan, summary) else None
+
+
+def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
     """Whether the checkpoint is there, with the leaderboards that the recipe names now."""
-    folder = work.checkpoint_folder(planned.router.id)
+    folder = context.checkpoint_folder(plan.router.id)
     results = folder / EVAL_RESULTS
     there = results.read_text() if results.is_file() else ""
-    asked = write_eval_results(work.recipe.benchmark.tasks, summary)
+    asked = write_eval_results(context.recipe.benchmark.tasks, summary)
     return folder.is_dir() and there == asked
+
+
+def _is_published(context: RunContext, plan: Plan) -> bool:
+    """Whether the checkpoint, as it is now, lies where the recipe publishes, if it does."""
+    to = context.recipe.publish
+    if to is None:
+        return True
+    texts = texts_sha256(context.checkpoint_folder(plan.router.id))
+    return any(
+        one.artifact_id == plan.router.id
+        and one.texts_sha256 == texts
+        and one.private == to.private
+        for one in context.ledger.publications(to.repo)
+    )

@@ -1,6 +1,7 @@
-"""Everything that is known before the work: ids, estimates, what is left to do.
+"""Everything that is known before the work: the plan with all its ids, and estimates.
 
-plan      every spec of a run, and so every id
+resolve   from a recipe to its plan, for a run, a look and `--dry-run`
+plan      the plan: every spec of a run, and so every id
 dry_run   `--dry-run`: what a run would do
 estimate  its memory, disk and time
 """

@@ -1,52 +1,69 @@
-"""What a run would do, for `--dry-run`: names are resolved, nothing is downloaded or written."""
+"""`--dry-run`: what a run would do. Names are resolved; nothing is downloaded or written."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from meteora.adapters import reader
 from meteora.artifacts import COMMIT, BaseSpec
 from meteora.base.loading import Shape, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
-from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources
+from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
 from pipelines.hub import repositories
-from pipelines.hub.errors import HubError, HubOfflineError, UnusableRepositoryError
+from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached_config
 from pipelines.planning.estimate import ASSUMED_RANK, Experts, Rows, assumed_experts, estimate
+from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from pipelines.planning.plan import Plan
+    from meteora.artifacts import BuiltBase
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
 SAMPLE = 64
-"""Rows of a source whose length is looked at."""
+"""Rows of a source whose length is measured."""
 CHARACTERS_PER_TOKEN = 4
-"""Where the tokenizer is not here."""
+"""Assumed where the tokenizer is not here."""
 
 
-def steps(work: RunContext, planned: Plan | None) -> None:
-    """Print what a run would do; `planned` is the plan of a finished one."""
+def print_steps(
+    context: RunContext, base: BaseSpec | None, built: BuiltBase | None, reason: str = ""
+) -> None:
+    """Print what a run would do, with estimates where the base's config is here.
+
+    Args:
+        base: As a look resolved it; None where the Hub did not answer.
+        built: None while the base is not here.
+        reason: Why there is no `base`.
+    """
     out = plain_console()
-    if planned is not None:
-        out.print(f"{work.name}: everything is in the ledger already")
-        return
-    recipe = sources.discover(work.recipe)
-    out.print(f"base       {_base(work)}", soft_wrap=True)
-    found: dict[str, Path] = {}
-    for expert in recipe.experts:
-        out.print(f"expert     {_adapter(work, recipe, expert, found)}", soft_wrap=True)
+    context = replace(context, recipe=sources.discover(context.recipe))
+    recipe = context.recipe
+    text = _describe_base(context, base) if base else f"{recipe.base}, not here: {reason}"
+    out.print(f"base       {text}", soft_wrap=True)
+    steps = replace(
+        at_hand(
+            context, base or BaseSpec(recipe.base, "")
+        ),  # unpinned: nothing is compared with it
+        resolve_adapter=_or_missing(sources.resolve_adapter),
+        fetch_adapter=_or_missing(sources.adapter_at_hand),
+    )
+    found: dict[str, Expert] = {}
+    for section, outcome in read_adapters(context, built, steps):
+        out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
+        if isinstance(outcome, Expert):
+            found[section.name] = outcome
     out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if recipe.router.kind == "gate":
         out.print(
@@ -61,70 +78,62 @@ def steps(work: RunContext, planned: Plan | None) -> None:
     if recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
-    _estimates(out, work, recipe, found)
+    _print_estimates(out, context, found)
 
 
-def _base(work: RunContext) -> str:
-    try:
-        spec = sources.resolve_base(work.recipe, work.folder)
-    except SourceError as error:
-        return f"{work.recipe.base}, not here: {error}"
-    except HubError as error:
-        if not _unanswered(error):
-            raise
-        return f"{work.recipe.base}, not here: {error}"
-    if COMMIT.fullmatch(spec.base_revision) is None:
-        return work.recipe.base
-    if work.base_folder(spec).is_dir():
+def _describe_base(context: RunContext, base: BaseSpec) -> str:
+    if COMMIT.fullmatch(base.base_revision) is None:
+        return context.recipe.base
+    if context.base_folder(base).is_dir():
         state = "here already"
     else:
+        hub = sources.hub_of(context.recipe, base.base_model)
         try:
-            num_bytes = repositories.base_bytes(
-                spec, hub=sources.hub_of(work.recipe, spec.base_model)
-            )
-            state = f"{num_bytes / 1e6:,.1f} MB to download"
+            state = f"{repositories.base_bytes(base, hub=hub) / 1e6:,.1f} MB to download"
         except HubError as error:
-            if not _unanswered(error):
-                raise
+            _raise_if_answered(error)
             state = "to download; the Hub was not reached"
-    return f"{spec.base_model} at {spec.base_revision[:12]}, {state}"
+    return f"{base.base_model} at {base.base_revision[:12]}, {state}"
 
 
-def _unanswered(error: HubError) -> bool:
-    """Whether it only says that nobody could be asked."""
-    return error.retry or isinstance(error, HubOfflineError)
-
-
-def _adapter(
-    work: RunContext, recipe: Recipe, expert: ExpertSection, found: dict[str, Path]
-) -> str:
-    """A line on an expert's adapter; its folder goes into `found` where it is here."""
-    try:
-        ref = sources.resolve_adapter(recipe, expert, work.folder)
-    except SourceError:
-        return f"{expert.name}: {expert.adapter}, not here"
-    except HubError as error:
-        if not _unanswered(error):
-            raise
-        return f"{expert.name}: {expert.adapter}, not here: {error}"
-    local = COMMIT.fullmatch(ref.revision) is None
-    where = "/".join(filter(None, (ref.repo_id, ref.subfolder)))
-    try:
-        found[expert.name] = sources.adapter_at_hand(
-            recipe, expert, ref, work.folder, work.adapters_folder
-        )
+def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missing) -> str:
+    if isinstance(outcome, Missing):
+        state = outcome.reason if outcome.ref else f"not here: {outcome.reason}"
+    elif isinstance(outcome, Refusal):
+        state = f"refused: {outcome.error}"
+    else:
         state = "here already"
-    except (sources.NotHereError, HubOfflineError) as missing:
-        state = str(missing)
-    except (AdapterError, UnusableRepositoryError) as error:
-        state = f"refused: {error}"
-    return (
-        f"{expert.name}: {expert.adapter if local else f'{where} at {ref.revision[:12]}, {state}'}"
-    )
+    ref = outcome.ref
+    if ref and COMMIT.fullmatch(ref.revision):
+        where = "/".join(filter(None, (ref.repo_id, ref.subfolder)))
+        return f"{section.name}: {where} at {ref.revision[:12]}, {state}"
+    if isinstance(outcome, Expert):
+        return f"{section.name}: {section.adapter}"
+    return f"{section.name}: {section.adapter}, {state}"
 
 
-def _estimates(out: Console, work: RunContext, recipe: Recipe, found: Mapping[str, Path]) -> None:
-    known = _shape(work)
+def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step in which what is not to be found now is missing, and no error."""
+
+    def tried(*arguments: object) -> object:
+        try:
+            return step(*arguments)
+        except (SourceError, HubError) as error:
+            _raise_if_answered(error)
+            raise sources.NotHereError(str(error)) from error
+
+    return tried
+
+
+def _raise_if_answered(error: SourceError | HubError) -> None:
+    """Raise an error that is the Hub's answer, and not one that says that it did not answer."""
+    if isinstance(error, HubError) and not (error.retry or isinstance(error, HubOfflineError)):
+        raise error
+
+
+def _print_estimates(out: Console, context: RunContext, found: Mapping[str, Expert]) -> None:
+    recipe = context.recipe
+    known = _shape(context)
     if known is None:
         out.print(
             "\nMemory and time cannot be estimated: the base's config is not here yet."
@@ -137,14 +146,16 @@ def _estimates(out: Console, work: RunContext, recipe: Recipe, found: Mapping[st
     limit = recipe.gates.examples_per_expert
     settings = recipe.benchmark
     examples = {
-        e.name: _rows(e.examples, limit, work, tokenizer) for e in recipe.experts if e.examples
+        e.name: _rows(e.examples, limit, context, tokenizer) for e in recipe.experts if e.examples
     }
     tests = {
-        e.name: _rows(e.test, settings.limit, work, tokenizer) for e in recipe.experts if e.test
+        e.name: _rows(e.test, settings.limit, context, tokenizer) for e in recipe.experts if e.test
     }
     for task in settings.tasks:
         count = task.limit or settings.limit
-        tests[task.called] = _rows(task.rows, count, work, tokenizer) if task.rows else Rows(count)
+        tests[task.called] = (
+            _rows(task.rows, count, context, tokenizer) if task.rows else Rows(count)
+        )
     machine = measure_machine(shape.dtype)
     asked: dict[str, Any] = {"experts": experts, "examples": examples, "tests": tests}
     needs = estimate(recipe, shape, machine=machine, **asked)
@@ -177,15 +188,15 @@ def _estimates(out: Console, work: RunContext, recipe: Recipe, found: Mapping[st
         )
 
 
-def _shape(work: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
+def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
     """The base's shape and tokenizer, as far as they are on this machine."""
-    source = work.recipe.base
+    source = context.recipe.base
     folder: Path | None = None
     if source.startswith(PATH):
-        folder = work.folder / source.removeprefix(PATH)
+        folder = context.folder / source.removeprefix(PATH)
     elif not source.startswith(GGUF):
         repo_id, _, revision = source.partition("@")
-        kept = work.base_folder(BaseSpec(repo_id, revision))
+        kept = context.base_folder(BaseSpec(repo_id, revision))
         config = cached_config(repo_id, revision) if COMMIT.fullmatch(revision) else None
         folder = kept if kept.is_dir() else config and config.parent
     else:
@@ -197,16 +208,15 @@ def _shape(work: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | N
     return shape_of(folder), load_tokenizer(folder) if whole else None
 
 
-def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Path]) -> tuple[Experts, int]:
-    """All experts by their ranks, and how many of them had to be assumed."""
+def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple[Experts, int]:
+    """The ranks of all experts, and how many experts had to be assumed."""
     ranks: dict[str, int] = {}
     num_assumed = 0
     for expert in recipe.experts:
         own: Mapping[str, int]
-        try:
-            read = reader.read(found[expert.name], modules_to_save=recipe.policy.modules_to_save)
-            own = {module.path: module.r for module in read.spec.modules}
-        except (KeyError, AdapterError):
+        if expert.name in found:
+            own = {module.path: module.r for module in found[expert.name].adapter.spec.modules}
+        else:
             own, num_assumed = assumed_experts(shape, 1).ranks, num_assumed + 1
         for path, r in own.items():
             if path in shape.linears:
@@ -215,13 +225,13 @@ def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Path]) -> tuple[E
 
 
 def _rows(
-    source: str, limit: int, work: RunContext, tokenizer: PreTrainedTokenizerBase | None
+    source: str, limit: int, context: RunContext, tokenizer: PreTrainedTokenizerBase | None
 ) -> Rows:
-    """What a source gives; from the Hub nothing is read."""
+    """The rows of a source: their number and length. Nothing is read from the Hub."""
     if source.startswith("hf:"):
         return Rows(limit)
     try:
-        rows = read_rows(source, work.folder, limit)
+        rows = read_rows(source, context.folder, limit)
     except ExamplesError:
         return Rows(limit)
 

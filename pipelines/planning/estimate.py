@@ -1,12 +1,12 @@
 """What each stage of a run will need, before anything is loaded or downloaded.
 
-Memory follows from shapes: of the base (its config), of the experts (the adapters that are here;
-others are taken as rank 8 on every linear layer, as the paper's are), and of the rows.
+Memory follows from shapes: of the base (its config), of the experts (adapters that are not here
+count as rank 8 on every linear layer, as in the paper), and of the rows.
 
-Time is work over speed. Work: two operations a parameter and token for reading, one pass over the
-weights and so many calls a layer for every token that is written. Speed: what `machine` measures
-here and now, at `EFFICIENCY`. Every answer is taken to be as long as it may be and all rows to be
-there, so it errs on the long side. These are estimates, and good to a factor of two or so.
+Time is work divided by speed. Work: for the prompt two operations per parameter and token; for each
+generated token one pass over the weights, and a number of calls per layer. Speed: what `machine`
+measures now, times `EFFICIENCY`. Answers count with their greatest length, and sources of rows as
+full, so times are rather too long. Estimates are good to a factor of two or so.
 """
 
 from __future__ import annotations
@@ -36,54 +36,56 @@ if TYPE_CHECKING:
     from pipelines.workspace.machine import Machine
 
 PROGRAM_BYTES = 600e6
-"""Of Python with the model libraries in it."""
+"""Memory of Python with the model libraries loaded."""
 EFFICIENCY = 0.6
-"""Of the measured rates, what a whole model comes to: it also copies, normalises and attends."""
+"""Share of the measured rates that a whole model reaches: it also copies and normalises."""
 CALLS_A_LAYER = 150
 CALLS_A_ROUTED_MODULE = 12
 ASKING_SECONDS = 0.5
-"""Of the harness, for each task that a system is asked."""
+"""Overhead of lm-eval for each task and system."""
 SWEEPS = 2.5
 """Passes through the model while gates are fitted: one, and the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
-"""As `meteora.fitting.sequences` and `meteora.fitting.layerwise` limit them."""
+"""The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
 PASSES_A_STEP = 3
-"""Through the model where experts are mixed: forwards, and about twice that backwards."""
+"""Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
-"""Over all experts' products, in float32, for one merge: TIES sorts, trims and elects."""
+"""Passes over all experts' products B A in float32 for one merge, such as TIES."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a source gives, and how long they are on the mean."""
+    """How many rows a source gives, and their mean length."""
 
     count: int
     prompt_tokens: float = ASSUMED_PROMPT_TOKENS
     answer_tokens: float = ASSUMED_ANSWER_TOKENS
     choices: float = 0.0
     known: bool = False
-    """Whether they are here and were looked at."""
+    """Whether they are here and were measured."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """One task as it is put to one system."""
+    """One task for one system."""
 
     system: str
     rows: Rows
     new_tokens: int
-    """The most that an answer may have; 0 where nothing is written."""
+    """The greatest length of an answer; 0 if nothing is generated."""
 
 
 @dataclass(frozen=True)
 class Need:
+    """What one stage needs."""
+
     stage: str
     memory_bytes: float
-    """The most at one time, on the device that computes."""
+    """The peak on the device that computes."""
     disk_bytes: float
-    """That are left in the store."""
+    """What the stage leaves in the store."""
     seconds: float
 
 
@@ -93,7 +95,7 @@ class Experts:
 
     count: int
     ranks: Mapping[str, int]
-    """Of all experts, summed up, by module path."""
+    """The sum of all experts' ranks, by module path."""
     itemsize: int = ASSUMED_ITEMSIZE
 
     def num_bytes(self, shape: Shape) -> float:
@@ -101,7 +103,7 @@ class Experts:
 
 
 def assumed_experts(shape: Shape, count: int) -> Experts:
-    """Experts nobody has seen yet: rank 8 on every linear layer but the head."""
+    """Experts that are not here: rank 8 on every linear layer but the head."""
     inside = [path for path in shape.linears if any(part.isdecimal() for part in path.split("."))]
     return Experts(count, dict.fromkeys(inside, count * ASSUMED_RANK))
 
@@ -115,11 +117,11 @@ def estimate(
     examples: Mapping[str, Rows],
     tests: Mapping[str, Rows],
 ) -> list[Need]:
-    """What every stage needs, in their order.
+    """What each stage needs, in order.
 
     Args:
-        examples: what gates are fitted to, by expert
-        tests: rows by task, of experts and further ones
+        examples: the rows that gates are fitted to, by expert
+        tests: the test rows, by task
     """
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
@@ -139,25 +141,25 @@ def estimate(
     ]
     gates = recipe.router.kind == "gate"
     if gates:
-        taught = _taught(recipe, list(examples.values()))
-        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, taught))
+        work = _fitting_work(recipe, list(examples.values()))
+        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, work))
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What gates are made from."""
+class FittingWork:
+    """How much goes through the model to make gates."""
 
     tokens: float
-    """That a sweep goes through."""
+    """Tokens of the sweep."""
     passes: float = 0.0
-    """Tokens of further passes, forwards or backwards, through the model."""
+    """Tokens of further passes, forward or backward."""
     kept: bool = True
-    """Whether statistics are kept of them."""
+    """Whether statistics are kept."""
 
 
-def _taught(recipe: Recipe, examples: Sequence[Rows]) -> Taught:
+def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
     num_sequences = sum(rows.count for rows in examples)
     tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
@@ -165,13 +167,13 @@ def _taught(recipe: Recipe, examples: Sequence[Rows]) -> Taught:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
     if not isinstance(recipe.gates, JointSection):
-        return Taught(tokens)
+        return FittingWork(tokens)
     settings = recipe.gates
     learned = settings.steps * settings.batch_size * settings.accumulate
     each = tokens / max(1, num_sequences)
     swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
     passes = 1 if recipe.router.top_k == 1 else PASSES_A_STEP
-    return Taught(swept, passes * learned * each, kept=False)
+    return FittingWork(swept, passes * learned * each, kept=False)
 
 
 def _gates(
@@ -180,9 +182,9 @@ def _gates(
     machine: Machine,
     loaded: float,
     gate_bytes: float,
-    taught: Taught,
+    work: FittingWork,
 ) -> Need:
-    tokens = taught.tokens
+    tokens = work.tokens
     itemsize = shape.dtype.itemsize
     points: dict[tuple[str, int], None] = {}
     for path in experts.ranks:
@@ -193,13 +195,13 @@ def _gates(
     hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
     batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
     spread = 48 * size * size + 8 * SCATTER_SIZE * widest
-    seconds = _reading(shape, machine, SWEEPS * tokens + taught.passes, routed=True)
+    seconds = _reading(shape, machine, SWEEPS * tokens + work.passes, routed=True)
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         seconds += (2 * 2 * tokens * n * n + 3 * 9 * n**3) / machine.flops_per_second
     kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
-    disk = gate_bytes + (kept if taught.kept else 0)
+    disk = gate_bytes + (kept if work.kept else 0)
     return Need("gates", loaded + hidden + batch + spread, disk, seconds)
 
 
@@ -240,7 +242,7 @@ def _benchmark(
 
 
 def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:
-    """Everything that will be asked, as `measurements` deals it out."""
+    """Every task for every system, as `evaluation.measurements` lists them."""
     settings = recipe.benchmark
     systems = (FUSED, *settings.compare)
     own = {expert.name: expert for expert in recipe.experts if expert.name in tests}
@@ -254,7 +256,7 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
             if system == ONE_EXPERT:
                 continue
             if system == ORACLE and (EXPERTS in systems or name not in own):
-                continue  # one of the experts, or nobody
+                continue  # measured with the experts, or there is none
             for _ in range(num_experts if system == EXPERTS else 1):
                 yield Asking(system, rows, new_tokens)
     for section in settings.composite:
@@ -285,7 +287,7 @@ def _asking_seconds(
 
 
 def _reading(shape: Shape, machine: Machine, tokens: float, *, routed: bool) -> float:
-    """Seconds to take in so many tokens, batch by batch."""
+    """Seconds to read prompts of so many tokens, batch by batch."""
     work = 2 * shape.num_parameters * tokens * (1.2 if routed else 1.0)
     return work / (EFFICIENCY * machine.flops_per_second)
 
@@ -293,7 +295,7 @@ def _reading(shape: Shape, machine: Machine, tokens: float, *, routed: bool) -> 
 def _writing(
     shape: Shape, experts: Experts, machine: Machine, rows: int, tokens: int, *, routed: bool
 ) -> float:
-    """Seconds to write so many tokens, one after the other, for so many rows at once."""
+    """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
     weights = shape.num_bytes / (EFFICIENCY * machine.read_bytes_per_second)
     work = 2 * shape.num_parameters * rows / (EFFICIENCY * machine.flops_per_second)
     calls = CALLS_A_LAYER * shape.num_layers

@@ -1,6 +1,6 @@
-"""What a recipe comes to: every spec, and so every id, before any work is done.
+"""The plan of a run: every spec, and so every id, before any work is done.
 
-Nothing here loads a model or opens a database, which is why a finished run is known in a second.
+Nothing here loads a model or opens a database, so that a finished run is found out in a second.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Plan:
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
     spans: tuple[SpannedRow, ...]
-    """Such whose parts belong to different experts."""
+    """Examples whose parts belong to different experts."""
     tests: Mapping[str, Sequence[Row]]
-    """Rows to ask, by task; composites and the harness's own tasks have none of their own."""
+    """Rows to test on, by task. Composites and tasks of lm-eval have no rows here."""
     tasks: Mapping[str, Task]
-    """All that is asked, by name."""
+    """Every task of the benchmark, by name."""
     fused: FusedSpec
     router: RouterSpec
     others: Mapping[str, RouterSpec]
@@ -70,7 +70,11 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
-    """All specs of a run, from what was resolved and read.
+    """Every spec of a run.
+
+    Args:
+        folder: What the recipe's paths are relative to.
+        experts: In the order of the stack.
 
     Raises:
         ExamplesError: rows are missing or malformed, or a test row is also an example.
@@ -87,7 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     refuse_overlap(examples, tests)
     refuse_overlap(prompt_parts(spans), tests)
 
-    fused = FusedSpec(base.id, tuple(names), tuple(e.adapter.spec.id for e in experts))
+    fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
     router = RouterSpec(
@@ -131,8 +135,14 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     )
 
 
+def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
+    """The spec of a stack of experts on a base."""
+    ids = tuple(expert.adapter.spec.id for expert in experts)
+    return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
+
+
 def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:
-    """What of a recipe's gates section decides what comes out, where the method is `joint`."""
+    """The settings of joint training that decide its result; None for other methods."""
     if not isinstance(section, JointSection):
         return None
     return JointSettings(**section.model_dump(include={f.name for f in fields(JointSettings)}))

@@ -1,4 +1,4 @@
-"""The part of a recipe that says what is measured, and against what."""
+"""The section `benchmark` of a recipe: what is measured, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ System = Literal[
 
 
 class Section(BaseModel):
+    """A section of a recipe: frozen, with no unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class TaskSection(Section):
-    """A further task: rows, or one that lm-eval knows."""
+    """A further task: with rows of its own, or one of lm-eval."""
 
     name: str = ""
     rows: str = ""
     lm_eval: str = ""
     folder: str = ""
-    """Where lm-eval finds the YAML of a task that it does not bring."""
+    """The folder with the YAML of a task that does not come with lm-eval."""
     metric: str | tuple[str, ...] = ""
-    """One or more; tables show the first. Without it exact_match, and acc for lm-eval's own."""
+    """One or more; tables show the first. Default: exact_match; acc for tasks of lm-eval."""
     template: Template | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     leaderboard: Annotated[str, Field(pattern=r"^$|^[\w.-]+/[\w.-]+/[\w.-]+$")] = ""
-    """The Hub's benchmark that this is: owner/dataset/task, as the `eval.yaml` there calls it."""
+    """The Hub's name for this benchmark: owner/dataset/task, as in its `eval.yaml`."""
 
     @property
     def called(self) -> str:
+        """The name in tables and records."""
         return self.name or self.lm_eval
 
     @model_validator(mode="after")
@@ -53,14 +56,14 @@ class TaskSection(Section):
 
 
 class CompositeSection(Section):
-    """Prompts of several tasks at once."""
+    """Prompts that join questions of several tasks."""
 
     n: Annotated[int, Field(ge=2, le=99)]
-    """Questions in a prompt."""
+    """How many questions are in a prompt."""
     tasks: tuple[str, ...] = ()
-    """Whose rows; without it all tasks that have rows."""
+    """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Prompts; without it as many as rows of a task."""
+    """How many prompts. Default: `limit` of the benchmark."""
 
 
 class SpeedSection(Section):
@@ -74,18 +77,18 @@ class SpeedSection(Section):
 
 class BenchmarkSection(Section):
     limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
-    """Rows a task."""
+    """Greatest number of rows of a task."""
     tasks: tuple[TaskSection, ...] = ()
     composite: tuple[CompositeSection, ...] = ()
     """Also written as plain numbers: `composite: [3, 5]`."""
     compare: tuple[System, ...] = ("base", "oracle", "uniform", "arrow")
     template: Template = "auto"
-    """`auto` is the chat template where the tokenizer has one; as the adapters were trained."""
+    """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
-    """An answer is cut there; one to a composite at as many a question."""
+    """Greatest length of an answer; for composites, of the answer to each question."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     seed: int = 0
-    """Deals composites, the random router and what DARE drops."""
+    """Decides the composites, the random router, and what DARE drops."""
     speed: SpeedSection | None = None
 
     @field_validator("composite", mode="before")
@@ -102,13 +105,18 @@ class BenchmarkSection(Section):
             raise ValueError(f"two composites of {twice.pop()} questions; one of a size is enough")
         if "one_expert" in self.compare and not sizes:
             raise ValueError(
-                "`one_expert` answers composites alone, and there are none; add `composite: [3]`,"
+                "`one_expert` answers only composites, and there are none; add `composite: [3]`,"
                 " or compare with `oracle`"
             )
         return self
 
 
 def known_metrics(metric: str | tuple[str, ...]) -> None:
+    """Refuse metrics that do not exist.
+
+    Raises:
+        ValueError: One does not.
+    """
     names = (metric,) if isinstance(metric, str) else metric
     if unknown := [name for name in names if name and name not in get_args(MetricName)]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A recipe from a folder of PEFT adapters, with defaults that a person then changes."""
+"""`meteora import`: a recipe from a folder of PEFT adapters, with defaults to change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImportingError(MeteoraError):
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter that was found, and what is wrong with it."""
+    """An adapter in the folder, and why it is refused, if it is."""
 
     folder: Path
     name: str
@@ -41,7 +41,7 @@ def write_recipe(folder: Path, out: Path, base: str = "") -> Recipe:
 
     Args:
         out: The recipe's file, a new one; paths in it are relative to its folder.
-        base: As a recipe names it; without it what the adapters' configs say.
+        base: As in a recipe. Default: the base that most adapters' configs name.
 
     Raises:
         ImportingError: There are no adapters, no base is named, or the file is there already.
@@ -51,9 +51,9 @@ def write_recipe(folder: Path, out: Path, base: str = "") -> Recipe:
     found = find_adapters(folder)
     usable = [adapter for adapter in found if not adapter.refusal]
     if not usable:
-        told = "; ".join(f"{one.folder}: {one.refusal}" for one in found[:5])
+        refusals = "; ".join(f"{one.folder}: {one.refusal}" for one in found[:5])
         raise ImportingError(
-            f"{folder}: there is no adapter in it that can be an expert ({told or 'no ' + CONFIG})"
+            f"{folder}: no adapter in it can be an expert ({refusals or 'no ' + CONFIG})"
         )
     if not base:
         base = _base_of(usable, folder, out.parent)
@@ -149,7 +149,7 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
 
 
 def _rows(one: Found, names: Sequence[str], folder: Path) -> str:
-    """The first of these files that lies beside an adapter, as a recipe names it; or nothing."""
+    """The first of these files beside an adapter, as a recipe names it; empty if there is none."""
     path = next((one.folder / name for name in names if (one.folder / name).is_file()), None)
     return f"jsonl:{_path(path, folder)}" if path else ""
 
@@ -165,7 +165,7 @@ def _name(text: str, taken: set[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """A YAML string: JSON's, which is one; bare where that reads the same."""
+    """A string in YAML: bare if that is safe, else quoted as JSON, which YAML can read."""
     return (
         value
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
@@ -174,5 +174,5 @@ def _text(value: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Text from strangers for a comment: it ends where the line ends."""
+    """Text from strangers as a YAML comment: on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -1,4 +1,4 @@
-"""Where a recipe publishes what it makes, and on what terms."""
+"""The section `publish` of a recipe: where its model is published, and on what terms."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pipelines.recipe.benchmark import Section
 
 
 class PublishSection(Section):
-    """Where a finished model is published; without it, nowhere."""
+    """Where the finished model is published. Without this section it is not."""
 
     repo: str
-    """`owner/name` on the Hub; it is made where there is none."""
+    """`owner/name` on the Hub; created if missing."""
     private: bool = True
     tag: str = ""
-    """Of the publication; named by its content without it."""
+    """A tag for the commit. Default: a hash of the content."""
     allow_licences: tuple[str, ...] = ()
-    """Licences of adapters that are not to be in the way; `none` for those that state none."""
+    """Licences that would stop the publication, and are allowed; `none`: adapters without one."""
 
     @field_validator("repo")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run is asked to do, as a person writes it in YAML."""
+"""The recipe: what a person asks for, read from YAML and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
-"""Recipes that come with the program. Those in this very folder need a user's adapters and rows."""
+"""Recipes that come with the program. Those directly in this folder need adapters and rows."""
 
 
 class RecipeError(MeteoraError):
@@ -26,8 +26,10 @@ class RecipeError(MeteoraError):
 
 
 class ExpertSection(Section):
+    """One expert: its adapter, its examples, its tests."""
+
     name: str
-    """Unique; stored, shown, used in `--expert`."""
+    """Unique; shown in tables, and used in `--expert`."""
     adapter: str
     """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
     subfolder: str = ""
@@ -36,9 +38,9 @@ class ExpertSection(Section):
     test: str | None = None
     """Held-out rows; a benchmark task of this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
-    """How answers to them are judged; one or more, tables show the first."""
+    """How answers are scored: one metric or more; tables show the first."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """An answer to them is cut there; without it where the benchmark says."""
+    """Greatest length of an answer. Default: as in `benchmark`."""
 
     @field_validator("metric")
     @classmethod
@@ -55,44 +57,48 @@ class DiscoverSection(Section):
     """Adapters that are not named but found on the Hub, most downloaded first."""
 
     base: str = ""
-    """The `owner/name` that they say they were trained on; without it the recipe's own base."""
+    """The `owner/name` of the base that they name. Default: the recipe's base."""
     tags: tuple[str, ...] = ()
-    """Tags of the Hub that each has to have."""
+    """Tags that each must have on the Hub."""
     limit: Annotated[int, Field(ge=1, le=256)] = 20
 
 
 class HubSection(Section):
-    """Which Hub is asked, and on what terms."""
+    """Which Hub is used, and who gets the saved token."""
 
     endpoint: str = ""
-    """Another than `HF_ENDPOINT` says, or huggingface.co."""
+    """The URL of the Hub. Default: `HF_ENDPOINT`, or huggingface.co."""
     allow_http: bool = False
-    """Take an endpoint of plain http that is not this machine's own."""
+    """Allow plain http for an endpoint on another machine."""
     token_for: tuple[str, ...] = ()
-    """Owners, or `owner/name`, to whom the saved token is sent: they learn who is asking."""
+    """Owners, or `owner/name`, for whose repositories the saved token is sent."""
 
 
 class RouterSection(Section):
+    """How tokens are routed to experts."""
+
     kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
-    """Of `top_k` experts, only those take part whose logit is this close to the best."""
+    """Drop experts among the `top_k` whose logit is further than this below the best."""
     opening: Literal["prompt", "own"] = "prompt"
-    """Who decides for the tokens that open every prompt: the prompt as a whole, or each token."""
+    """Who routes the first tokens of the chat template: the prompt as a whole, or each token."""
     null: bool = False
-    """Whether the base without any expert is one of the choices."""
+    """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token"] = "point"
-    """How far one gate decides."""
+    """For what one gate decides: a module, modules with one input, a layer, or the whole model."""
     without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
-    """What becomes of an expert without examples: its place among gates is found from its weights,
-    as this router would, or the recipe is refused."""
+    """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
+    as this router does."""
 
 
 class PolicySection(Section):
+    """What to do with adapters that are not sound."""
+
     modules_to_save: Literal["refuse", "strip"] = "refuse"
     unreachable_base: Literal["warn", "refuse"] = "warn"
-    """What to do where the base that an adapter names is another, and cannot be looked at."""
+    """What to do if an adapter names a different base that cannot be compared with ours."""
     on_refused: Literal["fail", "skip"] = "fail"
 
 
@@ -111,7 +117,7 @@ Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
 class DeadlinesSection(Section):
-    """When a stage is stopped, in seconds; a stage that hangs does not hold a schedule for ever.
+    """After how many seconds a stage is stopped, so that no stage blocks a schedule.
 
     Requests to the Hub have limits of their own.
     """
@@ -124,6 +130,8 @@ class DeadlinesSection(Section):
 
 
 class Recipe(Section):
+    """Everything that a person can ask of a run."""
+
     base: str
     """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
@@ -152,7 +160,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _names_are_told_apart(self) -> Self:
+    def _names_are_unique(self) -> Self:
         names = [expert.name for expert in self.experts]
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
@@ -225,7 +233,11 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check a recipe; every fault is named with its place in the file."""
+        """Read and check a recipe.
+
+        Raises:
+            RecipeError: It is not readable, or faulty; each fault is named with its place.
+        """
         if not path.is_file():
             raise RecipeError(
                 f"{path}: there is no such recipe file; shipped: {', '.join(shipped())}"
@@ -245,7 +257,7 @@ class Recipe(Section):
 
 
 def _tuples(value: object) -> object:
-    """Lists as tuples, which strict frozen sections ask for."""
+    """Lists as tuples, which strict frozen sections need."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
@@ -256,7 +268,7 @@ def _explain(error: ValidationError) -> str:
     for fault in error.errors():
         steps = [str(step) for step in fault["loc"]]
         if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
-            del steps[1]  # pydantic's name for the kind of section, which is not in the file
+            del steps[1]  # pydantic's name for the kind of section; it is not in the file
         place = ".".join(steps) or "recipe"
         if fault["type"] == "extra_forbidden":
             parts.append(f"unknown key {place}")

@@ -42,7 +42,7 @@ from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
-from pipelines.admission.candidate import Door
+from pipelines.admission.candidate import Admission
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import Manifest
     from meteora.fitting.add_expert import Growth
-    from pipelines.admission.candidate import Newcomer
+    from pipelines.admission.candidate import Candidate
     from store.ledger import Ledger
 
 EXAMPLES = 64
@@ -89,7 +89,7 @@ class Changed:
 def add(
     ledger: Ledger,
     folder: Path,
-    asked: Newcomer,
+    candidate: Candidate,
     examples: str,
     *,
     base_folder: Path | None = None,
@@ -98,7 +98,7 @@ def add(
 
     Args:
         folder: the checkpoint; it stays as it is
-        asked: the new expert; it is judged as the adapters of a recipe are, and so recorded
+        candidate: the new expert; it is judged as the adapters of a recipe are, and so recorded
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
 
@@ -117,12 +117,12 @@ def add(
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
     model, tokenizer = load_base(manifest, base_folder, "auto")
     check_base(manifest, model, tokenizer, folder)
-    door = Door(ledger, new_run_id(), folder, manifest)
-    expert = door.read(asked, model, tokenizer)
+    admission = Admission(ledger, new_run_id(), folder, manifest)
+    expert = admission.read(candidate, model, tokenizer)
     with _changing(ledger, manifest) as scratch:
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
-        door.hear(asked, expert, model, tokenizer)
+        admission.admit(candidate, expert, model, tokenizer)
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
         sequences += label_lists(rows, place, tokenizer, sizes=composites, seed=0)
@@ -140,7 +140,7 @@ def add(
         tensors.write_gates(scratch / GATES, gates_of(model))
         write_statistics(scratch / STATISTICS, found.statistics)
         changed = Changed(
-            door.run_id,
+            admission.run_id,
             scratch,
             larger,
             _router(manifest, larger, rows_sha256(rows), composites),

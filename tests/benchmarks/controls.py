@@ -37,7 +37,7 @@ from pipelines.data.rows import Row, refuse_overlap
 from pipelines.evaluation.evaluate import evaluate_task
 from pipelines.evaluation.measurements import FUSED
 from pipelines.evaluation.tasks import Task, make_tasks
-from pipelines.flows.up_to_date import finished
+from pipelines.flows.up_to_date import look
 from pipelines.scoring import intervals
 from pipelines.scoring.compare import values_of
 from pipelines.scoring.outputs import write_outputs
@@ -179,8 +179,9 @@ def ask(
 def fused_values(work: RunContext) -> dict[str, list[float]]:
     """What the fused model's answers were worth, row by row, where the recipe was run."""
     values: dict[str, list[float]] = {}
-    if (planned := finished(work)) is None:
+    if (found := look(work).finished) is None:
         return values
+    planned = found.plan
     for one in planned.measurements:
         if one.system == FUSED and one.spec.metric == planned.tasks[one.spec.task].metrics[0]:
             score = work.ledger.score_of(one.spec.id)

@@ -24,7 +24,7 @@ from meteora.base.chat_template import Template, encode_pair
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.model.fused import expert_names
 from meteora.routing.hooks import recorded_logits
-from pipelines.admission.candidate import Newcomer
+from pipelines.admission.candidate import Candidate
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
 from pipelines.data.row_sources import read_rows
 from pipelines.stages import edit
@@ -53,7 +53,7 @@ def main() -> None:
     names = read_manifest(asked.checkpoint).names
     source = f"jsonl:{asked.run.absolute()}/tasks/{{}}/{{}}.jsonl"
     tests = {name: read_rows(source.format(name, "test"), Path(), 24) for name in names}
-    adapter = Newcomer(asked.name, str(asked.run / "adapters" / asked.name))
+    adapter = Candidate(asked.name, str(asked.run / "adapters" / asked.name))
     told(asked.checkpoint, asked.base, tests, asked.name, "all together")
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "home")

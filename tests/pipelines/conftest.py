@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import BuiltBase
-    from pipelines.admission.experts import Expert
     from pipelines.planning.plan import Plan
     from tests.conftest import World
 
@@ -62,7 +61,7 @@ class Here:
 
 
 def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dict[str, float]:
-    """Run a recipe as `meteora run` does, on the server that `prefect_server` started.
+    """Run a recipe as a deployment does, on the server that `prefect_server` started.
 
     Args:
         apart: With its stages in a process of their own.
@@ -72,35 +71,40 @@ def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dic
     with pytest.MonkeyPatch.context() as patch:
         if not apart:
             patch.setattr(flow, "Child", Here)
-        return flow.fuse_adapters(str(work.path), str(work.home), Stage(until))
+        return flow.fuse_adapters(str(work.path), str(work.home), Stage(until)).seconds
 
 
-def found_experts(work: RunContext) -> tuple[BuiltBase, list[Expert]]:
-    """The base, and every adapter of the recipe that is sound, in this process."""
-    from meteora.adapters.update_norm import check_proportion
-    from pipelines.admission import sources, verdicts
+def finished(work: RunContext) -> Plan | None:
+    """The plan of a recipe with every result in the ledger; None if anything is left to do."""
+    from pipelines.flows.up_to_date import look
+
+    found = look(work).finished
+    return found.plan if found else None
+
+
+def print_steps(work: RunContext) -> None:
+    """What `--dry-run` prints of a recipe that is not finished."""
+    from pipelines.cli.run import print_steps
+    from pipelines.flows.up_to_date import look
+
+    print_steps(work, replace(look(work), finished=None))
+
+
+def base_of(work: RunContext) -> BuiltBase:
+    """The base of the recipe, built in this process."""
+    from pipelines.admission import sources
     from pipelines.stages import build
 
-    built = build.build_base(work, sources.resolve_base(work.recipe, work.folder))
-    found = verdicts.find_experts(
-        work,
-        built,
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
-    return built, found
+    return build.build_base(work, sources.resolve_base(work.recipe, work.folder))
 
 
-def plan_of(work: RunContext) -> tuple[Plan, BuiltBase]:
+def plan_of(work: RunContext, memory_limit_bytes: int = 1 << 30) -> tuple[Plan, BuiltBase]:
     """What a run is to do, and the base, without a scheduler."""
-    from pipelines.admission import sources, verdicts
-    from pipelines.planning import plan
+    from meteora.adapters.update_norm import check_proportion
+    from pipelines.planning.resolve import recording, resolve
 
-    built, found = found_experts(work)
-    verdicts.check(work, built, found, 1 << 30)
-    base = sources.resolve_base(work.recipe, work.folder)
-    return plan.make_plan(work.recipe, work.folder, base, found), built
+    built = base_of(work)
+    return resolve(work, built, recording(work, built, check_proportion, memory_limit_bytes)), built
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,10 @@ import pytest
 from prefect import flow
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
-from meteora.adapters.update_norm import check_proportion
-from pipelines.admission import sources, verdicts
 from pipelines.flows import flow as flows
 from pipelines.hub.errors import HubError
-from pipelines.stages.build import build_base as make_base
 from tests.pipelines.admission.test_discover import adapter_repo
+from tests.pipelines.conftest import plan_of
 from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
 
 if TYPE_CHECKING:
@@ -60,14 +58,8 @@ def profile_of(folder: Path) -> Repo:
 
 def codes(work: RunContext) -> dict[str, str]:
     """The warnings about its one adapter."""
-    base = sources.resolve_base(work.recipe, work.folder)
-    (expert,) = verdicts.find_experts(
-        work,
-        make_base(work, base),
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
+    planned, _ = plan_of(work)
+    (expert,) = planned.experts
     said = {reason.code: reason.message for reason in expert.adapter.reasons}
     del said["large_update"]  # its weights are random
     return said

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines.admission.check import judge
+from pipelines.admission.check import inspect
 from tests.meteora.adapters.adapter_maker import pair, write_adapter
 from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
@@ -78,7 +78,7 @@ def test_a_repository_is_judged_and_its_facts_are_told(server: HubServer, tmp_pa
 
 @pytest.mark.usefixtures("server")
 def test_a_folder_of_a_repository_is_judged_by_a_recipe_s_policy(tmp_path: Path) -> None:
-    whole = judge("org/nested", tmp_path / "cache")
+    whole = inspect("org/nested", tmp_path / "cache")
     assert "say which of its folders is meant with subfolder: inner" in whole.reasons[0].message
     command = ("check", "org/nested", "--subfolder", "inner")
     said = meteora(*command, home=tmp_path / "home")
@@ -130,7 +130,7 @@ def test_what_a_hub_does_wrong_is_a_verdict_too(
 ) -> None:
     kind, fault, code, words = FAULTS[name]
     server.faults[kind] = fault
-    verdict = judge("org/adapter", tmp_path)
+    verdict = inspect("org/adapter", tmp_path)
     assert verdict.verdict == "refuse"
     assert [reason.code for reason in verdict.reasons] == [code]
     assert words in verdict.reasons[0].message
@@ -149,7 +149,7 @@ def test_the_saved_token_goes_to_whom_it_is_meant_for(
 
 
 def verdict_of(where: str, cache: Path, **more: Any) -> Verdict:
-    return judge(where, cache / "cache", **more)
+    return inspect(where, cache / "cache", **more)
 
 
 def test_a_config_alone_is_judged_by_its_claims_and_that_is_said(tmp_path: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_config_alone_is_judged_by_its_claims_and_that_is_said(tmp_path: Path)
 
 def test_what_can_be_no_path_and_no_repository_gets_a_verdict(tmp_path: Path) -> None:
     for where in ("a" * 300, "path:nowhere", "x/y/z", "", "https://example.org/a/b"):
-        verdict = judge(where, tmp_path)
+        verdict = inspect(where, tmp_path)
         assert verdict.verdict == "refuse", where
 
 
 @pytest.mark.usefixtures("server")
 def test_a_home_that_cannot_be_written_is_a_verdict_too(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    verdict = judge("org/adapter", tmp_path / "file")
+    verdict = inspect("org/adapter", tmp_path / "file")
     assert [reason.code for reason in verdict.reasons] == ["disk"]
     assert "give another --home" in verdict.reasons[0].message

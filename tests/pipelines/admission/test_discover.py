@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from pipelines.admission import sources
-from pipelines.admission import verdicts as judge
-from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubError
-from pipelines.planning import dry_run
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.reports import queries
-from pipelines.stages.build import build_base
-from tests.pipelines.conftest import letters, run
+from tests.pipelines.conftest import base_of, finished, letters, plan_of, print_steps, run
 from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
 
 if TYPE_CHECKING:
@@ -122,7 +117,7 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     ]  # fmt: skip
 
     assert not any("d/dora" in p and ".safetensors" in p for _, p, _ in server.requests)
-    dry_run.steps(work, None)
+    print_steps(work)
     assert "d--dora: d/dora at aaaaaaaaaaaa, refused: " in capsys.readouterr().out
 
     downloaded = server.count("get")
@@ -139,15 +134,8 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
 
 
 def find_experts(work: RunContext) -> list[str]:
-    base = sources.resolve_base(work.recipe, work.folder)
-    experts = judge.find_experts(
-        work,
-        build_base(work, base),
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
-    return [expert.name for expert in experts]
+    planned, _ = plan_of(work)
+    return [expert.name for expert in planned.experts]
 
 
 def expanded(work: RunContext) -> RunContext:
@@ -202,16 +190,16 @@ def test_a_dry_run_resolves_and_downloads_nothing(
     for name in ("b/attention", "d/dora", "zz/copy"):
         del server.repos[name]
     work = found()
-    build_base(work, sources.resolve_base(work.recipe, work.folder))
+    base_of(work)
     assert finished(work) is None
-    dry_run.steps(work, None)
+    print_steps(work)
     assert not server.count("get")
     assert not work.adapters_folder.exists()
     said = capsys.readouterr().out
     assert f"z--letters: z/letters at {COMMIT[:12]}, 0.0 MB to download" in said
     assert "c--pickled: c/pickled at aaaaaaaaaaaa, refused: " in said
     find_experts(expanded(work))
-    dry_run.steps(work, None)
+    print_steps(work)
     assert f"z--letters: z/letters at {COMMIT[:12]}, here already" in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.admission import silent_experts
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
-from tests.pipelines.conftest import found_experts, plan_of
+from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,8 +83,8 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
         work = workplace(
             experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
         )
-        _, found = found_experts(work)
-        assert [expert.name for expert in found] == taken
+        planned, _ = plan_of(work)
+        assert [expert.name for expert in planned.experts] == taken
         if kind == "gate":
             work.ledger.ingest()
             (refused,) = work.ledger.query(
@@ -110,8 +110,8 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work = workplace(
         experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
     )
-    _, found = found_experts(work)
-    assert [expert.name for expert in found] == ["q_and_v"]
+    planned, _ = plan_of(work)
+    assert [expert.name for expert in planned.experts] == ["q_and_v"]
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)

@@ -11,8 +11,7 @@ from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.labels import label_rows, label_spans
 from pipelines.data.rows import ExamplesError
 from pipelines.data.spans import read_spans
-from pipelines.flows.up_to_date import finished
-from tests.pipelines.conftest import letters, run
+from tests.pipelines.conftest import finished, letters, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

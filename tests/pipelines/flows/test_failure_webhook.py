@@ -56,8 +56,8 @@ def test_whoever_asked_is_told_once_of_a_run_that_failed(
     from pipelines.flows import failure_webhook  # noqa: PLC0415
 
     with listening() as (url, calls):
-        failure_webhook.tell(url)
-        failure_webhook.tell(url)  # again: one address, told once
+        failure_webhook.call_on_failure(url)
+        failure_webhook.call_on_failure(url)  # again: one address, told once
         with pytest.raises(MeteoraError, match="nowhere"):
             run(workplace(base="path:nowhere"))
         told = calls.get(timeout=300)
@@ -122,7 +122,7 @@ def test_a_run_that_fell_silent_is_closed_and_told_of_and_one_that_works_is_left
 
     monkeypatch.setattr(failure_webhook, "SILENCE", timedelta(seconds=45))
     with listening() as (url, calls):
-        failure_webhook.tell(url)
+        failure_webhook.call_on_failure(url)
         alive = start(recipe_folder, tmp_path / "alive", "600")
         killed = start(recipe_folder, tmp_path / "killed", "killed")
         assert killed.wait(timeout=300) == -signal.SIGKILL
@@ -157,7 +157,7 @@ def test_a_run_that_was_asleep_so_long_goes_on_and_ends_as_it_ends(
     ledger = Ledger(tmp_path / "home")
     monkeypatch.setattr(failure_webhook, "SILENCE", timedelta(seconds=45))
     with listening() as (url, calls):
-        failure_webhook.tell(url)
+        failure_webhook.call_on_failure(url)
         sleeper = start(recipe_folder, tmp_path / "home", "5")
         wait_until(lambda: bool(ledger.unended_runs()), seconds=300)
         sleeper.send_signal(signal.SIGSTOP)

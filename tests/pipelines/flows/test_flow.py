@@ -20,11 +20,10 @@ from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
-from pipelines.flows.up_to_date import finished
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import Child, StageError
 from store.errors import BusyError
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 
 if TYPE_CHECKING:
@@ -176,13 +175,13 @@ def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
 
 
 STEPS = (
-    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "check", "stack", "fit_gates",
-    "measure", "write_checkpoint",
+    "resolve_base", "build_base", "resolve_adapter", "fetch_adapter", "require_stackable", "stack",
+    "fit_gates", "measure", "write_checkpoint",
 )  # fmt: skip
 
 KILLED = """
 import os, signal, sys
-from pipelines import flows
+from pipelines.flows import flow as flows
 
 recipe, home, victim = sys.argv[1:]
 step = getattr(flows, victim, None)

@@ -24,8 +24,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.states import Cancelling
 
-from pipelines.flows.up_to_date import finished
 from pipelines.workspace.context import RunContext
+from tests.pipelines.conftest import finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
-from meteora.adapters.update_norm import check_proportion
-from pipelines.admission import sources, verdicts
+from pipelines.admission import sources
 from pipelines.hub.errors import HubOfflineError
 from pipelines.stages.build import build_base
 from tests.pipelines.admission.test_discover import adapter_repo
+from tests.pipelines.conftest import plan_of
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from pipelines.admission.experts import Expert
     from pipelines.workspace.context import RunContext
@@ -40,18 +40,9 @@ def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer
         yield server
 
 
-def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> list[Expert]:
-    base = sources.resolve_base(work.recipe, work.folder)
-    built = build_base(work, base)
-    experts = verdicts.find_experts(
-        work,
-        built,
-        resolve=sources.resolve_adapter,
-        fetch=sources.fetch_adapter,
-        proportion=check_proportion,
-    )
-    verdicts.check(work, built, experts, memory_limit_bytes)
-    return experts
+def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Sequence[Expert]:
+    planned, _ = plan_of(work, memory_limit_bytes)
+    return planned.experts
 
 
 def asking(workplace: Callable[..., RunContext], server: HubServer, at: str = "") -> RunContext:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubError
 from pipelines.workspace import console
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_server import Fault, running_hub
 
 if TYPE_CHECKING:

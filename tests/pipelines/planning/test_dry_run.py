@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines.flows.up_to_date import finished
 from pipelines.planning import dry_run
 from pipelines.planning.estimate import Experts, Rows, estimate
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
+from tests.pipelines.conftest import finished, print_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     keep_config(offline, name)
     work = RunContext.open(name, tmp_path / "home")
     assert finished(work) is None
-    dry_run.steps(work, None)
+    print_steps(work)
     said = capsys.readouterr().out
     assert not (tmp_path / "home").exists()
     small = name.startswith("llama3")
@@ -104,7 +104,7 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
     offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not offline.exists()
-    dry_run.steps(RunContext.open("llama3-8b", tmp_path / "home"), None)
+    print_steps(RunContext.open("llama3-8b", tmp_path / "home"))
     said = capsys.readouterr().out
     assert (
         "meta-llama/Meta-Llama-3-8B at 8cde5ca83804, to download; the Hub was not reached" in said
@@ -115,7 +115,7 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
 def test_what_is_here_is_looked_at(
     recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run.steps(RunContext.open(str(recipe_folder / "recipe.yaml"), tmp_path / "home"), None)
+    print_steps(RunContext.open(str(recipe_folder / "recipe.yaml"), tmp_path / "home"))
     said = capsys.readouterr().out
     assert "Estimated, to a factor of two or so, for this machine (" in said
     assert "not here" not in said

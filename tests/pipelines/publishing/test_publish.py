@@ -31,14 +31,13 @@ from meteora.checkpoint.manifest import (
     RouterEntry,
     read_manifest,
 )
-from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, Published, publish
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
 from store.ledger import Ledger
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault
 from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub

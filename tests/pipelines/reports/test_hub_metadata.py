@@ -8,11 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from pipelines.flows.up_to_date import finished
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.reports.summary import summarise
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,9 +29,8 @@ from meteora.checkpoint.tensors import read_experts, read_gates
 from meteora.routing.hooks import recorded_routes
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import candidate
-from pipelines.admission.candidate import Newcomer
+from pipelines.admission.candidate import Candidate
 from pipelines.cli import app
-from pipelines.flows.up_to_date import finished
 from pipelines.hub.errors import HubFilesError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
@@ -40,7 +39,7 @@ from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
 from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import letters, run
+from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     before = [*work.ledger.home.joinpath("checkpoints").iterdir()]
 
     def join(name: str, adapter: object, **more: Any) -> Path:
-        asked = Newcomer(name, str(adapter), **more)
+        asked = Candidate(name, str(adapter), **more)
         return edit.add(
             work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base"
         )
@@ -226,7 +225,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
     assert sorted(path for path in work.home.rglob("*") if path.is_file()) == before
 
     monkeypatch.setattr(candidate, "memory_bytes", lambda: needs)
-    asked = Newcomer("third", str(adapter))
+    asked = Candidate("third", str(adapter))
     out = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
     assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
 
@@ -248,7 +247,7 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         shutil.copytree(folder, copy)
         gates = body["gates"] if composites is None else body["gates"] | {"composites": composites}
         (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
-        asked = Newcomer("third", str(world.adapters["all_seven"]))
+        asked = Candidate("third", str(world.adapters["all_seven"]))
         rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
         out = edit.add(work.ledger, copy, asked, rows, base_folder=recipe_folder / "base")
         manifest = read_manifest(out)

@@ -19,11 +19,10 @@ from meteora.artifacts import BuiltBase, FusedCheckpoint, short
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
-from pipelines.flows.up_to_date import finished
 from pipelines.reports.summary import summarise
 from pipelines.stages import build
 from store.ledger import Ledger
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import wait_until
 
 if TYPE_CHECKING:

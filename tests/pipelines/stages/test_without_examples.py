@@ -10,7 +10,7 @@ import yaml
 import meteora
 from meteora.checkpoint.manifest import CARD, read_manifest
 from pipelines.cli import score_table
-from pipelines.flows.up_to_date import finished
+from pipelines.flows.up_to_date import look
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
@@ -41,12 +41,13 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
         benchmark={"limit": 1, "compare": [], "max_new_tokens": 1},
     )
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    finished = look(work).finished
+    assert finished is not None
+    planned = finished.plan
     assert planned.router.stand_ins == ("attention",)
     folder = work.checkpoint_folder(planned.router.id)
     assert "No examples were given for attention" in (folder / CARD).read_text()
-    score_table.summary(work, planned, {})
+    score_table.print_scores(work, finished, {})
     assert "No examples were given for attention" in capsys.readouterr().out
     assert read_manifest(folder).router.stand_in == "arrow"
     meteora.load(folder, base_folder=recipe_folder / "base")

@@ -1,0 +1,136 @@
+"""From a recipe to its plan: adapters are found, fetched and judged, and every spec follows.
+
+A run, the look whether anything is left to do, and `--dry-run` share this code. They differ in
+their `Steps`: a run downloads and records, the others take what is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+from pipelines.admission import sources, verdicts
+from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
+from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
+from pipelines.planning.plan import make_plan, stack_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from meteora.artifacts import BaseSpec, BuiltBase
+    from pipelines.admission.base_identity import LookUp
+    from pipelines.admission.experts import Expert, Fetch, Resolve
+    from pipelines.admission.verdicts import Proportion
+    from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import ExpertSection, Recipe
+    from pipelines.workspace.context import RunContext
+
+
+class NoExpertsError(MeteoraError):
+    """Not one adapter can be used."""
+
+
+def _leave_to_the_run(section: ExpertSection, refusal: Refusal) -> None:
+    if not refusal.left_out:
+        raise sources.NotHereError(f"{section.name} is refused, which a run records")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How each step from a recipe to its plan is done.
+
+    The defaults are those of a look: nothing is downloaded, printed or recorded, and
+    `sources.NotHereError` is raised where a run would have to download or refuse an adapter.
+    """
+
+    look_up: LookUp
+    discover: Callable[[Recipe], Recipe] = sources.discover
+    resolve_adapter: Resolve = sources.resolve_adapter
+    fetch_adapter: Fetch = sources.adapter_at_hand
+    accept: Callable[[Expert], Expert] = lambda expert: expert
+    """Called with each accepted expert; may add warnings."""
+    refuse: Callable[[ExpertSection, Refusal], None] = _leave_to_the_run
+    """Called with each refusal; raises if the run cannot go on without that expert."""
+    check_stack: Callable[[Sequence[Expert]], None] = lambda _experts: None
+    """Called with all accepted experts; raises if they cannot lie in one stack."""
+
+
+def at_hand(context: RunContext, base: BaseSpec) -> Steps:
+    """The steps of a look."""
+    return Steps(partial(saved_verdict, context.adapters_folder, base))
+
+
+def recording(
+    context: RunContext, built: BuiltBase, proportion: Proportion, memory_limit_bytes: int
+) -> Steps:
+    """The steps of a run: adapters are downloaded, verdicts printed and recorded.
+
+    Args:
+        proportion: `update_norm.check_proportion`, or a call of it in the worker process.
+        memory_limit_bytes: What a stack may take.
+    """
+    cache, ours = context.adapters_folder, context.base_folder(built.spec)
+    return Steps(
+        look_up_on_hub(cache, built.spec, ours, partial(sources.hub_of, context.recipe)),
+        fetch_adapter=sources.fetch_adapter,
+        accept=partial(verdicts.accept, context, built.norms, proportion),
+        refuse=partial(verdicts.refuse, context),
+        check_stack=partial(verdicts.require_stackable, context, built, memory_limit_bytes),
+    )
+
+
+def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | None = None) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        made: The plan of the same recipe that a look made a moment before. It is used again if the
+            experts are the same.
+
+    Raises:
+        AdapterError: An adapter is refused, and the recipe does not leave refused ones out.
+        NoExpertsError: Not one adapter can be used.
+        NotHereError: With `at_hand`: an adapter is not here, or is refused.
+        HubError: A fault of the Hub itself.
+        ExamplesError: Rows are missing or malformed, or a test row is also an example.
+    """
+    context = replace(context, recipe=steps.discover(context.recipe))
+    experts, num_refused = [], 0
+    for section, outcome in read_adapters(context, built, steps):
+        if isinstance(outcome, Missing):
+            raise sources.NotHereError(outcome.reason)
+        if isinstance(outcome, Refusal):
+            num_refused += 1
+            steps.refuse(section, outcome)
+        else:
+            experts.append(steps.accept(outcome))
+    if not experts:
+        raise NoExpertsError(
+            f"of {num_refused} adapters none can be used, so there is nothing to stack"
+            if num_refused
+            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
+        )
+    steps.check_stack(experts)
+    if made is not None and made.fused == stack_of(built.spec, experts):
+        return replace(made, experts=tuple(experts))
+    return make_plan(context.recipe, context.folder, built.spec, experts)
+
+
+def read_adapters(
+    context: RunContext, built: BuiltBase | None, steps: Steps
+) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
+    """Every adapter of the recipe: accepted, refused, or not here.
+
+    Args:
+        context: Its recipe has what `discover` found among its experts.
+        built: None while the base is not here: adapters are then compared with no base.
+    """
+    requirements = Requirements(
+        base=built.spec if built else None,
+        sizes=built.sizes if built else {},
+        policy=context.recipe.policy,
+        look_up=steps.look_up,
+        in_layers=context.recipe.router.kind == "gate",
+    )
+    return read_experts(context, requirements, steps.resolve_adapter, steps.fetch_adapter)

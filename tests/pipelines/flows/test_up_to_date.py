@@ -1,0 +1,78 @@
+"""A look at what is left to do, and the run that starts from it: nothing is resolved twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines.admission import sources
+from pipelines.flows import flow, up_to_date
+from pipelines.planning import resolve
+from store.ledger import Ledger
+from tests.pipelines.cli.command_line import meteora
+from tests.pipelines.conftest import Here, base_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workspace.context import RunContext
+
+ONCE = {"resolve_base": 1, "make_plan": 1}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often names of a run are resolved, and its plan and summary are made."""
+    count: Counter[str] = Counter()
+
+    def watch(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    watch(sources, "resolve_base")
+    watch(flow, "resolve_base")
+    watch(resolve, "make_plan")
+    watch(up_to_date, "summarise")
+    watch(flow, "summarise")
+    monkeypatch.setattr(flow, "Child", Here)
+    return count
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_one_command_resolves_the_base_and_makes_the_plan_once(
+    recipe_folder: Path, tmp_path: Path, calls: Counter[str]
+) -> None:
+    """In a fresh run, in one that goes on, and where nothing is left to do."""
+    command = ("run", recipe_folder / "recipe.yaml")
+    for until in ("stack", "publish", "publish"):
+        said = meteora(*command, "--until", until, home=tmp_path / "home")
+        assert said.returncode == 0, said.stderr
+        assert calls.pop("summarise", 0) == (until == "publish")
+        assert calls == ONCE
+        calls.clear()
+    assert "nothing to do" in said.stderr
+    assert "scores, and their 95 % intervals" in said.stdout
+    assert Ledger(tmp_path / "home").query("SELECT outcome FROM runs").rows == [("ok",)] * 2
+
+
+def test_a_plan_of_other_adapters_is_not_taken_over(
+    workplace: Callable[..., RunContext],
+) -> None:
+    work = workplace()
+    built = base_of(work)
+    steps = resolve.at_hand(work, built.spec)
+    plan = resolve.resolve(work, built, steps)
+    assert resolve.resolve(work, built, steps, plan).tests is plan.tests
+    fewer = replace(
+        work, recipe=work.recipe.model_copy(update={"experts": work.recipe.experts[:1]})
+    )
+    assert resolve.resolve(fewer, built, steps, plan).fused.names == ("q_and_v",)

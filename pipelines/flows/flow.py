@@ -32,7 +32,7 @@ from pipelines.planning import plan
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
-from pipelines.stages.worker_client import Child
+from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import heard, say
 from pipelines.workspace.context import RunContext
 from store.errors import BusyError
@@ -77,7 +77,7 @@ class Run:
     """A run that goes on: where it works, who computes for it, and how it is followed."""
 
     work: RunContext
-    child: Child
+    child: StageProcess
     progress: run_page.Progress
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each stage took, in the order in which they ran."""
@@ -180,7 +180,7 @@ def _finished(work: RunContext, until: Stage) -> bool:
 def _recorded(work: RunContext, until: Stage) -> dict[str, float]:
     """The run itself, between the records of its beginning and of its end."""
     progress = run_page.Progress(work, until)
-    with Child(work, on_progress=progress.advance, on_said=run_page.note) as child:
+    with StageProcess(work, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(work, child, progress)
         work.ledger.record_run(_started(run))
         began = time.perf_counter()

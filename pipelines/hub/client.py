@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,11 +18,17 @@ from pipelines.hub.errors import (
     InsecureEndpointError,
     hub_error,
 )
+from pipelines.workspace.processes import (
+    ChildDiedError,
+    ChildError,
+    ChildProcess,
+    ChildTimeoutError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = "pipelines.hub.worker"
 PUBLIC = "https://huggingface.co"
 
 
@@ -75,14 +76,20 @@ class Hub:
             raise HubOfflineError(f"{what} is not here yet, and HF_HUB_OFFLINE forbids to get it")
         named = {"repo_id": repo_id} if repo_id else {}
         request = {"operation": operation, "endpoint": url, "token": self.token or False}
-        answer = _run(json.dumps(request | named | arguments), url, self.timeout_seconds)
-        if answer is None:
+        try:
+            with ChildProcess(WORKER, quiet=True, environment=_environment(url)) as worker:
+                return worker.call(
+                    request | named | arguments, deadline_seconds=self.timeout_seconds
+                )
+        except ChildTimeoutError:
             raise HubTimeoutError(
                 f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"
-            )
-        if "error" in answer:
-            raise self._without_token(hub_error(what, answer["error"], url))
-        return answer["value"]
+            ) from None
+        except ChildError as error:
+            raise self._without_token(hub_error(what, error.args[0], url)) from None
+        except ChildDiedError as error:
+            text = f"{what}: {url} was asked in another process, and {error}"
+            raise self._without_token(HubProtocolError(text)) from None
 
     def _without_token(self, error: HubError) -> HubError:
         if self.token:
@@ -120,47 +127,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _run(request: str, endpoint: str, timeout_seconds: float) -> dict[str, Any] | None:
-    """The worker's answer, or None if it was killed at the deadline."""
-    worker = subprocess.Popen(  # noqa: S603  (this Python, our own file)
-        # -P: the folder of the file, ours, is not to shadow other modules' names
-        [sys.executable, "-P", str(WORKER)],
-        env=os.environ | _environment(endpoint),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    killed = threading.Event()
-
-    def kill() -> None:
-        killed.set()
-        worker.kill()
-
-    deadline = threading.Timer(timeout_seconds, kill)
-    deadline.start()
-    try:
-        with worker:
-            assert worker.stdin is not None  # noqa: S101  (it is a pipe)
-            assert worker.stdout is not None  # noqa: S101
-            worker.stdin.write(request + "\n")
-            worker.stdin.flush()  # and left open: the worker ends when it closes
-            text = worker.stdout.read()
-    except BrokenPipeError:
-        text = ""
-    finally:
-        deadline.cancel()
-        worker.kill()
-    if killed.is_set():
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise HubProtocolError(
-            f"the process that asked {endpoint} ended with {worker.returncode} and no answer"
-        ) from None
 
 
 def _environment(endpoint: str) -> dict[str, str]:

@@ -1,23 +1,17 @@
-"""One request to the Hub, in a process of its own, so that it can be killed.
+"""The process that makes one request to the Hub, so that the request can be killed.
 
-The client waits 386 s for a server that accepts and never answers, longer for one that drips bytes,
-and as long as a `Retry-After` says; no argument bounds all of these, and a thread cannot be killed.
-The request is a line of JSON on standard input and the answer one on standard output. The process
-ends when its input closes, so it never outlives the one that asked.
+`huggingface_hub` waits 386 s for a server that accepts and never answers, longer for one that drips
+bytes, and as long as a `Retry-After` says; no argument bounds all of these.
 
-Run as a file; it imports nothing of ours.
+Imports nothing of ours but `processes`, since a process starts for every request.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import json
-import os
 import resource
 import socket
-import sys
-import threading
 from typing import Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
@@ -39,6 +33,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from pipelines.workspace.processes import parent
 
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
@@ -199,20 +195,15 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def main() -> None:
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    client = parent()
+    _, request = client.receive()
     api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
     operation = OPERATIONS[request.pop("operation")]
     try:
-        answer = {"value": operation(api, **request)}
+        kind, value = "answer", operation(api, **request)
     except Exception as error:  # it goes to the parent, which raises its own
-        answer = {"error": describe(error)}
-    json.dump(answer, sys.stdout)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
+        kind, value = "error", describe(error)
+    client.send(kind, value)
 
 
 if __name__ == "__main__":

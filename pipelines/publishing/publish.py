@@ -8,13 +8,8 @@ What the Hub holds already is not sent again: new gates over the same experts ar
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +27,12 @@ from pipelines.publishing.signing import SIGNATURE
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.console import say
+from pipelines.workspace.processes import (
+    ChildDiedError,
+    ChildError,
+    ChildProcess,
+    ChildTimeoutError,
+)
 from store.files import partial_file
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
+RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
 """For the download and two loadings of a model."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -205,10 +207,11 @@ def _check_reload(
             "cache_dir": str(cache),
             "base_folder": None if base_folder is None else str(base_folder),
         }
-        found = _ask_worker(request, to.hub)
         what = f"{to.repo_id} at {commit}"
-        if "error" in found:
-            raise PublicationError(f"{what} was uploaded and cannot be loaded: {found['error']}")
+        try:
+            found = _reload(request, to.hub)
+        except (ChildError, ChildDiedError, ChildTimeoutError) as error:
+            raise PublicationError(f"{what} was uploaded and cannot be loaded: {error}") from None
         for path in Path(found["folder"]).iterdir():
             if path.name in parcel.files and file_sha256(path) != parcel.files[path.name].sha256:
                 raise PublicationError(f"{what}: {path.name} came back with other bytes")
@@ -220,35 +223,13 @@ def _check_reload(
         )
 
 
-def _ask_worker(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+def _reload(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+    """What `reload_worker.compare` returns, in a process that starts with nothing loaded."""
     environment = {
-        **os.environ,
         "HF_ENDPOINT": hub.url(),
         "HF_TOKEN": hub.token or "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    theirs, ours = os.pipe()
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.publishing.reload_worker"],
-        env=environment,
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(theirs)
-    with worker, os.fdopen(ours, "wb", buffering=0) as asking:
-        try:
-            with suppress(BrokenPipeError):  # it says itself why it is gone
-                asking.write(json.dumps(request).encode() + b"\n")
-            # and left open: the worker ends when it closes
-            answer, complaint = worker.communicate(timeout=RELOAD_SECONDS)
-            return json.loads(answer.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            return {"error": f"it took longer than {RELOAD_SECONDS:g} s"}
-        except (IndexError, ValueError):
-            last = complaint.strip().splitlines()[-1:] or ["no word"]
-            return {"error": f"its process ended with {worker.returncode}: {last[0]}"}
-        finally:
-            worker.kill()
+    with ChildProcess(RELOAD_WORKER, quiet=True, environment=environment) as worker:
+        return worker.call(request, deadline_seconds=RELOAD_SECONDS)

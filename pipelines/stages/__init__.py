@@ -6,5 +6,5 @@ edit             one expert more or less in a checkpoint
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes
 worker           the process in which stages compute
-worker_client    the run's side of that process
+worker_client    that process, as the run sees it
 """

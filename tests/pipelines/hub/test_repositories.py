@@ -487,14 +487,16 @@ def in_a_process(*lines: str) -> subprocess.Popen[bytes]:
     setup = (
         "from pathlib import Path",
         "from meteora.artifacts import AdapterRef",
-        "from pipelines import hub",
+        "from pipelines.hub import adapter, client",
     )
     return subprocess.Popen([sys.executable, "-c", "\n".join(setup + lines)], cwd=ROOT)
 
 
 def test_two_processes_at_once_download_once(server: HubServer, tmp_path: Path) -> None:
     server.seconds_per_body = 0.3
-    call = f"hub.download({REF!r}, Path({str(tmp_path)!r}), hub=hub.Hub({server.endpoint!r}))"
+    call = (
+        f"adapter.download({REF!r}, Path({str(tmp_path)!r}), hub=client.Hub({server.endpoint!r}))"
+    )
     both = [in_a_process(call) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert server.count("get") == 3  # one for each file

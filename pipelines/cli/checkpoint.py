@@ -158,7 +158,7 @@ def attest(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """What an artifact was made of, as an in-toto statement with SLSA provenance."""
-    from pipelines.publishing.attest import attest as statement_on
+    from pipelines.publishing.in_toto import attest as statement_on
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())

@@ -44,7 +44,7 @@ from pipelines.data.labels import background_sequences, label, label_composites,
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
-from pipelines.publishing import lineage
+from pipelines.publishing import in_toto
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
@@ -275,7 +275,7 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         MANIFEST: manifest.to_json(),
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, summary, work.name),
-        LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
+        LINEAGE: in_toto.write_lineage(manifest, parts, work.recipe_sha256),
     }
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results

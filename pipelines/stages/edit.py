@@ -46,7 +46,7 @@ from pipelines.admission.candidate import Door
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
-from pipelines.publishing import lineage
+from pipelines.publishing import in_toto
 from pipelines.recipe.gates import Composites
 from pipelines.reports import card
 from pipelines.stages.open_model import entry_of
@@ -261,7 +261,7 @@ def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
         MANIFEST: manifest.to_json(),
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, None, " + ".join(manifest.names)),
-        LINEAGE: lineage.write_lineage(manifest, files, ""),
+        LINEAGE: in_toto.write_lineage(manifest, files, ""),
     }
     for name, text in texts.items():
         (changed.folder / name).write_text(text)

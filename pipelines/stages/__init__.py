@@ -2,6 +2,7 @@
 
 build            base, stack, gates, checkpoint
 measure          the benchmark
+checkpoint       the texts of a checkpoint's folder
 edit             one expert more or less in a checkpoint
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes

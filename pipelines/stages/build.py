@@ -24,16 +24,7 @@ from meteora.base import loading
 from meteora.base.chat_template import Template
 from meteora.base.sources import GGUF, find_gguf, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import (
-    CARD,
-    CONFIG,
-    CONFIG_TEXT,
-    EXPERTS,
-    GATES,
-    LINEAGE,
-    MANIFEST,
-    STATISTICS,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
 from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
 from meteora.fitting.statistics import write_statistics
@@ -44,11 +35,10 @@ from pipelines.data.labels import background_sequences, label, label_composites,
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
-from pipelines.publishing import in_toto
-from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
+from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import computing_device, describe, opened
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
@@ -271,12 +261,7 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256
-    texts = {
-        MANIFEST: manifest.to_json(),
-        CONFIG: CONFIG_TEXT,
-        CARD: card.write_card(manifest, summary, work.name),
-        LINEAGE: in_toto.write_lineage(manifest, parts, work.recipe_sha256),
-    }
+    texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results
     with work.scratch() as scratch:
@@ -284,8 +269,14 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         made.mkdir()
         for name, sha256 in parts.items():
             work.ledger.blobs.give(sha256, made / name)
-        for name, text in texts.items():
-            (made / name).parent.mkdir(exist_ok=True)
-            (made / name).write_text(text)
+        write_texts(
+            made,
+            manifest,
+            parts,
+            work.name,
+            summary=summary,
+            recipe_sha256=work.recipe_sha256,
+            more=texts,
+        )
         put_in_place(made, folder)
     return folder

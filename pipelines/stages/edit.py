@@ -27,12 +27,8 @@ from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
-    CARD,
-    CONFIG,
-    CONFIG_TEXT,
     EXPERTS,
     GATES,
-    LINEAGE,
     MANIFEST,
     STATISTICS,
     read_manifest,
@@ -46,9 +42,8 @@ from pipelines.admission.candidate import Door
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
-from pipelines.publishing import in_toto
 from pipelines.recipe.gates import Composites
-from pipelines.reports import card
+from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import entry_of
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
@@ -257,14 +252,7 @@ def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
     manifest = replace(changed.manifest, gates=made, fused_id=router.fused_id, router_id=router.id)
     names = (EXPERTS, GATES, STATISTICS)
     files = {name: file_sha256(changed.folder / name) for name in names}
-    texts = {
-        MANIFEST: manifest.to_json(),
-        CONFIG: CONFIG_TEXT,
-        CARD: card.write_card(manifest, None, " + ".join(manifest.names)),
-        LINEAGE: in_toto.write_lineage(manifest, files, ""),
-    }
-    for name, text in texts.items():
-        (changed.folder / name).write_text(text)
+    write_texts(changed.folder, manifest, files, " + ".join(manifest.names))
     if ledger.built(ArtifactId(before.router_id)) is not None:
         _record(ledger, manifest, changed, files)
     else:

@@ -33,7 +33,7 @@ from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
-from pipelines.workspace.console import heard, say
+from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext
 from store.errors import BusyError
 from store.events import RunEnded, RunStarted
@@ -150,7 +150,7 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
     """
     work = RunContext.open(recipe, Path(home).expanduser().absolute())
     with ExitStack() as held:
-        held.enter_context(heard(run_page.note))
+        held.enter_context(CONSOLE.listening(run_page.note))
         try:
             killed = held.enter_context(work.ledger.running(work.key))
         except BusyError as error:

@@ -18,7 +18,7 @@ from pipelines.publishing import publish
 from pipelines.stages import build, measure
 from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
-from pipelines.workspace import console
+from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import memory_bytes
 from pipelines.workspace.processes import parent
@@ -82,8 +82,10 @@ def main() -> None:
     run = parent(pickled=True)
     _, (home, recipe, path, run_id) = run.receive()
     work = RunContext(Ledger(home), recipe, path, run_id)
-    console.tell(_seldom(lambda *done: run.send("progress", done)))
-    with console.heard(lambda text: run.send("message", (text,))):
+    with CONSOLE.listening(
+        on_message=lambda text: run.send("message", (text,)),
+        on_progress=_seldom(lambda *step: run.send("progress", step)),
+    ):
         _serve(work, run)
 
 

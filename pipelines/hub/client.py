@@ -1,4 +1,4 @@
-"""Ask the Hub one thing: where, with which token, and for how long at most."""
+"""One request to the Hub: the endpoint, the token, the deadline."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ PUBLIC = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Hub:
-    """Which Hub to ask, and on what terms.
+    """A Hub, and how to ask it.
 
-    A token goes to whoever answers and names who is asking, so none is sent unless it is given
-    here; the one that `hf auth login` saved is not used by itself.
+    A token tells the server who asks, so only a token that is given here is sent. The one that
+    `hf auth login` saved is not used by itself.
     """
 
     endpoint: str = ""
     """Empty: `HF_ENDPOINT`, else huggingface.co."""
     token: str | None = field(default=None, repr=False)
     allow_http: bool = False
-    """Take an endpoint of plain http that is not this machine's own."""
+    """Whether an endpoint may speak plain http and not be on this machine."""
     timeout_seconds: float = 120.0
-    """For each request, and more for a download by its size; then its process is killed."""
+    """For each request; a download gets more, by its size. Then the worker is killed."""
 
     def url(self) -> str:
-        """The endpoint, if it is one that can be trusted to be who it says.
+        """The endpoint, without a slash at the end.
 
         Raises:
             InsecureEndpointError: It speaks plain http over a network.
@@ -66,7 +66,12 @@ class Hub:
         )
 
     def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
-        """Let the worker do one operation; `what` begins the sentence if it fails.
+        """Run one operation of the worker.
+
+        Args:
+            operation: A name of `worker.OPERATIONS`.
+            what: What is asked for; an error message begins with it.
+            arguments: Of the operation.
 
         Raises:
             HubError: One of its subclasses, with `retry` true where waiting can help.
@@ -98,13 +103,13 @@ class Hub:
 
 
 DEFAULT = Hub()
-"""Without a token."""
+"""The Hub of the environment, without a token."""
 
 
 def hub_for(
     repo_id: str, token_for: Collection[str] = (), *, endpoint: str = "", allow_http: bool = False
 ) -> Hub:
-    """The Hub to ask for a repository; the saved token goes along only to whom it is meant for.
+    """The Hub for a repository, with the saved token if the repository is one of `token_for`.
 
     Args:
         token_for: Owners, or `owner/name`.
@@ -114,11 +119,12 @@ def hub_for(
 
 
 def saved_token() -> str | None:
-    """The token that `hf auth login` saved or `HF_TOKEN` holds, for who wants to send it."""
+    """The token that `hf auth login` saved, or `HF_TOKEN`."""
     return get_token()
 
 
 def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to use the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 

@@ -1,9 +1,9 @@
-"""Publish a checkpoint: check that it may be, put it on the Hub, load it from there, record it.
+"""Publish a checkpoint: check licences, upload, load it from the Hub, compare, record.
 
-    licences ─▶ card for its place ─▶ one commit on a staging branch ─▶ downloaded and loaded anew,
-    same logits ─▶ main ─▶ tag ─▶ record
+    licences ─▶ card with the repository's name ─▶ one commit on a staging branch ─▶ downloaded and
+    loaded, same logits ─▶ main ─▶ tag ─▶ record
 
-What the Hub holds already is not sent again: new gates over the same experts are a small upload.
+Files that the Hub has already are not sent again: new gates for old experts are a small upload.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication
 from meteora.base.sources import file_sha256, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
 from pipelines.admission.sources import hub_of
-from pipelines.hub.bundle import pack
+from pipelines.hub.bundle import make_bundle
 from pipelines.hub.client import Hub, saved_token
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
@@ -38,7 +38,7 @@ from store.files import partial_file
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.hub.bundle import Parcel
+    from pipelines.hub.bundle import Bundle
     from pipelines.planning.plan import Plan
     from pipelines.recipe.publish import PublishSection
     from pipelines.workspace.context import RunContext
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
-"""For the download and two loadings of a model."""
+"""For the download, and for loading the model twice."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -56,30 +56,32 @@ class PublicationError(MeteoraError):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint is to be published, and on what terms."""
+    """Where a checkpoint is published, and how."""
 
     repo_id: str
     hub: Hub
-    """With a token that may write there."""
+    """With a token that may write to the repository."""
     private: bool = True
     tag: str = ""
-    """Of this publication; named by its content without it."""
+    """The tag of this publication; when empty, one is made from its hash."""
     onto: str = ""
-    """The commit that main is at, where somebody else put it there."""
+    """The commit of main that may be replaced, where another machine made it."""
     allow_licences: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Published:
+    """What was published."""
+
     repo_id: str
     revision: str
     tag: str
     recorded: bool
-    """Whether the ledger knows the model, and so its publication."""
+    """Whether the ledger has the router, and so the publication."""
 
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
-    """Publish what a recipe made, where it says; the last stage of a run."""
+    """Publish what a recipe made, to the repository that it names; the last stage of a run."""
     section = work.recipe.publish
     if section is None:
         raise PublicationError(f"{work.name} has no `publish:` section; say where to")
@@ -94,7 +96,7 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
 
 
 def destination(work: RunContext, section: PublishSection) -> Destination:
-    """Where a recipe publishes; whoever asks to write sends the saved token."""
+    """Where a recipe publishes. The saved token is sent, since it is needed to write."""
     hub = replace(hub_of(work.recipe, section.repo), token=saved_token())
     return Destination(
         section.repo,
@@ -114,19 +116,19 @@ def publish(
     base_folder: Path | None = None,
     pauses: Sequence[float] | None = None,
 ) -> Published:
-    """Put a checkpoint on the Hub, see that it is the same model there, and record it.
+    """Upload a checkpoint, check that the Hub has the same model, and record the publication.
 
     Args:
-        folder: The checkpoint; it stays as it is.
-        base_folder: Where its base lies; without it the checkpoint's own reference is followed.
-        pauses: Seconds before each further try of what may pass.
+        folder: The checkpoint; it is not changed.
+        base_folder: The base; without it, the base that the manifest names.
+        pauses: Seconds before each new attempt after a transient error.
 
     Raises:
         LicenceError: An adapter's licence forbids it.
-        HubConflictError: The repository holds something else, or moved meanwhile.
-        PublicationError: What would be published names a secret or a folder of this machine; or
-            what was published does not give the same logits. Nobody is shown it.
-        HubError: The Hub does not answer, or says no.
+        HubConflictError: The repository holds something else, or main has moved.
+        PublicationError: A file names a secret or a folder of this machine; or the model on the Hub
+            gives other logits, and then main does not show it.
+        HubError: The Hub does not answer, or refuses.
     """
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
@@ -136,17 +138,17 @@ def publish(
     known = {publication.revision for publication in earlier}
     repository = Repository(to.repo_id, to.hub, **({} if pauses is None else {"pauses": pauses}))
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
-        parcel = _parcel(folder, to.repo_id, Path(scratch))
-        _refuse_secrets(parcel, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
-        tag = to.tag or f"meteora-{parcel.digest[:12]}"
+        bundle = _bundle(folder, to.repo_id, Path(scratch))
+        _refuse_secrets(bundle, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
+        tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
         def check(commit: str) -> None:
-            if commit not in known:  # what is known was checked before it was recorded
-                say(f"loading {to.repo_id} at {commit[:12]} anew")
-                _check_reload(ledger.home, folder, parcel, to, commit, base_folder)
+            if commit not in known:  # a recorded commit was checked before
+                say(f"loading {to.repo_id} at {commit[:12]} from the Hub")
+                _check_reload(ledger.home, folder, bundle, to, commit, base_folder)
 
         revision = repository.publish(
-            parcel, private=to.private, tag=tag, check=check, onto=to.onto, known=known
+            bundle, private=to.private, tag=tag, check=check, onto=to.onto, known=known
         )
     router_id = ArtifactId(manifest.router_id)
     recorded = bool(router_id) and ledger.weights_of(router_id) is not None
@@ -156,10 +158,10 @@ def publish(
     return Published(to.repo_id, revision, tag, recorded)
 
 
-def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
-    """The checkpoint's files, with a card that says under which name it is loaded.
+def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
+    """The checkpoint's files, with the repository's name in the card.
 
-    A signature goes along, and then the card, too, stays as it was signed.
+    A signature is published, too; then the card stays as it was signed.
     """
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = (folder / SIGNATURE).is_file()
@@ -170,25 +172,25 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
             (scratch / name).write_text(text, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
-    return pack(scratch, names, MANIFEST)
+    return make_bundle(scratch, names, MANIFEST)
 
 
-def _refuse_secrets(parcel: Parcel, secrets: Sequence[str]) -> None:
-    for name in parcel.files:
+def _refuse_secrets(bundle: Bundle, secrets: Sequence[str]) -> None:
+    for name in bundle.files:
         if name.endswith(".safetensors"):
             continue
-        text = (parcel.folder / name).read_text(encoding="utf-8")
+        text = (bundle.folder / name).read_text(encoding="utf-8")
         if SECRET.search(text) or any(secret and secret in text for secret in secrets):
             raise PublicationError(
                 f"{name} holds a token or the path of a folder on this machine, which everybody"
-                " would see; take it out of the recipe, run again and publish then"
+                " would see; take it out of the recipe, run again, and then publish"
             )
 
 
 def _check_reload(
     home: Path,
     folder: Path,
-    parcel: Parcel,
+    bundle: Bundle,
     to: Destination,
     commit: str,
     base_folder: Path | None,
@@ -196,7 +198,7 @@ def _check_reload(
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
     Args:
-        home: Where the cache lies for the time, so that the store removes what a kill leaves.
+        home: The cache lies in it, so that the store removes what a killed process leaves.
     """
     with partial_file(home) as cache:
         cache.mkdir()
@@ -213,7 +215,7 @@ def _check_reload(
         except (ChildError, ChildDiedError, ChildTimeoutError) as error:
             raise PublicationError(f"{what} was uploaded and cannot be loaded: {error}") from None
         for path in Path(found["folder"]).iterdir():
-            if path.name in parcel.files and file_sha256(path) != parcel.files[path.name].sha256:
+            if path.name in bundle.files and file_sha256(path) != bundle.files[path.name].sha256:
                 raise PublicationError(f"{what}: {path.name} came back with other bytes")
     if found["difference"] != 0:
         raise PublicationError(

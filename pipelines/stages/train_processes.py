@@ -41,7 +41,7 @@ HOST = "localhost"
 
 
 def num_processes(recipe: Recipe) -> int:
-    """How many processes train the gates: what the recipe says, else one a GPU."""
+    """How many processes train the gates: as the recipe says, else one a GPU."""
     gates = recipe.gates
     if recipe.router.kind != "gate" or not isinstance(gates, JointSection):
         return 1
@@ -57,7 +57,10 @@ def train(
     scratch: Path,
     progress: Callable[[int, int], None],
 ) -> joint.Training:
-    """Go on from the state that a stopped run left; it is removed once the gates are recorded."""
+    """Train, from the state that a stopped run left if there is one.
+
+    The state is removed once the gates are recorded.
+    """
     settings, asked = router.joint, work.recipe.gates
     if settings is None or not isinstance(asked, JointSection):
         raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")

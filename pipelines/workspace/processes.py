@@ -220,7 +220,7 @@ def parent(*, pickled: bool = False) -> Channel:
     """The child's end of its channel. From now on this process ends when its parent does.
 
     Args:
-        pickled: As `ChildProcess` was told.
+        pickled: The same as for `ChildProcess`.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return Channel(Connection(int(sys.argv[1])), pickled=pickled)

@@ -83,18 +83,18 @@ class Hub:
         request = {"operation": operation, "endpoint": url, "token": self.token or False}
         try:
             with ChildProcess(WORKER, quiet=True, environment=_environment(url)) as worker:
-                return worker.call(
+                return worker.ask(
                     request | named | arguments, deadline_seconds=self.timeout_seconds
                 )
         except ChildTimeoutError:
             raise HubTimeoutError(
                 f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"
             ) from None
-        except ChildError as error:
-            raise self._without_token(hub_error(what, error.args[0], url)) from None
         except ChildDiedError as error:
             text = f"{what}: {url} was asked in another process, and {error}"
             raise self._without_token(HubProtocolError(text)) from None
+        except ChildError as error:
+            raise self._without_token(hub_error(what, error.args[0], url)) from None
 
     def _without_token(self, error: HubError) -> HubError:
         if self.token:

@@ -27,12 +27,7 @@ from pipelines.publishing.signing import SIGNATURE
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.console import say
-from pipelines.workspace.processes import (
-    ChildDiedError,
-    ChildError,
-    ChildProcess,
-    ChildTimeoutError,
-)
+from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
@@ -212,7 +207,7 @@ def _check_reload(
         what = f"{to.repo_id} at {commit}"
         try:
             found = _reload(request, to.hub)
-        except (ChildError, ChildDiedError, ChildTimeoutError) as error:
+        except ChildError as error:
             raise PublicationError(f"{what} was uploaded and cannot be loaded: {error}") from None
         for path in Path(found["folder"]).iterdir():
             if path.name in bundle.files and file_sha256(path) != bundle.files[path.name].sha256:
@@ -234,4 +229,4 @@ def _reload(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     with ChildProcess(RELOAD_WORKER, quiet=True, environment=environment) as worker:
-        return worker.call(request, deadline_seconds=RELOAD_SECONDS)
+        return worker.ask(request, deadline_seconds=RELOAD_SECONDS)

@@ -270,14 +270,6 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         made.mkdir()
         for name, sha256 in parts.items():
             work.ledger.blobs.give(sha256, made / name)
-        write_texts(
-            made,
-            manifest,
-            parts,
-            work.name,
-            summary=summary,
-            recipe_sha256=work.recipe_sha256,
-            more=texts,
-        )
+        write_texts(made, manifest, parts, work.name, summary, work.recipe_sha256, texts)
         put_in_place(made, folder)
     return folder

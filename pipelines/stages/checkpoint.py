@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST
@@ -21,10 +22,9 @@ def write_texts(
     manifest: Manifest,
     tensors: Mapping[str, str],
     title: str,
-    *,
     summary: Summary | None = None,
     recipe_sha256: str = "",
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write manifest, config, card and lineage into a folder that has the tensors.
 
@@ -40,7 +40,7 @@ def write_texts(
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, summary, title),
         LINEAGE: write_lineage(manifest, tensors, recipe_sha256),
-        **(more or {}),
+        **more,
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -26,13 +26,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
-from meteora.checkpoint.manifest import (
-    EXPERTS,
-    GATES,
-    MANIFEST,
-    STATISTICS,
-    read_manifest,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from meteora.checkpoint.resolve import load_base
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics

@@ -6,7 +6,7 @@ and returns artifacts and plans, never a tensor: large results lie in the store.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, ChildTimeoutError
@@ -21,7 +21,7 @@ class StageError(MeteoraError):
     """A stage ran past its deadline, or its process died."""
 
 
-class StageProcess:
+class StageProcess(ChildProcess):
     """A process that waits for stages to run.
 
     Args:
@@ -38,19 +38,8 @@ class StageProcess:
         on_message: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._listeners = {"progress": on_progress, "message": on_message}
-        self._child = ChildProcess("pipelines.stages.worker", pickled=True)
-        self._child.send((work.home, work.recipe, work.path, work.run_id))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        """The number of the process."""
-        return self._child.pid
+        super().__init__("pipelines.stages.worker", pickled=True)
+        self.send((work.home, work.recipe, work.path, work.run_id))
 
     def call(self, stage: str, *arguments: object, deadline_seconds: float) -> Any:  # noqa: ANN401
         """Run a stage, and return what it returns.
@@ -60,7 +49,7 @@ class StageProcess:
             Exception: Whatever the stage itself raised.
         """
         try:
-            return self._child.call(
+            return self.ask(
                 (stage, arguments), deadline_seconds=deadline_seconds, listeners=self._listeners
             )
         except ChildDiedError as error:
@@ -70,7 +59,3 @@ class StageProcess:
                 f"{stage}: {error}; raise the deadline in the recipe (`deadlines:`), or ask for"
                 " less; what was finished is kept"
             ) from None
-
-    def close(self) -> None:
-        """End the process and all that it started. What it has not recorded is lost, no more."""
-        self._child.close()

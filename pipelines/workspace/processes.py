@@ -37,11 +37,11 @@ class ChildError(Exception):
     """The child answers with an error; `args[0]` is the error as the child describes it."""
 
 
-class ChildDiedError(Exception):
+class ChildDiedError(ChildError):
     """The child ended without an answer; the message says how."""
 
 
-class ChildTimeoutError(Exception):
+class ChildTimeoutError(ChildError):
     """The child did not answer before its deadline, and was killed."""
 
 
@@ -53,23 +53,21 @@ class Channel:
 
     def __init__(self, connection: Connection, *, pickled: bool) -> None:
         self.connection = connection
-        self._load, self._dump = (pickle.loads, pickle.dumps) if pickled else (json.loads, _to_json)
+        self._pickled = pickled
         self._turn = threading.Lock()
 
     def send(self, kind: str, value: object) -> None:
         """Send a message; OSError if the other end is closed."""
-        data = self._dump((kind, value))
+        message = (kind, value)
+        data = pickle.dumps(message) if self._pickled else json.dumps(message).encode()
         with self._turn:
             self.connection.send_bytes(data)
 
     def receive(self) -> tuple[str, Any]:
         """Wait for a message; EOFError or OSError if the other end is closed."""
-        kind, value = self._load(self.connection.recv_bytes())
+        data = self.connection.recv_bytes()
+        kind, value = pickle.loads(data) if self._pickled else json.loads(data)  # noqa: S301
         return kind, value
-
-
-def _to_json(message: object) -> bytes:
-    return json.dumps(message).encode()
 
 
 class ChildProcess:
@@ -116,7 +114,7 @@ class ChildProcess:
         """The number of the process, and of its process group."""
         return self._process.pid
 
-    def call(
+    def ask(
         self, request: object, *, deadline_seconds: float, listeners: Listeners | None = None
     ) -> Any:  # noqa: ANN401  (what the module answers)
         """Send a request, and return the answer.

@@ -40,9 +40,9 @@ def test_a_request_is_answered_and_what_comes_before_is_passed_on(pickled: bool)
     listeners = {"progress": lambda *step: seen.append(step)}
     with child(pickled=pickled) as process:
         for request in ("one", ["two"]):
-            answer = process.call(request, deadline_seconds=60, listeners=listeners)
+            answer = process.ask(request, deadline_seconds=60, listeners=listeners)
             assert answer == request
-        assert process.call("three", deadline_seconds=60) == "three"  # nobody listens
+        assert process.ask("three", deadline_seconds=60) == "three"  # nobody listens
         pid = process.pid
     assert seen == [(1, 2), (1, 2)]
     assert not exists(pid)
@@ -50,10 +50,10 @@ def test_a_request_is_answered_and_what_comes_before_is_passed_on(pickled: bool)
 
 def test_an_error_is_described_in_json_and_raised_as_it_is_where_it_is_pickled() -> None:
     with child() as process, pytest.raises(ChildError) as described:
-        process.call("refuse", deadline_seconds=60)
+        process.ask("refuse", deadline_seconds=60)
     assert described.value.args == ({"text": "no"},)
     with child(pickled=True) as process, pytest.raises(ValueError, match="no"):
-        process.call("refuse", deadline_seconds=60)
+        process.ask("refuse", deadline_seconds=60)
 
 
 def test_at_the_deadline_it_ends_with_all_that_it_started() -> None:
@@ -61,7 +61,7 @@ def test_at_the_deadline_it_ends_with_all_that_it_started() -> None:
     process = child()
     begin = time.monotonic()
     with pytest.raises(ChildTimeoutError, match="longer than its deadline of 3 s"):
-        process.call("hang", deadline_seconds=3, listeners={"started": started.append})
+        process.ask("hang", deadline_seconds=3, listeners={"started": started.append})
     assert time.monotonic() - begin < 30
     assert not exists(process.pid)
     assert all(ends(pid) for pid in started)
@@ -76,7 +76,7 @@ def test_ctrl_c_ends_it() -> None:
         threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
 
     with child() as process, pytest.raises(KeyboardInterrupt):
-        process.call("hang", deadline_seconds=60, listeners={"started": interrupt})
+        process.ask("hang", deadline_seconds=60, listeners={"started": interrupt})
     assert not exists(process.pid)
     assert ends(started[0])
 
@@ -92,11 +92,11 @@ def test_ctrl_c_ends_it() -> None:
 def test_how_it_died_is_said(request_: str, text: str) -> None:
     process = child()
     with pytest.raises(ChildDiedError, match=text):
-        process.call(request_, deadline_seconds=60)
+        process.ask(request_, deadline_seconds=60)
     process.close()
     assert not exists(process.pid)
     with pytest.raises(ChildDiedError, match="ended"):
-        process.call("one", deadline_seconds=60)
+        process.ask("one", deadline_seconds=60)
 
 
 def test_several_answer_in_order_and_the_first_death_is_raised() -> None:
@@ -115,7 +115,7 @@ def test_a_killed_parent_leaves_no_child() -> None:
         "from tests.pipelines.workspace.test_processes import child\n"
         "with child() as process:\n"
         "    show = lambda pid: print(process.pid, pid, flush=True)\n"
-        "    process.call('hang', deadline_seconds=600, listeners={'started': show})\n"
+        "    process.ask('hang', deadline_seconds=600, listeners={'started': show})\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],
@@ -135,5 +135,5 @@ def test_a_file_where_a_person_works_takes_the_place_of_no_library(
     (tmp_path / "json.py").write_text("raise SystemExit('this ran')")
     monkeypatch.chdir(tmp_path)
     with child() as process:
-        found = process.call("where is json", deadline_seconds=60)
+        found = process.ask("where is json", deadline_seconds=60)
     assert Path(found).parent != tmp_path

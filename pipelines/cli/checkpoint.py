@@ -163,7 +163,7 @@ def attest(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Print what an artifact was made of: an in-toto statement with SLSA provenance."""
-    from pipelines.publishing.attest import attest as statement_on
+    from pipelines.publishing.in_toto import attest as statement_on
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())

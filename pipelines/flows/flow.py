@@ -33,8 +33,8 @@ from pipelines.recipe.recipe import FoundExpert
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
-from pipelines.stages.worker_client import Child
-from pipelines.workspace.console import heard, say
+from pipelines.stages.worker_client import StageProcess
+from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext
 from store.errors import BusyError
 from store.events import RunEnded, RunStarted
@@ -89,7 +89,7 @@ class Run:
     """A run while it goes on: where it works, its child process, its progress."""
 
     context: RunContext
-    child: Child
+    child: StageProcess
     progress: run_page.Progress
     seconds: dict[str, float] = field(default_factory=dict)
     """As in `Made`."""
@@ -179,7 +179,7 @@ def run_recipe(context: RunContext, until: Stage, looked: Look | None = None) ->
 def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa: ANN401
     """Hold the recipe's lock, close what killed runs left, and run."""
     with ExitStack() as held:
-        held.enter_context(heard(run_page.note))
+        held.enter_context(CONSOLE.listening(run_page.note))
         try:
             killed = held.enter_context(context.ledger.running(context.key))
         except BusyError as error:
@@ -211,7 +211,7 @@ def _look(context: RunContext, until: Stage) -> Look:
 def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     """The run itself, between the records of its beginning and of its end."""
     progress = run_page.Progress(context, until)
-    with Child(context, on_progress=progress.advance, on_said=run_page.note) as child:
+    with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
         context.ledger.record_run(_started(run))
         began = time.perf_counter()

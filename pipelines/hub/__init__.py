@@ -1,4 +1,4 @@
-"""Everything that speaks with the Hugging Face Hub.
+"""Downloads from and uploads to the Hugging Face Hub.
 
 repositories  names to commits; find and download adapters and bases
 client        one request to the Hub, with a deadline
@@ -8,7 +8,7 @@ listing       the files of a commit
 snapshot      files of one commit in a folder, whole or absent
 adapter       an adapter's folder, its weights only where its config is sound
 card          the metadata in a model card
-about         downloads, licence and the like of a repository
-bundle        what is to be uploaded, with its hashes
-upload        a commit by way of a staging branch
+about         author, licence and downloads of a repository
+bundle        the files that are to be published
+upload        publish a bundle, by way of a staging branch
 """

@@ -1,4 +1,4 @@
-"""What the Hub says of a repository beside its files: its owner's words, not checked, but kept."""
+"""What the Hub knows of a repository besides its files. Its owner wrote it; nobody checks it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from pipelines.hub.client import Hub
 
 MAX_TEXT = 200
+"""Characters of each text that are kept."""
 MAX_NAMES = 20
+"""Names of bases and tags that are kept."""
 
 
 @dataclass(frozen=True)
 class HubSource(Noun):
+    """The Hub's facts on a repository at a commit."""
+
     author: str
     licence: str
     base_models: tuple[str, ...]
@@ -31,21 +35,21 @@ class HubSource(Noun):
     tags: tuple[str, ...]
 
 
-def ask_about(hub: Hub, ref: AdapterRef, kept: Path) -> HubSource | None:
-    """Licence, author, bases and downloads, for the record.
+def ask_about(hub: Hub, ref: AdapterRef, saved: Path) -> HubSource | None:
+    """Ask the Hub for licence, author, bases and downloads of a repository.
 
     Args:
-        kept: The file that holds what was said last; it answers where the Hub does not.
+        saved: The file with the last answer; it is read where the Hub does not answer.
 
     Returns:
-        None where neither says anything.
+        None where there is neither.
     """
     try:
         about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
     except HubError:
-        if not kept.is_file():
+        if not saved.is_file():
             return None
-        return HubSource.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+        return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))
     source = HubSource(
         shortened(about["author"], MAX_TEXT),
         shortened(about["licence"], MAX_TEXT),
@@ -53,7 +57,7 @@ def ask_about(hub: Hub, ref: AdapterRef, kept: Path) -> HubSource | None:
         about["downloads"],
         _names(about["tags"]),
     )
-    write_note(kept, canonical_json(source.to_dict()))
+    write_note(saved, canonical_json(source.to_dict()))
     return source
 
 

@@ -18,7 +18,7 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.hub.card import MAX_CARD_BYTES
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubFilesError, HubSizeError
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names
 from pipelines.hub.snapshot import check_file, locked, put_in_place, read_manifest, staging
 
 if TYPE_CHECKING:
@@ -146,5 +146,5 @@ def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
             " downloaded; ask its owner for safetensors"
         )
     if folders := [file.path for file in entries if file.size < 0]:
-        return f"{needed}; say which of its folders is meant with subfolder: {some(folders)}"
-    return f"{needed}; it holds {some([file.path for file in entries])}"
+        return f"{needed}; say which of its folders is meant with subfolder: {some_names(folders)}"
+    return f"{needed}; it holds {some_names([file.path for file in entries])}"

@@ -1,4 +1,4 @@
-"""What is to be published: some files of a folder, and how they differ from what the Hub lists."""
+"""The files that are to be published, and how they differ from what the Hub lists."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What is to be published: a folder, of whose files the names are known beforehand."""
+class Bundle:
+    """Files of a folder that are published together."""
 
     folder: Path
     files: Mapping[str, ListedFile]
-    """By path, hashed both ways: the Hub lists large files by one and small ones by the other."""
+    """By path, with both hashes: the Hub lists large files by SHA-256, small ones by git SHA-1."""
     names: Collection[str]
-    """What an earlier publication may have held; of these the repository keeps no others."""
+    """Paths that a publication may have; those that this one lacks are removed from the Hub."""
     mark: str
-    """The file by which an earlier publication is known."""
+    """The file that shows that a repository holds an earlier publication."""
 
     @property
     def digest(self) -> str:
-        """Of every path and every byte."""
+        """SHA-256 over every path and every byte."""
         lines = [f"{path} {file.sha256}\n" for path, file in sorted(self.files.items())]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit lacks, or holds with other bytes."""
+        """Paths that a commit lacks, or holds with other bytes.
+
+        Args:
+            there: The files of the commit, by path.
+        """
         return [path for path, file in self.files.items() if not same(there.get(path), file)]
 
     def stale(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths of an earlier publication that this one has not."""
+        """Paths that a commit has from an earlier publication and this bundle has not."""
         return [path for path in there if path in self.names and path not in self.files]
 
 
-def pack(folder: Path, names: Collection[str], mark: str) -> Parcel:
-    """Hash the files of a folder that are to be published; whatever else lies there stays here."""
+def make_bundle(folder: Path, names: Collection[str], mark: str) -> Bundle:
+    """Hash the named files of a folder; other files in it are not published."""
     files = {name: _hashed(folder, name) for name in sorted(names) if (folder / name).is_file()}
-    return Parcel(folder, files, frozenset(names), mark)
+    return Bundle(folder, files, frozenset(names), mark)
 
 
 def same(listed: ListedFile | None, here: ListedFile) -> bool:

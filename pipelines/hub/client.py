@@ -1,15 +1,10 @@
-"""Ask the Hub one thing: where, with which token, and for how long at most."""
+"""One request to the Hub: the endpoint, the token, the deadline."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,32 +18,38 @@ from pipelines.hub.errors import (
     InsecureEndpointError,
     hub_error,
 )
+from pipelines.workspace.processes import (
+    ChildDiedError,
+    ChildError,
+    ChildProcess,
+    ChildTimeoutError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = "pipelines.hub.worker"
 PUBLIC = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Which Hub to ask, and on what terms.
+    """A Hub, and how to ask it.
 
-    A token goes to whoever answers and names who is asking, so none is sent unless it is given
-    here; the one that `hf auth login` saved is not used by itself.
+    A token tells the server who asks, so only a token that is given here is sent. The one that
+    `hf auth login` saved is not used by itself.
     """
 
     endpoint: str = ""
     """Empty: `HF_ENDPOINT`, else huggingface.co."""
     token: str | None = field(default=None, repr=False)
     allow_http: bool = False
-    """Take an endpoint of plain http that is not this machine's own."""
+    """Whether an endpoint may speak plain http and not be on this machine."""
     timeout_seconds: float = 120.0
-    """For each request, and more for a download by its size; then its process is killed."""
+    """For each request; a download gets more, by its size. Then the worker is killed."""
 
     def url(self) -> str:
-        """The endpoint, if it is one that can be trusted to be who it says.
+        """The endpoint, without a slash at the end.
 
         Raises:
             InsecureEndpointError: It speaks plain http over a network.
@@ -65,7 +66,12 @@ class Hub:
         )
 
     def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
-        """Let the worker do one operation; `what` begins the sentence if it fails.
+        """Run one operation of the worker.
+
+        Args:
+            operation: A name of `worker.OPERATIONS`.
+            what: What is asked for; an error message begins with it.
+            arguments: Of the operation.
 
         Raises:
             HubError: One of its subclasses, with `retry` true where waiting can help.
@@ -75,14 +81,20 @@ class Hub:
             raise HubOfflineError(f"{what} is not here yet, and HF_HUB_OFFLINE forbids to get it")
         named = {"repo_id": repo_id} if repo_id else {}
         request = {"operation": operation, "endpoint": url, "token": self.token or False}
-        answer = _run(json.dumps(request | named | arguments), url, self.timeout_seconds)
-        if answer is None:
+        try:
+            with ChildProcess(WORKER, quiet=True, environment=_environment(url)) as worker:
+                return worker.ask(
+                    request | named | arguments, deadline_seconds=self.timeout_seconds
+                )
+        except ChildTimeoutError:
             raise HubTimeoutError(
                 f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"
-            )
-        if "error" in answer:
-            raise self._without_token(hub_error(what, answer["error"], url))
-        return answer["value"]
+            ) from None
+        except ChildDiedError as error:
+            text = f"{what}: {url} was asked in another process, and {error}"
+            raise self._without_token(HubProtocolError(text)) from None
+        except ChildError as error:
+            raise self._without_token(hub_error(what, error.args[0], url)) from None
 
     def _without_token(self, error: HubError) -> HubError:
         if self.token:
@@ -91,13 +103,13 @@ class Hub:
 
 
 DEFAULT = Hub()
-"""Without a token."""
+"""The Hub of the environment, without a token."""
 
 
 def hub_for(
     repo_id: str, token_for: Collection[str] = (), *, endpoint: str = "", allow_http: bool = False
 ) -> Hub:
-    """The Hub to ask for a repository; the saved token goes along only to whom it is meant for.
+    """The Hub for a repository, with the saved token if the repository is one of `token_for`.
 
     Args:
         token_for: Owners, or `owner/name`.
@@ -107,11 +119,12 @@ def hub_for(
 
 
 def saved_token() -> str | None:
-    """The token that `hf auth login` saved or `HF_TOKEN` holds, for who wants to send it."""
+    """The token that `hf auth login` saved, or `HF_TOKEN`."""
     return get_token()
 
 
 def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to use the network."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
@@ -120,47 +133,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _run(request: str, endpoint: str, timeout_seconds: float) -> dict[str, Any] | None:
-    """The worker's answer, or None if it was killed at the deadline."""
-    worker = subprocess.Popen(  # noqa: S603  (this Python, our own file)
-        # -P: the folder of the file, ours, is not to shadow other modules' names
-        [sys.executable, "-P", str(WORKER)],
-        env=os.environ | _environment(endpoint),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    killed = threading.Event()
-
-    def kill() -> None:
-        killed.set()
-        worker.kill()
-
-    deadline = threading.Timer(timeout_seconds, kill)
-    deadline.start()
-    try:
-        with worker:
-            assert worker.stdin is not None  # noqa: S101  (it is a pipe)
-            assert worker.stdout is not None  # noqa: S101
-            worker.stdin.write(request + "\n")
-            worker.stdin.flush()  # and left open: the worker ends when it closes
-            text = worker.stdout.read()
-    except BrokenPipeError:
-        text = ""
-    finally:
-        deadline.cancel()
-        worker.kill()
-    if killed.is_set():
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise HubProtocolError(
-            f"the process that asked {endpoint} ended with {worker.returncode} and no answer"
-        ) from None
 
 
 def _environment(endpoint: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What can go wrong with the Hub, each with its sentence; `retry` says whether waiting can help."""
+"""The errors of requests to the Hub, with a sentence for each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class HubError(MeteoraError):
     """A request to the Hub failed for a reason that only the message knows."""
 
     retry: ClassVar[bool] = False
+    """Whether the same request may succeed later."""
 
 
 class HubReferenceError(HubError):
@@ -42,7 +43,7 @@ class HubGatedError(UnusableRepositoryError):
 
 
 class HubAccessError(UnusableRepositoryError):
-    """The Hub knows the token, or its absence, and says no."""
+    """The Hub refuses access with this token, or without one."""
 
 
 class HubProtocolError(HubError):
@@ -74,7 +75,7 @@ class HubConflictError(HubError):
 
 
 class TransientHubError(HubError):
-    """A fault that waiting may cure."""
+    """A fault that may pass by itself."""
 
     retry = True
 
@@ -136,7 +137,7 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
 
     Args:
         what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
-        error: `kind`, `status` and `text`, of `hub_worker.describe`.
+        error: `kind`, `status` and `text`, of `worker.describe`.
         endpoint: Who was asked.
     """
     status = error["status"]

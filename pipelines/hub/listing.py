@@ -1,4 +1,4 @@
-"""The files of a repository at a commit: what it lists, within limits, and how they come here."""
+"""The files of a repository at a commit: list them, check their sizes, download them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MAX_ENTRIES = 2_000
 MIN_BYTES_PER_SECOND = 500_000
-"""A download that is slower on the whole is given up."""
+"""A download with a lower average is given up."""
 
 
 def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
-    """What one folder holds at a commit; folders have the size -1."""
+    """The entries of one folder at a commit; folders have the size -1."""
     what = f"{ref.repo_id} at {ref.revision[:12]}"
     entries = hub.ask(
         "listing", what, ref.repo_id, revision=ref.revision, folder=folder, most=MAX_ENTRIES + 1
@@ -35,6 +35,7 @@ def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
 
 
 def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) -> None:
+    """Raise HubSizeError where the files are larger than the limit, in sum."""
     total = sum(file.size for file in files)
     if total > limit_bytes:
         raise HubSizeError(
@@ -44,7 +45,7 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
 
 
 def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
-    """Have the files in an empty folder, each with the bytes that are listed."""
+    """Download files into an empty folder, and check their bytes against the listing."""
     what = f"{ref.repo_id} at {ref.revision[:12]}"
     sizes = {file.path: file.size for file in files}
     patient = replace(
@@ -58,7 +59,7 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
 
 
 def _bytes_in(folder: Path) -> int:
-    """What has come so far; files come and go while it is counted."""
+    """The size of what has arrived; files may come and go meanwhile."""
     num_bytes = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -66,6 +67,7 @@ def _bytes_in(folder: Path) -> int:
     return num_bytes
 
 
-def some(names: Sequence[str] | set[str]) -> str:
+def some_names(names: Sequence[str] | set[str]) -> str:
+    """The first eight names that can be printed, for a message."""
     shown = [name for name in sorted(names) if name.isprintable()][:8]
     return ", ".join(shown) + (", …" if len(names) > len(shown) else "") or "nothing"

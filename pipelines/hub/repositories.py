@@ -1,8 +1,8 @@
-"""Where adapters and bases come from: names become commits once, and only commits are downloaded.
+"""Adapters and bases on the Hub: turn names into commits, and download commits.
 
-The Hub's client returns the files of an old download without a word when a branch cannot be looked
-up (401, 403, 429, 500), so no branch ever reaches it here. Every file is checked against the
-repository's own list.
+When a branch cannot be looked up (401, 403, 429, 500), the Hub's client silently returns the files
+of an old download. So it only ever gets commits from here. Every file is checked against the
+repository's own listing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.hub.errors import (
     HubReferenceError,
     HubRevisionError,
 )
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names
 from pipelines.hub.snapshot import staging
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ PROFILE_FILES = re.compile(
     r"config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config)\.json|"
     r"merges\.txt|tokenizer\.model"
 )
-"""What tells a base from another."""
+"""Files by which bases are told apart."""
 
 MAX_PROFILE_BYTES = 64 << 20
 MAX_BASE_BYTES = 160 << 30
@@ -61,9 +61,9 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to the commit it means now.
 
     Raises:
-        HubReferenceError: The text or the subfolder is none that can be looked up.
+        HubReferenceError: The text or the subfolder has the wrong form.
         HubRevisionError: The repository has no such branch, tag or commit.
-        HubError: The Hub does not say; nothing is guessed from earlier downloads.
+        HubError: The Hub does not answer; earlier downloads are not used to guess.
     """
     repo_id, _, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(revision or "main"):
@@ -74,7 +74,7 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     if subfolder and (not SUBFOLDER.fullmatch(subfolder) or ".." in subfolder):
         raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
     if COMMIT.fullmatch(revision):
-        if not is_offline():  # else the download tells whether it is here
+        if not is_offline():  # otherwise the download finds out
             _check_commit(hub, AdapterRef(repo_id, revision))
         return AdapterRef(repo_id, revision, subfolder)
     if is_offline():
@@ -113,7 +113,7 @@ def download_base(
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
-    """Download what tells a base from another, its config and its tokenizer, into a new folder."""
+    """Download config and tokenizer, by which bases are told apart, into a new folder."""
     files = [
         file
         for file in list_folder(hub, ref, "")
@@ -137,16 +137,16 @@ def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubFilesError(
             f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
-            f" (config.json, model*.safetensors); it holds {some(names)}"
+            f" (config.json, model*.safetensors); it holds {some_names(names)}"
         )
     check_sizes(ref, files, limit_bytes)
     return files
 
 
 def describe(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
-    """Licence, author, bases and downloads, for the record.
+    """Licence, author, bases and downloads of a repository.
 
-    Where the Hub does not say, what it said last is what counts; None where it never did.
+    Where the Hub does not answer, its last answer is used; None where there is none.
     """
     return ask_about(hub, ref, cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about")
 
@@ -154,9 +154,9 @@ def describe(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSour
 def discover(
     base: str, *, tags: Sequence[str] = (), limit: int = 20, hub: Hub = DEFAULT
 ) -> list[AdapterRef]:
-    """The most downloaded adapters that say they are of `base`, each pinned.
+    """The most downloaded adapters whose cards name `base`, each with its commit.
 
-    They are what their owners say they are: `meteora.adapters.check` has the last word.
+    A card can be wrong, so each adapter still has to be checked.
     """
     if not REPO_ID.fullmatch(base):
         raise HubReferenceError(f"{base!r} is not owner/name; adapters are found by their base's")
@@ -171,5 +171,5 @@ def discover(
 def _check_commit(hub: Hub, ref: AdapterRef) -> None:
     try:
         list_folder(hub, ref, "")
-    except HubFilesError as error:  # how a mirror says it
+    except HubFilesError as error:  # what a mirror answers
         raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error

@@ -1,4 +1,4 @@
-"""Files of one commit in a folder that is whole or absent, each byte as the repository lists it."""
+"""A folder with files of one commit: whole or absent, every file as the repository lists it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
 CHUNK = 1 << 20
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ListedFile:
 
 
 def cached_config(repo_id: str, revision: str) -> Path | None:
-    """A model's config where the Hub's own client has left it on this machine; nobody is asked."""
+    """A model's config in the cache of the Hub's own client, if it is there; no network."""
     found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     return Path(found) if isinstance(found, str) else None
 

@@ -1,10 +1,10 @@
-"""Put a folder on the Hub so that no reader ever sees half of it.
+"""Put a bundle of files on the Hub so that no reader ever sees half of it.
 
     main     ──●───────────────────────────────●── all of it at once ─ tag
                └─ staging ──●── one commit ─ checked ┘
 
-Every step looks first whether it is done: a reply that was lost hides a commit that happened, and
-the client itself tries a commit only once. So a publication that was stopped anywhere goes on.
+Every step first checks whether it is done already, because a commit may have happened although its
+reply was lost. So a publication that was stopped anywhere can be repeated, and then goes on.
 """
 
 from __future__ import annotations
@@ -30,28 +30,32 @@ from pipelines.hub.snapshot import ListedFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from pipelines.hub.bundle import Parcel
+    from pipelines.hub.bundle import Bundle
     from pipelines.hub.client import Hub
 
 Found = TypeVar("Found")
 
 MAIN = "main"
 STAGING = "meteora-staging-"
-"""How the names of our own branches begin; whatever has such a name may be removed."""
+"""How the names of our own branches begin. A branch with such a name may be removed."""
 PAUSES = (2.0, 10.0, 60.0)
-"""Seconds before each further try of what may pass, on average."""
+"""Average seconds before each new attempt after a transient error."""
 MIN_BYTES_PER_SECOND = 500_000
-"""An upload that is slower on the whole is given up."""
+"""An upload with a lower average is given up."""
 MAX_ENTRIES = 2_000
 RESULTS = ".eval_results"
 """The one folder that a publication has, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
-"""Files that say nothing of what a repository holds."""
+"""Files that any repository may have; beside them it counts as empty."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One repository on the Hub, written to with patience."""
+    """A repository on the Hub to publish to; transient errors are retried.
+
+    Args:
+        pauses: Seconds before each new attempt; none is made after the last.
+    """
 
     repo_id: str
     hub: Hub
@@ -61,7 +65,7 @@ class Repository:
 
     def publish(
         self,
-        parcel: Parcel,
+        bundle: Bundle,
         *,
         private: bool,
         tag: str,
@@ -69,14 +73,14 @@ class Repository:
         onto: str = "",
         known: Collection[str] = (),
     ) -> str:
-        """Make main hold the parcel, and give the commit that does.
+        """Make main hold the bundle, and return the commit that does.
 
         Args:
-            private: Whether only those whom the owner lets in may see it.
-            tag: The name by which exactly this can be asked for.
-            check: Called with a commit that holds the parcel, before anybody is shown it; what it
-                raises ends the publication.
-            onto: The commit that main has to be at; any that this machine knows without it.
+            private: Whether only people whom the owner allows may see the repository.
+            tag: The name under which exactly this bundle can be downloaded.
+            check: Called with a commit that holds the bundle, before main shows it. An exception
+                from it ends the publication.
+            onto: The commit that main has to be at; when empty, one of `known`.
             known: The commits that this machine published there before.
 
         Raises:
@@ -89,27 +93,29 @@ class Repository:
                 f"publishing to {self.repo_id} needs a token that may write there; log in with"
                 " `hf auth login`, or set HF_TOKEN"
             )
-        self._open(private=private)
+        self._ensure_exists(private=private)
         refs = self._refs()
         head = self._head(refs)
         there = self._files(head)
-        branch = f"{STAGING}{parcel.digest[:16]}"
-        if not parcel.missing(there) and not parcel.stale(there):
+        branch = f"{STAGING}{bundle.digest[:16]}"
+        if not bundle.missing(there) and not bundle.stale(there):
             check(head)
-            self._tag(tag, head, parcel)
-            self._drop({branch} & set(refs))  # of a publication that was stopped after it was shown
+            self._tag(tag, head, bundle)
+            self._delete_branches(
+                {branch} & set(refs)
+            )  # of a publication that was stopped after it was shown
             return head
-        self._refuse_strangers(parcel, there, head, onto, known)
-        staged = self._stage(parcel, branch, head)
+        self._refuse_foreign_files(bundle, there, head, onto, known)
+        staged = self._stage(bundle, branch, head)
         check(staged)
-        live = self._show(parcel, head, staged)
-        self._tag(tag, live, parcel)
+        live = self._commit_to_main(bundle, head, staged)
+        self._tag(tag, live, bundle)
         # what others staged before main moved can no longer be shown: nobody waits for it
-        self._drop({branch, *(name for name in refs if name.startswith(STAGING))})
+        self._delete_branches({branch, *(name for name in refs if name.startswith(STAGING))})
         return live
 
-    def _open(self, *, private: bool) -> None:
-        """Have the repository, as private as it was asked to be."""
+    def _ensure_exists(self, *, private: bool) -> None:
+        """Create the repository unless it exists, and require that it is as private as asked."""
 
         def look() -> bool | None:
             try:
@@ -117,7 +123,7 @@ class Repository:
             except HubNotFoundError:
                 return None
 
-        is_private = self._until(look, lambda: self._ask("create", private=private))
+        is_private = self._until(look, lambda: self._ask("create_repository", private=private))
         if is_private != private:
             words = ("private", "public") if private else ("public", "private")
             raise HubConflictError(
@@ -126,17 +132,17 @@ class Repository:
                 " --public on the command line)"
             )
 
-    def _refuse_strangers(
+    def _refuse_foreign_files(
         self,
-        parcel: Parcel,
+        bundle: Bundle,
         there: Mapping[str, ListedFile],
         head: str,
         onto: str,
         known: Collection[str],
     ) -> None:
-        strange = sorted(set(there) - NEUTRAL - set(parcel.names))
-        if parcel.mark not in there and (set(there) - NEUTRAL):
-            some = ", ".join((strange or sorted(there))[:5])
+        foreign = sorted(set(there) - NEUTRAL - set(bundle.names))
+        if bundle.mark not in there and (set(there) - NEUTRAL):
+            some = ", ".join((foreign or sorted(there))[:5])
             raise HubConflictError(
                 f"{self.repo_id} holds something else than a fused checkpoint ({some}), which would"
                 " be overwritten; give the name of a new repository"
@@ -149,48 +155,48 @@ class Repository:
                 f" publish with --onto {head}"
             )
 
-    def _stage(self, parcel: Parcel, branch: str, head: str) -> str:
-        """The commit on a branch of its own that holds the whole parcel, checked by hash."""
+    def _stage(self, bundle: Bundle, branch: str, head: str) -> str:
+        """Commit the bundle to a branch of its own; return the commit, whose hashes are checked."""
 
         def opened() -> str | None:
             return self._refs().get(branch)
 
-        start = self._until(opened, lambda: self._ask("branch", name=branch, revision=head))
+        start = self._until(opened, lambda: self._ask("create_branch", name=branch, revision=head))
 
         def committed() -> str | None:
             at = self._refs().get(branch, "")
             files = self._files(at)
-            if at == start and (parcel.missing(files) or parcel.stale(files)):
+            if at == start and (bundle.missing(files) or bundle.stale(files)):
                 return None
             return at
 
         def commit() -> None:
-            missing = parcel.missing(self._files(start))
+            missing = bundle.missing(self._files(start))
             self._commit(
                 branch,
                 start,
-                add={path: str(parcel.folder / path) for path in missing},
-                delete=parcel.stale(self._files(start)),
-                num_bytes=sum(parcel.files[path].size for path in missing),
+                add={path: str(bundle.folder / path) for path in missing},
+                delete=bundle.stale(self._files(start)),
+                num_bytes=sum(bundle.files[path].size for path in missing),
             )
 
         staged = self._until(committed, commit)
-        if wrong := parcel.missing(self._files(staged)):
-            self._drop({branch})
+        if wrong := bundle.missing(self._files(staged)):
+            self._delete_branches({branch})
             raise HubHashError(
                 f"{self.repo_id}: the Hub lists other bytes for {', '.join(wrong)} than were sent;"
                 " nothing was made visible, publish again"
             )
         return staged
 
-    def _show(self, parcel: Parcel, head: str, staged: str) -> str:
-        """Let main, which is still at `head`, hold what was staged: one commit, nothing is sent."""
+    def _commit_to_main(self, bundle: Bundle, head: str, staged: str) -> str:
+        """Copy what is staged to main, which is still at `head`, in one commit; no upload."""
 
         def shown() -> str | None:
             at = self._head(self._refs())
             if at == head:
                 return None
-            if parcel.missing(self._files(at)):
+            if bundle.missing(self._files(at)):
                 raise HubConflictError(
                     f"{self.repo_id} has moved meanwhile: main was at {head} and is at {at};"
                     " nothing of this publication is visible, look at what changed and publish"
@@ -203,9 +209,9 @@ class Repository:
             self._commit(
                 MAIN,
                 head,
-                copy=parcel.missing(there),
+                copy=bundle.missing(there),
                 copy_from=staged,
-                delete=parcel.stale(there),
+                delete=bundle.stale(there),
             )
 
         return self._until(shown, commit)
@@ -234,23 +240,24 @@ class Repository:
             delete=list(delete),
         )
 
-    def _tag(self, name: str, commit: str, parcel: Parcel) -> None:
+    def _tag(self, name: str, commit: str, bundle: Bundle) -> None:
         tagged = self._until(
-            lambda: self._refs().get(name), lambda: self._ask("tag", name=name, revision=commit)
+            lambda: self._refs().get(name),
+            lambda: self._ask("create_tag", name=name, revision=commit),
         )
-        if tagged != commit and parcel.missing(self._files(tagged)):
+        if tagged != commit and bundle.missing(self._files(tagged)):
             raise HubConflictError(
                 f"{self.repo_id}: the tag {name} is at {tagged}, which holds something else than"
                 f" {commit}, where this is published; remove the tag and publish again"
             )
 
-    def _drop(self, branches: Collection[str]) -> None:
+    def _delete_branches(self, branches: Collection[str]) -> None:
         for branch in branches:
             with suppress(HubError):  # it is in nobody's way, and the next publication removes it
-                self._ask("unbranch", name=branch)
+                self._ask("delete_branch", name=branch)
 
     def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
-        """Act until `look` finds it done; looked for first, and again after whatever went wrong."""
+        """Call `act` until `look` finds a result; `look` comes first, and again after errors."""
         pauses = iter(self.pauses)
         while True:
             try:

@@ -1,23 +1,17 @@
-"""One request to the Hub, in a process of its own, so that it can be killed.
+"""The process that makes one request to the Hub, so that the request can be killed.
 
-The client waits 386 s for a server that accepts and never answers, longer for one that drips bytes,
-and as long as a `Retry-After` says; no argument bounds all of these, and a thread cannot be killed.
-The request is a line of JSON on standard input and the answer one on standard output. The process
-ends when its input closes, so it never outlives the one that asked.
+`huggingface_hub` waits 386 s for a server that accepts and never answers, longer for one that drips
+bytes, and as long as a `Retry-After` says; no argument bounds all of these.
 
-Run as a file; it imports nothing of ours.
+Imports nothing of ours but `processes`, since a process starts for every request.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import json
-import os
 import resource
 import socket
-import sys
-import threading
 from typing import Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
@@ -40,6 +34,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pipelines.workspace.processes import parent
+
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
 
@@ -51,7 +47,7 @@ KINDS = (
     (FileMetadataError, "protocol"),
     (HFValidationError, "reference"),
 )
-"""What an exception of the client means; the order matters, since they are subclasses."""
+"""The kind of each exception of the client; subclasses come before their bases."""
 
 
 def refs(api: HfApi, repo_id: str, **_: object) -> dict[str, str]:
@@ -76,7 +72,7 @@ def _entry(item: RepoFile | RepoFolder) -> dict[str, Any]:
 
 
 def about(api: HfApi, repo_id: str, *, revision: str, **_: object) -> dict[str, Any]:
-    """What the Hub says of a repository, beside its files."""
+    """The author, licence, bases, downloads and tags of a repository, as the Hub has them."""
     info = api.model_info(repo_id, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
     base = card.get("base_model") or []
@@ -112,11 +108,11 @@ def search(
 
 
 def is_private(api: HfApi, repo_id: str, **_: object) -> bool:
-    """Whether only those whom its owner lets in can see a repository."""
+    """Whether only people whom its owner allows can see a repository."""
     return bool(api.model_info(repo_id).private)
 
 
-def create(api: HfApi, repo_id: str, *, private: bool, **_: object) -> None:
+def create_repository(api: HfApi, repo_id: str, *, private: bool, **_: object) -> None:
     """Make a repository, unless there is one."""
     api.create_repo(repo_id, private=private, exist_ok=True)
 
@@ -151,15 +147,15 @@ def commit(
     )
 
 
-def branch(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+def create_branch(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
     api.create_branch(repo_id, branch=name, revision=revision)
 
 
-def unbranch(api: HfApi, repo_id: str, *, name: str, **_: object) -> None:
+def delete_branch(api: HfApi, repo_id: str, *, name: str, **_: object) -> None:
     api.delete_branch(repo_id, branch=name)
 
 
-def tag(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+def create_tag(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
     api.create_tag(repo_id, tag=name, revision=revision)
 
 
@@ -167,13 +163,16 @@ TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierr
 
 OPERATIONS = {
     "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
-    "is_private": is_private, "create": create, "commit": commit, "branch": branch,
-    "unbranch": unbranch, "tag": tag,
+    "is_private": is_private, "create_repository": create_repository, "commit": commit,
+    "create_branch": create_branch, "delete_branch": delete_branch, "create_tag": create_tag,
 }  # fmt: skip
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """The kind and the HTTP status of an error. The client hides several behind one; dig for it."""
+    """The kind, HTTP status and text of an error; `hub_error` makes a sentence of them.
+
+    The client hides several kinds behind one exception, so its causes are searched, too.
+    """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -199,20 +198,15 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def main() -> None:
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    client = parent()
+    _, request = client.receive()
     api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
     operation = OPERATIONS[request.pop("operation")]
     try:
-        answer = {"value": operation(api, **request)}
+        kind, value = "answer", operation(api, **request)
     except Exception as error:  # it goes to the parent, which raises its own
-        answer = {"error": describe(error)}
-    json.dump(answer, sys.stdout)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
+        kind, value = "error", describe(error)
+    client.send(kind, value)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""What leaves the house: uploads, provenance, signatures.
+"""What leaves this machine: uploads, provenance, signatures.
 
-publish        upload a checkpoint, load it from there, compare, record
-reload_worker  the process that loads it
-licences       may it be published?
-lineage        what a checkpoint is made of
-in_toto        that as an in-toto statement
-attest         the same for any artifact of the ledger
+publish        upload a checkpoint, load it from the Hub, compare, record
+reload_worker  the process that loads it from the Hub
+licences       whether it may be published
+in_toto        what a checkpoint or an artifact is made of, as an in-toto statement
 openlineage    runs as OpenLineage events
 signing        signatures over a checkpoint's files
 """

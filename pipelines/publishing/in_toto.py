@@ -1,69 +1,115 @@
-"""What an artifact is and what it was made of, as an in-toto statement with SLSA provenance.
+"""What an artifact is and what it was made of, as in-toto statements with SLSA provenance.
 
-One shape for both who need it: the `lineage.json` of a checkpoint's files, and `meteora attest` for
-any artifact of the ledger.
+`write_lineage` makes the `lineage.json` of a checkpoint from its manifest; `attest` makes a
+statement on any artifact from the ledger.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from meteora import __version__
-from meteora.artifacts import COMMIT
+from meteora.artifacts import COMMIT, short
+from store.errors import UnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import Manifest
+    from store.ledger import Ledger
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD = "urn:meteora-pipelines:run:v1"
 BUILDER = "urn:meteora-pipelines"
+ARTIFACT_ID = re.compile(r"[a-z]+:[0-9a-f]{64}")
+MADE_FROM = """
+SELECT relative_id, kind, coalesce(source, ''), coalesce(revision, ''), coalesce(licence, ''),
+       coalesce(weights_sha256, '')
+FROM lineage WHERE artifact_id = '{}' AND relation = 'made from' ORDER BY depth, kind, relative_id
+"""
+MADE_BY = """
+SELECT weights_sha256, record_sha256, artifacts.run_id, recipe_name, recipe_sha256, started_at,
+       ended_at
+FROM artifacts LEFT JOIN runs USING (run_id) WHERE id = '{}'
+"""
 
 
-def statement(
-    subject: Mapping[str, str],
-    *,
-    made_of: Sequence[Mapping[str, Any]],
-    asked: Mapping[str, Any],
-    chosen: Mapping[str, Any],
-    run: Mapping[str, str] | None = None,
-) -> str:
-    """The statement as JSON.
+def write_lineage(manifest: Manifest, files: Mapping[str, str], recipe_sha256: str) -> str:
+    """The statement on a checkpoint: the files in it, its base and its experts.
 
     Args:
-        subject: SHA-256 by name
-        made_of: as `dependency` gives them
-        asked: what a person asked for: the recipe
-        chosen: what followed from it: ids and settings
-        run: `invocationId`, `startedOn`, `finishedOn`, as far as they are known
+        files: SHA-256 by name of the checkpoint's own files.
+        recipe_sha256: Empty where no recipe made it.
     """
-    details: dict[str, Any] = {"builder": {"id": BUILDER, "version": {BUILDER: __version__}}}
-    if run:
-        details["metadata"] = dict(run)
-    return (
-        json.dumps(
-            {
-                "_type": STATEMENT,
-                "subject": [{"name": n, "digest": {"sha256": sha}} for n, sha in subject.items()],
-                "predicateType": PREDICATE,
-                "predicate": {
-                    "buildDefinition": {
-                        "buildType": BUILD,
-                        "externalParameters": dict(asked),
-                        "internalParameters": dict(chosen),
-                        "resolvedDependencies": list(made_of),
-                    },
-                    "runDetails": details,
-                },
-            },
-            indent=1,
+    base = manifest.base
+    experts = [
+        _dependency(
+            f"expert {expert.name}",
+            expert.source,
+            expert.revision,
+            sha256=expert.weights_sha256,
+            licence=expert.licence,
         )
-        + "\n"
+        for expert in manifest.experts
+    ]
+    return _statement(
+        files,
+        dependencies=[
+            _dependency("base", base.repo_id, base.revision, licence=base.licence),
+            *experts,
+        ],
+        external={"recipe_sha256": recipe_sha256},
+        internal={
+            "fused_id": manifest.fused_id,
+            "router_id": manifest.router_id,
+            "gates": manifest.gates,
+        },
     )
 
 
-def dependency(
+def attest(ledger: Ledger, artifact_id: ArtifactId) -> str:
+    """The statement on an artifact of the ledger: what it is, what it was made of, by which run.
+
+    The subject is the artifact's bytes; without any, as for a comparison, it is its record.
+
+    Raises:
+        UnknownError: The artifact is not in the index.
+    """
+    known = ARTIFACT_ID.fullmatch(artifact_id)
+    made = ledger.query(MADE_BY.format(artifact_id)).rows if known else []
+    if not made:
+        raise UnknownError(
+            f"{short(artifact_id)} is not in the index; `meteora store rebuild` makes it again"
+        )
+    weights, record, run_id, recipe_name, recipe_sha256, started, ended = made[0]
+    run = {"invocationId": run_id}
+    run |= {
+        name: f"{moment.isoformat()}Z"
+        for name, moment in (("startedOn", started), ("finishedOn", ended))
+        if moment
+    }
+    return _statement(
+        {artifact_id if weights else f"record of {artifact_id}": weights or record},
+        dependencies=[_ancestor(*row) for row in ledger.query(MADE_FROM.format(artifact_id)).rows],
+        external={"recipe": recipe_name, "recipe_sha256": recipe_sha256} if recipe_sha256 else {},
+        internal={"id": artifact_id, "spec": ledger.spec_of(artifact_id)},
+        run=run,
+    )
+
+
+def _ancestor(
+    artifact_id: str, kind: str, source: str, revision: str, licence: str, weights: str
+) -> dict[str, Any]:
+    if source:
+        return _dependency(kind, source, revision, sha256=weights, licence=licence)
+    return _dependency(kind, artifact_id, "", sha256=weights or artifact_id.partition(":")[2])
+
+
+def _dependency(
     name: str, source: str, revision: str, *, sha256: str = "", licence: str = ""
 ) -> dict[str, Any]:
     """A Hub commit, or a local file by its hash; `sha256` is that of the weights, where known."""
@@ -78,3 +124,39 @@ def dependency(
     if licence:
         found["annotations"] = {"licence": licence}
     return found
+
+
+def _statement(
+    subject: Mapping[str, str],
+    *,
+    dependencies: Sequence[Mapping[str, Any]],
+    external: Mapping[str, Any],
+    internal: Mapping[str, Any],
+    run: Mapping[str, str] | None = None,
+) -> str:
+    """The statement as JSON.
+
+    Args:
+        subject: SHA-256 by name.
+        external: What a person asked for: the recipe.
+        internal: What followed from it: ids and settings.
+        run: `invocationId`, `startedOn`, `finishedOn`, as far as they are known.
+    """
+    details: dict[str, Any] = {"builder": {"id": BUILDER, "version": {BUILDER: __version__}}}
+    if run:
+        details["metadata"] = dict(run)
+    statement = {
+        "_type": STATEMENT,
+        "subject": [{"name": n, "digest": {"sha256": sha}} for n, sha in subject.items()],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD,
+                "externalParameters": dict(external),
+                "internalParameters": dict(internal),
+                "resolvedDependencies": list(dependencies),
+            },
+            "runDetails": details,
+        },
+    }
+    return json.dumps(statement, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""Whether what a model is made of may be published: by what each adapter's own card says."""
+"""Whether the adapters' licences allow to publish a model made of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
 
 NOT_STATED = "none"
-"""How the absence of a licence is called where it is allowed."""
+"""The name by which adapters without a licence are allowed."""
 NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd(-\d\.\d)?", re.IGNORECASE)
 NOT_A_LICENCE = {"unknown", "other", "unlicensed", "proprietary", "all-rights-reserved"}
-"""What cards say where the terms stand elsewhere, or there are none."""
+"""What cards write in place of a licence."""
 
 
 class LicenceError(MeteoraError):
@@ -27,10 +27,10 @@ class LicenceError(MeteoraError):
 def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
     """Refuse to publish adapters of the Hub whose licence forbids it, or that state none.
 
-    A folder of this machine that states none is taken for its user's own.
+    A folder of this machine that states none is assumed to be its user's own.
 
     Args:
-        allowed: Licences that are not to be in the way; `none` for those that state none.
+        allowed: Licences to accept all the same; `none` for adapters that state none.
 
     Raises:
         LicenceError: Some adapters may not be published, each with its licence.
@@ -42,20 +42,20 @@ def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
         and reason.lower() not in {name.lower() for name in allowed}
     }
     if found:
-        told = ", ".join(
+        listed = ", ".join(
             f"{name} ({'no licence stated' if reason == NOT_STATED else reason})"
             for name, reason in found.items()
         )
         words = " ".join(f"--allow-licence {reason}" for reason in sorted(set(found.values())))
         raise LicenceError(
-            f"the adapters of {told} may not be published in another model by what they state;"
+            f"the adapters of {listed} may not be published in another model by what they state;"
             f" leave them out, ask their owners, or, where you have leave, publish with {words}"
             " (`publish.allow_licences` in a recipe)"
         )
 
 
 def _reason(licence: str, source: str) -> str:
-    """The licence that is in the way; empty where none is."""
+    """The licence that forbids to publish; empty where none does."""
     if not licence:
         return "" if source.startswith(PATH) else NOT_STATED
     if NO_DERIVATIVES.fullmatch(licence) or licence.lower() in NOT_A_LICENCE:

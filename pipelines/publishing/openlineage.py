@@ -1,7 +1,7 @@
-"""Runs as OpenLineage events: what went in, what came out, how it ended. One JSON object a line.
+"""Runs as OpenLineage events: inputs, outputs, and how the run ended.
 
-A dataset is an artifact under its id; where it is published stands in its `symlinks`. Bases and
-adapters go in and everything else comes out, also where a run was the first to record them.
+A dataset is an artifact under its id; its facet `symlinks` names its repository. Bases and adapters
+are always inputs, even of the run that recorded them first; everything else is an output.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ EVERYTHING = Limits(rows=100_000_000, memory_bytes=4 << 30, seconds=600.0)
 
 
 def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
-    """Two events of each run that has ended, one of each that goes on; earliest run first.
+    """Two events for each run that has ended, one for each that has not; earliest run first.
 
     Args:
-        run_id: of the one run that is asked about; all where it is empty
+        run_id: The only run to describe; all runs if empty.
     """
     only = "run_id = '{}'".format(run_id.replace("'", "''")) if run_id else "true"
     goes_in: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -72,12 +72,12 @@ def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
         (goes_in if into else comes_out)[run].append(_dataset(*dataset))
     for row in ledger.query(RUNS.format(only), limits=EVERYTHING).rows:
         run, recipe, recipe_sha256, device, versions, started, ended, outcome, reason = row
-        told = {"run_id": run, "recipe_sha256": recipe_sha256, "device": device, **versions}
+        run_tags = {"run_id": run, "recipe_sha256": recipe_sha256, "device": device, **versions}
         facets = {
             "processing_engine": _facet(
                 "processing_engine", {"name": "meteora-pipelines", "version": __version__}
             ),
-            "tags": _tags(told, RUN_TAGS),
+            "tags": _tags(run_tags, RUN_TAGS),
         }
         yield _event("START", started, run, recipe, facets)
         if outcome is None:
@@ -95,7 +95,7 @@ def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
 def _event(
     what: str, when: datetime, run_id: str, recipe: str, facets: dict[str, Any]
 ) -> dict[str, Any]:
-    # the spec wants a UUID: this one says which run it is, to everybody, and needs no table
+    # the spec wants a UUID: this one follows from the run's id
     name = uuid.uuid5(uuid.NAMESPACE_URL, f"urn:meteora-pipelines:run:{run_id}")
     job_type = {"processingType": "BATCH", "integration": "METEORA", "jobType": "RECIPE"}
     return {

@@ -1,20 +1,15 @@
-"""Publish a checkpoint: check that it may be, put it on the Hub, load it from there, record it.
+"""Publish a checkpoint: check licences, upload, load it from the Hub, compare, record.
 
-    licences ─▶ card for its place ─▶ one commit on a staging branch ─▶ downloaded and loaded anew,
-    same logits ─▶ main ─▶ tag ─▶ record
+    licences ─▶ card with the repository's name ─▶ one commit on a staging branch ─▶ downloaded and
+    loaded, same logits ─▶ main ─▶ tag ─▶ record
 
-What the Hub holds already is not sent again: new gates over the same experts are a small upload.
+Files that the Hub has already are not sent again: new gates for old experts are a small upload.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +18,7 @@ from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication
 from meteora.base.sources import file_sha256, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
 from pipelines.admission.sources import hub_of
-from pipelines.hub.bundle import pack
+from pipelines.hub.bundle import make_bundle
 from pipelines.hub.client import Hub, saved_token
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
@@ -32,19 +27,21 @@ from pipelines.publishing.signing import SIGNATURE
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.console import say
+from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.hub.bundle import Parcel
+    from pipelines.hub.bundle import Bundle
     from pipelines.planning.plan import Plan
     from pipelines.recipe.publish import PublishSection
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
+RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
-"""For the download and two loadings of a model."""
+"""For the download, and for loading the model twice."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -54,30 +51,32 @@ class PublicationError(MeteoraError):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint is to be published, and on what terms."""
+    """Where a checkpoint is published, and how."""
 
     repo_id: str
     hub: Hub
-    """With a token that may write there."""
+    """With a token that may write to the repository."""
     private: bool = True
     tag: str = ""
-    """Of this publication; named by its content without it."""
+    """The tag of this publication; when empty, one is made from its hash."""
     onto: str = ""
-    """The commit that main is at, where somebody else put it there."""
+    """The commit of main that may be replaced, where another machine made it."""
     allow_licences: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Published:
+    """What was published."""
+
     repo_id: str
     revision: str
     tag: str
     recorded: bool
-    """Whether the ledger knows the model, and so its publication."""
+    """Whether the ledger has the router, and so the publication."""
 
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
-    """Publish what a recipe made, where it says; the last stage of a run."""
+    """Publish what a recipe made, to the repository that it names; the last stage of a run."""
     section = work.recipe.publish
     if section is None:
         raise PublicationError(f"{work.name} has no `publish:` section; say where to")
@@ -92,7 +91,7 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
 
 
 def destination(work: RunContext, section: PublishSection) -> Destination:
-    """Where a recipe publishes; whoever asks to write sends the saved token."""
+    """Where a recipe publishes. The saved token is sent, since it is needed to write."""
     hub = replace(hub_of(work.recipe, section.repo), token=saved_token())
     return Destination(
         section.repo,
@@ -112,19 +111,19 @@ def publish(
     base_folder: Path | None = None,
     pauses: Sequence[float] | None = None,
 ) -> Published:
-    """Put a checkpoint on the Hub, see that it is the same model there, and record it.
+    """Upload a checkpoint, check that the Hub has the same model, and record the publication.
 
     Args:
-        folder: The checkpoint; it stays as it is.
-        base_folder: Where its base lies; without it the checkpoint's own reference is followed.
-        pauses: Seconds before each further try of what may pass.
+        folder: The checkpoint; it is not changed.
+        base_folder: The base; without it, the base that the manifest names.
+        pauses: Seconds before each new attempt after a transient error.
 
     Raises:
         LicenceError: An adapter's licence forbids it.
-        HubConflictError: The repository holds something else, or moved meanwhile.
-        PublicationError: What would be published names a secret or a folder of this machine; or
-            what was published does not give the same logits. Nobody is shown it.
-        HubError: The Hub does not answer, or says no.
+        HubConflictError: The repository holds something else, or main has moved.
+        PublicationError: A file names a secret or a folder of this machine; or the model on the Hub
+            gives other logits, and then main does not show it.
+        HubError: The Hub does not answer, or refuses.
     """
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
@@ -134,17 +133,17 @@ def publish(
     known = {publication.revision for publication in earlier}
     repository = Repository(to.repo_id, to.hub, **({} if pauses is None else {"pauses": pauses}))
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
-        parcel = _parcel(folder, to.repo_id, Path(scratch))
-        _refuse_secrets(parcel, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
-        tag = to.tag or f"meteora-{parcel.digest[:12]}"
+        bundle = _bundle(folder, to.repo_id, Path(scratch))
+        _refuse_secrets(bundle, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
+        tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
         def check(commit: str) -> None:
-            if commit not in known:  # what is known was checked before it was recorded
-                say(f"loading {to.repo_id} at {commit[:12]} anew")
-                _check_reload(ledger.home, folder, parcel, to, commit, base_folder)
+            if commit not in known:  # a recorded commit was checked before
+                say(f"loading {to.repo_id} at {commit[:12]} from the Hub")
+                _check_reload(ledger.home, folder, bundle, to, commit, base_folder)
 
         revision = repository.publish(
-            parcel, private=to.private, tag=tag, check=check, onto=to.onto, known=known
+            bundle, private=to.private, tag=tag, check=check, onto=to.onto, known=known
         )
     router_id = ArtifactId(manifest.router_id)
     recorded = bool(router_id) and ledger.weights_of(router_id) is not None
@@ -154,10 +153,10 @@ def publish(
     return Published(to.repo_id, revision, tag, recorded)
 
 
-def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
-    """The checkpoint's files, with a card that says under which name it is loaded.
+def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
+    """The checkpoint's files, with the repository's name in the card.
 
-    A signature goes along, and then the card, too, stays as it was signed.
+    A signature is published, too; then the card stays as it was signed.
     """
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = (folder / SIGNATURE).is_file()
@@ -168,25 +167,25 @@ def _parcel(folder: Path, repo_id: str, scratch: Path) -> Parcel:
             (scratch / name).write_text(text, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
-    return pack(scratch, names, MANIFEST)
+    return make_bundle(scratch, names, MANIFEST)
 
 
-def _refuse_secrets(parcel: Parcel, secrets: Sequence[str]) -> None:
-    for name in parcel.files:
+def _refuse_secrets(bundle: Bundle, secrets: Sequence[str]) -> None:
+    for name in bundle.files:
         if name.endswith(".safetensors"):
             continue
-        text = (parcel.folder / name).read_text(encoding="utf-8")
+        text = (bundle.folder / name).read_text(encoding="utf-8")
         if SECRET.search(text) or any(secret and secret in text for secret in secrets):
             raise PublicationError(
                 f"{name} holds a token or the path of a folder on this machine, which everybody"
-                " would see; take it out of the recipe, run again and publish then"
+                " would see; take it out of the recipe, run again, and then publish"
             )
 
 
 def _check_reload(
     home: Path,
     folder: Path,
-    parcel: Parcel,
+    bundle: Bundle,
     to: Destination,
     commit: str,
     base_folder: Path | None,
@@ -194,7 +193,7 @@ def _check_reload(
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
     Args:
-        home: Where the cache lies for the time, so that the store removes what a kill leaves.
+        home: The cache lies in it, so that the store removes what a killed process leaves.
     """
     with partial_file(home) as cache:
         cache.mkdir()
@@ -205,12 +204,13 @@ def _check_reload(
             "cache_dir": str(cache),
             "base_folder": None if base_folder is None else str(base_folder),
         }
-        found = _ask_worker(request, to.hub)
         what = f"{to.repo_id} at {commit}"
-        if "error" in found:
-            raise PublicationError(f"{what} was uploaded and cannot be loaded: {found['error']}")
+        try:
+            found = _reload(request, to.hub)
+        except ChildError as error:
+            raise PublicationError(f"{what} was uploaded and cannot be loaded: {error}") from None
         for path in Path(found["folder"]).iterdir():
-            if path.name in parcel.files and file_sha256(path) != parcel.files[path.name].sha256:
+            if path.name in bundle.files and file_sha256(path) != bundle.files[path.name].sha256:
                 raise PublicationError(f"{what}: {path.name} came back with other bytes")
     if found["difference"] != 0:
         raise PublicationError(
@@ -220,35 +220,13 @@ def _check_reload(
         )
 
 
-def _ask_worker(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+def _reload(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+    """What `reload_worker.compare` returns, in a process that starts with nothing loaded."""
     environment = {
-        **os.environ,
         "HF_ENDPOINT": hub.url(),
         "HF_TOKEN": hub.token or "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    theirs, ours = os.pipe()
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.publishing.reload_worker"],
-        env=environment,
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(theirs)
-    with worker, os.fdopen(ours, "wb", buffering=0) as asking:
-        try:
-            with suppress(BrokenPipeError):  # it says itself why it is gone
-                asking.write(json.dumps(request).encode() + b"\n")
-            # and left open: the worker ends when it closes
-            answer, complaint = worker.communicate(timeout=RELOAD_SECONDS)
-            return json.loads(answer.splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            return {"error": f"it took longer than {RELOAD_SECONDS:g} s"}
-        except (IndexError, ValueError):
-            last = complaint.strip().splitlines()[-1:] or ["no word"]
-            return {"error": f"its process ended with {worker.returncode}: {last[0]}"}
-        finally:
-            worker.kill()
+    with ChildProcess(RELOAD_WORKER, quiet=True, environment=environment) as worker:
+        return worker.ask(request, deadline_seconds=RELOAD_SECONDS)

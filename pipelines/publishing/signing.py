@@ -1,7 +1,7 @@
-"""Signatures over a checkpoint's folder, by OpenSSF's model-signing and a key in a file.
+"""Signatures over a checkpoint's folder, with OpenSSF's model-signing and a key in a file.
 
-The signature lies in the folder as `model.sig`, a Sigstore bundle: whoever has the public key and
-the package `model-signing` can check it without this program. Nothing is asked of any network.
+The signature is the file `model.sig` in the folder, a Sigstore bundle. It can be checked with the
+public key and the package `model-signing` alone. No network is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     """Sign every file of a checkpoint; return the signature's path.
 
     Raises:
-        SignatureError: the folder is no checkpoint, or the key cannot sign.
+        SignatureError: The folder is no checkpoint, or the key cannot sign.
     """
     _require_checkpoint(folder)
     hashing, signing, _ = _library()
@@ -58,7 +58,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
     """Compare a checkpoint with its signature.
 
     Raises:
-        SignatureError: a file is not what was signed, or somebody else signed.
+        SignatureError: A file is not what was signed, or another key signed.
     """
     _require_checkpoint(folder)
     hashing, _, verifying = _library()
@@ -81,13 +81,13 @@ def check_signature(folder: Path, public_key: Path) -> None:
 
 
 def _hashed(hashing: ModuleType, signature: Path) -> Config:
-    """How files are told apart: all but the signature, by SHA-256, also as links into a cache."""
+    """Hash every file but the signature by SHA-256; files may be links into a cache."""
     config = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=True)
     return config.set_allow_symlinks(True)
 
 
 def _difference(error: Exception) -> str:
-    """What the library found, in few words."""
+    """What the library found, in a few words."""
     text = str(error).replace("\\'", "'")  # a list as Python shows it
     found = [
         f"{name} {what}"

@@ -1,10 +1,11 @@
-"""The stages of a run as plain functions, and the process in which they compute.
+"""The stages of a run as plain functions, and the process that runs them.
 
 build            base, stack, gates, checkpoint
 measure          the benchmark
-edit             one expert more or less in a checkpoint
+checkpoint       the texts of a checkpoint's folder
+edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes
-worker           the process in which stages compute
-worker_client    the run's side of that process
+worker           the process in which stages run
+worker_client    that process, as the run sees it
 """

@@ -1,7 +1,7 @@
-"""The stages that build: plain functions that leave what they made in the store.
+"""The stages that build: base, stack, gates, checkpoint.
 
-Each looks into the ledger first and does nothing where the work is done; each puts its bytes into
-the blobs and only then writes its record. So a run that is stopped anywhere goes on where it was.
+Each is a plain function that does nothing if the ledger has its artifact. Else it puts the bytes
+into the blobs, and then writes the record. So a run that was stopped anywhere continues there.
 """
 
 from __future__ import annotations
@@ -24,16 +24,7 @@ from meteora.base import loading
 from meteora.base.chat_template import Template
 from meteora.base.sources import GGUF, find_gguf, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import (
-    CARD,
-    CONFIG,
-    CONFIG_TEXT,
-    EXPERTS,
-    GATES,
-    LINEAGE,
-    MANIFEST,
-    STATISTICS,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
 from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
 from meteora.fitting.statistics import write_statistics
@@ -44,11 +35,10 @@ from pipelines.data.labels import background_sequences, label, label_composites,
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
-from pipelines.publishing import lineage
-from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
+from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import computing_device, describe, opened
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
@@ -68,7 +58,7 @@ if TYPE_CHECKING:
 
 
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
-    """Have the base as safetensors: in place, downloaded at its commit, or dequantised once."""
+    """Provide the base as safetensors: a local folder, a download, or a dequantised GGUF file."""
     folder = work.base_folder(spec)
     known = work.ledger.built(spec.id)
     if known is not None and folder.is_dir():
@@ -91,7 +81,7 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
 
 
 def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
-    """Have the base in its folder, whole or not at all; of two runs one waits for the other."""
+    """Put the base into its folder, whole or not at all; of two runs one waits for the other."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(work.home / "runs" / folder.name, work.recipe.deadlines.base):
         if folder.is_dir():
@@ -113,7 +103,7 @@ def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
 
 
 def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
-    """Lay the adapters end to end in one file; the base is not loaded for it."""
+    """Concatenate the adapters in one file; the base is not loaded."""
     if work.holds(plan.fused.id):
         return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
     with work.scratch() as scratch:
@@ -130,7 +120,7 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
 def fit_gates(
     work: RunContext, plan: Plan, built: BuiltBase, fused: FusedCheckpoint
 ) -> RouterBuild:
-    """Make the gates as the recipe asks; a router without gates is only recorded."""
+    """Fit the gates as the recipe asks; a router without gates is only recorded."""
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
     if plan.router.router == "gate":
@@ -154,10 +144,10 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
         out = scratch / GATES
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
         found = fit(work, plan, built, out)
-        sha256, kept = work.ledger.blobs.put(out, move=True), ""
+        sha256, statistics_sha256 = work.ledger.blobs.put(out, move=True), ""
         if isinstance(found, calibrate.Calibration):
             write_statistics(scratch / STATISTICS, found.statistics)
-            kept = work.ledger.blobs.put(scratch / STATISTICS, move=True)
+            statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
         return RouterBuild(
             spec=router,
             weights_sha256=sha256,
@@ -165,7 +155,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             heldout_accuracy=found.heldout_accuracy,
             wall_seconds=found.wall_seconds,
             device=computing_device(),
-            statistics_sha256=kept,
+            statistics_sha256=statistics_sha256,
         )
 
 
@@ -187,7 +177,7 @@ def _fit_here(
 
 
 def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> joint.Training:
-    """Each process opens a model of its own, and the one that labelled for all is gone by then."""
+    """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
         with opened(work, plan, built, gates=None) as (model, tokenizer):
@@ -203,7 +193,7 @@ def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> 
 def _labelled(
     work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[LabelledSequence], Template | None]:
-    """What the gates learn from, and the template that their prompts stand in."""
+    """The sequences that the gates are fitted to, and the template around their prompts."""
     router = plan.router
     silent_experts.probe(work, plan.experts, model, tokenizer)
     sequences = label(plan.examples, plan.fused.names, tokenizer)
@@ -220,7 +210,7 @@ def _labelled(
 
 @contextmanager
 def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
-    """A bar over the steps of a training, which may begin in the middle."""
+    """A bar over the steps of a training, which may continue an earlier one."""
     shown, steps = 0, router.joint.steps if router.joint else 0
     with bar("training the gates", steps, "steps") as advance:
 
@@ -257,9 +247,10 @@ def _calibrate(
 
 
 def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    """The checkpoint's folder with card and lineage, whole or not at all.
+    """Write the checkpoint's folder, whole or not at all; its tensors are links where possible.
 
-    Its tensors are links to the blobs where the disk has links.
+    Raises:
+        MeteoraError: The benchmark is not complete.
     """
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
@@ -271,12 +262,7 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256
-    texts = {
-        MANIFEST: manifest.to_json(),
-        CONFIG: CONFIG_TEXT,
-        CARD: card.write_card(manifest, summary, work.name),
-        LINEAGE: lineage.write_lineage(manifest, parts, work.recipe_sha256),
-    }
+    texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results
     with work.scratch() as scratch:
@@ -284,8 +270,6 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         made.mkdir()
         for name, sha256 in parts.items():
             work.ledger.blobs.give(sha256, made / name)
-        for name, text in texts.items():
-            (made / name).parent.mkdir(exist_ok=True)
-            (made / name).write_text(text)
+        write_texts(made, manifest, parts, work.name, summary, work.recipe_sha256, texts)
         put_in_place(made, folder)
     return folder

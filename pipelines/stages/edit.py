@@ -1,7 +1,7 @@
-"""Take an expert into a checkpoint, or out of it; all others stay what they are, to the bit.
+"""Add an expert to a checkpoint, or drop one; the bytes of all others stay the same.
 
-A checkpoint from anywhere will do: what its gates were fitted to is kept in it as statistics, and
-neither the recipe nor the examples or adapters of its other experts are asked for.
+The checkpoint may come from anywhere. It has the statistics that its gates were fitted to, so the
+recipe, the examples and the adapters of its other experts are not needed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
-from meteora.checkpoint.manifest import (
-    CARD,
-    CONFIG,
-    CONFIG_TEXT,
-    EXPERTS,
-    GATES,
-    LINEAGE,
-    MANIFEST,
-    STATISTICS,
-    read_manifest,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from meteora.checkpoint.resolve import load_base
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
@@ -46,9 +36,8 @@ from pipelines.admission.candidate import Admission
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
-from pipelines.publishing import lineage
 from pipelines.recipe.gates import Composites
-from pipelines.reports import card
+from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import entry_of
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
@@ -63,19 +52,19 @@ if TYPE_CHECKING:
     from store.ledger import Ledger
 
 EXAMPLES = 64
-"""Of a new expert: as many as a recipe takes of each, unless it says otherwise."""
+"""Of a new expert; the default of a recipe."""
 
 
 class GrowthError(MeteoraError):
-    """A checkpoint cannot be changed by an expert."""
+    """No expert can be added to or dropped from this checkpoint."""
 
 
 @dataclass(frozen=True)
-class Changed:
-    """A checkpoint in the making: its files lie in `folder`, all but card, lineage and manifest."""
+class EditedCheckpoint:
+    """The new checkpoint: its tensors are in `folder`, its texts are not written yet."""
 
     run_id: str
-    """Under which it is recorded."""
+    """The run that it is recorded under."""
     folder: Path
     manifest: Manifest
     router: RouterSpec
@@ -83,7 +72,7 @@ class Changed:
     num_tokens: int = 0
     wall_seconds: float = 0.0
     adapter: Adapter | None = None
-    """The new expert's."""
+    """Of the new expert; None where one is dropped."""
 
 
 def add(
@@ -112,14 +101,14 @@ def add(
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
-    manifest = _growable(folder)
+    manifest = _read_editable(folder)
     composites = _composites(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
     model, tokenizer = load_base(manifest, base_folder, "auto")
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     expert = admission.read(candidate, model, tokenizer)
-    with _changing(ledger, manifest) as scratch:
+    with _scratch(ledger, manifest) as scratch:
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
@@ -139,7 +128,7 @@ def add(
             )
         tensors.write_gates(scratch / GATES, gates_of(model))
         write_statistics(scratch / STATISTICS, found.statistics)
-        changed = Changed(
+        edited = EditedCheckpoint(
             admission.run_id,
             scratch,
             larger,
@@ -149,7 +138,7 @@ def add(
             found.wall_seconds,
             expert.adapter,
         )
-        return _settle(ledger, manifest, changed)
+        return _finish(ledger, manifest, edited)
 
 
 def drop(ledger: Ledger, folder: Path, name: str) -> Path:
@@ -159,9 +148,9 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
         EditError: there is no such expert, or no other.
     """
-    manifest = _growable(folder)
+    manifest = _read_editable(folder)
     gates = tensors.read_gates(folder, manifest)
-    with _changing(ledger, manifest) as scratch:
+    with _scratch(ledger, manifest) as scratch:
         smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep={*gates.follows.values()})
         kept, statistics = add_expert.drop(
             gates,
@@ -171,11 +160,11 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         )
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        changed = Changed(new_run_id(), scratch, smaller, _router(manifest, smaller, ""))
-        return _settle(ledger, manifest, changed)
+        edited = EditedCheckpoint(new_run_id(), scratch, smaller, _router(manifest, smaller, ""))
+        return _finish(ledger, manifest, edited)
 
 
-def _growable(folder: Path) -> Manifest:
+def _read_editable(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.router.stand_ins:
         raise GrowthError(
@@ -192,8 +181,8 @@ def _growable(folder: Path) -> Manifest:
 
 
 @contextmanager
-def _changing(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
-    """A folder on the store's own disk, while `gc` is kept at bay."""
+def _scratch(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
+    """A temporary folder on the store's disk; `gc` does not run meanwhile."""
     parent = ledger.home / "runs"
     with ledger.running(f"changing {manifest.router_id}"):
         parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +193,7 @@ def _changing(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
 
 
 def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:
-    """How many tasks the prompts held that the gates were fitted to, beside plain examples."""
+    """The numbers of tasks in the composite prompts that the gates were fitted to."""
     found = manifest.gates.get("composites", ())
     try:
         return TypeAdapter(Composites).validate_python(found)
@@ -219,7 +208,7 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:
 def _router(
     before: Manifest, after: Manifest, examples_sha256: str, composites: tuple[int, ...] = ()
 ) -> RouterSpec:
-    """What is asked: the same way to route, over other experts, made from what was there."""
+    """The spec of the new router: the options of the old one, over other experts."""
     how = after.router
     return RouterSpec(
         _fused(after).id,
@@ -245,42 +234,37 @@ def _fused(manifest: Manifest) -> FusedSpec:
     return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
 
-def _settle(ledger: Ledger, before: Manifest, changed: Changed) -> Path:
-    """Write what is left, move the folder to where checkpoints lie, and record it."""
-    router = changed.router
+def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
+    """Write the texts, record the checkpoint, and move its folder to its place."""
+    router = edited.router
     made: dict[str, Any] = {
         **before.gates,
         "grown_from": before.router_id,
         "grown_examples_sha256": router.examples_sha256,
-        "grown_heldout_accuracy": changed.heldout_accuracy,
+        "grown_heldout_accuracy": edited.heldout_accuracy,
     }
-    manifest = replace(changed.manifest, gates=made, fused_id=router.fused_id, router_id=router.id)
+    manifest = replace(edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id)
     names = (EXPERTS, GATES, STATISTICS)
-    files = {name: file_sha256(changed.folder / name) for name in names}
-    texts = {
-        MANIFEST: manifest.to_json(),
-        CONFIG: CONFIG_TEXT,
-        CARD: card.write_card(manifest, None, " + ".join(manifest.names)),
-        LINEAGE: lineage.write_lineage(manifest, files, ""),
-    }
-    for name, text in texts.items():
-        (changed.folder / name).write_text(text)
+    files = {name: file_sha256(edited.folder / name) for name in names}
+    write_texts(edited.folder, manifest, files, " + ".join(manifest.names))
     if ledger.built(ArtifactId(before.router_id)) is not None:
-        _record(ledger, manifest, changed, files)
+        _record(ledger, manifest, edited, files)
     else:
-        say("its parents are not in this ledger, so it is not recorded; the folder is all there is")
+        say("its parents are not in this ledger, so it is not recorded; only the folder is written")
     out = checkpoint_at(ledger.home, router.id)
-    put_in_place(changed.folder, out)
+    put_in_place(edited.folder, out)
     return out
 
 
-def _record(ledger: Ledger, manifest: Manifest, changed: Changed, files: Mapping[str, str]) -> None:
-    """Record new adapter, stack and router, under the ids that a recipe would give them."""
-    run_id = changed.run_id
+def _record(
+    ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint, files: Mapping[str, str]
+) -> None:
+    """Record adapter, stack and router, under the ids that a recipe would give them."""
+    run_id = edited.run_id
     for name in files:
-        ledger.blobs.put(changed.folder / name)
-    if changed.adapter is not None:
-        spec = changed.adapter.spec
+        ledger.blobs.put(edited.folder / name)
+    if edited.adapter is not None:
+        spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
     fused = _fused(manifest)
     experts, gates, statistics = files.values()
@@ -292,15 +276,15 @@ def _record(ledger: Ledger, manifest: Manifest, changed: Changed, files: Mapping
         run_id=run_id,
     )
     built = RouterBuild(
-        changed.router,
+        edited.router,
         gates,
-        changed.num_tokens,
-        changed.heldout_accuracy,
-        changed.wall_seconds,
+        edited.num_tokens,
+        edited.heldout_accuracy,
+        edited.wall_seconds,
         "cpu",
         statistics,
     )
     ledger.record_artifact(
-        changed.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
+        edited.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
     )
     ledger.ingest()

@@ -1,4 +1,4 @@
-"""A plan as a model: the base with its experts in it, from what lies in the store."""
+"""A plan as a loaded model: the base with the experts, from the store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
-    """The manifest of the checkpoint that a plan comes to."""
+    """The manifest of the checkpoint that a plan makes."""
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router == "gate":
         made = {
@@ -69,7 +69,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
 
 
 def entry_of(expert: Expert) -> ExpertEntry:
-    """What a manifest says of an expert."""
+    """The entry of an expert in a manifest."""
     return ExpertEntry(
         name=expert.name,
         adapter_id=expert.adapter.spec.id,
@@ -110,5 +110,5 @@ def opened(
 
 
 def computing_device() -> str:
-    """What models are put on."""
+    """The device that models are moved to."""
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"

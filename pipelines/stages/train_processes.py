@@ -1,22 +1,19 @@
 """Gates by gradient descent: in this process, or in several that share every batch.
 
-Several are started as `accelerate launch` starts them, one a GPU, and Accelerate joins them; on a
-CPU it does so over gloo. Each connects to the one that started them, is told what to do, and ends
-when that one does; the first tells how far they are, and writes the gates.
+There is one process a GPU. Each gets the variables that `torchrun` sets, from which Accelerate
+joins them; on a CPU it does so over gloo. The first reports the progress, and writes the gates.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
-from multiprocessing.connection import Client, Listener, wait
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import TCPStore
 
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint import tensors
@@ -26,11 +23,11 @@ from pipelines.recipe.gates import JointSection
 from pipelines.stages.open_model import opened
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.context import RunContext
+from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from multiprocessing.connection import Connection
 
     from transformers import PreTrainedModel
 
@@ -40,14 +37,11 @@ if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
 
-LOOK_SECONDS = 0.5
-"""How often it is seen whether those that were started live."""
-WORDS_SECONDS = 60.0
-"""For the last of them to end after the first is done."""
+HOST = "localhost"
 
 
 def num_processes(recipe: Recipe) -> int:
-    """How many processes train the gates: what the recipe says, else one a GPU."""
+    """How many processes train the gates: as the recipe says, else one a GPU."""
     gates = recipe.gates
     if recipe.router.kind != "gate" or not isinstance(gates, JointSection):
         return 1
@@ -63,7 +57,10 @@ def train(
     scratch: Path,
     progress: Callable[[int, int], None],
 ) -> joint.Training:
-    """Go on from the state that a stopped run left; it is removed once the gates are recorded."""
+    """Train, from the state that a stopped run left if there is one.
+
+    The state is removed once the gates are recorded.
+    """
     settings, asked = router.joint, work.recipe.gates
     if settings is None or not isinstance(asked, JointSection):
         raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")
@@ -99,8 +96,8 @@ def train_together(
 
     Raises:
         StageError: One of them died.
-        MeteoraError: There are fewer GPUs than processes; or what `train` says, by whichever said
-            it first.
+        MeteoraError: There are fewer GPUs than processes; or what `train` raises in the first
+            process in which it does.
     """
     count = num_processes(work.recipe)
     if torch.cuda.is_available() and count > torch.cuda.device_count():
@@ -112,82 +109,60 @@ def train_together(
         (work.home, work.recipe, work.path, work.run_id),
         (plan, built, sequences, template, str(out)),
     )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
-        "--nproc-per-node", str(count), "--module", "pipelines.stages.train_processes",
-    ]  # fmt: skip
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # on a free port
+    with ExitStack() as started:
+        children = [
+            started.enter_context(
+                ChildProcess(
+                    "pipelines.stages.train_processes",
+                    pickled=True,
+                    environment=_environment(rank, count, store.port),
+                )
+            )
+            for rank in range(count)
+        ]
+        try:
+            for child in children:
+                child.send(task)
+            return answers(children, {"progress": progress})[0]
+        except ChildDiedError as error:
+            raise StageError(
+                f"one of the {count} processes that train the gates ended: {error}; its messages"
+                " stand above, and what was saved is kept: run again to go on"
+            ) from None
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What `torchrun` sets for the processes of one machine, and what selects the device."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    address = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     device = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    with Listener(family="AF_UNIX") as listener:  # in a folder of this process's own
-        pipes: list[Connection] = []
-        threading.Thread(target=_receive, args=(listener, task, count, pipes), daemon=True).start()
-        launched = subprocess.Popen([*command, str(listener.address)], env=os.environ | device)  # noqa: S603
-        try:
-            while launched.poll() is None or pipes:
-                ready = wait(list(pipes), timeout=LOOK_SECONDS)
-                for pipe in [pipe for pipe in pipes if pipe in ready]:
-                    try:
-                        kind, value = pipe.recv()
-                    except (EOFError, ConnectionError):
-                        pipes.remove(pipe)
-                        continue
-                    if kind == "error":
-                        raise value
-                    if kind == "done":
-                        launched.wait(timeout=WORDS_SECONDS)
-                        return value
-                    progress(*value)
-        finally:
-            launched.kill()
-            launched.wait()
-            for pipe in pipes:
-                pipe.close()
-    raise StageError(
-        f"one of the {count} processes that train the gates ended without an answer; what it said"
-        " stands above, and what they had saved is kept: run again to go on"
-    )
-
-
-def _receive(listener: Listener, task: Any, count: int, pipes: list[Connection]) -> None:  # noqa: ANN401  (what goes through a pipe)
-    """Tell each that comes what is to be done."""
-    for _ in range(count):
-        try:
-            pipe = listener.accept()
-        except OSError:  # nobody waits for them any more
-            return
-        pipe.send(task)
-        pipes.append(pipe)
+    return {name: str(value) for name, value in (numbers | address | threads | device).items()}
 
 
 def main() -> None:
-    pipe = Client(sys.argv[1], "AF_UNIX")
-    (home, recipe, path, run_id), (plan, built, sequences, template, out) = pipe.recv()
-    threading.Thread(target=_end_with_the_stage, args=(pipe,), daemon=True).start()
+    stage = parent(pickled=True)
+    _, ((home, recipe, path, run_id), (plan, built, sequences, template, out)) = stage.receive()
     work = RunContext(Ledger(home), recipe, path, run_id)
     together = Accelerator()  # each has a GPU of its own from here on
     first = together.is_main_process
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         if first:
-            pipe.send(("progress", (done, total)))
+            stage.send("progress", (done, total))
 
     try:
         with opened(work, plan, built, gates=None) as (model, _), work.scratch() as scratch:
-            made = train(work, plan.router, model, sequences, template, scratch, tell)
+            made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:
-        pipe.send(("error", error))
+        stage.send("error", error)
         raise
     if first:
         tensors.write_gates(Path(out), gates_of(model))
-        pipe.send(("done", made))
     together.wait_for_everyone()
     together.end_training()
-
-
-def _end_with_the_stage(pipe: Connection) -> None:
-    try:
-        pipe.recv()
-    except (EOFError, ConnectionError):
-        os._exit(1)
+    stage.send("answer", made)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""The process in which stages run: it is handed one after the other, and answers each.
+"""The process in which stages run: it gets one request after the other, and answers each.
 
-Run as a module, with the number of the file descriptor to talk through; see `worker_client`.
+`worker_client` starts it.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
-import sys
-import threading
 import time
 import traceback
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +18,10 @@ from pipelines.publishing import publish
 from pipelines.stages import build, measure
 from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
-from pipelines.workspace import console
+from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import memory_bytes
+from pipelines.workspace.processes import parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -32,31 +29,32 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import Reason
+    from pipelines.workspace.processes import Channel
 
 PROGRESS_SECONDS = 2.0
 
 
 def device(_work: RunContext) -> str:
-    """What the stages compute on."""
+    """The name of the device that the stages compute on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def memory(_work: RunContext) -> int:
-    """What the device has, in bytes."""
+    """The memory of that device, in bytes."""
     return memory_bytes()
 
 
 def proportion(
     _work: RunContext, adapter: Adapter, base_norms: Mapping[str, float]
 ) -> tuple[Reason, ...]:
-    """A warning where an adapter is out of all proportion to the base's weights."""
+    """A warning where an adapter changes the base's weights out of all proportion."""
     return check_proportion(adapter, base_norms)
 
 
 def slots(work: RunContext) -> list[str]:
-    """By which names devices are held by one run at a time, in that order; none need be on a CPU.
+    """The names of the devices that this run locks for itself; none on a CPU.
 
-    Runs that want several take them in the same order, so that none waits for another in turn.
+    They are sorted: runs that lock several in the same order never wait for each other in a circle.
     """
     if not torch.cuda.is_available():
         return []
@@ -81,61 +79,46 @@ STAGES = {
 
 
 def main() -> None:
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
-    pipe = Connection(int(sys.argv[1]))
-    home, recipe, path, run_id = pipe.recv()
+    run = parent(pickled=True)
+    _, (home, recipe, path, run_id) = run.receive()
     work = RunContext(Ledger(home), recipe, path, run_id)
-    send = _one_at_a_time(pipe)
-    console.tell(_now_and_then(lambda *done: send("progress", done)))
-    with console.heard(lambda text: send("said", (text,))):
-        _serve(work, pipe, send)
+    with CONSOLE.listening(
+        on_message=lambda text: run.send("message", (text,)),
+        on_progress=_seldom(lambda *step: run.send("progress", step)),
+    ):
+        _serve(work, run)
 
 
-def _serve(work: RunContext, pipe: Connection, send: Callable[[str, object], None]) -> None:
+def _serve(work: RunContext, run: Channel) -> None:
     while True:
         try:
-            stage, arguments = pipe.recv()
+            _, (stage, arguments) = run.receive()
         except EOFError:
             return
         try:
-            kind, answer = "value", STAGES[stage](work, *arguments)
+            kind, value = "answer", STAGES[stage](work, *arguments)
         except Exception as error:
-            kind, answer = "error", _portable(stage, error)
+            kind, value = "error", _portable(stage, error)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # whoever has the device next finds it empty
-        send(kind, answer)
+            torch.cuda.empty_cache()  # another process may use the device next
+        run.send(kind, value)
 
 
-def _end_with_the_run() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def _one_at_a_time(pipe: Connection) -> Callable[[str, object], None]:
-    """What sends through the pipe; a bar may be watched by a thread of its own."""
-    turn = threading.Lock()
-
-    def send(kind: str, value: object) -> None:
-        with turn:
-            pipe.send((kind, value))
-
-    return send
-
-
-def _now_and_then(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """`send`, but at most once in `PROGRESS_SECONDS`."""
     last = 0.0
 
-    def told(what: str, done: int, total: int) -> None:
+    def send_seldom(what: str, done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
             send(what, done, total)
 
-    return told
+    return send_seldom
 
 
 def _portable(stage: str, error: Exception) -> Exception:
-    """The error as it can cross: one of ours as itself, any other with its traceback as a note."""
+    """An error that can be pickled; one that is not ours gets its traceback as a note."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         first = str(error).partition("\n")[0]
         return StageError(

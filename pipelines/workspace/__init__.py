@@ -1,8 +1,9 @@
-"""Where a run works: home, recipe, console, environment, machine.
+"""Where a run works: home, recipe, console, environment, machine, child processes.
 
-context      the home, the recipe and the run's name in one object
+context      the ledger, the recipe and the run's id in one object
 console      lines and bars on stderr
 environment  settings that other libraries read at import
+processes    a child process that can be stopped
 machine      how fast this machine computes
-checkpoints  which checkpoint a person means
+checkpoints  the folder of a checkpoint that a person names
 """

@@ -1,4 +1,4 @@
-"""Which checkpoint a person means, and where its base lies already."""
+"""The folder of a checkpoint that a person names, and of its base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from store.ledger import Ledger
 
 
 def checkpoint_folder(name: str, home: Path) -> str | Path:
-    """The folder of a checkpoint that the ledger knows by an id; any other name as it is."""
+    """The folder of a checkpoint whose id is in the ledger; any other name is returned as it is.
+
+    Raises:
+        UnknownError: The ledger has the id, but no checkpoint with it.
+    """
     if Path(name).is_dir() or "/" in name:
         return name
     folder = checkpoint_at(home, Ledger(home).resolve(name))
@@ -25,9 +29,9 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
 
 
 def base_at_hand(folder: str | Path, home: Path) -> Path | None:
-    """The base of a checkpoint where this home has it as safetensors already."""
+    """The base of a checkpoint, if this home has it as safetensors already."""
     if not (Path(folder) / MANIFEST).is_file():
         return None
     entry = read_manifest(Path(folder)).base
-    kept = home / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
-    return kept if kept.is_dir() else None
+    base = home / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
+    return base if base.is_dir() else None

@@ -1,4 +1,8 @@
-"""What a person sees while a run works, on stderr: a line a stage, a bar where it takes time."""
+"""What a person sees while a run works, on stderr: lines, and bars where it takes time.
+
+`CONSOLE` is the console of this process, and `say`, `bar` and `growing` are its methods. The run
+that goes on in this process listens to it, to pass lines and progress on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich import console as rich_console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,113 +29,131 @@ if TYPE_CHECKING:
 
     from rich.progress import Task
 
-console = Console(stderr=True, highlight=False, markup=False)
+    MessageListener = Callable[[str], None]
+    """Called with each line, without its colours."""
+    ProgressListener = Callable[[str, int, int], None]
+    """Called with what a bar counts, how far it is, and out of how much."""
+
 LABELS = {"error": "red", "left out": "yellow", "note": "yellow"}
-"""Their colours."""
+"""The colour of each label."""
 PATIENCE_SECONDS = 2.0
+"""What takes less time gets no bar in `Console.growing`."""
 LOOK_EVERY_SECONDS = 0.5
-_told: Callable[[str, int, int], None] | None = None
-_heard: Callable[[str], None] | None = None
+"""How often `Console.growing` measures."""
 
 
-def tell(listener: Callable[[str, int, int], None]) -> None:
-    """Have every bar tell `listener`, too, what it counts, how far it is, and out of how much."""
-    global _told  # noqa: PLW0603  (as the console: one for the process)
-    _told = listener
+class Console:
+    """Shows lines and bars on stderr, and passes them on to its listeners."""
+
+    def __init__(self) -> None:
+        self._stderr = rich_console.Console(stderr=True, highlight=False, markup=False)
+        self._on_message: MessageListener | None = None
+        self._on_progress: ProgressListener | None = None
+
+    @contextmanager
+    def listening(
+        self, on_message: MessageListener, on_progress: ProgressListener | None = None
+    ) -> Generator[None]:
+        """Pass on every line and every step of a bar, until this context ends."""
+        before = self._on_message, self._on_progress
+        self._on_message, self._on_progress = on_message, on_progress
+        try:
+            yield
+        finally:
+            self._on_message, self._on_progress = before
+
+    def say(self, text: str, label: str = "") -> None:
+        """Print a line; brackets in it are no markup, since names and paths may have some.
+
+        Args:
+            label: One of `LABELS`, before the text and in its colour.
+        """
+        before = [(f"{label}: ", LABELS[label])] if label else []
+        line = Text.assemble(*before, text)
+        self._stderr.print(line, soft_wrap=True)
+        if self._on_message is not None:
+            self._on_message(line.plain)
+
+    @contextmanager
+    def bar(self, what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        """A bar with the rate and the time left; yields `advance(count)`.
+
+        Where stderr is no terminal, one line at the end says what a bar would have shown.
+        """
+        started = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
+            _Rate(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=self._stderr, disable=not self._stderr.is_terminal
+        ) as progress:
+            shown = progress.add_task(what, total=total)
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                progress.advance(shown, count)
+                if self._on_progress is not None:
+                    self._on_progress(what, done, total)
+
+            yield advance
+        if not self._stderr.is_terminal:
+            seconds = time.perf_counter() - started
+            self.say(
+                f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds, unit)}"
+            )
+
+    @contextmanager
+    def growing(self, what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
+        """A bar over something that grows by itself, such as a download, if it takes a while.
+
+        Args:
+            num_bytes: How large it will be.
+            measure: How large it is.
+        """
+        ended = threading.Event()
+
+        def watch() -> None:
+            if ended.wait(PATIENCE_SECONDS):
+                return
+            size, unit = (1_000_000, "MB") if num_bytes >= 10_000_000 else (1_000, "kB")
+            with self.bar(what, max(1, round(num_bytes / size)), unit) as advance:
+                shown, last = 0, False
+                while not last:
+                    last = ended.wait(LOOK_EVERY_SECONDS)
+                    now = round(min(measure(), num_bytes) / size)
+                    advance(now - shown)
+                    shown = now
+
+        # in the context of who waits: a run's log is found through it
+        watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
 
-@contextmanager
-def heard(listener: Callable[[str], None]) -> Generator[None]:
-    """Have everything that is said told to `listener`, too, without its colours."""
-    global _heard  # noqa: PLW0603  (as above)
-    before, _heard = _heard, listener
-    try:
-        yield
-    finally:
-        _heard = before
+CONSOLE = Console()
+say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
-def say(text: str, label: str = "") -> None:
-    """Print a line to people; brackets in it are no markup, since names and paths may have some.
+def plain_console() -> rich_console.Console:
+    """A console on stdout that takes names and values as text, not as markup.
 
-    Args:
-        label: One of `LABELS`, before the text and in its colour.
+    Its lines are wider where stdout is no terminal.
     """
-    before = [(f"{label}: ", LABELS[label])] if label else []
-    line = Text.assemble(*before, text)
-    console.print(line, soft_wrap=True)
-    if _heard is not None:
-        _heard(line.plain)
-
-
-def plain_console() -> Console:
-    """Names and values are text: markup in them takes no effect. A pipe takes wider lines."""
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-@contextmanager
-def bar(what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
-    """A bar with the rate and the time left; yields `advance(count)`.
-
-    Where stderr is no terminal, one line at the end says what a bar would have shown.
-    """
-    started = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
-        _Rate(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+    return rich_console.Console(
+        markup=False, highlight=False, width=None if sys.stdout.isatty() else 120
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        shown = progress.add_task(what, total=total)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.advance(shown, count)
-            if _told is not None:
-                _told(what, done, total)
-
-        yield advance
-    if not console.is_terminal:
-        seconds = time.perf_counter() - started
-        say(f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds, unit)}")
-
-
-@contextmanager
-def growing(what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
-    """A bar over something that grows by itself, such as a download, if it takes a while.
-
-    Args:
-        num_bytes: How large it will be.
-        measure: How large it is.
-    """
-    ended = threading.Event()
-
-    def watch() -> None:
-        if ended.wait(PATIENCE_SECONDS):
-            return
-        size, unit = (1_000_000, "MB") if num_bytes >= 10_000_000 else (1_000, "kB")
-        with bar(what, max(1, round(num_bytes / size)), unit) as advance:
-            shown, last = 0, False
-            while not last:
-                last = ended.wait(LOOK_EVERY_SECONDS)
-                now = round(min(measure(), num_bytes) / size)
-                advance(now - shown)
-                shown = now
-
-    # in the context of who waits: a run's log is found through it
-    watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 class _Rate(ProgressColumn):

@@ -1,4 +1,4 @@
-"""Where a run works: the store, the recipe and its folder, and the run's own name."""
+"""Where a run works: the ledger, the recipe and its folder, and the run's id."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
+    """What every stage of a run needs."""
+
     ledger: Ledger
     recipe: Recipe
     path: Path
-    """Of the recipe."""
+    """The recipe's file."""
     run_id: str
 
     @classmethod
@@ -37,22 +39,22 @@ class RunContext:
 
     @property
     def name(self) -> str:
-        """As people call the recipe: its file's name, or its folder's where that says nothing."""
+        """The recipe's name: that of its file, or of its folder if the file is `recipe.yaml`."""
         return self.path.parent.name if self.path.stem == "recipe" else self.path.stem
 
     @property
     def key(self) -> str:
-        """The name, told apart from recipes of the same name in other folders."""
+        """The name, with a hash of the path, so that recipes of one name are different."""
         if shipped().get(self.name) == self.path:
             return self.name
         return f"{self.name}-{canonical_sha256(str(self.path.resolve()))[:8]}"
 
     @property
     def folder(self) -> Path:
-        """What paths in the recipe are relative to.
+        """The folder that paths in the recipe are relative to.
 
-        Its own folder; and where a shipped recipe leaves adapters and rows to the user, the folder
-        that the program is run in.
+        It is the recipe's own folder. For a shipped recipe without one it is the working folder,
+        since the user adds adapters and rows.
         """
         return Path.cwd() if self.path.parent == SHIPPED else self.path.parent
 
@@ -66,56 +68,56 @@ class RunContext:
 
     @property
     def adapters_folder(self) -> Path:
-        """Where downloaded adapters lie, by repository and commit."""
+        """The downloaded adapters, by repository and commit."""
         return self.home / "adapters"
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
-        """A folder on the store's own disk: what is made there moves in by a rename."""
+        """A temporary folder on the store's disk, from which files move there by a rename."""
         parent = self.home / "runs" / self.run_id
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as folder:
             yield Path(folder)
 
     def base_folder(self, spec: BaseSpec) -> Path:
-        """Where the base lies, as a folder that transformers loads."""
+        """The base, as a folder that transformers loads."""
         source = self.recipe.base
         if source.startswith(PATH):
             return self.folder / source.removeprefix(PATH)
         return self.home / "bases" / spec.id.partition(":")[2]
 
     def checkpoint_folder(self, router_id: ArtifactId) -> Path:
-        """Where the checkpoint with this router lies, once it is written."""
+        """The folder of the checkpoint with this router; it may not exist yet."""
         return checkpoint_at(self.home, router_id)
 
     def training_folder(self, router_id: ArtifactId) -> Path:
-        """Where the training of these gates leaves its state, for whichever run goes on with it."""
+        """The state of an unfinished training of these gates; the next run continues from it."""
         return self.home / "training" / router_id.partition(":")[2][:16]
 
-    def answers_file(self, asking: str) -> Path:
-        """Where the answers of an asking are kept until it is finished, for whichever run ends it.
+    def answers_file(self, sha256: str) -> Path:
+        """The answers to a task that is not finished; the next run continues from them.
 
         Args:
-            asking: the hash of everything that decides what is answered
+            sha256: The hash of everything that the answers depend on.
         """
-        return self.home / "answers" / f"{asking[:32]}.jsonl"
+        return self.home / "answers" / f"{sha256[:32]}.jsonl"
 
     def holds(self, artifact_id: ArtifactId) -> bool:
-        """Whether an artifact was made and its bytes still lie in the store."""
+        """Whether an artifact was made, and its bytes are still in the store."""
         sha256 = self.ledger.weights_of(artifact_id)
         return sha256 is not None and sha256 in self.ledger.blobs
 
 
 def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
-    """Where a home keeps the checkpoint with this router."""
+    """The folder of the checkpoint with this router in a home."""
     return home / "checkpoints" / router_id.partition(":")[2][:16]
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Give a finished folder its name; what had it before goes, once this one is whole.
+    """Rename a finished folder to `folder`, in place of any older one.
 
     Args:
-        made: on the same disk, in a folder of its own that is removed afterwards
+        made: On the same disk, in a temporary folder, where the older one is moved to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -124,5 +126,5 @@ def put_in_place(made: Path, folder: Path) -> None:
 
 
 def new_run_id() -> str:
-    """A name that sorts by time and never comes twice."""
+    """A new id: it sorts by time, and no other run has it."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""How fast this machine computes, found out in a second: what estimates of time rest on."""
+"""How fast this machine computes, measured in a second; estimates of time use it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SECONDS = 0.15
 """For each of the measurements."""
 SIZE = 2048
+"""Rows and columns of the matrices."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,16 @@ class Machine:
 
     name: str
     flops_per_second: float
-    """Of matrix products in the base's own numbers, with 512 tokens at a time."""
+    """Of matrix products in the base's dtype, with 512 tokens at a time."""
     read_bytes_per_second: float
-    """Of products with one token, which wait for the weights."""
+    """Of products with one token, whose time is that of reading the weights."""
     call_seconds: float
-    """Of the smallest operation: what Python and the device need between two."""
+    """Of the smallest operation: the overhead of Python and the device."""
     hash_bytes_per_second: float
     memory_bytes: float
 
     def describe(self) -> str:
+        """One line for a person."""
         return (
             f"{self.name}: {self.flops_per_second / 1e9:,.0f} GFLOP/s,"
             f" {self.read_bytes_per_second / 1e9:,.1f} GB/s,"
@@ -41,20 +43,20 @@ class Machine:
 
 
 LARGE = Machine("one H100, by its data sheet", 700e12, 3.3e12, 6e-6, 1e9, 80e9)
-"""For whoever plans on a machine without a GPU: nothing of it was measured here."""
+"""For plans that are made on a machine without a GPU; not measured."""
 
 
 def measure_machine(dtype: torch.dtype) -> Machine:
-    """Time a few operations on the device that a run would take."""
+    """Time a few operations on the device that a run would use."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # each its own memory, so that no cache holds all of it
+    # eight matrices, so that no cache holds them all
     weights = [torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(8)]
-    many, one = (torch.randn(n, SIZE, device=device).to(dtype) for n in (512, 1))
+    batch, token = (torch.randn(n, SIZE, device=device).to(dtype) for n in (512, 1))
     small = torch.zeros(1, device=device)
     data = bytes(8 << 20)
     with torch.inference_mode():
-        flops = _rate(device, lambda i: many @ weights[i % 8]) * 2 * 512 * SIZE * SIZE
-        reads = _rate(device, lambda i: one @ weights[i % 8]) * weights[0].nbytes
+        flops = _rate(device, lambda i: batch @ weights[i % 8]) * 2 * 512 * SIZE * SIZE
+        reads = _rate(device, lambda i: token @ weights[i % 8]) * weights[0].nbytes
         calls = _rate(device, lambda _: small.add_(1.0))
     hashed = _rate(torch.device("cpu"), lambda _: hashlib.sha256(data)) * len(data)
     if device.type == "cuda":
@@ -65,14 +67,14 @@ def measure_machine(dtype: torch.dtype) -> Machine:
 
 
 def memory_bytes() -> int:
-    """Of the device that a run would take, in all."""
+    """The total memory of the device that a run would use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties("cuda").total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _rate(device: torch.device, do: Callable[[int], object]) -> float:
-    """How often a second something can be done."""
+    """Calls per second."""
     do(0)
     _wait(device)
     done, started = 0, time.perf_counter()

@@ -70,7 +70,7 @@ def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dic
 
     with pytest.MonkeyPatch.context() as patch:
         if not apart:
-            patch.setattr(flow, "Child", Here)
+            patch.setattr(flow, "StageProcess", Here)
         return flow.fuse_adapters(str(work.path), str(work.home), Stage(until)).seconds
 
 

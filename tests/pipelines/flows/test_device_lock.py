@@ -19,11 +19,11 @@ DEVICES = ("gpu-of-the-tests", "gpu-beside-it")
 RUN = """
 import sys, time
 from pathlib import Path
-from pipelines.child import Child
-from pipelines import flows
+from pipelines.stages.worker_client import StageProcess
+from pipelines.flows import flow
 
 recipe, home, log, seconds = sys.argv[1:]
-call = Child.call
+call = StageProcess.call
 
 def on_a_device(self, stage, *rest, **more):
     '''As if there were a GPU; and written down is when it is used.'''
@@ -38,8 +38,8 @@ def on_a_device(self, stage, *rest, **more):
         print(began, time.monotonic(), file=file)
     return answer
 
-Child.call = on_a_device
-print(flows.fuse_adapters(recipe, home, "gates"))
+StageProcess.call = on_a_device
+print(flow.fuse_adapters(recipe, home, "gates"))
 """
 
 

@@ -21,7 +21,7 @@ from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
 from pipelines.reports.summary import summarise
-from pipelines.stages.worker_client import Child, StageError
+from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
@@ -148,14 +148,14 @@ def test_a_test_row_among_the_examples_is_refused(
 def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = Child.call
+    call = StageProcess.call
 
-    def killed(self: Child, stage: str, *arguments: object, **asked: Any) -> Any:
+    def killed(self: StageProcess, stage: str, *arguments: object, **asked: Any) -> Any:
         if stage == "fit_gates":
-            os.kill(self._process.pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
         return call(self, stage, *arguments, **asked)
 
-    monkeypatch.setattr(Child, "call", killed)
+    monkeypatch.setattr(StageProcess, "call", killed)
     work = workplace()
     with pytest.raises(StageError, match=r"fit_gates: .* SIGKILL.* run again to go on"):
         run(work, "gates", apart=True)

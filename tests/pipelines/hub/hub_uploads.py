@@ -102,7 +102,11 @@ class UploadHandler(Handler):
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if len(body) < length:  # the client was killed: a real Hub keeps no part of a file
+                raise ConnectionError(f"{len(body)} of {length} bytes came")
+            return body
         body = b""
         while size := int(self.rfile.readline(), 16):
             body += self.rfile.read(size)

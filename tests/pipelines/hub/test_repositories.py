@@ -281,16 +281,16 @@ def test_a_download_that_takes_a_while_shows_how_far_it_is(
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.05)
     server.seconds_per_body = 0.3
     server.repos["someone/adapter"].files["adapter_model.safetensors"] = b"w" * 3_000_000
-    told: list[tuple[str, int, int]] = []
-    console.tell(lambda *step: told.append(step))
+    steps: list[tuple[str, int, int]] = []
     run, logs = ContextVar("run", default="none"), []
     run.set("this one")  # as Prefect finds the log of a run
-    with console.heard(lambda _: logs.append(run.get())):
+    with console.CONSOLE.listening(
+        lambda _: logs.append(run.get()), lambda *step: steps.append(step)
+    ):
         download(REF, tmp_path / "late", hub=asked)
     assert set(logs) == {"this one"}
-    console.tell(lambda *_: None)
     assert "downloading someone/adapter: 3000 of 3000 kB" in capsys.readouterr().err
-    assert told[-1] == ("downloading someone/adapter", 3_000, 3_000)
+    assert steps[-1] == ("downloading someone/adapter", 3_000, 3_000)
 
 
 def test_a_connection_that_breaks_once_is_taken_up_again(
@@ -487,14 +487,16 @@ def in_a_process(*lines: str) -> subprocess.Popen[bytes]:
     setup = (
         "from pathlib import Path",
         "from meteora.artifacts import AdapterRef",
-        "from pipelines import hub",
+        "from pipelines.hub import adapter, client",
     )
     return subprocess.Popen([sys.executable, "-c", "\n".join(setup + lines)], cwd=ROOT)
 
 
 def test_two_processes_at_once_download_once(server: HubServer, tmp_path: Path) -> None:
     server.seconds_per_body = 0.3
-    call = f"hub.download({REF!r}, Path({str(tmp_path)!r}), hub=hub.Hub({server.endpoint!r}))"
+    call = (
+        f"adapter.download({REF!r}, Path({str(tmp_path)!r}), hub=client.Hub({server.endpoint!r}))"
+    )
     both = [in_a_process(call) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert server.count("get") == 3  # one for each file

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub.constants
 import pytest
 
-from pipelines.hub.bundle import pack, same
+from pipelines.hub.bundle import make_bundle, same
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import (
     HubAccessError,
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 def publish(server: HubServer, folder: Path, by: str = "writer", **asked: Any) -> str:
     repository = Repository(NAME, HubHere(server.endpoint, by), (0.0, 0.0, 0.0))
     settings: dict[str, Any] = {"private": True, "tag": "t1", "check": lambda _commit: None} | asked
-    return repository.publish(pack(folder, NAMES, "meteora.json"), **settings)
+    return repository.publish(make_bundle(folder, NAMES, "meteora.json"), **settings)
 
 
 def repo_of(server: HubServer) -> GitRepo:
@@ -132,7 +132,11 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
 def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
     server: HubServer, folder: Path, kind: str, path: str, status: int
 ) -> None:
-    path = path if path != "-" else f"{STAGING}{pack(folder, NAMES, 'meteora.json').digest[:16]}"
+    path = (
+        path
+        if path != "-"
+        else f"{STAGING}{make_bundle(folder, NAMES, 'meteora.json').digest[:16]}"
+    )
     server.faults[kind] = fault = Fault(status=status, applied=True, times=1, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
@@ -147,7 +151,11 @@ def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
 def test_what_passes_is_tried_again(
     server: HubServer, folder: Path, kind: str, path: str, status: int
 ) -> None:
-    path = path if path != "-" else f"{STAGING}{pack(folder, NAMES, 'meteora.json').digest[:16]}"
+    path = (
+        path
+        if path != "-"
+        else f"{STAGING}{make_bundle(folder, NAMES, 'meteora.json').digest[:16]}"
+    )
     server.faults[kind] = fault = Fault(status=status, times=2, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
@@ -281,16 +289,16 @@ def test_it_works_through_the_processes_that_can_be_killed(server: HubServer, fo
     """A Hub that takes the commit and never answers is given up, and then found to have it."""
     server.faults["commit"] = Fault(hang=True, applied=True, times=1, path="main")
     repository = Repository(NAME, Hub(server.endpoint, "writer", timeout_seconds=4), (0.0,))
-    parcel = pack(folder, NAMES, "meteora.json")
-    commit = repository.publish(parcel, private=True, tag="t1", check=lambda _commit: None)
+    bundle = make_bundle(folder, NAMES, "meteora.json")
+    commit = repository.publish(bundle, private=True, tag="t1", check=lambda _commit: None)
     assert repo_of(server).tags == {"t1": commit}
     assert whole_or_absent(repo_of(server), folder) == 1
 
 
-def test_a_parcel_knows_its_content(folder: Path) -> None:
-    one = pack(folder, NAMES, "meteora.json")
+def test_a_bundle_knows_its_content(folder: Path) -> None:
+    one = make_bundle(folder, NAMES, "meteora.json")
     (folder / "notes.txt").write_text("not mine")
-    assert pack(folder, NAMES, "meteora.json").digest == one.digest
+    assert make_bundle(folder, NAMES, "meteora.json").digest == one.digest
     (folder / "README.md").write_text("other")
-    assert pack(folder, NAMES, "meteora.json").digest != one.digest
+    assert make_bundle(folder, NAMES, "meteora.json").digest != one.digest
     assert same(None, one.files["README.md"]) is False

@@ -38,7 +38,7 @@ def put(home: str, folder: str, base: str, repo: str, die: str) -> None:
 
     if die:
         Ledger.record_publication = record_and_die
-    publish._ask_worker = ask_here  # ty: ignore[invalid-assignment]
+    publish._reload = ask_here  # ty: ignore[invalid-assignment]
     to = publish.Destination(repo, HubHere(os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]))
     publish.publish(
         Ledger(Path(home)), Path(folder), to, "a-run", base_folder=Path(base), pauses=(0.0,)

@@ -14,7 +14,7 @@ from openlineage.client import event_v2, facet_v2
 
 from meteora.artifacts.identity import ArtifactId
 from pipelines.cli import store
-from pipelines.publishing.attest import attest
+from pipelines.publishing.in_toto import attest
 from pipelines.publishing.openlineage import FACETS, events
 from store.errors import UnknownError
 from store.events import RunEnded, RunStarted

@@ -19,6 +19,7 @@ from meteora.checkpoint.manifest import EXPERTS
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_server import Fault, git_sha1
 from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
+from tests.pipelines.process_tree import descendants, ends
 from tests.pipelines.publishing.publish_yard import NAME, Yard, environment, remember, write
 
 if TYPE_CHECKING:
@@ -178,13 +179,15 @@ def test_what_a_killed_command_had_started_ends_and_what_it_left_is_cleared_away
     command = [sys.executable, "-m", "pipelines.cli", "publish", yard.folder / "new", NAME]
     command += ["--base", yard.base, "--home", yard.home]
     with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment(yard.server), start_new_session=True
+        command, cwd=ROOT, env=os.environ | environment(yard.server)
     ) as publisher:
         while not any(kind == "get" and EXPERTS in path for kind, path, _ in yard.server.requests):
             assert publisher.poll() is None
             time.sleep(0.1)
+        started = descendants(publisher.pid)
         publisher.kill()
-    assert ends(publisher.pid)
+    assert started
+    assert all(map(ends, started))
     assert yard.repo.main == FIRST
     (left,) = (yard.home / "tmp").iterdir()
     for path in (left, *left.rglob("*")):
@@ -194,15 +197,3 @@ def test_what_a_killed_command_had_started_ends_and_what_it_left_is_cleared_away
     yard.server.faults = {}
     subprocess.run(command, cwd=ROOT, env=os.environ | environment(yard.server), check=True)
     is_published(yard)
-
-
-def ends(group: int) -> bool:
-    """Whether the last process of a group is gone within a minute."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False

@@ -6,9 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,9 +23,11 @@ from pipelines.stages import build
 from store.ledger import Ledger
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import wait_until
+from tests.pipelines.process_tree import descendants, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from pipelines.workspace.context import RunContext
 
@@ -137,26 +138,6 @@ def test_two_processes_of_a_run_come_to_the_gates_of_one(
         run(alone, "gates")
 
 
-def trainers_of(pid: int) -> list[int]:
-    """The processes that train gates for a run: they descend from it."""
-    parents, named = {}, set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents[int(entry.name)] = int(after_name[1])
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if (
-                b"pipelines.stages.train_processes" in words
-                and b"torch.distributed.run" not in words
-            ):
-                named.add(int(entry.name))
-
-    def descends(one: int) -> bool:
-        return one == pid or (one in parents and descends(parents[one]))
-
-    return [one for one in named if descends(one)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["one of them", "the run"])
 def test_when_one_is_killed_or_the_run_is_the_others_end(
@@ -169,11 +150,11 @@ def test_when_one_is_killed_or_the_run_is_the_others_end(
     )
     state = work.home / "training"
     wait_until(lambda: any(state.glob("*/training.safetensors")), seconds=300)
-    both = trainers_of(running.pid)
+    both = descendants(running.pid, "pipelines.stages.train_processes")
     assert len(both) == 2
     os.kill(both[0] if victim == "one of them" else running.pid, signal.SIGKILL)
     _, said = running.communicate(timeout=120)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both), seconds=60)
+    assert all(map(ends, both))
     if victim == "one of them":
         assert running.returncode == 1
         assert "one of the 2 processes that train the gates ended" in said

@@ -1,4 +1,4 @@
-"""What people are told arrives as it was written."""
+"""Lines for people are shown as they were written."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipelines.workspace import console
 
 def test_brackets_in_what_is_said_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """A reason's code stands in brackets, and so may anything in a name or a path."""
-    heard: list[str] = []
-    with console.heard(heard.append):
+    passed_on: list[str] = []
+    with console.CONSOLE.listening(passed_on.append):
         for text in ("no room [memory]", "[red]/tmp/[/]/x"):
             console.say(text)
             console.say(text, "note")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == heard
+    assert lines == passed_on
     assert lines == [
         "no room [memory]", "note: no room [memory]", "[red]/tmp/[/]/x", "note: [red]/tmp/[/]/x",
     ]  # fmt: skip

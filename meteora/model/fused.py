@@ -18,6 +18,7 @@ from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, load_base
+from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -150,7 +151,7 @@ def insert_layer(
     """Replace the linear layer at `path`; refuses one of another size than the experts need.
 
     Args:
-        null: whether the last choice is the base: an expert without ranks anywhere
+        null: whether the last choice is the base
     """
     parent_path, _, name = path.rpartition(".")
     try:
@@ -171,10 +172,11 @@ def insert_layer(
         # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
         dtype = torch.promote_types(lora_a.dtype, weight.dtype)
         lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
-    ranks = (*entry.ranks, 0) if null else entry.ranks
-    scaling = (*entry.scaling, 0.0) if null else entry.scaling
-    layer = MoELoRALinear(projection, lora_a, lora_b, ranks, scaling, cache=cache)
-    setattr(parent, name, layer)
+    choices = [*own_choices(entry.ranks), *([Choice(0, 0)] if null else [])]
+    stack = ExpertStack(
+        lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=cache is not None
+    )
+    setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
 
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
@@ -195,17 +197,15 @@ def make_router(
     Args:
         seed: of `random`; give every layer its own
     """
-    stack = layer.lora_a, layer.lora_b, layer.ranks
     router: Router
     if kind == "arrow":
-        router = Arrow(*stack, top_k=top_k, temperature=temperature)
+        router = Arrow(layer.stack, top_k=top_k, temperature=temperature)
     elif kind == "norm":
-        scaling = torch.tensor(layer.scaling)
-        router = Norm(*stack, scaling, top_k=top_k, temperature=temperature)
+        router = Norm(layer.stack, top_k=top_k, temperature=temperature)
     elif kind == "uniform":
-        router = Fixed(torch.full((layer.num_experts,), 1 / layer.num_experts))
+        router = Fixed(torch.full((layer.num_choices,), 1 / layer.num_choices))
     elif kind == "random":
-        router = Random(layer.num_experts, seed, top_k=top_k, temperature=temperature)
+        router = Random(layer.num_choices, seed, top_k=top_k, temperature=temperature)
     else:
         raise MeteoraError(
             f"router {kind!r} is none of arrow, norm, uniform, random; a gate must be fitted"

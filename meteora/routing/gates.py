@@ -122,7 +122,7 @@ def give_follower(layer: MoELoRALinear, followed: Followed, entry: RouterEntry) 
     """Route a layer by what the gate behind `followed` decided in the same pass."""
     layer.router = Follower(
         followed,
-        layer.num_experts,
+        layer.num_choices,
         top_k=entry.top_k,
         temperature=entry.temperature,
         margin=entry.margin,

@@ -15,8 +15,11 @@ from torch import nn
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
+    from meteora.kernels.stack import ExpertStack
     from meteora.routing.prompt_opening import Prefill
 
 
@@ -24,10 +27,10 @@ class Router(nn.Module):
     """Abstract: `forward` takes tokens [T, IN] and returns logits [T, E]."""
 
     def __init__(
-        self, num_experts: int, top_k: int, temperature: float, margin: float | None = None
+        self, num_choices: int, top_k: int, temperature: float, margin: float | None = None
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_choices = num_choices
         self.top_k = top_k
         self.temperature = temperature
         self.margin = margin
@@ -42,7 +45,7 @@ class Router(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        return f"E={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
+        return f"E={self.num_choices}, top_k={self.top_k}, temperature={self.temperature}"
 
 
 class Gate(Router):
@@ -114,13 +117,13 @@ class Follower(Router):
     def __init__(
         self,
         followed: Followed,
-        num_experts: int,
+        num_choices: int,
         *,
         top_k: int = 1,
         temperature: float = 1.0,
         margin: float | None = None,
     ) -> None:
-        super().__init__(num_experts, top_k, temperature, margin)
+        super().__init__(num_choices, top_k, temperature, margin)
         self.followed = followed
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -161,42 +164,34 @@ class Random(Router):
     """
 
     def __init__(
-        self, num_experts: int, seed: int, *, top_k: int = 1, temperature: float = 1.0
+        self, num_choices: int, seed: int, *, top_k: int = 1, temperature: float = 1.0
     ) -> None:
-        super().__init__(num_experts, top_k, temperature)
+        super().__init__(num_choices, top_k, temperature)
         self._generator = torch.Generator().manual_seed(seed)  # the same draws on every device
 
     def forward(self, tokens: Tensor) -> Tensor:
-        drawn = torch.rand(len(tokens), self.num_experts, generator=self._generator)
+        drawn = torch.rand(len(tokens), self.num_choices, generator=self._generator)
         return drawn.to(tokens.device)
 
 
 class Arrow(Router):
-    """Logits |v_e · x|, v_e the direction that B_e A_e stretches most (arXiv 2405.11157).
+    """Logits |v_c · x|, v_c the direction that B_c A_c stretches most (arXiv 2405.11157).
 
-    Needs no data; an expert that lacks the layer has logit 0.
+    Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        ranks: list[int],
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """Find v_e from A [R, IN] and B [OUT, R] by a singular value decomposition of r × r."""
-        super().__init__(len(ranks), top_k, temperature)
-        prototypes = torch.zeros(len(ranks), lora_a.shape[1], device=lora_a.device)
-        for e, (a, b) in enumerate(_experts(lora_a, lora_b, ranks)):
+    def __init__(self, stack: ExpertStack, *, top_k: int = 1, temperature: float = 1.0) -> None:
+        """Find v_c of each choice by a singular value decomposition of r × r."""
+        super().__init__(stack.num_choices, top_k, temperature)
+        prototypes = torch.zeros(stack.num_choices, stack.a.shape[1], device=stack.a.device)
+        for c, (a, b) in enumerate(_factors(stack)):
             if len(a):
                 # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the right singular vectors are Q_a times those inside
                 q_a, r_a = torch.linalg.qr(a.T)
                 _, r_b = torch.linalg.qr(b)
                 _, singular, right = torch.linalg.svd(r_b @ r_a.T)
                 if singular[0] > 0:  # an expert that does nothing here has no direction
-                    prototypes[e] = q_a @ right[0]
+                    prototypes[c] = q_a @ right[0]
         self.register_buffer("prototypes", prototypes, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -205,43 +200,33 @@ class Arrow(Router):
 
 
 class Norm(Router):
-    """Logits ‖scaling_e B_e A_e x‖, computed in rank space (arXiv 2504.03454, 2509.18093).
+    """Logits ‖B_c S_c A_c x‖, S_c its scaling, in rank space (arXiv 2504.03454, 2509.18093).
 
-    Needs no data; an expert that lacks the layer has logit 0.
+    Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        ranks: list[int],
-        scaling: Tensor,
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """Fold scaling_e R_e A_e once, with B_e = Q_e R_e: ‖B_e A_e x‖ = ‖R_e A_e x‖."""
-        super().__init__(len(ranks), top_k, temperature)
-        folded = [
-            scale * torch.linalg.qr(b).R @ a
-            for (a, b), scale in zip(_experts(lora_a, lora_b, ranks), scaling.tolist(), strict=True)
-        ]
+    def __init__(self, stack: ExpertStack, *, top_k: int = 1, temperature: float = 1.0) -> None:
+        """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
+        super().__init__(stack.num_choices, top_k, temperature)
+        folded = [torch.linalg.qr(b).R @ a for a, b in _factors(stack)]
         owner = torch.repeat_interleave(
-            torch.arange(len(ranks)), torch.tensor([len(rows) for rows in folded])
+            torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
         )
         self.register_buffer("folded", torch.cat(folded), persistent=False)  # [R, IN]
-        self.register_buffer("owner", owner.to(lora_a.device), persistent=False)  # [R]
+        self.register_buffer("owner", owner.to(stack.a.device), persistent=False)  # [R]
 
     def forward(self, tokens: Tensor) -> Tensor:
         folded: Tensor = self.folded  # ty: ignore[invalid-assignment]
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
         squares = (tokens.to(folded.dtype) @ folded.T).square()  # [T, R]
-        sums = squares.new_zeros(len(tokens), self.num_experts).index_add(1, owner, squares)
+        sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, owner, squares)
         return sums.sqrt()
 
 
-def _experts(lora_a: Tensor, lora_b: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Each expert's A [r, IN] and B [OUT, r], in float32 at least."""
-    wide = torch.promote_types(lora_a.dtype, torch.float32)
-    parts_a, parts_b = lora_a.to(wide).split(ranks), lora_b.to(wide).split(ranks, dim=1)
-    return list(zip(parts_a, parts_b, strict=True))
+def _factors(stack: ExpertStack) -> Iterator[tuple[Tensor, Tensor]]:
+    """A [r, IN] and scaled B [OUT, r] of each choice, in float32 at least."""
+    wide = torch.promote_types(stack.a.dtype, torch.float32)
+    for c in range(stack.num_choices):
+        a, b = stack.pair(c)
+        scale = torch.as_tensor(stack.scale(c), dtype=wide, device=b.device)
+        yield a.to(wide), b.to(wide) * scale

@@ -65,7 +65,7 @@ class MixedGate(Gate):
 
     def logits(self, tokens: Tensor) -> Tensor:
         found = super().logits(tokens)
-        fitted = [e for e in range(self.num_experts) if e not in self.stand_in.experts]
+        fitted = [e for e in range(self.num_choices) if e not in self.stand_in.experts]
         best = found[:, fitted].max(-1, keepdim=True).values
         found = found.clone()
         found[:, self.stand_in.experts] = best + self.stand_in(tokens).to(best.dtype)
@@ -74,9 +74,8 @@ class MixedGate(Gate):
 
 def scorer(kind: str, layer: MoELoRALinear) -> Router:
     """How `kind` scores the experts of a layer: `arrow` or `norm`."""
-    stack = layer.lora_a, layer.lora_b, layer.ranks
     if kind == "arrow":
-        return Arrow(*stack)
+        return Arrow(layer.stack)
     if kind == "norm":
-        return Norm(*stack, torch.tensor(layer.scaling))
+        return Norm(layer.stack)
     raise MeteoraError(f"{kind!r} cannot stand in for examples; choose one of {', '.join(KINDS)}")

@@ -105,7 +105,7 @@ def told(
     found = _Told(tokenizer, composites, expert_names(model), switches=system == ORACLE)
     hook = model.base_model.register_forward_pre_hook(found.before, with_kwargs=True)
     try:
-        with routed_by(model, lambda layer: Follower(found.followed, layer.num_experts)):
+        with routed_by(model, lambda layer: Follower(found.followed, layer.num_choices)):
             yield
     finally:
         hook.remove()

@@ -102,12 +102,9 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     """What the merge adds to a layer's weight [OUT, IN], in float32."""
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
-    device = layer.weight.device
+    device, stack = layer.weight.device, layer.stack
     parts = zip(
-        layer.lora_a.split(layer.ranks),
-        layer.lora_b.split(layer.ranks, dim=1),
-        layer.scaling,
-        strict=True,
+        stack.a.split(stack.ranks), stack.b.split(stack.ranks, dim=1), stack.scaling, strict=True
     )
     deltas = [
         scaling * b.to(device, torch.float32) @ a.to(device, torch.float32)

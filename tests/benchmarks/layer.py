@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def variants(
     return timing.built(made, only)
 
 
-def by_twin(model: PreTrainedModel, twin: Twin) -> PreTrainedModel:
+def by_twin(model: PreTrainedModel, twin: KernelName) -> PreTrainedModel:
     """The same model, whose layers all compute by one twin."""
     model = peers.share(model)
     for layer in routed_layers(model).values():
-        layer.twin = twin
+        layer.kernel = twin
     return model
 
 

@@ -105,7 +105,7 @@ def routed(
             a, b = (file.get_tensor(f"{path}.lora_{factor}") for factor in "AB")
             insert_layer(model, path, a, b, entry)
     for layer in routed_layers(model).values():
-        size = (len(specs), layer.lora_a.shape[1])
+        size = (len(specs), layer.stack.a.shape[1])
         gate = Gate(torch.randn(size), torch.zeros(len(specs)), top_k=top_k)
         layer.router = gate.to(layer.weight.device).requires_grad_(requires_grad=False)
     return model.eval()
@@ -129,10 +129,10 @@ class _Peer(nn.Module):
     def __init__(self, layer: MoELoRALinear) -> None:
         super().__init__()
         self.projection, self.router = layer.projection, layer.router
-        num_experts, r = layer.num_experts, layer.ranks[0]
-        self.register_buffer("a", layer.lora_a.unflatten(0, (num_experts, r)))  # [E, r, IN]
-        b = layer.lora_b.unflatten(1, (num_experts, r)).movedim(1, 0)
-        self.register_buffer("b", b.contiguous() * layer.scaling[0])  # [E, OUT, r]
+        num_experts, r = layer.num_choices, layer.stack.ranks[0]
+        self.register_buffer("a", layer.stack.a.unflatten(0, (num_experts, r)))  # [E, r, IN]
+        b = layer.stack.b.unflatten(1, (num_experts, r)).movedim(1, 0)
+        self.register_buffer("b", b.contiguous() * layer.stack.scaling[0])  # [E, OUT, r]
 
     @property
     def weight(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Each twin of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
 
-The measurements behind `twins.choose_twin`: the ratio of the whole routed layer, its gate and
+The measurements behind `twins.choose_kernel`: the ratio of the whole routed layer, its gate and
 routing included, to the bare projection, over experts, ranks, tokens, sizes and dtypes. Beside it
 stands its floor, the arithmetic of the gate and of the chosen experts alone. The table has what the
 function chooses, and the twin that was better where another was; `--json` has all.
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from meteora.kernels import dispatch, gather_grouped
+from meteora.kernels.stack import ExpertStack, Sizes
 from meteora.routing.layer import MoELoRALinear
 from meteora.routing.routers import Gate
 from tests.benchmarks import timing
@@ -26,7 +27,7 @@ from tests.benchmarks import timing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
 
 TOP_K = 2
 MIXED = [4, 8, 16, 64]
@@ -37,8 +38,8 @@ BETTER = 0.95
 """Another twin is told of where it took less than this part of the time of the chosen one."""
 
 
-def twins_of(device: str) -> list[Twin]:
-    on_cpu: list[Twin] = ["dense", "gather", "grouped"]
+def twins_of(device: str) -> list[KernelName]:
+    on_cpu: list[KernelName] = ["dense", "gather", "grouped"]
     if torch.device(device).type == "cuda" and gather_grouped.has_triton():
         return [*on_cpu, "gather_triton", "grouped_triton"]
     return on_cpu
@@ -48,10 +49,12 @@ def routed(size: int, ranks: list[int], dtype: torch.dtype) -> MoELoRALinear:
     num_experts = len(ranks)
     return MoELoRALinear(
         nn.Linear(size, size, bias=False, dtype=dtype),
-        torch.randn(sum(ranks), size).to(dtype),
-        torch.randn(size, sum(ranks)).to(dtype),
-        ranks,
-        [1.0] * num_experts,
+        ExpertStack(
+            torch.randn(sum(ranks), size).to(dtype),
+            torch.randn(size, sum(ranks)).to(dtype),
+            ranks,
+            [1.0] * num_experts,
+        ),
         Gate(
             torch.randn(num_experts, size, dtype=dtype),
             torch.zeros(num_experts, dtype=dtype),
@@ -101,8 +104,8 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }
 
 
-def run(layer: MoELoRALinear, twin: Twin, x: torch.Tensor) -> torch.Tensor:
-    layer.twin = twin
+def run(layer: MoELoRALinear, twin: KernelName, x: torch.Tensor) -> torch.Tensor:
+    layer.kernel = twin
     return layer(x)
 
 
@@ -129,9 +132,9 @@ def as_tables(rows: Sequence[dict[str, Any]], device: str) -> str:
 
 def cell(row: dict[str, Any], device: str) -> str:
     size, num_experts = row["hidden"], row["experts"]
-    sizes = dispatch.Sizes(size, size, num_experts, row["R"], row["max_r"])
+    sizes = Sizes(size, size, num_experts, row["R"], row["max_r"])
     top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
-    chosen = dispatch.choose_twin(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
+    chosen = dispatch.choose_kernel(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
     best = min(twins_of(device), key=row.__getitem__)
     text = f"{row[chosen]:.2f} {chosen}"
     if row[best] < BETTER * row[chosen]:

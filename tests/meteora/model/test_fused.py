@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import meteora
+from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
 from meteora.checkpoint.manifest import MANIFEST, RouterEntry
 from meteora.model.fused import (
     UnknownExpertError,
@@ -141,16 +142,15 @@ def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):
     """`.to(bfloat16)` rounds the experts, as it was asked to, and never α/√r."""
     layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
     assert {name for name, _ in layer.named_parameters()} == {"projection.weight"}
-    exact = layer.rank_scaling.clone()
+    exact = layer.stack.rank_scaling.clone()
     model.to(torch.bfloat16)
-    assert layer.lora_a.dtype == torch.bfloat16
-    assert torch.equal(layer.rank_scaling, exact)
+    assert layer.stack.a.dtype == torch.bfloat16
+    assert torch.equal(layer.stack.rank_scaling, exact)
 
 
 @pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
 def test_routers_without_training_are_set_by_the_manifest(world, tmp_path, ids, kind):
-    for file in (EXPERTS,):
-        (tmp_path / file).hardlink_to(world.checkpoint / file)
+    (tmp_path / EXPERTS_FILE).hardlink_to(world.checkpoint / EXPERTS_FILE)
     router = RouterEntry(kind, 2, 0.5)
     manifest = dataclasses.replace(world.manifest, router=router)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
@@ -164,7 +164,7 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
     """PEFT does the same: adapters in float32 beside a 16-bit base."""
     model = world.load(dtype=dtype)
     layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
-    assert layer.lora_a.dtype == torch.float32
+    assert layer.stack.a.dtype == torch.float32
     with force_expert(model, "attention"):
         narrow = logits(model, ids)
     with force_expert(wide := world.load(), "attention"):

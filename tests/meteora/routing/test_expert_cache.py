@@ -14,6 +14,7 @@ import meteora
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, RouterEntry
 from meteora.kernels import gather_grouped
+from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.model.fused import expert_cache, force_expert, make_router, routed_by
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -106,10 +107,13 @@ def test_the_copies_follow_the_model_to_another_dtype(world):
 def layer_with(cache, *, ranks=(1, 2, 3), num_in=12, num_out=10):
     return MoELoRALinear(
         nn.Linear(num_in, num_out),
-        torch.randn(sum(ranks), num_in) / num_in**0.5,
-        torch.randn(num_out, sum(ranks)),
-        ranks,
-        [1.0] * len(ranks),
+        ExpertStack(
+            torch.randn(sum(ranks), num_in) / num_in**0.5,
+            torch.randn(num_out, sum(ranks)),
+            ranks,
+            [1.0] * len(ranks),
+            mapped=True,
+        ),
         Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), top_k=2),
         cache=cache,
     )
@@ -121,10 +125,26 @@ def test_gates_learn_through_the_cache():
     x, projection, grads = torch.randn(7, 12), nn.Linear(12, 10), []
     for cache in (None, ExpertCache(500)):
         router = Gate(gate.clone(), torch.zeros(3), top_k=2)
-        layer = MoELoRALinear(projection, a, b, [1, 2, 3], [1.0, 2.0, 0.5], router, cache=cache)
+        stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], mapped=cache is not None)
+        layer = MoELoRALinear(projection, stack, router, cache=cache)
         layer(x).square().mean().backward()
         grads.append(router.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_a_choice_of_all_experts_is_copied_as_any_other(num_tokens):
+    """Their mean, whose ranks have several scalings."""
+    a, b, x = torch.randn(6, 12), torch.randn(10, 6), torch.randn(num_tokens, 12)
+    choices, projection = [*own_choices([1, 2, 3]), Choice(0, 6, 1 / 3)], nn.Linear(12, 10)
+    gate, found = torch.randn(4, 12), []
+    for cache in (None, ExpertCache(500)):
+        stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], choices, mapped=cache is not None)
+        router = Gate(gate, torch.tensor([0.0, 0.0, 0.0, 9.0]), top_k=2)
+        layer = MoELoRALinear(projection, stack, router, cache=cache)
+        with torch.no_grad():
+            found.append(layer(x))
+    torch.testing.assert_close(*found)
 
 
 def test_gates_learn_from_what_was_copied_in_inference_mode():
@@ -152,7 +172,7 @@ def test_a_forward_holds_single_experts_and_no_copies_of_weights_or_tokens(dtype
     with torch.no_grad(), Allocations() as seen:
         layer(x)
     output = num_tokens * size * dtype.itemsize
-    outputs = 1 + (layer.lora_a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
+    outputs = 1 + (layer.stack.a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
     assert sum(number >= output for number in seen.sizes) <= 2 * outputs - 1
     rest = [number for number in seen.sizes if number < output]
     assert max(rest) <= max(num_tokens * sum(ranks) * 8, 16 * size * 4)
@@ -202,7 +222,7 @@ def test_512_experts_are_mapped_and_not_read(world, many):
         if line.endswith(str(many / EXPERTS))
     ]
     for layer in routed_layers(model).values():
-        for tensor in (layer.lora_a, layer.lora_b):
+        for tensor in (layer.stack.a, layer.stack.b):
             assert any(low <= tensor.data_ptr() < high for low, high in mapped)
 
 

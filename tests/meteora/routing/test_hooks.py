@@ -66,10 +66,9 @@ def test_routes_are_those_that_the_layer_took(model):
     hook.remove()
     (x, out), (weights, experts) = seen[0], routes[path]
     assert weights.shape == experts.shape == (8, 2)
-    tokens, scaling = x.reshape(8, -1), torch.tensor(layer.scaling)
-    factors = layer.lora_a, layer.lora_b, layer.ranks, scaling
+    tokens = x.reshape(8, -1)
     expected = layer.projection(tokens) + reference.lora_delta_loop(
-        tokens, *factors, weights, experts
+        tokens, layer.stack, weights, experts
     )
     torch.testing.assert_close(out.reshape(8, -1), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(experts[:, 0], logits[path].argmax(-1))

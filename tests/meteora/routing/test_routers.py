@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from meteora.kernels import reference
+from meteora.kernels.stack import ExpertStack
 from meteora.routing.routers import Arrow, Fixed, Followed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
 NUM_IN, NUM_OUT = 12, 7
 SCALING = torch.tensor([2.0, 0.0, 0.5, 1.5])
+
+
+def stack_of(a, b):
+    return ExpertStack(a, b, RANKS, SCALING.tolist())
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def products(a, b):
 
 def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors):
     x = torch.randn(5, NUM_IN)
-    got = Arrow(*factors, RANKS)(x)
+    got = Arrow(stack_of(*factors))(x)
     for e, product in enumerate(products(*factors)):
         if RANKS[e]:
             direction = torch.linalg.svd(product).Vh[0]
@@ -40,12 +45,12 @@ def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors)
 
 def test_arrow_gives_an_expert_that_does_nothing_no_direction():
     a, b = torch.randn(2, NUM_IN), torch.zeros(NUM_OUT, 2)
-    assert not Arrow(a, b, [2])(torch.randn(5, NUM_IN)).any()
+    assert not Arrow(ExpertStack(a, b, [2], [1.0]))(torch.randn(5, NUM_IN)).any()
 
 
 def test_norm_is_the_length_of_what_the_expert_would_add(factors):
     x = torch.randn(5, NUM_IN)
-    got = Norm(*factors, RANKS, SCALING)(x)
+    got = Norm(stack_of(*factors))(x)
     for e, product in enumerate(products(*factors)):
         expected = SCALING[e].double() * (x.double() @ product.T).norm(dim=-1)
         torch.testing.assert_close(got[:, e], expected.float(), rtol=1e-5, atol=1e-5)
@@ -54,7 +59,7 @@ def test_norm_is_the_length_of_what_the_expert_would_add(factors):
 def test_norm_and_arrow_compute_in_float32_where_adapters_are_narrow(factors):
     a, b = (tensor.bfloat16() for tensor in factors)
     x = torch.randn(5, NUM_IN)
-    for router in (Norm(a, b, RANKS, SCALING), Arrow(a, b, RANKS)):
+    for router in (Norm(stack_of(a, b)), Arrow(stack_of(a, b))):
         assert router(x.bfloat16()).dtype == torch.float32
 
 
@@ -77,7 +82,7 @@ def test_gate_is_linear_and_the_only_router_that_learns(factors):
     gate = Gate(weight, bias)
     torch.testing.assert_close(gate(x), x @ weight.T + bias)
     assert {name for name, _ in gate.named_parameters()} == {"weight", "bias"}
-    for router in (Arrow(*factors, RANKS), Norm(*factors, RANKS, SCALING), Fixed(torch.ones(1))):
+    for router in (Arrow(stack_of(*factors)), Norm(stack_of(*factors)), Fixed(torch.ones(1))):
         assert not list(router.parameters())
 
 

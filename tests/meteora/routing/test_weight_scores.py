@@ -48,7 +48,7 @@ def test_a_token_along_what_the_expert_acts_on_goes_to_it(mixed):
     _, model = mixed
     assert gate_of(model, LAYER).stand_in.experts == [3]
     own = routed_layers(model)[LATER]
-    direction = Arrow(own.lora_a, own.lora_b, own.ranks).get_buffer("prototypes")[3]
+    direction = Arrow(own.stack).get_buffer("prototypes")[3]
     tokens = torch.stack([direction * 1e3, torch.zeros_like(direction)])
     chosen = gate_of(model, LATER)(tokens).argmax(-1).tolist()
     assert chosen[0] == 3
@@ -58,7 +58,8 @@ def test_a_token_along_what_the_expert_acts_on_goes_to_it(mixed):
 def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
     _, model = mixed
     tokens = torch.randn(200, 32) * 100
-    assert routed_layers(model)[LAYER].ranks[3] == 0  # `patterns` begins with the second layer
+    # `patterns` begins with the second layer
+    assert routed_layers(model)[LAYER].stack.ranks[3] == 0
     assert not (gate_of(model, LAYER)(tokens).argmax(-1) == 3).any()
 
 

@@ -236,6 +236,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
 
     def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
         from meteora.adapters import reader as published
+        from meteora.artifacts import RouterOptions
         from meteora.base.loading import fingerprint_of
         from meteora.checkpoint import stack
         from meteora.checkpoint.manifest import (
@@ -244,7 +245,6 @@ def fuse_adapters() -> Callable[..., Manifest]:
             BaseEntry,
             ExpertEntry,
             Manifest,
-            RouterEntry,
         )
 
         read: list[Adapter] = [published.read(folder) for folder in adapters.values()]
@@ -259,7 +259,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
                 for name, adapter in zip(adapters, read, strict=True)
             ),
             modules=stack.module_entries([adapter.spec for adapter in read]),
-            router=RouterEntry("uniform", 1, 1.0),
+            router=RouterOptions("uniform", 1, 1.0),
         )
         (out / MANIFEST).write_text(manifest.to_json())
         return manifest

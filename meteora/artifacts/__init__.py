@@ -27,7 +27,14 @@ from meteora.artifacts.identity import (
     canonical_sha256,
     short,
 )
-from meteora.artifacts.routers import NULL, ROUTER_KINDS, JointSettings, RouterBuild, RouterSpec
+from meteora.artifacts.routers import (
+    NULL,
+    ROUTER_KINDS,
+    JointSettings,
+    RouterBuild,
+    RouterOptions,
+    RouterSpec,
+)
 from meteora.artifacts.scores import (
     BenchmarkSpec,
     ComparisonBuild,
@@ -65,7 +72,8 @@ __all__ = [
     "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild",
     "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
     "LinearSize", "MergeSpec",
-    "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterSpec", "RoutingBuild",
+    "MeteoraError", "Noun", "Publication", "Rate", "RouterBuild", "RouterOptions", "RouterSpec",
+    "RoutingBuild",
     "RoutingDetail", "RoutingScore", "RoutingShare", "RoutingSpec", "RoutingSwitch", "Score",
     "ScorePair", "ScorePart", "Spec",
     "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",

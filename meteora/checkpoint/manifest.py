@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun
+from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, RouterOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,33 +62,13 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
-class RouterEntry(Noun):
-    kind: str
-    top_k: int
-    temperature: float
-    margin: float | None = None
-    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
-    opening: str = "own"
-    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
-    null: bool = False
-    """Whether one more choice, the last of every gate, is the base without any expert."""
-    share: str = "module"
-    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
-    a `layer`, or for the whole `token`."""
-    stand_in: str = ""
-    """`arrow` or `norm`, where experts without examples are told by their weights."""
-    stand_ins: tuple[str, ...] = ()
-    """The names of those experts."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What `meteora.json` says."""
 
     base: BaseEntry
     experts: tuple[ExpertEntry, ...]
     modules: dict[str, ModuleEntry]
-    router: RouterEntry
+    router: RouterOptions
     gates: dict[str, Any] = field(default_factory=dict)
     """How the gates were made; empty for a router without gates."""
     fused_id: str = ""
@@ -130,7 +110,7 @@ class Manifest:
             base=BaseEntry.from_dict(body["base"]),
             experts=experts,
             modules=modules,
-            router=RouterEntry.from_dict(body["router"]),
+            router=RouterOptions.from_dict(body["router"]),
             gates=body["gates"],
             fused_id=body["fused_id"],
             router_id=body["router_id"],

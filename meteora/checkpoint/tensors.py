@@ -44,7 +44,6 @@ from meteora.checkpoint.manifest import (
     ExpertEntry,
     Manifest,
     ModuleEntry,
-    RouterEntry,
     read_manifest,
 )
 from meteora.checkpoint.rows import reserve, write_rows
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD", "CONFIG", "CONFIG_TEXT", "DTYPES", "EXPERTS", "FILES", "GATES", "LINEAGE", "MANIFEST",
     "STATISTICS", "BaseEntry", "CheckpointError", "ExpertEntry", "Gates", "Manifest", "ModuleEntry",
-    "RouterEntry", "read_experts", "read_gates", "read_manifest", "write_experts", "write_gates",
+    "read_experts", "read_gates", "read_manifest", "write_experts", "write_gates",
 ]  # fmt: skip
 
 NOTES = "meteora"

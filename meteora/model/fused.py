@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.artifacts import RouterOptions
     from meteora.checkpoint.manifest import Manifest, ModuleEntry
 
 EXPERTS = "meteora_experts"
@@ -181,34 +182,33 @@ def insert_layer(
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
     """Give every routed layer the router that the checkpoint asks for."""
-    entry = manifest.router
-    if entry.kind == "gate":
-        insert_gates(model, tensors.read_gates(folder, manifest), entry)
+    options = manifest.router
+    if options.kind == "gate":
+        insert_gates(model, tensors.read_gates(folder, manifest), options)
         return
     for layer in routed_layers(model).values():
-        layer.router = make_router(entry.kind, layer, entry.top_k, entry.temperature)
+        layer.router = make_router(options, layer)
 
 
-def make_router(
-    kind: str, layer: MoELoRALinear, top_k: int, temperature: float, *, seed: int = 0
-) -> Router:
+def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) -> Router:
     """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
 
     Args:
         seed: of `random`; give every layer its own
     """
     router: Router
-    if kind == "arrow":
-        router = Arrow(layer.stack, top_k=top_k, temperature=temperature)
-    elif kind == "norm":
-        router = Norm(layer.stack, top_k=top_k, temperature=temperature)
-    elif kind == "uniform":
+    if options.kind == "arrow":
+        router = Arrow(layer.stack, options)
+    elif options.kind == "norm":
+        router = Norm(layer.stack, options)
+    elif options.kind == "uniform":
         router = Fixed(torch.full((layer.num_choices,), 1 / layer.num_choices))
-    elif kind == "random":
-        router = Random(layer.num_choices, seed, top_k=top_k, temperature=temperature)
+    elif options.kind == "random":
+        router = Random(layer.num_choices, options, seed)
     else:
         raise MeteoraError(
-            f"router {kind!r} is none of arrow, norm, uniform, random; a gate must be fitted"
+            f"router {options.kind!r} is none of arrow, norm, uniform, random; a gate must be"
+            " fitted"
         )
     return router.to(layer.weight.device)
 

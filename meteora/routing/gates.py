@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.checkpoint.manifest import RouterEntry
+    from meteora.artifacts import RouterOptions
     from meteora.routing.layer import MoELoRALinear
 
 
@@ -36,29 +36,29 @@ PREFILL = "meteora_prefill"
 """The attribute of a model that holds what its gates know of the present prompt."""
 
 
-def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> None:
+def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
     prefill = watch_prompts(model, gates.template)
     followed = {leader: Followed() for leader in gates.follows.values()}
     for path, layer in routed_layers(model).items():
         if path in gates.follows:
-            give_follower(layer, followed[gates.follows[path]], entry)
+            give_follower(layer, followed[gates.follows[path]], options)
         else:
             give_gate(
                 layer,
                 *gates.own[path],
-                entry,
+                options,
                 prefill,
                 followed.get(path),
                 StandIn(
-                    scorer(entry.stand_in, layer),
+                    scorer(options, layer),
                     list(gates.without_examples),
                     gates.stand_ins[path],
                 )
                 if gates.without_examples
                 else None,
             )
-    if entry.share == "point":
+    if options.share == "point":
         share_first_matmuls(model, gates.follows)
 
 
@@ -92,7 +92,7 @@ def give_gate(
     layer: MoELoRALinear,
     weight: Tensor,
     bias: Tensor,
-    entry: RouterEntry,
+    options: RouterOptions,
     prefill: Prefill | None = None,
     followed: Followed | None = None,
     stand_in: StandIn | None = None,
@@ -104,29 +104,20 @@ def give_gate(
         stand_in: gives the logits of experts that had no examples
     """
     device = layer.weight.device
-    asked = {
-        "top_k": entry.top_k,
-        "temperature": entry.temperature,
-        "margin": entry.margin,
-        "prefill": prefill,
-        "followed": followed,
-    }
-    if stand_in is None:
-        layer.router = Gate(weight.to(device), bias.to(device), **asked)
-    else:
-        layer.router = MixedGate(weight.to(device), bias.to(device), stand_in.to(device), **asked)
-    layer.router.requires_grad_(requires_grad=False)
-
-
-def give_follower(layer: MoELoRALinear, followed: Followed, entry: RouterEntry) -> None:
-    """Route a layer by what the gate behind `followed` decided in the same pass."""
-    layer.router = Follower(
-        followed,
-        layer.num_choices,
-        top_k=entry.top_k,
-        temperature=entry.temperature,
-        margin=entry.margin,
+    weight, bias = weight.to(device), bias.to(device)
+    gate = (
+        Gate(weight, bias, options, prefill=prefill, followed=followed)
+        if stand_in is None
+        else MixedGate(
+            weight, bias, options, stand_in.to(device), prefill=prefill, followed=followed
+        )
     )
+    layer.router = gate.requires_grad_(requires_grad=False)
+
+
+def give_follower(layer: MoELoRALinear, followed: Followed, options: RouterOptions) -> None:
+    """Route a layer by what the gate behind `followed` decided in the same pass."""
+    layer.router = Follower(followed, layer.num_choices, options)
 
 
 def gates_of(model: PreTrainedModel) -> Gates:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.kernels import reference
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def recorded_routes(model: PreTrainedModel) -> Generator[dict[str, tuple[Tensor,
     routes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, router: Router, found: Tensor) -> None:
-        routes[path] = reference.route(found, router.top_k, router.temperature, router.margin)
+        routes[path] = router.route(found)
 
     with _watched(model, keep):
         yield routes

@@ -1,7 +1,7 @@
 """Router kinds: what gives a layer its expert logits. One engine, several ways to get them.
 
 Every router is a module that takes tokens [T, IN] and returns logits [T, E], and carries the
-`top_k`, `temperature` and `margin` with which `ops.route` reads them.
+options with which `reference.route` reads them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
@@ -26,18 +27,19 @@ if TYPE_CHECKING:
 class Router(nn.Module):
     """Abstract: `forward` takes tokens [T, IN] and returns logits [T, E]."""
 
-    def __init__(
-        self, num_choices: int, top_k: int, temperature: float, margin: float | None = None
-    ) -> None:
+    def __init__(self, num_choices: int, options: RouterOptions) -> None:
         super().__init__()
         self.num_choices = num_choices
-        self.top_k = top_k
-        self.temperature = temperature
-        self.margin = margin
+        self.options = options
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of tokens [T, IN]."""
-        return reference.route(self(tokens), self.top_k, self.temperature, self.margin)
+        return self.route(self(tokens))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts, both [T, K], of logits [T, C]."""
+        options = self.options
+        return reference.route(logits, options.top_k, options.temperature, options.margin)
 
     @property
     def leads(self) -> bool:
@@ -45,7 +47,8 @@ class Router(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        return f"E={self.num_choices}, top_k={self.top_k}, temperature={self.temperature}"
+        options = self.options
+        return f"C={self.num_choices}, top_k={options.top_k}, temperature={options.temperature}"
 
 
 class Gate(Router):
@@ -55,10 +58,8 @@ class Gate(Router):
         self,
         weight: Tensor,
         bias: Tensor,
+        options: RouterOptions,
         *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-        margin: float | None = None,
         prefill: Prefill | None = None,
         followed: Followed | None = None,
     ) -> None:
@@ -68,7 +69,7 @@ class Gate(Router):
             prefill: decides for the opening of a prompt; without it each token for itself
             followed: where to leave the logits for the layers that follow this one
         """
-        super().__init__(len(weight), top_k, temperature, margin)
+        super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.prefill = prefill
@@ -89,7 +90,7 @@ class Gate(Router):
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         routes = super().choose(tokens)
         if self.followed is not None:
-            self.followed.routes = (self.top_k, self.temperature, self.margin), routes
+            self.followed.routes = self.options, routes
         return routes
 
     @property
@@ -103,8 +104,8 @@ class Followed:
 
     logits: Tensor | None = None
     """[T, E]"""
-    routes: tuple[tuple[int, float, float | None], tuple[Tensor, Tensor]] | None = None
-    """The gate's `top_k`, `temperature` and `margin`, and its weights and experts [T, K]."""
+    routes: tuple[RouterOptions, tuple[Tensor, Tensor]] | None = None
+    """The gate's options, and its weights and experts [T, K]."""
 
     def hold(self, logits: Tensor) -> None:
         """Take new logits [T, E]; the routes of earlier ones hold no longer."""
@@ -114,16 +115,8 @@ class Followed:
 class Follower(Router):
     """Takes over what a gate before it decided for the same tokens: one decision, many layers."""
 
-    def __init__(
-        self,
-        followed: Followed,
-        num_choices: int,
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-        margin: float | None = None,
-    ) -> None:
-        super().__init__(num_choices, top_k, temperature, margin)
+    def __init__(self, followed: Followed, num_choices: int, options: RouterOptions) -> None:
+        super().__init__(num_choices, options)
         self.followed = followed
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -137,9 +130,9 @@ class Follower(Router):
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits, routes = self(tokens), self.followed.routes
-        if routes is not None and routes[0] == (self.top_k, self.temperature, self.margin):
+        if routes is not None and routes[0] == self.options:
             return routes[1]
-        return reference.route(logits, self.top_k, self.temperature, self.margin)
+        return self.route(logits)
 
 
 class Fixed(Router):
@@ -148,7 +141,7 @@ class Fixed(Router):
     def __init__(self, weights: Tensor) -> None:
         """Take weights [E] that are not negative and sum to one."""
         chosen = int((weights > 0).sum())
-        super().__init__(len(weights), chosen, temperature=1.0)
+        super().__init__(len(weights), RouterOptions("fixed", chosen, temperature=1.0))
         # the softmax of the logarithms gives the weights back, and exactly 1 for a single one
         self.register_buffer("logits", weights.float().log(), persistent=False)
 
@@ -163,10 +156,8 @@ class Random(Router):
     Seeded: two routers of one seed that are asked the same batches draw the same.
     """
 
-    def __init__(
-        self, num_choices: int, seed: int, *, top_k: int = 1, temperature: float = 1.0
-    ) -> None:
-        super().__init__(num_choices, top_k, temperature)
+    def __init__(self, num_choices: int, options: RouterOptions, seed: int) -> None:
+        super().__init__(num_choices, options)
         self._generator = torch.Generator().manual_seed(seed)  # the same draws on every device
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -180,9 +171,9 @@ class Arrow(Router):
     Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(self, stack: ExpertStack, *, top_k: int = 1, temperature: float = 1.0) -> None:
+    def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Find v_c of each choice by a singular value decomposition of r × r."""
-        super().__init__(stack.num_choices, top_k, temperature)
+        super().__init__(stack.num_choices, options)
         prototypes = torch.zeros(stack.num_choices, stack.a.shape[1], device=stack.a.device)
         for c, (a, b) in enumerate(_factors(stack)):
             if len(a):
@@ -205,9 +196,9 @@ class Norm(Router):
     Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(self, stack: ExpertStack, *, top_k: int = 1, temperature: float = 1.0) -> None:
+    def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
-        super().__init__(stack.num_choices, top_k, temperature)
+        super().__init__(stack.num_choices, options)
         folded = [torch.linalg.qr(b).R @ a for a, b in _factors(stack)]
         owner = torch.repeat_interleave(
             torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])

@@ -21,12 +21,12 @@ from meteora.artifacts import MeteoraError
 from meteora.routing.routers import Arrow, Gate, Norm
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from torch import Tensor
 
+    from meteora.artifacts import RouterOptions
     from meteora.routing.layer import MoELoRALinear
-    from meteora.routing.routers import Router
+    from meteora.routing.prompt_opening import Prefill
+    from meteora.routing.routers import Followed, Router
 
 KINDS = ("arrow", "norm")
 
@@ -59,8 +59,17 @@ class StandIn(nn.Module):
 class MixedGate(Gate):
     """A gate whose rows for experts without examples come from their weights."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stand_in: StandIn, **asked: Any) -> None:  # noqa: ANN401  (those of `Gate`)
-        super().__init__(weight, bias, **asked)
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        options: RouterOptions,
+        stand_in: StandIn,
+        *,
+        prefill: Prefill | None = None,
+        followed: Followed | None = None,
+    ) -> None:
+        super().__init__(weight, bias, options, prefill=prefill, followed=followed)
         self.stand_in = stand_in
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -72,10 +81,12 @@ class MixedGate(Gate):
         return found
 
 
-def scorer(kind: str, layer: MoELoRALinear) -> Router:
-    """How `kind` scores the experts of a layer: `arrow` or `norm`."""
-    if kind == "arrow":
-        return Arrow(layer.stack)
-    if kind == "norm":
-        return Norm(layer.stack)
-    raise MeteoraError(f"{kind!r} cannot stand in for examples; choose one of {', '.join(KINDS)}")
+def scorer(options: RouterOptions, layer: MoELoRALinear) -> Router:
+    """What scores the experts of a layer, as `stand_in` names it: `arrow` or `norm`."""
+    if options.stand_in == "arrow":
+        return Arrow(layer.stack, options)
+    if options.stand_in == "norm":
+        return Norm(layer.stack, options)
+    raise MeteoraError(
+        f"{options.stand_in!r} cannot stand in for examples; choose one of {', '.join(KINDS)}"
+    )

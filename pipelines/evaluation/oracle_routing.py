@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import one_hot
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.model.fused import expert_names, routed_by
 from meteora.routing.routers import Followed, Follower
 from pipelines.data.composites import last_number, prompt_owners
@@ -105,7 +105,8 @@ def told(
     found = _Told(tokenizer, composites, expert_names(model), switches=system == ORACLE)
     hook = model.base_model.register_forward_pre_hook(found.before, with_kwargs=True)
     try:
-        with routed_by(model, lambda layer: Follower(found.followed, layer.num_choices)):
+        options = RouterOptions(system, top_k=1, temperature=1.0)
+        with routed_by(model, lambda layer: Follower(found.followed, layer.num_choices, options)):
             yield
     finally:
         hook.remove()

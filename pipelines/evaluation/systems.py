@@ -65,9 +65,7 @@ def routed_as(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManage
     number = count(spec.seed * len(routed_layers(model)))  # every layer draws for itself
     return routed_by(
         model,
-        lambda layer: make_router(
-            spec.router, layer, spec.top_k, spec.temperature, seed=next(number)
-        ),
+        lambda layer: make_router(spec.options, layer, seed=next(number)),
     )
 
 

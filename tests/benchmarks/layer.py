@@ -133,8 +133,8 @@ def one_task(model: PreTrainedModel) -> PreTrainedModel:
     for layer in routed_layers(model).values():
         assert isinstance(layer.router, Gate)
         bias = torch.zeros_like(layer.router.bias.data)
-        bias[: layer.router.top_k] = 1e6
-        gate = Gate(layer.router.weight.data, bias, top_k=layer.router.top_k)
+        bias[: layer.router.options.top_k] = 1e6
+        gate = Gate(layer.router.weight.data, bias, layer.router.options)
         layer.router = gate.requires_grad_(requires_grad=False)
     return model
 

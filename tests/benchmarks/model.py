@@ -67,7 +67,7 @@ def a_gate_a_point(model: PreTrainedModel, *, shared: bool = True) -> PreTrained
             if name == first:
                 followed[parent] = router.followed = Followed()
             elif name in others:
-                layer.router = Follower(followed[parent], layer.num_choices, top_k=router.top_k)
+                layer.router = Follower(followed[parent], layer.num_choices, router.options)
                 follows[path] = f"{parent}.{first}"
     if shared:
         share_first_matmuls(model, follows)

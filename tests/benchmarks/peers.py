@@ -19,8 +19,8 @@ from peft.tuners.lora import ArrowConfig, create_arrow_model
 from torch import nn
 
 from meteora.adapters import reader as published
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import manifest, stack, tensors
-from meteora.kernels import reference
 from meteora.model.fused import EXPERTS, insert_layer
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Gate
@@ -106,7 +106,7 @@ def routed(
             insert_layer(model, path, a, b, entry)
     for layer in routed_layers(model).values():
         size = (len(specs), layer.stack.a.shape[1])
-        gate = Gate(torch.randn(size), torch.zeros(len(specs)), top_k=top_k)
+        gate = Gate(torch.randn(size), torch.zeros(len(specs)), RouterOptions("gate", top_k, 1.0))
         layer.router = gate.to(layer.weight.device).requires_grad_(requires_grad=False)
     return model.eval()
 
@@ -141,7 +141,7 @@ class _Peer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, tokens, router = self.projection(x), x.reshape(-1, x.shape[-1]), self.router
         assert router is not None
-        weights, experts = reference.route(router(tokens), router.top_k, router.temperature)
+        weights, experts = router.choose(tokens)
         return y + self.delta(tokens, weights, experts).view(y.shape)
 
     @abstractmethod

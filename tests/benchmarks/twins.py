@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import dispatch, gather_grouped
 from meteora.kernels.stack import ExpertStack, Sizes
 from meteora.routing.layer import MoELoRALinear
@@ -58,7 +59,7 @@ def routed(size: int, ranks: list[int], dtype: torch.dtype) -> MoELoRALinear:
         Gate(
             torch.randn(num_experts, size, dtype=dtype),
             torch.zeros(num_experts, dtype=dtype),
-            top_k=TOP_K,
+            RouterOptions("gate", TOP_K, 1.0),
         ),
     ).requires_grad_(requires_grad=False)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.kernels.addmm import Plain
 from meteora.kernels.stack import ExpertStack
@@ -36,7 +37,9 @@ def make(
     """A layer whose experts say `say` times as much as its projection, on tokens x [T, IN]."""
     torch.manual_seed(seed)
     projection = projection.to(dtype).requires_grad_(requires_grad=False)
-    gate = Gate(torch.randn(len(RANKS), num_in), torch.zeros(len(RANKS)), top_k=top_k)
+    gate = Gate(
+        torch.randn(len(RANKS), num_in), torch.zeros(len(RANKS)), RouterOptions("gate", top_k, 1.0)
+    )
     lora_a = torch.randn(sum(RANKS), num_in) / num_in**0.5
     lora_b = torch.randn(num_out, sum(RANKS))
     layer = MoELoRALinear(

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import meteora
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
-from meteora.checkpoint.manifest import MANIFEST, RouterEntry
+from meteora.checkpoint.manifest import MANIFEST
 from meteora.model.fused import (
     UnknownExpertError,
     UnsavableError,
@@ -80,7 +81,7 @@ def test_a_model_on_a_gpu_answers_as_on_the_cpu(world, ids, kind, cached):
     found = []
     for device in ("cpu", "cuda"):
         model = world.load(device=device, expert_cache_bytes=cached)
-        with routed_by(model, lambda layer: make_router(kind, layer, 2, 1.0)):
+        with routed_by(model, lambda layer: make_router(RouterOptions(kind, 2, 1.0), layer)):
             answer = model.generate(
                 ids.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0
             )
@@ -109,7 +110,7 @@ def test_routers_come_back_after_every_block_even_after_an_exception(model):
     blocks = [
         lambda: force_expert(model, "q_and_v"),
         lambda: without_experts(model),
-        lambda: routed_by(model, lambda layer: make_router("norm", layer, 1, 1.0)),
+        lambda: routed_by(model, lambda layer: make_router(RouterOptions("norm", 1, 1.0), layer)),
     ]
     for block in blocks:
         with block():
@@ -151,7 +152,7 @@ def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):
 @pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
 def test_routers_without_training_are_set_by_the_manifest(world, tmp_path, ids, kind):
     (tmp_path / EXPERTS_FILE).hardlink_to(world.checkpoint / EXPERTS_FILE)
-    router = RouterEntry(kind, 2, 0.5)
+    router = RouterOptions(kind, 2, 0.5)
     manifest = dataclasses.replace(world.manifest, router=router)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     model, _ = meteora.load(tmp_path, base_folder=world.base)

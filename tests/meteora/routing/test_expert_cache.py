@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import meteora
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, RouterEntry
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
 from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.model.fused import expert_cache, force_expert, make_router, routed_by
@@ -21,11 +22,13 @@ from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Fixed, Gate
 from tests.meteora.routing.test_layer import Allocations
 
+TOP_2 = RouterOptions("gate", 2, 1.0)
+
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
 
 
 def by_norm(model):
-    return routed_by(model, lambda layer: make_router("norm", layer, 2, 1.0))
+    return routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer))
 
 
 def pair_of(num_bytes):
@@ -114,7 +117,7 @@ def layer_with(cache, *, ranks=(1, 2, 3), num_in=12, num_out=10):
             [1.0] * len(ranks),
             mapped=True,
         ),
-        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), top_k=2),
+        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), TOP_2),
         cache=cache,
     )
 
@@ -124,7 +127,7 @@ def test_gates_learn_through_the_cache():
     a, b, gate = torch.randn(6, 12), torch.randn(10, 6), torch.randn(3, 12)
     x, projection, grads = torch.randn(7, 12), nn.Linear(12, 10), []
     for cache in (None, ExpertCache(500)):
-        router = Gate(gate.clone(), torch.zeros(3), top_k=2)
+        router = Gate(gate.clone(), torch.zeros(3), TOP_2)
         stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], mapped=cache is not None)
         layer = MoELoRALinear(projection, stack, router, cache=cache)
         layer(x).square().mean().backward()
@@ -140,7 +143,7 @@ def test_a_choice_of_all_experts_is_copied_as_any_other(num_tokens):
     gate, found = torch.randn(4, 12), []
     for cache in (None, ExpertCache(500)):
         stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], choices, mapped=cache is not None)
-        router = Gate(gate, torch.tensor([0.0, 0.0, 0.0, 9.0]), top_k=2)
+        router = Gate(gate, torch.tensor([0.0, 0.0, 0.0, 9.0]), TOP_2)
         layer = MoELoRALinear(projection, stack, router, cache=cache)
         with torch.no_grad():
             found.append(layer(x))
@@ -191,7 +194,7 @@ def many(world, tmp_path):
         world.manifest,
         experts=tuple(dataclasses.replace(first, name=f"e{e}") for e in range(num_experts)),
         modules=modules,
-        router=RouterEntry("uniform", 1, 1.0),
+        router=RouterOptions("uniform", 1, 1.0),
     )
     shapes = {
         path: (num_experts * r, entry.in_features, entry.out_features)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.model.fused import make_router, routed_by, without_experts
 from meteora.routing.hooks import recorded_logits, recorded_routes
@@ -19,7 +20,7 @@ from tests.meteora.routing.test_layer import Allocations, make
 @pytest.fixture
 def model(world):
     model = world.load()
-    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
         yield model
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import gather_grouped, reference
 from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -36,7 +37,11 @@ def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, kernel=None, seed=0, me
             scaling,
             choices,
         ),
-        Gate(torch.randn(len(choices), num_in), torch.randn(len(choices)), top_k=top_k),
+        Gate(
+            torch.randn(len(choices), num_in),
+            torch.randn(len(choices)),
+            RouterOptions("gate", top_k, 1.0),
+        ),
         kernel=kernel,
     )
     return layer.eval()
@@ -44,9 +49,7 @@ def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, kernel=None, seed=0, me
 
 def definition(layer, x):
     tokens = x.reshape(-1, x.shape[-1])
-    weights, experts = reference.route(
-        layer.router(tokens), layer.router.top_k, layer.router.temperature
-    )
+    weights, experts = layer.router.route(layer.router(tokens))
     delta = reference.lora_delta_loop(tokens, layer.stack, weights, experts)
     return layer.projection(x) + delta.view(*x.shape[:-1], delta.shape[-1])
 
@@ -79,7 +82,7 @@ def test_the_layer_is_its_definition_in_every_dtype_after_loading_and_moving(
     layer = make(ranks=ranks, top_k=top_k, kernel=kernel, seed=seed)
     layer.load_state_dict(make(ranks=ranks, top_k=top_k, seed=seed + 1).state_dict())
     layer.to(dtype).train(training)
-    layer.router.temperature, layer.router.margin = temperature, margin
+    layer.router.options = RouterOptions("gate", top_k, temperature, margin)
     x = torch.randn(num_tokens, 12).to(dtype)
     weights, experts = layer.router.choose(x)
     stack = copy.deepcopy(layer.stack).double()
@@ -298,7 +301,7 @@ def test_a_whole_model_decodes_through_one_graph(world):
     model = world.load()
     for layer in routed_layers(model).values():
         size = layer.num_choices, layer.stack.a.shape[1]
-        layer.router = Gate(torch.randn(size), torch.randn(size[0]), top_k=2)
+        layer.router = Gate(torch.randn(size), torch.randn(size[0]), RouterOptions("gate", 2, 1.0))
     decodes_through_one_graph(model)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import meteora
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
 from meteora.kernels import gather_grouped, reference
@@ -19,6 +20,8 @@ from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers, share_first_matmul
 from meteora.routing.routers import Followed, Follower, Gate
 from tests.meteora.routing.test_layer import Allocations, decodes_through_one_graph, make
+
+TOP_2 = RouterOptions("gate", 2, 1.0)
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
@@ -34,12 +37,17 @@ def follow(model):
         point = parent, {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name)
         if point in leaders:
             leader = leaders[point]
-            layer.router = Follower(leader[1], layer.num_choices, top_k=2)
+            layer.router = Follower(leader[1], layer.num_choices, TOP_2)
             follows[path] = leader[0]
         else:
             followed = Followed()
             leaders[parent, name] = path, followed
-            gate = Gate(torch.randn(size), torch.randn(size[0]), top_k=2, followed=followed)
+            gate = Gate(
+                torch.randn(size),
+                torch.randn(size[0]),
+                TOP_2,
+                followed=followed,
+            )
             layer.router = gate.requires_grad_(requires_grad=False)
     return follows
 
@@ -156,8 +164,8 @@ def test_layers_without_ranks_have_their_place_in_a_point(
     followed, x = Followed(), torch.randn(4, 12)
     first = alone[0].router
     for layer in alone:
-        layer.router = Follower(followed, layer.num_choices, top_k=2)
-    alone[0].router = Gate(first.weight.data, first.bias.data, top_k=2, followed=followed)
+        layer.router = Follower(followed, layer.num_choices, TOP_2)
+    alone[0].router = Gate(first.weight.data, first.bias.data, TOP_2, followed=followed)
     together = copy.deepcopy(alone)
     share_first_matmul(together)
     with torch.no_grad():
@@ -173,7 +181,7 @@ def test_a_pass_holds_tokens_times_the_ranks_of_all_and_no_copies(kernel):
     followed = Followed()
     layers[0].router.followed = followed
     for layer in layers[1:]:
-        layer.router = Follower(followed, len(ranks), top_k=2)
+        layer.router = Follower(followed, len(ranks), TOP_2)
     share_first_matmul(layers)
     x = torch.randn(num_tokens, size)
     with torch.no_grad(), Allocations() as seen:
@@ -219,7 +227,9 @@ def test_a_layer_that_is_called_with_something_else_computes_for_itself(models):
         alone[Q](one)
         torch.testing.assert_close(layers[K](other), alone[K](other), rtol=1e-5, atol=1e-5)
         layers[Q](one)
-        layers[K].router = alone[K].router = Gate(torch.randn(4, 32), torch.zeros(4))
+        layers[K].router = alone[K].router = Gate(
+            torch.randn(4, 32), torch.zeros(4), RouterOptions("gate", 1, 1.0)
+        )
         torch.testing.assert_close(layers[K](one), alone[K](one), rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain
-from meteora.routing.shared_input import Point
+from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.expert_cache import ExpertCache
     from meteora.routing.routers import Router
-    from meteora.routing.shared_input import Shrunk
+    from meteora.routing.shared_input import Product
 
 
 class MoELoRALinear(nn.Module):
@@ -62,8 +62,8 @@ class MoELoRALinear(nn.Module):
         """Names this layer's experts in the cache, which may serve others too."""
         self.router = router
         self.kernel: KernelName | None = kernel
-        self.point: tuple[Point, int] | None = None
-        """Layers that share their input and their gate with this one, and its place there."""
+        self.shared: Share | None = None
+        """The first matmul, where other layers have this one's input and gate too."""
 
     @property
     def num_choices(self) -> int:
@@ -114,24 +114,24 @@ class MoELoRALinear(nn.Module):
         tokens = tokens.to(self._dtype)
         if self.cache is not None:
             return self._delta_from_cache(self.cache, tokens, weights, experts, add_to)
-        if (shrunk := self._shrunk_at_point(x, tokens, weights, experts)) is not None:
-            return shrunk.expand(self.stack.b, add_to)
+        if (product := self._shared_product(x, tokens, weights, experts)) is not None:
+            return product.expand(self.stack.b, add_to)
         compute = dispatch.find_kernel(self.kernel or self._fastest_kernel(tokens.dtype, experts))
         return compute(tokens, self.stack, weights, experts, add_to=add_to)
 
-    def _shrunk_at_point(
+    def _shared_product(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
-    ) -> Shrunk | None:
-        """A x as the first layer of the point found it; None where this one is on its own."""
-        if self.point is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    ) -> Product | None:
+        """A x of the shared matmul; None where this layer computes for itself."""
+        if self.shared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        point, place = self.point
+        matmul, place = self.shared
         if place == 0:
             if self.router is None or not self.router.leads:
                 return None
             kernel = self.kernel or self._fastest_kernel(tokens.dtype, experts)
-            point.shrink(x, tokens, weights, experts, kernel)
-        return point.taken(place, x, experts)
+            matmul.compute(x, tokens, weights, experts, kernel)
+        return matmul.take(place, x, experts)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -183,9 +183,9 @@ def share_first_matmul(layers: Sequence[MoELoRALinear]) -> None:
     """
     if any(layer.cache is not None for layer in layers):
         return
-    point = Point(layers)
+    matmul = SharedMatmul(layers)
     for place, layer in enumerate(layers):
-        layer.point = point, place
+        layer.shared = Share(matmul, place)
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:

@@ -61,19 +61,19 @@ class Gate(Router):
         options: RouterOptions,
         *,
         prefill: Prefill | None = None,
-        followed: Followed | None = None,
+        decision: Decision | None = None,
     ) -> None:
         """Take G [E, IN] and c [E] as parameters.
 
         Args:
             prefill: decides for the opening of a prompt; without it each token for itself
-            followed: where to leave the logits for the layers that follow this one
+            decision: where to leave what it decides, for the layers that follow this one
         """
         super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.prefill = prefill
-        self.followed = followed
+        self.decision = decision
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Of each token by itself, [T, E]."""
@@ -83,55 +83,69 @@ class Gate(Router):
         logits = self.logits(tokens)
         if self.prefill is not None:
             logits = self.prefill.decide(logits)
-        if self.followed is not None:
-            self.followed.hold(logits)
+        if self.decision is not None:
+            self.decision.hold(logits)
         return logits
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         routes = super().choose(tokens)
-        if self.followed is not None:
-            self.followed.routes = self.options, routes
+        if self.decision is not None:
+            self.decision.options, self.decision.routes = self.options, routes
         return routes
 
     @property
     def leads(self) -> bool:
-        return self.followed is not None
+        return self.decision is not None
 
 
 @dataclass
-class Followed:
-    """What one gate found in the present forward pass, for all that follow it."""
+class Decision:
+    """What a gate decided for the tokens of the present pass.
+
+    The model's own code calls the layers one by one and hands nothing of ours from one to the next.
+    So a gate and the layers that follow it hold one such object: the gate writes, they read.
+    """
 
     logits: Tensor | None = None
-    """[T, E]"""
-    routes: tuple[RouterOptions, tuple[Tensor, Tensor]] | None = None
-    """The gate's options, and its weights and experts [T, K]."""
+    """[T, C]"""
+    options: RouterOptions | None = None
+    """By which the gate made its routes; None before it did."""
+    routes: tuple[Tensor, Tensor] | None = None
+    """Its weights and experts, [T, K]."""
 
     def hold(self, logits: Tensor) -> None:
-        """Take new logits [T, E]; the routes of earlier ones hold no longer."""
-        self.logits, self.routes = logits, None
+        """Take the logits [T, C] of a new pass; the routes of the last one are gone."""
+        self.logits, self.options, self.routes = logits, None, None
+
+    def logits_of(self, num_tokens: int) -> Tensor:
+        """The gate's logits [T, C].
+
+        Raises:
+            RuntimeError: the gate has not seen that many tokens in this pass.
+        """
+        seen = 0 if self.logits is None else len(self.logits)
+        if self.logits is None or seen != num_tokens:
+            raise RuntimeError(
+                f"a layer with {num_tokens} tokens follows a gate that saw {seen}; run the model"
+                " from its first layer"
+            )
+        return self.logits
 
 
 class Follower(Router):
     """Takes over what a gate before it decided for the same tokens: one decision, many layers."""
 
-    def __init__(self, followed: Followed, num_choices: int, options: RouterOptions) -> None:
+    def __init__(self, decision: Decision, num_choices: int, options: RouterOptions) -> None:
         super().__init__(num_choices, options)
-        self.followed = followed
+        self.decision = decision
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.followed.logits
-        if logits is None or logits.shape[0] != tokens.shape[0]:
-            raise RuntimeError(
-                f"a layer with {len(tokens)} tokens follows a gate that saw"
-                f" {0 if logits is None else len(logits)}; run the model from its first layer"
-            )
-        return logits
+        return self.decision.logits_of(len(tokens))
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits, routes = self(tokens), self.followed.routes
-        if routes is not None and routes[0] == self.options:
-            return routes[1]
+        logits, decision = self(tokens), self.decision
+        if decision.routes is not None and decision.options == self.options:
+            return decision.routes
         return self.route(logits)
 
 

@@ -4,9 +4,10 @@
     k_proj ─┤ A of k                 one matmul, at q_proj        └ each layer's B, at that layer
     v_proj ─┘ A of v
 
-The model's own code calls the layers one by one and knows nothing of it: the first computes for all
-and the others take what it left, if they are called with that very input and that very decision.
-Nothing is held twice: each layer's A becomes rows of the point's.
+The model's own code calls the layers one by one and hands nothing of ours from one to the next. So
+they hold one `SharedMatmul`: the first layer computes for all, and each of the others takes its
+part, if it is called with that very input and that very decision. Nothing is held twice: each
+layer's A becomes rows of the joined one.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 
 class Member(Protocol):
-    """What of a routed layer its point asks for."""
+    """What a shared matmul needs of a routed layer."""
 
     stack: ExpertStack
     kernel: KernelName | None
 
 
-class Shrunk(NamedTuple):
+class Product(NamedTuple):
     """A x of one layer, weighted; its B is to follow."""
 
     factors: Tensor
@@ -55,23 +56,32 @@ class Shrunk(NamedTuple):
         return gather_grouped.add_sums(b.T, self.index, self.factors, add_to)
 
 
-class _Left(NamedTuple):
-    """What the first layer left for the others."""
+class Share(NamedTuple):
+    """What one layer holds of a matmul that it shares."""
+
+    matmul: SharedMatmul
+    place: int
+    """Of the layer, in the order of their calls; the first computes."""
+
+
+class _Handover(NamedTuple):
+    """What the first layer computed for all."""
 
     x: weakref.ref[Tensor]
+    """The input, which is kept no longer than the model keeps it."""
     experts: Tensor
     kernel: KernelName
-    shrunk: list[Shrunk]
+    products: list[Product]
 
 
-class Point:
-    """Layers of one input, the first of which decides and computes for all."""
+class SharedMatmul:
+    """The first matmul of layers that read one input, the first of which decides for all."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self._addresses: list[int] = []
         self._table: RankTable | None = None
-        self._left: _Left | None = None
+        self._handover: _Handover | None = None
         self._num_taken = 0
         self._join()
 
@@ -81,42 +91,44 @@ class Point:
 
     def __setstate__(self, state: dict[str, list[Member]]) -> None:
         self.members = state["members"]
-        self._addresses, self._table, self._left, self._num_taken = [], None, None, 0
+        self._addresses, self._table, self._handover, self._num_taken = [], None, None, 0
 
-    def shrink(
+    def compute(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, kernel: KernelName
     ) -> None:
-        """For the first layer: compute for all, where this kernel can be shared.
+        """Compute A x of all layers, at the first of them, where this kernel can be shared.
 
         Args:
             x: what the layer was called with, by which the others' calls are known
             tokens: the same as [T, IN], in the experts' dtype
             weights, experts: [T, K], which hold for all
         """
-        self._left = None
+        self._handover = None
         if kernel not in {"dense", "gather"} or not self._join():
             return
-        compute = self._dense if kernel == "dense" else self._gather
+        multiply = self._dense if kernel == "dense" else self._gather
         self._num_taken = 0
-        self._left = _Left(weakref.ref(x), experts, kernel, compute(tokens, weights, experts))
+        self._handover = _Handover(
+            weakref.ref(x), experts, kernel, multiply(tokens, weights, experts)
+        )
 
-    def taken(self, place: int, x: Tensor, experts: Tensor) -> Shrunk | None:
-        """What was left for a layer, if for this input and this decision."""
-        left = self._left
-        if left is None or left.x() is not x or left.experts is not experts:
+    def take(self, place: int, x: Tensor, experts: Tensor) -> Product | None:
+        """A x of one layer; None where it was computed for another input or decision."""
+        found = self._handover
+        if found is None or found.x() is not x or found.experts is not experts:
             return None
         self._num_taken += 1
         if self._num_taken == len(self.members):
-            self._left = None
-        return left.shrunk[place] if self.members[place].kernel in {None, left.kernel} else None
+            self._handover = None
+        return found.products[place] if self.members[place].kernel in {None, found.kernel} else None
 
-    def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Shrunk]:
+    def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
         tables = self._owners, self._owner_scaling, self.members[0].stack.num_choices
         factors = reference.rank_weights(weights, experts, *tables)
         shrunk = ((tokens @ self._a.T) * factors).to(tokens.dtype)
-        return [Shrunk(own, None) for own in shrunk.split(self._sizes, dim=1)]
+        return [Product(own, None) for own in shrunk.split(self._sizes, dim=1)]
 
-    def _gather(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Shrunk]:
+    def _gather(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
         if self._table is None:
             self._table = self._join_tables()
         table, scaling = self._table
@@ -126,7 +138,7 @@ class Point:
         factors = scaling.index_select(1, owners) * weights.reshape(-1, 1)
         dots = gather_grouped.chosen_dots(tokens, self._a, (index + self._starts).view(size), width)
         factors = (dots * factors.view(size)).to(tokens.dtype)
-        return [Shrunk(*own) for own in zip(factors, index.view(size), strict=True)]
+        return [Product(*own) for own in zip(factors, index.view(size), strict=True)]
 
     def _join(self) -> bool:
         """Whether the A's are rows of one matrix; makes them so again after they were moved."""

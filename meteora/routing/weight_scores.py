@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions
     from meteora.routing.layer import MoELoRALinear
     from meteora.routing.prompt_opening import Prefill
-    from meteora.routing.routers import Followed, Router
+    from meteora.routing.routers import Decision, Router
 
 KINDS = ("arrow", "norm")
 
@@ -67,9 +67,9 @@ class MixedGate(Gate):
         stand_in: StandIn,
         *,
         prefill: Prefill | None = None,
-        followed: Followed | None = None,
+        decision: Decision | None = None,
     ) -> None:
-        super().__init__(weight, bias, options, prefill=prefill, followed=followed)
+        super().__init__(weight, bias, options, prefill=prefill, decision=decision)
         self.stand_in = stand_in
 
     def logits(self, tokens: Tensor) -> Tensor:

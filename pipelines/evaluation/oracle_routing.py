@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.model.fused import expert_names, routed_by
-from meteora.routing.routers import Followed, Follower
+from meteora.routing.routers import Decision, Follower
 from pipelines.data.composites import last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
 
@@ -45,7 +45,7 @@ class _Told:
         self.composites = composites
         self.names = names
         self.switches = switches
-        self.followed = Followed()
+        self.decision = Decision()
         self._asked: list[Composite] = []
         """Of each sequence in the batch that is being answered."""
         self._said: list[list[int]] = []
@@ -62,7 +62,7 @@ class _Told:
         else:
             experts = [[self._next(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
         chosen = one_hot(torch.tensor(experts, device=ids.device), len(self.names))
-        self.followed.hold(chosen.flatten(0, 1).float())  # [T, E]
+        self.decision.hold(chosen.flatten(0, 1).float())  # [T, E]
 
     def _prompts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
         """The expert of every token of prompts that were padded on the left."""
@@ -106,7 +106,7 @@ def told(
     hook = model.base_model.register_forward_pre_hook(found.before, with_kwargs=True)
     try:
         options = RouterOptions(system, top_k=1, temperature=1.0)
-        with routed_by(model, lambda layer: Follower(found.followed, layer.num_choices, options)):
+        with routed_by(model, lambda layer: Follower(found.decision, layer.num_choices, options)):
             yield
     finally:
         hook.remove()

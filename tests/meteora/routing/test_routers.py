@@ -7,7 +7,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels.stack import ExpertStack
-from meteora.routing.routers import Arrow, Fixed, Followed, Follower, Gate, Norm
+from meteora.routing.routers import Arrow, Decision, Fixed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
 NUM_IN, NUM_OUT = 12, 7
@@ -92,14 +92,14 @@ def test_gate_is_linear_and_the_only_router_that_learns(factors):
 
 
 def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
-    followed = Followed()
+    decision = Decision()
     gate = Gate(
         torch.randn(4, NUM_IN),
         torch.zeros(4),
         RouterOptions("gate", 2, 1.0, margin=0.5),
-        followed=followed,
+        decision=decision,
     )
-    follower = Follower(followed, 4, RouterOptions("gate", 2, 1.0, margin=0.5))
+    follower = Follower(decision, 4, RouterOptions("gate", 2, 1.0, margin=0.5))
     tokens = torch.randn(5, NUM_IN)
     with pytest.raises(RuntimeError, match="5 tokens follows a gate that saw 0"):
         follower(torch.randn(5, 3))

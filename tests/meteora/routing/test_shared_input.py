@@ -18,7 +18,7 @@ from meteora.model.fused import force_expert, without_experts
 from meteora.routing.gates import gates_of, share_first_matmuls
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers, share_first_matmul
-from meteora.routing.routers import Followed, Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate
 from tests.meteora.routing.test_layer import Allocations, decodes_through_one_graph, make
 
 TOP_2 = RouterOptions("gate", 2, 1.0)
@@ -40,13 +40,13 @@ def follow(model):
             layer.router = Follower(leader[1], layer.num_choices, TOP_2)
             follows[path] = leader[0]
         else:
-            followed = Followed()
-            leaders[parent, name] = path, followed
+            decision = Decision()
+            leaders[parent, name] = path, decision
             gate = Gate(
                 torch.randn(size),
                 torch.randn(size[0]),
                 TOP_2,
-                followed=followed,
+                decision=decision,
             )
             layer.router = gate.requires_grad_(requires_grad=False)
     return follows
@@ -78,9 +78,9 @@ def gates(model):
     return [m.router for m in routed_layers(model).values() if isinstance(m.router, Gate)]
 
 
-def point_of(layer):
-    assert layer.point
-    return layer.point[0]
+def matmul_of(layer):
+    assert layer.shared
+    return layer.shared.matmul
 
 
 def with_kernel(kernel, *models):
@@ -115,8 +115,10 @@ def test_a_point_computes_once(models, dots):
     num_points = len(gates(models[1]))
     assert counts == [len(routed_layers(models[0])), num_points]
     assert num_points < counts[0]
-    points = {layer.point[0] for layer in routed_layers(models[1]).values() if layer.point}
-    assert all(point._left is None for point in points)  # nothing of the pass is held longer
+    shares = [layer.shared for layer in routed_layers(models[1]).values() if layer.shared]
+    assert all(
+        share.matmul._handover is None for share in shares
+    )  # nothing of the pass is held longer
 
 
 def test_each_layers_a_is_held_once(models):
@@ -130,7 +132,7 @@ def test_each_layers_a_is_held_once(models):
         assert len(storages) == 1
         size = sum(found[path].stack.a.nbytes for path in (Q, K, V))
         assert found[Q].stack.a.untyped_storage().nbytes() == size
-    assert point_of(layers[K]) is point_of(layers[Q])
+    assert matmul_of(layers[K]) is matmul_of(layers[Q])
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -161,11 +163,11 @@ def test_layers_without_ranks_have_their_place_in_a_point(
     ranks = [[3, 1], [2, 0], [0, 5]]
     ranks[gone] = [0, 0]
     alone = [make(ranks=own, seed=seed, kernel=kernel, mean=mean) for seed, own in enumerate(ranks)]
-    followed, x = Followed(), torch.randn(4, 12)
+    decision, x = Decision(), torch.randn(4, 12)
     first = alone[0].router
     for layer in alone:
-        layer.router = Follower(followed, layer.num_choices, TOP_2)
-    alone[0].router = Gate(first.weight.data, first.bias.data, TOP_2, followed=followed)
+        layer.router = Follower(decision, layer.num_choices, TOP_2)
+    alone[0].router = Gate(first.weight.data, first.bias.data, TOP_2, decision=decision)
     together = copy.deepcopy(alone)
     share_first_matmul(together)
     with torch.no_grad():
@@ -178,10 +180,10 @@ def test_a_pass_holds_tokens_times_the_ranks_of_all_and_no_copies(kernel):
     """Of q, k and v together; the A's were joined before."""
     num_tokens, size, ranks = 256, 512, [4] * 6
     layers = [make(size, size, ranks=ranks, seed=seed, kernel=kernel) for seed in range(3)]
-    followed = Followed()
-    layers[0].router.followed = followed
+    decision = Decision()
+    layers[0].router.decision = decision
     for layer in layers[1:]:
-        layer.router = Follower(followed, len(ranks), TOP_2)
+        layer.router = Follower(decision, len(ranks), TOP_2)
     share_first_matmul(layers)
     x = torch.randn(num_tokens, size)
     with torch.no_grad(), Allocations() as seen:
@@ -329,10 +331,10 @@ def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp
         (folder / MANIFEST).write_text(manifest.to_json())
         tensors.write_gates(folder / GATES, gates_of(model))
         loaded, _ = meteora.load(folder, base_folder=world.base)
-        shared = {path for path, layer in routed_layers(loaded).items() if layer.point is not None}
+        shared = {path for path, layer in routed_layers(loaded).items() if layer.shared is not None}
         assert shared == ({*follows, *follows.values()} if expected else set())
         equal(model, loaded)
         mapped, _ = meteora.load(folder, base_folder=world.base, expert_cache_bytes=1 << 20)
         # joined, what lies in the mapped file would be read
-        assert all(layer.point is None for layer in routed_layers(mapped).values())
+        assert all(layer.shared is None for layer in routed_layers(mapped).values())
         equal(model, mapped)

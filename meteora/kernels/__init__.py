@@ -1,4 +1,4 @@
-"""The sum of the chosen experts' updates: one definition, and faster kernels that equal it.
+"""What the chosen experts add to a layer: one definition, and faster kernels that equal it.
 
 stack           the experts of one layer, and the choices of a router
 reference       the definition, and the legend of all axes

@@ -107,8 +107,8 @@ def choose_kernel(
         num_chosen: how many experts are chosen by any token; without it as many as may be
 
     Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
-    top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; what is chosen is
-    starred.
+    top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; the
+    chosen kernel is starred.
 
         E × r     tokens     32 bits: dense    gather   grouped   16 bits: dense  gather   grouped
         4 × 8          1        1.36      1.38      1.24*       1.50*     1.54      1.53

@@ -34,8 +34,8 @@ ROWS_AT_ONCE = 256
 """Rows [·, IN] or [·, OUT] that are held beside the result: their number does not grow with T."""
 
 NEAR_BYTES = 2 << 20
-"""What the cache of one core holds. Where rows are more than that, and several tokens read each,
-the tokens of one expert come one after the other: up to two fifths less time in 32 bits."""
+"""The size of one core's cache. Where the rows are larger, and several tokens read each of them,
+the tokens are sorted by expert: up to two fifths less time in 32 bits."""
 
 SPARSE_NUMBERS = 1 << 17
 """A result of more numbers than that is summed up as a sparse matmul, where there is one: it adds
@@ -51,7 +51,7 @@ class MissingTritonError(MeteoraError):
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; says so once if it is not."""
+    """Whether Triton is installed; warns once if it is not."""
     if find_spec("triton") is not None:
         return True
     warnings.warn(f"{_NO_TRITON} Until then every expert is computed.", stacklevel=2)
@@ -65,7 +65,7 @@ _NO_TRITON = (
 
 
 def triton_launch() -> ModuleType:
-    """The module of that name, imported when it is first asked for.
+    """The module `triton_launch`, imported when it is first needed.
 
     Raises:
         MissingTritonError: Triton is not installed.
@@ -194,7 +194,7 @@ def _has_mkl() -> bool:
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():
-        # said once, of the first matrix of a process: that torch may change how they are made
+        # a warning with the first matrix of a process: torch may change how they are made
         warnings.filterwarnings("ignore", message="Sparse CSR")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
     return True
@@ -222,10 +222,10 @@ def add_grouped(
     out: Tensor,
     pair: Callable[[int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Add what the chosen experts say to `out` [T, OUT], asking for A and B when they are due.
+    """Add what the choices add to `out` [T, OUT]; `pair` is called once for each of them.
 
     Args:
-        pair: gives A [r, IN] and B [OUT, r] of a choice that was made and has ranks
+        pair: A [r, IN] and B [OUT, r] of a choice; only for one that was made and has ranks
     """
     widths = stack.widths
     if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):

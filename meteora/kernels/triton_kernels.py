@@ -3,8 +3,8 @@
 What a tile has beyond the ranks of a choice is masked, so that any rank will do. Places in memory
 are counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums
 are taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
-Triton compiles a kernel anew for numbers and places that 16 divides: not for what follows the
-number of tokens, or one prompt after the other would wait for it.
+Triton compiles a kernel again for numbers and places that 16 divides. It must not do so for what
+depends on the number of tokens, or prompt after prompt would wait for it.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)

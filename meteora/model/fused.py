@@ -66,8 +66,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    It is called by one thread at a time: what a gate decides for other layers lies in the model
-    until they are called.
+    Call the model from one thread at a time: what a gate decides for other layers is kept in the
+    model until they are called.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
@@ -79,7 +79,7 @@ def load(
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
             the experts keep their precision
-        download: what transformers is told about downloads, such as `token` or `cache_dir`
+        download: arguments of transformers about downloads, such as `token` or `cache_dir`
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint.
@@ -214,7 +214,7 @@ def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) 
 
 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
-    """What the model holds of its experts on the device, and how often it missed one."""
+    """The cache of experts on the device; None where all of them are there."""
     return getattr(model, CACHE)
 
 

@@ -1,4 +1,4 @@
-"""Put gates into a model, and take them out: whose decision counts for which module.
+"""Put gates into a model, and take them out; which module follows which gate.
 
 share = module   every module has a gate (the paper's way)
 share = point    modules that read one input (q, k, v) follow the gate of the first
@@ -33,7 +33,7 @@ class UndecidedError(MeteoraError):
 
 
 PREFILL = "meteora_prefill"
-"""The attribute of a model that holds what its gates know of the present prompt."""
+"""The attribute of a model that holds what its gates know about the present prompt."""
 
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
@@ -141,7 +141,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Whose decision counts for the point that a sweep has come to."""
+    """Which gate decides for the modules that a sweep reaches next."""
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share
@@ -171,6 +171,6 @@ class Sharing:
         return self._last[1]
 
     def new(self, index: int) -> Decision:
-        """For a gate that is fitted at layer `index`: where it leaves what it decides."""
+        """The decision of a gate that is fitted at layer `index`."""
         self._last = index, Decision()
         return self._last[1]

@@ -4,7 +4,7 @@
     after    q_proj: MoELoRALinear(that Linear, ExpertStack(A [R, IN], B [OUT, R], …), router)
 
 The layer keeps the signature of the projection that it replaces, so the base model's own code
-runs unchanged: caches, padding, batches and beams included. What a router decided leaves by hooks.
+runs unchanged: caches, padding, batches and beams included. Hooks show what a router decided.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MoELoRALinear(nn.Module):
     """y = projection(x) + what the choices of the router add: `reference.lora_delta_loop` of x.
 
     The adapters are buffers and never parameters: no optimiser can find them. Without a router
-    (`router = None`) the layer is the bare projection. `addmm` says how exact 16 bits are.
+    (`router = None`) the layer is the bare projection. For precision in 16 bits see `addmm`.
     """
 
     def __init__(

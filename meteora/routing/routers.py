@@ -1,6 +1,6 @@
-"""Router kinds: what gives a layer its expert logits. One engine, several ways to get them.
+"""Routers: each gives a layer the logits of its choices.
 
-Every router is a module that takes tokens [T, IN] and returns logits [T, E], and carries the
+Every router is a module that takes tokens [T, IN] and returns logits [T, C], and carries the
 options with which `reference.route` reads them.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """Abstract: `forward` takes tokens [T, IN] and returns logits [T, E]."""
+    """Abstract: `forward` takes tokens [T, IN] and returns logits [T, C]."""
 
     def __init__(self, num_choices: int, options: RouterOptions) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Gate(Router):
         prefill: Prefill | None = None,
         decision: Decision | None = None,
     ) -> None:
-        """Take G [E, IN] and c [E] as parameters.
+        """Take G [C, IN] and c [C] as parameters.
 
         Args:
             prefill: decides for the opening of a prompt; without it each token for itself
@@ -76,7 +76,7 @@ class Gate(Router):
         self.decision = decision
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of each token by itself, [T, E]."""
+        """The logits of each token by itself, [T, C]."""
         return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Fixed(Router):
     """Given weights, the same for every token; one expert at weight 1 is plain PEFT."""
 
     def __init__(self, weights: Tensor) -> None:
-        """Take weights [E] that are not negative and sum to one."""
+        """Take weights [C] that are not negative and sum to one."""
         chosen = int((weights > 0).sum())
         super().__init__(len(weights), RouterOptions("fixed", chosen, temperature=1.0))
         # the softmax of the logarithms gives the weights back, and exactly 1 for a single one
@@ -165,9 +165,9 @@ class Fixed(Router):
 
 
 class Random(Router):
-    """Logits drawn anew for every token: a control, to see what choosing well is worth.
+    """Logits drawn at random for every token: a control that shows what choosing well is worth.
 
-    Seeded: two routers of one seed that are asked the same batches draw the same.
+    Two routers of one seed draw the same for the same batches.
     """
 
     def __init__(self, num_choices: int, options: RouterOptions, seed: int) -> None:

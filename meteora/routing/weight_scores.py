@@ -1,12 +1,12 @@
-"""Experts without examples beside experts with gates: what their weights say stands in.
+"""Logits from an expert's weights, where there are no examples to fit its gate to.
 
-Nothing tells what the tokens of such an expert look like; its weights tell on which directions of a
-token it acts. So it is scored as `Arrow` or `Norm` would, and the score is judged by what it comes
-to on the tokens of the other experts: with mean m and standard deviation s over those,
+Without examples it is not known what the tokens of an expert look like, but its weights show on
+which directions of a token it acts. So `Arrow` or `Norm` scores it, and the score is compared with
+its mean m and standard deviation s on the tokens of the other experts:
 
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
-where the threshold t is such that of the others' held-out tokens only a hundredth go astray
+The threshold t is such that only a hundredth of the others' held-out tokens go to such an expert
 (`meteora.fitting.lda.GIVEN_UP`). An expert that lacks the layer is never chosen there.
 """
 
@@ -50,7 +50,7 @@ class StandIn(nn.Module):
         self.register_buffer("standard", standard.float(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """How far each score stands out, less its threshold: [T, U]."""
+        """(score - m) / s - t of the experts without examples, [T, U]."""
         mean, deviation, threshold = self.standard
         apart = (self.score(tokens)[:, self.experts] - mean) / deviation.clamp_min(1e-12)
         return torch.where(deviation > 0, apart, 0.0) - threshold

@@ -107,9 +107,9 @@ def variants(
         "bare base": (lambda: base, ""),
         "meteora": (lambda: ours, "chosen"),
         "meteora, tokens of one task": (lambda: one_task(ours), "chosen"),
-        "meteora, dense": (lambda: by_twin(ours, "dense"), "every"),
-        "meteora, gather": (lambda: by_twin(ours, "gather"), "chosen"),
-        "meteora, grouped": (lambda: by_twin(ours, "grouped"), "chosen"),
+        "meteora, dense": (lambda: by_kernel(ours, "dense"), "every"),
+        "meteora, gather": (lambda: by_kernel(ours, "gather"), "chosen"),
+        "meteora, grouped": (lambda: by_kernel(ours, "grouped"), "chosen"),
         "one LoRA (PEFT)": (lambda: peers.one_lora(base, folders), "one"),
         "loop over experts": (lambda: peers.with_layers(ours, peers.LoopLinear), "chosen"),
         "bmm of gathered weights": (lambda: peers.with_layers(ours, peers.BmmLinear), "chosen"),
@@ -119,11 +119,11 @@ def variants(
     return timing.built(made, only)
 
 
-def by_twin(model: PreTrainedModel, twin: KernelName) -> PreTrainedModel:
-    """The same model, whose layers all compute by one twin."""
+def by_kernel(model: PreTrainedModel, kernel: KernelName) -> PreTrainedModel:
+    """The same model, whose layers all compute by one kernel."""
     model = peers.share(model)
     for layer in routed_layers(model).values():
-        layer.kernel = twin
+        layer.kernel = kernel
     return model
 
 

@@ -1,9 +1,9 @@
-"""Each twin of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
+"""Each kernel of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
 
-The measurements behind `twins.choose_kernel`: the ratio of the whole routed layer, its gate and
+The measurements behind `dispatch.choose_kernel`: the ratio of the whole routed layer, its gate and
 routing included, to the bare projection, over experts, ranks, tokens, sizes and dtypes. Beside it
 stands its floor, the arithmetic of the gate and of the chosen experts alone. The table has what the
-function chooses, and the twin that was better where another was; `--json` has all.
+function chooses, and the kernel that was better where another was; `--json` has all.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TOP_K = 2
 MIXED = [4, 8, 16, 64]
 """Ranks that take turns where the rank is `mixed`."""
 MOST_RANKS = 8192
-"""More than that is left out: its dense twin alone would take minutes."""
+"""More than that is left out: its dense kernel alone would take minutes."""
 BETTER = 0.95
-"""Another twin is told of where it took less than this part of the time of the chosen one."""
+"""Another kernel is shown where it took less than this part of the time of the chosen one."""
 
 
-def twins_of(device: str) -> list[KernelName]:
+def kernels_of(device: str) -> list[KernelName]:
     on_cpu: list[KernelName] = ["dense", "gather", "grouped"]
     if torch.device(device).type == "cuda" and gather_grouped.has_triton():
         return [*on_cpu, "gather_triton", "grouped_triton"]
@@ -83,10 +83,13 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         layer = routed(size, ranks, getattr(torch, dtype)).to(asked.device)
         for num_tokens in asked.tokens:
             x = torch.randn(num_tokens, size, device=asked.device).to(getattr(torch, dtype))
-            names = twins_of(asked.device)
+            names = kernels_of(asked.device)
             seconds = timing.best_of(
                 {"bare": lambda x=x, layer=layer: layer.projection(x)}
-                | {twin: lambda x=x, twin=twin, layer=layer: run(layer, twin, x) for twin in names},
+                | {
+                    kernel: lambda x=x, kernel=kernel, layer=layer: run(layer, kernel, x)
+                    for kernel in names
+                },
                 asked.rounds,
                 asked.device,
                 limit_seconds=asked.seconds,
@@ -101,12 +104,12 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "tokens": num_tokens,
                 "floor": floor(size, ranks),
                 "bare_us": 1e6 * seconds["bare"],
-                **{twin: seconds[twin] / seconds["bare"] for twin in names},
+                **{kernel: seconds[kernel] / seconds["bare"] for kernel in names},
             }
 
 
-def run(layer: MoELoRALinear, twin: KernelName, x: torch.Tensor) -> torch.Tensor:
-    layer.kernel = twin
+def run(layer: MoELoRALinear, kernel: KernelName, x: torch.Tensor) -> torch.Tensor:
+    layer.kernel = kernel
     return layer(x)
 
 
@@ -136,7 +139,7 @@ def cell(row: dict[str, Any], device: str) -> str:
     sizes = Sizes(size, size, num_experts, row["R"], row["max_r"])
     top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
     chosen = dispatch.choose_kernel(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
-    best = min(twins_of(device), key=row.__getitem__)
+    best = min(kernels_of(device), key=row.__getitem__)
     text = f"{row[chosen]:.2f} {chosen}"
     if row[best] < BETTER * row[chosen]:
         text += f" ({best} {row[best]:.2f})"

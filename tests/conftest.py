@@ -240,6 +240,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
 
     def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
         from meteora.adapters import reader
+        from meteora.artifacts import RouterOptions
         from meteora.base.loading import fingerprint_of
         from meteora.checkpoint.manifest import (
             EXPERTS,
@@ -247,7 +248,6 @@ def fuse_adapters() -> Callable[..., Manifest]:
             BaseEntry,
             ExpertEntry,
             Manifest,
-            RouterEntry,
         )
         from meteora.checkpoint.stack import module_entries, stack_adapters
 
@@ -263,7 +263,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
                 for name, adapter in zip(adapters, read, strict=True)
             ),
             modules=module_entries([adapter.spec for adapter in read]),
-            router=RouterEntry("uniform", 1, 1.0),
+            router=RouterOptions("uniform", 1, 1.0),
         )
         (out / MANIFEST).write_text(manifest.to_json())
         return manifest

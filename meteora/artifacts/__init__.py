@@ -29,7 +29,14 @@ from meteora.artifacts.identity import (
     short,
 )
 from meteora.artifacts.reasons import Reason
-from meteora.artifacts.routers import NULL, ROUTER_KINDS, JointSettings, RouterBuild, RouterSpec
+from meteora.artifacts.routers import (
+    NULL,
+    ROUTER_KINDS,
+    JointSettings,
+    RouterBuild,
+    RouterOptions,
+    RouterSpec,
+)
 from meteora.artifacts.scores import (
     BenchmarkSpec,
     ComparisonBuild,
@@ -67,7 +74,8 @@ __all__ = [
     "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild",
     "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
     "LinearSize", "MergeSpec", "MeteoraError", "Noun", "Publication", "Rate", "Reason",
-    "RouterBuild", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore", "RoutingShare",
+    "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore",
+    "RoutingShare",
     "RoutingSpec", "RoutingSwitch", "Score", "ScorePair", "ScorePart", "Spec", "SpeedBuild",
     "SpeedSpec", "canonical_json", "canonical_sha256", "short",
 ]  # fmt: skip

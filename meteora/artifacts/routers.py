@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
@@ -15,6 +15,36 @@ ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle",
 OPENING_SHARE = 0.5
 """Of an expert's weight, what its tokens that open an answer among others' answers have together.
 They are few and alike, and whose answer follows is hard to see in them; all it says hangs on it."""
+
+
+@dataclass(frozen=True)
+class RouterOptions(Noun):
+    """How a model routes, from the recipe to the layer; a checkpoint's manifest has all of it."""
+
+    kind: str
+    """One of `ROUTER_KINDS`."""
+    top_k: int
+    temperature: float
+    """Of the softmax over the `top_k` chosen logits."""
+    margin: float | None = None
+    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
+    opening: str = "own"
+    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
+    null: bool = False
+    """Whether one more choice, the last of every gate, is the base without any expert."""
+    share: str = "module"
+    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
+    a `layer`, or for the whole `token`."""
+    stand_in: str = ""
+    """`arrow` or `norm`, which scores experts without examples by their weights."""
+    stand_ins: tuple[str, ...] = ()
+    """The names of those experts."""
+
+
+_BESIDE_KIND = [field.name for field in fields(RouterOptions) if field.name != "kind"]
+
+POINT_GATES = RouterOptions("gate", top_k=1, temperature=1.0, share="point")
+"""One gate for all modules that share an input, as a recipe has it by default."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +71,16 @@ class JointSettings(Noun):
 
 @dataclass(frozen=True)
 class RouterSpec(Spec):
-    """How a fused model routes, and how its gates are made if it has any."""
+    """How a fused model routes, and how its gates are made if it has any.
+
+    It has the fields of `RouterOptions` too, each for itself, since they are part of its id.
+    """
 
     kind: ClassVar[str] = "router"
 
     fused_id: ArtifactId
     router: str
-    """One of `ROUTER_KINDS`."""
+    """The kind."""
     top_k: int
     temperature: float
     method: str = ""
@@ -56,14 +89,9 @@ class RouterSpec(Spec):
     """Of the canonical JSON of all examples with their experts, in order."""
     seed: int = 0
     margin: float | None = None
-    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
     opening: str = "own"
-    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
     null: bool = False
-    """Whether one more choice is the base without any expert."""
     share: str = "module"
-    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
-    a `layer`, or for the whole `token`."""
     joint: JointSettings | None = None
     """Of the method `joint`; None for the others."""
     composites: tuple[int, ...] = ()
@@ -78,12 +106,21 @@ class RouterSpec(Spec):
     loss_opening_share: float = 0.0
     """The same in the gate loss of `joint`."""
     stand_in: str = ""
-    """`arrow` or `norm`: how experts without examples are scored from their weights."""
     stand_ins: tuple[str, ...] = ()
-    """The names of those experts."""
     grown_from: str = ""
     """The router whose gates and statistics these are made of, by one expert more or less; the
     examples are the new expert's alone."""
+
+    @classmethod
+    def of(cls, fused_id: ArtifactId, options: RouterOptions, **made: Any) -> Self:  # noqa: ANN401
+        """Take how to route as one object, and how the gates are made as fields."""
+        own = {name: getattr(options, name) for name in _BESIDE_KIND}
+        return cls(fused_id, options.kind, **own, **made)
+
+    @property
+    def options(self) -> RouterOptions:
+        """How the model routes, without how its gates are made."""
+        return RouterOptions(self.router, **{name: getattr(self, name) for name in _BESIDE_KIND})
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

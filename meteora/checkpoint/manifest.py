@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun
+from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, RouterOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,35 +66,13 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
-class RouterEntry(Noun):
-    """How the checkpoint routes; the fields of `RouterSpec` that matter when it runs."""
-
-    kind: str
-    top_k: int
-    temperature: float
-    margin: float | None = None
-    """Only chosen experts whose logit is this close to the best have a weight; None for all."""
-    opening: str = "own"
-    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
-    null: bool = False
-    """Whether the last choice of every gate is the base without any expert."""
-    share: str = "module"
-    """What one gate decides for: its `module`, the `point` where modules share an input, a `layer`,
-    or the whole `token`."""
-    stand_in: str = ""
-    """`arrow` or `norm`: how experts without examples are scored from their weights."""
-    stand_ins: tuple[str, ...] = ()
-    """The names of those experts."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The content of `meteora.json`."""
 
     base: BaseEntry
     experts: tuple[ExpertEntry, ...]
     modules: dict[str, ModuleEntry]
-    router: RouterEntry
+    router: RouterOptions
     gates: dict[str, Any] = field(default_factory=dict)
     """How the gates were made; empty for a router without gates."""
     fused_id: str = ""
@@ -136,7 +114,7 @@ class Manifest:
             base=BaseEntry.from_dict(body["base"]),
             experts=experts,
             modules=modules,
-            router=RouterEntry.from_dict(body["router"]),
+            router=RouterOptions.from_dict(body["router"]),
             gates=body["gates"],
             fused_id=body["fused_id"],
             router_id=body["router_id"],

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.checkpoint.manifest import RouterEntry
+    from meteora.artifacts import RouterOptions
     from meteora.fitting.sequences import Batch, LabelledSequence
     from meteora.fitting.statistics import PointStatistics
 
@@ -60,7 +60,7 @@ def grow(
     sequences: Sequence[LabelledSequence],
     gates: Gates,
     statistics: Mapping[str, PointStatistics],
-    entry: RouterEntry,
+    options: RouterOptions,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -73,7 +73,7 @@ def grow(
             them where the others were fitted to prompts of several tasks
         gates: as they were without it
         statistics: of those
-        entry: how the gates route; as they did before
+        options: how the gates route; as they did before
         seed: deals the held-out sequences
 
     Raises:
@@ -114,7 +114,7 @@ def grow(
         return gate
 
     template = gates.template if gates.template.opening else None
-    sweep_gates(model, batches, entry, template, fit, progress=progress)
+    sweep_gates(model, batches, options, template, fit, progress=progress)
     return Growth(
         statistics=grown,
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),

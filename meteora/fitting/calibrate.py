@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora.artifacts import NULL
-from meteora.checkpoint.manifest import RouterEntry
+from meteora.artifacts.routers import POINT_GATES
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from meteora.artifacts import RouterOptions
     from meteora.base.chat_template import Template
     from meteora.routing.layer import MoELoRALinear
 
@@ -72,13 +73,9 @@ class Calibration:
 def calibrate(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
+    options: RouterOptions = POINT_GATES,
     *,
-    top_k: int = 1,
-    temperature: float = 1.0,
-    margin: float | None = None,
     template: Template | None = None,
-    share: str = "point",
-    stand_in: str = "",
     seed: int = 0,
     device: torch.device | str | None = None,
     scratch: Path | None = None,
@@ -89,12 +86,10 @@ def calibrate(
     Args:
         model: with its experts inserted; whatever routers it has are replaced
         sequences: every expert needs two or more
-        top_k, temperature, margin: with which the gates route, in the sweep as afterwards
+        options: how the gates route, in the sweep as afterwards. With a `stand_in`, experts without
+            sequences are scored by their weights, and every module has a gate of its own; without
+            it every expert needs some
         template: what opens a prompt, where the prompt as a whole is to decide for its opening
-        share: how far one gate decides: for its `module`, for the `point` where modules share an
-            input, for a `layer`, or for the whole `token` from a third of the depth on
-        stand_in: `arrow` or `norm`, by which experts without sequences are told; without it every
-            expert needs some. Every module then has a gate of its own
         seed: deals the held-out sequences
         device: where to run; the model is moved there and stays. Where it is, without it
         scratch: a folder for hidden states that are too many for memory
@@ -108,7 +103,7 @@ def calibrate(
     if device is not None:
         model.to(device)
     every, owners = expert_names(model), {e for s in sequences for e in s.owners}
-    without = [e for e in range(len(every)) if stand_in and e not in owners]
+    without = [e for e in range(len(every)) if options.stand_in and e not in owners]
     fitted = [e for e in range(len(every)) if e not in without]
     names = [every[e] for e in fitted]
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
@@ -137,14 +132,15 @@ def calibrate(
         )
 
     def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        give_gate(layer, *asked, stand_in=_stand_in(stand_in, layer, without, others["tokens"]))
+        give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, others["tokens"]))
 
     others: dict[str, Tensor] = {}
-    entry = RouterEntry("gate", top_k, temperature, margin, share="module" if without else share)
+    if without:
+        options = replace(options, share="module")
     sweep_gates(
         model,
         batches,
-        entry,
+        options,
         template,
         fit,
         give=give if without else give_gate,
@@ -163,7 +159,7 @@ def calibrate(
 def sweep_gates(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    entry: RouterEntry,
+    options: RouterOptions,
     template: Template | None,
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
@@ -183,7 +179,7 @@ def sweep_gates(
         prefill = watch_prompts(model, template) if template is not None else None
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, prefill, scratch=scratch)
-        sharing = Sharing(entry.share, len(sweep.layers))
+        sharing = Sharing(options.share, len(sweep.layers))
         for index in range(len(sweep.layers)):
             for paths in sweep.points(index):
                 point = [layers[path] for path in paths]
@@ -197,15 +193,15 @@ def sweep_gates(
                         decided = sharing.last(paths[0])
                     else:
                         weight, bias = gate
-                        leaders = point if entry.share == "module" else point[:1]
+                        leaders = point if options.share == "module" else point[:1]
                         decided = sharing.new(index)
-                        if entry.share == "token":
+                        if options.share == "token":
                             sweep.follow(decided)
                         for layer in leaders:
-                            give(layer, weight.clone(), bias.clone(), entry, prefill, decided)
+                            give(layer, weight.clone(), bias.clone(), options, prefill, decided)
                         point = point[len(leaders) :]
                 for layer in point:
-                    give_follower(layer, decided, entry)
+                    give_follower(layer, decided, options)
             sweep.advance(index)
             progress(index + 1, len(sweep.layers))
 
@@ -264,9 +260,11 @@ def _scatter_of(
     return scatters, (held_tokens, labels, own)
 
 
-def _stand_in(kind: str, layer: MoELoRALinear, experts: list[int], tokens: Tensor) -> StandIn:
+def _stand_in(
+    options: RouterOptions, layer: MoELoRALinear, experts: list[int], tokens: Tensor
+) -> StandIn:
     """A stand-in that is measured on tokens [T, IN] of the experts that have examples."""
-    score = scorer(kind, layer).to(tokens.device)
+    score = scorer(options, layer).to(tokens.device)
     found = score(tokens)[:, experts].float()
     mean, deviation = found.mean(0), found.std(0)
     standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values

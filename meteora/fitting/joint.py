@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, broadcast
 from torch.distributed.fsdp import fully_shard
 
 from meteora.artifacts import canonical_sha256
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.learning_rate import chosen_sequences, learning_rate
 from meteora.fitting.losses import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import JointSettings
+    from meteora.artifacts import JointSettings, RouterOptions
     from meteora.base.chat_template import Template
     from meteora.fitting.sequences import LabelledSequence
     from meteora.routing.routers import Gate
@@ -76,12 +76,9 @@ def train_jointly(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
     settings: JointSettings,
+    options: RouterOptions = POINT_GATES,
     *,
-    top_k: int = 1,
-    temperature: float = 1.0,
-    margin: float | None = None,
     template: Template | None = None,
-    share: str = "point",
     seed: int = 0,
     folder: Path | None = None,
     checkpoint_every: int = 100,
@@ -99,8 +96,8 @@ def train_jointly(
         model: with its experts inserted; whatever routers it has are replaced
         sequences: every expert needs two or more
         settings: as a router's id records them
-        top_k, temperature, margin: with which the gates route, in training as afterwards
-        template, share: what a gate decides for, as in `calibrate`
+        options: how the gates route, in training as afterwards
+        template: what opens a prompt, as in `calibrate`
         seed: shuffles the sequences
         folder: where the training leaves its state, and goes on from one that it finds
         checkpoint_every: steps from one state to the next
@@ -123,8 +120,9 @@ def train_jointly(
             f"a batch of {settings.batch_size} sequences cannot be shared by"
             f" {accelerator.num_processes} processes; give each of them one or more"
         )
+    routing = [options.top_k, options.temperature, options.margin, options.share]
     asked_sha256 = canonical_sha256(
-        [settings.to_dict(), top_k, temperature, margin, share, seed, names]
+        [settings.to_dict(), *routing, seed, names]
         + [list(routed_layers(model)), None if template is None else asdict(template)]
         + [_asked(sequence) for sequence in sequences]
     )
@@ -137,11 +135,8 @@ def train_jointly(
         calibrate(
             model,
             sequences if calibrated else _two_of_each(sequences, names),
-            top_k=top_k,
-            temperature=temperature,
-            margin=margin,
+            options,
             template=template,
-            share=share,
             seed=seed,
             scratch=scratch,
         )
@@ -214,7 +209,7 @@ class _Learner:
         self.losses = torch.full([len(gates) + 1], torch.nan)
         """[M + 1] of the last step: each gate's, and L_LM."""
         self.device = model.device
-        one_expert = next(iter(gates.values())).top_k == 1
+        one_expert = next(iter(gates.values())).options.top_k == 1
         self._backward = backward_apart if one_expert else backward_together
         if accelerator.num_processes > 1:
             for parameter in self.parameters.values():

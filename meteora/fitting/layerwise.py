@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.routing.prompt_opening import Prefill
-    from meteora.routing.routers import Followed
+    from meteora.routing.routers import Decision
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, but for the hidden states."""
@@ -85,7 +85,7 @@ class Sweep:
             )
         self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
         self._tuples = False
-        self._followed: Followed | None = None
+        self._decision: Decision | None = None
         self._decisions: dict[int, Tensor] = {}
         """By batch, what was decided in a layer that has been gone through."""
         self._hidden: list[Tensor] = []
@@ -179,15 +179,15 @@ class Sweep:
         args, kwargs = self._calls[batch][index]
         if self._prefill is not None:
             self._prefill.see(*self._batches[batch])
-        if self._followed is not None and batch in self._decisions:
-            self._followed.hold(self._decisions[batch])
+        if self._decision is not None and batch in self._decisions:
+            self._decision.hold(self._decisions[batch])
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out
 
-    def follow(self, followed: Followed) -> None:
+    def follow(self, decision: Decision) -> None:
         """Remember for each batch what a gate decides, for layers that follow it from afar."""
-        self._followed = followed
+        self._decision = decision
         self._decisions.clear()
 
     def points(self, index: int) -> list[list[str]]:
@@ -241,8 +241,8 @@ class Sweep:
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
                 out = self._run(index, batch)
-                if self._followed is not None and self._followed.logits is not None:
-                    self._decisions[batch] = self._followed.logits
+                if self._decision is not None and self._decision.logits is not None:
+                    self._decisions[batch] = self._decision.logits
                 if self._scratch is None:
                     self._hidden[batch] = out
                     self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors

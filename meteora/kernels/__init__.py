@@ -1,5 +1,6 @@
-"""The sum of the chosen experts' updates: one definition, and faster kernels that equal it.
+"""What the chosen experts add to a layer: one definition, and faster kernels that equal it.
 
+stack           the experts of one layer, and the choices of a router
 reference       the definition, and the legend of all axes
 dispatch        which kernel is the fastest for a shape
 gather_grouped  kernels in plain torch operations

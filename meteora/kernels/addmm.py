@@ -1,23 +1,24 @@
-"""Projections that are one matmul in 16 bits: what the experts say is its first addend.
+"""Projections that are one matmul in 16 bits: what the experts add is its first addend.
 
-    any projection      y = projection(x), rounded;   y += experts' say, rounded again
-    a plain one         sums begin at what the experts say, go on with W x, and are rounded once
+    any projection      y = projection(x), rounded;  then y += what the experts add, rounded again
+    a plain one         sums start at what the experts add, go on with W x, and are rounded once
 
-It costs nothing: the matmul reads the addend instead of a second pass over its result. In 32 bits
-there is nothing to gain, and modules that do more than a matmul have to be called.
+This costs nothing: the matmul reads the addend instead of a second pass over its result. In 32 bits
+there is nothing to gain, and a module that does more than a matmul has to be called.
 
-Relative error against float64 over that of the bare layer, which rounds once, in bfloat16 and
-float16 alike; say is what the experts say over what the projection says, root mean squares:
+The table shows the relative error against float64, over that of the bare layer, which rounds once.
+It holds for bfloat16 and float16. The first row is the size of what the experts add over the size
+of what the projection gives, both as root mean squares:
 
-    say                        0.03     0.1     0.2    0.34       1
-    any projection             1.45    1.48    1.51    1.56    1.76     at most, over the twins
+    size                       0.03     0.1     0.2    0.34       1
+    any projection             1.45    1.48    1.51    1.56    1.76     at most, over the kernels
     a plain one                1.01    1.02    1.06    1.14    1.57
     … with experts in 32 bits  1.01    1.01    1.03    1.07    1.31
 
-So it is as exact as the bare layer while the experts say a tenth of what the projection says, or a
-fifth where they have 32 bits; beyond, the addend's own rounding shows. The modules of 14 trained
-adapters for SmolLM2 say 0.005 to 0.07 in the median, by adapter, and 0.34 at most. A bias is
-rounded with the addend: 1.07 where it is a third of what W x is, 1.27 where it is as large.
+So it is as exact as the bare layer up to a size of a tenth, or of a fifth where the experts have 32
+bits; beyond that, the addend's own rounding shows. In 14 trained adapters for SmolLM2 the median
+size over modules is 0.005 to 0.07, by adapter, and the largest of all is 0.34. A bias is rounded
+with the addend: the error is 1.07 where the bias is a third of W x, and 1.27 where it is as large.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 HALVES = torch.bfloat16, torch.float16
 CONV1D = "transformers.pytorch_utils", "Conv1D"
-"""GPT-2's, whose weight is [IN, OUT]; by its name, as transformers is slow to import."""
+"""GPT-2's projection, whose weight is [IN, OUT]. By its name, as transformers is slow to import."""
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 class Plain(NamedTuple):
-    """What a projection multiplies by."""
+    """The weight and the bias of a projection that is one matmul."""
 
     weight: Tensor
     """[IN, OUT]"""
@@ -47,10 +48,10 @@ class Plain(NamedTuple):
 
     @classmethod
     def of(cls, projection: nn.Module, x: Tensor) -> Self | None:
-        """The matmul that calling `projection` with x [..., IN] would be; None where it is more.
+        """The matmul that `projection` does with x [..., IN] in 16 bits; None where it does more.
 
-        It is more with a hook, with a forward that another library put in its place, with weights
-        that are no tensors of torch's own (quantised, distributed), and under autocast.
+        It does more where it has a hook, where another library replaced its forward, where its
+        weight is no plain tensor of torch (quantised, distributed), and under autocast.
         """
         kind = type(projection)
         is_linear = kind is nn.Linear

@@ -1,18 +1,52 @@
-"""Which twin is fastest where: a model of their costs, fitted to measurements."""
+"""Which kernel is the fastest where: a model of their costs, fitted to measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from meteora.kernels import gather_grouped
+from meteora.kernels import gather_grouped, reference
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-Twin = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
-"""How what the experts add is computed: `ops.lora_delta_dense`, or a function of `kernels`."""
+    from meteora.kernels.stack import ExpertStack, Sizes
+
+KernelName = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
+"""`reference.lora_delta_dense`, or a function of `gather_grouped` or `triton_launch`."""
+
+
+class Kernel(Protocol):
+    """Computes what `reference.lora_delta_loop` defines."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        stack: ExpertStack,
+        weights: Tensor,
+        experts: Tensor,
+        *,
+        add_to: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def find_kernel(name: KernelName) -> Kernel:
+    """The function of that name.
+
+    Raises:
+        MissingTritonError: it needs Triton, which is not installed.
+    """
+    if name == "dense":
+        return reference.lora_delta_dense
+    if name == "gather":
+        return gather_grouped.lora_delta_gather
+    if name == "grouped":
+        return gather_grouped.lora_delta_grouped
+    found = gather_grouped.triton_launch()
+    return found.lora_delta_gather if name == "gather_triton" else found.lora_delta_grouped
+
 
 FEW_TOKENS = 16
 """On a GPU a tile of that many is the least that tensor cores multiply."""
@@ -25,7 +59,7 @@ class _Costs:
     gather: float
     """A chosen rank, where there are many tokens."""
     gather_half: float
-    """With this many tokens it costs half of that: few tokens wait for memory in any twin."""
+    """With this many tokens it costs half of that: few tokens wait for memory in any kernel."""
     gather_call: float
     """A call, times (IN + OUT) and divided by T."""
     grouped: float
@@ -59,33 +93,22 @@ _NARROW = _Costs(
 )
 
 
-class Sizes(NamedTuple):
-    """What of a layer decides which twin is fastest."""
-
-    num_in: int
-    num_out: int
-    num_experts: int
-    num_ranks: int
-    """R, of all experts together"""
-    max_rank: int
-
-
-def choose_twin(
+def choose_kernel(
     num_tokens: int,
     top_k: int,
     sizes: Sizes,
     dtype: torch.dtype,
     device_type: str,
     num_chosen: int | None = None,
-) -> Twin:
-    """The fastest twin by the costs above, which were fitted to measurements.
+) -> KernelName:
+    """The fastest kernel by the costs above, which were fitted to measurements.
 
     Args:
         num_chosen: how many experts are chosen by any token; without it as many as may be
 
     Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
-    top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; what is chosen is
-    starred.
+    top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; the
+    chosen kernel is starred.
 
         E × r     tokens     32 bits: dense    gather   grouped   16 bits: dense  gather   grouped
         4 × 8          1        1.36      1.38      1.24*       1.50*     1.54      1.53
@@ -100,22 +123,24 @@ def choose_twin(
         512 × 8      256        6.04      2.01*     2.88        7.06      3.04*     9.11
 
     Over the 540 settings of `tests/benchmarks/results/twins.md` the choice takes 0.8 % longer than
-    the best twin in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those. Layers
-    of one input that follow one gate share A x where the twin is dense or gather (`point`): of q, k
-    and v, up to 64 tokens, that saves 1 to 6 % with gather, and between -2 and 6 % with dense.
+    the best kernel in 32 bits and 0.7 % in 16, in the mean; the costs are fitted to those. Layers
+    of one input that follow one gate share A x where the kernel is dense or gather
+    (`meteora.routing.shared_input`): of q, k and v, up to 64 tokens, that saves 1 to 6 % with
+    gather, and between -2 and 6 % with dense.
 
     Where all tokens chose the same experts, as those of one task do, `grouped` copies no rows, and
     is chosen sooner: on a CPU the layer looks.
 
-    All twins are linear in IN + OUT, so the sizes of a layer matter only for small ones, where the
-    calls themselves show. `python -m tests.benchmarks.twins` measures again.
+    All kernels are linear in IN + OUT, so the sizes of a layer matter only for small ones, where
+    the calls themselves show. `python -m tests.benchmarks.twins` measures again.
 
     On accelerators nothing has been measured yet, and the choice is by arithmetic: on CUDA Triton's
     kernels, which read the chosen ranks alone, one token at a time or in tiles; `dense` elsewhere,
     and where every rank is chosen anyway. None of these waits for the host.
     """
     if device_type != "cpu":
-        every = top_k * sizes.max_rank >= sizes.num_ranks or dtype.itemsize > 4
+        width = max(sizes.max_rank, sizes.max_width)
+        every = top_k * width >= sizes.num_ranks or dtype.itemsize > 4
         if device_type != "cuda" or every or not gather_grouped.has_triton():
             return "dense"
         return "gather_triton" if num_tokens <= FEW_TOKENS else "grouped_triton"
@@ -125,25 +150,25 @@ def choose_twin(
 @lru_cache(maxsize=4096)
 def _cheapest(
     num_tokens: int, top_k: int, sizes: Sizes, num_chosen: int | None, *, wide: bool
-) -> Twin:
+) -> KernelName:
     cost = _WIDE if wide else _NARROW
-    chosen = top_k * sizes.max_rank
+    chosen, width = top_k * sizes.max_rank, top_k * max(sizes.max_rank, sizes.max_width)
     num_tokens = max(num_tokens, 1)
     size = num_tokens * (sizes.num_in + sizes.num_out)
     saturation = num_tokens / (num_tokens + cost.gather_half)
     if num_chosen is None:
-        num_chosen = min(sizes.num_experts, num_tokens * top_k)
+        num_chosen = min(sizes.num_choices, num_tokens * top_k)
     if num_tokens == 1:
         # of each expert as many ranks as it has, which is the mean one where ranks are mixed
-        own = top_k * sizes.num_ranks / sizes.num_experts
+        own = top_k * sizes.num_ranks / sizes.num_choices
         grouped = own + cost.grouped_one * (num_chosen - 1) / size
     else:
         # where all tokens chose the same experts, their rows are used where they lie
         rows = cost.grouped_row * top_k if num_chosen > top_k else 0
         grouped = cost.grouped * chosen + rows + cost.grouped_call * num_chosen / size
-    costs: dict[Twin, float] = {
+    costs: dict[KernelName, float] = {
         "dense": sizes.num_ranks,
-        "gather": cost.gather * saturation * chosen + cost.gather_call / size,
+        "gather": cost.gather * saturation * width + cost.gather_call / size,
         "grouped": grouped,
     }
     return min(costs, key=costs.__getitem__)

@@ -1,9 +1,9 @@
-"""Faster twins of `ops.lora_delta_loop`; `twins` says which of them is fastest where.
+"""Faster kernels than `reference.lora_delta_loop`; `dispatch` says which is the fastest where.
 
-    dense     in `ops`: every rank for every token, two plain matmuls, static shapes
+    dense     in `reference`: every rank for every token, two plain matmuls, static shapes
     gather    only the chosen ranks of each token, read where they lie
-    grouped   tokens sorted by expert, then two matmuls an expert
-    gather_triton, grouped_triton   the same for GPUs, in `triton_twins`
+    grouped   tokens sorted by choice, then two matmuls a choice
+    gather_triton, grouped_triton   the same for GPUs, in `triton_launch`
 
 None makes a private copy of A or B for a token, and none needs memory of IN or OUT times the tokens
 beyond its result: with `add_to` they add to the projection's own output, a few rows at a time.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,18 +23,19 @@ from meteora.artifacts import MeteoraError
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import ModuleType
 
     from torch import Tensor
 
+    from meteora.kernels.stack import ExpertStack
 
 ROWS_AT_ONCE = 256
 """Rows [·, IN] or [·, OUT] that are held beside the result: their number does not grow with T."""
 
 NEAR_BYTES = 2 << 20
-"""What the cache of one core holds. Where rows are more than that, and several tokens read each,
-the tokens of one expert come one after the other: up to two fifths less time in 32 bits."""
+"""The size of one core's cache. Where the rows are larger, and several tokens read each of them,
+the tokens are sorted by expert: up to two fifths less time in 32 bits."""
 
 SPARSE_NUMBERS = 1 << 17
 """A result of more numbers than that is summed up as a sparse matmul, where there is one: it adds
@@ -46,12 +46,12 @@ SUM = 0
 
 
 class MissingTritonError(MeteoraError):
-    """A twin was asked for whose kernels need Triton."""
+    """A kernel was asked for that needs Triton."""
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; says so once if it is not."""
+    """Whether Triton is installed; warns once if it is not."""
     if find_spec("triton") is not None:
         return True
     warnings.warn(f"{_NO_TRITON} Until then every expert is computed.", stacklevel=2)
@@ -59,13 +59,13 @@ def has_triton() -> bool:
 
 
 _NO_TRITON = (
-    "Triton is not installed, and the twins gather_triton and grouped_triton are its kernels;"
+    "Triton is not installed, and the kernels gather_triton and grouped_triton need it;"
     " install it with `pip install triton`."
 )
 
 
-def triton_twins() -> ModuleType:
-    """The module of that name, imported when it is first asked for.
+def triton_launch() -> ModuleType:
+    """The module `triton_launch`, imported when it is first needed.
 
     Raises:
         MissingTritonError: Triton is not installed.
@@ -75,15 +75,6 @@ def triton_twins() -> ModuleType:
     from meteora.kernels import triton_launch as found  # noqa: PLC0415  (Triton is optional, and slow to import)
 
     return found
-
-
-def rank_table(ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which ranks each expert owns, [E, max r], and where that is so; elsewhere it says rank 0."""
-    widths = torch.tensor(ranks)
-    starts = widths.cumsum(0) - widths
-    columns = torch.arange(int(widths.max()))
-    owned = columns < widths[:, None]
-    return (starts[:, None] + columns) * owned, owned
 
 
 class _ChosenDots(torch.autograd.Function):
@@ -151,34 +142,22 @@ def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
 
 
 def lora_delta_gather(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    table: Tensor,
-    table_scaling: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    add_to: Tensor | None = None,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`lora_delta_loop` over the chosen ranks alone, K · max r a token.
+    """`lora_delta_loop` over the chosen ranks alone, K · W a token, W those of the widest choice.
 
-    Static shapes and no waiting for the host. Experts of fewer ranks are filled up with rank 0 at
+    Static shapes and no waiting for the host. Choices of fewer ranks are filled up with rank 0 at
     scaling 0. Fastest where `b.T` is contiguous.
-
-    Args:
-        table: [E, max r], from `rank_table`
-        table_scaling: [E, max r], the scaling of the expert; 0 where the table fills up
-        add_to: [T, OUT] to add to, in place
     """
-    owners = experts.flatten()
+    table, scaling = stack.rank_table()
+    owners, rows = experts.flatten(), stack.b.T
     index = table.index_select(0, owners).view(len(x), experts.shape[1] * table.shape[1])
-    factors = table_scaling.index_select(0, owners) * weights.reshape(-1, 1)
-    dots = chosen_dots(x, a, index, table.shape[1])
+    factors = scaling.index_select(0, owners) * weights.reshape(-1, 1)
+    dots = chosen_dots(x, stack.a, index, table.shape[1])
     shrunk = (dots * factors.view(index.shape)).to(x.dtype)
-    return (
-        chosen_sums(b.T, index, shrunk) if add_to is None else add_sums(b.T, index, shrunk, add_to)
-    )
+    if add_to is None:
+        return chosen_sums(rows, index, shrunk)
+    return add_sums(rows, index, shrunk, add_to)
 
 
 def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Tensor:
@@ -215,86 +194,76 @@ def _has_mkl() -> bool:
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():
-        # said once, of the first matrix of a process: that torch may change how they are made
+        # a warning with the first matrix of a process: torch may change how they are made
         warnings.filterwarnings("ignore", message="Sparse CSR")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
     return True
 
 
 def lora_delta_grouped(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    add_to: Tensor | None = None,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`lora_delta_loop` as two matmuls for each expert that was chosen, over its own tokens.
+    """`lora_delta_loop` as two matmuls for each choice that was made, over its own tokens.
 
-    How many tokens an expert has decides the shapes, so an accelerator waits for the host.
+    How many tokens a choice has decides the shapes, so an accelerator waits for the host.
 
     Args:
-        experts: [T, K], K different ones for each token, as `ops.route` gives them
-        add_to: [T, OUT] to add to, in place
+        experts: [T, K], K different ones for each token, as `route` gives them
     """
-    starts = list(accumulate(ranks, initial=0))
-
-    def own(e: int) -> tuple[Tensor, Tensor]:
-        segment = slice(starts[e], starts[e + 1])
-        return a[segment], b[:, segment]
-
-    out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
-    return add_grouped(x, own, ranks, scaling, weights, experts, out)
+    out = x.new_zeros(len(x), len(stack.b)) if add_to is None else add_to
+    return add_grouped(x, stack, weights, experts, out, stack.pair)
 
 
 def add_grouped(
     x: Tensor,
-    own: Callable[[int], tuple[Tensor, Tensor]],
-    ranks: Sequence[int],
-    scaling: Sequence[float],
+    stack: ExpertStack,
     weights: Tensor,
     experts: Tensor,
     out: Tensor,
+    pair: Callable[[int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Add to `out` [T, OUT] what the experts say, asking for an expert's A and B when it is due.
+    """Add what the choices add to `out` [T, OUT]; `pair` is called once for each of them.
 
     Args:
-        own: gives A [r, IN] and B [OUT, r] of an expert that was chosen and has ranks
+        pair: A [r, IN] and B [OUT, r] of a choice; only for one that was made and has ranks
     """
+    widths = stack.widths
     if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):
         # one token has nothing to sort, and its weights can be numbers: a third of the calls
-        for e, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):
-            if ranks[e]:
-                own_a, own_b = own(e)
-                reference.add_expanded(
-                    torch.nn.functional.linear(x, own_a), own_b, out, share=weight * scaling[e]
-                )
+        for c, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):
+            if not widths[c]:
+                continue
+            (a, b), scale = pair(c), stack.scale(c)
+            shrunk = torch.nn.functional.linear(x, a)
+            if isinstance(scale, float):
+                reference.add_expanded(shrunk, b, out, share=weight * scale)
+            else:
+                reference.add_expanded((shrunk * scale).to(x.dtype), b, out, share=weight)
         return out
     owners = experts.flatten()
     order = owners.argsort(stable=True)
     tokens = order.div(experts.shape[1], rounding_mode="floor")
     shares = weights.flatten()[order, None]  # [T · K, 1]
-    counts = torch.bincount(owners, minlength=len(ranks)).tolist()
+    counts = torch.bincount(owners, minlength=len(widths)).tolist()
     every: list[tuple[Tensor, Tensor, Tensor]] = []
-    pair = 0
-    for e, (r, scale, count) in enumerate(zip(ranks, scaling, counts, strict=True)):
-        if r and count == x.shape[0]:  # every token, in order: no rows to look up
-            every.append((*own(e), (shares[pair : pair + count] * scale).expand(-1, r)))
-        elif r and count:
-            own_a, own_b = own(e)
-            for start in range(pair, pair + count, ROWS_AT_ONCE):
-                pairs = slice(start, min(start + ROWS_AT_ONCE, pair + count))
-                shrunk = x.index_select(0, tokens[pairs]) @ own_a.T * (shares[pairs] * scale)
-                added = shrunk.to(x.dtype) @ own_b.T
-                out.index_add_(0, tokens[pairs], added.to(out.dtype))
-        pair += count
+    end = 0
+    for c, count in enumerate(counts):
+        first, end = end, end + count
+        if not (count and widths[c]):
+            continue
+        (a, b), scale = pair(c), stack.scale(c)
+        if count == x.shape[0]:  # every token, in order: no rows to look up
+            every.append((a, b, (shares[first:end] * scale).expand(-1, len(a))))
+            continue
+        for start in range(first, end, ROWS_AT_ONCE):
+            pairs = slice(start, min(start + ROWS_AT_ONCE, end))
+            shrunk = x.index_select(0, tokens[pairs]) @ a.T * (shares[pairs] * scale)
+            added = shrunk.to(x.dtype) @ b.T
+            out.index_add_(0, tokens[pairs], added.to(out.dtype))
     if every:
-        own_a, own_b, factors = (
+        a, b, factors = (
             torch.cat(parts, dim) if len(parts) > 1 else parts[0]
             for parts, dim in zip(zip(*every, strict=True), (0, 1, 1), strict=True)
         )
-        reference.add_expanded((x @ own_a.T * factors).to(x.dtype), own_b, out)
+        reference.add_expanded((x @ a.T * factors).to(x.dtype), b, out)
     return out

@@ -3,10 +3,11 @@
 Axes, everywhere in `meteora`:
     T    tokens (batch × sequence)     IN   in_features of the layer
     E    experts: stacked adapters     OUT  out_features of the layer
-    K    experts chosen per token      R    ranks of all experts together
+    K    choices for one token         R    ranks of all experts together
+    C    choices of a router: each expert, and others such as the base alone
 
-Expert e owns the ranks offsets[e]:offsets[e + 1] of A [R, IN] and B [OUT, R]; none, if it lacks
-the layer. `lora_delta_loop` is the definition; every other `lora_delta_…` is a faster twin of it.
+`stack.ExpertStack` says which ranks of A [R, IN] and B [OUT, R] a choice has. `lora_delta_loop` is
+the definition; every other `lora_delta_…` is a faster kernel of the same signature.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from meteora.kernels.stack import ExpertStack
 
 
 def route(
@@ -46,96 +49,70 @@ def route(
 
 
 def lora_delta_loop(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: list[int],
-    scaling: Tensor,
-    weights: Tensor,
-    experts: Tensor,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
     """What the chosen experts add to a layer's output: the definition.
 
     Semantics:
-        delta[t] = Σ_k weights[t, k] · scaling[e] · B_e (A_e x[t])     with e = experts[t, k]
+        delta[t] = Σ_k weights[t, k] · factor_c · Σ_j scaling_j · B[:, j] (A[j] · x[t])
+                   with c = experts[t, k], and j over the ranks of choice c
 
     Args:
         x: [T, IN]
-        a: [R, IN]
-        b: [OUT, R]
-        ranks: E numbers that sum to R; zero where an expert lacks the layer
-        scaling: [E]
+        stack: of C choices
         weights: [T, K]
-        experts: [T, K]
+        experts: [T, K], numbers of choices
+        add_to: [T, OUT] to add to, in place
 
     Returns:
-        [T, OUT] in the dtype of `x`; sums are taken in float32 where that is wider.
+        [T, OUT] in the dtype of `x`, or `add_to`; sums are taken in float32 where that is wider.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    delta = x.new_zeros((len(x), len(b)), dtype=wide)
-    start = 0
-    for e, r in enumerate(ranks):
-        own_a, own_b = a[start : start + r].to(wide), b[:, start : start + r].to(wide)
-        share = (weights * (experts == e)).sum(-1, keepdim=True) * scaling[e]  # [T, 1]
-        delta += share.to(wide) * (x.to(wide) @ own_a.T @ own_b.T)  # an empty segment adds 0
-        start += r
-    return delta.to(x.dtype)
+    delta = x.new_zeros((len(x), len(stack.b)), dtype=wide)
+    for c, (start, end, factor) in enumerate(stack.choices):
+        a, b = (tensor.to(wide) for tensor in stack.pair(c))
+        share = (weights * (experts == c)).sum(-1, keepdim=True) * factor  # [T, 1]
+        scaling = stack.rank_scaling[start:end] * share  # an empty segment adds 0
+        delta += scaling.to(wide) * (x.to(wide) @ a.T) @ b.T
+    return delta.to(x.dtype) if add_to is None else add_to.add_(delta)
 
 
 def rank_weights(
-    weights: Tensor, experts: Tensor, rank_experts: Tensor, rank_scaling: Tensor, num_experts: int
+    weights: Tensor,
+    experts: Tensor,
+    owners: Tensor,
+    owner_scaling: Tensor,
+    num_choices: int,
 ) -> Tensor:
-    """The factor of every rank for every token: its expert's weight times its scaling.
+    """The factor of every rank for every token: what its choices weigh, times its scaling.
 
     Args:
         weights, experts: [T, K], from `route`
-        rank_experts: [R], the expert that owns each rank
-        rank_scaling: [R], that expert's scaling
+        owners: [D, R], the choices that hold each rank, as `ExpertStack` has them
+        owner_scaling: [D, R]
 
     Returns:
-        [T, R]; zero for the ranks of experts that were not chosen.
+        [T, R]; zero for the ranks that no choice of the token holds.
     """
-    shares = weights.new_zeros((len(weights), num_experts))
-    shares = shares.scatter_add(1, experts, weights)  # [T, E]
-    return shares[:, rank_experts] * rank_scaling
+    shares = weights.new_zeros((len(weights), num_choices))
+    shares = shares.scatter_add(1, experts, weights)  # [T, C]
+    factors = shares[:, owners[0]] * owner_scaling[0]
+    for d in range(1, len(owners)):
+        factors = factors + shares[:, owners[d]] * owner_scaling[d]
+    return factors
 
 
 def lora_delta_dense(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    rank_experts: Tensor,
-    rank_scaling: Tensor,
-    num_experts: int,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    add_to: Tensor | None = None,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
     """`lora_delta_loop` as two matmuls over all ranks and one mask between them.
 
     Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
     while R is small against IN, since the ranks of experts that were not chosen are computed too.
-
-    Args:
-        add_to: [T, OUT] to add to, in place
     """
-    shrunk = shrink_dense(x, a, rank_experts, rank_scaling, num_experts, weights, experts)
-    return shrunk @ b.T if add_to is None else add_expanded(shrunk, b, add_to)
-
-
-def shrink_dense(
-    x: Tensor,
-    a: Tensor,
-    rank_experts: Tensor,
-    rank_scaling: Tensor,
-    num_experts: int,
-    weights: Tensor,
-    experts: Tensor,
-) -> Tensor:
-    """The first half of `lora_delta_dense`: [T, R], zero for experts that were not chosen."""
-    shrunk = (x @ a.T) * rank_weights(weights, experts, rank_experts, rank_scaling, num_experts)
-    return shrunk.to(x.dtype)
+    factors = rank_weights(weights, experts, stack.owners, stack.owner_scaling, stack.num_choices)
+    shrunk = ((x @ stack.a.T) * factors).to(x.dtype)
+    return shrunk @ stack.b.T if add_to is None else add_expanded(shrunk, stack.b, add_to)
 
 
 def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor, *, share: float = 1.0) -> Tensor:

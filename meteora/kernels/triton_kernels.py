@@ -1,10 +1,10 @@
-"""Four kernels in Triton's dialect, which `triton_twins` launches: shrink, then expand.
+"""Four kernels in Triton's language, which `triton_launch` launches: shrink, then expand.
 
-What a tile has beyond an expert's ranks is masked, so that any rank will do. Places in memory are
-counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums are
-taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile. Triton
-compiles a kernel anew for numbers and places that 16 divides: not so for what follows the number of
-tokens, or one prompt after the other would wait for it.
+What a tile has beyond the ranks of a choice is masked, so that any rank will do. Places in memory
+are counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums
+are taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
+Triton compiles a kernel again for numbers and places that 16 divides. It must not do so for what
+depends on the number of tokens, or prompt after prompt would wait for it.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)
@@ -17,62 +17,64 @@ import triton.language as tl
 
 @triton.jit
 def shrink_chosen(
-    x, a, starts, ranks, scaling, weights, experts, shrunk,
-    num_in, top_k, max_rank,
+    x, a, starts, widths, rank_scaling, factors, weights, experts, shrunk,
+    num_in, top_k, max_width,
     WIDE: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """shrunk[t, k, j] = weights[t, k] · scaling[e] · A_e[j] · x[t] for a few j of one (t, k)."""
+    """shrunk[t, k, j] = weights[t, k] · factor_c · scaling_j · A_c[j] · x[t] for a few j."""
     pair = tl.program_id(0).to(tl.int64)
-    e = tl.load(experts + pair)
+    c = tl.load(experts + pair)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    owned = j < tl.load(ranks + e)
-    rows = a + (tl.load(starts + e) + j)[:, None] * num_in
+    owned = j < tl.load(widths + c)
+    rank = tl.load(starts + c) + j
+    rows = a + rank[:, None] * num_in
     sums = tl.zeros((RANKS,), dtype=WIDE)
     for start in range(0, num_in, COLUMNS):
         i = start + tl.arange(0, COLUMNS)
         token = tl.load(x + pair // top_k * num_in + i, mask=i < num_in, other=0.0).to(WIDE)
         inside = owned[:, None] & (i < num_in)[None, :]
         sums += tl.sum(tl.load(rows + i[None, :], mask=inside, other=0.0).to(WIDE) * token, axis=1)
-    factor = tl.load(weights + pair).to(WIDE) * tl.load(scaling + e).to(WIDE)
-    tl.store(shrunk + pair * max_rank + j, sums * factor, mask=j < max_rank)
+    factor = tl.load(weights + pair).to(WIDE) * tl.load(factors + c).to(WIDE)
+    scaling = tl.load(rank_scaling + rank, mask=owned, other=0.0).to(WIDE)
+    tl.store(shrunk + pair * max_width + j, sums * factor * scaling, mask=j < max_width)
 
 
 @triton.jit
 def expand_chosen(
-    shrunk, b, starts, ranks, experts, out,
-    num_out, top_k, max_rank, b_rank_stride, b_out_stride,
+    shrunk, b, starts, widths, experts, out,
+    num_out, top_k, max_width, b_rank_stride, b_out_stride,
     WIDE: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[t] += Σ_k B_e shrunk[t, k] for some columns of one token."""
+    """out[t] += Σ_k B_c shrunk[t, k] for some columns of one token."""
     t = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     place = out + t * num_out + o
     sums = tl.load(place, mask=o < num_out, other=0.0).to(WIDE)
     for k in range(top_k):
         pair = t * top_k + k
-        e = tl.load(experts + pair)
-        start, r = tl.load(starts + e), tl.load(ranks + e)
+        c = tl.load(experts + pair)
+        start, r = tl.load(starts + c), tl.load(widths + c)
         for first in range(0, r, RANKS):
             j = first + tl.arange(0, RANKS)
-            factors = tl.load(shrunk + pair * max_rank + j, mask=j < r, other=0.0)
+            left = tl.load(shrunk + pair * max_width + j, mask=j < r, other=0.0)
             rows = b + (start + j)[:, None] * b_rank_stride + o[None, :] * b_out_stride
             inside = (j < r)[:, None] & (o < num_out)[None, :]
             loaded = tl.load(rows, mask=inside, other=0.0).to(WIDE)
-            sums += tl.sum(loaded * factors[:, None], axis=0)
+            sums += tl.sum(loaded * left[:, None], axis=0)
     tl.store(place, sums.to(out.dtype.element_ty), mask=o < num_out)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "jobs_per_slot"])
 def shrink_grouped(
-    x, a, starts, ranks, scaling, weights, tokens, jobs, shrunk,
-    num_tokens, num_in, top_k, max_rank, jobs_per_slot,
+    x, a, starts, widths, rank_scaling, factors, weights, tokens, jobs, shrunk,
+    num_tokens, num_in, top_k, max_width, jobs_per_slot,
     WIDE: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `shrunk`, whose tokens chose the same expert as their k-th, k being the slot."""
+    """A tile of `shrunk`, whose tokens made the same choice as their k-th, k being the slot."""
     job = tl.program_id(0).to(tl.int64)
     slot = job // jobs_per_slot
-    e, begin, end = (
+    c, begin, end = (
         tl.load(jobs + job * 3),
         tl.load(jobs + job * 3 + 1),
         tl.load(jobs + job * 3 + 2),
@@ -80,8 +82,9 @@ def shrink_grouped(
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + slot * num_tokens + place, mask=place < end, other=0)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    owned = j < tl.load(ranks + e)
-    rows = a + (tl.load(starts + e) + j)[None, :] * num_in
+    owned = j < tl.load(widths + c)
+    rank = tl.load(starts + c) + j
+    rows = a + rank[None, :] * num_in
     sums = tl.zeros((TOKENS, RANKS), dtype=WIDE)
     for start in range(0, num_in, COLUMNS):
         i = start + tl.arange(0, COLUMNS)
@@ -92,22 +95,24 @@ def shrink_grouped(
         left, right = left.to(DOT), right.to(DOT)
         sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=WIDE)
     factor = tl.load(weights + t * top_k + slot, mask=place < end, other=0.0).to(WIDE)
-    factor *= tl.load(scaling + e).to(WIDE)
-    to = shrunk + (slot * num_tokens + place)[:, None] * max_rank + j[None, :]
-    inside = (place < end)[:, None] & (j < max_rank)[None, :]
-    tl.store(to, (sums * factor[:, None]).to(shrunk.dtype.element_ty), mask=inside)
+    factor *= tl.load(factors + c).to(WIDE)
+    scaling = tl.load(rank_scaling + rank, mask=owned, other=0.0).to(WIDE)
+    sums *= factor[:, None] * scaling[None, :]
+    to = shrunk + (slot * num_tokens + place)[:, None] * max_width + j[None, :]
+    inside = (place < end)[:, None] & (j < max_width)[None, :]
+    tl.store(to, sums.to(shrunk.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens", "jobs"])
 def expand_grouped(
-    shrunk, b, starts, ranks, tokens, jobs, out,
-    num_out, max_rank, b_rank_stride, b_out_stride,
+    shrunk, b, starts, widths, tokens, jobs, out,
+    num_out, max_width, b_rank_stride, b_out_stride,
     WIDE: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[t] += B_e shrunk[t] for a tile of one slot: there a token stands only once."""
+    """out[t] += B_c shrunk[t] for a tile of one slot: there a token stands only once."""
     job = tl.program_id(0).to(tl.int64)
-    e, begin, end = (
+    c, begin, end = (
         tl.load(jobs + job * 3),
         tl.load(jobs + job * 3 + 1),
         tl.load(jobs + job * 3 + 2),
@@ -115,12 +120,12 @@ def expand_grouped(
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + place, mask=place < end, other=0)
     o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    start, r = tl.load(starts + e), tl.load(ranks + e)
+    start, r = tl.load(starts + c), tl.load(widths + c)
     sums = tl.zeros((TOKENS, COLUMNS), dtype=WIDE)
     for first in range(0, r, RANKS):
         j = first + tl.arange(0, RANKS)
         inside = (place < end)[:, None] & (j < r)[None, :]
-        left = tl.load(shrunk + place[:, None] * max_rank + j[None, :], mask=inside, other=0.0)
+        left = tl.load(shrunk + place[:, None] * max_width + j[None, :], mask=inside, other=0.0)
         inside = (j < r)[:, None] & (o < num_out)[None, :]
         rows = b + (start + j)[:, None] * b_rank_stride + o[None, :] * b_out_stride
         right = tl.load(rows, mask=inside, other=0.0)

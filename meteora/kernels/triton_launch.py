@@ -1,16 +1,16 @@
-"""The twins `gather` and `grouped` through Triton's kernels, for GPUs.
+"""`gather` and `grouped` by Triton's kernels, for GPUs.
 
-    gather    [token, chosen expert] ─shrink▶ [T, K, max r] ─expand▶ added to the output
-    grouped   the same in tiles of tokens that chose one expert, on tensor cores
+    gather    [token, choice] ─shrink▶ [T, K, W] ─expand▶ added to the output
+    grouped   the same in tiles of tokens that made one choice, on tensor cores
 
-Any rank: what a tile has beyond an expert's ranks is masked. Sums are taken in float32 at least.
-Shapes never depend on what was chosen, so nothing waits for the host. Only `kernels` imports this
-module, and only where Triton is asked for: importing it imports Triton.
+W is the number of ranks of the widest choice. Any rank: what a tile has beyond the ranks of its
+choice is masked. Sums are taken in float32 at least. Shapes never depend on what was chosen, so
+nothing waits for the host. Import it by `gather_grouped.triton_launch`, as it imports Triton.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -25,21 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from meteora.kernels.stack import ExpertStack
+
 BLOCK_IN = 128
 BLOCK_OUT = 128
 BLOCK_TOKENS = 32
-
-
-class Segments(NamedTuple):
-    """Which ranks belong to which expert."""
-
-    starts: Tensor
-    """[E], int64"""
-    ranks: Tensor
-    """[E], int64"""
-    scaling: Tensor
-    """[E], float32"""
-    max_rank: int
 
 
 TYPES = {
@@ -50,56 +40,54 @@ TYPES = {
 }
 
 
-def _gather(
-    x: Tensor, a: Tensor, b: Tensor, own: Segments, weights: Tensor, experts: Tensor, out: Tensor
-) -> None:
+def _gather(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out: Tensor) -> None:
+    a, b, (starts, widths), max_width = _factors(stack)
     num_tokens, top_k = experts.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    shrunk = x.new_empty(num_tokens, top_k, own.max_rank, dtype=wide)
+    shrunk = x.new_empty(num_tokens, top_k, max_width, dtype=wide)
     # one token has few pairs: a rank or two a program spread them over the device
     few = 2 if num_tokens <= 16 else 8
-    triton_kernels.shrink_chosen[(experts.numel(), triton.cdiv(own.max_rank, few))](
-        x, a, own.starts, own.ranks, own.scaling, weights, experts, shrunk,
-        x.shape[1], top_k, own.max_rank,
+    triton_kernels.shrink_chosen[(experts.numel(), triton.cdiv(max_width, few))](
+        x, a, starts, widths, stack.rank_scaling, stack.factors, weights, experts, shrunk,
+        x.shape[1], top_k, max_width,
         WIDE=TYPES[wide], RANKS=few, COLUMNS=4 * BLOCK_IN,
     )  # fmt: skip
     triton_kernels.expand_chosen[(num_tokens, triton.cdiv(out.shape[1], BLOCK_OUT))](
-        shrunk, b, own.starts, own.ranks, experts, out,
-        out.shape[1], top_k, own.max_rank, b.stride(1), b.stride(0),
+        shrunk, b, starts, widths, experts, out,
+        out.shape[1], top_k, max_width, b.stride(1), b.stride(0),
         WIDE=TYPES[wide], RANKS=8, COLUMNS=BLOCK_OUT,
     )  # fmt: skip
 
 
-def _jobs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The tokens of each slot sorted by expert, [K, T], and tiles of them, [K, jobs, 3].
+def _jobs(experts: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each slot sorted by choice, [K, T], and tiles of them, [K, jobs, 3].
 
-    A tile is (expert, begin, end) within the slot. How many there may be at most is known without
+    A tile is (choice, begin, end) within the slot. How many there may be at most is known without
     asking the device; those that are not needed are empty.
     """
     num_tokens = len(experts)
     owners, tokens = experts.T.contiguous().sort(dim=1, stable=True)
     top_k = len(owners)
-    every = torch.arange(num_experts + 1, device=experts.device).expand(top_k, -1).contiguous()
+    every = torch.arange(num_choices + 1, device=experts.device).expand(top_k, -1).contiguous()
     bounds = torch.searchsorted(owners, every)  # [K, E + 1]
     tiles = (bounds.diff(dim=1) + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     ends = tiles.cumsum(1)
-    most = triton.cdiv(num_tokens, BLOCK_TOKENS) + min(num_experts, num_tokens)
+    most = triton.cdiv(num_tokens, BLOCK_TOKENS) + min(num_choices, num_tokens)
     numbers = torch.arange(most, device=experts.device).expand(top_k, -1).contiguous()
     found = torch.searchsorted(ends, numbers, right=True)
-    owner = found.clamp_max(num_experts - 1)
+    owner = found.clamp_max(num_choices - 1)
     begin = bounds.gather(1, owner) + (numbers - (ends - tiles).gather(1, owner)) * BLOCK_TOKENS
-    end = torch.where(found < num_experts, bounds.gather(1, owner + 1), begin)
+    end = torch.where(found < num_choices, bounds.gather(1, owner + 1), begin)
     return tokens, torch.stack([owner, begin, end], dim=2)
 
 
-def _grouped(
-    x: Tensor, a: Tensor, b: Tensor, own: Segments, weights: Tensor, experts: Tensor, out: Tensor
-) -> None:
+def _grouped(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out: Tensor) -> None:
+    a, b, (starts, widths), max_width = _factors(stack)
     num_tokens, top_k = experts.shape
-    tokens, jobs = _jobs(experts, len(own.ranks))
-    shrunk = x.new_empty(top_k, num_tokens, own.max_rank)
+    tokens, jobs = _jobs(experts, stack.num_choices)
+    shrunk = x.new_empty(top_k, num_tokens, max_width)
     wide = torch.promote_types(x.dtype, torch.float32)
-    ranks = min(64, max(16, triton.next_power_of_2(own.max_rank)))
+    ranks = min(64, max(16, triton.next_power_of_2(max_width)))
     constants = {
         "WIDE": TYPES[wide],
         # numpy, which interprets kernels, has no bfloat16 to multiply
@@ -108,21 +96,29 @@ def _grouped(
         "RANKS": ranks,
     }
     num_jobs = jobs.shape[1]
-    triton_kernels.shrink_grouped[(top_k * num_jobs, triton.cdiv(own.max_rank, ranks))](
-        x, a, own.starts, own.ranks, own.scaling, weights, tokens, jobs, shrunk,
-        num_tokens, x.shape[1], top_k, own.max_rank, num_jobs,
+    triton_kernels.shrink_grouped[(top_k * num_jobs, triton.cdiv(max_width, ranks))](
+        x, a, starts, widths, stack.rank_scaling, stack.factors, weights, tokens, jobs, shrunk,
+        num_tokens, x.shape[1], top_k, max_width, num_jobs,
         COLUMNS=BLOCK_IN // 2, **constants,
     )  # fmt: skip
     for slot in range(top_k):  # one after the other: a token is added to by one tile at a time
         triton_kernels.expand_grouped[(num_jobs, triton.cdiv(out.shape[1], BLOCK_OUT))](
-            shrunk[slot], b, own.starts, own.ranks, tokens[slot], jobs[slot], out,
-            out.shape[1], own.max_rank, b.stride(1), b.stride(0),
+            shrunk[slot], b, starts, widths, tokens[slot], jobs[slot], out,
+            out.shape[1], max_width, b.stride(1), b.stride(0),
             COLUMNS=BLOCK_OUT, **constants,
         )  # fmt: skip
 
 
+def _factors(stack: ExpertStack) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A without gaps between its rows, B, where the choices lie in them, and the widest's ranks."""
+    return stack.a.contiguous(), stack.b, stack.segments, max(stack.widths)
+
+
 class _Differentiable(torch.autograd.Function):
-    """Forward by kernels; backward through the dense twin, which is computed again."""
+    """Forward by kernels; backward through the dense kernel, which is computed again.
+
+    A and B are arguments beside their stack, so that autograd sees them.
+    """
 
     @staticmethod
     def forward(
@@ -131,26 +127,25 @@ class _Differentiable(torch.autograd.Function):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        own: Segments,
+        stack: ExpertStack,
         weights: Tensor,
         experts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, a, b, weights, experts)
-        ctx.own = own
-        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
+        ctx.stack = stack
+        return _launch(run, x, stack, weights, experts, x.new_zeros(len(x), len(b)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        own, experts = ctx.own, ctx.saved_tensors[-1]
+        stack, experts = ctx.stack, ctx.saved_tensors[-1]
         x, a, b, weights = (tensor.detach() for tensor in ctx.saved_tensors[:-1])
         leaves = {1: x, 2: a, 3: b, 5: weights}
         asked = {n: t.requires_grad_() for n, t in leaves.items() if ctx.needs_input_grad[n]}
-        numbers = torch.arange(len(own.ranks), device=x.device)
-        owner = numbers.repeat_interleave(own.ranks, output_size=len(a))
-        index = owner, own.scaling[owner], len(own.ranks)
         with torch.enable_grad():
-            delta = reference.lora_delta_dense(x, a, b, *index, weights, experts)
+            tables = stack.owners, stack.owner_scaling, stack.num_choices
+            factors = reference.rank_weights(weights, experts, *tables)
+            delta = ((x @ a.T) * factors).to(x.dtype) @ b.T
         grads = dict(
             zip(asked, torch.autograd.grad(delta, list(asked.values()), grad), strict=True)
         )
@@ -160,71 +155,46 @@ class _Differentiable(torch.autograd.Function):
 def _launch(
     run: Callable[..., None],
     x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    own: Segments,
+    stack: ExpertStack,
     weights: Tensor,
     experts: Tensor,
     out: Tensor,
 ) -> Tensor:
     """Run kernels where the tensors lie: Triton itself launches on the current device."""
-    if len(x) and own.max_rank:
+    if len(x) and max(stack.widths):
         with torch.cuda.device_of(x):
-            run(x, a, b, own, weights, experts, out)
+            run(x, stack, weights, experts, out)
     return out
 
 
 def _add(
     run: Callable[..., None],
     x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    own: Segments,
+    stack: ExpertStack,
     weights: Tensor,
     experts: Tensor,
     add_to: Tensor | None,
 ) -> Tensor:
-    x, a, weights, experts = (tensor.contiguous() for tensor in (x, a, weights, experts))
+    x, weights, experts = (tensor.contiguous() for tensor in (x, weights, experts))
+    a, b = stack.a, stack.b
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weights)):
-        delta = _Differentiable.apply(run, x, a, b, own, weights, experts)
+        delta = _Differentiable.apply(run, x, a, b, stack, weights, experts)
         return delta if add_to is None else add_to.add_(delta)
     if add_to is None:
-        return _launch(run, x, a, b, own, weights, experts, x.new_zeros(len(x), len(b)))
-    out = _launch(run, x, a, b, own, weights, experts, add_to.contiguous())
+        return _launch(run, x, stack, weights, experts, x.new_zeros(len(x), len(b)))
+    out = _launch(run, x, stack, weights, experts, add_to.contiguous())
     return add_to if out is add_to else add_to.copy_(out)  # the kernels write rows without gaps
 
 
 def lora_delta_gather(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    own: Segments,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    add_to: Tensor | None = None,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`ops.lora_delta_loop` a token at a time: for decoding.
-
-    Args:
-        add_to: [T, OUT] to add to, in place
-    """
-    return _add(_gather, x, a, b, own, weights, experts, add_to)
+    """`reference.lora_delta_loop` a token at a time: for decoding."""
+    return _add(_gather, x, stack, weights, experts, add_to)
 
 
 def lora_delta_grouped(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    own: Segments,
-    weights: Tensor,
-    experts: Tensor,
-    *,
-    add_to: Tensor | None = None,
+    x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`ops.lora_delta_loop` a tile of tokens of one expert at a time: for prefills.
-
-    Args:
-        add_to: [T, OUT] to add to, in place
-    """
-    return _add(_grouped, x, a, b, own, weights, experts, add_to)
+    """`reference.lora_delta_loop` a tile of tokens of one choice at a time: for prefills."""
+    return _add(_grouped, x, stack, weights, experts, add_to)

@@ -1,10 +1,10 @@
-"""A fused checkpoint by the auto classes of transformers: what they are told of it.
+"""Load fused checkpoints by the auto classes of transformers.
 
     AutoModelForCausalLM.from_pretrained("org/name")     the base's own class, with routed layers
     AutoTokenizer.from_pretrained("org/name")            the base's own tokenizer
     pipeline("text-generation", model="org/name")
 
-The checkpoint's `config.json` says only that it is one; all else stands in its manifest.
+The checkpoint's `config.json` says only that it is one; everything else is in its manifest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "meteora"
 DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-"""What transformers is told about downloads; it holds for the checkpoint and for its base."""
+"""Arguments about downloads, used for the checkpoint and for its base."""
 OURS = ("base_folder", "expert_cache_bytes", "dtype", "quantization_config")
 IDLE = {
     "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "state_dict", "subfolder",
@@ -62,7 +62,7 @@ class MeteoraForCausalLM:
         Raises:
             UnsupportedArgumentError: an argument asks for something that is not supported.
         """
-        from meteora.model.fused import load  # noqa: PLC0415  (torch: only whoever loads needs it)
+        from meteora.model.fused import load  # noqa: PLC0415  (torch: only loading needs it)
 
         download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
         ours = {key: asked.pop(key) for key in OURS if key in asked}

@@ -18,6 +18,7 @@ from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, load_base
+from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.artifacts import RouterOptions
     from meteora.checkpoint.manifest import Manifest, ModuleEntry
 
 EXPERTS = "meteora_experts"
@@ -64,8 +66,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    It is called by one thread at a time: what a gate decides for other layers lies in the model
-    until they are called.
+    Call the model from one thread at a time: what a gate decides for other layers is kept in the
+    model until they are called.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
@@ -77,7 +79,7 @@ def load(
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
             the experts keep their precision
-        download: what transformers is told about downloads, such as `token` or `cache_dir`
+        download: arguments of transformers about downloads, such as `token` or `cache_dir`
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint.
@@ -150,7 +152,7 @@ def insert_layer(
     """Replace the linear layer at `path`; refuses one of another size than the experts need.
 
     Args:
-        null: whether the last choice is the base: an expert without ranks anywhere
+        null: whether the last choice is the base
     """
     parent_path, _, name = path.rpartition(".")
     try:
@@ -171,50 +173,48 @@ def insert_layer(
         # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
         dtype = torch.promote_types(lora_a.dtype, weight.dtype)
         lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
-    ranks = (*entry.ranks, 0) if null else entry.ranks
-    scaling = (*entry.scaling, 0.0) if null else entry.scaling
-    layer = MoELoRALinear(projection, lora_a, lora_b, ranks, scaling, cache=cache)
-    setattr(parent, name, layer)
+    choices = [*own_choices(entry.ranks), *([Choice(0, 0)] if null else [])]
+    stack = ExpertStack(
+        lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=cache is not None
+    )
+    setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
 
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
     """Give every routed layer the router that the checkpoint asks for."""
-    entry = manifest.router
-    if entry.kind == "gate":
-        insert_gates(model, tensors.read_gates(folder, manifest), entry)
+    options = manifest.router
+    if options.kind == "gate":
+        insert_gates(model, tensors.read_gates(folder, manifest), options)
         return
     for layer in routed_layers(model).values():
-        layer.router = make_router(entry.kind, layer, entry.top_k, entry.temperature)
+        layer.router = make_router(options, layer)
 
 
-def make_router(
-    kind: str, layer: MoELoRALinear, top_k: int, temperature: float, *, seed: int = 0
-) -> Router:
+def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) -> Router:
     """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
 
     Args:
         seed: of `random`; give every layer its own
     """
-    stack = layer.lora_a, layer.lora_b, layer.ranks
     router: Router
-    if kind == "arrow":
-        router = Arrow(*stack, top_k=top_k, temperature=temperature)
-    elif kind == "norm":
-        scaling = torch.tensor(layer.scaling)
-        router = Norm(*stack, scaling, top_k=top_k, temperature=temperature)
-    elif kind == "uniform":
-        router = Fixed(torch.full((layer.num_experts,), 1 / layer.num_experts))
-    elif kind == "random":
-        router = Random(layer.num_experts, seed, top_k=top_k, temperature=temperature)
+    if options.kind == "arrow":
+        router = Arrow(layer.stack, options)
+    elif options.kind == "norm":
+        router = Norm(layer.stack, options)
+    elif options.kind == "uniform":
+        router = Fixed(torch.full((layer.num_choices,), 1 / layer.num_choices))
+    elif options.kind == "random":
+        router = Random(layer.num_choices, options, seed)
     else:
         raise MeteoraError(
-            f"router {kind!r} is none of arrow, norm, uniform, random; a gate must be fitted"
+            f"router {options.kind!r} is none of arrow, norm, uniform, random; a gate must be"
+            " fitted"
         )
     return router.to(layer.weight.device)
 
 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
-    """What the model holds of its experts on the device, and how often it missed one."""
+    """The cache of experts on the device; None where all of them are there."""
     return getattr(model, CACHE)
 
 

@@ -77,8 +77,8 @@ def answer_all(
                 pad_token_id=pad,
             )
         for row, i in enumerate(chosen):
-            said = out[row, width:].tolist()
+            tokens = out[row, width:].tolist()
             end = tokenizer.eos_token_id
-            answers[i] = said[: said.index(end) + 1] if end in said else said
+            answers[i] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
         advance(len(chosen))
     return answers

@@ -1,7 +1,7 @@
 """Make `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` know fused checkpoints.
 
-transformers is registered with when it is there: at once where its auto classes are loaded already,
-else right after they load. So `import meteora` loads nothing, and the order of imports is free.
+They are registered at once where the auto classes are loaded already, else right after they load.
+So `import meteora` does not load transformers, and the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LISTS = {
     f"{AUTO}.modeling_auto": "register_model",
     f"{AUTO}.tokenization_auto": "register_tokenizer",
 }
-"""The modules that hold a list of what there is, and our function that adds to it."""
+"""The modules of transformers with a list of classes, and our function that adds to each."""
 
 
 def install() -> None:
@@ -48,7 +48,7 @@ def _register(module: ModuleType) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds what Python finds anyway, and registers once it has run."""
+    """Finds these modules as Python does, and registers once they are loaded."""
 
     def find_spec(
         self,

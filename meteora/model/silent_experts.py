@@ -1,4 +1,4 @@
-"""Whether every expert of a stack says anything at all."""
+"""Find experts that change nothing in the output of a model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 PROMPT = "List three things that you can do, and answer this: what is 12 plus 30?"
 LEAST_CHANGE = 1e-5
 LEAST_STEPS = 8
-"""What counts as a change, of the largest logit: `LEAST_CHANGE`, and `LEAST_STEPS` of the dtype's
-own steps where they are more. Six trained adapters on a base of 30 layers change 0.54 to 0.89 of
-it, in float32 and in bfloat16; rounding alone, let loose by a B scaled down to nothing, 2e-6 and
-0.05."""
+"""A change counts from `LEAST_CHANGE` of the largest logit on, or from `LEAST_STEPS` steps of the
+dtype where that is more. Six trained adapters on a base of 30 layers change 0.54 to 0.89 of it, in
+float32 and in bfloat16. Rounding alone changes 2e-6 and 0.05: with a B scaled down to nothing."""
 
 
 @torch.inference_mode()
@@ -32,7 +31,7 @@ def changes(
     """How much each expert, forced, changes the logits of one short prompt.
 
     Args:
-        names: of the experts to hear; all, without it
+        names: of the experts to try; all, without it
 
     Returns:
         The largest change of any logit as a share of the base's largest logit, by expert.
@@ -55,5 +54,5 @@ def silent_experts(
 ) -> dict[str, float]:
     """The experts that change nothing beyond rounding, each with its change."""
     least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)
-    heard = changes(model, tokenizer, names)
-    return {name: change for name, change in heard.items() if change <= least}
+    found = changes(model, tokenizer, names)
+    return {name: change for name, change in found.items() if change <= least}

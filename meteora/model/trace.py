@@ -1,7 +1,6 @@
 """Where every token of a prompt and of its answer was sent, module by module.
 
-The answer is generated as it always is, with its cache, and every token is sent where the tokens
-before it led: nothing is forced, nothing is fed twice.
+The answer is generated as usual, with a cache: no route is forced, and no token is fed twice.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 class TraceError(MeteoraError):
-    """There is nothing to trace."""
+    """No module of the model is routed."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Trace:
     pieces: tuple[str, ...]
     """The text of each token; together they are the whole text, special tokens included."""
     num_prompt: int
-    """How many of the tokens were asked; the others are the answer."""
+    """How many of the tokens are the prompt; the others are the answer."""
     experts: tuple[str, ...]
     modules: tuple[str, ...]
     chosen: Tensor
@@ -94,7 +93,7 @@ def trace(
                 return_dict_in_generate=True,
             )
             ids = out.sequences
-            # nothing was asked after the last token, so it was never fed
+            # generation ended with the last token, so it was never fed
             model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
         else:
             model(input_ids=ids)
@@ -143,7 +142,7 @@ def _every_pass(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, ...]:
-    """The text that each token adds; a character of several tokens stands with its last one."""
+    """The text that each token adds; a character of several tokens belongs to its last one."""
     pieces: list[str] = []
     begun, shown = 0, 0  # tokens before `shown` are written out; those from `begun` are context
     for end in range(1, len(ids) + 1):

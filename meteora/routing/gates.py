@@ -1,4 +1,4 @@
-"""Put gates into a model, and take them out: whose decision counts for which module.
+"""Put gates into a model, and take them out; which module follows which gate.
 
 share = module   every module has a gate (the paper's way)
 share = point    modules that read one input (q, k, v) follow the gate of the first
@@ -15,7 +15,7 @@ from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import routed_layers, share_first_matmul
 from meteora.routing.prompt_opening import Prefill
-from meteora.routing.routers import Followed, Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate
 from meteora.routing.weight_scores import MixedGate, StandIn, scorer
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.checkpoint.manifest import RouterEntry
+    from meteora.artifacts import RouterOptions
     from meteora.routing.layer import MoELoRALinear
 
 
@@ -33,32 +33,32 @@ class UndecidedError(MeteoraError):
 
 
 PREFILL = "meteora_prefill"
-"""The attribute of a model that holds what its gates know of the present prompt."""
+"""The attribute of a model that holds what its gates know about the present prompt."""
 
 
-def insert_gates(model: PreTrainedModel, gates: Gates, entry: RouterEntry) -> None:
+def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
     prefill = watch_prompts(model, gates.template)
-    followed = {leader: Followed() for leader in gates.follows.values()}
+    decisions = {leader: Decision() for leader in gates.follows.values()}
     for path, layer in routed_layers(model).items():
         if path in gates.follows:
-            give_follower(layer, followed[gates.follows[path]], entry)
+            give_follower(layer, decisions[gates.follows[path]], options)
         else:
             give_gate(
                 layer,
                 *gates.own[path],
-                entry,
+                options,
                 prefill,
-                followed.get(path),
+                decisions.get(path),
                 StandIn(
-                    scorer(entry.stand_in, layer),
+                    scorer(options, layer),
                     list(gates.without_examples),
                     gates.stand_ins[path],
                 )
                 if gates.without_examples
                 else None,
             )
-    if entry.share == "point":
+    if options.share == "point":
         share_first_matmuls(model, gates.follows)
 
 
@@ -92,54 +92,45 @@ def give_gate(
     layer: MoELoRALinear,
     weight: Tensor,
     bias: Tensor,
-    entry: RouterEntry,
+    options: RouterOptions,
     prefill: Prefill | None = None,
-    followed: Followed | None = None,
+    decision: Decision | None = None,
     stand_in: StandIn | None = None,
 ) -> None:
     """Route a layer by G [E, IN] and c [E].
 
     Args:
-        followed: is told what they decide
+        decision: where the gate leaves what it decides, for the layers that follow it
         stand_in: gives the logits of experts that had no examples
     """
     device = layer.weight.device
-    asked = {
-        "top_k": entry.top_k,
-        "temperature": entry.temperature,
-        "margin": entry.margin,
-        "prefill": prefill,
-        "followed": followed,
-    }
-    if stand_in is None:
-        layer.router = Gate(weight.to(device), bias.to(device), **asked)
-    else:
-        layer.router = MixedGate(weight.to(device), bias.to(device), stand_in.to(device), **asked)
-    layer.router.requires_grad_(requires_grad=False)
-
-
-def give_follower(layer: MoELoRALinear, followed: Followed, entry: RouterEntry) -> None:
-    """Route a layer by what the gate behind `followed` decided in the same pass."""
-    layer.router = Follower(
-        followed,
-        layer.num_experts,
-        top_k=entry.top_k,
-        temperature=entry.temperature,
-        margin=entry.margin,
+    weight, bias = weight.to(device), bias.to(device)
+    gate = (
+        Gate(weight, bias, options, prefill=prefill, decision=decision)
+        if stand_in is None
+        else MixedGate(
+            weight, bias, options, stand_in.to(device), prefill=prefill, decision=decision
+        )
     )
+    layer.router = gate.requires_grad_(requires_grad=False)
+
+
+def give_follower(layer: MoELoRALinear, decision: Decision, options: RouterOptions) -> None:
+    """Route a layer by what a gate before it decided in the same pass."""
+    layer.router = Follower(decision, layer.num_choices, options)
 
 
 def gates_of(model: PreTrainedModel) -> Gates:
     """Every gate of a model, on the CPU, and what follows it."""
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
-    leaders = {id(gate.followed): path for path, gate in gates.items()}
+    leaders = {id(gate.decision): path for path, gate in gates.items()}
     mixed = {path: gate for path, gate in gates.items() if isinstance(gate, MixedGate)}
     prefills = [gate.prefill for gate in gates.values() if gate.prefill is not None]
     return Gates(
         own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
         follows={
-            path: leaders[id(router.followed)]
+            path: leaders[id(router.decision)]
             for path, router in routers.items()
             if isinstance(router, Follower)
         },
@@ -150,23 +141,23 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Whose decision counts for the point that a sweep has come to."""
+    """Which gate decides for the modules that a sweep reaches next."""
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share
         self.decides_at = num_layers // 3
-        self._last: tuple[int, Followed] | None = None
+        self._last: tuple[int, Decision] | None = None
 
-    def decided(self, index: int) -> Followed | None:
+    def decided(self, index: int) -> Decision | None:
         """What a point of layer `index` follows; None where it needs a gate of its own."""
         if self._last is None:
             return None
-        at, followed = self._last
+        at, decision = self._last
         if self.share == "layer":
-            return followed if at == index else None
-        return followed if self.share == "token" and at >= self.decides_at else None
+            return decision if at == index else None
+        return decision if self.share == "token" and at >= self.decides_at else None
 
-    def last(self, path: str) -> Followed:
+    def last(self, path: str) -> Decision:
         """The decision before the module at `path`, which has none of its own.
 
         Raises:
@@ -179,7 +170,7 @@ class Sharing:
             )
         return self._last[1]
 
-    def new(self, index: int) -> Followed:
-        """For a gate that is fitted at layer `index`: where it leaves what it decides."""
-        self._last = index, Followed()
+    def new(self, index: int) -> Decision:
+        """The decision of a gate that is fitted at layer `index`."""
+        self._last = index, Decision()
         return self._last[1]

@@ -1,9 +1,9 @@
-"""See what the routers of a model do, from outside.
+"""Record what the routers of a model decide.
 
-Hooks, and not second return values: the layer keeps the signature of the projection that it
-replaces, so the base model's own code runs unchanged; and nothing is paid outside the block.
-Within it a model that `torch.compile` made runs as it is written: compiled, it would not look for
-hooks that came later.
+By hooks and not by second return values: the layer keeps the signature of the projection that it
+replaces, so the base model's own code runs unchanged, and nothing is slower outside the block.
+Inside it, a model compiled by `torch.compile` runs uncompiled, since compiled code ignores hooks
+that are added later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.kernels import reference
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -42,13 +41,13 @@ def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
 def recorded_routes(model: PreTrainedModel) -> Generator[dict[str, tuple[Tensor, Tensor]]]:
     """Collect each layer's weights [T, K] and experts [T, K] of the last forward pass, by path.
 
-    They are those of `ops.route`, the strongest expert first. In an expert that lacks a layer the
-    choice counts, though it adds nothing there.
+    They are those of `reference.route`, the strongest expert first. Experts that lack the layer are
+    recorded too, though they add nothing there.
     """
     routes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, router: Router, found: Tensor) -> None:
-        routes[path] = reference.route(found, router.top_k, router.temperature, router.margin)
+        routes[path] = router.route(found)
 
     with _watched(model, keep):
         yield routes

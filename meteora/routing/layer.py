@@ -1,136 +1,74 @@
-"""The routed layer: a frozen projection, a ragged stack of E LoRAs, and a router.
+"""The routed layer: a frozen projection, a stack of experts, and a router.
 
     before   q_proj: Linear(IN, OUT)
-    after    q_proj: MoELoRALinear(that Linear, lora_a [R, IN], lora_b [OUT, R], router)
+    after    q_proj: MoELoRALinear(that Linear, ExpertStack(A [R, IN], B [OUT, R], …), router)
 
 The layer keeps the signature of the projection that it replaces, so the base model's own code
-runs unchanged: caches, padding, batches and beams included. What a router decided leaves by hooks.
+runs unchanged: caches, padding, batches and beams included. Hooks show what a router decided.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain
-from meteora.routing.shared_input import Point
+from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
+    from meteora.kernels.stack import ExpertStack
     from meteora.routing.expert_cache import ExpertCache
     from meteora.routing.routers import Router
-    from meteora.routing.shared_input import Shrunk
-
-
-ALIGNMENT = 64
-"""Bytes of a cache line; torch's own memory begins at one, that of a mapped file anywhere."""
+    from meteora.routing.shared_input import Product
 
 
 class MoELoRALinear(nn.Module):
-    """y = projection(x) + Σ_e w_e · scaling_e · B_e (A_e x), with w from the router.
+    """y = projection(x) + what the choices of the router add: `reference.lora_delta_loop` of x.
 
     The adapters are buffers and never parameters: no optimiser can find them. Without a router
-    (`router = None`) the layer is the bare projection. `plain` says how exact 16 bits are.
+    (`router = None`) the layer is the bare projection. For precision in 16 bits see `addmm`.
     """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    segments: Tensor
-    scales: Tensor
-    rank_experts: Tensor
-    rank_scaling: Tensor
-    table: Tensor
-    table_owned: Tensor
-    table_scaling: Tensor
 
     def __init__(
         self,
         projection: nn.Module,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        ranks: Sequence[int],
-        scaling: Sequence[float],
+        stack: ExpertStack,
         router: Router | None = None,
         *,
-        twin: Twin | None = None,
+        kernel: KernelName | None = None,
         cache: ExpertCache | None = None,
     ) -> None:
         """Wrap `projection`.
 
         Args:
             projection: any module from [..., IN] to [..., OUT]
-            lora_a: [R, IN]
-            lora_b: [OUT, R]
-            ranks: of each expert, summing to R; zero where it lacks this layer
-            scaling: of each expert
-            twin: how what the experts add is computed; without it, what is fastest for the tokens
-            cache: leave A and B where they are, and compute from what it copies to the device
+            stack: the experts; mapped where there is a cache
+            kernel: what computes the experts; without it, what is fastest for the tokens
+            cache: compute from what it copies to the device of the projection
         """
         super().__init__()
         self.projection = projection
-        self.ranks = list(ranks)
-        self.scaling = list(scaling)
+        self.stack = stack if cache is None else stack.to(self.weight.device)
         self.cache = cache
         self._key = object()
         """Names this layer's experts in the cache, which may serve others too."""
-        device = lora_a.device
-        if cache is None:
-            self.register_buffer("lora_a", _aligned(lora_a), persistent=False)
-            # the columns of B lie one after the other in memory: a rank's is read in one piece
-            self.register_buffer("lora_b", lora_b.T.contiguous().T, persistent=False)
-        else:
-            # no buffers: they stay in host memory when the model moves
-            self.lora_a, self.lora_b = lora_a, lora_b
-            device = self.weight.device
-        widths = torch.tensor(self.ranks)
-        segments = torch.stack([widths.cumsum(0) - widths, widths])
-        self.register_buffer("segments", segments.to(device), persistent=False)
-        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), widths)
-        self.register_buffer("rank_experts", owner.to(device), persistent=False)
-        table, owned = gather_grouped.rank_table(self.ranks)
-        self.register_buffer("table", table.to(device), persistent=False)
-        self.register_buffer("table_owned", owned.to(device), persistent=False)
-        self._scale()
-        self._sizes = dispatch.Sizes(
-            num_in=lora_a.shape[1],
-            num_out=lora_b.shape[0],
-            num_experts=len(self.ranks),
-            num_ranks=len(lora_a),
-            max_rank=max(self.ranks),
-        )
         self.router = router
-        self.twin = twin
-        self.point: tuple[Point, int] | None = None
-        """Layers that share their input and their gate with this one, and its place there."""
-
-    def _scale(self) -> None:
-        """Lay each expert's scaling beside its ranks, in float32: [E], [R] and [E, max r]."""
-        # whoever moves a model in inference mode may still want to train it
-        with torch.inference_mode(mode=False):
-            device = self.rank_experts.device
-            scales = torch.tensor(self.scaling, dtype=torch.float32, device=device)
-            by_rank, by_table = scales[self.rank_experts], scales[:, None] * self.table_owned
-        self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("rank_scaling", by_rank, persistent=False)
-        self.register_buffer("table_scaling", by_table, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
-        super()._apply(fn, recurse)
-        self._scale()
-        return self
+        self.kernel: KernelName | None = kernel
+        self.shared: Share | None = None
+        """The first matmul, where other layers have this one's input and gate too."""
 
     @property
-    def num_experts(self) -> int:
-        return len(self.ranks)
+    def num_choices(self) -> int:
+        """C, the width of the router's logits."""
+        return self.stack.num_choices
 
     @property
     def weight(self) -> Tensor:
@@ -145,29 +83,29 @@ class MoELoRALinear(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         weights, experts = router.choose(tokens)
         if plain is not None:
-            said = self._said(x, tokens, weights, experts, self._start(tokens, plain))
-            out = reference.add_projected(said, tokens, plain.weight)
+            delta = self._delta(x, tokens, weights, experts, self._start(tokens, plain))
+            out = reference.add_projected(delta, tokens, plain.weight)
             return out.view(*x.shape[:-1], out.shape[-1])
         y = projection(x)
         rows = y.reshape(-1, y.shape[-1])
         if y.requires_grad:
-            out = rows + self._said(x, tokens, weights, experts, None).to(y.dtype)
+            out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
         else:
-            out = self._said(x, tokens, weights, experts, rows)
+            out = self._delta(x, tokens, weights, experts, rows)
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
         """What the experts add to before the projection does; None where that is nothing."""
         if plain.bias is not None:
             return plain.bias.expand(len(tokens), -1).clone()
-        if self._dtype != tokens.dtype:  # what they say is rounded to 16 bits as it comes
-            return tokens.new_zeros(len(tokens), self.lora_b.shape[0])
+        if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits as it comes
+            return tokens.new_zeros(len(tokens), len(self.stack.b))
         return None
 
-    def _said(
+    def _delta(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
     ) -> Tensor:
-        """What the experts say, [T, OUT]; added to what is there, in place.
+        """What the chosen experts add, [T, OUT]; added to `add_to` in place where it is given.
 
         Args:
             x: what the layer was called with
@@ -175,56 +113,34 @@ class MoELoRALinear(nn.Module):
         """
         tokens = tokens.to(self._dtype)
         if self.cache is not None:
-            return self._said_from_cache(self.cache, tokens, weights, experts, add_to)
-        if (shrunk := self._shrunk_at_point(x, tokens, weights, experts)) is not None:
-            return shrunk.expand(self.lora_b, add_to)
-        return self._said_by_twin(tokens, weights, experts, add_to)
+            return self._delta_from_cache(self.cache, tokens, weights, experts, add_to)
+        if (product := self._shared_product(x, tokens, weights, experts)) is not None:
+            return product.expand(self.stack.b, add_to)
+        compute = dispatch.find_kernel(self.kernel or self._fastest_kernel(tokens.dtype, experts))
+        return compute(tokens, self.stack, weights, experts, add_to=add_to)
 
-    def _shrunk_at_point(
+    def _shared_product(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
-    ) -> Shrunk | None:
-        """A x as the first layer of the point found it; None where this one is on its own."""
-        if self.point is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    ) -> Product | None:
+        """A x of the shared matmul; None where this layer computes for itself."""
+        if self.shared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        point, place = self.point
+        matmul, place = self.shared
         if place == 0:
             if self.router is None or not self.router.leads:
                 return None
-            twin = self.twin or self._fastest_twin(tokens.dtype, experts)
-            point.shrink(x, tokens, weights, experts, twin)
-        return point.taken(place, x, experts)
-
-    def _said_by_twin(
-        self, x: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
-    ) -> Tensor:
-        twin = self.twin or self._fastest_twin(x.dtype, experts)
-        factors = x, self.lora_a, self.lora_b
-        if twin == "dense":
-            index = self.rank_experts, self.rank_scaling, self.num_experts
-            return reference.lora_delta_dense(*factors, *index, weights, experts, add_to=add_to)
-        if twin == "gather":
-            table = self.table, self.table_scaling
-            return gather_grouped.lora_delta_gather(
-                *factors, *table, weights, experts, add_to=add_to
-            )
-        if twin == "grouped":
-            lists = self.ranks, self.scaling
-            return gather_grouped.lora_delta_grouped(
-                *factors, *lists, weights, experts, add_to=add_to
-            )
-        found = gather_grouped.triton_twins()
-        own = found.Segments(*self.segments, self.scales, self._sizes.max_rank)
-        run = found.lora_delta_gather if twin == "gather_triton" else found.lora_delta_grouped
-        return run(*factors, own, weights, experts, add_to=add_to)
+            kernel = self.kernel or self._fastest_kernel(tokens.dtype, experts)
+            matmul.compute(x, tokens, weights, experts, kernel)
+        return matmul.take(place, x, experts)
 
     @property
     def _dtype(self) -> torch.dtype:
         """What the experts compute in."""
         if self.cache is None:
-            return self.lora_a.dtype
-        return torch.promote_types(self.lora_a.dtype, self.weight.dtype)
+            return self.stack.a.dtype
+        return torch.promote_types(self.stack.a.dtype, self.weight.dtype)
 
-    def _said_from_cache(
+    def _delta_from_cache(
         self,
         cache: ExpertCache,
         x: Tensor,
@@ -232,40 +148,31 @@ class MoELoRALinear(nn.Module):
         experts: Tensor,
         add_to: Tensor | None,
     ) -> Tensor:
-        """By the grouped twin, with each chosen expert copied to the device when missed."""
-        starts = list(accumulate(self.ranks, initial=0))
+        """By the grouped kernel, with each chosen expert copied to the device when missed."""
+        stack = self.stack
 
-        def own(e: int) -> tuple[Tensor, Tensor]:
-            ranks = slice(starts[e], starts[e + 1])
-
+        def pair(choice: int) -> tuple[Tensor, Tensor]:
             def load() -> tuple[Tensor, Tensor]:
+                a, b = stack.pair(choice)
                 with torch.inference_mode(mode=False):  # gates may learn from them later
-                    b = self.lora_b[:, ranks].T.to(x.device, x.dtype, copy=True).contiguous()
-                    return self.lora_a[ranks].to(x.device, x.dtype, copy=True), b.T
+                    b = b.T.to(x.device, x.dtype, copy=True).contiguous()
+                    return a.to(x.device, x.dtype, copy=True), b.T
 
-            return cache.fetch((self._key, e, x.device, x.dtype), load)
+            return cache.fetch((self._key, choice, x.device, x.dtype), load)
 
-        out = x.new_zeros(len(x), self.lora_b.shape[0]) if add_to is None else add_to
-        return gather_grouped.add_grouped(x, own, self.ranks, self.scaling, weights, experts, out)
+        out = x.new_zeros(len(x), len(stack.b)) if add_to is None else add_to
+        return gather_grouped.add_grouped(x, stack, weights, experts, out, pair)
 
-    def _fastest_twin(self, dtype: torch.dtype, experts: Tensor) -> Twin:
+    def _fastest_kernel(self, dtype: torch.dtype, experts: Tensor) -> KernelName:
         if torch.compiler.is_compiling():
             return "dense"  # one graph, whatever was chosen
         num_tokens, top_k = experts.shape
-        device = experts.device.type
+        sizes, device = self.stack.sizes, experts.device.type
         num_chosen = None
         if device == "cpu" and num_tokens > 1:
-            counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+            counts = torch.bincount(experts.flatten(), minlength=sizes.num_choices)
             num_chosen = int(counts.count_nonzero())
-        return dispatch.choose_twin(num_tokens, top_k, self._sizes, dtype, device, num_chosen)
-
-    def extra_repr(self) -> str:
-        return f"E={self.num_experts}, ranks={self.ranks}"
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor where a cache line begins: dot products are six times slower off 16 bytes."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+        return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, num_chosen)
 
 
 def share_first_matmul(layers: Sequence[MoELoRALinear]) -> None:
@@ -276,9 +183,9 @@ def share_first_matmul(layers: Sequence[MoELoRALinear]) -> None:
     """
     if any(layer.cache is not None for layer in layers):
         return
-    point = Point(layers)
+    matmul = SharedMatmul(layers)
     for place, layer in enumerate(layers):
-        layer.point = point, place
+        layer.shared = Share(matmul, place)
 
 
 def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:

@@ -1,7 +1,7 @@
-"""Router kinds: what gives a layer its expert logits. One engine, several ways to get them.
+"""Routers: each gives a layer the logits of its choices.
 
-Every router is a module that takes tokens [T, IN] and returns logits [T, E], and carries the
-`top_k`, `temperature` and `margin` with which `ops.route` reads them.
+Every router is a module that takes tokens [T, IN] and returns logits [T, C], and carries the
+options with which `reference.route` reads them.
 """
 
 from __future__ import annotations
@@ -12,29 +12,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
+    from meteora.kernels.stack import ExpertStack
     from meteora.routing.prompt_opening import Prefill
 
 
 class Router(nn.Module):
-    """Abstract: `forward` takes tokens [T, IN] and returns logits [T, E]."""
+    """Abstract: `forward` takes tokens [T, IN] and returns logits [T, C]."""
 
-    def __init__(
-        self, num_experts: int, top_k: int, temperature: float, margin: float | None = None
-    ) -> None:
+    def __init__(self, num_choices: int, options: RouterOptions) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.temperature = temperature
-        self.margin = margin
+        self.num_choices = num_choices
+        self.options = options
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of tokens [T, IN]."""
-        return reference.route(self(tokens), self.top_k, self.temperature, self.margin)
+        return self.route(self(tokens))
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts, both [T, K], of logits [T, C]."""
+        options = self.options
+        return reference.route(logits, options.top_k, options.temperature, options.margin)
 
     @property
     def leads(self) -> bool:
@@ -42,7 +47,8 @@ class Router(nn.Module):
         return False
 
     def extra_repr(self) -> str:
-        return f"E={self.num_experts}, top_k={self.top_k}, temperature={self.temperature}"
+        options = self.options
+        return f"C={self.num_choices}, top_k={options.top_k}, temperature={options.temperature}"
 
 
 class Gate(Router):
@@ -52,100 +58,104 @@ class Gate(Router):
         self,
         weight: Tensor,
         bias: Tensor,
+        options: RouterOptions,
         *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-        margin: float | None = None,
         prefill: Prefill | None = None,
-        followed: Followed | None = None,
+        decision: Decision | None = None,
     ) -> None:
-        """Take G [E, IN] and c [E] as parameters.
+        """Take G [C, IN] and c [C] as parameters.
 
         Args:
             prefill: decides for the opening of a prompt; without it each token for itself
-            followed: where to leave the logits for the layers that follow this one
+            decision: where to leave what it decides, for the layers that follow this one
         """
-        super().__init__(len(weight), top_k, temperature, margin)
+        super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.prefill = prefill
-        self.followed = followed
+        self.decision = decision
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of each token by itself, [T, E]."""
+        """The logits of each token by itself, [T, C]."""
         return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = self.logits(tokens)
         if self.prefill is not None:
             logits = self.prefill.decide(logits)
-        if self.followed is not None:
-            self.followed.hold(logits)
+        if self.decision is not None:
+            self.decision.hold(logits)
         return logits
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         routes = super().choose(tokens)
-        if self.followed is not None:
-            self.followed.routes = (self.top_k, self.temperature, self.margin), routes
+        if self.decision is not None:
+            self.decision.options, self.decision.routes = self.options, routes
         return routes
 
     @property
     def leads(self) -> bool:
-        return self.followed is not None
+        return self.decision is not None
 
 
 @dataclass
-class Followed:
-    """What one gate found in the present forward pass, for all that follow it."""
+class Decision:
+    """What a gate decided for the tokens of the present pass.
+
+    The model's own code calls the layers one by one and hands nothing of ours from one to the next.
+    So a gate and the layers that follow it hold one such object: the gate writes, they read.
+    """
 
     logits: Tensor | None = None
-    """[T, E]"""
-    routes: tuple[tuple[int, float, float | None], tuple[Tensor, Tensor]] | None = None
-    """The gate's `top_k`, `temperature` and `margin`, and its weights and experts [T, K]."""
+    """[T, C]"""
+    options: RouterOptions | None = None
+    """By which the gate made its routes; None before it did."""
+    routes: tuple[Tensor, Tensor] | None = None
+    """Its weights and experts, [T, K]."""
 
     def hold(self, logits: Tensor) -> None:
-        """Take new logits [T, E]; the routes of earlier ones hold no longer."""
-        self.logits, self.routes = logits, None
+        """Take the logits [T, C] of a new pass; the routes of the last one are gone."""
+        self.logits, self.options, self.routes = logits, None, None
+
+    def logits_of(self, num_tokens: int) -> Tensor:
+        """The gate's logits [T, C].
+
+        Raises:
+            RuntimeError: the gate has not seen that many tokens in this pass.
+        """
+        seen = 0 if self.logits is None else len(self.logits)
+        if self.logits is None or seen != num_tokens:
+            raise RuntimeError(
+                f"a layer with {num_tokens} tokens follows a gate that saw {seen}; run the model"
+                " from its first layer"
+            )
+        return self.logits
 
 
 class Follower(Router):
     """Takes over what a gate before it decided for the same tokens: one decision, many layers."""
 
-    def __init__(
-        self,
-        followed: Followed,
-        num_experts: int,
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-        margin: float | None = None,
-    ) -> None:
-        super().__init__(num_experts, top_k, temperature, margin)
-        self.followed = followed
+    def __init__(self, decision: Decision, num_choices: int, options: RouterOptions) -> None:
+        super().__init__(num_choices, options)
+        self.decision = decision
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.followed.logits
-        if logits is None or logits.shape[0] != tokens.shape[0]:
-            raise RuntimeError(
-                f"a layer with {len(tokens)} tokens follows a gate that saw"
-                f" {0 if logits is None else len(logits)}; run the model from its first layer"
-            )
-        return logits
+        return self.decision.logits_of(len(tokens))
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits, routes = self(tokens), self.followed.routes
-        if routes is not None and routes[0] == (self.top_k, self.temperature, self.margin):
-            return routes[1]
-        return reference.route(logits, self.top_k, self.temperature, self.margin)
+        logits, decision = self(tokens), self.decision
+        if decision.routes is not None and decision.options == self.options:
+            return decision.routes
+        return self.route(logits)
 
 
 class Fixed(Router):
     """Given weights, the same for every token; one expert at weight 1 is plain PEFT."""
 
     def __init__(self, weights: Tensor) -> None:
-        """Take weights [E] that are not negative and sum to one."""
+        """Take weights [C] that are not negative and sum to one."""
         chosen = int((weights > 0).sum())
-        super().__init__(len(weights), chosen, temperature=1.0)
+        super().__init__(len(weights), RouterOptions("fixed", chosen, temperature=1.0))
         # the softmax of the logarithms gives the weights back, and exactly 1 for a single one
         self.register_buffer("logits", weights.float().log(), persistent=False)
 
@@ -155,48 +165,38 @@ class Fixed(Router):
 
 
 class Random(Router):
-    """Logits drawn anew for every token: a control, to see what choosing well is worth.
+    """Logits drawn at random for every token: a control that shows what choosing well is worth.
 
-    Seeded: two routers of one seed that are asked the same batches draw the same.
+    Two routers of one seed draw the same for the same batches.
     """
 
-    def __init__(
-        self, num_experts: int, seed: int, *, top_k: int = 1, temperature: float = 1.0
-    ) -> None:
-        super().__init__(num_experts, top_k, temperature)
+    def __init__(self, num_choices: int, options: RouterOptions, seed: int) -> None:
+        super().__init__(num_choices, options)
         self._generator = torch.Generator().manual_seed(seed)  # the same draws on every device
 
     def forward(self, tokens: Tensor) -> Tensor:
-        drawn = torch.rand(len(tokens), self.num_experts, generator=self._generator)
+        drawn = torch.rand(len(tokens), self.num_choices, generator=self._generator)
         return drawn.to(tokens.device)
 
 
 class Arrow(Router):
-    """Logits |v_e · x|, v_e the direction that B_e A_e stretches most (arXiv 2405.11157).
+    """Logits |v_c · x|, v_c the direction that B_c A_c stretches most (arXiv 2405.11157).
 
-    Needs no data; an expert that lacks the layer has logit 0.
+    Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        ranks: list[int],
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """Find v_e from A [R, IN] and B [OUT, R] by a singular value decomposition of r × r."""
-        super().__init__(len(ranks), top_k, temperature)
-        prototypes = torch.zeros(len(ranks), lora_a.shape[1], device=lora_a.device)
-        for e, (a, b) in enumerate(_experts(lora_a, lora_b, ranks)):
+    def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
+        """Find v_c of each choice by a singular value decomposition of r × r."""
+        super().__init__(stack.num_choices, options)
+        prototypes = torch.zeros(stack.num_choices, stack.a.shape[1], device=stack.a.device)
+        for c, (a, b) in enumerate(_factors(stack)):
             if len(a):
                 # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the right singular vectors are Q_a times those inside
                 q_a, r_a = torch.linalg.qr(a.T)
                 _, r_b = torch.linalg.qr(b)
                 _, singular, right = torch.linalg.svd(r_b @ r_a.T)
                 if singular[0] > 0:  # an expert that does nothing here has no direction
-                    prototypes[e] = q_a @ right[0]
+                    prototypes[c] = q_a @ right[0]
         self.register_buffer("prototypes", prototypes, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -205,43 +205,33 @@ class Arrow(Router):
 
 
 class Norm(Router):
-    """Logits ‖scaling_e B_e A_e x‖, computed in rank space (arXiv 2504.03454, 2509.18093).
+    """Logits ‖B_c S_c A_c x‖, S_c its scaling, in rank space (arXiv 2504.03454, 2509.18093).
 
-    Needs no data; an expert that lacks the layer has logit 0.
+    Needs no data; a choice without ranks has logit 0.
     """
 
-    def __init__(
-        self,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        ranks: list[int],
-        scaling: Tensor,
-        *,
-        top_k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """Fold scaling_e R_e A_e once, with B_e = Q_e R_e: ‖B_e A_e x‖ = ‖R_e A_e x‖."""
-        super().__init__(len(ranks), top_k, temperature)
-        folded = [
-            scale * torch.linalg.qr(b).R @ a
-            for (a, b), scale in zip(_experts(lora_a, lora_b, ranks), scaling.tolist(), strict=True)
-        ]
+    def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
+        """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
+        super().__init__(stack.num_choices, options)
+        folded = [torch.linalg.qr(b).R @ a for a, b in _factors(stack)]
         owner = torch.repeat_interleave(
-            torch.arange(len(ranks)), torch.tensor([len(rows) for rows in folded])
+            torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
         )
         self.register_buffer("folded", torch.cat(folded), persistent=False)  # [R, IN]
-        self.register_buffer("owner", owner.to(lora_a.device), persistent=False)  # [R]
+        self.register_buffer("owner", owner.to(stack.a.device), persistent=False)  # [R]
 
     def forward(self, tokens: Tensor) -> Tensor:
         folded: Tensor = self.folded  # ty: ignore[invalid-assignment]
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
         squares = (tokens.to(folded.dtype) @ folded.T).square()  # [T, R]
-        sums = squares.new_zeros(len(tokens), self.num_experts).index_add(1, owner, squares)
+        sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, owner, squares)
         return sums.sqrt()
 
 
-def _experts(lora_a: Tensor, lora_b: Tensor, ranks: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Each expert's A [r, IN] and B [OUT, r], in float32 at least."""
-    wide = torch.promote_types(lora_a.dtype, torch.float32)
-    parts_a, parts_b = lora_a.to(wide).split(ranks), lora_b.to(wide).split(ranks, dim=1)
-    return list(zip(parts_a, parts_b, strict=True))
+def _factors(stack: ExpertStack) -> Iterator[tuple[Tensor, Tensor]]:
+    """A [r, IN] and scaled B [OUT, r] of each choice, in float32 at least."""
+    wide = torch.promote_types(stack.a.dtype, torch.float32)
+    for c in range(stack.num_choices):
+        a, b = stack.pair(c)
+        scale = torch.as_tensor(stack.scale(c), dtype=wide, device=b.device)
+        yield a.to(wide), b.to(wide) * scale

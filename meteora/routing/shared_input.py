@@ -4,9 +4,10 @@
     k_proj ─┤ A of k                 one matmul, at q_proj        └ each layer's B, at that layer
     v_proj ─┘ A of v
 
-The model's own code calls the layers one by one and knows nothing of it: the first computes for all
-and the others take what it left, if they are called with that very input and that very decision.
-Nothing is held twice: each layer's A becomes rows of the point's.
+The model's own code calls the layers one by one and hands nothing of ours from one to the next. So
+they hold one `SharedMatmul`: the first layer computes for all, and each of the others takes its
+part, if it is called with that very input and that very decision. Nothing is held twice: each
+layer's A becomes rows of the joined one.
 """
 
 from __future__ import annotations
@@ -18,28 +19,25 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from meteora.kernels import gather_grouped, reference
+from meteora.kernels.stack import RankTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
+    from meteora.kernels.stack import ExpertStack
 
 
 class Member(Protocol):
-    """What of a routed layer its point asks for."""
+    """What a shared matmul needs of a routed layer."""
 
-    ranks: list[int]
-    lora_a: Tensor
-    rank_experts: Tensor
-    rank_scaling: Tensor
-    table: Tensor
-    table_scaling: Tensor
-    twin: Twin | None
+    stack: ExpertStack
+    kernel: KernelName | None
 
 
-class Shrunk(NamedTuple):
+class Product(NamedTuple):
     """A x of one layer, weighted; its B is to follow."""
 
     factors: Tensor
@@ -58,22 +56,32 @@ class Shrunk(NamedTuple):
         return gather_grouped.add_sums(b.T, self.index, self.factors, add_to)
 
 
-class _Left(NamedTuple):
-    """What the first layer left for the others."""
+class Share(NamedTuple):
+    """What one layer holds of a matmul that it shares."""
+
+    matmul: SharedMatmul
+    place: int
+    """Of the layer, in the order of their calls; the first computes."""
+
+
+class _Handover(NamedTuple):
+    """What the first layer computed for all."""
 
     x: weakref.ref[Tensor]
+    """The input, which is kept no longer than the model keeps it."""
     experts: Tensor
-    twin: Twin
-    shrunk: list[Shrunk]
+    kernel: KernelName
+    products: list[Product]
 
 
-class Point:
-    """Layers of one input, the first of which decides and computes for all."""
+class SharedMatmul:
+    """The first matmul of layers that read one input, the first of which decides for all."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self._addresses: list[int] = []
-        self._left: _Left | None = None
+        self._table: RankTable | None = None
+        self._handover: _Handover | None = None
         self._num_taken = 0
         self._join()
 
@@ -83,82 +91,100 @@ class Point:
 
     def __setstate__(self, state: dict[str, list[Member]]) -> None:
         self.members = state["members"]
-        self._addresses, self._left, self._num_taken = [], None, 0
+        self._addresses, self._table, self._handover, self._num_taken = [], None, None, 0
 
-    def shrink(
-        self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, twin: Twin
+    def compute(
+        self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, kernel: KernelName
     ) -> None:
-        """For the first layer: compute for all, where this twin can be shared.
+        """Compute A x of all layers, at the first of them, where this kernel can be shared.
 
         Args:
             x: what the layer was called with, by which the others' calls are known
             tokens: the same as [T, IN], in the experts' dtype
             weights, experts: [T, K], which hold for all
         """
-        self._left = None
-        if twin not in {"dense", "gather"} or not self._join():
+        self._handover = None
+        if kernel not in {"dense", "gather"} or not self._join():
             return
-        compute = self._dense if twin == "dense" else self._gather
+        multiply = self._dense if kernel == "dense" else self._gather
         self._num_taken = 0
-        self._left = _Left(weakref.ref(x), experts, twin, compute(tokens, weights, experts))
+        self._handover = _Handover(
+            weakref.ref(x), experts, kernel, multiply(tokens, weights, experts)
+        )
 
-    def taken(self, place: int, x: Tensor, experts: Tensor) -> Shrunk | None:
-        """What was left for a layer, if for this input and this decision."""
-        left = self._left
-        if left is None or left.x() is not x or left.experts is not experts:
+    def take(self, place: int, x: Tensor, experts: Tensor) -> Product | None:
+        """A x of one layer; None where it was computed for another input or decision."""
+        found = self._handover
+        if found is None or found.x() is not x or found.experts is not experts:
             return None
         self._num_taken += 1
         if self._num_taken == len(self.members):
-            self._left = None
-        return left.shrunk[place] if self.members[place].twin in {None, left.twin} else None
+            self._handover = None
+        return found.products[place] if self.members[place].kernel in {None, found.kernel} else None
 
-    def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Shrunk]:
-        index = self._rank_experts, self._rank_scaling, len(self.members[0].ranks)
-        factors = reference.shrink_dense(tokens, self._a, *index, weights, experts)
-        return [Shrunk(own, None) for own in factors.split(self._sizes, dim=1)]
+    def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
+        tables = self._owners, self._owner_scaling, self.members[0].stack.num_choices
+        factors = reference.rank_weights(weights, experts, *tables)
+        shrunk = ((tokens @ self._a.T) * factors).to(tokens.dtype)
+        return [Product(own, None) for own in shrunk.split(self._sizes, dim=1)]
 
-    def _gather(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Shrunk]:
-        owners, (num_layers, _, width) = experts.flatten(), self._table.shape
+    def _gather(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
+        if self._table is None:
+            self._table = self._join_tables()
+        table, scaling = self._table
+        owners, (num_layers, _, width) = experts.flatten(), table.shape
         size = num_layers, len(tokens), experts.shape[1] * width
-        index = self._table.index_select(1, owners)  # [layers, T · K, max r]
-        factors = self._table_scaling.index_select(1, owners) * weights.reshape(-1, 1)
+        index = table.index_select(1, owners)  # [layers, T · K, W]
+        factors = scaling.index_select(1, owners) * weights.reshape(-1, 1)
         dots = gather_grouped.chosen_dots(tokens, self._a, (index + self._starts).view(size), width)
         factors = (dots * factors.view(size)).to(tokens.dtype)
-        return [Shrunk(*own) for own in zip(factors, index.view(size), strict=True)]
+        return [Product(*own) for own in zip(factors, index.view(size), strict=True)]
 
     def _join(self) -> bool:
         """Whether the A's are rows of one matrix; makes them so again after they were moved."""
-        members = self.members
-        if [member.lora_a.data_ptr() for member in members] == self._addresses:
+        stacks = [member.stack for member in self.members]
+        if [stack.a.data_ptr() for stack in stacks] == self._addresses:
             return True
-        if len({(member.lora_a.device, member.lora_a.dtype) for member in members}) > 1:
+        if len({(stack.a.device, stack.a.dtype) for stack in stacks}) > 1:
             return False
-        # whoever loads or moves a model in inference mode may still want to train it
+        # who loads or moves a model in inference mode may still want to train it
         with torch.inference_mode(mode=False), torch.no_grad():
-            self._sizes = [len(member.lora_a) for member in members]
-            self._a = torch.cat([member.lora_a for member in members])  # [R of all, IN]
-            for member, own in zip(members, self._a.split(self._sizes), strict=True):
-                member.lora_a = own
-            self._rank_experts = torch.cat([member.rank_experts for member in members])
-            self._rank_scaling = torch.cat([member.rank_scaling for member in members])
-            width = max(member.table.shape[1] for member in members)
-            self._table, self._table_scaling = (
-                torch.stack([_widened(table, width) for table in tables])  # [layers, E, max r]
+            self._sizes = [len(stack.a) for stack in stacks]
+            self._a = torch.cat([stack.a for stack in stacks])  # [R of all, IN]
+            for stack, own in zip(stacks, self._a.split(self._sizes), strict=True):
+                stack.a = own
+            depth = max(len(stack.owners) for stack in stacks)
+            self._owners, self._owner_scaling = (
+                torch.cat([_filled(table, depth, dim=0) for table in tables], dim=1)
                 for tables in (
-                    [member.table for member in members],
-                    [member.table_scaling for member in members],
+                    [stack.owners for stack in stacks],
+                    [stack.owner_scaling for stack in stacks],
                 )
             )
+        self._table = None
+        self._addresses = [stack.a.data_ptr() for stack in stacks]
+        return True
+
+    def _join_tables(self) -> RankTable:
+        """The rank tables of all layers, [layers, C, W] each."""
+        with torch.inference_mode(mode=False):
+            tables = [member.stack.rank_table() for member in self.members]
+            width = max(table.index.shape[1] for table in tables)
             # a layer without ranks has no first row: it names another's, at scaling 0
             ends = accumulate(self._sizes)
             starts = [
                 end - size if size else 0 for end, size in zip(ends, self._sizes, strict=True)
             ]
-            self._starts = self._table.new_tensor(starts).view(-1, 1, 1)
-        self._addresses = [member.lora_a.data_ptr() for member in members]
-        return True
+            self._starts = tables[0].index.new_tensor(starts).view(-1, 1, 1)
+            return RankTable(
+                *(
+                    torch.stack([_filled(part, width, dim=1) for part in parts])
+                    for parts in zip(*tables, strict=True)
+                )
+            )
 
 
-def _widened(table: Tensor, width: int) -> Tensor:
-    """Filled up with rank 0 at scaling 0."""
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+def _filled(table: Tensor, size: int, *, dim: int) -> Tensor:
+    """Filled up with zeros to that size: rank 0 at scaling 0."""
+    missing = size - table.shape[dim]
+    return torch.nn.functional.pad(table, (0, 0, 0, missing) if dim == 0 else (0, missing))

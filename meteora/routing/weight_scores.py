@@ -1,12 +1,12 @@
-"""Experts without examples beside experts with gates: what their weights say stands in.
+"""Logits from an expert's weights, where there are no examples to fit its gate to.
 
-Nothing tells what the tokens of such an expert look like; its weights tell on which directions of a
-token it acts. So it is scored as `Arrow` or `Norm` would, and the score is judged by what it comes
-to on the tokens of the other experts: with mean m and standard deviation s over those,
+Without examples it is not known what the tokens of an expert look like, but its weights show on
+which directions of a token it acts. So `Arrow` or `Norm` scores it, and the score is compared with
+its mean m and standard deviation s on the tokens of the other experts:
 
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
-where the threshold t is such that of the others' held-out tokens only a hundredth go astray
+The threshold t is such that only a hundredth of the others' held-out tokens go to such an expert
 (`meteora.fitting.lda.GIVEN_UP`). An expert that lacks the layer is never chosen there.
 """
 
@@ -21,12 +21,12 @@ from meteora.artifacts import MeteoraError
 from meteora.routing.routers import Arrow, Gate, Norm
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from torch import Tensor
 
+    from meteora.artifacts import RouterOptions
     from meteora.routing.layer import MoELoRALinear
-    from meteora.routing.routers import Router
+    from meteora.routing.prompt_opening import Prefill
+    from meteora.routing.routers import Decision, Router
 
 KINDS = ("arrow", "norm")
 
@@ -50,7 +50,7 @@ class StandIn(nn.Module):
         self.register_buffer("standard", standard.float(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """How far each score stands out, less its threshold: [T, U]."""
+        """(score - m) / s - t of the experts without examples, [T, U]."""
         mean, deviation, threshold = self.standard
         apart = (self.score(tokens)[:, self.experts] - mean) / deviation.clamp_min(1e-12)
         return torch.where(deviation > 0, apart, 0.0) - threshold
@@ -59,24 +59,34 @@ class StandIn(nn.Module):
 class MixedGate(Gate):
     """A gate whose rows for experts without examples come from their weights."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stand_in: StandIn, **asked: Any) -> None:  # noqa: ANN401  (those of `Gate`)
-        super().__init__(weight, bias, **asked)
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        options: RouterOptions,
+        stand_in: StandIn,
+        *,
+        prefill: Prefill | None = None,
+        decision: Decision | None = None,
+    ) -> None:
+        super().__init__(weight, bias, options, prefill=prefill, decision=decision)
         self.stand_in = stand_in
 
     def logits(self, tokens: Tensor) -> Tensor:
         found = super().logits(tokens)
-        fitted = [e for e in range(self.num_experts) if e not in self.stand_in.experts]
+        fitted = [e for e in range(self.num_choices) if e not in self.stand_in.experts]
         best = found[:, fitted].max(-1, keepdim=True).values
         found = found.clone()
         found[:, self.stand_in.experts] = best + self.stand_in(tokens).to(best.dtype)
         return found
 
 
-def scorer(kind: str, layer: MoELoRALinear) -> Router:
-    """How `kind` scores the experts of a layer: `arrow` or `norm`."""
-    stack = layer.lora_a, layer.lora_b, layer.ranks
-    if kind == "arrow":
-        return Arrow(*stack)
-    if kind == "norm":
-        return Norm(*stack, torch.tensor(layer.scaling))
-    raise MeteoraError(f"{kind!r} cannot stand in for examples; choose one of {', '.join(KINDS)}")
+def scorer(options: RouterOptions, layer: MoELoRALinear) -> Router:
+    """What scores the experts of a layer, as `stand_in` names it: `arrow` or `norm`."""
+    if options.stand_in == "arrow":
+        return Arrow(layer.stack, options)
+    if options.stand_in == "norm":
+        return Norm(layer.stack, options)
+    raise MeteoraError(
+        f"{options.stand_in!r} cannot stand in for examples; choose one of {', '.join(KINDS)}"
+    )

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import one_hot
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.model.fused import expert_names, routed_by
-from meteora.routing.routers import Followed, Follower
+from meteora.routing.routers import Decision, Follower
 from pipelines.data.composites import last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
 
@@ -52,7 +52,7 @@ class OracleRouting:
         self.composites = composites
         self.names = names
         self.switches = switches
-        self.followed = Followed()
+        self.decision = Decision()
         self._asked: list[Composite] = []
         """The composite of each sequence in the batch that is being answered."""
         self._answers: list[list[int]] = []
@@ -74,7 +74,7 @@ class OracleRouting:
         else:
             experts = [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
         chosen = one_hot(torch.tensor(experts, device=ids.device), len(self.names))
-        self.followed.hold(chosen.flatten(0, 1).float())  # [T, E]
+        self.decision.hold(chosen.flatten(0, 1).float())  # [T, E]
 
     def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
         """The expert of every token of each prompt.
@@ -127,7 +127,8 @@ def use_oracle(
     routing = OracleRouting(tokenizer, composites, expert_names(model), switches=system == ORACLE)
     hook = model.base_model.register_forward_pre_hook(routing.set_experts, with_kwargs=True)
     try:
-        with routed_by(model, lambda layer: Follower(routing.followed, layer.num_experts)):
+        options = RouterOptions(system, top_k=1, temperature=1.0)
+        with routed_by(model, lambda layer: Follower(routing.decision, layer.num_choices, options)):
             yield
     finally:
         hook.remove()

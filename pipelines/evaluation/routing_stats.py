@@ -117,7 +117,7 @@ def _sums(
         )
     num_experts = len(expert_names(model))
     temperature = {
-        path: layer.router.temperature
+        path: layer.router.options.temperature
         for path, layer in routed_layers(model).items()
         if layer.router is not None
     }

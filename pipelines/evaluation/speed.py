@@ -125,7 +125,7 @@ def _weights(model: PreTrainedModel) -> tuple[int, int]:
     """Bytes in memory of the base, and of experts and routers; shared tensors count once."""
     added: set[nn.Module] = set()
     for layer in routed_layers(model).values():
-        added |= {layer, *(layer.router.modules() if layer.router else ())}
+        added |= {layer, layer.stack, *(layer.router.modules() if layer.router else ())}
     own: dict[int, int] = {}
     beside: dict[int, int] = {}
     for module in model.modules():

@@ -65,9 +65,7 @@ def use_router(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManag
     number = count(spec.seed * len(routed_layers(model)))  # every layer draws for itself
     return routed_by(
         model,
-        lambda layer: make_router(
-            spec.router, layer, spec.top_k, spec.temperature, seed=next(number)
-        ),
+        lambda layer: make_router(spec.options, layer, seed=next(number)),
     )
 
 
@@ -109,12 +107,9 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     """
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
-    device = layer.weight.device
+    device, stack = layer.weight.device, layer.stack
     parts = zip(
-        layer.lora_a.split(layer.ranks),
-        layer.lora_b.split(layer.ranks, dim=1),
-        layer.scaling,
-        strict=True,
+        stack.a.split(stack.ranks), stack.b.split(stack.ranks, dim=1), stack.scaling, strict=True
     )
     deltas = [
         scaling * b.to(device, torch.float32) @ a.to(device, torch.float32)

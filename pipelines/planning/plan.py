@@ -94,11 +94,9 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
-    router = RouterSpec(
+    router = RouterSpec.of(
         fused.id,
-        recipe.router.kind,
-        recipe.router.top_k,
-        recipe.router.temperature,
+        recipe.router.options(stand_ins, fitted=bool(examples)),
         method=recipe.gates.method if examples else "",
         examples_sha256=_examples_sha256(examples, spans) if examples else "",
         seed=recipe.gates.seed if examples else 0,
@@ -107,12 +105,6 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
-        margin=recipe.router.margin,
-        opening=recipe.router.opening if examples else "own",
-        null=recipe.router.null,
-        share=recipe.router.share if examples and not stand_ins else "module",
-        stand_in=recipe.router.without_examples if stand_ins else "",
-        stand_ins=stand_ins,
     )
     subjects = find_subjects(base, fused, router, recipe.benchmark)
     measurements = find_measurements(tasks, subjects, recipe.benchmark)

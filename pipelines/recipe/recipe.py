@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import BenchmarkSection, Section, known_metrics
 from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
@@ -92,6 +93,21 @@ class RouterSection(Section):
     """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
     as this router does."""
 
+    def options(self, stand_ins: tuple[str, ...], *, fitted: bool) -> RouterOptions:
+        """How the model is asked to route.
+
+        Args:
+            stand_ins: the experts without examples
+            fitted: whether gates are fitted at all
+        """
+        found = RouterOptions(**self.model_dump(exclude={"without_examples"}))
+        if not fitted:
+            return replace(found, opening="own", share="module")
+        if not stand_ins:
+            return found
+        stand_in = self.without_examples
+        return replace(found, share="module", stand_in=stand_in, stand_ins=stand_ins)
+
 
 class PolicySection(Section):
     """What to do with adapters that are not sound."""
@@ -146,13 +162,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
-        asked = {
-            "margin",
-            "opening",
-            "null",
-            "share",
-            "without_examples",
-        } & self.router.model_fields_set
+        asked = self.router.model_fields_set - {"kind", "top_k", "temperature"}
         if self.router.kind != "gate" and asked:
             raise ValueError(
                 f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"

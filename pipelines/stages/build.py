@@ -234,12 +234,8 @@ def _calibrate(
         return calibrate.calibrate(
             model,
             sequences,
-            top_k=router.top_k,
-            temperature=router.temperature,
-            margin=router.margin,
+            router.options,
             template=template,
-            share=router.share,
-            stand_in=router.stand_in,
             seed=router.seed,
             scratch=scratch,
             progress=lambda _done, _total: advance(1),

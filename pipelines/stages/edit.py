@@ -209,18 +209,11 @@ def _router(
     before: Manifest, after: Manifest, examples_sha256: str, composites: tuple[int, ...] = ()
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
-    how = after.router
-    return RouterSpec(
+    return RouterSpec.of(
         _fused(after).id,
-        how.kind,
-        how.top_k,
-        how.temperature,
+        after.router,
         method="calibrate",
         examples_sha256=examples_sha256,
-        margin=how.margin,
-        opening=how.opening,
-        null=how.null,
-        share=how.share,
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
         grown_from=before.router_id,

@@ -14,7 +14,6 @@ from meteora.checkpoint.manifest import (
     BaseEntry,
     ExpertEntry,
     Manifest,
-    RouterEntry,
 )
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
@@ -51,17 +50,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         ),
         experts=tuple(map(entry_of, plan.experts)),
         modules=module_entries([expert.adapter.spec for expert in plan.experts]),
-        router=RouterEntry(
-            plan.router.router,
-            plan.router.top_k,
-            plan.router.temperature,
-            plan.router.margin,
-            plan.router.opening,
-            plan.router.null,
-            plan.router.share,
-            plan.router.stand_in,
-            plan.router.stand_ins,
-        ),
+        router=plan.router.options,
         gates=made,
         fused_id=plan.fused.id,
         router_id=plan.router.id,

@@ -14,9 +14,10 @@ import torch
 
 from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
+from meteora.artifacts import RouterOptions
 from meteora.base import loading
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
-from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest, RouterEntry
+from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.model.fused import expert_names, insert_experts
 from meteora.model.generate import answer_all
@@ -87,7 +88,7 @@ class World:
                 for name, one in zip(chosen, read_ones, strict=True)
             ),
             modules=module_entries([one.spec for one in read_ones]),
-            router=RouterEntry("gate", 1, 1.0, null=null),
+            router=RouterOptions("gate", 1, 1.0, null=null),
         )
         model, _ = loading.load_folder(self.base, dtype=torch.float32)
         insert_experts(model, self.folder, manifest)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import NULL, JointSettings
+from meteora.artifacts import NULL, JointSettings, RouterOptions
+from meteora.artifacts.routers import POINT_GATES
 from meteora.base.chat_template import encode_prompt
-from meteora.checkpoint.manifest import RouterEntry
 from meteora.fitting.add_expert import grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.joint import train_jointly
@@ -81,7 +82,9 @@ def oracle(world: World, results: Results) -> None:
     results.keep("oracle", {"scores": scores})
     for kind in ("uniform", "arrow", "norm"):
         if kind not in results:
-            with routed_by(model, lambda layer, kind=kind: untrained(kind, layer, 1, 1.0)):
+            with routed_by(
+                model, lambda layer, kind=kind: untrained(RouterOptions(kind, 1, 1.0), layer)
+            ):
                 results.keep(kind, judged(world, model, {}))
 
 
@@ -143,18 +146,19 @@ def replaced(settings: JointSettings, **changed: Any) -> JointSettings:
 
 def choices(world: World, results: Results) -> None:
     """How many experts a token gets, and how far one gate decides."""
-    options: dict[str, dict[str, Any]] = {
+    asked: dict[str, dict[str, Any]] = {
         "top-2": {"top_k": 2},
         f"top-2, margin {MARGIN}": {"top_k": 2, "margin": MARGIN},
         "share module": {"share": "module"},
         "share layer": {"share": "layer"},
         "share token": {"share": "token"},
-        f"share layer, {TAUGHT} examples": {"share": "layer", "count": TAUGHT},
+        f"share layer, {TAUGHT} examples": {"share": "layer"},
     }
-    for key, asked in options.items():
+    for key, changed in asked.items():
         if key in results:
             continue
-        model, found = fitted(world, **asked)
+        count = TAUGHT if "examples" in key else USUAL
+        model, found = fitted(world, count, options=replace(POINT_GATES, **changed))
         results.keep(key, judged(world, model, found | {"speed": speed(model)}))
 
 
@@ -262,7 +266,7 @@ def growth(world: World, results: Results) -> None:
         "scores": world.scores(before, old),
     })  # fmt: skip
     model = world.model()
-    entry = RouterEntry("gate", 1, 1.0, opening="prompt", share="point")
+    entry = RouterOptions("gate", 1, 1.0, opening="prompt", share="point")
     with timed() as clock:
         grow(model, world.sequences(USUAL, [new]), gates_of(before), made.statistics, entry)
     results.keep("grown", judged(world, model, {"seconds": clock["seconds"]}))

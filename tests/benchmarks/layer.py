@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def variants(
         "bare base": (lambda: base, ""),
         "meteora": (lambda: ours, "chosen"),
         "meteora, tokens of one task": (lambda: one_task(ours), "chosen"),
-        "meteora, dense": (lambda: by_twin(ours, "dense"), "every"),
-        "meteora, gather": (lambda: by_twin(ours, "gather"), "chosen"),
-        "meteora, grouped": (lambda: by_twin(ours, "grouped"), "chosen"),
+        "meteora, dense": (lambda: by_kernel(ours, "dense"), "every"),
+        "meteora, gather": (lambda: by_kernel(ours, "gather"), "chosen"),
+        "meteora, grouped": (lambda: by_kernel(ours, "grouped"), "chosen"),
         "one LoRA (PEFT)": (lambda: peers.one_lora(base, folders), "one"),
         "loop over experts": (lambda: peers.with_layers(ours, peers.LoopLinear), "chosen"),
         "bmm of gathered weights": (lambda: peers.with_layers(ours, peers.BmmLinear), "chosen"),
@@ -119,11 +119,11 @@ def variants(
     return timing.built(made, only)
 
 
-def by_twin(model: PreTrainedModel, twin: Twin) -> PreTrainedModel:
-    """The same model, whose layers all compute by one twin."""
+def by_kernel(model: PreTrainedModel, kernel: KernelName) -> PreTrainedModel:
+    """The same model, whose layers all compute by one kernel."""
     model = peers.share(model)
     for layer in routed_layers(model).values():
-        layer.twin = twin
+        layer.kernel = kernel
     return model
 
 
@@ -133,8 +133,8 @@ def one_task(model: PreTrainedModel) -> PreTrainedModel:
     for layer in routed_layers(model).values():
         assert isinstance(layer.router, Gate)
         bias = torch.zeros_like(layer.router.bias.data)
-        bias[: layer.router.top_k] = 1e6
-        gate = Gate(layer.router.weight.data, bias, top_k=layer.router.top_k)
+        bias[: layer.router.options.top_k] = 1e6
+        gate = Gate(layer.router.weight.data, bias, layer.router.options)
         layer.router = gate.requires_grad_(requires_grad=False)
     return model
 

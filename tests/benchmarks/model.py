@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from meteora.routing.gates import share_first_matmuls
 from meteora.routing.layer import routed_layers
-from meteora.routing.routers import Followed, Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate
 from tests.benchmarks import layer as three_layers
 from tests.benchmarks import peers, timing
 
@@ -58,16 +58,16 @@ class Row:
 
 def a_gate_a_point(model: PreTrainedModel, *, shared: bool = True) -> PreTrainedModel:
     """The same model, whose modules of one input follow the first's gate."""
-    model, followed, follows = peers.share(model), {}, {}
+    model, decisions, follows = peers.share(model), {}, {}
     for path, layer in routed_layers(model).items():
         parent, _, name = path.rpartition(".")
         router = layer.router
         assert isinstance(router, Gate)
         for first, *others in POINTS:
             if name == first:
-                followed[parent] = router.followed = Followed()
+                decisions[parent] = router.decision = Decision()
             elif name in others:
-                layer.router = Follower(followed[parent], layer.num_experts, top_k=router.top_k)
+                layer.router = Follower(decisions[parent], layer.num_choices, router.options)
                 follows[path] = f"{parent}.{first}"
     if shared:
         share_first_matmuls(model, follows)

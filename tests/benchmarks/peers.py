@@ -19,9 +19,9 @@ from peft.tuners.lora import ArrowConfig, create_arrow_model
 from torch import nn
 
 from meteora.adapters import reader
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import manifest, tensors
 from meteora.checkpoint.stack import module_entries, stack_adapters
-from meteora.kernels import reference
 from meteora.model.fused import EXPERTS, insert_layer
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Gate
@@ -106,8 +106,8 @@ def routed(
             a, b = (file.get_tensor(f"{path}.lora_{factor}") for factor in "AB")
             insert_layer(model, path, a, b, entry)
     for layer in routed_layers(model).values():
-        size = (len(specs), layer.lora_a.shape[1])
-        gate = Gate(torch.randn(size), torch.zeros(len(specs)), top_k=top_k)
+        size = (len(specs), layer.stack.a.shape[1])
+        gate = Gate(torch.randn(size), torch.zeros(len(specs)), RouterOptions("gate", top_k, 1.0))
         layer.router = gate.to(layer.weight.device).requires_grad_(requires_grad=False)
     return model.eval()
 
@@ -130,10 +130,10 @@ class _Peer(nn.Module):
     def __init__(self, layer: MoELoRALinear) -> None:
         super().__init__()
         self.projection, self.router = layer.projection, layer.router
-        num_experts, r = layer.num_experts, layer.ranks[0]
-        self.register_buffer("a", layer.lora_a.unflatten(0, (num_experts, r)))  # [E, r, IN]
-        b = layer.lora_b.unflatten(1, (num_experts, r)).movedim(1, 0)
-        self.register_buffer("b", b.contiguous() * layer.scaling[0])  # [E, OUT, r]
+        num_experts, r = layer.num_choices, layer.stack.ranks[0]
+        self.register_buffer("a", layer.stack.a.unflatten(0, (num_experts, r)))  # [E, r, IN]
+        b = layer.stack.b.unflatten(1, (num_experts, r)).movedim(1, 0)
+        self.register_buffer("b", b.contiguous() * layer.stack.scaling[0])  # [E, OUT, r]
 
     @property
     def weight(self) -> Tensor:
@@ -142,7 +142,7 @@ class _Peer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, tokens, router = self.projection(x), x.reshape(-1, x.shape[-1]), self.router
         assert router is not None
-        weights, experts = reference.route(router(tokens), router.top_k, router.temperature)
+        weights, experts = router.choose(tokens)
         return y + self.delta(tokens, weights, experts).view(y.shape)
 
     @abstractmethod

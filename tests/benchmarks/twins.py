@@ -1,9 +1,9 @@
-"""Each twin of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
+"""Each kernel of one routed layer against the bare layer: `python -m tests.benchmarks.twins`.
 
-The measurements behind `twins.choose_twin`: the ratio of the whole routed layer, its gate and
+The measurements behind `dispatch.choose_kernel`: the ratio of the whole routed layer, its gate and
 routing included, to the bare projection, over experts, ranks, tokens, sizes and dtypes. Beside it
 stands its floor, the arithmetic of the gate and of the chosen experts alone. The table has what the
-function chooses, and the twin that was better where another was; `--json` has all.
+function chooses, and the kernel that was better where another was; `--json` has all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import dispatch, gather_grouped
+from meteora.kernels.stack import ExpertStack, Sizes
 from meteora.routing.layer import MoELoRALinear
 from meteora.routing.routers import Gate
 from tests.benchmarks import timing
@@ -26,19 +28,19 @@ from tests.benchmarks import timing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from meteora.kernels.dispatch import Twin
+    from meteora.kernels.dispatch import KernelName
 
 TOP_K = 2
 MIXED = [4, 8, 16, 64]
 """Ranks that take turns where the rank is `mixed`."""
 MOST_RANKS = 8192
-"""More than that is left out: its dense twin alone would take minutes."""
+"""More than that is left out: its dense kernel alone would take minutes."""
 BETTER = 0.95
-"""Another twin is told of where it took less than this part of the time of the chosen one."""
+"""Another kernel is shown where it took less than this part of the time of the chosen one."""
 
 
-def twins_of(device: str) -> list[Twin]:
-    on_cpu: list[Twin] = ["dense", "gather", "grouped"]
+def kernels_of(device: str) -> list[KernelName]:
+    on_cpu: list[KernelName] = ["dense", "gather", "grouped"]
     if torch.device(device).type == "cuda" and gather_grouped.has_triton():
         return [*on_cpu, "gather_triton", "grouped_triton"]
     return on_cpu
@@ -48,14 +50,16 @@ def routed(size: int, ranks: list[int], dtype: torch.dtype) -> MoELoRALinear:
     num_experts = len(ranks)
     return MoELoRALinear(
         nn.Linear(size, size, bias=False, dtype=dtype),
-        torch.randn(sum(ranks), size).to(dtype),
-        torch.randn(size, sum(ranks)).to(dtype),
-        ranks,
-        [1.0] * num_experts,
+        ExpertStack(
+            torch.randn(sum(ranks), size).to(dtype),
+            torch.randn(size, sum(ranks)).to(dtype),
+            ranks,
+            [1.0] * num_experts,
+        ),
         Gate(
             torch.randn(num_experts, size, dtype=dtype),
             torch.zeros(num_experts, dtype=dtype),
-            top_k=TOP_K,
+            RouterOptions("gate", TOP_K, 1.0),
         ),
     ).requires_grad_(requires_grad=False)
 
@@ -79,10 +83,13 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         layer = routed(size, ranks, getattr(torch, dtype)).to(asked.device)
         for num_tokens in asked.tokens:
             x = torch.randn(num_tokens, size, device=asked.device).to(getattr(torch, dtype))
-            names = twins_of(asked.device)
+            names = kernels_of(asked.device)
             seconds = timing.best_of(
                 {"bare": lambda x=x, layer=layer: layer.projection(x)}
-                | {twin: lambda x=x, twin=twin, layer=layer: run(layer, twin, x) for twin in names},
+                | {
+                    kernel: lambda x=x, kernel=kernel, layer=layer: run(layer, kernel, x)
+                    for kernel in names
+                },
                 asked.rounds,
                 asked.device,
                 limit_seconds=asked.seconds,
@@ -97,12 +104,12 @@ def measure(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "tokens": num_tokens,
                 "floor": floor(size, ranks),
                 "bare_us": 1e6 * seconds["bare"],
-                **{twin: seconds[twin] / seconds["bare"] for twin in names},
+                **{kernel: seconds[kernel] / seconds["bare"] for kernel in names},
             }
 
 
-def run(layer: MoELoRALinear, twin: Twin, x: torch.Tensor) -> torch.Tensor:
-    layer.twin = twin
+def run(layer: MoELoRALinear, kernel: KernelName, x: torch.Tensor) -> torch.Tensor:
+    layer.kernel = kernel
     return layer(x)
 
 
@@ -129,10 +136,10 @@ def as_tables(rows: Sequence[dict[str, Any]], device: str) -> str:
 
 def cell(row: dict[str, Any], device: str) -> str:
     size, num_experts = row["hidden"], row["experts"]
-    sizes = dispatch.Sizes(size, size, num_experts, row["R"], row["max_r"])
+    sizes = Sizes(size, size, num_experts, row["R"], row["max_r"])
     top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
-    chosen = dispatch.choose_twin(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
-    best = min(twins_of(device), key=row.__getitem__)
+    chosen = dispatch.choose_kernel(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
+    best = min(kernels_of(device), key=row.__getitem__)
     text = f"{row[chosen]:.2f} {chosen}"
     if row[best] < BETTER * row[chosen]:
         text += f" ({best} {row[best]:.2f})"

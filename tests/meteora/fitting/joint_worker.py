@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 import meteora
+from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.fitting.joint import train_jointly
 from meteora.routing.gates import gates_of
@@ -44,7 +45,9 @@ def main() -> None:
     asked = parser.parse_args()
     model, _ = meteora.load(asked.checkpoint, base_folder=asked.base)
     found = sequences(asked.lists)
-    train_jointly(model, found, SETTINGS, top_k=asked.top_k, sharded=asked.sharded)
+    train_jointly(
+        model, found, SETTINGS, replace(POINT_GATES, top_k=asked.top_k), sharded=asked.sharded
+    )
     if PartialState().is_main_process:
         tensors.write_gates(asked.out, gates_of(model))
         print(PartialState().num_processes, "processes")

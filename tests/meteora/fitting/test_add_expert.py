@@ -7,9 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from meteora.artifacts import NULL
+from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
-from meteora.checkpoint.manifest import RouterEntry
 from meteora.fitting.add_expert import drop, grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Rows, Scatter
@@ -26,7 +25,7 @@ from tests.meteora.fitting.test_calibrate import (
     unmarked,
 )
 
-ENTRY = RouterEntry("gate", 1, 1.0, share="point")
+ENTRY = RouterOptions("gate", 1, 1.0, share="point")
 
 
 def scatter_of(x, labels, weights=None):

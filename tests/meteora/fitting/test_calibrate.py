@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts import RouterOptions
+from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import GATES, RouterEntry
+from meteora.checkpoint.manifest import GATES
 from meteora.fitting import calibrate as train
 from meteora.fitting import layerwise
 from meteora.fitting import sequences as dealing
@@ -132,7 +133,14 @@ def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
 def test_the_same_inputs_give_the_same_bytes(world, tmp_path, devices):
     for name, device in zip(("one", "other"), devices, strict=True):
         model = world.load()
-        calibrate(model, examples(4), top_k=2, seed=5, device=device, template=Template((1, 1), ()))
+        calibrate(
+            model,
+            examples(4),
+            replace(POINT_GATES, top_k=2),
+            seed=5,
+            device=device,
+            template=Template((1, 1), ()),
+        )
         tensors.write_gates(tmp_path / name, gates_of(model))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
@@ -190,7 +198,7 @@ def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, mon
 
 
 def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
-    found = calibrate(model, examples(4), share="module")
+    found = calibrate(model, examples(4), replace(POINT_GATES, share="module"))
     gates = gates_of(model).own
     q, k, o = (gates[f"model.layers.0.self_attn.{name}_proj"][0] for name in "qko")
     assert torch.equal(q, k)
@@ -236,7 +244,7 @@ def test_a_gate_is_fitted_to_inputs_as_the_routed_layers_below_produce_them(mode
     ],
 )
 def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share, deciding):
-    calibrate(model, examples(4), share=share)
+    calibrate(model, examples(4), replace(POINT_GATES, share=share))
     gates = gates_of(model)
     found: dict[str, list[str]] = {}
     for path in gates.own:
@@ -246,7 +254,7 @@ def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share
 
     tensors.write_gates(tmp_path / GATES, gates)
     again = world.load()
-    insert_gates(again, tensors.read_gates(tmp_path, world.manifest), RouterEntry("gate", 1, 1.0))
+    insert_gates(again, tensors.read_gates(tmp_path, world.manifest), RouterOptions("gate", 1, 1.0))
     ids = torch.tensor([examples(2)[0].input_ids])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
@@ -255,7 +263,7 @@ def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share
 @pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
 def test_small_batches_teach_what_large_ones_do(model, monkeypatch, share):
     monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
-    calibrate(model, examples(12), share=share)
+    calibrate(model, examples(12), replace(POINT_GATES, share=share))
     assert routing_accuracy(model, examples(6, seed=1)) > 0.9
 
 
@@ -264,7 +272,7 @@ def test_gates_that_are_shared_at_a_point_route_as_gates_of_each_module(world):
     out = []
     for share in ("module", "point"):
         model = world.load()
-        calibrate(model, examples(4), share=share)
+        calibrate(model, examples(4), replace(POINT_GATES, share=share))
         with torch.no_grad():
             out.append(model(ids).logits)
     assert torch.equal(*out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meteora.artifacts import JointSettings
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.fitting import calibrate
 from meteora.fitting.joint import DivergedError, train_jointly
@@ -86,7 +86,7 @@ def test_nothing_but_gates_is_optimised_and_nothing_else_changes(model, optimise
         if done == 1:
             placed.extend(gates_in(model).values())
 
-    train_jointly(model, examples(2), SETTINGS, top_k=top_k, progress=note)
+    train_jointly(model, examples(2), SETTINGS, replace(POINT_GATES, top_k=top_k), progress=note)
     gates = [parameter for gate in placed for parameter in gate.parameters()]
     assert {id(p) for p in optimised} == {id(p) for p in gates}
     assert len(optimised) == 2 * 8  # q, k, v share a gate, and so do gate and up
@@ -95,7 +95,7 @@ def test_nothing_but_gates_is_optimised_and_nothing_else_changes(model, optimise
     after = [p.requires_grad for name, p in model.named_parameters() if ".router." not in name]
     assert after == wanted
     assert list(gates_in(model).values()) == placed
-    assert all(gate.top_k == top_k for gate in placed)
+    assert all(gate.options.top_k == top_k for gate in placed)
     assert not any(p.requires_grad for p in gates)
 
 
@@ -129,7 +129,7 @@ def test_training_goes_on_from_calibrated_gates(model, world):
 
 def with_gates(model, top_k, share="point"):
     """Random gates that learn, and their parameters."""
-    calibrate.calibrate(model, examples(2), top_k=top_k, share=share)
+    calibrate.calibrate(model, examples(2), replace(POINT_GATES, top_k=top_k, share=share))
     model.requires_grad_(requires_grad=False)
     gates = learning_gates(model, zeros=True)
     torch.manual_seed(1)
@@ -210,7 +210,7 @@ def test_accumulated_batches_teach_what_one_large_batch_does(world, top_k):
     for batch_size, accumulate in ((8, 1), (2, 4)):
         model = world.load()
         settings = replace(SETTINGS, batch_size=batch_size, accumulate=accumulate)
-        train_jointly(model, [*examples(3), *lists(4)], settings, top_k=top_k)
+        train_jointly(model, [*examples(3), *lists(4)], settings, replace(POINT_GATES, top_k=top_k))
         gates.append(gates_of(model).own)
     for path, (weight, _) in gates[0].items():
         torch.testing.assert_close(gates[1][path][0], weight, rtol=1e-3, atol=1e-4)
@@ -237,7 +237,7 @@ def test_a_training_that_was_stopped_ends_in_the_same_bytes(world, tmp_path, top
     sequences = examples(3)
     settings = replace(SETTINGS, steps=9, start="calibrate")
     whole = world.load()
-    train_jointly(whole, sequences, settings, top_k=top_k, seed=3)
+    train_jointly(whole, sequences, settings, replace(POINT_GATES, top_k=top_k), seed=3)
 
     class Killed(BaseException):
         pass
@@ -246,7 +246,12 @@ def test_a_training_that_was_stopped_ends_in_the_same_bytes(world, tmp_path, top
         if done == 5:
             raise Killed
 
-    asked: dict[str, Any] = {"top_k": top_k, "seed": 3, "folder": tmp_path, "checkpoint_every": 2}
+    asked: dict[str, Any] = {
+        "options": replace(POINT_GATES, top_k=top_k),
+        "seed": 3,
+        "folder": tmp_path,
+        "checkpoint_every": 2,
+    }
     with pytest.raises(Killed):
         train_jointly(world.load(), sequences, settings, progress=kill, **asked)
     steps, resumed = [], world.load()
@@ -272,7 +277,7 @@ def test_the_seed_decides_and_nothing_else(world, tmp_path):
 
 def test_the_state_of_another_training_is_refused(world, tmp_path):
     train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)
-    other: list[dict[str, Any]] = [{"seed": 1}, {"top_k": 2}]
+    other: list[dict[str, Any]] = [{"seed": 1}, {"options": replace(POINT_GATES, top_k=2)}]
     for changed in other:
         with pytest.raises(StateError, match="belongs to a training with other examples"):
             train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path, **changed)
@@ -298,7 +303,7 @@ def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
             with torch.no_grad():
                 model.get_submodule("model.layers.1.input_layernorm").weight[0] = torch.nan
 
-    asked: dict[str, Any] = {"top_k": top_k, "folder": tmp_path}
+    asked: dict[str, Any] = {"options": replace(POINT_GATES, top_k=top_k), "folder": tmp_path}
     with pytest.raises(DivergedError, match=r"step 4: .* gate of model\.layers\.\d\.\w+\.\w+_proj"):
         train_jointly(model, examples(2), SETTINGS, progress=poison, **asked)
     assert [layer.router for layer in routed_layers(model).values()] == before
@@ -306,7 +311,7 @@ def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
     train_jointly(good, examples(2), SETTINGS, progress=lambda n, _: steps.append(n), **asked)
     assert steps == [4, 5, 6]
     whole = world.load()
-    train_jointly(whole, examples(2), SETTINGS, top_k=top_k)
+    train_jointly(whole, examples(2), SETTINGS, replace(POINT_GATES, top_k=top_k))
     assert gate_bytes(good, tmp_path) == gate_bytes(whole, tmp_path)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.fitting.joint import train_jointly
 from meteora.routing.gates import gates_of
@@ -31,7 +33,7 @@ LAUNCH = (
 )
 def test_two_processes_come_to_the_gates_of_one(world, tmp_path, top_k, more):
     model = world.load()
-    train_jointly(model, sequences("--lists" in more), SETTINGS, top_k=top_k)
+    train_jointly(model, sequences("--lists" in more), SETTINGS, replace(POINT_GATES, top_k=top_k))
     tensors.write_gates(tmp_path / "one", gates_of(model))
     asked = [str(world.checkpoint), str(world.base), str(tmp_path / "two"), str(top_k)]
     done = subprocess.run(

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.kernels.addmm import Plain
+from meteora.kernels.stack import ExpertStack
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear
 from meteora.routing.routers import Gate
@@ -20,27 +22,36 @@ median module has 0.005 to 0.07, nine in ten have up to 0.16, and the largest of
 
 
 def make(
-    projection, num_in, num_out, dtype, *, x, twin=None, top_k=2, say=TRAINED, cached=False, seed=0
+    projection,
+    num_in,
+    num_out,
+    dtype,
+    *,
+    x,
+    kernel=None,
+    top_k=2,
+    say=TRAINED,
+    cached=False,
+    seed=0,
 ):
     """A layer whose experts say `say` times as much as its projection, on tokens x [T, IN]."""
     torch.manual_seed(seed)
     projection = projection.to(dtype).requires_grad_(requires_grad=False)
-    gate = Gate(torch.randn(len(RANKS), num_in), torch.zeros(len(RANKS)), top_k=top_k)
+    gate = Gate(
+        torch.randn(len(RANKS), num_in), torch.zeros(len(RANKS)), RouterOptions("gate", top_k, 1.0)
+    )
     lora_a = torch.randn(sum(RANKS), num_in) / num_in**0.5
     lora_b = torch.randn(num_out, sum(RANKS))
     layer = MoELoRALinear(
         projection,
-        lora_a.to(dtype),
-        lora_b.to(dtype),
-        RANKS,
-        SCALING,
+        ExpertStack(lora_a.to(dtype), lora_b.to(dtype), RANKS, SCALING, mapped=cached),
         gate.to(dtype),
-        twin=twin,
+        kernel=kernel,
         cache=ExpertCache(1 << 20) if cached else None,
     ).eval()
     with torch.no_grad():
         bare, delta = in_float64(layer, x)
-        layer.lora_b.mul_(say * bare.norm() / delta.norm())
+        layer.stack.b.mul_(say * bare.norm() / delta.norm())
     return layer
 
 
@@ -51,9 +62,8 @@ def in_float64(layer, x):
     bare = x.double() @ weight.double()
     if layer.projection.bias is not None:
         bare = bare + layer.projection.bias.double()
-    factors = layer.lora_a.double(), layer.lora_b.double(), RANKS
-    scaling = torch.tensor(SCALING, device=x.device)
-    return bare, reference.lora_delta_loop(x.double(), *factors, scaling, weights.double(), experts)
+    stack = ExpertStack(layer.stack.a.double(), layer.stack.b.double(), RANKS, SCALING)
+    return bare, reference.lora_delta_loop(x.double(), stack, weights.double(), experts)
 
 
 def error(got, expected):
@@ -77,21 +87,21 @@ SHAPES = [(256, 192, 320), (16, 1024, 576)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("say", [SMALL, TRAINED])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_the_error_is_no_worse_than_the_bare_layers_own(device, twin, dtype, say, top_k):
+def test_the_error_is_no_worse_than_the_bare_layers_own(device, kernel, dtype, say, top_k):
     for seed, (num_tokens, num_in, num_out) in enumerate(SHAPES):
         x = torch.randn(num_tokens, num_in).to(dtype)
-        asked = {"twin": twin, "top_k": top_k, "say": say, "seed": seed}
+        asked = {"kernel": kernel, "top_k": top_k, "say": say, "seed": seed}
         layer = make(linear(num_in, num_out), num_in, num_out, dtype, x=x, **asked)
         assert over_bare(layer.to(device), x.to(device)) <= 1.05
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_after_the_other_is_as_exact(dtype):
-    """Decoding: another twin, and matrices of one row."""
+    """Decoding: another kernel, and matrices of one row."""
     x = torch.randn(64, 576).to(dtype)
     layer = make(linear(576, 320), 576, 320, dtype, x=x)
     with torch.no_grad():
@@ -106,7 +116,7 @@ def test_experts_in_32_bits_on_a_base_in_16_are_as_exact(dtype, cached):
     """As PEFT saves most of them; what they say is rounded at its own size, three times that."""
     x = torch.randn(256, 192).to(dtype)
     layer = make(linear(192, 320), 192, 320, dtype, x=x, say=3 * TRAINED, cached=cached)
-    layer.lora_a, layer.lora_b = layer.lora_a.float(), layer.lora_b.float()
+    layer.stack.a, layer.stack.b = layer.stack.a.float(), layer.stack.b.float()
     assert over_bare(layer, x) <= 1.05
     assert layer(x).dtype == dtype
 
@@ -123,34 +133,34 @@ def test_experts_one_by_one_beside_a_projection_lose_more(dtype):
         for e, r in enumerate(RANKS):
             ranks = slice(start, start := start + r)
             share = (weights * (experts == e)).sum(-1, keepdim=True).to(dtype)
-            added = x @ layer.lora_a[ranks].T @ layer.lora_b[:, ranks].T * SCALING[e]
+            added = x @ layer.stack.a[ranks].T @ layer.stack.b[:, ranks].T * SCALING[e]
             plain = plain + added * share
         assert error(layer(x), bare + delta) <= 0.75 * error(plain, bare + delta)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_experts_that_say_as_much_as_the_projection_cost_no_more_than_beside_it(dtype, twin):
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_experts_that_say_as_much_as_the_projection_cost_no_more_than_beside_it(dtype, kernel):
     """What they say is rounded to 16 bits too, and at that size it shows. Called and then added to,
     as every other module is, the projection is as far off or further."""
     x = torch.randn(256, 192).to(dtype)
-    layer = make(linear(192, 320), 192, 320, dtype, x=x, say=LARGE, twin=twin)
+    layer = make(linear(192, 320), 192, 320, dtype, x=x, say=LARGE, kernel=kernel)
     one_sum = over_bare(layer, x)
     layer.projection.register_forward_hook(lambda *_: None)
     assert one_sum <= min(1.85, 1.03 * over_bare(layer, x))
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bias_is_rounded_with_what_the_experts_say(twin, kind, dtype):
+def test_a_bias_is_rounded_with_what_the_experts_say(kernel, kind, dtype):
     """It shows where it is large: of a third of the output here."""
     x = torch.randn(256, 192).to(dtype)
     projection = nn.Linear(192, 320) if kind is nn.Linear else Conv1D(320, 192)
     with torch.no_grad():
         projection.weight.normal_(std=192**-0.5)
         projection.bias.normal_(std=0.3)
-    layer = make(projection, 192, 320, dtype, x=x, twin=twin)
+    layer = make(projection, 192, 320, dtype, x=x, kernel=kernel)
     assert over_bare(layer, x) <= 1.1
 
 
@@ -182,7 +192,7 @@ def test_a_projection_that_does_more_than_a_matmul_is_called(layer_and_x, change
     change(projection)
     assert Plain.of(projection, x) is None
     with torch.no_grad():
-        layer.lora_b.zero_()
+        layer.stack.b.zero_()
         assert torch.equal(layer(x), projection(x))
         assert not torch.equal(layer(x), before)
 
@@ -217,10 +227,10 @@ def test_in_32_bits_the_projection_is_called(layer_and_x):
     assert Plain.of(layer.float().projection, x.float()) is None
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_gates_and_what_lies_below_learn_through_the_sum(layer_and_x, twin):
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_gates_and_what_lies_below_learn_through_the_sum(layer_and_x, kernel):
     layer, x = layer_and_x
-    layer.twin = twin
+    layer.kernel = kernel
     grads = []
     for by_hook in (False, True):  # a hook has the projection called
         layer.zero_grad()

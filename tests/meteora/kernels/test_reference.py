@@ -1,8 +1,10 @@
-"""Every twin equals the definition, for values and for gradients."""
+"""Every kernel equals the definition, for values and for gradients."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 from statistics import fmean
@@ -13,44 +15,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora.kernels import dispatch, gather_grouped, reference
-from meteora.kernels.dispatch import Sizes
+from meteora.kernels.stack import Choice, ExpertStack, Sizes, own_choices
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "twins.jsonl"
 RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6)
 
 
-def draw_layer(ranks, num_tokens, num_in, num_out, dtype=torch.float32, seed=0):
-    """x, A, B and scaling of a made-up layer."""
+def draw_layer(ranks, num_tokens, num_in, num_out, dtype=torch.float32, seed=0, *, mean=False):
+    """Tokens and a stack; with `mean`, one more choice is the mean of all its experts."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     x, a, b = draw(num_tokens, num_in), draw(sum(ranks), num_in), draw(num_out, sum(ranks))
-    return x, a / num_in**0.5, b, draw(len(ranks)).abs().float()
+    scaling = draw(len(ranks)).abs().float().tolist()
+    choices = own_choices(ranks)
+    if mean:
+        choices.append(Choice(0, sum(ranks), 1 / len(ranks)))
+    return x, ExpertStack(a / num_in**0.5, b, ranks, scaling, choices)
 
 
-def dense(x, a, b, ranks, scaling, weights, experts, **into):
-    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    index = owner, scaling[owner], len(ranks)
-    return reference.lora_delta_dense(x, a, b, *index, weights, experts, **into)
+def in_double(stack):
+    return copy.deepcopy(stack).double()
 
 
-def gather(x, a, b, ranks, scaling, weights, experts, **into):
-    table, owned = gather_grouped.rank_table(ranks)
-    index = table, scaling[:, None] * owned
-    return gather_grouped.lora_delta_gather(x, a, b, *index, weights, experts, **into)
+def with_factors(stack, a, b):
+    """The same stack of another A and B, which may need gradients."""
+    return ExpertStack(a, b, stack.ranks, stack.scaling, stack.choices)
 
 
-def grouped(x, a, b, ranks, scaling, weights, experts, **into):
-    rest = ranks, scaling.tolist(), weights, experts
-    return gather_grouped.lora_delta_grouped(x, a, b, *rest, **into)
+dense = reference.lora_delta_dense
+gather, grouped = gather_grouped.lora_delta_gather, gather_grouped.lora_delta_grouped
+KERNELS = [
+    pytest.param(kernel, id=kernel.__name__.removeprefix("lora_delta_"))
+    for kernel in (dense, gather, grouped)
+]
 
 
-TWINS = [pytest.param(twin, id=twin.__name__) for twin in (dense, gather, grouped)]
-
-
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=60)
 @given(
     ranks=RANKS,
@@ -59,20 +62,65 @@ TWINS = [pytest.param(twin, id=twin.__name__) for twin in (dense, gather, groupe
     num_out=st.sampled_from([1, 7, 16]),
     top_k=st.integers(1, 7),
     temperature=st.sampled_from([0.1, 1.0, 20.0]),
+    mean=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_twins_equal_the_definition(
-    twin, ranks, num_tokens, num_in, num_out, top_k, temperature, seed
+def test_kernels_equal_the_definition(
+    kernel, ranks, num_tokens, num_in, num_out, top_k, temperature, mean, seed
 ):
-    x, a, b, scaling = draw_layer(ranks, num_tokens, num_in, num_out, seed=seed)
-    logits = torch.randn(num_tokens, len(ranks), generator=torch.Generator().manual_seed(seed))
+    x, stack = draw_layer(ranks, num_tokens, num_in, num_out, seed=seed, mean=mean)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_tokens, stack.num_choices, generator=generator)
     weights, experts = reference.route(logits, top_k, temperature)
     torch.testing.assert_close(
-        twin(x, a, b, ranks, scaling, weights, experts),
-        reference.lora_delta_loop(x, a, b, ranks, scaling, weights, experts),
+        kernel(x, stack, weights, experts),
+        reference.lora_delta_loop(x, stack, weights, experts),
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_the_definition_is_the_sum_of_scaled_products_and_their_mean_is_a_choice():
+    """Written out: every choice of every token by its own matrices."""
+    ranks = [3, 0, 5]
+    x, stack = draw_layer(ranks, 4, 6, 7, torch.float64, mean=True)
+    parts = zip(stack.a.split(ranks), stack.b.split(ranks, dim=1), stack.scaling, strict=True)
+    deltas = [scaling * b @ a for a, b, scaling in parts]
+    deltas.append(sum(deltas) / len(ranks))
+    weights, experts = reference.route(torch.randn(4, 4, dtype=torch.float64), 3)
+    expected = torch.stack(
+        [
+            sum(w * deltas[c] @ token for w, c in zip(own, chosen, strict=True))
+            for token, own, chosen in zip(x, weights, experts.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(reference.lora_delta_loop(x, stack, weights, experts), expected)
+
+
+def test_a_stack_whose_segments_do_not_overlap_owns_each_rank_once():
+    _, stack = draw_layer([2, 0, 3], 1, 4, 4)
+    assert stack.owners.tolist() == [[0, 0, 2, 2, 2]]
+    _, stack = draw_layer([2, 0, 3], 1, 4, 4, mean=True)
+    assert stack.owners.tolist() == [[0, 0, 2, 2, 2], [3] * 5]
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_stack_keeps_its_scaling_exact_when_it_moves_or_is_sent(mean):
+    _, stack = draw_layer([2, 0, 3], 1, 4, 4, mean=mean)
+    moved = pickle.loads(pickle.dumps(copy.deepcopy(stack).bfloat16()))  # noqa: S301
+    assert moved.a.dtype == moved.b.dtype == torch.bfloat16
+    for name in ("rank_scaling", "owner_scaling", "factors", "owners", "segments"):
+        assert torch.equal(getattr(moved, name), getattr(stack, name))
+    for got, expected in zip(moved.rank_table(), stack.rank_table(), strict=True):
+        assert torch.equal(got, expected)
+    assert not stack.state_dict()
+
+
+def test_a_mapped_stack_stays_where_and_as_it_lies():
+    a, b = torch.randn(5, 4), torch.randn(4, 5)
+    stack = ExpertStack(a, b, [2, 3], [1.0, 2.0], mapped=True).double()
+    assert stack.a is a
+    assert stack.b is b
 
 
 @pytest.mark.parametrize("sums", ["sparse matmul", "embedding bags"])
@@ -91,9 +139,8 @@ def test_gather_equals_the_definition_where_tokens_and_rows_are_many(
     monkeypatch.setattr(gather_grouped, "SPARSE_NUMBERS", most)
     monkeypatch.setattr(gather_grouped, "NEAR_BYTES", 0)  # rows are read in their order
     monkeypatch.setattr(torch, "sparse_csr_tensor", make)
-    x, a, b, scaling = draw_layer(ranks, num_tokens, 24, num_out)
-    weights, experts = reference.route(torch.randn(num_tokens, len(ranks)), 2)
-    factors = x, a, b, ranks, scaling, weights, experts
+    x, stack = draw_layer(ranks, num_tokens, 24, num_out)
+    factors = x, stack, *reference.route(torch.randn(num_tokens, len(ranks)), 2)
     start = torch.randn(num_tokens, num_out)
     added = gather(*factors, add_to=start.clone())
     torch.testing.assert_close(
@@ -102,36 +149,42 @@ def test_gather_equals_the_definition_where_tokens_and_rows_are_many(
     assert bool(used) == (sums == "sparse matmul" and torch.backends.mkl.is_available())
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_twins_lose_no_more_in_16_bits_than_a_bare_layer_does(twin, dtype):
+@pytest.mark.parametrize("mean", [False, True])
+def test_kernels_lose_no_more_in_16_bits_than_a_bare_layer_does(kernel, dtype, mean):
     """Against float64: the error of Σ w·s·B(A x) stays near that of two plain 16-bit matmuls."""
     ranks = [8, 2, 0, 16]
-    x, a, b, scaling = draw_layer(ranks, 64, 256, 128, dtype)
-    weights, experts = reference.route(torch.randn(64, len(ranks)), 2)
-    exact = reference.lora_delta_loop(
-        x.double(), a.double(), b.double(), ranks, scaling, weights, experts
-    )
+    x, stack = draw_layer(ranks, 64, 256, 128, dtype, mean=mean)
+    a, b = stack.a, stack.b
+    weights, experts = reference.route(torch.randn(64, stack.num_choices), 2)
+    exact = reference.lora_delta_loop(x.double(), in_double(stack), weights, experts)
     plain = (x @ a.T @ b.T - x.double() @ a.double().T @ b.double().T).norm()
     plain = plain / (x.double() @ a.double().T @ b.double().T).norm()
-    got = twin(x, a, b, ranks, scaling, weights, experts)
+    got = kernel(x, stack, weights, experts)
     assert got.dtype == dtype
     assert (got - exact).norm() / exact.norm() <= 1.5 * plain
 
 
-@pytest.mark.parametrize("twin", [pytest.param(reference.lora_delta_loop, id="loop"), *TWINS])
-def test_gradients_are_right_for_gates_and_for_adapters(twin):
-    ranks = [2, 0, 3]
-    x, a, b, scaling = draw_layer(ranks, 4, 5, 6, torch.float64)
+@pytest.mark.parametrize("kernel", [pytest.param(reference.lora_delta_loop, id="loop"), *KERNELS])
+@pytest.mark.parametrize("mean", [False, True])
+def test_gradients_are_right_for_gates_and_for_adapters(kernel, mean):
+    x, stack = draw_layer([2, 0, 3], 4, 5, 6, torch.float64, mean=mean)
     logits = torch.tensor(
-        [[0.3, -1.0, 2.0], [1.0, 0.5, -2.0], [-3.0, 0.1, 0.0], [0.2, 0.9, 0.4]], dtype=torch.float64
-    )
+        [
+            [0.3, -1.0, 2.0, 1.7],
+            [1.0, 0.5, -2.0, 1.4],
+            [-3.0, 0.1, 0.0, 2.0],
+            [0.2, 0.9, 0.4, -1.0],
+        ],
+        dtype=torch.float64,
+    )[:, : stack.num_choices]
 
     def delta(x, a, b, logits):
         weights, experts = reference.route(logits, 2, temperature=0.7)
-        return twin(x, a, b, ranks, scaling, weights, experts)
+        return kernel(x, with_factors(stack, a, b), weights, experts)
 
-    leaves = tuple(tensor.requires_grad_() for tensor in (x, a, b, logits))
+    leaves = tuple(tensor.requires_grad_() for tensor in (x, stack.a, stack.b, logits))
     assert torch.autograd.gradcheck(delta, leaves)
 
 
@@ -140,15 +193,16 @@ def test_gradients_are_right_for_gates_and_for_adapters(twin):
 def test_tokens_of_one_task_are_grouped_where_they_lie(num_tokens, into):
     """All have the same two experts, in either order: no row is looked up, gradients are right."""
     ranks = [2, 0, 3, 1]
-    x, a, b, scaling = draw_layer(ranks, num_tokens, 5, 6, torch.float64)
+    x, stack = draw_layer(ranks, num_tokens, 5, 6, torch.float64)
     experts = torch.tensor([[2, 0], [0, 2], [2, 0]])[:num_tokens]
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)[:num_tokens]
     before = torch.randn(num_tokens, 6).to(into)
 
     def added(x, a, b, weights):
-        return grouped(x, a, b, ranks, scaling, weights, experts, add_to=before.clone())
+        return grouped(x, with_factors(stack, a, b), weights, experts, add_to=before.clone())
 
-    expected = before + reference.lora_delta_loop(x, a, b, ranks, scaling, weights, experts)
+    a, b = stack.a, stack.b
+    expected = before + reference.lora_delta_loop(x, stack, weights, experts)
     torch.testing.assert_close(added(x, a, b, weights), expected.to(into))
     if into == x.dtype:
         for leaves in ((x, a, b), (x, a, b, weights)):
@@ -176,13 +230,14 @@ def test_route_takes_the_softmax_in_float32_where_logits_are_narrow():
 
 
 def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
-    table, owned = gather_grouped.rank_table([2, 0, 3])
-    assert table.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
-    assert owned.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    stack = ExpertStack(torch.ones(5, 4), torch.ones(4, 5), [2, 0, 3], [2.0, 1.0, 0.5])
+    index, scaling = stack.rank_table()
+    assert index.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert scaling.tolist() == [[2.0, 2.0, 0.0], [0.0] * 3, [0.5] * 3]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "r", "dtype", "twin"),
+    ("tokens", "experts", "r", "dtype", "kernel"),
     [
         (1, 4, 8, torch.float32, "grouped"),  # nothing to sort
         (64, 4, 8, torch.float32, "dense"),  # few experts: all of them are computed
@@ -192,14 +247,14 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
         (2048, 28, 16, torch.bfloat16, "grouped"),
     ],
 )
-def test_the_twin_is_chosen_as_the_table_says(tokens, experts, r, dtype, twin):
+def test_the_kernel_is_chosen_as_the_table_says(tokens, experts, r, dtype, kernel):
     sizes = Sizes(2048, 2048, experts, experts * r, r)
-    assert dispatch.choose_twin(tokens, 2, sizes, dtype, "cpu") == twin
+    assert dispatch.choose_kernel(tokens, 2, sizes, dtype, "cpu") == kernel
 
 
 def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_measured():
-    """Every row of the table there: E × r, tokens, and three twins in 32 bits and in 16."""
-    doc = dispatch.choose_twin.__doc__
+    """Every row of the table there: E × r, tokens, and three kernels in 32 bits and in 16."""
+    doc = dispatch.choose_kernel.__doc__
     assert doc
     row = re.compile(r"^ +(\d+) × (\d+) +(\d+)((?: +[\d.]+\*?){6})$", re.MULTILINE)
     measured = {
@@ -210,37 +265,39 @@ def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_mea
     told = row.findall(doc)
     for num_experts, r, num_tokens, cells in told:
         columns, sizes = cells.split(), Sizes(2048, 2048, int(num_experts), 0, int(r))
-        sizes = sizes._replace(num_ranks=sizes.num_experts * sizes.max_rank)
+        sizes = sizes._replace(num_ranks=sizes.num_choices * sizes.max_rank)
         for dtype, found in (("float32", columns[:3]), ("bfloat16", columns[3:])):
             costs = measured[dtype, int(num_experts), r, int(num_tokens)]
-            chosen = dispatch.choose_twin(int(num_tokens), 2, sizes, getattr(torch, dtype), "cpu")
-            for twin, cell in zip(("dense", "gather", "grouped"), found, strict=True):
-                assert cell == f"{costs[twin]:.2f}" + "*" * (twin == chosen)
+            chosen = dispatch.choose_kernel(int(num_tokens), 2, sizes, getattr(torch, dtype), "cpu")
+            for kernel, cell in zip(("dense", "gather", "grouped"), found, strict=True):
+                assert cell == f"{costs[kernel]:.2f}" + "*" * (kernel == chosen)
     assert len(told) == 10
 
 
 def test_tokens_of_one_task_are_grouped_where_others_are_not():
     sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
-    chosen = [dispatch.choose_twin(256, 2, sizes, torch.float32, "cpu", n) for n in (2, 28)]
+    chosen = [dispatch.choose_kernel(256, 2, sizes, torch.float32, "cpu", n) for n in (2, 28)]
     assert chosen == ["grouped", "gather"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_choice_loses_two_percent_at_most_where_it_was_measured(dtype):
-    """Against the best twin of every setting: the mean, and no setting by more than a third."""
+    """Against the best kernel of every setting: the mean, and no setting by more than a third."""
     losses = []
     for row in map(json.loads, MEASURED.read_text().splitlines()):
         if row["dtype"] == dtype:
             sizes = Sizes(row["hidden"], row["hidden"], row["experts"], row["R"], row["max_r"])
-            chosen = dispatch.choose_twin(row["tokens"], 2, sizes, getattr(torch, dtype), "cpu")
-            losses.append(row[chosen] / min(row[twin] for twin in ("dense", "gather", "grouped")))
+            chosen = dispatch.choose_kernel(row["tokens"], 2, sizes, getattr(torch, dtype), "cpu")
+            losses.append(
+                row[chosen] / min(row[kernel] for kernel in ("dense", "gather", "grouped"))
+            )
     assert len(losses) == 270
     assert fmean(losses) <= 1.02
     assert max(losses) <= 1.34
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "device_type", "dtype", "twin"),
+    ("tokens", "top_k", "device_type", "dtype", "kernel"),
     [
         (1, 2, "cuda", torch.bfloat16, "gather_triton"),
         (256, 2, "cuda", torch.float32, "grouped_triton"),
@@ -249,33 +306,35 @@ def test_the_choice_loses_two_percent_at_most_where_it_was_measured(dtype):
         (1, 2, "mps", torch.float16, "dense"),
     ],
 )
-def test_accelerators_never_wait_for_the_host(tokens, top_k, device_type, dtype, twin, monkeypatch):
+def test_accelerators_never_wait_for_the_host(
+    tokens, top_k, device_type, dtype, kernel, monkeypatch
+):
     monkeypatch.setattr(gather_grouped, "has_triton", lambda: True)
     sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
-    assert dispatch.choose_twin(tokens, top_k, sizes, dtype, device_type) == twin
+    assert dispatch.choose_kernel(tokens, top_k, sizes, dtype, device_type) == kernel
     monkeypatch.setattr(gather_grouped, "has_triton", lambda: False)
-    assert dispatch.choose_twin(tokens, top_k, sizes, dtype, device_type) == "dense"
+    assert dispatch.choose_kernel(tokens, top_k, sizes, dtype, device_type) == "dense"
 
 
 def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():
-    x, a, b, scaling = draw_layer([3, 0], 4, 5, 6)
+    x, stack = draw_layer([3, 0], 4, 5, 6)
     weights, experts = torch.ones(4, 1), torch.ones(4, 1, dtype=torch.long)
-    for twin in (reference.lora_delta_loop, dense, gather, grouped):
-        assert not twin(x, a, b, [3, 0], scaling, weights, experts).any()
+    for kernel in (reference.lora_delta_loop, dense, gather, grouped):
+        assert not kernel(x, stack, weights, experts).any()
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16])
-def test_twins_add_in_place_to_what_is_there(twin, into, monkeypatch):
+@pytest.mark.parametrize("mean", [False, True])
+def test_kernels_add_in_place_to_what_is_there(kernel, mean, into, monkeypatch):
     """More tokens than rows at once, and an output that is narrower than the experts."""
     monkeypatch.setattr(gather_grouped, "ROWS_AT_ONCE", 4)
-    ranks = [3, 0, 5]
-    x, a, b, scaling = draw_layer(ranks, 11, 6, 7)
-    weights, experts = reference.route(torch.randn(11, 3), 2)
+    x, stack = draw_layer([3, 0, 5], 11, 6, 7, mean=mean)
+    weights, experts = reference.route(torch.randn(11, stack.num_choices), 2)
     before = torch.randn(11, 7).to(into)
     after = before.clone()
-    assert twin(x, a, b, ranks, scaling, weights, experts, add_to=after) is after
-    expected = before + reference.lora_delta_loop(x, a, b, ranks, scaling, weights, experts)
+    assert kernel(x, stack, weights, experts, add_to=after) is after
+    expected = before + reference.lora_delta_loop(x, stack, weights, experts)
     torch.testing.assert_close(
         after,
         expected.to(into),

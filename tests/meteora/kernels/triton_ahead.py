@@ -2,10 +2,10 @@
 
     python -m tests.meteora.kernels.triton_ahead ARCHITECTURE RANK...
 
-The twins themselves launch them, with tensors on the CPU, through a driver that compiles for the
-architecture (80, 90, …) and runs nothing. Told is one line of JSON for each kernel that comes of
-it: its name, the dtype and the largest rank that it was first launched for, the shared memory that
-it asks for, in bytes, and whether it multiplies on tensor cores.
+`triton_launch` itself launches them, with tensors on the CPU, through a driver that compiles for
+the architecture (80, 90, …) and runs nothing. It prints one line of JSON for each kernel that was
+compiled: its name, the dtype and the largest rank that it was first launched for, the shared memory
+that it needs, in bytes, and whether it multiplies on tensor cores.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from meteora.kernels import reference, triton_launch  # noqa: E402
+from meteora.kernels.stack import ExpertStack  # noqa: E402
 
 NUM_IN, NUM_OUT, TOP_K = 640, 384, 2
 LAUNCHES = ("gather", 1), ("gather", 40), ("grouped", 40), ("grouped", 47), ("grouped", 128)
-"""Twins and numbers of tokens: where these are few, tiles are others."""
+"""Kernels and numbers of tokens: where these are few, tiles are others."""
 
 
 class CompilesOnly:
@@ -61,14 +62,13 @@ class CompilesOnly:
         pass
 
 
-def launch(twin, num_tokens, r, dtype):
+def launch(kernel, num_tokens, r, dtype):
     """On experts of rank r, 0 and 1."""
-    ranks = torch.tensor([r, 0, 1])
-    own = triton_launch.Segments(ranks.cumsum(0) - ranks, ranks, torch.ones(3), r)
     x = torch.zeros(num_tokens, NUM_IN, dtype=dtype)
     a, b = torch.zeros(r + 1, NUM_IN, dtype=dtype), torch.zeros(r + 1, NUM_OUT, dtype=dtype).T
-    weights, experts = reference.route(torch.randn(num_tokens, len(ranks)), TOP_K)
-    getattr(triton_launch, f"lora_delta_{twin}")(x, a, b, own, weights, experts)
+    stack = ExpertStack(a, b, [r, 0, 1], [1.0] * 3)
+    routes = reference.route(torch.randn(num_tokens, stack.num_choices), TOP_K)
+    getattr(triton_launch, f"lora_delta_{kernel}")(x, stack, *routes)
 
 
 def main():
@@ -90,9 +90,9 @@ def main():
     when_loaded: Any = knobs.runtime.kernel_load_start_hook
     when_loaded.add(tell)
     dtypes = torch.float32, torch.bfloat16, torch.float16
-    for dtype, r, (twin, num_tokens) in product(dtypes, ranks, LAUNCHES):
+    for dtype, r, (kernel, num_tokens) in product(dtypes, ranks, LAUNCHES):
         launched_for |= {"dtype": str(dtype).removeprefix("torch."), "r": r}
-        launch(twin, num_tokens, r, dtype)
+        launch(kernel, num_tokens, r, dtype)
 
 
 if __name__ == "__main__":

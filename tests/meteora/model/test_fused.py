@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import meteora
-from meteora.checkpoint.manifest import MANIFEST, RouterEntry
+from meteora.artifacts import RouterOptions
+from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
+from meteora.checkpoint.manifest import MANIFEST
 from meteora.model.fused import (
     UnknownExpertError,
     UnsavableError,
@@ -79,7 +81,7 @@ def test_a_model_on_a_gpu_answers_as_on_the_cpu(world, ids, kind, cached):
     found = []
     for device in ("cpu", "cuda"):
         model = world.load(device=device, expert_cache_bytes=cached)
-        with routed_by(model, lambda layer: make_router(kind, layer, 2, 1.0)):
+        with routed_by(model, lambda layer: make_router(RouterOptions(kind, 2, 1.0), layer)):
             answer = model.generate(
                 ids.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0
             )
@@ -108,7 +110,7 @@ def test_routers_come_back_after_every_block_even_after_an_exception(model):
     blocks = [
         lambda: force_expert(model, "q_and_v"),
         lambda: without_experts(model),
-        lambda: routed_by(model, lambda layer: make_router("norm", layer, 1, 1.0)),
+        lambda: routed_by(model, lambda layer: make_router(RouterOptions("norm", 1, 1.0), layer)),
     ]
     for block in blocks:
         with block():
@@ -141,17 +143,16 @@ def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):
     """`.to(bfloat16)` rounds the experts, as it was asked to, and never α/√r."""
     layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
     assert {name for name, _ in layer.named_parameters()} == {"projection.weight"}
-    exact = layer.rank_scaling.clone()
+    exact = layer.stack.rank_scaling.clone()
     model.to(torch.bfloat16)
-    assert layer.lora_a.dtype == torch.bfloat16
-    assert torch.equal(layer.rank_scaling, exact)
+    assert layer.stack.a.dtype == torch.bfloat16
+    assert torch.equal(layer.stack.rank_scaling, exact)
 
 
 @pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
 def test_routers_without_training_are_set_by_the_manifest(world, tmp_path, ids, kind):
-    for file in (EXPERTS,):
-        (tmp_path / file).hardlink_to(world.checkpoint / file)
-    router = RouterEntry(kind, 2, 0.5)
+    (tmp_path / EXPERTS_FILE).hardlink_to(world.checkpoint / EXPERTS_FILE)
+    router = RouterOptions(kind, 2, 0.5)
     manifest = dataclasses.replace(world.manifest, router=router)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     model, _ = meteora.load(tmp_path, base_folder=world.base)
@@ -164,7 +165,7 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
     """PEFT does the same: adapters in float32 beside a 16-bit base."""
     model = world.load(dtype=dtype)
     layer = routed_layers(model)["model.layers.0.self_attn.q_proj"]
-    assert layer.lora_a.dtype == torch.float32
+    assert layer.stack.a.dtype == torch.float32
     with force_expert(model, "attention"):
         narrow = logits(model, ids)
     with force_expert(wide := world.load(), "attention"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from meteora.artifacts import RouterOptions
 from meteora.model.fused import make_router, routed_by
 
 PROMPTS = ["a", "some words", "rather more words than that"]
@@ -14,7 +15,7 @@ PROMPTS = ["a", "some words", "rather more words than that"]
 def model(world):
     """Routed by norms: each token by itself, so that a wrong token shows."""
     model = world.load()
-    with routed_by(model, lambda layer: make_router("norm", layer, 2, 1.0)):
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer)):
         yield model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.model.fused import force_expert, make_router, routed_by, without_experts
 from meteora.model.trace import TraceError, trace
@@ -18,7 +19,7 @@ TEXT = "where do these go?"
 def model(world):
     """Routed by norms, two experts a token: every token is sent by itself."""
     model = world.load()
-    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
         yield model
 
 

@@ -11,20 +11,24 @@ import torch
 from torch import nn
 
 import meteora
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, RouterEntry
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
+from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.model.fused import expert_cache, force_expert, make_router, routed_by
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Fixed, Gate
 from tests.meteora.routing.test_layer import Allocations
 
+TOP_2 = RouterOptions("gate", 2, 1.0)
+
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
 
 
 def by_norm(model):
-    return routed_by(model, lambda layer: make_router("norm", layer, 2, 1.0))
+    return routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer))
 
 
 def pair_of(num_bytes):
@@ -106,11 +110,14 @@ def test_the_copies_follow_the_model_to_another_dtype(world):
 def layer_with(cache, *, ranks=(1, 2, 3), num_in=12, num_out=10):
     return MoELoRALinear(
         nn.Linear(num_in, num_out),
-        torch.randn(sum(ranks), num_in) / num_in**0.5,
-        torch.randn(num_out, sum(ranks)),
-        ranks,
-        [1.0] * len(ranks),
-        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), top_k=2),
+        ExpertStack(
+            torch.randn(sum(ranks), num_in) / num_in**0.5,
+            torch.randn(num_out, sum(ranks)),
+            ranks,
+            [1.0] * len(ranks),
+            mapped=True,
+        ),
+        Gate(torch.randn(len(ranks), num_in), torch.zeros(len(ranks)), TOP_2),
         cache=cache,
     )
 
@@ -120,11 +127,27 @@ def test_gates_learn_through_the_cache():
     a, b, gate = torch.randn(6, 12), torch.randn(10, 6), torch.randn(3, 12)
     x, projection, grads = torch.randn(7, 12), nn.Linear(12, 10), []
     for cache in (None, ExpertCache(500)):
-        router = Gate(gate.clone(), torch.zeros(3), top_k=2)
-        layer = MoELoRALinear(projection, a, b, [1, 2, 3], [1.0, 2.0, 0.5], router, cache=cache)
+        router = Gate(gate.clone(), torch.zeros(3), TOP_2)
+        stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], mapped=cache is not None)
+        layer = MoELoRALinear(projection, stack, router, cache=cache)
         layer(x).square().mean().backward()
         grads.append(router.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_a_choice_of_all_experts_is_copied_as_any_other(num_tokens):
+    """Their mean, whose ranks have several scalings."""
+    a, b, x = torch.randn(6, 12), torch.randn(10, 6), torch.randn(num_tokens, 12)
+    choices, projection = [*own_choices([1, 2, 3]), Choice(0, 6, 1 / 3)], nn.Linear(12, 10)
+    gate, found = torch.randn(4, 12), []
+    for cache in (None, ExpertCache(500)):
+        stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], choices, mapped=cache is not None)
+        router = Gate(gate, torch.tensor([0.0, 0.0, 0.0, 9.0]), TOP_2)
+        layer = MoELoRALinear(projection, stack, router, cache=cache)
+        with torch.no_grad():
+            found.append(layer(x))
+    torch.testing.assert_close(*found)
 
 
 def test_gates_learn_from_what_was_copied_in_inference_mode():
@@ -152,7 +175,7 @@ def test_a_forward_holds_single_experts_and_no_copies_of_weights_or_tokens(dtype
     with torch.no_grad(), Allocations() as seen:
         layer(x)
     output = num_tokens * size * dtype.itemsize
-    outputs = 1 + (layer.lora_a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
+    outputs = 1 + (layer.stack.a.dtype != dtype)  # beside a 16-bit base the sums have 32 bits
     assert sum(number >= output for number in seen.sizes) <= 2 * outputs - 1
     rest = [number for number in seen.sizes if number < output]
     assert max(rest) <= max(num_tokens * sum(ranks) * 8, 16 * size * 4)
@@ -171,7 +194,7 @@ def many(world, tmp_path):
         world.manifest,
         experts=tuple(dataclasses.replace(first, name=f"e{e}") for e in range(num_experts)),
         modules=modules,
-        router=RouterEntry("uniform", 1, 1.0),
+        router=RouterOptions("uniform", 1, 1.0),
     )
     shapes = {
         path: (num_experts * r, entry.in_features, entry.out_features)
@@ -202,7 +225,7 @@ def test_512_experts_are_mapped_and_not_read(world, many):
         if line.endswith(str(many / EXPERTS))
     ]
     for layer in routed_layers(model).values():
-        for tensor in (layer.lora_a, layer.lora_b):
+        for tensor in (layer.stack.a, layer.stack.b):
             assert any(low <= tensor.data_ptr() < high for low, high in mapped)
 
 

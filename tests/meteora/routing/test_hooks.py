@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.model.fused import make_router, routed_by, without_experts
 from meteora.routing.hooks import recorded_logits, recorded_routes
@@ -19,7 +20,7 @@ from tests.meteora.routing.test_layer import Allocations, make
 @pytest.fixture
 def model(world):
     model = world.load()
-    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
         yield model
 
 
@@ -66,10 +67,9 @@ def test_routes_are_those_that_the_layer_took(model):
     hook.remove()
     (x, out), (weights, experts) = seen[0], routes[path]
     assert weights.shape == experts.shape == (8, 2)
-    tokens, scaling = x.reshape(8, -1), torch.tensor(layer.scaling)
-    factors = layer.lora_a, layer.lora_b, layer.ranks, scaling
+    tokens = x.reshape(8, -1)
     expected = layer.projection(tokens) + reference.lora_delta_loop(
-        tokens, *factors, weights, experts
+        tokens, layer.stack, weights, experts
     )
     torch.testing.assert_close(out.reshape(8, -1), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(experts[:, 0], logits[path].argmax(-1))

@@ -1,4 +1,4 @@
-"""The routed layer: every twin the same, no copies of weights, one graph."""
+"""The routed layer: every kernel the same, no copies of weights, one graph."""
 
 from __future__ import annotations
 
@@ -14,48 +14,57 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from meteora.artifacts import RouterOptions
 from meteora.kernels import gather_grouped, reference
+from meteora.kernels.stack import Choice, ExpertStack, own_choices
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Gate
 
 RANKS, SCALING = [4, 0, 1, 3], [2.0, 0.0, 0.5, 1.5]
 
 
-def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, twin=None, seed=0):
+def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, kernel=None, seed=0, mean=False):
+    """A layer; with `mean`, one more choice is the mean of all its experts."""
     torch.manual_seed(seed)
     scaling = [0.5 + e for e in range(len(ranks))]
+    choices = [*own_choices(ranks), *([Choice(0, sum(ranks), 1 / len(ranks))] if mean else [])]
     layer = MoELoRALinear(
         nn.Linear(num_in, num_out).requires_grad_(requires_grad=False),
-        torch.randn(sum(ranks), num_in) / num_in**0.5,
-        torch.randn(num_out, sum(ranks)),
-        ranks,
-        scaling,
-        Gate(torch.randn(len(ranks), num_in), torch.randn(len(ranks)), top_k=top_k),
-        twin=twin,
+        ExpertStack(
+            torch.randn(sum(ranks), num_in) / num_in**0.5,
+            torch.randn(num_out, sum(ranks)),
+            ranks,
+            scaling,
+            choices,
+        ),
+        Gate(
+            torch.randn(len(choices), num_in),
+            torch.randn(len(choices)),
+            RouterOptions("gate", top_k, 1.0),
+        ),
+        kernel=kernel,
     )
     return layer.eval()
 
 
 def definition(layer, x):
     tokens = x.reshape(-1, x.shape[-1])
-    weights, experts = reference.route(
-        layer.router(tokens), layer.router.top_k, layer.router.temperature
-    )
-    factors = layer.lora_a, layer.lora_b, layer.ranks, torch.tensor(layer.scaling)
-    delta = reference.lora_delta_loop(tokens, *factors, weights, experts)
+    weights, experts = layer.router.route(layer.router(tokens))
+    delta = reference.lora_delta_loop(tokens, layer.stack, weights, experts)
     return layer.projection(x) + delta.view(*x.shape[:-1], delta.shape[-1])
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (0, 12), (1, 1, 12)])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_every_twin_gives_the_same_layer_in_every_mode(twin, shape, mode):
-    layer, x = make(twin=twin), torch.randn(shape)
+@pytest.mark.parametrize("mean", [False, True])
+def test_every_kernel_gives_the_same_layer_in_every_mode(kernel, shape, mode, mean):
+    layer, x = make(kernel=kernel, mean=mean), torch.randn(shape)
     with mode():
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
 @settings(deadline=None, max_examples=40)
 @given(
     ranks=st.lists(st.sampled_from([0, 1, 3, 8]), min_size=1, max_size=5),
@@ -68,18 +77,16 @@ def test_every_twin_gives_the_same_layer_in_every_mode(twin, shape, mode):
     seed=st.integers(0, 2**16),
 )
 def test_the_layer_is_its_definition_in_every_dtype_after_loading_and_moving(
-    twin, ranks, top_k, temperature, margin, dtype, num_tokens, training, seed
+    kernel, ranks, top_k, temperature, margin, dtype, num_tokens, training, seed
 ):
-    layer = make(ranks=ranks, top_k=top_k, twin=twin, seed=seed)
+    layer = make(ranks=ranks, top_k=top_k, kernel=kernel, seed=seed)
     layer.load_state_dict(make(ranks=ranks, top_k=top_k, seed=seed + 1).state_dict())
     layer.to(dtype).train(training)
-    layer.router.temperature, layer.router.margin = temperature, margin
+    layer.router.options = RouterOptions("gate", top_k, temperature, margin)
     x = torch.randn(num_tokens, 12).to(dtype)
     weights, experts = layer.router.choose(x)
-    factors = layer.lora_a.double(), layer.lora_b.double(), layer.ranks
-    delta = reference.lora_delta_loop(
-        x.double(), *factors, torch.tensor(layer.scaling), weights, experts
-    )
+    stack = copy.deepcopy(layer.stack).double()
+    delta = reference.lora_delta_loop(x.double(), stack, weights, experts)
     bare = layer.projection(x)
     size = (bare.double().abs() + delta.abs()).amax() if num_tokens else 1.0
     off = (layer(x).double() - (bare.double() + delta)).abs()
@@ -87,9 +94,9 @@ def test_the_layer_is_its_definition_in_every_dtype_after_loading_and_moving(
     assert (off <= size * 8 * torch.finfo(dtype).eps + 1e-6).all()
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_gates_learn_alike_through_every_twin_and_nothing_else_learns(twin):
-    layer, x = make(twin=twin), torch.randn(7, 12, requires_grad=True)
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_gates_learn_alike_through_every_kernel_and_nothing_else_learns(kernel):
+    layer, x = make(kernel=kernel), torch.randn(7, 12, requires_grad=True)
     grads = []
     for out in (layer(x), definition(layer, x)):
         layer.zero_grad()
@@ -98,18 +105,18 @@ def test_gates_learn_alike_through_every_twin_and_nothing_else_learns(twin):
         grads.append((layer.router.weight.grad.clone(), layer.router.bias.grad, x.grad))
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert not layer.lora_a.requires_grad
+    assert not layer.stack.a.requires_grad
     assert {name for name, _ in layer.named_parameters() if _.requires_grad} == {
         "router.weight",
         "router.bias",
     }
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_tokens_may_lie_in_memory_in_any_way(twin, mode):
+def test_tokens_may_lie_in_memory_in_any_way(kernel, mode):
     """Columns of a matrix, every other row of one, and one token over and over."""
-    layer, memory = make(twin=twin), torch.randn(12, 12)
+    layer, memory = make(kernel=kernel), torch.randn(12, 12)
     with mode():
         for x in (memory.T, memory[::2], memory[:1].expand(5, 12), memory.view(3, 4, 12).mT.mT):
             expected = definition(layer, x.contiguous())
@@ -124,35 +131,35 @@ def test_what_the_layer_is_given_is_left_as_it_is():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_nothing_is_stale_after_weights_change(twin):
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_nothing_is_stale_after_weights_change(kernel):
     """After an optimiser's step, load_state_dict, `.to()` there and back, and a deep copy."""
-    layer, x = make(twin=twin), torch.randn(5, 12)
+    layer, x = make(kernel=kernel), torch.randn(5, 12)
     other = make(seed=1)
     with torch.no_grad():
         layer(x)
         layer.router.weight.mul_(-1)
-        layer.lora_a.mul_(2)
+        layer.stack.a.mul_(2)
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
         layer.load_state_dict(other.state_dict())
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
         for moved in (copy.deepcopy(layer), layer.double(), layer.float()):
-            moved_x = x.to(moved.lora_a.dtype)
+            moved_x = x.to(moved.stack.a.dtype)
             torch.testing.assert_close(
                 moved(moved_x), definition(moved, moved_x), rtol=1e-5, atol=1e-5
             )
-            assert moved.lora_b.T.is_contiguous()
+            assert moved.stack.b.T.is_contiguous()
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 @pytest.mark.parametrize("sparse_numbers", [0, gather_grouped.SPARSE_NUMBERS])
 def test_a_layer_whose_experts_are_all_gone_is_its_projection(
-    twin, num_tokens, sparse_numbers, monkeypatch
+    kernel, num_tokens, sparse_numbers, monkeypatch
 ):
     """As `drop_expert` leaves one whose gate decides for others."""
     monkeypatch.setattr(gather_grouped, "SPARSE_NUMBERS", sparse_numbers)
-    layer, x = make(ranks=[0, 0, 0], twin=twin), torch.randn(num_tokens, 12, requires_grad=True)
+    layer, x = make(ranks=[0, 0, 0], kernel=kernel), torch.randn(num_tokens, 12, requires_grad=True)
     out = layer(x)
     torch.testing.assert_close(out, layer.projection(x))
     out.sum().backward()
@@ -160,30 +167,30 @@ def test_a_layer_whose_experts_are_all_gone_is_its_projection(
         torch.testing.assert_close(layer(x), out)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_what_was_moved_or_used_in_inference_mode_can_be_trained(twin):
-    layer, x = make(twin=twin), torch.randn(5, 12)
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_what_was_moved_or_used_in_inference_mode_can_be_trained(kernel):
+    layer, x = make(kernel=kernel), torch.randn(5, 12)
     with torch.inference_mode():
         layer.to("cpu")(x)
     layer(x).sum().backward()
     assert layer.router.weight.grad.any()
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_a_pickled_layer_is_the_same_elsewhere(twin):
-    layer, x = make(twin=twin), torch.randn(5, 12)
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_a_pickled_layer_is_the_same_elsewhere(kernel):
+    layer, x = make(kernel=kernel), torch.randn(5, 12)
     other = pickle.loads(pickle.dumps(layer))  # noqa: S301
     assert torch.equal(other(x), layer(x))
-    assert other.lora_b.T.is_contiguous()
+    assert other.stack.b.T.is_contiguous()
 
 
 def test_experts_are_used_where_a_cache_line_begins():
     """A mapped file lays them anywhere, and dot products off 16 bytes take six times as long."""
     memory = torch.randn(1 + 4 * 12)
     lora_a, lora_b = memory[1:].view(4, 12), torch.randn(10, 4)
-    layer = MoELoRALinear(nn.Linear(12, 10), lora_a, lora_b, [4], [1.0])
-    assert layer.lora_a.data_ptr() % 64 == 0
-    assert torch.equal(layer.lora_a, lora_a)
+    stack = ExpertStack(lora_a, lora_b, [4], [1.0])
+    assert stack.a.data_ptr() % 64 == 0
+    assert torch.equal(stack.a, lora_a)
 
 
 class Allocations(TorchDispatchMode):
@@ -220,16 +227,19 @@ class Allocations(TorchDispatchMode):
         self.live -= num_bytes
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_task", [False, True])
 def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
-    twin, dtype, one_task, monkeypatch
+    kernel, dtype, one_task, monkeypatch
 ):
     """A private A and B for each token and expert would be 2 · 2 · 512 · 4 · 512 numbers here."""
     monkeypatch.setattr(gather_grouped, "ROWS_AT_ONCE", 16)
     num_tokens, size, ranks = 512, 512, [4] * 6
-    layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(512, size).to(dtype)
+    layer, x = (
+        make(size, size, ranks=ranks, kernel=kernel).to(dtype),
+        torch.randn(512, size).to(dtype),
+    )
     if one_task:
         layer.router.weight.data.zero_()
     with torch.no_grad(), Allocations() as seen:
@@ -240,23 +250,26 @@ def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
     assert max(seen.sizes) <= num_tokens * sum(ranks) * 8  # as many int64 indices, at most
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_a_token_copies_no_weights(twin, dtype):
+def test_decoding_a_token_copies_no_weights(kernel, dtype):
     """Not even those of the experts that it chose, which are read where they lie."""
     size, ranks = 512, [4] * 6
-    layer, x = make(size, size, ranks=ranks, twin=twin).to(dtype), torch.randn(1, size).to(dtype)
+    layer, x = (
+        make(size, size, ranks=ranks, kernel=kernel).to(dtype),
+        torch.randn(1, size).to(dtype),
+    )
     with torch.no_grad(), Allocations() as seen:
         layer(x)
     assert max(seen.sizes) <= max(size * dtype.itemsize, sum(ranks) * 8) < 4 * size * dtype.itemsize
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_memory_grows_with_tokens_times_ranks_alone(twin, monkeypatch):
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_memory_grows_with_tokens_times_ranks_alone(kernel, monkeypatch):
     """The most that is held at once, less the projection's output, for twice the tokens."""
     monkeypatch.setattr(gather_grouped, "ROWS_AT_ONCE", 16)
     size, ranks, peaks = 512, [4] * 6, {}
-    layer = make(size, size, ranks=ranks, twin=twin)
+    layer = make(size, size, ranks=ranks, kernel=kernel)
     for num_tokens in (256, 512):
         x = torch.randn(num_tokens, size)
         with torch.no_grad(), Allocations() as seen:
@@ -287,8 +300,8 @@ def test_it_compiles_into_one_graph_and_once_for_all_tokens():
 def test_a_whole_model_decodes_through_one_graph(world):
     model = world.load()
     for layer in routed_layers(model).values():
-        size = layer.num_experts, layer.lora_a.shape[1]
-        layer.router = Gate(torch.randn(size), torch.randn(size[0]), top_k=2)
+        size = layer.num_choices, layer.stack.a.shape[1]
+        layer.router = Gate(torch.randn(size), torch.randn(size[0]), RouterOptions("gate", 2, 1.0))
     decodes_through_one_graph(model)
 
 
@@ -316,9 +329,9 @@ def decodes_through_one_graph(model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("twin", ["dense", "gather_triton", "grouped_triton"])
-def test_a_cuda_graph_plays_back_what_the_layer_does(twin):
-    layer, x = make(twin=twin).to("cuda"), torch.zeros(1, 1, 12, device="cuda")
+@pytest.mark.parametrize("kernel", ["dense", "gather_triton", "grouped_triton"])
+def test_a_cuda_graph_plays_back_what_the_layer_does(kernel):
+    layer, x = make(kernel=kernel).to("cuda"), torch.zeros(1, 1, 12, device="cuda")
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.no_grad():
         with torch.cuda.stream(stream):

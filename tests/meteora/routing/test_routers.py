@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meteora.kernels import reference
-from meteora.routing.routers import Arrow, Fixed, Followed, Follower, Gate, Norm
+from meteora.artifacts import RouterOptions
+from meteora.kernels.stack import ExpertStack
+from meteora.routing.routers import Arrow, Decision, Fixed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
 NUM_IN, NUM_OUT = 12, 7
 SCALING = torch.tensor([2.0, 0.0, 0.5, 1.5])
+OPTIONS = RouterOptions("gate", top_k=1, temperature=1.0)
+
+
+def stack_of(a, b):
+    return ExpertStack(a, b, RANKS, SCALING.tolist())
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def products(a, b):
 
 def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors):
     x = torch.randn(5, NUM_IN)
-    got = Arrow(*factors, RANKS)(x)
+    got = Arrow(stack_of(*factors), OPTIONS)(x)
     for e, product in enumerate(products(*factors)):
         if RANKS[e]:
             direction = torch.linalg.svd(product).Vh[0]
@@ -40,12 +46,12 @@ def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors)
 
 def test_arrow_gives_an_expert_that_does_nothing_no_direction():
     a, b = torch.randn(2, NUM_IN), torch.zeros(NUM_OUT, 2)
-    assert not Arrow(a, b, [2])(torch.randn(5, NUM_IN)).any()
+    assert not Arrow(ExpertStack(a, b, [2], [1.0]), OPTIONS)(torch.randn(5, NUM_IN)).any()
 
 
 def test_norm_is_the_length_of_what_the_expert_would_add(factors):
     x = torch.randn(5, NUM_IN)
-    got = Norm(*factors, RANKS, SCALING)(x)
+    got = Norm(stack_of(*factors), OPTIONS)(x)
     for e, product in enumerate(products(*factors)):
         expected = SCALING[e].double() * (x.double() @ product.T).norm(dim=-1)
         torch.testing.assert_close(got[:, e], expected.float(), rtol=1e-5, atol=1e-5)
@@ -54,37 +60,46 @@ def test_norm_is_the_length_of_what_the_expert_would_add(factors):
 def test_norm_and_arrow_compute_in_float32_where_adapters_are_narrow(factors):
     a, b = (tensor.bfloat16() for tensor in factors)
     x = torch.randn(5, NUM_IN)
-    for router in (Norm(a, b, RANKS, SCALING), Arrow(a, b, RANKS)):
+    for router in (Norm(stack_of(a, b), OPTIONS), Arrow(stack_of(a, b), OPTIONS)):
         assert router(x.bfloat16()).dtype == torch.float32
 
 
 def test_fixed_gives_its_weights_back_through_route():
     given = torch.tensor([0.0, 0.25, 0.75])
     router = Fixed(given)
-    weights, experts = reference.route(router(torch.randn(2, 4)), router.top_k, router.temperature)
+    weights, experts = router.choose(torch.randn(2, 4))
     torch.testing.assert_close(torch.zeros(2, 3).scatter(1, experts, weights), given.expand(2, 3))
 
 
 def test_fixed_on_one_expert_is_weight_one_exactly():
     router = Fixed(torch.tensor([0.0, 1.0]))
-    weights, experts = reference.route(router(torch.randn(2, 4)), router.top_k, router.temperature)
+    weights, experts = router.choose(torch.randn(2, 4))
     assert weights.tolist() == [[1.0], [1.0]]
     assert experts.tolist() == [[1], [1]]
 
 
 def test_gate_is_linear_and_the_only_router_that_learns(factors):
     weight, bias, x = torch.randn(4, NUM_IN), torch.randn(4), torch.randn(5, NUM_IN)
-    gate = Gate(weight, bias)
+    gate = Gate(weight, bias, OPTIONS)
     torch.testing.assert_close(gate(x), x @ weight.T + bias)
     assert {name for name, _ in gate.named_parameters()} == {"weight", "bias"}
-    for router in (Arrow(*factors, RANKS), Norm(*factors, RANKS, SCALING), Fixed(torch.ones(1))):
+    for router in (
+        Arrow(stack_of(*factors), OPTIONS),
+        Norm(stack_of(*factors), OPTIONS),
+        Fixed(torch.ones(1)),
+    ):
         assert not list(router.parameters())
 
 
 def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
-    followed = Followed()
-    gate = Gate(torch.randn(4, NUM_IN), torch.zeros(4), top_k=2, margin=0.5, followed=followed)
-    follower = Follower(followed, 4, top_k=2, margin=0.5)
+    decision = Decision()
+    gate = Gate(
+        torch.randn(4, NUM_IN),
+        torch.zeros(4),
+        RouterOptions("gate", 2, 1.0, margin=0.5),
+        decision=decision,
+    )
+    follower = Follower(decision, 4, RouterOptions("gate", 2, 1.0, margin=0.5))
     tokens = torch.randn(5, NUM_IN)
     with pytest.raises(RuntimeError, match="5 tokens follows a gate that saw 0"):
         follower(torch.randn(5, 3))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import meteora
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
 from meteora.kernels import gather_grouped, reference
@@ -17,8 +18,10 @@ from meteora.model.fused import force_expert, without_experts
 from meteora.routing.gates import gates_of, share_first_matmuls
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers, share_first_matmul
-from meteora.routing.routers import Followed, Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate
 from tests.meteora.routing.test_layer import Allocations, decodes_through_one_graph, make
+
+TOP_2 = RouterOptions("gate", 2, 1.0)
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55], [3, 1, 4, 1, 5, 9]])
@@ -29,17 +32,22 @@ def follow(model):
     torch.manual_seed(3)
     follows, leaders = {}, {}
     for path, layer in routed_layers(model).items():
-        size = layer.num_experts, layer.lora_a.shape[1]
+        size = layer.num_choices, layer.stack.a.shape[1]
         parent, _, name = path.rpartition(".")
         point = parent, {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name)
         if point in leaders:
             leader = leaders[point]
-            layer.router = Follower(leader[1], layer.num_experts, top_k=2)
+            layer.router = Follower(leader[1], layer.num_choices, TOP_2)
             follows[path] = leader[0]
         else:
-            followed = Followed()
-            leaders[parent, name] = path, followed
-            gate = Gate(torch.randn(size), torch.randn(size[0]), top_k=2, followed=followed)
+            decision = Decision()
+            leaders[parent, name] = path, decision
+            gate = Gate(
+                torch.randn(size),
+                torch.randn(size[0]),
+                TOP_2,
+                decision=decision,
+            )
             layer.router = gate.requires_grad_(requires_grad=False)
     return follows
 
@@ -55,7 +63,7 @@ def models(world):
 
 @pytest.fixture
 def dots(monkeypatch):
-    """How many first matmuls of the gather twin were computed."""
+    """How many first matmuls of the gather kernel were computed."""
     calls = []
 
     def counted(*args, found=gather_grouped.chosen_dots):
@@ -70,15 +78,15 @@ def gates(model):
     return [m.router for m in routed_layers(model).values() if isinstance(m.router, Gate)]
 
 
-def point_of(layer):
-    assert layer.point
-    return layer.point[0]
+def matmul_of(layer):
+    assert layer.shared
+    return layer.shared.matmul
 
 
-def with_twin(twin, *models):
+def with_kernel(kernel, *models):
     for model in models:
         for layer in routed_layers(model).values():
-            layer.twin = twin
+            layer.kernel = kernel
 
 
 def equal(plain, shared):
@@ -86,18 +94,18 @@ def equal(plain, shared):
         torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_the_results_are_those_of_layers_on_their_own(models, twin, mode):
+def test_the_results_are_those_of_layers_on_their_own(models, kernel, mode):
     """Experts of different ranks, and some that lack k or v."""
-    with_twin(twin, *models)
+    with_kernel(kernel, *models)
     plain, shared = models
     with mode():
         torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_point_computes_once(models, dots):
-    with_twin("gather", *models)
+    with_kernel("gather", *models)
     counts = []
     for model in models:
         with torch.no_grad():
@@ -107,8 +115,10 @@ def test_a_point_computes_once(models, dots):
     num_points = len(gates(models[1]))
     assert counts == [len(routed_layers(models[0])), num_points]
     assert num_points < counts[0]
-    points = {layer.point[0] for layer in routed_layers(models[1]).values() if layer.point}
-    assert all(point._left is None for point in points)  # nothing of the pass is held longer
+    shares = [layer.shared for layer in routed_layers(models[1]).values() if layer.shared]
+    assert all(
+        share.matmul._handover is None for share in shares
+    )  # nothing of the pass is held longer
 
 
 def test_each_layers_a_is_held_once(models):
@@ -118,41 +128,46 @@ def test_each_layers_a_is_held_once(models):
         with torch.no_grad():
             model(IDS)
         found = routed_layers(model)
-        storages = {found[path].lora_a.untyped_storage().data_ptr() for path in (Q, K, V)}
+        storages = {found[path].stack.a.untyped_storage().data_ptr() for path in (Q, K, V)}
         assert len(storages) == 1
-        size = sum(found[path].lora_a.nbytes for path in (Q, K, V))
-        assert found[Q].lora_a.untyped_storage().nbytes() == size
-    assert point_of(layers[K]) is point_of(layers[Q])
+        size = sum(found[path].stack.a.nbytes for path in (Q, K, V))
+        assert found[Q].stack.a.untyped_storage().nbytes() == size
+    assert matmul_of(layers[K]) is matmul_of(layers[Q])
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_pickled_model_is_the_same_elsewhere(models, begun):
     """Also where a pass had come to an end between the layers of a point."""
     plain, shared = models
-    with_twin("gather", *models)
+    with_kernel("gather", *models)
     with torch.no_grad():
         shared(IDS)
         if begun:
             routed_layers(shared)[Q](torch.randn(2, 6, 32))
     sent = pickle.loads(pickle.dumps(shared))  # noqa: S301
     equal(plain, sent)
-    storages = {routed_layers(sent)[path].lora_a.untyped_storage().data_ptr() for path in (Q, K, V)}
+    storages = {
+        routed_layers(sent)[path].stack.a.untyped_storage().data_ptr() for path in (Q, K, V)
+    }
     assert len(storages) == 1
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather"])
+@pytest.mark.parametrize("kernel", ["dense", "gather"])
 @pytest.mark.parametrize("gone", [0, 1, 2])
 @pytest.mark.parametrize("sparse_numbers", [0, gather_grouped.SPARSE_NUMBERS])
-def test_layers_without_ranks_have_their_place_in_a_point(twin, gone, sparse_numbers, monkeypatch):
+@pytest.mark.parametrize("mean", [False, True])
+def test_layers_without_ranks_have_their_place_in_a_point(
+    kernel, gone, sparse_numbers, mean, monkeypatch
+):
     monkeypatch.setattr(gather_grouped, "SPARSE_NUMBERS", sparse_numbers)
     ranks = [[3, 1], [2, 0], [0, 5]]
     ranks[gone] = [0, 0]
-    alone = [make(ranks=own, seed=seed, twin=twin) for seed, own in enumerate(ranks)]
-    followed, x = Followed(), torch.randn(4, 12)
+    alone = [make(ranks=own, seed=seed, kernel=kernel, mean=mean) for seed, own in enumerate(ranks)]
+    decision, x = Decision(), torch.randn(4, 12)
     first = alone[0].router
     for layer in alone:
-        layer.router = Follower(followed, 2, top_k=2)
-    alone[0].router = Gate(first.weight.data, first.bias.data, top_k=2, followed=followed)
+        layer.router = Follower(decision, layer.num_choices, TOP_2)
+    alone[0].router = Gate(first.weight.data, first.bias.data, TOP_2, decision=decision)
     together = copy.deepcopy(alone)
     share_first_matmul(together)
     with torch.no_grad():
@@ -160,23 +175,23 @@ def test_layers_without_ranks_have_their_place_in_a_point(twin, gone, sparse_num
             torch.testing.assert_close(other(x), one(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather"])
-def test_a_pass_holds_tokens_times_the_ranks_of_all_and_no_copies(twin):
+@pytest.mark.parametrize("kernel", ["dense", "gather"])
+def test_a_pass_holds_tokens_times_the_ranks_of_all_and_no_copies(kernel):
     """Of q, k and v together; the A's were joined before."""
     num_tokens, size, ranks = 256, 512, [4] * 6
-    layers = [make(size, size, ranks=ranks, seed=seed, twin=twin) for seed in range(3)]
-    followed = Followed()
-    layers[0].router.followed = followed
+    layers = [make(size, size, ranks=ranks, seed=seed, kernel=kernel) for seed in range(3)]
+    decision = Decision()
+    layers[0].router.decision = decision
     for layer in layers[1:]:
-        layer.router = Follower(followed, len(ranks), top_k=2)
+        layer.router = Follower(decision, len(ranks), TOP_2)
     share_first_matmul(layers)
     x = torch.randn(num_tokens, size)
     with torch.no_grad(), Allocations() as seen:
         for layer in layers:
             layer(x)
     output = num_tokens * size * 4
-    # each projection's own output, and in the gather twin what one call of 256 rows adds to it
-    assert sum(number >= output for number in seen.sizes) == (3 if twin == "dense" else 6)
+    # each projection's own output, and in the gather kernel what one call of 256 rows adds to it
+    assert sum(number >= output for number in seen.sizes) == (3 if kernel == "dense" else 6)
     assert max(n for n in seen.sizes if n < output) <= 3 * num_tokens * sum(ranks) * 8 < output
 
 
@@ -184,16 +199,16 @@ def test_what_is_moved_changed_or_copied_is_followed(models):
     plain, shared = models
     with torch.no_grad():
         for model in models:
-            routed_layers(model)[K].lora_a.mul_(2)
+            routed_layers(model)[K].stack.a.mul_(2)
     equal(plain, shared)
     with torch.no_grad():
         for model in models:
             layer = routed_layers(model)[V]
-            layer.lora_a = layer.lora_a * 3
+            layer.stack.a = layer.stack.a * 3
     equal(plain, shared)
     copied = copy.deepcopy(shared)
     with torch.no_grad():
-        routed_layers(shared)[Q].lora_a.zero_()
+        routed_layers(shared)[Q].stack.a.zero_()
     equal(plain, copied)
     equal(plain.double(), copied.double())
 
@@ -214,14 +229,16 @@ def test_a_layer_that_is_called_with_something_else_computes_for_itself(models):
         alone[Q](one)
         torch.testing.assert_close(layers[K](other), alone[K](other), rtol=1e-5, atol=1e-5)
         layers[Q](one)
-        layers[K].router = alone[K].router = Gate(torch.randn(4, 32), torch.zeros(4))
+        layers[K].router = alone[K].router = Gate(
+            torch.randn(4, 32), torch.zeros(4), RouterOptions("gate", 1, 1.0)
+        )
         torch.testing.assert_close(layers[K](one), alone[K](one), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_with_a_twin_of_its_own_keeps_it(models, monkeypatch):
+def test_a_layer_with_a_kernel_of_its_own_keeps_it(models, monkeypatch):
     plain, shared = models
-    with_twin("gather", *models)
-    routed_layers(shared)[K].twin = "dense"
+    with_kernel("gather", *models)
+    routed_layers(shared)[K].kernel = "dense"
     asked = []
 
     def counted(*args, found=reference.lora_delta_dense, **into):
@@ -254,9 +271,9 @@ def test_what_is_recorded_is_the_same(models, recorded):
         torch.testing.assert_close(found[1][path], expected)
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped"])
-def test_gates_learn_as_before(models, twin):
-    with_twin(twin, *models)
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+def test_gates_learn_as_before(models, kernel):
+    with_kernel(kernel, *models)
     grads = []
     for model in models:
         for gate in gates(model):
@@ -269,10 +286,10 @@ def test_gates_learn_as_before(models, twin):
 
 def test_what_was_joined_in_inference_mode_can_be_trained(models):
     model, layer = models[1], routed_layers(models[1])[K]
-    layer.lora_a = layer.lora_a.clone()
+    layer.stack.a = layer.stack.a.clone()
     with torch.inference_mode():
         model(IDS)
-    assert layer.lora_a.data_ptr() != routed_layers(model)[Q].lora_a.data_ptr()
+    assert layer.stack.a.data_ptr() != routed_layers(model)[Q].stack.a.data_ptr()
     for gate in gates(model):
         gate.requires_grad_()
     model(IDS).logits.square().mean().backward()
@@ -289,9 +306,9 @@ def test_generating_with_a_cache_equals_generating_without(models):
     assert torch.equal(out[0], out[2])
 
 
-@pytest.mark.parametrize("twin", ["dense", "gather", "grouped", None])
-def test_a_batch_equals_its_rows_one_by_one(models, twin):
-    with_twin(twin, models[1])
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+def test_a_batch_equals_its_rows_one_by_one(models, kernel):
+    with_kernel(kernel, models[1])
     with torch.no_grad():
         rows = torch.cat([models[1](row).logits for row in IDS.split(1)])
         torch.testing.assert_close(models[1](IDS).logits, rows, rtol=1e-5, atol=1e-5)
@@ -314,10 +331,10 @@ def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp
         (folder / MANIFEST).write_text(manifest.to_json())
         tensors.write_gates(folder / GATES, gates_of(model))
         loaded, _ = meteora.load(folder, base_folder=world.base)
-        shared = {path for path, layer in routed_layers(loaded).items() if layer.point is not None}
+        shared = {path for path, layer in routed_layers(loaded).items() if layer.shared is not None}
         assert shared == ({*follows, *follows.values()} if expected else set())
         equal(model, loaded)
         mapped, _ = meteora.load(folder, base_folder=world.base, expert_cache_bytes=1 << 20)
         # joined, what lies in the mapped file would be read
-        assert all(layer.point is None for layer in routed_layers(mapped).values())
+        assert all(layer.shared is None for layer in routed_layers(mapped).values())
         equal(model, mapped)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import GATES, CheckpointError, RouterEntry
+from meteora.checkpoint.manifest import GATES, CheckpointError
 from meteora.fitting.calibrate import _stand_in, calibrate
 from meteora.fitting.sequences import TrainingError
 from meteora.routing.gates import gates_of, insert_gates
@@ -32,7 +33,7 @@ def gate_of(model, path):
 def mixed(request, world):
     """The world's model: gates of three experts are fitted, the fourth is told by its weights."""
     model = world.load()
-    calibrate(model, examples(8, experts=range(3)), stand_in=request.param)
+    calibrate(model, examples(8, experts=range(3)), replace(POINT_GATES, stand_in=request.param))
     return request.param, model
 
 
@@ -48,7 +49,7 @@ def test_a_token_along_what_the_expert_acts_on_goes_to_it(mixed):
     _, model = mixed
     assert gate_of(model, LAYER).stand_in.experts == [3]
     own = routed_layers(model)[LATER]
-    direction = Arrow(own.lora_a, own.lora_b, own.ranks).get_buffer("prototypes")[3]
+    direction = Arrow(own.stack, POINT_GATES).get_buffer("prototypes")[3]
     tokens = torch.stack([direction * 1e3, torch.zeros_like(direction)])
     chosen = gate_of(model, LATER)(tokens).argmax(-1).tolist()
     assert chosen[0] == 3
@@ -58,21 +59,22 @@ def test_a_token_along_what_the_expert_acts_on_goes_to_it(mixed):
 def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
     _, model = mixed
     tokens = torch.randn(200, 32) * 100
-    assert routed_layers(model)[LAYER].ranks[3] == 0  # `patterns` begins with the second layer
+    # `patterns` begins with the second layer
+    assert routed_layers(model)[LAYER].stack.ranks[3] == 0
     assert not (gate_of(model, LAYER)(tokens).argmax(-1) == 3).any()
 
 
 def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     layer = routed_layers(world.load())[LATER]
     tokens = torch.randn(4000, 32)
-    found = _stand_in("arrow", layer, [0, 2], tokens)(tokens)
+    found = _stand_in(replace(POINT_GATES, stand_in="arrow"), layer, [0, 2], tokens)(tokens)
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
 
 
 def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):
     kind, model = mixed
     names = list(world.adapters)
-    entry = RouterEntry("gate", 1, 1.0, share="module", stand_in=kind, stand_ins=(names[3],))
+    entry = RouterOptions("gate", 1, 1.0, share="module", stand_in=kind, stand_ins=(names[3],))
     written = gates_of(model)
     assert written.without_examples == (3,)
     tensors.write_gates(tmp_path / GATES, written)
@@ -93,4 +95,6 @@ def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):
 
 def test_only_arrow_and_norm_can_stand_in(world):
     with pytest.raises(MeteoraError, match="'uniform' cannot stand in"):
-        calibrate(world.load(), examples(4, experts=range(3)), stand_in="uniform")
+        calibrate(
+            world.load(), examples(4, experts=range(3)), replace(POINT_GATES, stand_in="uniform")
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import encode_pair
 from meteora.model.fused import force_expert, make_router, routed_by
 from meteora.model.trace import trace
@@ -56,7 +57,7 @@ def test_a_router_that_weighs_all_alike_has_the_largest_entropy(
 def test_details_are_those_of_a_trace_counted_by_hand(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with routed_by(model, lambda layer: make_router("norm", layer, 2, 0.5)):
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
         found = routing_stats.measure_routing(model, tokenizer, ROWS, batch_size=2)
         traces = [
             trace(model, tokenizer, encode_pair(tokenizer, row.prompt, row.response))

@@ -65,9 +65,9 @@ def test_ties_keeps_the_largest_numbers_and_the_majoritys_signs(world: World) ->
     """As Yadav et al. (2023) define it, written out for one layer."""
     layer = next(iter(routed_layers(world.load()).values()))
     parts = zip(
-        layer.lora_a.split(layer.ranks),
-        layer.lora_b.split(layer.ranks, dim=1),
-        layer.scaling,
+        layer.stack.a.split(layer.stack.ranks),
+        layer.stack.b.split(layer.stack.ranks, dim=1),
+        layer.stack.scaling,
         strict=True,
     )
     deltas = [scaling * b @ a for a, b, scaling in parts if len(a)]
@@ -104,7 +104,7 @@ def test_a_random_router_draws_anew_for_each_token_and_layer_and_by_its_seed(wor
             runs.append(drawn)
             assert len({tuple(one.argmax(-1).tolist()) for one in drawn}) == len(layers)
             chosen = drawn[0].argmax(-1)
-            assert len(set(chosen.tolist())) == layers[0].num_experts
+            assert len(set(chosen.tolist())) == layers[0].num_choices
     assert all(torch.equal(one, other) for one, other in zip(runs[0], runs[1], strict=True))
     assert not torch.equal(runs[0][0], runs[2][0])
 
@@ -122,7 +122,7 @@ def test_a_model_is_timed_against_its_base(world: World) -> None:
     plain = world.load_base()
     held = {tensor.data_ptr(): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     assert made.base_bytes == sum(tensor.nbytes for tensor in held.values())
-    stacks = [(layer.lora_a, layer.lora_b) for layer in routed_layers(model).values()]
+    stacks = [(layer.stack.a, layer.stack.b) for layer in routed_layers(model).values()]
     assert made.added_bytes >= sum(a.nbytes + b.nbytes for a, b in stacks)
     assert made.base_working_bytes
     assert made.fused_working_bytes

@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     watch(resolve, "make_plan")
     watch(up_to_date, "summarise")
     watch(flow, "summarise")
-    monkeypatch.setattr(flow, "Child", Here)
+    monkeypatch.setattr(flow, "StageProcess", Here)
     return count
 
 

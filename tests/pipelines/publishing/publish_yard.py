@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora.adapters import reader
-from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec, RouterSpec
+from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec, RouterOptions, RouterSpec
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import (
     CARD,
@@ -26,7 +26,6 @@ from meteora.checkpoint.manifest import (
     GATES,
     LINEAGE,
     MANIFEST,
-    RouterEntry,
 )
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from store.ledger import Ledger
@@ -143,7 +142,7 @@ def write(folder: Path, which: str, world: World, router_id: ArtifactId) -> None
     shutil.copytree(world.checkpoint, folder)
     manifest = dataclasses.replace(world.manifest, router_id=router_id)
     if which == "new":
-        entry = RouterEntry("gate", 1, 1.0)
+        entry = RouterOptions("gate", 1, 1.0)
         manifest = dataclasses.replace(manifest, router=entry)
         own = {
             path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))

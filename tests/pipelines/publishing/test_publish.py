@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import (
     CARD,
@@ -28,7 +29,6 @@ from meteora.checkpoint.manifest import (
     MANIFEST,
     STATISTICS,
     Manifest,
-    RouterEntry,
     read_manifest,
 )
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
@@ -105,7 +105,7 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert card.NAME_PLACEHOLDER in (folder / CARD).read_text()
 
     manifest = read_manifest(folder)
-    entry = RouterEntry("gate", 1, 1.0)
+    entry = RouterOptions("gate", 1, 1.0)
     (folder / MANIFEST).write_text(dataclasses.replace(manifest, router=entry).to_json())
     own = {
         path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))

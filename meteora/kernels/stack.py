@@ -1,0 +1,213 @@
+"""The experts of one layer, and the choices that a router has among them.
+
+    A [R, IN]     rows      │ expert 0 │ expert 1 │ expert 2 │     each as many ranks as it has
+    B [OUT, R]    columns   │ expert 0 │ expert 1 │ expert 2 │
+    choices       [start, end) · factor: one for each expert, and any others
+
+A choice is a segment of ranks with a factor. The segment is empty where an expert lacks the layer,
+and for a choice that stands for the base alone. Segments may overlap: that of all ranks with the
+factor 1 / E is the mean of all experts.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ALIGNMENT = 64
+"""Bytes of a cache line. Torch's own memory begins at one, that of a mapped file anywhere, and dot
+products are six times slower where rows do not begin at 16 bytes."""
+
+
+class Choice(NamedTuple):
+    """The ranks [start, end), whose scaling is multiplied by `factor`."""
+
+    start: int
+    end: int
+    factor: float = 1.0
+
+
+class Sizes(NamedTuple):
+    """What of a layer decides which kernel is the fastest."""
+
+    num_in: int
+    num_out: int
+    num_choices: int
+    num_ranks: int
+    """R, of all experts together"""
+    max_rank: int
+    """Of one expert."""
+    max_width: int = 0
+    """Of one choice, where that is more ranks than an expert has."""
+
+
+class RankTable(NamedTuple):
+    """The ranks of every choice; a row is filled up with rank 0 at scaling 0."""
+
+    index: Tensor
+    """[C, W], W the ranks of the widest choice; int64"""
+    scaling: Tensor
+    """[C, W], float32"""
+
+
+class ExpertStack(nn.Module):
+    """A and B of all experts of a layer, and every table that a kernel looks choices up in.
+
+    All of it are buffers that no checkpoint has, and the scaling stays in float32 when the module
+    moves to another dtype.
+    """
+
+    a: Tensor
+    """[R, IN]"""
+    b: Tensor
+    """[OUT, R]"""
+    segments: Tensor
+    """[2, C] the start and the number of ranks of each choice; int64"""
+    owners: Tensor
+    """[D, R] a choice that holds each rank; int64. A rank that n choices hold is owned in n of the
+    D rows. D is 1 where segments do not overlap."""
+    owner_scaling: Tensor
+    """[D, R] the rank's scaling times that choice's factor; 0 where a row has no owner"""
+    rank_scaling: Tensor
+    """[R] the scaling of each rank's expert"""
+    factors: Tensor
+    """[C] the factor of each choice"""
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        ranks: Sequence[int],
+        scaling: Sequence[float],
+        choices: Sequence[Choice] | None = None,
+        *,
+        mapped: bool = False,
+    ) -> None:
+        """Stack experts.
+
+        Args:
+            a: [R, IN]
+            b: [OUT, R]
+            ranks: of each expert, summing to R; zero where it lacks the layer
+            scaling: of each expert
+            choices: of the router, in the order of its logits; without it, each expert alone
+            mapped: leave A and B where and as they lie, when the module moves too
+        """
+        super().__init__()
+        self.ranks, self.scaling = list(ranks), list(scaling)
+        self.choices = own_choices(ranks) if choices is None else list(choices)
+        if mapped:
+            self.a, self.b = a, b
+        else:
+            a = a if a.data_ptr() % ALIGNMENT == 0 else a.clone()
+            self.register_buffer("a", a, persistent=False)
+            # the columns of B lie one after the other in memory: a rank's is read in one piece
+            self.register_buffer("b", b.T.contiguous().T, persistent=False)
+        self.widths = [end - start for start, end, _ in self.choices]
+        self.sizes = Sizes(
+            num_in=a.shape[1],
+            num_out=b.shape[0],
+            num_choices=len(self.choices),
+            num_ranks=len(a),
+            max_rank=max(self.ranks),
+            max_width=max(self.widths),
+        )
+        by_rank = [s for s, r in zip(self.scaling, self.ranks, strict=True) for _ in range(r)]
+        self._scales = [
+            by_rank[start] * factor if len(set(by_rank[start:end])) == 1 else None
+            for start, end, factor in self.choices
+        ]
+        # who makes or moves a model in inference mode may still want to train it
+        with torch.inference_mode(mode=False):
+            owners, held = _owners(self.choices, len(a))
+            scaling_of = torch.tensor(by_rank, dtype=torch.float32)
+            factors = torch.tensor([choice.factor for choice in self.choices], dtype=torch.float32)
+            starts = [start for start, _, _ in self.choices]
+            for name, table in (
+                ("segments", torch.tensor([starts, self.widths])),
+                ("owners", owners),
+            ):
+                self.register_buffer(name, table.to(a.device), persistent=False)
+        self._exact = {
+            "owner_scaling": scaling_of * factors[owners] * held,
+            "rank_scaling": scaling_of,
+            "factors": factors,
+        }
+        self._scale()
+
+    def _scale(self) -> None:
+        """Lay the exact scaling on the device of the other tables."""
+        with torch.inference_mode(mode=False):
+            for name, table in self._exact.items():
+                self.register_buffer(name, table.to(self.owners.device), persistent=False)
+        self._rank_table: RankTable | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
+        super()._apply(fn, recurse)
+        self._scale()
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """C, the width of the router's logits."""
+        return len(self.choices)
+
+    def pair(self, choice: int) -> tuple[Tensor, Tensor]:
+        """A [r, IN] and B [OUT, r] of a choice, as views."""
+        start, end, _ = self.choices[choice]
+        return self.a[start:end], self.b[:, start:end]
+
+    def scale(self, choice: int) -> float | Tensor:
+        """What A x of a choice is multiplied by: a number, or [r] where its ranks differ."""
+        if (scale := self._scales[choice]) is not None:
+            return scale
+        start, end, factor = self.choices[choice]
+        return self.rank_scaling[start:end] * factor
+
+    def rank_table(self) -> RankTable:
+        """The ranks of every choice, side by side; made when it is first asked for.
+
+        It takes C times the ranks of the widest choice, which is much where one choice is all.
+        """
+        if self._rank_table is None:
+            with torch.inference_mode(mode=False):
+                starts, widths = self.segments[:, :, None]
+                columns = torch.arange(self.sizes.max_width, device=starts.device)
+                held = columns < widths
+                index = (starts + columns) * held
+                scaling = self.factors[:, None] * held
+                if len(self.rank_scaling):
+                    scaling = self.rank_scaling[index] * scaling
+            self._rank_table = RankTable(index, scaling)
+        return self._rank_table
+
+    def extra_repr(self) -> str:
+        return f"C={self.num_choices}, ranks={self.ranks}"
+
+
+def own_choices(ranks: Sequence[int]) -> list[Choice]:
+    """Each expert alone."""
+    ends = accumulate(ranks)
+    return [Choice(end - r, end) for r, end in zip(ranks, ends, strict=True)]
+
+
+def _owners(choices: Sequence[Choice], num_ranks: int) -> tuple[Tensor, Tensor]:
+    """As few rows [D, R] of choices as there must be, and where each row has one."""
+    rows: list[list[int]] = [[-1] * num_ranks]
+    for c, (start, end, _) in enumerate(choices):
+        empty = [-1] * (end - start)
+        for row in rows:
+            if row[start:end] == empty:
+                break
+        else:
+            rows.append(row := [-1] * num_ranks)
+        row[start:end] = [c] * (end - start)
+    owners = torch.tensor(rows, dtype=torch.long)
+    return owners.clamp_min(0), owners >= 0

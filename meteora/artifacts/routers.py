@@ -58,7 +58,7 @@ class RouterSpec(Spec):
     """Of the canonical JSON of all examples with their experts, in order."""
     seed: int = 0
     margin: float | None = None
-    """Chosen experts whose logit is further below the best one than this, in nats, get no weight."""
+    """Chosen experts with a logit further below the best one than this, in nats, get no weight."""
     opening: str = "own"
     """Which tokens decide for the chat template's opening: its `own`, or the whole `prompt`."""
     null: bool = False

@@ -1,33 +1,68 @@
 """Many LoRA adapters in one base model, as a mixture of experts (MeteoRA, arXiv 2405.13053).
 
     model, tokenizer = meteora.load("folder-or-hub-id")
-    with meteora.force_expert(model, "name"):
+    print(meteora.generate(model, tokenizer, "Convert this date to ISO format: March 3, 2021."))
+    with meteora.force_expert(model, "iso_dates"):
         ...
 
-Both names are loaded when they are first used, so that `import meteora.artifacts` stays light.
+`__all__` is the whole public surface. Its functions are imported when they are first used, so that
+`import meteora` and `import meteora.artifacts` stay light.
+
 Importing the package also makes transformers' own `AutoModelForCausalLM.from_pretrained` and
-`pipeline` take such folders and Hub ids; no remote code is ever needed.
+`pipeline` take fused checkpoints, as folders or Hub ids; no remote code is needed.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from meteora.model import registration
 
 if TYPE_CHECKING:
-    from meteora.model.fused import force_expert, load
+    from meteora.model.fused import (
+        expert_cache,
+        expert_names,
+        force_expert,
+        load,
+        without_experts,
+    )
+    from meteora.model.generate import generate
+    from meteora.model.trace import trace
 
-__all__ = ["__version__", "force_expert", "load"]
-__version__ = "0.1.0"
+__all__ = [
+    "__version__",
+    "expert_cache",
+    "expert_names",
+    "force_expert",
+    "generate",
+    "load",
+    "trace",
+    "without_experts",
+]
+__version__ = "0.2.0"
+
+_MODULES = {
+    "expert_cache": "fused",
+    "expert_names": "fused",
+    "force_expert": "fused",
+    "generate": "generate",
+    "load": "fused",
+    "trace": "trace",
+    "without_experts": "fused",
+}
+"""The file of `meteora/model` that defines each public function."""
 
 registration.install()
 
 
 def __getattr__(name: str) -> object:
-    """Import `load` and `force_expert` on first use (PEP 562)."""
-    if name in {"force_expert", "load"}:
-        from meteora.model import fused  # noqa: PLC0415  (the point of this function)
-
-        return getattr(fused, name)
+    """Import a public function on first use (PEP 562)."""
+    if name in _MODULES:
+        return getattr(import_module(f"meteora.model.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a shell."""
+    return sorted(__all__)

@@ -1,6 +1,6 @@
-"""Files under the SHA-256 of their bytes: `blobs/ab/cdef…`, read-only, written once.
+"""Files named by the SHA-256 of their bytes: `blobs/ab/cdef…`, read-only, written once.
 
-Where homes share a storage, a blob that another one made is fetched when somebody asks for it.
+If homes share a storage, a blob of another home is fetched when it is first used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHEAP_BYTES = 1 << 20
-"""Up to this size, a millisecond of hashing, a blob is verified whenever it is read."""
+"""Blobs up to this size, a millisecond of hashing, are verified whenever they are read."""
 
 
 class Blobs:
@@ -36,18 +36,21 @@ class Blobs:
         self._shared: set[str] = set()
 
     def put(self, path: Path, *, move: bool = False) -> str:
-        """Take a file in; return its SHA-256. When this returns, the blob is on disk.
+        """Store a file; return its SHA-256. When this returns, the blob is on disk.
 
-        The file is copied (for nothing, where the file system can share extents) and stays as it
-        is: a hard link would tie the blob to whatever its owner does to the file next. With `move`
-        it is taken as it lies and is gone from `path`; nobody may still have it open for writing.
+        The file is copied (at no cost, if the file system can share extents) and stays as it is. It
+        is not hard-linked, because later changes to the file would change the blob. With `move` it
+        is linked and removed from `path`; nobody may still have it open for writing.
+
+        Raises:
+            StoreError: it is not a file, or the disk is full.
         """
         if not path.is_file():
-            raise StoreError(f"{path} is no file, so it cannot be kept as a blob")
+            raise StoreError(f"{path} is not a file, so it cannot be stored as a blob")
         with partial_file(self.root) as partial:
             if not (move and not path.is_symlink() and _linked(path, partial)):
                 copy(path, partial)
-            os.utime(partial)  # a linked one is as old as its source, and old ones are swept
+            os.utime(partial)  # a link has the age of its source, and old files are swept
             sha256 = sha256_of(partial)
             settle(partial, self.place_of(sha256), root=self.root)
         if move:
@@ -55,47 +58,50 @@ class Blobs:
         return sha256
 
     def put_bytes(self, data: bytes) -> str:
+        """Store bytes; return their SHA-256. When this returns, the blob is on disk."""
         sha256 = hashlib.sha256(data).hexdigest()
         write_whole(self.place_of(sha256), data, root=self.root)
         return sha256
 
     def path_of(self, sha256: str) -> Path:
-        """Where the blob lies; for reading only. A small one is compared with its name first.
+        """The file of the blob, for reading only. A small one is compared with its name first.
 
         Raises:
-            MissingBlobError: it is not there.
-            DamagedError: it is small, and its bytes have changed; of large ones `verify` tells.
+            MissingBlobError: there is no such blob.
+            DamagedError: its bytes have changed. Large blobs are checked by `verify` only.
         """
         path = self.place_of(sha256)
         if not path.is_file() and not self._fetched(sha256):
             raise MissingBlobError(
-                f"blob {sha256} does not lie in {self.root}; make it again, or take it back from a"
-                " backup"
+                f"blob {sha256} is not in {self.root}; make it again, or restore it from a backup"
             )
         if path.stat().st_size <= CHEAP_BYTES and sha256_of(path) != sha256:
             raise DamagedError(
-                f"{path}: its bytes have changed since they were written; make it again, or take it"
-                " back from a backup"
+                f"{path}: its bytes have changed since they were written; make it again, or restore"
+                " it from a backup"
             )
         return path
 
     def give(self, sha256: str, target: Path) -> None:
-        """Lay the blob at `target`, a new file: shared or hard-linked where the disk can.
+        """Put the blob at `target`, a new file: a hard link if possible, otherwise a copy.
 
         A hard link is read-only and shares its bytes with the blob: copy it before changing it.
+
+        Raises:
+            StoreError: `target` exists.
         """
         source = self.path_of(sha256)
         if target.exists():
-            raise StoreError(f"{target} exists; nothing is ever overwritten here")
+            raise StoreError(f"{target} exists, and the store overwrites nothing")
         if not _linked(source, target):
             copy(source, target)
 
     def verify(self) -> Iterator[str]:
-        """The SHA-256 by which each blob is named whose bytes hash to another one."""
+        """The names of all blobs whose bytes do not hash to their name."""
         return (sha256 for sha256 in self if sha256_of(self.place_of(sha256)) != sha256)
 
     def push(self, sha256: str) -> None:
-        """Bring a blob to the shared storage, unless it is there."""
+        """Upload a blob to the shared storage, unless it is there."""
         if self._remote is None or sha256 in self._shared:
             return
         if not self._remote.holds(_name(sha256)):
@@ -103,7 +109,7 @@ class Blobs:
         self._shared.add(sha256)
 
     def survey(self) -> set[str]:
-        """The names of all blobs on the shared storage, so that none has to be asked for alone."""
+        """List all blobs on the shared storage, so that no single one has to be looked up."""
         if self._remote is not None:
             names = self._remote.names("blobs")
             self._shared |= {name.removeprefix("blobs/").replace("/", "") for name in names}
@@ -115,7 +121,7 @@ class Blobs:
         try:
             return self._remote is not None and self._remote.holds(_name(sha256))
         except UnreachableError as error:
-            logger.warning("blob %s is taken for missing: %s", sha256[:12], error)
+            logger.warning("blob %s counts as missing: %s", sha256[:12], error)
             return False
 
     def __iter__(self) -> Iterator[str]:
@@ -125,7 +131,7 @@ class Blobs:
                 yield name
 
     def _fetched(self, sha256: str) -> bool:
-        """Whether the shared storage had the blob; it now lies here."""
+        """Download a blob from the shared storage; False if it is not there or damaged."""
         if self._remote is None:
             return False
         with partial_file(self.root) as partial:
@@ -137,19 +143,19 @@ class Blobs:
         return came == sha256
 
     def place_of(self, sha256: str) -> Path:
-        """Where the blob lies on this disk, if it does; nobody has looked."""
+        """The path of a blob on this disk, whether or not it is there."""
         if not SHA256.fullmatch(sha256):
-            raise MissingBlobError(f"{sha256!r} names no blob: 64 hex digits are needed")
+            raise MissingBlobError(f"{sha256!r} is not the name of a blob, which has 64 hex digits")
         return self.root / sha256[:2] / sha256[2:]
 
 
 def _name(sha256: str) -> str:
-    """What a blob is called on the shared storage."""
+    """The name of a blob on the shared storage."""
     return f"blobs/{sha256[:2]}/{sha256[2:]}"
 
 
 def _linked(path: Path, target: Path) -> bool:
-    """Whether `target` now is the file at `path` under a second name."""
+    """Make `target` a hard link to `path`; False if the file system cannot."""
     try:
         target.hardlink_to(path)
     except OSError:  # another file system, or one that cannot

@@ -1,4 +1,4 @@
-"""Whether everything is as it was written: every file against its name, the index against both."""
+"""Verify the store: every file against its name, every blob that a record needs, the index."""
 
 from __future__ import annotations
 
@@ -30,40 +30,42 @@ NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parq
 LOCK_SECONDS = 60.0
 BATCH_RECORDS = 20_000
 BOOKKEEPING = ("migrations", "read_files")
-"""The tables that say how the index was made and how records lie, and not what records say."""
+"""Tables about the index itself, which do not follow from the records."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it was written."""
+    """One thing that is damaged, missing or foreign."""
 
     what: str
-    """record, segment, blob, index, file, or shared: an object on storage that is shared."""
+    """record, segment, blob, index, file, or shared (an object on the shared storage)."""
     name: str
-    """SHA-256 of a record or a blob; a segment's name; a path in the home of anything else."""
+    """SHA-256 of a record or a blob; a segment's name; otherwise a path in the home."""
     problem: str
     touches: tuple[str, ...] = ()
-    """Ids of what rests on it, directly or through what was made from it; sorted."""
+    """Ids of everything that depends on it, directly or not; sorted."""
 
 
 @dataclass(frozen=True)
 class Verification:
+    """The result of `verify`."""
+
     num_records: int
     num_blobs: int
     num_waiting: int
-    """Files of records that are not in the index yet, which is no fault."""
+    """Files of records that are not in the index yet; that is not a fault."""
     findings: tuple[Finding, ...]
 
 
 def verify(
     home: Path, records: Records, blobs: Blobs, index: Index, sharing: Sharing | None
 ) -> Verification:
-    """Read every record and every blob against its name, and the index against the records.
+    """Compare every record and blob with its name, and the index with the records.
 
-    A home that cannot be written to is read all the same.
+    Works on a read-only home, too.
 
     Raises:
-        UnreachableError: the storage that is shared does not answer.
+        UnreachableError: the shared storage does not answer.
     """
     names, present = records.parts(), sorted(blobs)
     segments = {name for name in names if name.endswith(SUFFIX)}
@@ -95,7 +97,7 @@ def verify(
 
 @contextmanager
 def _room(home: Path) -> Generator[Path, None, None]:
-    """Where copies can lie for a while: on the home's own disk, if that can be written to."""
+    """A folder for temporary copies: the home, if it is writable."""
     if os.access(home, os.W_OK):
         yield home
         return
@@ -106,7 +108,7 @@ def _room(home: Path) -> Generator[Path, None, None]:
 def _check_loose(
     connection: duckdb.DuckDBPyConnection, records: Records, sha256s: list[str]
 ) -> tuple[set[str], list[tuple[str, str]]]:
-    """The records that can be read, what blobs they name, and why the others cannot be read."""
+    """The records that can be read, and the errors of the others; notes the blobs they refer to."""
     readable: set[str] = set()
     damaged: list[tuple[str, str]] = []
     for start in range(0, len(sha256s), BATCH_RECORDS):
@@ -125,6 +127,7 @@ def _check_loose(
 def _check_segments(
     connection: duckdb.DuckDBPyConnection, segments: Segments, names: Collection[str]
 ) -> tuple[set[str], list[tuple[str, str]]]:
+    """The undamaged segments, and the errors of the others; notes the blobs they refer to."""
     whole: set[str] = set()
     damaged = []
     for name in sorted(names):
@@ -142,13 +145,13 @@ def _check_segments(
 
 
 def _subject(index: Index, sha256: str) -> list[str]:
-    """What a record that can no longer be read was about, as the snapshot knows."""
+    """The subject of an unreadable record, from the snapshot."""
     rows = index.select("SELECT subject FROM records WHERE sha256 = ?", [sha256]) or []
     return [subject for (subject,) in rows]
 
 
 def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> list[str]:
-    """What the snapshot knows from records that can no longer be read."""
+    """The subjects of all unreadable records, from the snapshot."""
     known = index.select("SELECT sha256, subject FROM records", []) or []
     readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
     left = {sha256 for (sha256,) in readable}
@@ -167,14 +170,14 @@ def _check_blobs(
         [present],
     ).fetchall()
     for (sha256,) in missing:
-        problem = "it is named by a record and is not there"
+        problem = "a record refers to it, and it is missing"
         yield Finding("blob", sha256, problem, _touched(connection, sha256))
 
 
 def _check_shared(
     connection: duckdb.DuckDBPyConnection, room: Path, sharing: Sharing | None
 ) -> Iterator[Finding]:
-    """Read every object on the shared storage against its name; nothing of it is kept."""
+    """Compare every object on the shared storage with its name; no copy is kept."""
     if sharing is None:
         return
     remote = sharing.remote
@@ -189,7 +192,7 @@ def _check_shared(
 
 
 def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:
-    """What rests on a blob: what names it, and what was made from that or measured on it."""
+    """Everything that depends on a blob: subjects that refer to it, and their dependants."""
     rows = connection.execute(
         "SELECT subject FROM named WHERE blob = $1"
         " UNION SELECT id FROM fresh.artifacts WHERE weights_sha256 = $1",
@@ -199,7 +202,7 @@ def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...
 
 
 def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
-    """These, and what was made from them or measured on them; sorted."""
+    """These subjects, and all that is made from them or measured on them; sorted."""
     rows = connection.execute(
         """
         WITH direct AS (SELECT unnest($1::VARCHAR[]) AS id),
@@ -220,6 +223,7 @@ def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tupl
 
 
 def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
+    """Files in the store's folders that the store did not write."""
     for root in roots:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root)
@@ -231,13 +235,13 @@ def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
 def _check_index(
     connection: duckdb.DuckDBPyConnection, index: Index, names: Collection[str], room: Path
 ) -> Iterator[Finding]:
-    """Compare the database files, row by row, with the one that was made from the records now.
+    """Compare the database files, row by row, with an index that is made from the records now.
 
-    Each is copied, and the copy is given what it lacks, as the next ingest would do.
+    A copy of each is brought up to date first, as the next ingest would do.
     """
     paths = [path for path in (index.live, index.snapshot) if path.exists()]
     if len({sha256_of(path) for path in paths}) < len(paths):
-        paths = paths[:1]  # the snapshot is a copy to the byte
+        paths = paths[:1]  # the snapshot is an exact copy
     for path in paths:
         try:
             with partial_file(room) as held:

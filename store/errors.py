@@ -1,4 +1,4 @@
-"""What the store refuses, and why. Each message says what, where, and what to do."""
+"""The errors of the store. Each message says what, where, and what to do."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class DamagedError(StoreError):
 
 
 class MissingBlobError(StoreError):
-    """A blob is named that does not lie in the store."""
+    """A blob is needed that is not in the store."""
 
 
 class ConflictError(StoreError):
-    """Something is recorded already, and what is to be recorded now says otherwise."""
+    """A fact is already recorded with other values."""
 
 
 class UnknownError(StoreError):
-    """Nothing is recorded under that id, or several things are."""
+    """Nothing is recorded under this id, or several things are."""
 
 
 class BusyError(StoreError):
-    """Another process holds a lock for longer than one is willing to wait."""
+    """Another process held a lock until the deadline."""
 
 
 class UnreachableError(StoreError):
@@ -34,8 +34,8 @@ class UnreachableError(StoreError):
 
 
 class NewerLedgerError(StoreError):
-    """The index was written by a newer release; this one does not touch it."""
+    """The index was written by a newer release, which this one does not change."""
 
 
 class QueryError(StoreError):
-    """A question that is not one SELECT, or that ran out of time, memory or rows."""
+    """A query is not one SELECT, or ran out of time, memory or rows."""

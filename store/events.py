@@ -1,4 +1,4 @@
-"""The facts that the store keeps beside the model's own nouns: verdicts, runs, failures."""
+"""Facts about runs: verdicts on adapters, starts and ends of runs, failures."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,28 +7,28 @@ from meteora.artifacts import ArtifactId, Noun, Reason
 
 VERDICTS = ("accept", "warn", "refuse")
 SKIPPED = ("skipped_late", "skipped_overlap")
-"""Of a run that was due and did nothing: a later one was due too, or another one was going on."""
+"""Outcomes of a scheduled run that did nothing: a later one was due too, or one was running."""
 OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
 
 
 def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
     if value not in allowed:
-        raise ValueError(f"{value!r} is no {what}; it is one of {', '.join(allowed)}")
+        raise ValueError(f"{value!r} is not a {what}; use one of {', '.join(allowed)}")
 
 
 def _finite(seconds: float, what: str) -> None:
     if not math.isfinite(seconds):
-        raise ValueError(f"{what} is {seconds}, which is no time")
+        raise ValueError(f"{what} is {seconds}, which is not a finite time")
 
 
 @dataclass(frozen=True)
 class AdapterVerdict(Noun):
-    """What was decided about an adapter that was seen."""
+    """The verdict on an adapter, at one revision."""
 
     name: str
-    """As the recipe calls it."""
+    """The expert's name in the recipe."""
     source: str
-    """As the recipe names it, before a branch was resolved."""
+    """The adapter in the recipe, with its branch if it names one."""
     repo_id: str
     """`owner/name` on the Hub, or `path:<folder name>`."""
     revision: str
@@ -40,11 +40,11 @@ class AdapterVerdict(Noun):
     author: str = ""
     subfolder: str = ""
     adapter_id: ArtifactId | None = None
-    """None where its tensors were never understood."""
+    """None if its tensors could not be read."""
     base_models: tuple[str, ...] = ()
-    """That its card names; unchecked, as licence and author are."""
+    """Those that its card names; unchecked, as licence and author are."""
     downloads: int | None = None
-    """Of its repository in the 30 days before; None where the Hub did not say."""
+    """Of its repository in the last 30 days; None if the Hub does not say."""
 
     def __post_init__(self) -> None:
         _one_of(self.verdict, VERDICTS, "verdict")
@@ -52,27 +52,31 @@ class AdapterVerdict(Noun):
 
 @dataclass(frozen=True)
 class RunStarted(Noun):
+    """The start of a run."""
+
     run_id: str
     recipe_name: str
     recipe_sha256: str
     versions: dict[str, str] = field(default_factory=dict)
-    """Of what the result depends on, such as {"torch": "2.13.0"}."""
+    """Of the packages that the result depends on, such as {"torch": "2.13.0"}."""
     device: str = ""
     home: str = ""
-    """Which of the homes that share a storage it runs in; empty where the home is alone."""
+    """The name of its home among those that share a storage; empty without sharing."""
 
 
 @dataclass(frozen=True)
 class RunEnded(Noun):
+    """The end of a run."""
+
     run_id: str
     outcome: str
     """One of `OUTCOMES`."""
     reason: str
-    """A sentence; empty where all went well."""
+    """A sentence; empty for `ok`."""
     wall_seconds: float | None = None
-    """None where nobody was left to measure it."""
+    """None if the run was killed."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each stage that ran, in their order."""
+    """Wall time of each stage that ran, in order."""
 
     def __post_init__(self) -> None:
         _one_of(self.outcome, OUTCOMES, "outcome")
@@ -83,7 +87,7 @@ class RunEnded(Noun):
 
 @dataclass(frozen=True)
 class Failure(Noun):
-    """Something that was refused or went wrong, whether or not the run went on."""
+    """A refusal or an error, whether or not the run went on."""
 
     stage: str
     subject: str

@@ -1,11 +1,11 @@
-"""Files that are whole or absent, also after a crash; and locks that die with their process.
+"""Files that are complete or absent, also after a crash; and locks that end with their process.
 
 A file becomes visible by a rename, after its bytes have reached the disk:
 
     temporary name ─▶ write ─▶ fsync ─▶ rename ─▶ fsync of the folder
 
-What a killed process leaves behind lies in a `tmp` folder, which `sweep` empties.
-Locks are `flock`s: local disks only, for several network file systems ignore them.
+A killed process leaves its files in a `tmp` folder, which `sweep` empties. Locks are `flock`s, and
+need a local disk: several network file systems ignore them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ READ_ONLY = 0o444
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on write
 CHUNK_BYTES = 1 << 20
 STALE_SECONDS = 3600.0
-"""How old a temporary file must be before it is taken for a leftover."""
+"""A temporary file older than this counts as a leftover."""
 
 
 @contextmanager
 def partial_file(root: Path) -> Generator[Path, None, None]:
-    """A name below `root` that no other writer uses; gone when the block ends, unless settled.
+    """A path below `root` that no other writer uses, for a file or a folder.
 
-    It may become a file or a folder.
+    What is there is removed when the block ends, unless `settle` has moved it.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
@@ -48,7 +48,7 @@ def partial_file(root: Path) -> Generator[Path, None, None]:
         yield partial
     except OSError as error:
         raise StoreError(
-            f"{root} cannot be written to ({error.strerror or error}); make room or make it"
+            f"{root} cannot be written to ({error.strerror or error}); free some space or make it"
             " writable, then run again: what was recorded before is safe"
         ) from error
     finally:
@@ -57,33 +57,33 @@ def partial_file(root: Path) -> Generator[Path, None, None]:
 
 
 def write_whole(path: Path, data: bytes, *, root: Path) -> None:
-    """Write `data` to `path`, below `root`; when this returns, it is on disk and read-only."""
+    """Write `data` to `path`, which is below `root`; on return it is on disk and read-only."""
     with partial_file(root) as partial:
         partial.write_bytes(data)
         settle(partial, path, root=root)
 
 
 def settle(partial: Path, path: Path, *, root: Path) -> None:
-    """Give a written file its name: all that must happen between the bytes and the promise."""
+    """Move a written file to its name, so that it survives a crash from now on."""
     partial.chmod(READ_ONLY)
-    os.utime(partial)  # young, whatever it was made from: see `STALE_SECONDS`
+    os.utime(partial)  # new, even if it is a link to an old file: see `STALE_SECONDS`
     sync(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(path)  # atomic: a reader sees the whole file or none
+    partial.replace(path)  # atomic: a reader sees the complete file or none
     sync(path.parent)
     _secure(path.parent, root)
 
 
 @cache
 def _secure(folder: Path, root: Path) -> None:
-    """Bring the name of `folder` to the disk, whoever made it; once a process is enough."""
+    """Sync the parents of `folder` up to `root`, so that its name is on disk; once per process."""
     while folder != root.parent:
         folder = folder.parent
         sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk."""
+    """Write a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,7 +92,7 @@ def sync(path: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """The bytes of `source` in a new file: shared copy-on-write where the file system can."""
+    """Copy `source` to a new file; the two share extents if the file system can."""
     with source.open("rb") as reader, target.open("xb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
@@ -101,6 +101,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -128,18 +129,18 @@ def discard(path: Path) -> None:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What killed writers left below `root`: what lies in `tmp` and nobody has touched for long."""
+    """What killed writers left below `root`: all in `tmp` that has not changed for long."""
     oldest = time.time() - STALE_SECONDS
     stale = []
     for path in (root / "tmp").glob("*"):
-        with suppress(FileNotFoundError):  # its writer is done with it
+        with suppress(FileNotFoundError):  # its writer has just finished
             if all(part.stat().st_mtime < oldest for part in (path, *path.rglob("*"))):
                 stale.append(path)
     return stale
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed writers left below `root`, as far as that is possible."""
+    """Remove the leftovers below `root`, as far as possible."""
     for path in leftovers(root):
         with suppress(StoreError):
             discard(path)
@@ -149,22 +150,29 @@ def sweep(root: Path) -> None:
 def locked(
     path: Path, *, deadline_seconds: float, shared: bool = False
 ) -> Generator[None, None, None]:
-    """Hold the lock file `path`; raise `BusyError` if that takes longer than the deadline.
+    """Hold the lock file `path`.
 
-    The kernel frees the lock when the process ends, however it ends: there is no stale lock.
+    The kernel frees the lock when the process ends, however it ends: there are no stale locks.
+
+    Args:
+        shared: several holders of a shared lock are possible, but none together with another lock
+
+    Raises:
+        BusyError: the lock is not free within the deadline.
+        StoreError: the file cannot be opened.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        how = os.O_RDONLY if shared else os.O_RDWR  # whoever only reads may share it
+        how = os.O_RDONLY if shared else os.O_RDWR  # readers may share it
         descriptor = os.open(path, how | os.O_CREAT, 0o644)
     except OSError as error:
         raise StoreError(
-            f"{path} cannot be opened ({error.strerror}), so what lies beside it cannot be used"
+            f"{path} cannot be opened ({error.strerror}), so the files beside it cannot be used"
         ) from error
     try:
         _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
         if not shared:
-            with suppress(OSError):  # a hint for others, which a full disk may refuse
+            with suppress(OSError):  # only a hint for others: a full disk may refuse it
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

@@ -1,4 +1,4 @@
-"""What nothing refers to any more."""
+"""Find files that nothing refers to any more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 @dataclass(frozen=True)
 class Garbage:
-    """Files that nothing refers to; whether they were removed is for the caller to know."""
+    """Files that nothing refers to; finding them does not remove them."""
 
     blobs: tuple[str, ...]
     files: tuple[Path, ...]
@@ -30,11 +30,12 @@ class Garbage:
 
     @property
     def num_bytes(self) -> int:
+        """The size of all together."""
         return sum(self.sizes)
 
 
 def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
-    """What no record's text mentions, and what killed writers left; all of it an hour old.
+    """Blobs that no record mentions, and what killed writers left; all at least an hour old.
 
     Raises:
         DamagedError: a record cannot be read, so what it refers to is not known.

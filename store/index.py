@@ -1,11 +1,11 @@
 """DuckDB as an index over the records: one writer at a time, and a snapshot for all readers.
 
-    records ─ingest▶ ledger.duckdb ─copy, rename▶ ledger.snapshot.duckdb ◀─ everybody's questions
+    records ─ingest▶ ledger.duckdb ─copy, rename▶ ledger.snapshot.duckdb ◀─ all queries
 
-DuckDB lets one process write and then shuts out everybody else. So the writer holds the database
-for one transaction, under a lock file, and readers open a copy that no one writes to. A committed
-transaction whose write-ahead log is damaged can vanish without a word; here that loses nothing, for
-a record that the index does not hold is simply pending again.
+While one process writes to a DuckDB file, no other can open it. So the writer opens the database
+for one ingest, under a lock file, and readers open a copy that is never written to. DuckDB can lose
+a committed transaction silently if its write-ahead log is damaged. That loses nothing here: a
+record that the index does not have is ingested again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STORAGE_VERSION = "v1.4.0"  # what DuckDB 1.4, 1.5 and 2.x can all open
+STORAGE_VERSION = "v1.4.0"  # DuckDB 1.4, 1.5 and 2.x can all open it
 BATCH_RECORDS = 20_000
+"""Loose records that are ingested in one transaction."""
 TURN_SECONDS = 0.05
+"""How long to wait for the lock before looking whether another process has done the work."""
 CIRCUMSTANCES = (
     "Could not set lock on file",
     "No space left on device",
@@ -45,19 +47,19 @@ CIRCUMSTANCES = (
     "Read-only file system",
     "Too many open files",
 )
-"""Where DuckDB's error says one of these, the file is not to blame."""
+"""Parts of DuckDB's errors that do not mean that the file is damaged."""
 
 
 @dataclass(frozen=True)
 class Ingest:
-    """What an ingest did."""
+    """The result of an ingest."""
 
     num_records: int
-    """Records that the index now holds and did not hold before."""
+    """Records that are new in the index."""
     num_waiting: int
-    """Files of records that still wait."""
+    """Files of records that are not in the index yet."""
     reason: str = ""
-    """Why they wait, a sentence; empty where all went well."""
+    """Why they are not, a sentence; empty if nothing went wrong."""
 
 
 class Index:
@@ -75,9 +77,9 @@ class Index:
         self._schema: dict[int, str] = {}
 
     def known(self) -> frozenset[str] | None:
-        """The files of records that the snapshot answers for; None where it cannot be read.
+        """The names of the record files in the snapshot; None if it cannot be read.
 
-        Small also where the store is large: packed records count as one file.
+        A set of moderate size even for a large store: packed records are one file.
         """
         try:
             status = self.snapshot.stat()
@@ -100,7 +102,7 @@ class Index:
         return self._known
 
     def select(self, sql: str, parameters: list[object]) -> list[tuple] | None:
-        """Rows of the snapshot; None where it cannot be read, and the records have to answer."""
+        """Rows of the snapshot; None if it cannot be read: the caller then reads the records."""
         if not self.snapshot.exists():
             return None
         try:
@@ -111,7 +113,7 @@ class Index:
             return None
 
     def ingest(self, *, deadline_seconds: float) -> Ingest:
-        """Bring the index up to date. Never raises: what cannot be ingested now waits."""
+        """Bring the index up to date. Never raises: the next ingest takes what this one cannot."""
         try:
             return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
@@ -135,7 +137,7 @@ class Index:
         return _outcome(num_records, names - held)
 
     def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
-        """Ingest, or see it done by whoever holds the lock: one ingest serves all who wait."""
+        """Ingest, unless the process that holds the lock does it meanwhile: one serves all."""
         names = self._records.parts()
         first = not self.lock.exists() and not self.snapshot.exists()
         deadline = time.monotonic() + deadline_seconds
@@ -150,7 +152,7 @@ class Index:
                     raise
 
     def _covers(self, names: set[str]) -> bool:
-        """Whether readers have all these files, in the tables and views of this release."""
+        """Whether the snapshot has all these files, in the tables and views of this release."""
         known = self.known()
         current = self._schema == schema() and self.live.exists()
         return known is not None and current and names <= known | self._rejected
@@ -161,8 +163,8 @@ class Index:
             return Ingest(0, 0)
         if not self.live.exists():
             if not first:
-                logger.warning("%s is gone; it is made again from the records", self.live.name)
-            wal(self.live).unlink(missing_ok=True)  # DuckDB 1.5 takes in any log that lies there
+                logger.warning("%s is missing; it is made again from the records", self.live.name)
+            wal(self.live).unlink(missing_ok=True)  # DuckDB 1.5 replays any log that is there
         try:
             num_records, held = self.build(self.live, names)
         except (duckdb.Error, DamagedError) as error:
@@ -192,10 +194,10 @@ class Index:
         """Ingest those files of records that `database` lacks; leave it checkpointed and closed.
 
         Args:
-            room: where to lay what does not fit in memory; in the home without it
+            room: a folder for data that does not fit in memory; None: the home
 
         Returns:
-            How many records it lacked, and the names of all files that it has been given by now.
+            The number of new records, and the names of all files that are now ingested.
         """
         with partial_file(room or self.home) as spill, memory(spill) as connection:
             connection.execute(
@@ -223,7 +225,7 @@ class Index:
         return num_records, held
 
     def _add_segment(self, connection: duckdb.DuckDBPyConnection, name: str) -> set[str]:
-        """Ingest one segment, which holds some hundred thousand records at most."""
+        """Ingest one segment, of at most `SEGMENT_RECORDS` records, in one transaction."""
         segments = self._records.segments
         try:
             segments.check(name)
@@ -249,14 +251,14 @@ class Index:
         return set(texts)
 
     def _publish(self) -> None:
-        """Give readers the index as it is now. Those who have the old one open keep it."""
+        """Copy the index to the snapshot. Readers that have the old one open keep it."""
         with partial_file(self.home) as partial:
             copy(self.live, partial)
-            wal(self.snapshot).unlink(missing_ok=True)  # somebody wrote to the old copy
+            wal(self.snapshot).unlink(missing_ok=True)  # someone wrote to the old copy
             settle(partial, self.snapshot, root=self.home)
 
     def _replace(self, why: str, names: Collection[str]) -> tuple[int, set[str], Path | None]:
-        """Make the index anew, then set the old one aside: nothing has moved where that fails."""
+        """Make a new index, then set the old one aside; after an error the old one stays."""
         with partial_file(self.home) as fresh:
             num_records, held = self.build(fresh, names)
             aside = self._set_aside(why) if self.live.exists() else None
@@ -279,5 +281,5 @@ def _outcome(num_records: int, unread: set[str]) -> Ingest:
 
 
 def wal(database: Path) -> Path:
-    """Where DuckDB keeps what is committed but not yet in the database file."""
+    """DuckDB's write-ahead log: transactions that are committed, but not in the file yet."""
     return database.with_name(database.name + ".wal")

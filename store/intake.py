@@ -1,4 +1,4 @@
-"""How records become rows: laid out, then added in one transaction, the odd one set aside."""
+"""Turn records into rows: offered as a table, added in one transaction, bad ones set aside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import duckdb
 logger = logging.getLogger(__name__)
 
 ORDERED_ROWS = 100_000
-"""So many ranks lie as people read them; of millions, those of one model stay together."""
+"""Up to this many rows, the leaderboard is stored in reading order; sorting millions is slow."""
 
 
 def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
-    """Lay out these records, by their SHA-256, for `add`."""
+    """Offer these records, by their SHA-256, to `add`."""
     offer(
         connection,
         "(SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
@@ -23,7 +23,7 @@ def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) 
 
 
 def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[object]) -> None:
-    """Lay out the records of `source` (sha256, text) that the index lacks, numbered, for `add`."""
+    """Offer to `add` the records of `source` (sha256, text) that the index does not have."""
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE offered AS"  # noqa: S608
         f" SELECT row_number() OVER () - 1 AS position, sha256, text FROM {source} AS source"
@@ -35,7 +35,7 @@ def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[o
 def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None = None) -> None:
     """Ingest the offered records from `start` to `end` in one transaction.
 
-    A record that the tables refuse is set down in `rejected`, and the others go on without it.
+    A record that the tables refuse goes to `rejected`; the others are ingested without it.
     """
     if end is None:
         end = connection.table("offered").shape[0]
@@ -61,7 +61,7 @@ def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None =
 
 
 def rank(connection: duckdb.DuckDBPyConnection) -> None:
-    """Bring what is kept about whole boards of scores up to date, once all records are in."""
+    """Update leaderboard and regressions, after all records are added."""
     if not connection.execute("SELECT 1 FROM unsettled LIMIT 1").fetchall():
         return
     connection.execute("BEGIN")
@@ -78,11 +78,11 @@ def _reject(connection: duckdb.DuckDBPyConnection, position: int, reason: str) -
         [position, reason],
     ).fetchall()
     for (sha256,) in rows:
-        logger.warning("record %s is not understood: %s", sha256[:12], reason)
+        logger.warning("record %s cannot be read into the tables: %s", sha256[:12], reason)
 
 
 def count(connection: duckdb.DuckDBPyConnection) -> int:
-    """Records that the index holds, those that it does not understand among them."""
+    """Number of records in the index, rejected ones included."""
     ((records, rejected),) = connection.execute(
         "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM rejected)"
     ).fetchall()

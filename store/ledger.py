@@ -1,12 +1,12 @@
-"""What has been made, measured and published: the store as everybody else sees it.
+"""The store's interface: what has been made, measured and published.
 
     ledger = Ledger(home)
-    if ledger.weights_of(spec.id) is None: ...              # work that was never done
+    if ledger.weights_of(spec.id) is None: ...              # not made yet
     ledger.record_artifact(spec, weights_sha256=..., built=built, blobs=[...], run_id=run_id)
-    ledger.ingest()                                         # late, and never a reason to fail
+    ledger.ingest()                                         # never raises
     ledger.query("FROM leaderboard")
 
-Facts are recorded and looked up in `recording`; here they become an index that answers questions.
+`recording` writes facts and looks up single ones. This file adds the index and its upkeep.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INGEST_DEADLINE_SECONDS = 10.0
+"""How long an ingest waits for another one."""
 PACK_RECORDS = 20_000
-"""With so many records in files of their own, the next run packs them before it begins."""
+"""With so many loose records, the next run packs them before it begins."""
 
 
 class Ledger(Recording):
-    """The store under one home folder, on a local disk; any number of processes at once.
+    """The store in one home folder, on a local disk. Any number of processes may use it at once.
 
-    With a `store.toml` the home shares its records and blobs with others (`sharing`).
+    With a `store.toml` the home shares its records and blobs with other homes (`sharing`).
     """
 
     def ingest(self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS) -> Ingest:
-        """Bring the index up to date. Never raises: what cannot be ingested now waits."""
+        """Bring the index up to date. Never raises: the next ingest takes what this one cannot."""
         away = self.share()
         outcome = self.index.ingest(deadline_seconds=deadline_seconds)
         return replace(outcome, reason=outcome.reason or away)
@@ -59,7 +60,7 @@ class Ledger(Recording):
         """Exchange records with the shared storage, if there is one.
 
         Returns:
-            Why that was not possible, a sentence; empty where all went well.
+            Why that was not possible, a sentence; empty if nothing went wrong.
         """
         try:
             if self.sharing:
@@ -70,14 +71,18 @@ class Ledger(Recording):
         return ""
 
     def rebuild(self, *, deadline_seconds: float = WRITE_DEADLINE_SECONDS) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside."""
+        """Make the index again from the records alone; the old one is set aside.
+
+        Raises:
+            StoreError: that is not possible now; the old one stays.
+        """
         return self.index.rebuild(deadline_seconds=deadline_seconds)
 
     def pack(self) -> int:
-        """Lay loose records into segments; return how many. Worth it from some thousands on.
+        """Move loose records into segments; return how many. Useful from some thousands on.
 
         Raises:
-            UnreachableError: the storage that is shared does not answer; nothing is lost by it.
+            UnreachableError: the shared storage does not answer; nothing is lost.
         """
         if self.sharing is None:
             return self.records.pack()
@@ -88,7 +93,12 @@ class Ledger(Recording):
         return num_records
 
     def query(self, sql: str, *, limits: Limits | None = None, live: bool = False) -> Answer:
-        """Answer one SELECT from the snapshot, or, with `live`, from the index itself."""
+        """Run one SELECT on the snapshot, or with `live` on the index itself.
+
+        Raises:
+            QueryError: the query is wrong, or past its limits.
+            DamagedError: the index cannot be read.
+        """
         limits = limits or Limits()
         if self.index.known() is None:
             self.ingest()
@@ -113,10 +123,10 @@ class Ledger(Recording):
             yield connection
 
     def verify(self) -> Verification:
-        """Read every record, blob and row against what it should be. Changes nothing.
+        """Check every record, blob and row (`check`). Changes nothing.
 
         Raises:
-            StoreError: there is no room to make an index to compare with, or storage is away.
+            StoreError: there is no space for an index to compare with, or no shared storage.
         """
         try:
             return check.verify(self.home, self.records, self.blobs, self.index, self.sharing)
@@ -124,13 +134,13 @@ class Ledger(Recording):
             raise StoreError(f"the store cannot be verified now ({error})") from None
 
     def gc(self, *, remove: bool = False) -> Garbage:
-        """List what nothing refers to; with `remove`, remove it. Refused while a run goes on.
+        """List files that nothing refers to; with `remove`, remove them. Not during a run.
 
         Raises:
-            BusyError: a run goes on, whose blobs may not be recorded yet.
+            BusyError: a run is going on; its blobs may not be recorded yet.
             DamagedError: a record cannot be read, so what it refers to is not known.
         """
-        alone = _no_wait(self.home / "runs.lock", "a run is going on; sweep when it is done")
+        alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
             found = garbage.garbage(self.home, self.records, self.blobs)
             if remove:
@@ -140,12 +150,12 @@ class Ledger(Recording):
 
     @contextmanager
     def running(self, recipe_name: str) -> Generator[list[RunStarted], None, None]:
-        """Hold what a run has to hold: its recipe's lock, and `gc` at bay.
+        """Hold a run's locks: no second run of the recipe starts, and no `gc`.
 
-        Yields the runs of this recipe that were killed; their ends have been recorded.
+        Yields the killed runs of this recipe, whose ends are recorded here.
 
         Raises:
-            BusyError: the recipe is being run by another process.
+            BusyError: another process is running the recipe.
         """
         digest = canonical_sha256(recipe_name)[:16]
         alone = _no_wait(
@@ -156,31 +166,31 @@ class Ledger(Recording):
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
         )
         with alone, together:
-            self.share()  # what another home has made need not be made again
+            self.share()  # what another home has made is not made again
             killed = [
                 run
                 for run in self.unended_runs()
                 if run.recipe_name == recipe_name and run.home == self.name
             ]
-            for run in killed:  # whoever holds a recipe's lock is its only run that is alive
+            for run in killed:  # the holder of a recipe's lock is its only live run
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
             self._tidy()
             yield killed
 
     def _tidy(self) -> None:
-        """Sweep what killed writers left, and pack where records are many; no reason to fail."""
+        """Remove leftovers, and pack many loose records. Never raises."""
         for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
             sweep(root)
         if len(self.records.loose()) >= PACK_RECORDS:
             try:
                 self.pack()
             except StoreError as error:
-                logger.warning("small records stay as they are: %s", error)
+                logger.warning("loose records are not packed: %s", error)
 
 
 @contextmanager
 def _no_wait(path: Path, sentence: str) -> Generator[None, None, None]:
-    """Hold a lock that is free; where it is not, say so in words that fit."""
+    """Hold a lock without waiting; if it is taken, raise `BusyError` with this sentence."""
     with ExitStack() as held:
         try:
             held.enter_context(locked(path, deadline_seconds=0))

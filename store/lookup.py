@@ -1,7 +1,7 @@
-"""Answers about single records, whether or not the index is there, up to date, or whole.
+"""Find single records, even if the index is missing, out of date, or damaged.
 
-The index only says *which* record answers; what it says is read from the record's file, and checked
-against its name. Records that the index does not hold yet are few, and are looked through.
+The index only says *which* record it is. Its contents are read from the record's file and checked
+against its name. Records that are not in the index yet are few, and are all read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 
 class Lookup:
+    """Finds records by kind and subject."""
+
     def __init__(self, records: Records, index: Index) -> None:
         self._records = records
         self._index = index
         self._pending: dict[str, Record] = {}
 
     def first(self, kind: str, subject: str) -> Record | None:
-        """The record that stands: the earliest one about this subject."""
+        """The earliest record about this subject: the one that counts. None without any."""
         return next(iter(self.find(kind, [subject])), None)
 
     def find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
@@ -51,11 +53,15 @@ class Lookup:
         return _about(found | _parsed(packed), kind, subjects)
 
     def first_among(self, sha256s: Collection[str], kind: str, subject: str) -> Record | None:
-        """The earliest of these records about this subject."""
+        """The earliest of these records that is about this subject; None without any."""
         return next(iter(_about(self._read(sha256s), kind, [subject])), None)
 
     def artifact_id(self, prefix: str) -> ArtifactId:
-        """The one artifact whose id, or whose digest, begins with `prefix`."""
+        """The one artifact whose id, or whose digest, begins with `prefix`.
+
+        Raises:
+            UnknownError: there is none, or there are several.
+        """
         ids = self._ids_with_prefix(prefix) if prefix else []
         if len(ids) == 1:
             return ArtifactId(ids[0])
@@ -86,7 +92,7 @@ class Lookup:
         return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
 
     def _unindexed(self) -> tuple[dict[str, Record], set[str]]:
-        """What the snapshot does not hold, a few unless there is none: loose records, segments."""
+        """What the snapshot does not have: loose records, and names of segments."""
         missing = self._records.parts() - (self._index.known() or frozenset())
         segments = {name for name in missing if name.endswith(SUFFIX)}
         missing -= segments
@@ -115,4 +121,5 @@ def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | No
 
 
 def digest_of(artifact_id: str) -> str:
+    """The 64 hex digits of an id, without its kind."""
     return artifact_id.partition(":")[2]

@@ -1,7 +1,7 @@
-"""Questions in SQL, on a connection that can do nothing but read the ledger.
+"""SQL queries on a connection that can only read the ledger.
 
-The engine itself is no boundary: any process may read what its user may read. What is closed here
-is the door that SQL opens by itself: files, the network, extensions, settings, and time.
+This is no boundary between users: a process may read whatever its user may read. But SQL itself
+gets no files, no network, no extensions, no settings, and limited time, memory and rows.
 """
 
 from __future__ import annotations
@@ -26,34 +26,38 @@ NO_EXTENSIONS: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
 }
 MEMORY_BYTES = 4 << 30
-"""What an ingest may take of a machine on which models run; the rest of its work goes to disk."""
-QUESTIONS = ("SELECT", "EXPLAIN")  # FROM, WITH, DESCRIBE, SHOW, SUMMARIZE and VALUES are SELECTs
+"""Memory for an ingest, on a machine that also runs models; more data spills to disk."""
+QUESTIONS = ("SELECT", "EXPLAIN")
+"""Kinds of statements that are allowed; FROM, WITH, DESCRIBE, SHOW, SUMMARIZE and VALUES are
+SELECTs."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one question may cost."""
+    """What one query may cost."""
 
     seconds: float = 60.0
     memory_bytes: int = 1 << 30
     rows: int = 1_000_000
-    """The most rows that come back."""
+    """Rows that are returned at most."""
 
 
 @dataclass(frozen=True)
 class Answer:
+    """The result of a query."""
+
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
 
 
 def memory(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
-    """A connection of its own, to which a ledger can be attached; nothing is ever installed.
+    """A new in-memory database, to which a ledger can be attached. No extension is installed.
 
     Args:
-        spill: a folder, not there yet, for what does not fit in `MEMORY_BYTES`; without it, all
-            has to fit in most of the machine's memory
+        spill: a new folder for data beyond `MEMORY_BYTES`; None: nothing spills, and DuckDB may use
+            most of the machine's memory
     """
-    # DuckDB's own choice is `.tmp` where the program was started, and nobody sweeps that
+    # DuckDB's default is `.tmp` in the current folder, which is never emptied
     config = {**NO_EXTENSIONS, "temp_directory": str(spill or "")}
     if spill:
         half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
@@ -62,7 +66,7 @@ def memory(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
 
 
 def quoted(path: Path) -> str:
-    """A path as SQL writes it, for the statements that take no parameters."""
+    """A path as an SQL literal, for statements that take no parameters."""
     return "'" + str(path).replace("'", "''") + "'"
 
 
@@ -70,7 +74,7 @@ def quoted(path: Path) -> str:
 def reading(
     path: Path, limits: Limits | None = None
 ) -> Generator[duckdb.DuckDBPyConnection, None, None]:
-    """A read-only connection to the database at `path`, hardened."""
+    """A read-only connection to the database at `path`, with all that is closed above."""
     limits = limits or Limits()
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
@@ -83,7 +87,12 @@ def reading(
 
 
 def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answer:
-    """Run one question, and stop it where it runs past its limits."""
+    """Run one query within its limits.
+
+    Raises:
+        QueryError: it is not one SELECT, has an error, or runs past a limit.
+        DamagedError: the database is damaged.
+    """
     _check_is_one_question(connection, sql)
     timer = threading.Timer(limits.seconds, connection.interrupt)
     timer.start()
@@ -126,7 +135,7 @@ def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> N
 
 
 def examples() -> list[tuple[str, str]]:
-    """The questions of `examples.sql`: (title, SQL) each."""
+    """The queries of `examples.sql`, each as (title, SQL)."""
     text = resources.files("store").joinpath("examples.sql").read_text()
     blocks = [block.strip() for block in text.split("\n\n")[1:]]
     return [

@@ -1,7 +1,7 @@
--- Rank again what changed: the boards of `unsettled`, wholly, and nothing else. In one transaction.
+-- Rank the boards of `unsettled` again, and no others. In one transaction.
 --
 -- A board is all scores of one task by one metric, on the same rows, asked in the same way. Ranks are
--- found on narrow rows, numbered as `scores` numbers them: with millions, width is what costs.
+-- computed on narrow rows that carry the row ids of `scores`: with millions of rows, width is slow.
 
 CREATE OR REPLACE TEMP TABLE boards AS
 SELECT row_number() OVER () AS board, * FROM (SELECT DISTINCT * FROM unsettled);
@@ -14,7 +14,7 @@ SELECT scores.rowid AS number, board,
        ) AS place
 FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
-SEMI JOIN routers  -- nobody can use the ones that are told the answer
+SEMI JOIN routers  -- without controls that know the right expert: nobody can use them
        ON routers.id = scores.subject_id AND routers.router NOT IN ('oracle', 'one_expert');
 
 CREATE OR REPLACE TEMP TABLE bases AS

@@ -1,6 +1,6 @@
-"""What can be recorded, once and for good, and what is known about it.
+"""Write facts, and look single facts up.
 
-A `record_…` that has returned is on disk. Recording the same again does nothing.
+A fact is on disk when `record_…` returns. Recording it again does nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import ArtifactId, Publication, RoutingScore, Score, short
+from meteora.artifacts import ArtifactId, Publication, Score, short
 from store.blobs import Blobs
 from store.errors import ConflictError, MissingBlobError, UnknownError
 from store.events import RunStarted
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from meteora.artifacts import Noun, Spec
+    from meteora.artifacts import Noun, RoutingScore, Spec
     from store.events import AdapterVerdict, Failure, RunEnded
 
 WRITE_DEADLINE_SECONDS = 60.0
+"""How long a writer waits for the lock of another one."""
 
 
 class Recording:
-    """The half of a `Ledger` that writes facts and finds them again, one at a time."""
+    """The part of a `Ledger` that writes facts and finds single ones."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -52,12 +53,12 @@ class Recording:
         built: Noun | None = None,
         blobs: Sequence[str] = (),
     ) -> ArtifactId:
-        """Record that `spec` was made; its parents have to be recorded before it.
+        """Record that `spec` was made; its parents have to be recorded first.
 
         Raises:
-            ConflictError: it is recorded already, with other weights.
+            ConflictError: it is already recorded with other weights.
             UnknownError: one of its parents is not recorded.
-            MissingBlobError: one of `blobs` does not lie in the store.
+            MissingBlobError: one of `blobs` is not in the store.
         """
         self._require(spec.parents, of=spec.id)
         body = {
@@ -74,7 +75,13 @@ class Recording:
         return spec.id
 
     def record_score(self, score: Score, *, run_id: str) -> ArtifactId:
-        """Record a measurement; its outputs have to be a blob, its subject an artifact."""
+        """Record a measurement; its subject and base have to be recorded first.
+
+        Raises:
+            ConflictError: it is already recorded with another value.
+            UnknownError: its subject or base is not recorded.
+            MissingBlobError: its outputs are not in the store.
+        """
         self._require((score.spec.subject_id, score.spec.base_id), of=score.spec.id)
         body = {"id": score.spec.id, **score.to_dict()}
         self._record_once(
@@ -84,24 +91,31 @@ class Recording:
         return score.spec.id
 
     def record_routing(self, scores: Sequence[RoutingScore], *, run_id: str) -> None:
-        """Record how one router routes; all of it at once."""
+        """Record all routing counts of one router, in one call.
+
+        Raises:
+            ConflictError: others are already recorded.
+            UnknownError: the router is not recorded.
+        """
         router_ids = {score.router_id for score in scores}
         if len(router_ids) != 1:
-            raise ValueError(f"the routing of one router is needed, not of {len(router_ids)}")
+            raise ValueError(
+                f"routing is recorded for one router at a time, not for {len(router_ids)}"
+            )
         (router_id,) = router_ids
         self._require((router_id,), of="its routing")
         body = {"counts": [score.to_dict() for score in scores]}
         self._record_once(Record("routing", router_id, body, run_id, now()), ("counts",))
 
     def record_adapter(self, verdict: AdapterVerdict, *, run_id: str) -> None:
-        """Record what was decided about an adapter, each time that it is seen."""
+        """Record the verdict on an adapter; every call is a record of its own."""
         subject = "/".join(filter(None, (verdict.repo_id, verdict.subfolder)))
         self._write(
             Record("adapter", f"{subject}@{verdict.revision}", verdict.to_dict(), run_id, now())
         )
 
     def record_run(self, event: RunStarted | RunEnded) -> None:
-        """Record that a run began or ended. The first end that is recorded stands."""
+        """Record that a run began or ended. Only the first recorded end of a run counts."""
         if isinstance(event, RunStarted):
             event = replace(event, home=self.name)
         body = event.to_dict()
@@ -116,49 +130,50 @@ class Recording:
         self._record_once(Record(kind, event.run_id, body, event.run_id, now()), ())
 
     def record_publication(self, publication: Publication, *, run_id: str) -> None:
+        """Record that an artifact is published.
+
+        Raises:
+            UnknownError: the artifact is not recorded.
+        """
         self._require((publication.artifact_id,), of=f"its publication at {publication.repo_id}")
         where = f"{publication.artifact_id} at {publication.repo_id}@{publication.revision}"
         self._record_once(Record("publication", where, publication.to_dict(), run_id, now()), ())
 
     def record_failure(self, failure: Failure, *, run_id: str) -> None:
+        """Record a refusal or an error; every call is a record of its own."""
         self._write(Record("failure", failure.subject, failure.to_dict(), run_id, now()))
 
     def weights_of(self, artifact_id: ArtifactId) -> str | None:
-        """SHA-256 of the artifact's bytes ("" where it has none); None where it was never made."""
+        """SHA-256 of the artifact's bytes, "" if it has none; None if it is not recorded."""
         record = self._lookup.first("artifact", artifact_id)
         return record.body["weights_sha256"] if record else None
 
     def built(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
-        """The noun that came out, as its `to_dict`; None where there is none."""
+        """The noun that was built, as its `to_dict`; None if there is none."""
         record = self._lookup.first("artifact", artifact_id)
         return record.body["built"] if record else None
 
     def spec_of(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
-        """What was asked for, as its `to_dict`; None where it was never made."""
+        """The spec of an artifact, as its `to_dict`; None if it is not recorded."""
         record = self._lookup.first("artifact", artifact_id)
         return record.body["spec"] if record else None
 
     def score_of(self, benchmark_id: ArtifactId) -> Score | None:
+        """The score with this id; None if it is not recorded."""
         return self.scores_of([benchmark_id]).get(benchmark_id)
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
-        """Those of these scores that are recorded, by their ids: one look for all of them."""
+        """The recorded ones of these scores, by id; one lookup for all of them."""
         found = self._lookup.find("score", list(benchmark_ids))
         return {record.subject: Score.from_dict(record.body) for record in reversed(found)}
 
-    def routing_of(self, router_id: ArtifactId) -> tuple[RoutingScore, ...]:
-        """How the router routes; empty where that was never measured."""
-        record = self._lookup.first("routing", router_id)
-        counts = record.body["counts"] if record else ()
-        return tuple(RoutingScore.from_dict(count) for count in counts)
-
     def publications(self, repo_id: str) -> list[Publication]:
-        """What was published at a repository and recorded here, earliest first."""
+        """All recorded publications at a repository, earliest first."""
         found = [Publication.from_dict(r.body) for r in self._lookup.find("publication")]
         return [publication for publication in found if publication.repo_id == repo_id]
 
     def unended_runs(self) -> list[RunStarted]:
-        """Runs that began and whose end nobody has recorded: they run still, or were killed."""
+        """Runs that have a recorded start and no recorded end: still running, or killed."""
         started = {record.subject: record for record in self._lookup.find("run-started")}
         ended = {record.subject for record in self._lookup.find("run-ended", list(started))}
         return [
@@ -168,7 +183,11 @@ class Recording:
         ]
 
     def resolve(self, prefix: str) -> ArtifactId:
-        """The one artifact whose id, or whose digest, begins with `prefix`."""
+        """The one artifact whose id, or whose digest, begins with `prefix`.
+
+        Raises:
+            UnknownError: there is none, or there are several.
+        """
         return self._lookup.artifact_id(prefix)
 
     def _require(self, ids: Iterable[str], *, of: str) -> None:
@@ -177,11 +196,11 @@ class Recording:
         for artifact_id in needed:
             if artifact_id not in recorded:
                 raise UnknownError(
-                    f"{short(of)} refers to {artifact_id}, which is not recorded; record that first"
+                    f"{short(of)} refers to {artifact_id}, which is not recorded; record it first"
                 )
 
     def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
-        """Write the record, unless there is one; the two have to agree in some fields."""
+        """Write the record, unless its subject has one; that one must agree in some fields."""
         seen = self.records.loose()
         earlier = self._lookup.first(record.kind, record.subject)
         if earlier is None:
@@ -195,9 +214,9 @@ class Recording:
             was, is_now = earlier.body[name], record.body[name]
             if was != is_now:
                 raise ConflictError(
-                    f"{record.subject} is recorded by run {earlier.run_id} with {name} {was}, and"
-                    f" would now be {is_now}; ask differently (another seed), or find out which one"
-                    " is right"
+                    f"{record.subject} is recorded by run {earlier.run_id} with {name} {was}; now"
+                    f" it is {is_now}. Find out which one is right, or change the spec (another"
+                    " seed) to record both"
                 )
 
     def _write(self, record: Record) -> None:

@@ -1,10 +1,10 @@
-"""The record: immutable facts, one event a file, under the SHA-256 of their bytes.
+"""Records: immutable facts, one file each, named by the SHA-256 of its bytes.
 
     records/ab/cdef….json     {"at", "blobs", "body", "kind", "run_id", "subject", "version"}
 
-A fact is committed when its file has its name. Everything else in the store that looks like
-knowledge is an index over these files and can be made again from them. Old records can be packed:
-many of them in one file (`segments`), byte for byte, where they are found as before.
+A fact is committed when its file has its name. Everything else in the store is an index over these
+files, and can be made again from them. Old records can be packed into few files (`segments`), byte
+for byte, and are found there as before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PACK_SECONDS = 600.0
+"""How long to wait for another process that packs."""
 NAME_LENGTH = 62 + len(".json")
 PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -38,32 +39,41 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One event."""
+    """One fact."""
 
     kind: str
     """artifact, score, routing, adapter, publication, run-started, run-ended or failure."""
     subject: str
-    """What it is about: an artifact id, a run id, an adapter's source."""
+    """What it is about: an artifact id, a run id, an adapter's source, or as the kind needs."""
     body: dict[str, Any]
     run_id: str
-    """The run that found it out."""
+    """The run that recorded it."""
     at: str
     """When it was recorded, in UTC."""
     blobs: tuple[str, ...] = ()
-    """SHA-256 of each blob that it names."""
+    """SHA-256 of each blob that it refers to."""
     version: int = 1
     """Of the shape of `body`, per kind."""
 
     def to_bytes(self) -> bytes:
+        """The bytes of its file: canonical JSON in UTF-8.
+
+        Raises:
+            StoreError: it holds something that JSON cannot, such as NaN.
+        """
         try:
             return canonical_json(asdict(self)).encode()
-        except (TypeError, ValueError) as error:  # NaN, a lone surrogate, something that is no JSON
+        except (
+            TypeError,
+            ValueError,
+        ) as error:  # NaN, a lone surrogate, no JSON
             raise StoreError(
                 f"{self.kind} of {self.subject!r} cannot be written as JSON: {error}"
             ) from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
+        """The record that `to_bytes` wrote."""
         fields = json.loads(data)
         return cls(blobs=tuple(fields.pop("blobs")), **fields)
 
@@ -76,21 +86,21 @@ class Records:
         self.segments = Segments(root / "packed")
 
     def write(self, record: Record) -> str:
-        """Commit the record; return its SHA-256. When this returns, the record is on disk."""
+        """Write the record to disk, and return its SHA-256."""
         data = record.to_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         write_whole(self.path_of(sha256), data, root=self.root)
         return sha256
 
     def read(self, sha256: str) -> Record:
-        """The record of that name, checked against its name."""
+        """The record of this name, checked as in `read_bytes`."""
         return Record.from_bytes(self.read_bytes(sha256))
 
     def read_bytes(self, sha256: str) -> bytes:
-        """The bytes of the record of that name, checked against it.
+        """The bytes of the record of this name, compared with the name.
 
         Raises:
-            DamagedError: they hash to another name, or are gone.
+            DamagedError: they hash to another name, or are missing.
         """
         texts, errors = self.read_all([sha256])
         if sha256 in errors:
@@ -98,7 +108,7 @@ class Records:
         return texts[sha256]
 
     def read_all(self, sha256s: Iterable[str]) -> tuple[dict[str, bytes], dict[str, DamagedError]]:
-        """The bytes of those of these records that can be read, and why the others cannot."""
+        """The bytes of the records that can be read, and the error of each other one, by name."""
         loose, elsewhere, errors = {}, [], {}
         for sha256 in sha256s:
             try:
@@ -117,29 +127,28 @@ class Records:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedError(
                 f"{path}: its bytes do not hash to its name, so they have changed since they were"
-                " written; take the file back from a backup, or move it away to go on without it"
+                " written; restore the file from a backup, or move it away to go on without it"
             )
         return data
 
     def _gone(self, sha256: str) -> DamagedError:
         return DamagedError(
-            f"record {sha256[:12]} is gone from {self.root}; take it back from a backup"
+            f"record {sha256[:12]} is missing in {self.root}; restore it from a backup"
         )
 
     def path_of(self, sha256: str) -> Path:
-        """Where the record lies while it is not packed."""
+        """The file of the record while it is not packed."""
         return self.root / sha256[:2] / f"{sha256[2:]}.json"
 
     def parts(self) -> set[str]:
         """The names of all files: of loose records, and of segments. No file is opened.
 
-        Loose ones are listed first, so that a record that is being packed is in the one or the
-        other.
+        Loose records are listed first, so that a record that is being packed is in one of the two.
         """
         return self.loose() | self.segments.names()
 
     def loose(self) -> set[str]:
-        """The names of the records that lie in files of their own: a listing of 256 folders."""
+        """The names of all records that are not packed: a listing of 256 folders."""
         names: set[str] = set()
         for folder in self._folders():
             with os.scandir(folder.path) as entries:
@@ -151,14 +160,14 @@ class Records:
         return names
 
     def pack(self) -> int:
-        """Lay all loose records into segments; return how many.
+        """Move all loose records into segments; return how many.
 
-        A loose file goes only when a segment that holds its record is on disk; a process that dies
-        in between leaves records that lie in both, which the next packing puts right.
+        A loose file is removed only after its segment is on disk. If the process dies in between,
+        some records are in both, and the next `pack` removes their loose files.
 
         Raises:
-            DamagedError: a record does not hash to its name; nothing is packed with it.
-            BusyError: another process packs.
+            DamagedError: a record does not hash to its name; its segment is not written.
+            BusyError: another process is packing.
         """
         with locked(self.root.parent / "pack.lock", deadline_seconds=PACK_SECONDS):
             loose = sorted(self.loose())
@@ -172,7 +181,7 @@ class Records:
         return len(waiting)
 
     def _packed_already(self, loose: list[str]) -> set[str]:
-        """Those that lie in a segment which is whole: only then may the loose file go."""
+        """The ones that are in an undamaged segment: only their loose files may be removed."""
         if not self.segments.holding(loose):
             return set()
         held: set[str] = set()
@@ -183,7 +192,7 @@ class Records:
         return held
 
     def drop(self, sha256s: Collection[str]) -> None:
-        """Remove the loose files of records that a segment holds."""
+        """Remove the loose files of these records, which a segment has."""
         for sha256 in sha256s:
             discard(self.path_of(sha256))
 

@@ -1,13 +1,13 @@
-"""Storage that several homes share: S3, or whatever speaks its language.
+"""Storage that several homes share: S3, or any service with the same API.
 
     s3://bucket/prefix/records/ab/cdef….json
                        records/packed/….parquet
                        blobs/ab/cdef…
 
-The layout is that of a home. Nothing there is ever changed: a name is the hash of what it holds,
-and it is only given to an object that is not there yet (`If-None-Match: *`), whole, so nobody can
-tear what another one reads. Credentials and endpoint come from where S3's own tools take them:
-`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and so on, or the machine's role.
+The layout is that of a home. Nothing there is ever changed: a name is the hash of its bytes, and an
+object is only put where there is none (`If-None-Match: *`), complete. So no writer can disturb a
+reader. Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID`,
+`AWS_ENDPOINT_URL` and so on, or the machine's role.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 SINGLE_PUT_BYTES = 1 << 30
-"""Below S3's limit for one request; what is larger goes up in parts, and appears whole."""
+"""Below S3's limit for one request. Larger files go up in parts, and appear complete."""
 RETRY_SECONDS = 30.0
+"""How long a request is repeated before the storage counts as unreachable."""
 
 
 class Remote:
-    """Objects below one URL, by the names that files have in a home."""
+    """Objects below one URL, named like the files of a home."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -52,13 +53,13 @@ class Remote:
         try:
             self._store = from_url(url, client_options=client, retry_config=retries)
         except obstore.exceptions.BaseError as error:
-            raise StoreError(f"{url} is no storage that can be shared: {_brief(error)}") from None
+            raise StoreError(f"{url} cannot be used as shared storage: {_brief(error)}") from None
 
     def prove(self) -> None:
-        """Try whether a second writer of a name is refused.
+        """Check that the storage refuses a second writer of a name.
 
         Raises:
-            StoreError: it is not, so one home could overwrite what another one reads.
+            StoreError: it does not, so one home could overwrite what another one reads.
             UnreachableError: the storage does not answer, or refuses.
         """
         name = f"tmp/{secrets.token_hex(8)}"
@@ -72,11 +73,11 @@ class Remote:
                 self._obstore.delete(self._store, [name])
         raise StoreError(
             f"{self.url} ignores `If-None-Match`, so homes could overwrite each other's objects;"
-            " take a storage that has conditional puts"
+            " use a storage with conditional puts"
         )
 
     def put(self, name: str, path: Path) -> None:
-        """Give `name` to the bytes of a file; does nothing where it is given already.
+        """Upload a file as `name`; does nothing if the name exists.
 
         Raises:
             UnreachableError: the storage does not answer, or refuses.
@@ -93,7 +94,7 @@ class Remote:
                 return
 
     def get(self, name: str, target: Path) -> str | None:
-        """Lay an object's bytes at `target`; return their SHA-256, None where there is no object.
+        """Download an object to `target`; return the SHA-256 of its bytes, None if there is none.
 
         Raises:
             UnreachableError: the storage does not answer, or refuses.
@@ -111,6 +112,7 @@ class Remote:
         return digest.hexdigest()
 
     def holds(self, name: str) -> bool:
+        """Whether there is an object with this name."""
         with self._reached():
             try:
                 self._obstore.head(self._store, name)
@@ -125,6 +127,7 @@ class Remote:
             return {entry["path"] for page in pages for entry in page}
 
     def remove(self, names: Collection[str]) -> None:
+        """Remove objects."""
         with self._reached():
             self._obstore.delete(self._store, sorted(names))
 
@@ -135,10 +138,10 @@ class Remote:
         except (self._obstore.exceptions.BaseError, FileNotFoundError, PermissionError) as error:
             raise UnreachableError(
                 f"{self.url} cannot be used now ({_brief(error)}); what was recorded is safe on"
-                " this machine, and is shared by the next ingest that can"
+                " this machine, and the next ingest tries again to share it"
             ) from None
 
 
 def _brief(error: Exception) -> str:
-    """The first line: the rest shows how the library saw it."""
+    """The first line: the rest is about the library's insides."""
     return str(error).partition("\n")[0]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sources() -> dict[int, tuple[str, str]]:
-    """What makes tables and views: (name, SQL) by number, the views under 0."""
+    """The files that make tables and views: (name, SQL) by number; views have 0."""
     package = resources.files("store")
     files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
     return {
@@ -23,12 +23,17 @@ def sources() -> dict[int, tuple[str, str]]:
 
 
 def schema() -> dict[int, str]:
-    """What `migrations` holds when a ledger is up to date: SHA-256 by number."""
+    """What the table `migrations` holds in an up-to-date ledger: SHA-256 by number."""
     return {number: _sha256(sql) for number, (_, sql) in sources().items()}
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Bring tables and views to what this release knows, each step with its own record."""
+    """Bring tables and views up to date, one transaction a file.
+
+    Raises:
+        NewerLedgerError: the ledger has a migration that this release does not know.
+        DamagedError: the ledger was made with another version of a migration.
+    """
     applied = _applied(connection)
     known = sources()
     if max(applied, default=0) > max(known):
@@ -60,13 +65,13 @@ def _exists(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
 def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
     connection.execute("BEGIN")
     connection.execute(sql)
-    if _exists(connection, "read_files"):  # perhaps this release understands what was rejected
+    if _exists(connection, "read_files"):  # this release may understand records that were rejected
         connection.execute("DELETE FROM read_files WHERE EXISTS (FROM rejected)")
     connection.execute("DELETE FROM rejected")
     connection.execute("DELETE FROM migrations WHERE number = ?", [number])
     connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
     connection.execute("COMMIT")
-    connection.execute("CHECKPOINT ledger")  # a log that holds DDL is the kind that fails to replay
+    connection.execute("CHECKPOINT ledger")  # a write-ahead log with DDL may fail to replay
 
 
 def _sha256(text: str) -> str:

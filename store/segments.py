@@ -1,9 +1,9 @@
-"""Many records in one file, so that neither the file system nor a rebuild suffers from millions.
+"""Many records in one file: millions of small files are slow to list and to ingest.
 
     records/packed/<sha256>.parquet     sha256, kind, subject, text: one row a record, by sha256
 
-A segment is written once and lies under the SHA-256 of its bytes; `text` holds the exact bytes of
-each record, which still hash to the record's own name.
+A segment is written once, and its name is the SHA-256 of its bytes. `text` holds the exact bytes of
+each record, which hash to the record's own name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 SEGMENT_RECORDS = 200_000
-ROW_GROUP_RECORDS = 20_480  # what is read to find one record
+"""Records in a segment at most."""
+ROW_GROUP_RECORDS = 20_480  # this many are read to find one
 INSERT_RECORDS = 20_000
 
 
@@ -38,30 +39,32 @@ class Segments:
         self.root = root
 
     def names(self) -> set[str]:
+        """The file names of all segments."""
         return {path.name for path in self.root.glob(f"*{SUFFIX}")}
 
     def path_of(self, name: str) -> Path:
+        """The file of a segment."""
         return self.root / name
 
     def check(self, name: str) -> None:
         """Compare a segment with its name.
 
         Raises:
-            DamagedError: its bytes hash to another one, or it is gone.
+            DamagedError: its bytes hash to another name, or it is missing.
         """
         path = self.path_of(name)
         try:
             whole = sha256_of(path) + SUFFIX == name
         except FileNotFoundError:
-            raise DamagedError(f"{path} is gone; take it back from a backup") from None
+            raise DamagedError(f"{path} is missing; restore it from a backup") from None
         if not whole:
             raise DamagedError(
                 f"{path}: its bytes do not hash to its name, so they have changed since they were"
-                " written; take the file back from a backup, or move it away to go on without it"
+                " written; restore the file from a backup, or move it away to go on without it"
             )
 
     def write(self, texts: dict[str, bytes]) -> str:
-        """Lay records, by their SHA-256, into one segment; it is on disk when this returns.
+        """Write records, by their SHA-256, into one segment; it is on disk when this returns.
 
         Raises:
             StoreError: the disk is full, or the folder cannot be written to.
@@ -70,7 +73,7 @@ class Segments:
             return self._write(texts)
         except duckdb.Error as error:
             raise StoreError(
-                f"{self.root} cannot be written to ({error}); make room or make it writable:"
+                f"{self.root} cannot be written to ({error}); free some space or make it writable:"
                 " nothing is lost"
             ) from error
 
@@ -95,23 +98,23 @@ class Segments:
             rows = connection.execute(
                 f"SELECT count(*) FROM read_parquet({quoted(partial)}) WHERE sha256(text) = sha256"  # noqa: S608
             ).fetchone()
-            if rows != (len(texts),):  # the loose files go when this returns: read it back first
+            if rows != (len(texts),):  # read it back: the loose files are removed after this
                 raise StoreError(f"{partial} does not hold what was written to it; nothing is lost")
             name = sha256_of(partial) + SUFFIX
             settle(partial, self.path_of(name), root=self.root)
         return name
 
     def holding(self, sha256s: Collection[str], names: Collection[str] | None = None) -> set[str]:
-        """Those of these records that lie in a segment, or in those of these names."""
+        """The ones of these records that are in any segment, or in the named ones."""
         rows = self._select(
             "SELECT sha256 FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))", sha256s, names
         )
         return {sha256 for (sha256,) in rows}
 
     def texts(self, sha256s: Collection[str]) -> dict[str, bytes]:
-        """The bytes of those of these records that lie in a segment, checked against their names.
+        """The bytes of the packed ones of these records, checked against their names.
 
-        What is damaged is left out, and said.
+        Damaged records are left out, with a warning.
         """
         sql = "SELECT sha256, text FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))"
         return _checked(self._select(sql, sha256s))
@@ -119,19 +122,19 @@ class Segments:
     def about(
         self, kind: str, subjects: Collection[str] | None, names: Collection[str]
     ) -> dict[str, bytes]:
-        """The records about these subjects, or about all, in the segments of these names."""
+        """The records about these subjects, or about all, in the named segments."""
         sql = "SELECT sha256, text FROM {} WHERE kind = $1[1]"
         if subjects is not None:
             sql += " AND subject IN (SELECT unnest($1[2:]))"
         return _checked(self._select(sql, [kind, *(subjects or ())], names))
 
     def blobs(self, name: str) -> set[str]:
-        """The blobs that the records of a segment name."""
+        """The SHA-256s of all blobs that the records of a segment refer to."""
         sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {} WHERE $1[1] = ''"
         return {sha256 for (sha256,) in self._select(sql, [""], [name])}
 
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
-        """Those of these hashes that stand anywhere in the text of a packed record."""
+        """The ones of these hashes that occur anywhere in the text of a packed record."""
         rows = self._select(
             "SELECT DISTINCT mention FROM"
             " (SELECT unnest(regexp_extract_all(text, '[0-9a-f]{{64}}')) AS mention FROM {})"
@@ -141,17 +144,17 @@ class Segments:
         return {sha256 for (sha256,) in rows}
 
     def count(self) -> int:
-        """How many records lie in segments; one that lies in two counts once."""
+        """Number of packed records; one that is in two segments counts once."""
         rows = self._select("SELECT DISTINCT sha256 FROM {} WHERE $1[1] = ''", [""])
         return len({sha256 for (sha256,) in rows})
 
     def _select(
         self, sql: str, values: Collection[str], names: Collection[str] | None = None
     ) -> list[tuple]:
-        """Rows of these segments, or of all; a segment that cannot be read has none, and is named.
+        """Rows of the named segments, or of all; an unreadable one gives no rows and a warning.
 
         Args:
-            sql: with `{}` where the segments stand, and `$1` for the values
+            sql: with `{}` in place of the segments, and `$1` for the values
         """
         present = sorted(self.names() if names is None else names)
         if not present or not values:

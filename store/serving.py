@@ -1,9 +1,9 @@
-"""The index for people on other machines, by DuckDB's own server, where DuckDB has it: Quack.
+"""Serve the index to people on other machines, with DuckDB's own server, Quack.
 
-    people ─HTTP▶ one process that holds the snapshot open, read-only and locked up ◀ this home
+    people ─HTTP▶ one process that holds the snapshot open, read-only and hardened ◀ this home
 
-Quack is an extension of DuckDB. It is loaded where somebody has installed it, and never installed
-from here. A new snapshot is a new server on the same address: who is attached attaches again.
+Quack is an extension of DuckDB. It is loaded if it is installed, and never installed from here. A
+new snapshot starts a new server on the same address; clients have to attach again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADDRESS = "quack:localhost:9494"
 LOOK_SECONDS = 2.0
+"""How often a new snapshot is looked for."""
 MEMORY = "2GiB"
-"""What all questions of all people may take together."""
+"""What all clients' queries may use together."""
 
 
 def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
-    """Serve each snapshot until the next one is there; yields where, whenever that begins.
+    """Serve each snapshot until there is a newer one; yields the URL each time a server starts.
 
     Args:
         address: `quack:<host>:<port>`
-        token: whoever has it may ask
+        token: clients have to send it
 
     Raises:
         StoreError: there is no Quack, no snapshot, or the address is taken.
@@ -53,7 +53,7 @@ def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
 def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, None]:
     with duckdb.connect(str(snapshot), read_only=True, config=NO_EXTENSIONS) as connection:
         try:
-            connection.execute("LOAD httpfs")  # without which it answers every question with 500
+            connection.execute("LOAD httpfs")  # without it every query gets status 500
             connection.execute("LOAD quack")
         except duckdb.Error as error:
             raise StoreError(

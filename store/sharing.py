@@ -1,11 +1,11 @@
-"""One home among several: what it records goes to the shared storage, what others record comes.
+"""Share records and blobs between homes, through a common storage.
 
-    record ─▶ this disk (the promise) ─▶ its blobs, then the record, to the storage
-    ingest ─▶ what is missing there goes up, what is missing here comes down, then the index
+    record ─▶ this disk (now it is safe) ─▶ its blobs, then the record, to the storage
+    ingest ─▶ upload what is missing there, download what is missing here, then the index
 
-Everything has the hash of its bytes for a name and is never changed, so to share is to form the
-union of two sets. Records come down with every ingest, blobs when somebody asks for them. The
-storage can be away at any time: then records wait here, and no run fails.
+Names are hashes of bytes, and nothing is ever changed. So sharing is the union of two sets. Records
+are downloaded with every ingest, blobs when they are first used. If the storage does not answer,
+records wait here, and no run fails.
 """
 
 from __future__ import annotations
@@ -38,30 +38,36 @@ logger = logging.getLogger(__name__)
 SETTING = "store.toml"
 KEYS = {"remote", "name"}
 PAUSE_SECONDS = 60.0
-"""How long a storage that did not answer is left alone by a home that records."""
+"""After a storage did not answer, recording does not try it for this long."""
 AT_ONCE = 16
+"""Objects that are transferred in parallel."""
 RECORD = re.compile(r"records/([0-9a-f]{2})/([0-9a-f]{62})\.json")
 SEGMENT = re.compile(r"records/packed/([0-9a-f]{64}\.parquet)")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What `store.toml` says."""
+    """The contents of `store.toml`."""
 
     remote: str = ""
-    """Such as `s3://bucket/prefix`; empty where a home keeps to itself."""
+    """Such as `s3://bucket/prefix`; empty if the home does not share."""
     name: str = ""
-    """What this home is called among those that share: only it knows which of its runs died."""
+    """The name of this home among those that share. A home closes only its own killed runs."""
 
     @classmethod
     def load(cls, home: Path) -> Setting:
+        """Read the file; without one, the home does not share.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
         path = home / SETTING
         try:
             fields = tomllib.loads(path.read_text())
         except FileNotFoundError:
             return cls()
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise StoreError(f"{path} is no TOML: {error}") from None
+            raise StoreError(f"{path} is not TOML: {error}") from None
         if fields.keys() != KEYS or not all(isinstance(field, str) for field in fields.values()):
             raise StoreError(
                 f"{path} has {', '.join(sorted(fields)) or 'nothing'}; it needs the texts"
@@ -71,10 +77,10 @@ class Setting:
 
 
 def connect(home: Path, url: str) -> Setting:
-    """Let a home share its records and blobs at `url` from now on.
+    """Make a home share its records and blobs at `url` from now on.
 
     Raises:
-        StoreError: nothing can be shared there.
+        StoreError: the storage cannot be used for sharing.
     """
     Remote(url).prove()
     setting = Setting(url, f"{platform.node()}-{secrets.token_hex(2)}")
@@ -84,7 +90,7 @@ def connect(home: Path, url: str) -> Setting:
 
 
 class Sharing:
-    """What goes between a home and the storage that it shares."""
+    """Uploads and downloads between a home and its shared storage."""
 
     def __init__(self, records: Records, blobs: Blobs, remote: Remote) -> None:
         self.remote = remote
@@ -93,7 +99,7 @@ class Sharing:
         self._away_until = 0.0
 
     def push(self, sha256: str) -> None:
-        """Share a record that was just written; never raises: what cannot go now goes later."""
+        """Upload a record that was just written. Never raises: `sync` uploads it later."""
         if time.monotonic() < self._away_until:
             return
         try:
@@ -103,12 +109,12 @@ class Sharing:
             logger.warning("%s", error)
 
     def sync(self) -> None:
-        """Bring down every record that this home lacks, and up what the storage lacks.
+        """Download all records that are missing here, and upload those that are missing there.
 
         Raises:
             UnreachableError: the storage does not answer, or refuses.
         """
-        # loose ones first: a record that is being packed is then in the one list or the other
+        # loose records first: one that is being packed is then in one of the two lists
         loose = {"".join(name.groups()) for name in map(RECORD.fullmatch, self._names()) if name}
         segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
         for name in sorted(segments - self._records.segments.names()):
@@ -127,7 +133,7 @@ class Sharing:
             self.remote.put(f"records/packed/{name}", self._records.segments.path_of(name))
 
     def prune(self) -> None:
-        """Remove loose records from the storage that lie in its segments too."""
+        """Remove loose records from the storage that are in its segments, too."""
         names = {f"{m[1]}{m[2]}": m[0] for m in map(RECORD.fullmatch, self._names()) if m}
         there = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
         for segment in sorted(there & self._records.segments.names()):
@@ -146,7 +152,7 @@ class Sharing:
         self._fetch(f"records/{sha256[:2]}/{sha256[2:]}.json", sha256)
 
     def _fetch(self, name: str, sha256: str) -> bool:
-        """Whether the object was there and whole; one that was packed a moment ago is not there."""
+        """Download an object; False if it is damaged, or not there (packed a moment ago)."""
         root = self._records.root
         with partial_file(root) as partial:
             came = self.remote.get(name, partial)
@@ -157,7 +163,7 @@ class Sharing:
         return came == sha256
 
     def _push_record(self, sha256: str) -> None:
-        """The record's blobs first: a record never names a blob that is not there."""
+        """Upload a record, its blobs first: a record there never refers to a missing blob."""
         try:
             record = self._records.read(sha256)
             path = self._records.path_of(sha256)

@@ -3,13 +3,13 @@
     Recipe ─resolve▶ AdapterRef ─read▶ AdapterSpec ─stack▶ FusedSpec ─fit▶ RouterSpec ─ask▶ Score
                                                    ╰ FusedCheckpoint   ╰ RouterBuild
 
-A *spec* says what is asked; its `id` is the hash of the asking and is known before the work, so it
-is the key by which finished work is skipped. A built noun adds `weights_sha256`, the hash of the
-bytes that came out. Lineage is read off the specs: `parents` names what each was made from.
+A *spec* says what is to be made or measured. Its `id` is a hash of its fields. It is known before
+the work, so finished work is found by its id and skipped. A *build* is the result; `weights_sha256`
+is the hash of the bytes that were made. A spec's `parents` are the ids that it depends on: lineage.
 
-    specs     bases, adapters, stacks and merges: what is asked for, and what came out
-    identity  what makes a noun: JSON and back, and the hash that is its id
-    routers   how a fused model routes, and what fitting its gates gave
+    specs     bases, adapters, stacks and merges
+    identity  base classes: JSON and back, and the id
+    routers   how a fused model routes, and the result of fitting its gates
     scores    what is measured: benchmarks, comparisons, routing, speed
     reasons   why an adapter is refused, or taken with a warning
 """

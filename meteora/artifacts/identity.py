@@ -1,4 +1,4 @@
-"""What makes a noun a noun: JSON and back, and an id that is the hash of what is asked."""
+"""Base classes of all nouns: JSON and back, and for specs an id that is a hash of the fields."""
 
 from __future__ import annotations
 
@@ -10,48 +10,57 @@ from types import UnionType
 from typing import Any, ClassVar, NewType, Self, get_type_hints
 
 ArtifactId = NewType("ArtifactId", str)
-"""`<kind>:<64 hex digits>`; show the first 12 digits, keep all of them."""
+"""`<kind>:<64 hex digits>`. People are shown the first 12 digits; all are stored."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A Git commit."""
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}"
 REPO_ID = re.compile(rf"{_PART}/{_PART}")
-"""`owner/name`, as the Hub knows repositories."""
+"""`owner/name`, a repository on the Hub."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
+"""A SHA-256 in lower-case hex digits."""
 
 
 class MeteoraError(Exception):
-    """Something that was asked for cannot be done; the message says what, where and what to do."""
+    """The base of all our errors. A message says what, where, and what to do."""
 
 
 def canonical_json(value: object) -> str:
-    """One text for one value: keys sorted, no spaces, UTF-8 as it is, NaN and infinity refused."""
+    """The one JSON text of a value: keys sorted, no spaces, no escapes beyond ASCII.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value is not JSON.
+    """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
 
 
 def canonical_sha256(value: object) -> str:
+    """The SHA-256 of a value's canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def short(artifact_id: str) -> str:
-    """An id as people read it: the kind and 12 digits."""
+    """An id with 12 digits, for people."""
     kind, _, digest = artifact_id.partition(":")
     return f"{kind}:{digest[:12]}"
 
 
 class Noun:
-    """A frozen dataclass that goes to JSON and comes back equal."""
+    """A frozen dataclass that is equal again after JSON and back."""
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, nested nouns as dicts."""
         return asdict(self)  # ty: ignore[invalid-argument-type]
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Self:
-        """The noun that `to_dict` described, by this version or by one that knew fewer fields.
+        """The noun of a `to_dict`, also of an older version with fewer fields.
 
         Raises:
-            KeyError: a field without a default is missing.
+            KeyError: a field is missing that has no default.
         """
         hints = get_type_hints(cls)
         return cls(
@@ -74,17 +83,18 @@ def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
 
 
 class Spec(Noun):
-    """What is asked for. Two equal specs have equal ids, and two different specs different ones."""
+    """What is to be made or measured. Specs have equal ids if and only if they are equal."""
 
     kind: ClassVar[str]
+    """The first part of the id."""
     version: ClassVar[int] = 1
-    """Part of the id. Bump it where the same asking now means other bytes."""
+    """Part of the hash. Raise it when the same fields come to mean other bytes."""
 
     @property
     def id(self) -> ArtifactId:
-        """The kind, and the hash of the version and of every field that is not at its default.
+        """The kind, and a hash of the version and of every field that is not at its default.
 
-        So a field that is added with a default leaves the ids of all that was made before.
+        So a new field with a default changes no existing id.
         """
         at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}  # ty: ignore[invalid-argument-type]
         asked = {name: value for name, value in self.to_dict().items() if name not in at_default}
@@ -92,5 +102,5 @@ class Spec(Noun):
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
-        """The artifacts that this one is built from, in the order that matters to it."""
+        """The ids that this spec depends on, in order."""
         return ()

@@ -1,4 +1,4 @@
-"""The nouns of routers: how a fused model routes, and what came out of fitting its gates."""
+"""Routers: how a fused model routes, and the result of fitting its gates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Self
 from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 NULL = "(base)"
-"""How the choice of no expert is called where a router has it; no expert can have this name."""
+"""The name of the choice of no expert, in a router that has it. No expert has this name."""
 ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
-"""The last two are told the answer: controls, on prompts whose every token's expert is known."""
+"""`oracle` and `one_expert` are controls: they are given the right expert of each token."""
 
 OPENING_SHARE = 0.5
-"""Of an expert's weight, what its tokens that open an answer among others' answers have together.
-They are few and alike, and whose answer follows is hard to see in them; all it says hangs on it."""
+"""The share of an expert's weight for tokens that open its answer in a prompt of several tasks.
+They are few, and alike for all experts, but the whole answer depends on where they are routed."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class RouterOptions(Noun):
     temperature: float
     """Of the softmax over the `top_k` chosen logits."""
     margin: float | None = None
-    """Of the chosen experts, only those have a weight whose logit is this close to the best."""
+    """Chosen experts with a logit further below the best one than this, in nats, get no weight."""
     opening: str = "own"
-    """Who decides for a prompt's opening: its `own` tokens, or the `prompt` as a whole."""
+    """Which tokens decide for the chat template's opening: its `own`, or the whole `prompt`."""
     null: bool = False
     """Whether one more choice, the last of every gate, is the base without any expert."""
     share: str = "module"
-    """How far one gate decides: for its `module`, for the `point` where modules share an input, for
-    a `layer`, or for the whole `token`."""
+    """What one gate decides for: its `module`, the `point` where modules share an input, a `layer`,
+    or the whole `token`."""
     stand_in: str = ""
-    """`arrow` or `norm`, which scores experts without examples by their weights."""
+    """`arrow` or `norm`: how experts without examples are scored, from their weights."""
     stand_ins: tuple[str, ...] = ()
     """The names of those experts."""
 
@@ -49,24 +49,24 @@ POINT_GATES = RouterOptions("gate", top_k=1, temperature=1.0, share="point")
 
 @dataclass(frozen=True)
 class JointSettings(Noun):
-    """How gates are trained by gradient descent; `meteora.fitting.joint` says what with."""
+    """How gates are trained by gradient descent (`meteora.fitting.joint`)."""
 
     steps: int
-    """Of the optimiser."""
+    """Optimiser steps."""
     batch_size: int
-    """Sequences that go through the model at once, over all processes."""
+    """Sequences in one forward pass, over all processes."""
     accumulate: int
-    """Batches a step."""
+    """Batches per step."""
     learning_rate: float
-    """At its peak: it rises over the first steps, then falls to zero along a cosine."""
+    """The peak: the rate rises linearly, then falls to zero along a cosine."""
     warmup_ratio: float
-    """Share of the steps in which it rises."""
+    """Share of the steps in which the rate rises."""
     gate_loss_weight: float
-    """Of the mean over all gates, against the language-model loss."""
+    """Weight of the mean loss of all gates; the language-model loss has weight 1."""
     max_grad_norm: float
-    """A longer gradient is cut to this length."""
+    """A gradient with a larger norm is scaled down to this one."""
     start: str
-    """`calibrate`: from gates in closed form; `zeros`."""
+    """`calibrate` starts from gates in closed form, `zeros` from zero."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,11 @@ class RouterSpec(Spec):
     router: str
     """The kind."""
     top_k: int
+    """Experts for each token."""
     temperature: float
+    """Of the softmax over the chosen experts' logits."""
     method: str = ""
-    """How gates are made: `calibrate` or `joint`; empty for a router without gates."""
+    """How gates are made: `calibrate` or `joint`; empty without gates."""
     examples_sha256: str = ""
     """Of the canonical JSON of all examples with their experts, in order."""
     seed: int = 0
@@ -93,23 +95,23 @@ class RouterSpec(Spec):
     null: bool = False
     share: str = "module"
     joint: JointSettings | None = None
-    """Of the method `joint`; None for the others."""
+    """For the method `joint`; otherwise None."""
     composites: tuple[int, ...] = ()
-    """How many tasks the prompts hold that gates are fitted to, beside each expert's examples; an
-    expert that is added later has all of such a prompt."""
+    """Numbers of tasks in the mixed prompts that gates are fitted to, beside the experts' examples.
+    For an expert that is added later, such a prompt holds its own examples only."""
     opening_share: float = 0.0
-    """Of an expert's weight in such a fit, that of the tokens that open its answers, in the closed
-    form: with `calibrate`, and where `joint` starts from there."""
+    """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
+    from there."""
     openings_apart: bool = False
-    """Whether these tokens are sampled for themselves, at points of so many inputs that a sample
-    tells the spread; with `composites` they always are."""
+    """Whether these tokens are sampled separately where a sample estimates the covariance; with
+    `composites` they always are."""
     loss_opening_share: float = 0.0
-    """The same in the gate loss of `joint`."""
+    """`OPENING_SHARE` in the gate loss of `joint`."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""
-    """The router whose gates and statistics these are made of, by one expert more or less; the
-    examples are the new expert's alone."""
+    """The router that this one is made from by adding or dropping one expert; `examples_sha256` is
+    then of the new expert's examples alone."""
 
     @classmethod
     def of(cls, fused_id: ArtifactId, options: RouterOptions, **made: Any) -> Self:  # noqa: ANN401
@@ -129,7 +131,7 @@ class RouterSpec(Spec):
 
 @dataclass(frozen=True)
 class RouterBuild(Noun):
-    """What came out of fitting gates."""
+    """The result of fitting gates."""
 
     spec: RouterSpec
     weights_sha256: str
@@ -137,14 +139,14 @@ class RouterBuild(Noun):
     num_tokens: int
     """Tokens that the gates were fitted on; 0 for a router without gates."""
     heldout_accuracy: float | None
-    """Share of (input point, token) pairs of held-out sequences that went to their own expert;
-    None where nothing was fitted."""
+    """Share of (input point, token) pairs of held-out sequences that go to their own expert; None
+    if nothing was fitted, or nothing held out."""
     wall_seconds: float
     device: str
     statistics_sha256: str = ""
-    """Of `statistics.safetensors`; empty where nothing is kept of what the gates were fitted to."""
+    """Of `statistics.safetensors`; empty if there is none."""
 
     @property
     def blobs(self) -> list[str]:
-        """The hashes of all its files."""
+        """The SHA-256 of each of its files."""
         return [sha256 for sha256 in (self.weights_sha256, self.statistics_sha256) if sha256]

@@ -1,4 +1,4 @@
-"""The nouns of measuring: scores, comparisons, speed and routing. `artifacts` hands them on."""
+"""Measurements: scores, comparisons, speed and routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class BenchmarkSpec(Spec):
-    """One subject measured on one task under stated circumstances."""
+    """One subject on one task, with all that the score depends on."""
 
     kind: ClassVar[str] = "benchmark"
 
@@ -19,17 +19,17 @@ class BenchmarkSpec(Spec):
     """A base, an adapter (alone), a merge, or a router (the fused model)."""
     task: str
     rows_sha256: str
-    """Of the canonical JSON of the rows that are asked, in order; for a task that the harness
-    brings, of its name and the number of rows."""
+    """Of the canonical JSON of the rows, in order; for a task that lm-eval itself has, of its name
+    and the number of rows."""
     metric: str
     num_fewshot: int
     max_new_tokens: int
-    """An answer that is not finished by then is cut."""
+    """A longer answer is cut at this many tokens."""
     seed: int
     base_id: ArtifactId
-    """The base that the subject ran on: an adapter alone says nothing without it."""
+    """The base that the subject runs on."""
     template: str = "auto"
-    """`chat`, `plain`, or `auto`: the chat template where the tokenizer has one."""
+    """`chat`, `plain`, or `auto`: the chat template if the tokenizer has one."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
@@ -38,18 +38,18 @@ class BenchmarkSpec(Spec):
 
 @dataclass(frozen=True)
 class ScorePart(Noun):
-    """A score on one kind of its questions, such as a sub-task of composites."""
+    """A score on one kind of its questions, such as one task of mixed prompts."""
 
     name: str
     value: float
     num_samples: int
     num_attempted: int
-    """Questions that were answered at all."""
+    """Questions that have an answer at all."""
 
 
 @dataclass(frozen=True)
 class Score(Noun):
-    """A number with its circumstances."""
+    """The result of a benchmark."""
 
     spec: BenchmarkSpec
     value: float
@@ -57,7 +57,9 @@ class Score(Noun):
     low: float
     """Lower end of the 95 % interval."""
     high: float
+    """Upper end."""
     num_samples: int
+    """Rows that are asked."""
     outputs_sha256: str
     """The blob that holds each row's prompt, reference, output and score."""
     harness: str
@@ -65,11 +67,11 @@ class Score(Noun):
     wall_seconds: float
     higher_is_better: bool = True
     interval: str = "wilson"
-    """How `low` and `high` were found: `wilson` or `bootstrap`."""
+    """How `low` and `high` are computed: `wilson` or `bootstrap`."""
     templated: bool | None = None
-    """Whether prompts were put into the tokenizer's chat template; None where not recorded."""
+    """Whether prompts were put into the chat template; None if not recorded."""
     num_empty: int = 0
-    """Answers without a character: they count, as wrong."""
+    """Empty answers; they count as wrong."""
     num_truncated: int = 0
     """Answers that were cut at `max_new_tokens`."""
     mean_prompt_tokens: float | None = None
@@ -99,11 +101,11 @@ class ComparisonSpec(Spec):
 
     subject_id: ArtifactId
     system: str
-    """What the recipe calls the subject: `fused`."""
+    """The subject's name in tables: `fused`."""
     other: str
-    """What it calls the other: `base`, `oracle`, `arrow` …"""
+    """The other one's name: `base`, `oracle`, `arrow` …"""
     pairs: tuple[ScorePair, ...]
-    """One a task: the family over which p-values are corrected."""
+    """One per task: the family over which p-values are corrected."""
     seed: int = 0
     """Of the resampling."""
 
@@ -114,14 +116,14 @@ class ComparisonSpec(Spec):
 
 @dataclass(frozen=True)
 class Difference(Noun):
-    """How far two subjects are apart on the same rows of one task."""
+    """The difference of two subjects on the same rows of one task."""
 
     task: str
     metric: str
     score_id: ArtifactId
     other_id: ArtifactId
     difference: float
-    """Mean over the rows, the other's value subtracted."""
+    """Mean over the rows of the subject's value minus the other's."""
     low: float
     """Lower end of its 95 % interval (bootstrap over rows)."""
     high: float
@@ -130,17 +132,19 @@ class Difference(Noun):
     p_holm: float
     """The same, corrected over the comparison's tasks (Holm 1979)."""
     test: str
-    """`mcnemar` where every row is right or wrong, `sign-flip` otherwise; both exact or seeded."""
+    """`mcnemar` if every row is right or wrong, else `sign-flip`; exact, or with seeded draws."""
     num_samples: int
 
     @property
     def significant(self) -> bool:
-        """Whether one may be called better than the other at 5 %."""
+        """Whether the difference is significant at 5 %, after the correction."""
         return self.p_holm < 0.05
 
 
 @dataclass(frozen=True)
 class ComparisonBuild(Noun):
+    """The result of a comparison."""
+
     spec: ComparisonSpec
     differences: tuple[Difference, ...]
     mean_difference: float
@@ -152,7 +156,7 @@ class ComparisonBuild(Noun):
 
 @dataclass(frozen=True)
 class SpeedSpec(Spec):
-    """A routed model timed against its own base, in turns, on one machine."""
+    """A routed model and its own base, timed in turns on one machine."""
 
     kind: ClassVar[str] = "speed"
 
@@ -162,7 +166,7 @@ class SpeedSpec(Spec):
     new_tokens: int
     batch_size: int
     rounds: int
-    """Each round times both."""
+    """Rounds; each times both."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
@@ -171,14 +175,14 @@ class SpeedSpec(Spec):
 
 @dataclass(frozen=True)
 class Rate(Noun):
-    """How fast one phase of answering is: medians over the rounds."""
+    """The speed of one phase of generation: medians over the rounds."""
 
     phase: str
-    """`prefill` (the prompt) or `decode` (one token after the other)."""
+    """`prefill` (the prompt) or `decode` (token by token)."""
     base_tokens_per_second: float
     fused_tokens_per_second: float
     ratio: float
-    """Time of the fused model over time of the base, the median over the rounds."""
+    """Time of the fused model over time of the base."""
     low: float
     """Lower end of the ratio's 95 % interval (bootstrap over rounds)."""
     high: float
@@ -186,6 +190,8 @@ class Rate(Noun):
 
 @dataclass(frozen=True)
 class SpeedBuild(Noun):
+    """The result of timing a model, with its sizes in memory and on disk."""
+
     spec: SpeedSpec
     rates: tuple[Rate, ...]
     base_bytes: int
@@ -193,7 +199,7 @@ class SpeedBuild(Noun):
     added_bytes: int
     """Experts and routers in memory."""
     base_working_bytes: int | None
-    """The most that a prefill took beyond the weights; None where it cannot be measured."""
+    """Peak memory of a prefill beyond the weights; None if it cannot be measured."""
     fused_working_bytes: int | None
     stored_bytes: int
     """What the checkpoint adds to the base on disk: experts and gates."""
@@ -205,7 +211,7 @@ class SpeedBuild(Noun):
 
 @dataclass(frozen=True)
 class RoutingSpec(Spec):
-    """One router watched on the experts' own test rows."""
+    """The routing of one router on the experts' own test rows."""
 
     kind: ClassVar[str] = "routing"
     version: ClassVar[int] = 2  # 1 had neither details nor switches
@@ -220,7 +226,7 @@ class RoutingSpec(Spec):
 
 @dataclass(frozen=True)
 class RoutingShare(Noun):
-    """How much of one expert's test rows went to it."""
+    """How many tokens of one expert's test rows go to it."""
 
     expert: str
     accuracy: float
@@ -233,34 +239,35 @@ class RoutingDetail(Noun):
 
     module: str
     entropy_bits: float
-    """Of the softmax of a token's logits over all experts: 0 where it is sure."""
+    """Entropy of the softmax over all experts; 0 for a certain choice."""
     weight: float
-    """Of the expert that was chosen first."""
+    """Weight of the first chosen expert."""
     agreement: float
-    """Share of tokens that it sends where most modules send them."""
+    """Share of tokens that it sends to the same expert as most modules do."""
 
 
 @dataclass(frozen=True)
 class RoutingSwitch(Noun):
-    """How soon routing follows where one task's text ends and another's begins."""
+    """How soon routing changes when the text of one task ends and that of another begins."""
 
     expert: str
     """Whose text begins."""
     in_answer: bool
-    """Whether it is an answer's text, and not a question's."""
+    """Whether this text is an answer, not a question."""
     delay_tokens: int | None
-    """Tokens that pass before one is sent to the expert; None where the text ends first."""
+    """Tokens before the first that is sent to the expert; None if the text ends before."""
     count: int
-    """How often that was seen."""
+    """How many switches had this delay."""
 
 
 @dataclass(frozen=True)
 class RoutingBuild(Noun):
-    """Whether tokens go to their own experts, with the gates' own choices below them."""
+    """Whether tokens go to their own experts; all layers route by their own gates."""
 
     spec: RoutingSpec
     accuracy: float
-    """Share of all (routed module, token) pairs after the template's opening."""
+    """Share of all (routed module, token) pairs that go to their own expert, without the template's
+    opening."""
     by_expert: tuple[RoutingShare, ...]
     num_tokens: int
     wall_seconds: float
@@ -270,13 +277,13 @@ class RoutingBuild(Noun):
 
 @dataclass(frozen=True)
 class RoutingScore(Noun):
-    """How often tokens of one expert's own test rows were sent to one expert, at one module."""
+    """How many tokens of one expert's test rows are sent to one expert, at one module."""
 
     router_id: ArtifactId
     module: str
     truth: str
-    """The expert whose rows these are."""
+    """The expert that the rows belong to."""
     chosen: str
     """The expert with the largest logit."""
     num_tokens: int
-    """Tokens after the template's opening, of prompt and answer."""
+    """Tokens of prompt and answer, without the template's opening."""

@@ -1,4 +1,4 @@
-"""Bases, adapters, stacks and merges: what is asked for, and what came out."""
+"""Bases, adapters, stacks of adapters, and merges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class Fingerprint(Noun):
-    """What must agree between a base and the base that something was made for."""
+    """What two models must have in common to count as the same base."""
 
     architecture: str
     hidden_size: int
@@ -23,7 +23,7 @@ class Fingerprint(Noun):
     """Of the canonical JSON of the tokenizer's {token: id}."""
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Where `other` differs, as "hidden_size 576, not 960"; empty if it is the same base."""
+        """The differing fields, as "hidden_size 576, not 960"; empty for the same base."""
         return [
             f"{f.name} {_brief(getattr(self, f.name))}, not {_brief(getattr(other, f.name))}"
             for f in fields(self)
@@ -49,18 +49,18 @@ class BaseSpec(Spec):
 
 @dataclass(frozen=True)
 class LinearSize(Noun):
-    """One linear layer of a base: what an adapter's module has to fit."""
+    """One linear layer of a base, which an adapter's module has to fit."""
 
     path: str
     in_features: int
     out_features: int
     norm: float = 0.0
-    """Frobenius norm of its weight; 0 where that is not known, as of a packed one."""
+    """Frobenius norm of its weight; 0 if not known, as for a quantised one."""
 
 
 @dataclass(frozen=True)
 class BuiltBase(Noun):
-    """A base as a folder that transformers loads, and what it is found to be."""
+    """A base in a folder that transformers loads, and its properties."""
 
     spec: BaseSpec
     weights_sha256: str
@@ -76,13 +76,13 @@ class BuiltBase(Noun):
 
     @property
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of every linear layer's weight that is known, by module path."""
+        """The known Frobenius norms of linear layers' weights, by module path."""
         return {size.path: size.norm for size in self.linear if size.norm}
 
 
 @dataclass(frozen=True)
 class AdapterRef(Noun):
-    """Where an adapter is published. Two fields, both pinned: never a branch."""
+    """Where an adapter is published, at one revision; never a branch."""
 
     repo_id: str
     """`owner/name` on the Hub, or `path:<folder name>`."""
@@ -112,20 +112,20 @@ class AdapterModule(Noun):
 
 @dataclass(frozen=True)
 class AdapterSpec(Spec):
-    """A LoRA as published, as its tensors say it is."""
+    """A published LoRA, with the facts that its tensors show."""
 
     kind: ClassVar[str] = "adapter"
 
     weights_sha256: str
     base_model: str
-    """What its config claims, unchecked; empty where it claims nothing."""
+    """From its config, unchecked; empty if the config names none."""
     use_rslora: bool
     dtype: str
     """`F32`, `F16` or `BF16`."""
     modules: tuple[AdapterModule, ...]
     """Sorted by path."""
     stripped: tuple[str, ...] = ()
-    """Tensors of the file that the policy allowed to leave out, sorted."""
+    """Tensors of the file that are left out by policy, sorted."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class FusedSpec(Spec):
 
     base_id: ArtifactId
     names: tuple[str, ...]
-    """As people call the experts, in the order of `adapter_ids`."""
+    """The experts' names, in the order of `adapter_ids`."""
     adapter_ids: tuple[ArtifactId, ...]
 
     @property
@@ -146,6 +146,8 @@ class FusedSpec(Spec):
 
 @dataclass(frozen=True)
 class FusedCheckpoint(Noun):
+    """A stack on disk."""
+
     spec: FusedSpec
     weights_sha256: str
     """Of `experts.safetensors`."""
@@ -153,7 +155,7 @@ class FusedCheckpoint(Noun):
 
 @dataclass(frozen=True)
 class MergeSpec(Spec):
-    """The experts of a stack merged into the base's weights, as a control; never stored."""
+    """The experts of a stack merged into the base's weights: a control, never stored."""
 
     kind: ClassVar[str] = "merge"
 
@@ -161,11 +163,11 @@ class MergeSpec(Spec):
     method: str
     """`linear`, `ties` or `dare_ties`, as PEFT computes them from each expert's whole delta."""
     weight: float
-    """Of every expert."""
+    """The weight of every expert."""
     density: float = 1.0
     """Share of each delta's numbers that is kept."""
     seed: int = 0
-    """Of what `dare_ties` drops."""
+    """Of the random choices of `dare_ties`."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
@@ -174,11 +176,11 @@ class MergeSpec(Spec):
 
 @dataclass(frozen=True)
 class Publication(Noun):
-    """This artifact is published there, whoever put it there."""
+    """An artifact is published at a repository, by whomever."""
 
     artifact_id: ArtifactId
     repo_id: str
     revision: str
     texts_sha256: str = ""
-    """Of all in the checkpoint that is no tensor: it names the tensors by their hashes."""
+    """Of all files of the checkpoint that are not tensors; they name the tensors by hash."""
     private: bool = True

@@ -1,14 +1,13 @@
-"""How gates are made: in closed form, by gradient descent, and for one expert more.
+"""How gates are made: in closed form, by gradient descent, and for one more expert.
 
 calibrate       fit all gates in one sweep, layer by layer
 layerwise       run a model one decoder layer at a time
 lda             linear discriminant analysis: the closed form of a gate
-covariance      class means and covariance, added up token by token
-statistics      those sums as a file, so that experts can join later
-sequences       examples as tokens with labels, and what each token counts
+covariance      class means and covariance, from sums over tokens
+statistics      means and covariance as a file, so that experts can be added later
+sequences       examples as tokens with labels, and how much each token counts
 add_expert      one expert more or less in fitted gates
 joint           train the gates by gradient descent, as the paper does
 losses          the paper's loss and its gradient
-learning_rate   warm-up and cosine
-training_state  what a stopped training needs to go on
+training_state  the schedule of a training, and the file from which it resumes
 """

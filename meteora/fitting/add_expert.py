@@ -1,13 +1,14 @@
-"""Add an expert to fitted gates, or drop one, without a look at the others' examples.
+"""Add an expert to fitted gates, or drop one, without the examples of the other experts.
 
-A new expert brings the mean and the spread of its own tokens, from one sweep over its own examples;
-with what is kept of the others' tokens its row of every gate follows in closed form. Dropping an
-expert drops its row of every gate. Either way the others' rows stay as they are, to the bit: what
-is decided among them is decided as before.
+One sweep over the new expert's examples gives the mean and the covariance of its tokens. With the
+statistics of the other experts its row of every gate follows in closed form. Dropping an expert
+drops its row of every gate. The rows of the other experts do not change in any bit, so routing
+among them stays as it is.
 
-Where the gates were fitted to prompts of several tasks, too, the new expert's sequences hold lists
-of its own examples, and what its answers begin with counts as it did in that fit (`by_kind`). They
-show how it answers under a number, but not whose question comes next: no list of one task can.
+If the gates were also fitted to prompts of several tasks, the new expert's sequences include lists
+of its own examples, and tokens that open its answers have the same weight as in that fit
+(`by_kind`). Such a list shows how the expert answers a numbered question. It cannot show which
+task comes next, as it holds one task.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a sweep over one new expert's examples came to."""
+    """The result of a sweep over a new expert's examples; the gates themselves are in the model."""
 
     statistics: dict[str, PointStatistics]
-    """Of all experts, the new one among them."""
+    """Of all experts, the new one included, by the path of each point's first module."""
     num_tokens: int
+    """Tokens of the new expert in its examples."""
     heldout_accuracy: float
-    """Mean over input points of the share of its held-out tokens that went to the new expert; each
-    counts as it does in the fit (`by_kind`)."""
+    """Share of the new expert's held-out tokens that go to it, weighted as in the fit (`by_kind`);
+    the mean over input points."""
     wall_seconds: float
 
 
@@ -65,19 +67,22 @@ def grow(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Growth:
-    """Give every gate a row for one more expert, from its examples and what is kept of the rest.
+    """Give every gate a row for one more expert, from its examples and the others' statistics.
 
     Args:
-        model: with all its experts inserted, the new one among them
-        sequences: of the new expert alone; two or more; lists of its examples among
-            them where the others were fitted to prompts of several tasks
-        gates: as they were without it
-        statistics: of those
-        options: how the gates route; as they did before
-        seed: deals the held-out sequences
+        model: with all experts inserted, the new one included
+        sequences: two or more, of the new expert alone; with lists of its examples if the others
+            were fitted to prompts of several tasks
+        gates: without the new expert
+        statistics: of these gates, by module path
+        options: how the gates route, now and before
+        seed: chooses the held-out sequences
+        progress: called with (layers done, layers in all)
 
     Raises:
-        TrainingError: the examples or the statistics do not fit the model.
+        TrainingError: the examples or the statistics do not fit the model, or its inputs hold NaN
+            or infinity.
+        SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
     expert = _the_new_one(model, sequences, statistics)
@@ -92,7 +97,7 @@ def grow(
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
         before = next((path for path in paths if path in statistics), None)
-        if before is None:  # no adapter touched this point: the gate before it decides
+        if before is None:  # no adapter changed this point before: it uses the gate before it
             return None
         fitted, checked = _apart(inputs, batches)
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
@@ -126,7 +131,7 @@ def grow(
 def _apart(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
-    """The labelled tokens of the sequences to fit and to check, each by kind."""
+    """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""
     found = []
     kept: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     for x, batch in zip(inputs, batches, strict=True):
@@ -150,8 +155,8 @@ def _the_new_one(
     if len(owners) != 1 or found != {num_choices - 1}:
         raise TrainingError(
             f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"
-            f" the statistics are of {', '.join(map(str, sorted(found))) or 'none'}; gates grow by"
-            " one expert, from its own examples and the statistics of all others"
+            f" the statistics are of {', '.join(map(str, sorted(found))) or 'none'}; one expert is"
+            " added at a time: give its examples only, and the statistics of all others"
         )
     return owners.pop()
 
@@ -162,10 +167,11 @@ def drop(
     expert: int,
     modules: Container[str],
 ) -> tuple[Gates, dict[str, PointStatistics]]:
-    """Gates and statistics without one expert; the rows of all others stay as they are.
+    """Gates and statistics without one expert; the rows of the others do not change.
 
     Args:
-        modules: that are left to route
+        expert: its number
+        modules: paths of the modules that any remaining expert changes
     """
     own = {}
     for path, (weight, bias) in gates.own.items():

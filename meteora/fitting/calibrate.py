@@ -1,10 +1,10 @@
-"""Fit the gates and nothing else, in one forward sweep and without a backward pass.
+"""Fit the gates in closed form, in one forward sweep and without a backward pass.
 
 `calibrate` goes through the model layer by layer, as post-training quantisation does. At each point
-where modules share an input (q, k, v; o; gate, up; down) it fits the gate in closed form to that
-input *as the already routed layers below produce it*, then runs on with the gate in place. Fitting
-all layers at once, from a pass that is routed by the labels, would miss that errors below shift the
-inputs above.
+where modules share an input (q, k, v; o; gate, up; down) it fits the gate to that input *as the
+layers below produce it with their new gates*, then goes on with this gate in place. A fit of all
+layers at once, on inputs that are routed by the labels, does not see that wrong choices below
+change the inputs above.
 """
 
 from __future__ import annotations
@@ -51,22 +51,23 @@ if TYPE_CHECKING:
     from meteora.routing.layer import MoELoRALinear
 
 MAX_HELDOUT_BYTES = 256 << 20
-"""Of more held-out inputs of a point, every n-th chooses the shrinkage: they are kept in memory."""
+"""Held-out inputs of a point are kept in memory up to this size; of more, only every n-th is."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a sweep found."""
+    """The result of a sweep; the gates themselves are in the model."""
 
     num_tokens: int
     """Labelled tokens that the gates were fitted on."""
     heldout_accuracy: float
-    """Mean over input points of the share of held-out tokens that went to their own expert; each
-    counts as it does in the fit (`token_weights`)."""
+    """Share of held-out tokens that go to their own expert, weighted as in the fit
+    (`token_weights`); the mean over input points."""
     accuracy_of: dict[str, float]
-    """The same for the first module of each point."""
+    """The same for each input point, by the path of its first module."""
     statistics: dict[str, PointStatistics]
-    """What is kept of each point, by its first module: experts can be added later from it."""
+    """Statistics of each input point, by the path of its first module. With them an expert can be
+    added later."""
     wall_seconds: float
 
 
@@ -84,19 +85,19 @@ def calibrate(
     """Give every routed layer a gate that is fitted to `sequences`, in place.
 
     Args:
-        model: with its experts inserted; whatever routers it has are replaced
-        sequences: every expert needs two or more
-        options: how the gates route, in the sweep as afterwards. With a `stand_in`, experts without
-            sequences are scored by their weights, and every module has a gate of its own; without
-            it every expert needs some
-        template: what opens a prompt, where the prompt as a whole is to decide for its opening
-        seed: deals the held-out sequences
-        device: where to run; the model is moved there and stays. Where it is, without it
-        scratch: a folder for hidden states that are too many for memory
+        model: with its experts inserted; routers that it has are replaced
+        sequences: two or more for each expert
+        options: how the gates route, during the sweep and afterwards. With a `stand_in`, experts
+            without sequences are scored from their weights, and every module has its own gate;
+            without it every expert needs sequences
+        template: the chat template's opening, if the whole prompt decides for these tokens
+        seed: chooses the held-out sequences
+        device: where to run; the model moves there and stays there. None: where the model is
+        scratch: a folder for hidden states that do not fit in memory
         progress: called with (layers done, layers in all)
 
     Raises:
-        TrainingError: an expert has too few sequences, or the model's numbers are not finite.
+        TrainingError: an expert has too few sequences, or an input holds NaN or infinity.
         SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
@@ -167,12 +168,13 @@ def sweep_gates(
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
-    """Give every routed layer a gate, each from its inputs as the gates below it route them.
+    """Give every routed layer a gate, fitted to its inputs as the gates below it route them.
 
     Args:
-        fit: makes G [E, IN] and c [E] for modules that share an input from its [B, L, IN], batch
-            by batch; where it gives None, they follow the gate before them
-        give: puts them into a layer, as `give_gate` does
+        fit: called with the paths of the modules that share an input, and that input [B, L, IN]
+            batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
+            of the gate before them
+        give: puts G and c into a layer, as `give_gate` does
     """
     layers = routed_layers(model)
     with _swept(model):
@@ -208,7 +210,7 @@ def sweep_gates(
 
 @contextmanager
 def _swept(model: PreTrainedModel) -> Generator[None]:
-    """Start from bare projections, without dropout; a sweep that fails leaves what it found."""
+    """Remove all routers and turn dropout off; after an error the old routers are put back."""
     training = model.training
     before = {path: layer.router for path, layer in routed_layers(model).items()}
     model.eval()
@@ -230,11 +232,11 @@ def _scatter_of(
     weights: Sequence[Tensor],
     num_experts: int,
 ) -> tuple[list[Sums], tuple[Tensor, Tensor, Tensor]]:
-    """The tokens of one input point.
+    """Sums over the labelled tokens of one input point.
 
     Returns:
-        those of the fitted and of the held-out sequences; and of the latter (x [T, IN], labels [T],
-        weights [T]), of very many every so manieth
+        the sums of the sequences to fit and of the held-out ones; and held-out tokens as
+        (x [T, IN], labels [T], weights [T]), every n-th of them above `MAX_HELDOUT_BYTES`
     """
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
@@ -248,7 +250,7 @@ def _scatter_of(
             tokens, labels, own = x[chosen].float(), batch.labels[chosen], counted[chosen]
             if not len(tokens):
                 continue
-            if not scatters:  # in whichever form has the smaller matrix
+            if not scatters:  # the form with the smaller matrix
                 form = Scatter if num_inputs <= min(num_labelled, MAX_ROWS) else RowScatter
                 shift = tokens.mean(0)
                 scatters = [form.empty(num_experts, shift) for _ in range(2)]
@@ -256,18 +258,18 @@ def _scatter_of(
             if held:
                 kept.append((tokens[::stride], labels[::stride], own[::stride]))
     held_tokens, labels, own = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    # hold_out saw to it that every expert has tokens in both
+    # hold_out leaves tokens of every expert on both sides
     return scatters, (held_tokens, labels, own)
 
 
 def _stand_in(
     options: RouterOptions, layer: MoELoRALinear, experts: list[int], tokens: Tensor
 ) -> StandIn:
-    """A stand-in that is measured on tokens [T, IN] of the experts that have examples."""
+    """A scorer for experts without examples, scaled on tokens [T, IN] of the other experts."""
     score = scorer(options, layer).to(tokens.device)
     found = score(tokens)[:, experts].float()
     mean, deviation = found.mean(0), found.std(0)
     standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values
-    # an expert is to stand out, whatever it is measured on
+    # at least one deviation above the mean, whatever the tokens are
     threshold = standing_out.quantile(1 - GIVEN_UP).clamp_min(1.0).expand(len(experts))
     return StandIn(score, experts, torch.stack([mean, deviation, threshold]))

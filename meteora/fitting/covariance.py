@@ -1,8 +1,8 @@
-"""What is kept of an input point's tokens: counts, sums, and how they spread within their experts.
+"""Sums over the tokens at an input point, and the within-class covariance that follows from them.
 
-The spread has two forms. `Scatter`, second moments [IN, IN], is the definition; `RowScatter`, the
-tokens themselves [T, IN], solves the same equations with matrices of [T, T]. With the smaller of
-the two a point of 14,336 inputs costs no more than its tokens ask for.
+There are two forms. `Scatter` is the definition and keeps second moments [IN, IN]. `RowScatter`
+keeps tokens [T, IN] and solves the same equations with matrices [T, T]. The caller takes the form
+with the smaller matrix, so that a point with 14,336 inputs and few tokens is cheap.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = 1024
-"""Of float32 rows that are widened to float64 at a time."""
+"""How many columns of float32 rows are converted to float64 at a time."""
 ITERATIONS = 3
-"""With which the widest directions of a covariance are found: spreads fall off quickly."""
+"""Of subspace iteration. Few suffice: the variances fall off quickly."""
 
 
 class Covariance(ABC):
@@ -30,6 +30,7 @@ class Covariance(ABC):
     level: Tensor
     """The mean of its diagonal, a scalar."""
     num_inputs: int
+    """IN"""
 
     @abstractmethod
     def solve(self, targets: Tensor, shrinkage: float) -> Tensor | None:
@@ -39,7 +40,7 @@ class Covariance(ABC):
             targets ((1 - shrinkage) S_within + shrinkage · level · I)⁻¹
 
         Returns:
-            [N, IN]; None where rounding has left the covariance without a Cholesky factor.
+            [N, IN]; None if the covariance, after rounding, has no Cholesky factor.
         """
 
     @abstractmethod
@@ -47,13 +48,17 @@ class Covariance(ABC):
         """The product of x [N, IN], float64, with S_within."""
 
     def widest(self, num_rows: int, least: float = 0.0) -> tuple[Tensor, float]:
-        """Its widest directions: rows C [≤ num_rows, IN], and a floor, with S ≈ Cᵀ C + floor · I.
+        """The directions of largest variance, as rows C with S_within ≈ Cᵀ C + floor · I.
 
         By subspace iteration from a fixed start (Halko et al. 2011), so that equal tokens give
-        equal bytes; the floor is the mean variance of all other directions.
+        equal bytes. The floor is the mean variance of all other directions.
 
         Args:
-            least: variance along a direction above which it is kept
+            num_rows: how many directions are kept at most
+            least: only directions of more variance than this are kept
+
+        Returns:
+            C [≤ num_rows, IN] in float64, and the floor.
         """
         device, num_inputs = self.level.device, self.num_inputs
         generator = torch.Generator(device).manual_seed(0)
@@ -78,27 +83,27 @@ class Sums(ABC):
     mass: Tensor
     """[E] the total weight of each expert's tokens"""
     sums: Tensor
-    """[E, IN]"""
+    """[E, IN] Σ weight · x of each expert's tokens"""
     shift: Tensor
-    """[IN] taken off every x, so that a large common mean costs no digits"""
+    """[IN] subtracted from every x, so that a large common mean costs no digits"""
 
     @property
     def means(self) -> Tensor:
-        """[E, IN], relative to the shift."""
+        """[E, IN] of each expert's tokens, relative to the shift."""
         return self.sums / self.mass[:, None]
 
     @abstractmethod
     def add(
         self, x: Tensor, labels: Tensor, weights: Tensor, stands_for: Tensor | None = None
     ) -> None:
-        """Take in tokens.
+        """Add tokens, in place.
 
         Args:
             x: [T, IN] float32
             labels: [T] experts
             weights: [T]
-            stands_for: [T], from `sample`: where tokens tell the spread, those above 0 do, each for
-                so many. Without it all do.
+            stands_for: [T], from `sample`, for the form that keeps tokens: it keeps those above 0,
+                each in place of so many. None: it keeps all.
         """
 
     def _add_up(self, labels: Tensor, weights: Tensor, weighted: Tensor) -> None:
@@ -107,7 +112,7 @@ class Sums(ABC):
 
     @abstractmethod
     def __add__(self, other: Self) -> Self:
-        """Both together; they must have the same shift."""
+        """The sums over the tokens of both; they must have the same shift."""
 
     @abstractmethod
     def covariance(self) -> Covariance:
@@ -116,13 +121,14 @@ class Sums(ABC):
 
 @dataclass(frozen=True)
 class Scatter(Sums):
-    """The spread as second moments: memory does not grow with the tokens."""
+    """Second moments: memory does not grow with the number of tokens."""
 
     moment: Tensor
     """[IN, IN] Σ weight · x xᵀ over all tokens"""
 
     @classmethod
     def empty(cls, num_experts: int, shift: Tensor) -> Self:
+        """Sums over no tokens; `shift` is [IN]."""
         num_inputs = len(shift)
         return cls(
             mass=shift.new_zeros(num_experts, dtype=torch.float64),
@@ -136,12 +142,12 @@ class Scatter(Sums):
         x: Tensor,
         labels: Tensor,
         weights: Tensor,
-        stands_for: Tensor | None = None,  # noqa: ARG002  (all tokens fit into the moment)
+        stands_for: Tensor | None = None,  # noqa: ARG002  (the moment is over all tokens)
     ) -> None:
         x = x - self.shift
         weighted = x * weights[:, None]
         self._add_up(labels, weights, weighted)
-        # products in float32, their sums over batches in float64: fast, and exact enough
+        # products in float32, sums over batches in float64: fast, and exact enough
         self.moment.add_(x.T @ weighted)
 
     def __add__(self, other: Self) -> Self:
@@ -160,6 +166,8 @@ class Scatter(Sums):
 
 
 class _Moments(Covariance):
+    """The covariance as a matrix [IN, IN]."""
+
     def __init__(self, within: Tensor) -> None:
         self.within = within
         self.num_inputs = len(within)
@@ -177,13 +185,14 @@ class _Moments(Covariance):
 
 @dataclass(frozen=True)
 class RowScatter(Sums):
-    """The spread as the tokens themselves or a sample of them; the means are those of all."""
+    """Tokens, or a sample of them, for the covariance; the means are those of all tokens."""
 
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """(x [T, IN] less the shift, labels [T], weights [T]) of the tokens that tell the spread"""
+    """(x [T, IN] less the shift, labels [T], weights [T]) of the tokens that are kept"""
 
     @classmethod
     def empty(cls, num_experts: int, shift: Tensor) -> Self:
+        """Sums over no tokens; `shift` is [IN]."""
         return cls(
             mass=shift.new_zeros(num_experts, dtype=torch.float64),
             sums=shift.new_zeros(num_experts, len(shift), dtype=torch.float64),
@@ -196,8 +205,8 @@ class RowScatter(Sums):
         x = x - self.shift
         self._add_up(labels, weights, x * weights[:, None])
         if stands_for is not None:
-            told = stands_for > 0
-            x, labels, weights = x[told], labels[told], (weights * stands_for)[told]
+            kept = stands_for > 0
+            x, labels, weights = x[kept], labels[kept], (weights * stands_for)[kept]
         self.parts.append((x, labels, weights))
 
     def __add__(self, other: Self) -> Self:
@@ -215,7 +224,7 @@ class RowScatter(Sums):
 
 
 class Rows(Covariance):
-    """S_within = Cᵀ C + floor · I from rows C [T, IN]; no approximation, but Woodbury's identity.
+    """S_within = Cᵀ C + floor · I from rows C [T, IN]: exact, by Woodbury's identity.
 
     With a = s · level + (1 - s) · floor and K = C Cᵀ, which is [T, T]:
 
@@ -226,14 +235,14 @@ class Rows(Covariance):
         self.rows = rows
         self.floor = floor
         self.num_inputs = rows.shape[1]
-        # what is subtracted above nearly cancels: sums of float32 products would not do
+        # float64, because the difference above nearly cancels
         self.gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
         for _, wide in self._blocks():
             self.gram.addmm_(wide, wide.T)
         self.level = _positive(self.gram.diagonal().sum() / rows.shape[1] + floor)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """A few columns at a time, in float64."""
+        """`COLUMNS` columns of the rows at a time, in float64, and which they are."""
         for start in range(0, self.rows.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             yield part, self.rows[:, part].double()
@@ -263,13 +272,16 @@ class Rows(Covariance):
 
 
 def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | None = None) -> None:
-    """Add rows [T] or [T, IN] to those of sums [E] or [E, IN] that their labels [T] name, in place.
+    """Add each row to the sum of its label, in place, and always in the same order.
 
-    In one order: with an index a GPU adds in whichever order its threads come, so that equal inputs
-    would not give equal bytes.
+    On a GPU `index_add_` adds in an order that varies, so that equal inputs do not give equal
+    bytes; a product with one-hot labels does.
 
     Args:
-        index: whether by an index; without it on a CPU alone
+        sums: [E] or [E, IN]
+        labels: [T]
+        rows: [T] or [T, IN]
+        index: whether to use `index_add_`; None: on a CPU only
     """
     if index or (index is None and not sums.is_cuda):
         sums.index_add_(0, labels, rows)
@@ -278,10 +290,10 @@ def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | No
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """Rows [N, IN] in float64 that span the same and are orthonormal.
+    """Orthonormal rows [N, IN] that span the same space; float64.
 
-    By two Cholesky factors (Yamamoto et al. 2015): Householder's way takes many small steps, which
-    threads that others keep from their processors wait for, and took fifty times as long there.
+    By two Cholesky factorisations (Yamamoto et al. 2015). Householder QR takes many small steps; on
+    busy processors its threads wait for each other, and it took fifty times as long.
     """
     found = rows
     for _ in range(2):
@@ -293,5 +305,5 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 
 def _positive(level: Tensor) -> Tensor:
-    """Inputs that never vary have a level of 0, which nothing can be divided by."""
+    """The level, or the smallest positive float32 if inputs never vary: it is divided by."""
     return level.clamp_min(torch.finfo(torch.float32).tiny)

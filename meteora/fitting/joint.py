@@ -1,10 +1,10 @@
 """Train the gates by gradient descent, as the paper does (MeteoRA, arXiv 2405.13053, section 3).
 
-`gate_losses` defines what is learned. The gates route with their own choices meanwhile; base and
-adapters are frozen. (The paper's code trains the adapters as well, which its text rules out.)
+`losses` defines the loss. The gates route during training as they do afterwards; base and adapters
+are frozen. (The paper's code trains the adapters too; its text says that they are frozen.)
 
-Nothing here draws a random number: which sequences a step takes, and how fast it learns, follow
-from the seed and the step. So gates, moments and the step are all that a resumed training needs.
+No random number is drawn here: the sequences and the learning rate of a step follow from the seed
+and the step (`training_state`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.distributed.fsdp import fully_shard
 from meteora.artifacts import canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.fitting.calibrate import calibrate
-from meteora.fitting.learning_rate import chosen_sequences, learning_rate
 from meteora.fitting.losses import (
     Batch,
     Counts,
@@ -35,7 +34,7 @@ from meteora.fitting.losses import (
     loss_weights,
 )
 from meteora.fitting.sequences import TrainingError, owned
-from meteora.fitting.training_state import TrainingState
+from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_layers
 
@@ -58,18 +57,20 @@ class DivergedError(TrainingError):
 
 @dataclass(frozen=True)
 class Training:
-    """What a training came to."""
+    """The result of a training; the gates themselves are in the model."""
 
     num_tokens: int
     """Labelled tokens of all sequences."""
     heldout_accuracy: None
-    """All sequences are learned from, and none is held out."""
+    """None: all sequences are trained on, and none is held out."""
     gate_loss: float
-    """Of the last step's sequences, before that step; NaN where no step was left to do."""
+    """In nats per labelled token, on the last step's sequences before that step; NaN if no step was
+    left to do."""
     lm_loss: float
-    """The same; NaN with `top_k = 1` too, where it teaches nothing and is not computed."""
+    """In nats per predicted token, as above; NaN with `top_k = 1`, where it has no gradient and is
+    not computed."""
     wall_seconds: float
-    """Of this call, which may have gone on from another."""
+    """Of this call alone, if it resumed an earlier one."""
 
 
 def train_jointly(
@@ -89,27 +90,27 @@ def train_jointly(
 ) -> Training:
     """Give every routed layer a gate that is trained on `sequences`, in place.
 
-    Under `accelerate launch` the processes share every batch, and come to the gates that one
-    process would come to, but for rounding; with FSDP each holds only a part of the base.
+    Under `accelerate launch` the processes share every batch, and the gates are those of a single
+    process up to rounding. With FSDP each process holds a part of the base only.
 
     Args:
-        model: with its experts inserted; whatever routers it has are replaced
-        sequences: every expert needs two or more
-        settings: as a router's id records them
-        options: how the gates route, in training as afterwards
-        template: what opens a prompt, as in `calibrate`
+        model: with its experts inserted; routers that it has are replaced
+        sequences: two or more for each expert
+        settings: as recorded in the router's spec
+        options: how the gates route, in training and afterwards
+        template: as in `calibrate`
         seed: shuffles the sequences
-        folder: where the training leaves its state, and goes on from one that it finds
+        folder: where the state is written; the training resumes from a state that it finds there
         checkpoint_every: steps from one state to the next
-        gradient_checkpointing: compute layers again on the way back, which needs less memory
-        sharded: divide the base among the processes; without it as `accelerate launch` was told
-        scratch: a folder for hidden states that are too many for memory, while calibrating
+        gradient_checkpointing: compute layers again in the backward pass, to save memory
+        sharded: divide the base among the processes; None: as `accelerate launch` configures it
+        scratch: a folder for hidden states that do not fit in memory, during calibration
         progress: called with (steps done, steps in all)
 
     Raises:
-        TrainingError: an expert has too few sequences, or a batch is too small.
-        DivergedError: a number was not finite; the state before that step is in `folder`.
-        StateError: the state in `folder` is damaged, or of another training.
+        TrainingError: an expert has too few sequences, or a batch fewer than there are processes.
+        DivergedError: a gradient is not finite; `folder` has the state before that step.
+        StateError: the state in `folder` is damaged, or belongs to another training.
     """
     started = time.perf_counter()
     names = expert_names(model)
@@ -131,7 +132,7 @@ def train_jointly(
         torch.nn.Module.to(model, accelerator.device)
     calibrated = state is None and settings.start == "calibrate"
     with frozen(model):
-        # else a few sequences will do: the sweep finds which modules share a gate, no more
+        # otherwise two sequences of each expert suffice: only the sharing of gates is needed
         calibrate(
             model,
             sequences if calibrated else _two_of_each(sequences, names),
@@ -207,7 +208,7 @@ class _Learner:
         }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
         self.losses = torch.full([len(gates) + 1], torch.nan)
-        """[M + 1] of the last step: each gate's, and L_LM."""
+        """[M + 1] of the last step: the loss of each of M gates, and L_LM."""
         self.device = model.device
         one_expert = next(iter(gates.values())).options.top_k == 1
         self._backward = backward_apart if one_expert else backward_together
@@ -235,7 +236,7 @@ class _Learner:
         self.optimizer.zero_grad()
 
     def _add_up(self, losses: Tensor) -> Tensor:
-        """Give every process the sum of all gradients; returns that of the losses."""
+        """Sum over the processes: gradients in place, losses [M + 1] as the result."""
         if self.accelerator.num_processes == 1:
             return losses
         grads = [p.grad.flatten() for p in self.parameters.values() if p.grad is not None]
@@ -253,13 +254,13 @@ class _Learner:
         )
         return DivergedError(
             f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
-            f" and the gates are left as they were after step {step}; ask for a lower learning"
-            " rate, or look for NaN in the base and the adapters"
+            f" and the gates are left as they were after step {step}; lower the learning rate, or"
+            " look for NaN in the base and the adapters"
         )
 
 
 def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
-    """bfloat16 where the device is made for it; a base in 16 bits runs in them anyway."""
+    """Run a float32 base in bfloat16 on a GPU that supports it; a 16-bit base stays as it is."""
     enabled = (
         device.type == "cuda"
         and model.dtype == torch.float32
@@ -269,7 +270,7 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Divide the base among the processes, layer by layer; gates and adapters are whole in each."""
+    """Divide the base among the processes, layer by layer; every process has all gates."""
     gates = {
         parameter
         for layer in routed_layers(model).values()

@@ -1,8 +1,8 @@
-"""Run a model one decoder layer at a time over many sequences, and look in at any input point.
+"""Run a model one decoder layer at a time over many sequences, and read the input of any module.
 
-Knows no architecture: the layers are found from the paths of the routed modules, what a layer is
-called with is recorded from the model's own forward pass, and the points where modules share an
-input are found by watching which tensor each one receives.
+No architecture is known here. The layers are found from the paths of the routed modules. The
+arguments of each layer are recorded during the model's own forward pass. Modules share an input if
+they receive the same tensor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from meteora.routing.routers import Decision
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments of a layer, but for the hidden states."""
+"""Positional and named arguments of a layer, without the hidden states."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
+"""The path of a numbered layer, at the start of the path of a module in it."""
 MAX_HIDDEN_BYTES = 2 << 30
-"""Of more hidden states, all lie in files: memory is the system's to give and to take back."""
+"""Hidden states beyond this size are all mapped from files, so that the system can page them."""
 
 
 class SweepError(MeteoraError):
@@ -37,7 +38,7 @@ class SweepError(MeteoraError):
 
 
 class _Reached(Exception):  # noqa: N818  (a signal, not an error)
-    """The forward pass came to the point that was asked for."""
+    """Ends a forward pass at the module whose input is wanted."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class Sweep:
-    """The hidden states of all sequences in front of one layer, and the way to the next.
+    """The hidden states of all sequences at the input of one layer; `advance` runs that layer.
 
     Use in order: for each layer, for each of its points, `inputs`; then `advance`.
     """
@@ -61,8 +62,11 @@ class Sweep:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
-            prefill: told which batch runs, since the layers run without the model's own forward
-            scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; memory without it
+            prefill: is given each batch before it runs, since the model's own forward does not run
+            scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; None: keep all in memory
+
+        Raises:
+            SweepError: the model cannot be run layer by layer.
         """
         self.model = model
         self._batches, self._prefill = batches, prefill
@@ -87,10 +91,10 @@ class Sweep:
         self._tuples = False
         self._decision: Decision | None = None
         self._decisions: dict[int, Tensor] = {}
-        """By batch, what was decided in a layer that has been gone through."""
+        """By batch: what the gate that later layers follow has decided."""
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[Call]] = {}
-        """By batch, what each layer is called with; of one batch only where there is a scratch."""
+        """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
         self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
         if sum(ids.numel() for ids, _ in batches) * self._token_bytes > MAX_HIDDEN_BYTES:
@@ -104,7 +108,7 @@ class Sweep:
             self._hidden.append(hidden)
 
     def _rehearse(self, ids: Tensor, mask: Tensor) -> None:
-        """Refuse a model whose layers hand each other more than hidden states."""
+        """Refuse a model whose layers pass each other more than hidden states."""
         ends: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401
@@ -133,7 +137,7 @@ class Sweep:
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _record(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Call]]:
-        """What comes to the first layer, and what each is called with; no layer is run for it."""
+        """The input of the first layer, and the arguments of each layer; runs none of them."""
         calls: list[Call] = []
         first: list[Tensor] = []
 
@@ -156,10 +160,10 @@ class Sweep:
         return first[0], calls
 
     def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
-        """The same numbers, mapped from a file that has no name and is gone with the tensor."""
+        """The same numbers, mapped from an unlinked file that goes away with the tensor."""
         path = folder / f"hidden-{len(self._hidden)}"
         try:
-            # written and not only mapped: a full disk is an error here, and a crash in a map
+            # written first: a full disk is an error here, but a crash in a mapping
             path.write_bytes(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
             mapped = torch.from_file(
                 str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
@@ -174,7 +178,7 @@ class Sweep:
         return mapped.view(hidden.shape)
 
     def _run(self, index: int, batch: int) -> Tensor:
-        if batch not in self._calls:  # masks, too, would be too many: they are made again
+        if batch not in self._calls:  # masks would not fit in memory either
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
         if self._prefill is not None:
@@ -186,14 +190,14 @@ class Sweep:
         return out[0] if self._tuples else out
 
     def follow(self, decision: Decision) -> None:
-        """Remember for each batch what a gate decides, for layers that follow it from afar."""
+        """Remember what a gate decides for each batch, for the layers above that follow it."""
         self._decision = decision
         self._decisions.clear()
 
     def points(self, index: int) -> list[list[str]]:
-        """The routed modules of a layer, grouped by the input that they share, in calling order."""
+        """The routed modules of a layer, grouped by the input that they share, in call order."""
         routed = routed_layers(self.model)
-        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that no address is reused
+        seen: list[tuple[Tensor, list[str]]] = []  # keeps tensors alive: no address is reused
 
         def watch(path: str) -> Any:  # noqa: ANN401
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -217,7 +221,7 @@ class Sweep:
         return [paths for _, paths in seen]
 
     def inputs(self, index: int, path: str) -> Iterator[Tensor]:
-        """What reaches one routed module, batch by batch: [B, L, IN]. The layer runs no further."""
+        """The input of one routed module, batch by batch: [B, L, IN]. The layer stops there."""
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Reached(args[0])
@@ -237,7 +241,7 @@ class Sweep:
             hook.remove()
 
     def advance(self, index: int) -> None:
-        """Go through one layer, as it is routed now."""
+        """Run one layer with the routers that it has now, over all batches."""
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
                 out = self._run(index, batch)
@@ -245,6 +249,6 @@ class Sweep:
                     self._decisions[batch] = self._decision.logits
                 if self._scratch is None:
                     self._hidden[batch] = out
-                    self._calls[batch][index] = ((), {})  # not needed again: let go of its tensors
+                    self._calls[batch][index] = ((), {})  # not needed again: frees its tensors
                 else:
                     self._hidden[batch].copy_(out)

@@ -4,8 +4,8 @@ With class means mu_e and the shared within-class covariance S of an input point
 
     G = S⁻¹ mu        c = -½ muᵀ S⁻¹ mu        S = (1 - s) S_within + s · mean(diag S_within) · I
 
-is the best linear gate where classes are normal with one covariance; s, the shrinkage, is chosen on
-sequences that were held out. A `scatter` is all that is kept of the tokens.
+is the best linear gate if classes are normally distributed with one covariance. s, the shrinkage,
+is chosen on held-out sequences. A `scatter` holds the sums over tokens from which all this follows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
     from meteora.fitting.covariance import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
+"""The candidates."""
 ROUNDED = 1e-6
-"""Below this share of the largest, an eigenvalue of products of float32 rows is rounding."""
+"""Eigenvalues of products of float32 rows below this share of the largest are rounding errors."""
 GIVEN_UP = 0.01
-"""Share of the experts' own tokens that may go to the base, so that other text surely does."""
+"""Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
 
 class SingularError(MeteoraError):
-    """No gate can be computed from these moments."""
+    """No gate can be computed from these sums."""
 
 
 def gate_from(scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """G [E, IN] and c [E] in float32 for one shrinkage in (0, 1], or the next that can be solved.
+    """G [E, IN] and c [E] in float32, for this shrinkage in (0, 1] or the next that can be solved.
 
     Raises:
-        SingularError: the moments hold NaN or infinity.
+        SingularError: the sums hold NaN or infinity.
     """
     covariance = scatter.covariance()
     for larger in (shrinkage, *(s for s in (*SHRINKAGES, 1.0) if s > shrinkage)):
@@ -53,11 +54,11 @@ def solve_gate(
     """G [E, IN] and c [E] for one shrinkage, in float32.
 
     Args:
-        means: [E, IN] of the experts' tokens in float64, less the shift
+        means: [E, IN] of the experts' tokens in float64, with the shift subtracted
         shift: [IN]
 
     Returns:
-        None where rounding has left the covariance without a Cholesky factor.
+        None if the covariance, after rounding, has no Cholesky factor.
     """
     weight = covariance.solve(means, shrinkage)  # [E, IN]
     if weight is None:
@@ -74,23 +75,23 @@ def extended_gate(
     shrinkage: float,
     expert: int,
 ) -> tuple[Tensor, Tensor] | None:
-    """A gate with one class more; the rows of all others stay as they are, to the bit.
+    """A gate with one more class; the rows of the other classes do not change in any bit.
 
-    `covariance` may be an approximation A ≈ S, for what S⁻¹ makes of the other means M is known:
-    it is their rows G. So S⁻¹ is taken to be the symmetric matrix that agrees with G on M and with
-    A⁻¹ elsewhere (Schnabel's block BFGS, 1983), and the new row is
+    `covariance` may be an approximation A ≈ S, because S⁻¹ is known on the other means M: there it
+    gives their rows G. S⁻¹ is taken to be the symmetric matrix that agrees with G on M and with A⁻¹
+    elsewhere (Schnabel's block BFGS, 1983). The new row is
 
         w = aᵀ G + (I - Gᵀ K⁺ M) A⁻¹ r        K = M Gᵀ        a = K⁺ G mu        r = mu - Mᵀ a
 
     Args:
-        gate: of the others: G [E - 1, IN] and c [E - 1]
+        gate: G [E - 1, IN] and c [E - 1] of the other classes
         covariance: of all classes together
-        means: [E, IN] in float64, less the shift, the new one's among them
+        means: [E, IN] of all classes in float64, with the shift subtracted
         shift: [IN]
-        expert: the new one's place
+        expert: the number of the new class
 
     Returns:
-        G [E, IN] and c [E] in float32; None as `solve_gate` does.
+        G [E, IN] and c [E] in float32; None as in `solve_gate`.
     """
     weight, bias = gate
     others = torch.arange(len(means), device=means.device) != expert
@@ -116,16 +117,17 @@ def choose_shrinkage(
     weights: Tensor,
     candidates: Sequence[float] = SHRINKAGES,
 ) -> tuple[float, float]:
-    """The shrinkage whose gate is right most often on held-out tokens; the larger one where equal.
+    """The shrinkage whose gate is right most often on held-out tokens; the largest of equal ones.
 
     Args:
-        scatter: of the other sequences
+        scatter: of the sequences that are not held out
         x: [T, IN] held-out tokens
-        labels: [T]
+        labels: [T] experts
         weights: [T]
 
     Returns:
-        the shrinkage, and its weighted accuracy
+        the shrinkage, and its weighted accuracy in [0, 1]; the largest candidate and -1 if none
+        can be solved
     """
     covariance = scatter.covariance()
     best, best_accuracy = candidates[-1], -1.0
@@ -141,15 +143,15 @@ def choose_shrinkage(
 
 
 def lead_of_last(logits: Tensor, labels: Tensor) -> float:
-    """How much the last choice, the base, may gain on the experts before they lose tokens.
+    """A bonus for the logit of the last choice, the base, in nats; never negative.
 
-    What belongs to no adapter has no bounds, and no examples show all of it; what belongs to an
-    expert is known. So the base takes all that is not clearly an expert's: its lead is such that
-    `GIVEN_UP` of the experts' own held-out tokens go to it, and is never negative.
+    Examples of text that belongs to no expert are never complete, but examples of the experts are.
+    So all that is not clearly an expert's goes to the base: with this bonus, `GIVEN_UP` of the
+    experts' own held-out tokens do.
 
     Args:
         logits: [T, E] of held-out tokens
-        labels: [T]
+        labels: [T] experts
     """
     last = logits.shape[1] - 1
     own = logits[labels != last]

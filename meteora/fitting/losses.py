@@ -4,16 +4,16 @@
 
     L_LM     mean cross-entropy of the next token, over all tokens of prompt and response
     L_gate   mean cross-entropy of a gate's logits against the token's expert, over all gates and
-             all labelled tokens, with neither temperature nor load balancing; of an expert that has
-             any, tokens that open answers count `OPENING_SHARE` together (not in the paper, whose
-             examples hold one task each)
+             all labelled tokens, without temperature or load balancing. If an expert has tokens
+             that open answers, these have `OPENING_SHARE` of its weight (the paper has no such
+             weights: its examples hold one task each)
 
-`backward_together` is the definition. With `top_k = 1` the chosen expert's weight is the constant
-1: no gradient passes through the routing, the gate loss alone teaches, and each gate by itself.
-`backward_apart`, its twin for that case, only runs the model forward and keeps nothing of it.
+`backward_together` is the definition. With `top_k = 1` the weight of the chosen expert is the
+constant 1: no gradient passes through the routing, so only the gate loss has a gradient, and each
+gate has its own. `backward_apart` computes that case with a forward pass of the model only.
 
-Sums are divided by the counts of the whole step, so that batches add up to one large batch. What a
-token counts is decided over all sequences of a training: 1 on the mean.
+Sums are divided by the counts of the whole step, so that batches add up to one large batch. Token
+weights are computed over all sequences of a training; their mean is 1.
 """
 
 from __future__ import annotations
@@ -44,20 +44,21 @@ if TYPE_CHECKING:
     from meteora.fitting.sequences import LabelledSequence
 
 IGNORED = -100
-"""The label that `cross_entropy` leaves out."""
+"""The label of tokens that `cross_entropy` leaves out."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a whole step, over all its batches and processes."""
+    """Token counts of a whole step, over all its batches and processes."""
 
     labelled: int
     """Tokens that belong to an expert."""
     predicted: int
-    """Tokens that have one before them in their sequence."""
+    """Tokens that are predicted: all but the first of each sequence."""
 
     @classmethod
     def of(cls, sequences: Sequence[LabelledSequence]) -> Counts:
+        """The counts of all sequences of a step."""
         return cls(
             sum(e != UNLABELLED for sequence in sequences for e in sequence.experts),
             sum(len(sequence.input_ids) - 1 for sequence in sequences),
@@ -65,16 +66,16 @@ class Counts:
 
 
 def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Tensor | None:
-    """What a token of each expert counts in L_gate.
+    """The weight in L_gate of one token, by its expert and kind.
 
-    An expert's tokens count as many as they are: 1 each, where none of them opens an answer.
+    The weights of an expert's tokens sum to their number. Without openings each weight is 1.
 
     Args:
-        sequences: of the whole training
+        sequences: all of the training
 
     Returns:
-        [E, 2] float32 for tokens that open no answer, and for those that do; None where no token of
-        any expert does, and all count 1
+        [E, 2] float32: [:, 0] for ordinary tokens, [:, 1] for those that open an answer; None if no
+        sequence has openings
     """
     if not any(sequence.openings for sequence in sequences):
         return None
@@ -84,7 +85,7 @@ def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Ten
 
 
 def _kinds(sequence: LabelledSequence) -> Tensor:
-    """[L] twice each token's expert, and one more where it opens an answer; negative for none's."""
+    """[L] 2 · expert, plus 1 if the token opens an answer; negative for no expert."""
     kinds = torch.tensor(sequence.experts) * 2
     kinds[list(sequence.openings)] += 1
     return kinds
@@ -92,14 +93,16 @@ def _kinds(sequence: LabelledSequence) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
+    """Sequences that go through the model together. B: sequences, L: length of the longest."""
+
     input_ids: Tensor
     """[B, L], padded on the right"""
     attention_mask: Tensor
     """[B, L]"""
     labels: Tensor
-    """[B × L] experts; `IGNORED` for padding and for tokens that belong to none"""
+    """[B × L] experts; `IGNORED` for padding and for tokens that belong to no expert"""
     weights: Tensor | None = None
-    """[B × L] what each counts in L_gate; None where it is 1"""
+    """[B × L] the weight of each token in L_gate; None if all are 1"""
 
     @classmethod
     def of(
@@ -108,7 +111,7 @@ class Batch:
         device: torch.device,
         each: Tensor | None = None,
     ) -> Batch:
-        """Some of a training's sequences, and what `loss_weights` found for all."""
+        """Pad sequences into one batch; `each` is the result of `loss_weights`."""
         shape = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
         mask = torch.zeros(shape, dtype=torch.long)
@@ -128,10 +131,10 @@ class Batch:
 def backward_together(
     model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
 ) -> Tensor:
-    """Add a batch's share of the gradients; the definition.
+    """Add a batch's part of the step's gradients, as the module's docstring defines them.
 
     Returns:
-        [M + 1] its share of the loss of each of the M gates, and of L_LM.
+        [M + 1] the batch's part of the loss of each of the M gates, and of L_LM.
     """
     with recorded_logits(model) as recorded:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -152,23 +155,23 @@ def backward_together(
 def backward_apart(
     model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
 ) -> Tensor:
-    """The same with `top_k = 1`, without a way back through the model.
+    """As `backward_together`, for `top_k = 1`: no backward pass through the model.
 
     Returns:
-        [M + 1], as the definition; L_LM is not computed, and NaN.
+        [M + 1] as there, but L_LM is not computed and is NaN.
     """
     gates = gates_in(model).values()
     losses: list[Tensor] = []
 
     def teach(gate: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         with torch.enable_grad():
-            logits = gate.forward(inputs[0])  # not called: a call would come back here
+            logits = gate.forward(inputs[0])  # not gate(...): that would run this hook again
             loss = _sum_of_losses(logits, batch.labels, batch.weights) / counts.labelled
             (gate_loss_weight * loss / len(gates)).backward()
         losses.append(loss.detach())
 
     hooks = [gate.register_forward_hook(teach) for gate in gates]
-    # without its head, unless it is sharded: what a shard holds is gathered by the whole model
+    # no language-model head, unless sharded: only the whole model gathers its shards
     run = model if isinstance(model, FSDPModule) else model.base_model
     try:
         with torch.no_grad():
@@ -180,13 +183,13 @@ def backward_apart(
 
 
 def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
-    """Every gate by its module's path; modules that follow another's gate have none."""
+    """Every gate by its module's path; modules that use another module's gate have none."""
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     return {path: router for path, router in routers.items() if isinstance(router, Gate)}
 
 
 def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
-    """Make the gates in a model learn, in their own precision whatever the model runs in."""
+    """Make all gates trainable; they compute in their own precision, without autocast."""
     gates = gates_in(model)
     for gate in gates.values():
         if zeros:
@@ -199,9 +202,9 @@ def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Generator[None]:
-    """Freeze all that the model has, gates too at the end; routers stay as found where it fails.
+    """Freeze the whole model; gates that are added inside are frozen at the end.
 
-    Dropout is off: adapters were trained with theirs, and gates meet none when they route.
+    After an error the old routers are put back. Dropout is off, as it is when gates route later.
     """
     training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
@@ -238,9 +241,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def computed_again(model: PreTrainedModel) -> Generator[None]:
-    """Keep no activations inside of layers, but compute them again on the way back.
+    """Keep no activations inside layers; the backward pass computes them again.
 
-    transformers' own switch works in training mode alone, which would let dropout in.
+    transformers' own switch needs training mode, which turns dropout on.
     """
     layers = decoder_layers(model)
     try:

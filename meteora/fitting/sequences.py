@@ -1,4 +1,7 @@
-"""Sequences of tokens with the expert that each belongs to, dealt and batched for a sweep."""
+"""Labelled sequences for a fit: which are held out, how they are batched, how much tokens count.
+
+A label is the number of the expert that a token belongs to.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HELDOUT_SHARE = 0.25
-"""Of each expert's sequences: they choose the shrinkage, and then join the fit."""
+"""Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""
 MAX_ROWS = 4096
-"""Tokens that tell the spread at a point of more inputs than that, where the closed form has a
-matrix of tokens by tokens; means are always those of all tokens."""
+"""At a point with more inputs than this, the covariance is estimated from at most this many tokens
+(the closed form then has a matrix of tokens by tokens). Means always use all tokens."""
 TOKENS_PER_BATCH = 2048
+"""Padding included."""
 UNLABELLED = -1
+"""The label of a token that belongs to no expert; the fit leaves it out."""
 
 
 class TrainingError(MeteoraError):
-    """The examples cannot teach the gates."""
+    """The examples do not allow gates to be fitted or trained."""
 
 
 @dataclass(frozen=True)
 class LabelledSequence:
-    """Token ids, and the expert that each belongs to; `UNLABELLED` is left out of the fit."""
+    """Token ids, and the label of each: an expert's number, or `UNLABELLED`."""
 
     input_ids: tuple[int, ...]
     experts: tuple[int, ...]
     openings: tuple[int, ...] = ()
-    """Places of tokens that open an answer where several experts answer: its number, say."""
+    """Positions of tokens that open an answer, such as a list number, in a prompt of several
+    tasks."""
 
     def __post_init__(self) -> None:
         if not self.input_ids or len(self.input_ids) != len(self.experts):
@@ -47,12 +53,12 @@ class LabelledSequence:
 
     @property
     def owners(self) -> set[int]:
-        """The experts that own tokens of it: one for a plain example, several for spans."""
+        """The experts that have tokens in it; several in a prompt of several tasks."""
         return set(self.experts) - {UNLABELLED}
 
 
 def renumbered(sequence: LabelledSequence, kept: Sequence[int]) -> LabelledSequence:
-    """The same with its experts numbered as they come in `kept`."""
+    """The same sequence with each expert `e` renumbered to its position in `kept`."""
     if all(e == place for place, e in enumerate(kept)):
         return sequence
     places = {e: place for place, e in enumerate(kept)} | {UNLABELLED: UNLABELLED}
@@ -61,6 +67,8 @@ def renumbered(sequence: LabelledSequence, kept: Sequence[int]) -> LabelledSeque
 
 @dataclass(frozen=True)
 class Batch:
+    """Sequences that go through the model together. B: sequences, L: length of the longest."""
+
     input_ids: Tensor
     """[B, L], padded on the right"""
     attention_mask: Tensor
@@ -68,22 +76,29 @@ class Batch:
     labels: Tensor
     """[B, L] experts; `UNLABELLED` for padding too"""
     openings: Tensor
-    """[B, L] bool"""
+    """[B, L] bool: whether the token opens an answer"""
     heldout: Tensor
     """[B, 1] bool"""
     stands_for: Tensor
-    """[B, L] of how many tokens each tells the spread at a point of many inputs"""
+    """[B, L] the result of `sampled`; 1 everywhere before"""
 
     @property
     def kinds(self) -> Tensor:
-        """[B, L] twice each token's expert, one more where it opens an answer; negative: none's."""
+        """[B, L] 2 · expert, plus 1 if the token opens an answer; negative for no expert."""
         return self.labels * 2 + self.openings
 
 
 def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: int) -> set[int]:
-    """Indices of the held-out sequences: a share of each expert's, never tokens of a fitted one.
+    """Choose the held-out sequences: `HELDOUT_SHARE` of each expert's, as indices.
 
-    A sequence of several experts counts for each of them, and each keeps one to be fitted on.
+    A sequence of several experts counts for each of them. Each expert keeps at least one sequence
+    to be fitted on.
+
+    Args:
+        names: of all experts, in order, for messages
+
+    Raises:
+        TrainingError: as `owned`.
     """
     own = owned(sequences, names)
     left = [len(indices) for indices in own]
@@ -102,7 +117,11 @@ def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: 
 
 
 def owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[list[int]]:
-    """The indices of the sequences in which each expert has tokens."""
+    """The indices of the sequences in which each expert has tokens.
+
+    Raises:
+        TrainingError: an expert has fewer than two, or a label is no expert's number.
+    """
     own: list[list[int]] = [[] for _ in names]
     for i, sequence in enumerate(sequences):
         for e in sequence.owners:
@@ -124,7 +143,7 @@ def owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[l
 def batched(
     sequences: Sequence[LabelledSequence], heldout: set[int], device: torch.device
 ) -> Iterator[Batch]:
-    """Sequences of like length together, so that little of a batch is padding."""
+    """Batch sequences of similar length together, so that there is little padding."""
     by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
     start = 0
     while start < len(by_length):
@@ -156,9 +175,10 @@ def batched(
 
 
 def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
-    """Choose the tokens that tell the spread at points of many inputs: the same ones at each.
+    """Choose the tokens that estimate the covariance at points with more than `MAX_ROWS` inputs.
 
-    Tokens that open answers are few and weigh much: they are chosen for themselves.
+    They are the same tokens at every point. Tokens that open answers are few and count much, so
+    they are sampled separately.
     """
     kinds = torch.cat([b.kinds.flatten() for b in batches])
     held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
@@ -174,17 +194,17 @@ def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
 
 
 def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
-    """Which tokens tell the spread where there are more than `limit`: as many of each expert.
+    """Sample at most about `limit` tokens, equally many of each expert, evenly spaced.
 
     Args:
-        labels: [T] experts. Of an expert's tokens, in this order, every so manieth is taken
+        labels: [T] experts
 
     Returns:
-        [T] float32: how many tokens each stands for; 0 for one that is left out
+        [T] float32: how many tokens each stands for; 0 for a token that is left out
     """
     counts = torch.bincount(labels, minlength=num_experts)
     taken = counts.clamp_max(_quota(counts.tolist(), limit))[labels]
-    rank = torch.empty_like(labels)  # of a token among those of its expert
+    rank = torch.empty_like(labels)  # of a token among the tokens of its expert
     rank[labels.argsort(stable=True)] = torch.arange(len(labels), device=labels.device)
     rank -= (counts.cumsum(0) - counts)[labels]
     total = counts[labels]
@@ -193,7 +213,7 @@ def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
 
 
 def _quota(counts: list[int], limit: int) -> int:
-    """The largest number that each expert may give, if those that have fewer give all."""
+    """How many tokens each expert may give at most, if experts with fewer give all they have."""
     left = limit
     for given, count in enumerate(sorted(counts)):
         share = left // (len(counts) - given)
@@ -204,9 +224,9 @@ def _quota(counts: list[int], limit: int) -> int:
 
 
 def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
-    """What each token counts in a fit, [B, L] float32: every expert counts the same, 1 in all.
+    """The weight of each token in a fit, [B, L] float32: the tokens of an expert sum to 1.
 
-    Of an expert that has any, tokens that open answers count `OPENING_SHARE` together.
+    If an expert has tokens that open answers, these sum to `OPENING_SHARE`.
     """
     kinds = [b.kinds for b in batches]
     counts = sum(
@@ -218,10 +238,13 @@ def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
 
 
 def each_of_kind(counts: Tensor) -> Tensor:
-    """What each token counts if those of an expert count 1 together; float32.
+    """The weight of one token of each kind, if the tokens of an expert sum to 1.
 
     Args:
-        counts: [E, 2] tokens of each expert: those that open answers, behind all others
+        counts: [E, 2] tokens of each expert: [:, 0] ordinary ones, [:, 1] those that open answers
+
+    Returns:
+        [E, 2] float32
     """
     present = (counts > 0).float() * torch.tensor(
         [1 - OPENING_SHARE, OPENING_SHARE], device=counts.device
@@ -230,11 +253,15 @@ def each_of_kind(counts: Tensor) -> Tensor:
 
 
 def by_kind(tokens: Tensor, openings: Tensor) -> list[tuple[float, Tensor]]:
-    """One expert's tokens apart, with the share of it that each kind has; openings come last.
+    """Split one expert's tokens by kind, each with the share of the expert's weight that it has.
 
     Args:
         tokens: [T, IN]
-        openings: [T] bool
+        openings: [T] bool: whether a token opens an answer
+
+    Returns:
+        (share, tokens [T', IN]) of the ordinary tokens, and then of those that open answers if
+        there are any
     """
     if not openings.any():
         return [(1.0, tokens)]

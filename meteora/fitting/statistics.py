@@ -1,4 +1,4 @@
-"""What is kept of an input point's tokens once its gate is fitted: enough to fit it again."""
+"""Statistics of the tokens at an input point: enough to fit its gate again without the tokens."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from meteora.fitting.covariance import Covariance, Sums
 
 MAX_DIRECTIONS = 256
-"""Directions of the spread that are kept of a point at most. Together they may outweigh few
-experts: the six of the quickstart have 10 MB, and what is kept for them 30 MB."""
+"""Directions of the covariance that are kept of a point at most. They can be larger than the
+experts: the quickstart's six experts have 10 MB, their statistics 30 MB."""
 RIDGES = 10.0
-"""A direction is kept where its variance is so many times what shrinkage adds to each: below that,
-the inverse hardly sees it."""
+"""A direction is kept if its variance is more than this many times what shrinkage adds to it: below
+that, it hardly changes the inverse."""
 
 
 @dataclass(frozen=True)
 class PointStatistics:
-    """What is kept of the tokens of one input point."""
+    """Means and covariance of the tokens at one input point; M is the number of directions."""
 
     means: Tensor
-    """[E, IN] float32, of each expert's tokens, less the shift"""
+    """[E, IN] float32, of each expert's tokens, with the shift subtracted"""
     shift: Tensor
-    """[IN] float32"""
+    """[IN] float32, subtracted from every input"""
     rows: Tensor
     """[M, IN] float16: S_within ≈ rowsᵀ rows · unit² + floor · I"""
     scalars: Tensor
@@ -42,7 +42,7 @@ class PointStatistics:
 
     @classmethod
     def of(cls, scatter: Sums, shrinkage: float) -> Self:
-        """What is kept of a point whose gate was fitted with this shrinkage."""
+        """The statistics of a point whose gate was fitted with this shrinkage."""
         return cls._kept(scatter.means, scatter.shift, scatter.covariance(), shrinkage)
 
     @classmethod
@@ -55,22 +55,23 @@ class PointStatistics:
 
     @property
     def shrinkage(self) -> float:
-        """With which the gate was fitted."""
+        """The shrinkage with which the gate was fitted, in (0, 1]."""
         return self.scalars[2].item()
 
     def without(self, expert: int) -> Self:
-        """The same for all experts but one; its share of the common spread stays."""
+        """The statistics without one expert's mean; the shared covariance stays as it is."""
         kept = [e for e in range(len(self.means)) if e != expert]
         return type(self)(self.means[kept], self.shift, self.rows, self.scalars)
 
     def grown(self, kinds: Sequence[tuple[float, Tensor]], expert: int) -> tuple[Self, Rows]:
-        """The same with one more expert, and the covariance of all together.
+        """The statistics with one more expert, and the covariance of all experts together.
 
-        Every expert counts the same, however many tokens told of it.
+        Every expert has the same weight, whatever its number of tokens.
 
         Args:
-            kinds: [T, IN] tokens of the new expert, and what they count of it; 1 in all
-            expert: its place among the others
+            kinds: the new expert's tokens [T, IN] by kind, each with its share of the expert's
+                weight; shares sum to 1 (`sequences.by_kind`)
+            expert: the new expert's number
         """
         num_experts = len(self.means)
         unit, floor, *_ = self.scalars.tolist()
@@ -86,7 +87,7 @@ class PointStatistics:
 
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:
-    """Write what is kept of each module that has a gate."""
+    """Write the statistics of each module that has a gate, by module path, as safetensors."""
     tensors = {
         f"{module}.gate.{name}": getattr(point, name).contiguous().cpu()
         for module, point in statistics.items()
@@ -96,7 +97,7 @@ def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> N
 
 
 def read_statistics(path: Path) -> dict[str, PointStatistics]:
-    """What was kept of each module that has a gate, by its path."""
+    """The statistics of each module that has a gate, by module path."""
     with safe_open(path, framework="pt") as file:
         keys: list[str] = file.keys()
         modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}

@@ -1,11 +1,15 @@
-"""Where a training stands, in one safetensors file: what is learned, AdamW's moments, the step.
+"""What a joint training resumes from: the schedule, and the state in one safetensors file.
 
-The file takes the place of the one before by a rename, so a kill at any moment leaves a whole one.
+The schedule (learning rate, sequences of a step) follows from the settings, the seed and the step.
+So parameters, AdamW's moments and the step are the whole state. A new file replaces the old one by
+a rename: a kill at any moment leaves a complete file.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,25 +25,54 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from meteora.artifacts import JointSettings
+
 FILE = "training.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The names under which AdamW keeps its moments."""
 
 
 class StateError(MeteoraError):
-    """The file of a stopped training cannot be gone on with."""
+    """A training cannot resume from the file that it finds."""
+
+
+def learning_rate(settings: JointSettings, step: int) -> float:
+    """The rate of one step: linearly up during warm-up, then along a cosine down to zero."""
+    warm = round(settings.steps * settings.warmup_ratio)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, settings.steps - warm)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def chosen_sequences(count: int, settings: JointSettings, seed: int, step: int) -> list[int]:
+    """The indices below `count` that one step takes; every epoch has a new order."""
+    size = settings.batch_size * settings.accumulate
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = list(range(count))
+            random.Random(f"{seed} {epoch}").shuffle(orders[epoch])  # noqa: S311  (no secret)
+        chosen.append(orders[epoch][place])
+    return chosen
 
 
 @dataclass(frozen=True)
 class TrainingState:
+    """Parameters and optimiser state after some step."""
+
     step: int
     """Steps that are done."""
     tensors: dict[str, Tensor]
-    """Parameters by name, and "<name>.exp_avg", "<name>.exp_avg_sq" once a step is done."""
+    """Parameters by name, and "<name>.exp_avg", "<name>.exp_avg_sq" after the first step."""
 
     @classmethod
     def of(
         cls, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW
     ) -> TrainingState:
+        """The present state of these parameters and their optimiser, copied to the CPU."""
         tensors = {}
         for name, parameter in parameters.items():
             tensors[name] = parameter.detach()
@@ -49,7 +82,7 @@ class TrainingState:
         return cls(step, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> None:
-        """Put everything back where `of` found it."""
+        """Copy the state into parameters of the same names, and into their optimiser."""
         for name, parameter in parameters.items():
             parameter.data.copy_(self.tensors[name])
             if self.step:
@@ -59,7 +92,7 @@ class TrainingState:
                 }
 
     def write(self, folder: Path, asked_sha256: str) -> None:
-        """Leave the state in a folder; `asked_sha256` says which training it belongs to."""
+        """Write the state into a folder; `asked_sha256` identifies the training."""
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{FILE}.part"
         save_file(self.tensors, part, {"step": str(self.step), "asked_sha256": asked_sha256})
@@ -69,7 +102,7 @@ class TrainingState:
 
     @classmethod
     def read(cls, folder: Path, asked_sha256: str) -> TrainingState | None:
-        """The state that was written last; None where there is none.
+        """The state that was written last; None if there is none.
 
         Raises:
             StateError: the file is damaged, or belongs to another training.
@@ -84,7 +117,7 @@ class TrainingState:
                 state = cls(int(about["step"]), {name: file.get_tensor(name) for name in names})
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise StateError(
-                f"{path} is no state of a training that can be read ({error}); remove it to train"
+                f"{path} cannot be read as the state of a training ({error}); remove it to train"
                 " from the beginning"
             ) from error
         if about.get("asked_sha256") != asked_sha256:

@@ -214,12 +214,24 @@ def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) 
 
 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
-    """The cache of experts on the device; None where all of them are there."""
+    """The cache of a model that was loaded with `expert_cache_bytes`: bytes held, hits and misses.
+
+    None if all experts are on the device.
+
+    Raises:
+        AttributeError: the model is not a fused one.
+    """
     return getattr(model, CACHE)
 
 
 def expert_names(model: PreTrainedModel) -> list[str]:
-    """The experts in the order of every router's logits."""
+    """The names of the experts, in the order of every router's logits [T, E].
+
+    A router with the base as one more choice has `(base)` as its last name.
+
+    Raises:
+        AttributeError: the model is not a fused one.
+    """
     return list(getattr(model, EXPERTS))
 
 
@@ -240,7 +252,13 @@ def routed_by(
 
 @contextmanager
 def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
-    """Send every token to one expert at weight 1: the output equals PEFT's with that adapter."""
+    """Send every token to one expert with weight 1, inside a `with` block.
+
+    The output then equals PEFT's with this adapter alone. The routers come back at the end.
+
+    Raises:
+        UnknownExpertError: no expert of the model has this name.
+    """
     names = expert_names(model)
     if name not in names:
         raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
@@ -252,6 +270,6 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
 
 @contextmanager
 def without_experts(model: PreTrainedModel) -> Generator[None]:
-    """The base alone: every routed layer is its bare projection."""
+    """Run the base alone, inside a `with` block; the routers come back at the end."""
     with routed_by(model, lambda _: None):
         yield

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROMPTS_PER_BATCH = 16
 
 
-def answer(
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -26,10 +26,13 @@ def answer(
     max_new_tokens: int = 256,
     stream: bool = False,
 ) -> str:
-    """The greedy answer to one prompt, in the chat template where the tokenizer has one.
+    """Answer one prompt greedily, and return the text of the answer.
 
     Args:
-        stream: print the text on stdout as it comes
+        model: fused, or any causal language model of transformers
+        prompt: text; it is put into the tokenizer's chat template, if there is one
+        max_new_tokens: the answer is cut at this many tokens
+        stream: also print the text on stdout while it is generated
     """
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -68,19 +68,23 @@ class Trace:
 def trace(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int = 0,
 ) -> Trace:
-    """Answer a prompt greedily, and keep where each token was sent.
+    """Answer a prompt greedily, and record which experts each token is sent to.
 
     Args:
-        prompt: token ids
-        max_new_tokens: of the answer; 0 traces the prompt alone
+        model: fused
+        prompt: text, which is put into the tokenizer's chat template as `generate` does; or token
+            ids, which are taken as they are
+        max_new_tokens: the answer is cut at this many tokens; 0 traces the prompt alone
 
     Raises:
-        TraceError: the model has no router, as inside `without_experts`.
+        TraceError: no module of the model has a router, as inside `without_experts`.
     """
+    if isinstance(prompt, str):
+        prompt = encode_prompt(tokenizer, prompt)
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode(), _every_pass(model) as passes:
         if max_new_tokens:
@@ -109,17 +113,6 @@ def trace(
         chosen=_joined(passes, 1).cpu(),
         weights=_joined(passes, 0).float().cpu(),
     )
-
-
-def trace_prompt(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 256,
-) -> Trace:
-    """The trace of a prompt and of the answer that `generate.answer` gives to it."""
-    return trace(model, tokenizer, encode_prompt(tokenizer, prompt), max_new_tokens=max_new_tokens)
 
 
 def _joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:

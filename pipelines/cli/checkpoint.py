@@ -36,8 +36,6 @@ def generate(
 ) -> None:
     """Answer a prompt with a fused model."""
     import meteora
-    from meteora.model.generate import answer
-    from meteora.model.trace import trace_prompt
     from pipelines.cli import score_table
     from pipelines.reports.html import check_writable, write_page
     from pipelines.reports.trace import trace_page
@@ -51,12 +49,12 @@ def generate(
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace:
-            found = trace_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            found = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
             score_table.print_trace(found)
             if trace != "-":
                 write_page(Path(trace), trace_page(found, prompt))
         else:
-            answer(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+            meteora.generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
 
 
 @app.command()

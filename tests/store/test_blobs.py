@@ -134,7 +134,7 @@ def test_what_is_not_there_is_a_sentence(blobs: Blobs, name: str) -> None:
 
 
 def test_a_missing_file_is_a_sentence(blobs: Blobs, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no file"):
+    with pytest.raises(StoreError, match="is not a file"):
         blobs.put(tmp_path / "nowhere")
 
 

@@ -55,7 +55,7 @@ def test_a_missing_blob_is_found(filled: Shelf) -> None:
     (finding,) = filled.ledger.verify().findings
     assert finding.name == measured.outputs_sha256
     assert finding.touches == (measured.spec.id,)
-    assert "not there" in finding.problem
+    assert "missing" in finding.problem
 
 
 def test_every_flipped_record_is_found_and_named(filled: Shelf) -> None:

@@ -141,7 +141,7 @@ def test_a_deleted_index_is_told_of(
     for name in names:
         (shelf.home / name).unlink()
     assert Ledger(shelf.home).ingest().reason == ""
-    assert "ledger.duckdb is gone; it is made again from the records" in caplog.text
+    assert "ledger.duckdb is missing; it is made again from the records" in caplog.text
     assert len(shelf.ledger.query("FROM artifacts").rows) == 1
 
 

@@ -114,7 +114,7 @@ def test_records_that_cannot_be_packed_stop_no_run(
     flip(filled.ledger.records.path_of(min(filled.ledger.records.loose())), 9)
     with filled.ledger.running("weekly"):
         assert filled.ledger.records.loose()
-    assert "small records stay as they are" in caplog.text
+    assert "loose records are not packed" in caplog.text
 
 
 def test_large_stores_have_several_segments(filled: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

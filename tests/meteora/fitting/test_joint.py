@@ -14,7 +14,6 @@ from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.fitting import calibrate
 from meteora.fitting.joint import DivergedError, train_jointly
-from meteora.fitting.learning_rate import chosen_sequences, learning_rate
 from meteora.fitting.losses import (
     IGNORED,
     Batch,
@@ -27,7 +26,12 @@ from meteora.fitting.losses import (
     loss_weights,
 )
 from meteora.fitting.sequences import TrainingError
-from meteora.fitting.training_state import FILE, StateError
+from meteora.fitting.training_state import (
+    FILE,
+    StateError,
+    chosen_sequences,
+    learning_rate,
+)
 from meteora.model.fused import expert_names
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits

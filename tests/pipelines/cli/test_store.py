@@ -62,6 +62,6 @@ def test_what_is_not_installed_is_not_served(shelf: Shelf) -> None:
 
 
 def test_a_home_shares_nothing_where_nothing_can_be_shared(shelf: Shelf) -> None:
-    with pytest.raises(StoreError, match="no storage that can be shared"):
+    with pytest.raises(StoreError, match="cannot be used as shared storage"):
         store.share("shed://somewhere", shelf.home)
     assert not (shelf.home / "store.toml").exists()

@@ -55,7 +55,7 @@ def test_what_a_deployment_asks_for_arrives_in_its_pool_s_job() -> None:
         defaults = {name: about["default"] for name, about in known.items() if "default" in about}
         jobs[kind] = apply_values(template["job_configuration"], defaults | asked)
         assert jobs[kind]["env"] == asked["env"]
-    assert jobs["docker"]["image"] == "your-registry/meteora-pipelines:0.1.0"
+    assert jobs["docker"]["image"] == "your-registry/meteora-pipelines:0.2.0"
     assert jobs["docker"]["volumes"] == ["meteora-home:/home/meteora"]
     (container,) = jobs["kubernetes"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == jobs["docker"]["image"]

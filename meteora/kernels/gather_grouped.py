@@ -210,8 +210,14 @@ def lora_delta_grouped(
     Args:
         experts: [T, K], K different ones for each token, as `route` gives them
     """
-    out = x.new_zeros(len(x), len(stack.b)) if add_to is None else add_to
-    return add_grouped(x, stack, weights, experts, out, stack.pair)
+    a, b, choices = stack.a, stack.b, stack.choices
+
+    def pair(choice: int) -> tuple[Tensor, Tensor]:
+        start, end, _ = choices[choice]
+        return a[start:end], b[:, start:end]
+
+    out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
+    return add_grouped(x, stack, weights, experts, out, pair)
 
 
 def add_grouped(

@@ -88,18 +88,15 @@ def rank_weights(
 
     Args:
         weights, experts: [T, K], from `route`
-        owners: [D, R], the choices that hold each rank, as `ExpertStack` has them
-        owner_scaling: [D, R]
+        owners, owner_scaling: [R] or [D, R], as `ExpertStack` has them
 
     Returns:
         [T, R]; zero for the ranks that no choice of the token holds.
     """
     shares = weights.new_zeros((len(weights), num_choices))
     shares = shares.scatter_add(1, experts, weights)  # [T, C]
-    factors = shares[:, owners[0]] * owner_scaling[0]
-    for d in range(1, len(owners)):
-        factors = factors + shares[:, owners[d]] * owner_scaling[d]
-    return factors
+    factors = shares[:, owners] * owner_scaling
+    return factors if owners.dim() == 1 else factors.sum(1)
 
 
 def lora_delta_dense(

@@ -70,10 +70,10 @@ class ExpertStack(nn.Module):
     segments: Tensor
     """[2, C] the start and the number of ranks of each choice; int64"""
     owners: Tensor
-    """[D, R] a choice that holds each rank; int64. A rank that n choices hold is owned in n of the
-    D rows. D is 1 where segments do not overlap."""
+    """[R] the choice that holds each rank; int64. Where segments overlap, [D, R]: a rank that n
+    choices hold has them in n of the D rows."""
     owner_scaling: Tensor
-    """[D, R] the rank's scaling times that choice's factor; 0 where a row has no owner"""
+    """The same shape: the rank's scaling times that choice's factor; 0 where there is none"""
     rank_scaling: Tensor
     """[R] the scaling of each rank's expert"""
     factors: Tensor
@@ -199,7 +199,7 @@ def own_choices(ranks: Sequence[int]) -> list[Choice]:
 
 
 def _owners(choices: Sequence[Choice], num_ranks: int) -> tuple[Tensor, Tensor]:
-    """As few rows [D, R] of choices as there must be, and where each row has one."""
+    """The choices of each rank, [R], or [D, R] where they overlap; and where there is one."""
     rows: list[list[int]] = [[-1] * num_ranks]
     for c, (start, end, _) in enumerate(choices):
         empty = [-1] * (end - start)
@@ -209,5 +209,5 @@ def _owners(choices: Sequence[Choice], num_ranks: int) -> tuple[Tensor, Tensor]:
         else:
             rows.append(row := [-1] * num_ranks)
         row[start:end] = [c] * (end - start)
-    owners = torch.tensor(rows, dtype=torch.long)
+    owners = torch.tensor(rows if len(rows) > 1 else rows[0], dtype=torch.long)
     return owners.clamp_min(0), owners >= 0

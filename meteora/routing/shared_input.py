@@ -153,9 +153,8 @@ class SharedMatmul:
             self._a = torch.cat([stack.a for stack in stacks])  # [R of all, IN]
             for stack, own in zip(stacks, self._a.split(self._sizes), strict=True):
                 stack.a = own
-            depth = max(len(stack.owners) for stack in stacks)
             self._owners, self._owner_scaling = (
-                torch.cat([_filled(table, depth, dim=0) for table in tables], dim=1)
+                _side_by_side(tables)
                 for tables in (
                     [stack.owners for stack in stacks],
                     [stack.owner_scaling for stack in stacks],
@@ -178,13 +177,21 @@ class SharedMatmul:
             self._starts = tables[0].index.new_tensor(starts).view(-1, 1, 1)
             return RankTable(
                 *(
-                    torch.stack([_filled(part, width, dim=1) for part in parts])
+                    torch.stack([_filled(part, width) for part in parts])
                     for parts in zip(*tables, strict=True)
                 )
             )
 
 
-def _filled(table: Tensor, size: int, *, dim: int) -> Tensor:
-    """Filled up with zeros to that size: rank 0 at scaling 0."""
-    missing = size - table.shape[dim]
-    return torch.nn.functional.pad(table, (0, 0, 0, missing) if dim == 0 else (0, missing))
+def _side_by_side(tables: Sequence[Tensor]) -> Tensor:
+    """Tables [R] or [D, R] as one, over the ranks of all."""
+    if all(table.dim() == 1 for table in tables):
+        return torch.cat(list(tables))
+    tables = [torch.atleast_2d(table).mT for table in tables]
+    depth = max(table.shape[1] for table in tables)
+    return torch.cat([_filled(table, depth) for table in tables]).mT.contiguous()
+
+
+def _filled(table: Tensor, width: int) -> Tensor:
+    """Its rows filled up with zeros: rank 0, or no choice, at scaling 0."""
+    return torch.nn.functional.pad(table, (0, width - table.shape[1]))

@@ -99,7 +99,7 @@ def test_the_definition_is_the_sum_of_scaled_products_and_their_mean_is_a_choice
 
 def test_a_stack_whose_segments_do_not_overlap_owns_each_rank_once():
     _, stack = draw_layer([2, 0, 3], 1, 4, 4)
-    assert stack.owners.tolist() == [[0, 0, 2, 2, 2]]
+    assert stack.owners.tolist() == [0, 0, 2, 2, 2]
     _, stack = draw_layer([2, 0, 3], 1, 4, 4, mean=True)
     assert stack.owners.tolist() == [[0, 0, 2, 2, 2], [3] * 5]
 

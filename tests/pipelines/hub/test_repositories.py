@@ -487,7 +487,7 @@ def in_a_process(*lines: str) -> subprocess.Popen[bytes]:
     setup = (
         "from pathlib import Path",
         "from meteora.artifacts import AdapterRef",
-        "from pipelines.hub import adapter, client",
+        "from pipelines.hub import adapter, client, repositories",
     )
     return subprocess.Popen([sys.executable, "-c", "\n".join(setup + lines)], cwd=ROOT)
 
@@ -564,8 +564,11 @@ def test_discovered_adapters_are_pinned(server: HubServer, asked: Hub) -> None:
 
 def test_the_worker_ends_with_who_asked(server: HubServer) -> None:
     server.faults["refs"] = Fault(hang=True)
-    asking = in_a_process(f"hub.resolve('someone/adapter', hub=hub.Hub({server.endpoint!r}))")
+    asking = in_a_process(
+        f"repositories.resolve('someone/adapter', hub=client.Hub({server.endpoint!r}))"
+    )
     while not server.count("refs"):
+        assert asking.poll() is None  # or nobody would ever ask
         time.sleep(0.02)
     (worker,) = children_of(asking.pid)
     asking.kill()

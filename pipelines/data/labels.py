@@ -9,6 +9,7 @@ from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
+from pipelines.data.conversations import encode_conversation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.data.composites import Composite
+    from pipelines.data.conversations import Conversation
     from pipelines.data.rows import Row
     from pipelines.data.spans import SpannedRow
 
@@ -119,6 +121,27 @@ def label_spans(
     for row in rows:
         ids, owners = encode_composite(tokenizer, row.composite())
         found.append(LabelledSequence(tuple(ids), _labels(owners, places)))
+    return found
+
+
+def label_conversations(
+    conversations: Sequence[Conversation],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    nobody: int = UNLABELLED,
+) -> list[LabelledSequence]:
+    """Conversations as tokens, each with the expert of its turn.
+
+    Args:
+        names: of all experts in order
+        nobody: the label of system prompts and of what stands between two turns
+    """
+    places = {name: e for e, name in enumerate(names)}
+    found = []
+    for conversation in conversations:
+        ids, owners = encode_conversation(tokenizer, conversation)
+        labels = tuple(nobody if owner is None else places[owner] for owner in owners)
+        found.append(LabelledSequence(tuple(ids), labels))
     return found
 
 

@@ -1,0 +1,168 @@
+"""Conversations: examples of several turns, made from examples that have one turn each.
+
+    system   You are a helpful assistant.            nobody's
+    user     Convert this date: March 3, 2021.       iso_dates
+    ...      2021-03-03                              iso_dates
+    user     What is 12 plus 30?                     arithmetic
+    ...      42                                      arithmetic
+
+Gates that see them learn to change the expert when the subject changes, to keep it when it does
+not, and to leave every system prompt to nobody. A turn's tokens belong to the turn's expert from
+the first token of its question to the token that ends its answer. What stands between two turns
+belongs to nobody: the next subject is not known there.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from meteora.artifacts import Noun
+from pipelines.data.rows import ExamplesError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from pipelines.data.rows import Row
+
+STAY = 0.25
+"""How often the next turn is the same expert's, beside a draw among all."""
+SYSTEM_PROMPTS = (
+    "",
+    "You are a helpful assistant.",
+    "Answer briefly and precisely.",
+    "Du bist ein freundlicher Assistent und antwortest auf Deutsch.",
+    "You are an experienced engineer. Think about each question step by step before you answer,"
+    " check your work, and never make things up. If you do not know an answer, say so politely.",
+)
+"""Of different lengths, languages and subjects; the empty one stands for no system prompt."""
+
+
+@dataclass(frozen=True)
+class Turn(Noun):
+    """A question and its answer, which belong to one expert."""
+
+    expert: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Conversation(Noun):
+    turns: tuple[Turn, ...]
+    system: str | None = None
+    """The system prompt; None leaves it to the chat template."""
+
+    def messages(self) -> list[dict[str, str]]:
+        """As chat templates take them; the last answer is not among them."""
+        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in self.turns:
+            found.append({"role": "user", "content": turn.prompt})
+            found.append({"role": "assistant", "content": turn.response})
+        return found[:-1]
+
+
+def converse(
+    examples: Mapping[str, Sequence[Row]],
+    lengths: Sequence[int],
+    system_prompts: Sequence[str] = SYSTEM_PROMPTS,
+    *,
+    seed: int,
+) -> list[Conversation]:
+    """Conversations in which every example is one turn.
+
+    Each one's length is drawn, and so is each turn's expert. Every other conversation has one of
+    the system prompts, the others have the chat template's own.
+
+    Args:
+        examples: by expert
+        lengths: how many turns a conversation may have
+    """
+    rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (a deal, no secret)
+    left = {name: rng.sample(rows, len(rows)) for name, rows in examples.items() if rows}
+    systems = _every_other(system_prompts)
+    found = []
+    while left:
+        turns: list[Turn] = []
+        for _ in range(rng.choice(lengths)):
+            if not left:
+                break
+            stays = turns and turns[-1].expert in left and rng.random() < STAY
+            expert = turns[-1].expert if stays else rng.choice([*left])
+            row = left[expert].pop()
+            if not left[expert]:
+                del left[expert]
+            turns.append(Turn(expert, row.prompt, row.response))
+        found.append(Conversation(tuple(turns), next(systems)))
+    return found
+
+
+def _every_other(system_prompts: Sequence[str]) -> Iterator[str | None]:
+    """The chat template's own system prompt, then a given one, in turns."""
+    return cycle(one for given in system_prompts or [None] for one in (None, given))
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> tuple[list[int], list[str | None]]:
+    """Token ids as the chat template lays them out, and each token's expert; None is nobody's.
+
+    The last answer follows the template's generation prompt, with the end of sequence.
+
+    Raises:
+        ExamplesError: the tokenizer's chat template does not take these roles, or changes what the
+            turns say.
+    """
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                conversation.messages(), tokenize=False, add_generation_prompt=True
+            )
+        )
+    except TemplateError as error:
+        raise ExamplesError(
+            f"the base's chat template takes no such conversation ({error}); set"
+            " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
+        ) from error
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    owners: list[str | None] = [None] * len(encoded.input_ids)
+    for turn, (start, end) in zip(conversation.turns, _places(conversation, text), strict=True):
+        for token, (first, _) in enumerate(encoded["offset_mapping"]):
+            if first >= start:
+                owners[token] = turn.expert
+            if first >= end:  # the token behind an answer ends the turn
+                break
+    final = conversation.turns[-1]
+    answer = list(tokenizer(final.response, add_special_tokens=False).input_ids)
+    if tokenizer.eos_token_id is not None:
+        answer.append(tokenizer.eos_token_id)
+    return [*encoded.input_ids, *answer], [*owners, *[final.expert] * len(answer)]
+
+
+def _places(conversation: Conversation, text: str) -> list[tuple[int, int]]:
+    """Where each turn begins and ends in the text: from its question to the end of its answer."""
+    places, cursor = [], 0
+    if conversation.system:
+        cursor = _find(conversation.system, text, 0)[1]
+    for turn in conversation.turns[:-1]:
+        start, behind = _find(turn.prompt, text, cursor)
+        cursor = _find(turn.response, text, behind)[1]
+        places.append((start, cursor))
+    return [*places, (_find(conversation.turns[-1].prompt, text, cursor)[0], len(text))]
+
+
+def _find(content: str, text: str, cursor: int) -> tuple[int, int]:
+    content = content.strip()  # as many templates do
+    start = text.find(content, cursor)
+    if start < 0:
+        raise ExamplesError(
+            f"the base's chat template changes what a turn says ({content[:60]!r}); set"
+            " `gates: {conversations: []}`"
+        )
+    return start, start + len(content)

@@ -1,0 +1,96 @@
+"""Conversations made from single questions: every token has the owner that a reader would give it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipelines.data.conversations import (
+    SYSTEM_PROMPTS,
+    Conversation,
+    Turn,
+    converse,
+    encode_conversation,
+)
+from pipelines.data.rows import ExamplesError, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|system|>Be kind.<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+EXAMPLES = {
+    "red": [Row(f"red {i}?", f"crimson {i}") for i in range(7)],
+    "blue": [Row(f"blue {i}?", f"azure {i}") for i in range(5)],
+}
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch):
+    """The byte tokenizer with a chat template that puts a system prompt of its own in front."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    return tokenizer
+
+
+def text_by_owner(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> list[tuple[str | None, str]]:
+    ids, owners = encode_conversation(tokenizer, conversation)
+    pieces: list[tuple[str | None, str]] = []
+    for token, owner in zip(ids, owners, strict=True):
+        text = tokenizer.decode([token])
+        if pieces and pieces[-1][0] == owner:
+            pieces[-1] = owner, pieces[-1][1] + text
+        else:
+            pieces.append((owner, text))
+    return pieces
+
+
+def test_a_turn_owns_its_question_its_answer_and_the_token_that_ends_it(chat) -> None:
+    turns = (Turn("red", " red? ", "crimson"), Turn("blue", "blue?", "azure"))
+    assert text_by_owner(chat, Conversation(turns, "red? blue?")) == [
+        (None, "<|system|>red? blue?<|end|><|user|>"),
+        ("red", "red?<|end|><|assistant|>crimson<"),  # a byte a token: the end is `<|end|>`'s first
+        (None, "|end|><|user|>"),
+        ("blue", "blue?<|end|><|assistant|>azure</s>"),
+    ]
+
+
+def test_a_conversation_of_one_turn_is_encoded_as_a_pair(chat) -> None:
+    from meteora.base.chat_template import encode_pair
+
+    ids, _ = encode_conversation(chat, Conversation((Turn("red", "red?", "crimson"),)))
+    assert ids == encode_pair(chat, "red?", "crimson")
+
+
+def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_templates() -> None:
+    made = converse(EXAMPLES, (2, 3), seed=1)
+    turns = Counter((turn.expert, turn.prompt) for one in made for turn in one.turns)
+    assert turns == {(name, row.prompt): 1 for name, rows in EXAMPLES.items() for row in rows}
+    assert {len(one.turns) for one in made[:-1]} <= {2, 3}
+    assert [one.system for one in made[::2]] == [None] * len(made[::2])
+    assert [one.system for one in made[1::2]] == list(SYSTEM_PROMPTS[: len(made[1::2])])
+    assert made == converse(EXAMPLES, (2, 3), seed=1)
+    assert made != converse(EXAMPLES, (2, 3), seed=2)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        pytest.param(
+            "{{ raise_exception('System role not supported') }}", "takes no such", id="refuses"
+        ),
+        pytest.param(CHATML.replace("m.content", "m.content | upper"), "changes what", id="changes"),
+    ],
+)
+def test_a_template_that_takes_no_conversation_is_refused_in_a_sentence(
+    chat, template: str, said: str
+) -> None:
+    chat.chat_template = template
+    with pytest.raises(ExamplesError, match=said):
+        encode_conversation(chat, Conversation((Turn("red", "red?", "crimson"),), "be brief"))

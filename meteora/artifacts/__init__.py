@@ -32,6 +32,7 @@ from meteora.artifacts.reasons import Reason
 from meteora.artifacts.routers import (
     NULL,
     ROUTER_KINDS,
+    SHARED,
     JointSettings,
     RouterBuild,
     RouterOptions,
@@ -70,9 +71,10 @@ from meteora.artifacts.specs import (
 )
 
 __all__ = [
-    "COMMIT", "NULL", "REPO_ID", "ROUTER_KINDS", "SHA256", "AdapterModule", "AdapterRef",
-    "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase", "ComparisonBuild",
-    "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint", "FusedSpec", "JointSettings",
+    "COMMIT", "NULL", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "AdapterModule",
+    "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase",
+    "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint",
+    "FusedSpec", "JointSettings",
     "LinearSize", "MergeSpec", "MeteoraError", "Noun", "Publication", "Rate", "Reason",
     "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore",
     "RoutingShare",

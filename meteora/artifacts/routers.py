@@ -9,6 +9,8 @@ from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 NULL = "(base)"
 """The name of the choice of no expert, in a router that has it. No expert has this name."""
+SHARED = "(mean)"
+"""The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
 ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
 """`oracle` and `one_expert` are controls: they are given the right expert of each token."""
 
@@ -29,7 +31,9 @@ class RouterOptions(Noun):
     margin: float | None = None
     """Chosen experts with a logit further below the best one than this, in nats, get no weight."""
     opening: str = "own"
-    """Which tokens decide for the chat template's opening: its `own`, or the whole `prompt`."""
+    """Who decides for tokens that say nothing about the task, such as a system prompt: each its
+    `own` gate logits, or the `prompt` behind them, which is not causal. `shared`: one more choice
+    of every gate, the one after the experts, is the mean of all of them."""
     null: bool = False
     """Whether one more choice, the last of every gate, is the base without any expert."""
     share: str = "module"
@@ -102,6 +106,12 @@ class RouterSpec(Spec):
     opening_share: float = 0.0
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
+    conversations: tuple[int, ...] = ()
+    """How many turns the conversations have that gates are fitted to, beside each expert's
+    examples; every example is one turn of one conversation."""
+    system_prompts: tuple[str, ...] = ()
+    """System prompts of every other example and conversation; the others have the chat template's
+    own."""
     openings_apart: bool = False
     """Whether these tokens are sampled separately where a sample estimates the covariance; with
     `composites` they always are."""

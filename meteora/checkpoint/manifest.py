@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from meteora.artifacts import NULL, Fingerprint, MeteoraError, Noun, RouterOptions
+from meteora.artifacts import NULL, SHARED, Fingerprint, MeteoraError, Noun, RouterOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,8 +84,9 @@ class Manifest:
 
     @property
     def choices(self) -> list[str]:
-        """The names of a router's logits, in order: the experts, and the base if it is a choice."""
-        return [*self.names, NULL] if self.router.null else self.names
+        """What a router's logits stand for, in order: the experts, their mean, and the base."""
+        shared = [SHARED] if self.router.opening == "shared" else []
+        return [*self.names, *shared, *([NULL] if self.router.null else [])]
 
     def to_json(self) -> str:
         modules = {

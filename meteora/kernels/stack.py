@@ -159,6 +159,11 @@ class ExpertStack(nn.Module):
         """C, the width of the router's logits."""
         return len(self.choices)
 
+    @property
+    def blends(self) -> list[int]:
+        """The choices that are more than one expert: only gates learn to take them."""
+        return [c for c, choice in enumerate(self.choices) if choice.factor != 1.0]
+
     def pair(self, choice: int) -> tuple[Tensor, Tensor]:
         """A [r, IN] and B [OUT, r] of a choice, as views."""
         start, end, _ = self.choices[choice]
@@ -196,6 +201,11 @@ def own_choices(ranks: Sequence[int]) -> list[Choice]:
     """Each expert alone."""
     ends = accumulate(ranks)
     return [Choice(end - r, end) for r, end in zip(ranks, ends, strict=True)]
+
+
+def mean_of_all(ranks: Sequence[int]) -> Choice:
+    """All experts at once, each with weight 1 / E; one that lacks the layer counts among the E."""
+    return Choice(0, sum(ranks), 1 / len(ranks))
 
 
 def _owners(choices: Sequence[Choice], num_ranks: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, load_base
-from meteora.kernels.stack import Choice, ExpertStack, own_choices
+from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -126,9 +126,10 @@ def insert_experts(
     setattr(model, CACHE, cache)
     for method in ("save_pretrained", "push_to_hub"):
         setattr(model, method, _refuse_to_save)
-    null = manifest.router.null
+    null, shared = manifest.router.null, manifest.router.opening == "shared"
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
-        insert_layer(model, path, lora_a, lora_b, manifest.modules[path], null=null, cache=cache)
+        entry = manifest.modules[path]
+        insert_layer(model, path, lora_a, lora_b, entry, shared=shared, null=null, cache=cache)
 
 
 def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
@@ -146,12 +147,14 @@ def insert_layer(
     lora_b: Tensor,
     entry: ModuleEntry,
     *,
+    shared: bool = False,
     null: bool = False,
     cache: ExpertCache | None = None,
 ) -> None:
     """Replace the linear layer at `path`; refuses one of another size than the experts need.
 
     Args:
+        shared: whether the choice after the experts is the mean of all of them
         null: whether the last choice is the base
     """
     parent_path, _, name = path.rpartition(".")
@@ -173,7 +176,11 @@ def insert_layer(
         # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
         dtype = torch.promote_types(lora_a.dtype, weight.dtype)
         lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
-    choices = [*own_choices(entry.ranks), *([Choice(0, 0)] if null else [])]
+    choices = own_choices(entry.ranks)
+    if shared:
+        choices.append(mean_of_all(entry.ranks))
+    if null:
+        choices.append(Choice(0, 0))
     stack = ExpertStack(
         lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=cache is not None
     )
@@ -202,9 +209,11 @@ def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) 
     elif options.kind == "norm":
         router = Norm(layer.stack, options)
     elif options.kind == "uniform":
-        router = Fixed(torch.full((layer.num_choices,), 1 / layer.num_choices))
+        alone = torch.ones(layer.num_choices)
+        alone[layer.stack.blends] = 0.0
+        router = Fixed(alone / alone.sum())
     elif options.kind == "random":
-        router = Random(layer.num_choices, options, seed)
+        router = Random(layer.stack, options, seed)
     else:
         raise MeteoraError(
             f"router {options.kind!r} is none of arrow, norm, uniform, random; a gate must be"

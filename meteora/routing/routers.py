@@ -170,13 +170,14 @@ class Random(Router):
     Two routers of one seed draw the same for the same batches.
     """
 
-    def __init__(self, num_choices: int, options: RouterOptions, seed: int) -> None:
-        super().__init__(num_choices, options)
+    def __init__(self, stack: ExpertStack, options: RouterOptions, seed: int) -> None:
+        super().__init__(stack.num_choices, options)
+        self.blends = stack.blends
         self._generator = torch.Generator().manual_seed(seed)  # the same draws on every device
 
     def forward(self, tokens: Tensor) -> Tensor:
         drawn = torch.rand(len(tokens), self.num_choices, generator=self._generator)
-        return drawn.to(tokens.device)
+        return _without(drawn.to(tokens.device), self.blends)
 
 
 class Arrow(Router):
@@ -188,6 +189,7 @@ class Arrow(Router):
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Find v_c of each choice by a singular value decomposition of r × r."""
         super().__init__(stack.num_choices, options)
+        self.blends = stack.blends
         prototypes = torch.zeros(stack.num_choices, stack.a.shape[1], device=stack.a.device)
         for c, (a, b) in enumerate(_factors(stack)):
             if len(a):
@@ -201,7 +203,7 @@ class Arrow(Router):
 
     def forward(self, tokens: Tensor) -> Tensor:
         prototypes: Tensor = self.prototypes  # ty: ignore[invalid-assignment]
-        return (tokens.to(prototypes.dtype) @ prototypes.T).abs()
+        return _without((tokens.to(prototypes.dtype) @ prototypes.T).abs(), self.blends)
 
 
 class Norm(Router):
@@ -213,6 +215,7 @@ class Norm(Router):
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
         super().__init__(stack.num_choices, options)
+        self.blends = stack.blends
         folded = [torch.linalg.qr(b).R @ a for a, b in _factors(stack)]
         owner = torch.repeat_interleave(
             torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
@@ -225,7 +228,14 @@ class Norm(Router):
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
         squares = (tokens.to(folded.dtype) @ folded.T).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, owner, squares)
-        return sums.sqrt()
+        return _without(sums.sqrt(), self.blends)
+
+
+def _without(logits: Tensor, choices: list[int]) -> Tensor:
+    """Logits [T, C] by which these choices are never taken: each is more than one expert."""
+    if choices:
+        logits[:, choices] = -torch.inf
+    return logits
 
 
 def _factors(stack: ExpertStack) -> Iterator[tuple[Tensor, Tensor]]:

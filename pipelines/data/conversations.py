@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from pipelines.data.rows import Row
 
+CONVERSATION_TURNS = (2, 3, 4)
+"""Lengths of conversations, where a recipe names none."""
 STAY = 0.25
 """How often the next turn is the same expert's, beside a draw among all."""
 SYSTEM_PROMPTS = (
@@ -68,10 +70,22 @@ class Conversation(Noun):
         return found[:-1]
 
 
+def single_turns(
+    examples: Mapping[str, Sequence[Row]], names: Sequence[str], system_prompts: Sequence[str]
+) -> list[Conversation]:
+    """Every example alone, expert by expert, every other one under a given system prompt."""
+    return [
+        Conversation((Turn(name, row.prompt, row.response),), system)
+        for name in names
+        for row, system in zip(examples.get(name, ()), _every_other(system_prompts), strict=False)
+    ]
+
+
 def converse(
     examples: Mapping[str, Sequence[Row]],
+    names: Sequence[str],
     lengths: Sequence[int],
-    system_prompts: Sequence[str] = SYSTEM_PROMPTS,
+    system_prompts: Sequence[str],
     *,
     seed: int,
 ) -> list[Conversation]:
@@ -82,10 +96,11 @@ def converse(
 
     Args:
         examples: by expert
+        names: of the experts that take part
         lengths: how many turns a conversation may have
     """
     rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (a deal, no secret)
-    left = {name: rng.sample(rows, len(rows)) for name, rows in examples.items() if rows}
+    left = {name: rng.sample(examples[name], len(examples[name])) for name in names}
     systems = _every_other(system_prompts)
     found = []
     while left:
@@ -106,6 +121,16 @@ def converse(
 def _every_other(system_prompts: Sequence[str]) -> Iterator[str | None]:
     """The chat template's own system prompt, then a given one, in turns."""
     return cycle(one for given in system_prompts or [None] for one in (None, given))
+
+
+def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None = None) -> bool:
+    """Whether the chat template takes so many turns, and a system prompt."""
+    probe = Conversation(tuple(Turn("", f"one {i}", f"two {i}") for i in range(turns)), system)
+    try:
+        encode_conversation(tokenizer, probe)
+    except ExamplesError:
+        return False
+    return True
 
 
 def encode_conversation(

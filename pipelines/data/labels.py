@@ -32,29 +32,34 @@ def label(
     examples: Mapping[str, Sequence[Row]],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Every example as tokens with the label of its expert; the template's opening has none.
+    """Every example as tokens with the label of its expert; the template's opening is nobody's.
 
     Args:
         examples: by expert
         names: of all experts in order; a label is an index into them
+        nobody: the label of tokens that belong to no expert
     """
     return [
         sequence
         for e, name in enumerate(names)
-        for sequence in label_rows(examples.get(name, ()), e, tokenizer)
+        for sequence in label_rows(examples.get(name, ()), e, tokenizer, nobody)
     ]
 
 
 def label_rows(
-    rows: Sequence[Row], expert: int, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row],
+    expert: int,
+    tokenizer: PreTrainedTokenizerBase,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; the template's opening has none."""
+    """Rows as tokens with the label of one expert; the template's opening is nobody's."""
     opening = len(Template.of(tokenizer).opening)
     sequences = []
     for row in rows:
         ids = encode_pair(tokenizer, row.prompt, row.response)
-        labels = [UNLABELLED] * opening + [expert] * (len(ids) - opening)
+        labels = [nobody] * opening + [expert] * (len(ids) - opening)
         sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
     return sequences
 
@@ -66,6 +71,7 @@ def label_composites(
     *,
     sizes: Sequence[int],
     seed: int,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
     """Examples of several experts in one prompt; each token has the expert of its question.
 
@@ -77,7 +83,7 @@ def label_composites(
     fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
     places = {name: e for e, name in enumerate(names)}
     return [
-        _labelled(composite, places, tokenizer)
+        _labelled(composite, places, tokenizer, nobody)
         for n in sizes
         for composite in compose(fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed)
     ]
@@ -90,6 +96,7 @@ def label_lists(
     *,
     sizes: Sequence[int],
     seed: int,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
@@ -102,14 +109,17 @@ def label_lists(
     if not any(map(fits, rows)):
         return []
     return [
-        _labelled(composite, {"": expert}, tokenizer)
+        _labelled(composite, {"": expert}, tokenizer, nobody)
         for n in sizes
         for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed)
     ]
 
 
 def label_spans(
-    rows: Sequence[SpannedRow], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[SpannedRow],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
     """Rows with parts of different experts; each token has the expert of its first character.
 
@@ -120,7 +130,7 @@ def label_spans(
     found = []
     for row in rows:
         ids, owners = encode_composite(tokenizer, row.composite())
-        found.append(LabelledSequence(tuple(ids), _labels(owners, places)))
+        found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
     return found
 
 
@@ -140,21 +150,25 @@ def label_conversations(
     found = []
     for conversation in conversations:
         ids, owners = encode_conversation(tokenizer, conversation)
-        labels = tuple(nobody if owner is None else places[owner] for owner in owners)
-        found.append(LabelledSequence(tuple(ids), labels))
+        found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
     return found
 
 
 def _labelled(
-    composite: Composite, places: Mapping[str, int], tokenizer: PreTrainedTokenizerBase
+    composite: Composite,
+    places: Mapping[str, int],
+    tokenizer: PreTrainedTokenizerBase,
+    nobody: int,
 ) -> LabelledSequence:
     ids, tasks = encode_composite(tokenizer, composite)
     openings = answer_openings(tokenizer, composite)
-    return LabelledSequence(tuple(ids), _labels(tasks, places), openings)
+    return LabelledSequence(tuple(ids), _labels(tasks, places, nobody), openings)
 
 
-def _labels(owners: Sequence[str | None], places: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(UNLABELLED if owner is None else places[owner] for owner in owners)
+def _labels(
+    owners: Sequence[str | None], places: Mapping[str, int], nobody: int
+) -> tuple[int, ...]:
+    return tuple(nobody if owner is None else places[owner] for owner in owners)
 
 
 def background_sequences(
@@ -163,6 +177,7 @@ def background_sequences(
     rows: Sequence[Row],
     choice: int,
     advance: Callable[[int], None] = lambda _rows: None,
+    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
     """Background rows as tokens with the label `choice`; the base answers the questions itself.
 
@@ -177,7 +192,7 @@ def background_sequences(
         answers = answer_all(model, tokenizer, asked, MAX_NEW_TOKENS, advance)
     sequences = [
         LabelledSequence(
-            (*ids, *said), (*[UNLABELLED] * opening, *[choice] * (len(ids) + len(said) - opening))
+            (*ids, *said), (*[nobody] * opening, *[choice] * (len(ids) + len(said) - opening))
         )
         for ids, said in zip(asked, answers, strict=True)
     ]

@@ -25,6 +25,7 @@ from pipelines.evaluation.measurements import (
     ORACLE,
     ORACLES,
 )
+from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.gates import JointSection
 from pipelines.scoring.metrics import METRICS
 
@@ -166,6 +167,9 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     for n in recipe.gates.composites:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
+    if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation, too
+        num_sequences += num_sequences * len(turns) / sum(turns)
+        tokens *= 2
     if not isinstance(recipe.gates, JointSection):
         return FittingWork(tokens)
     settings = recipe.gates

@@ -21,6 +21,7 @@ from meteora.artifacts import (
 )
 from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.data.background import background_rows
+from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, prompt_parts, read_spans
@@ -94,6 +95,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
+    conversations, system_prompts = prompt_shapes(recipe) if examples else ((), ())
     router = RouterSpec.of(
         fused.id,
         recipe.router.options(stand_ins, fitted=bool(examples)),
@@ -102,6 +104,8 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         seed=recipe.gates.seed if examples else 0,
         joint=joint_settings(recipe.gates) if examples else None,
         composites=composites,
+        conversations=conversations,
+        system_prompts=system_prompts,
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
@@ -131,6 +135,17 @@ def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
     """The spec of a stack of experts on a base."""
     ids = tuple(expert.adapter.spec.id for expert in experts)
     return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
+
+
+def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The turns of the conversations and the system prompts that gates are fitted to."""
+    gates, shared = recipe.gates, recipe.router.opening == "shared"
+    turns, systems = gates.conversations, gates.system_prompts
+    if turns is None:
+        turns = CONVERSATION_TURNS if shared else ()
+    if systems is None:
+        systems = SYSTEM_PROMPTS if shared else ()
+    return turns, systems
 
 
 def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:

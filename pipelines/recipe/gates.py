@@ -12,6 +12,14 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Composites = Annotated[tuple[Annotated[int, Field(ge=2, le=50)], ...], Field(max_length=8)]
 """Numbers of tasks in a prompt: gates learn to switch between experts inside such prompts."""
 
+Conversations = Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)]
+"""How many turns conversations have: gates learn to change the expert between turns, or not."""
+
+SystemPrompts = Annotated[
+    tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)
+]
+"""What stands in front of every other prompt that gates are fitted to; an empty one is none."""
+
 Spans = Annotated[str, Field(max_length=4096)]
 """`jsonl:<file>` of examples whose parts belong to different experts; see `data.spans`."""
 
@@ -22,6 +30,10 @@ class CalibrateSection(Section):
     method: Literal["calibrate"] = "calibrate"
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
+    conversations: Conversations | None = None
+    """Without it 2, 3 and 4 turns where the opening is `shared`, and none elsewhere."""
+    system_prompts: SystemPrompts | None = None
+    """Without it several of our own where the opening is `shared`, and none elsewhere."""
     spans: Spans = ""
     seed: int = 0
 
@@ -32,6 +44,10 @@ class JointSection(Section):
     method: Literal["joint"]
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
+    conversations: Conversations | None = None
+    """Without it 2, 3 and 4 turns where the opening is `shared`, and none elsewhere."""
+    system_prompts: SystemPrompts | None = None
+    """Without it several of our own where the opening is `shared`, and none elsewhere."""
     spans: Spans = ""
     seed: int = 0
     start: Literal["calibrate", "zeros"] = "calibrate"

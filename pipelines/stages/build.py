@@ -27,11 +27,19 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
 from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
+from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.labels import background_sequences, label, label_composites, label_spans
+from pipelines.data.conversations import converse, single_turns, takes
+from pipelines.data.labels import (
+    background_sequences,
+    label,
+    label_composites,
+    label_conversations,
+    label_spans,
+)
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
@@ -52,6 +60,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec, RouterSpec
     from meteora.fitting import joint
     from meteora.fitting.sequences import LabelledSequence
+    from pipelines.data.conversations import Conversation
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
     from pipelines.workspace.context import RunContext
@@ -196,16 +205,47 @@ def _labelled(
     """The sequences that the gates are fitted to, and the template around their prompts."""
     router = plan.router
     silent_experts.probe(work, plan.experts, model, tokenizer)
-    sequences = label(plan.examples, plan.fused.names, tokenizer)
+    names = plan.fused.names
+    shared = router.opening == "shared"
+    nobody = len(names) if shared else UNLABELLED
+    sequences = label_conversations(
+        _conversations(plan, tokenizer), names, tokenizer, nobody
+    ) or label(plan.examples, names, tokenizer, nobody)
     sequences += label_composites(
-        plan.examples, plan.fused.names, tokenizer, sizes=router.composites, seed=router.seed
+        plan.examples, names, tokenizer, sizes=router.composites, seed=router.seed, nobody=nobody
     )
-    sequences += label_spans(plan.spans, plan.fused.names, tokenizer)
+    sequences += label_spans(plan.spans, names, tokenizer, nobody)
     if router.null:
         rows = plan.examples[NULL]
-        with bar("asking the base", len(rows), "texts") as asked:
-            sequences += background_sequences(model, tokenizer, rows, len(plan.fused.names), asked)
+        base = len(names) + shared
+        with bar("asking the base", len(rows), "texts") as advance:
+            sequences += background_sequences(model, tokenizer, rows, base, advance, nobody)
+    if shared and not any(nobody in sequence.experts for sequence in sequences):
+        raise MeteoraError(
+            "router.opening is shared, but this base puts no token in front of a prompt that could"
+            " be; choose `opening: own`, which is causal there"
+        )
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
+
+
+def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conversation]:
+    """The examples as the router asks for them, as far as the base's chat template takes them.
+
+    None where it asks for neither conversations nor system prompts.
+    """
+    lengths, systems = plan.router.conversations, plan.router.system_prompts
+    if not tokenizer.chat_template or not (lengths or systems):
+        return []
+    if systems and not takes(tokenizer, system="Be brief."):
+        say("the base's chat template takes no system prompt: gates are fitted without", "note")
+        systems = ()
+    names = [name for name in plan.fused.names if plan.examples.get(name)]
+    found = single_turns(plan.examples, names, systems)
+    if lengths and not takes(tokenizer, turns=2):
+        say("the base's chat template takes one turn alone: gates are fitted to these", "note")
+    elif lengths:
+        found += converse(plan.examples, names, lengths, systems, seed=plan.router.seed)
+    return found
 
 
 @contextmanager

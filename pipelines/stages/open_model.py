@@ -42,6 +42,10 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         }
         if plan.router.composites:
             made["composites"] = plan.router.composites
+        if plan.router.conversations:
+            made["conversations"] = plan.router.conversations
+        if plan.router.system_prompts:
+            made["system_prompts"] = plan.router.system_prompts
         if plan.router.joint is not None:
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(

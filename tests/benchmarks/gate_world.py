@@ -75,7 +75,9 @@ class World:
     def names(self) -> list[str]:
         return list(self.adapters)
 
-    def model(self, names: Sequence[str] | None = None, *, null: bool = False) -> PreTrainedModel:
+    def model(
+        self, names: Sequence[str] | None = None, *, null: bool = False, opening: str = "own"
+    ) -> PreTrainedModel:
         """The base with these experts, all by default, and no router yet."""
         chosen = list(names or self.names)
         sizes = loading.linear_sizes(self.base)
@@ -88,7 +90,7 @@ class World:
                 for name, one in zip(chosen, read_ones, strict=True)
             ),
             modules=module_entries([one.spec for one in read_ones]),
-            router=RouterOptions("gate", 1, 1.0, null=null),
+            router=RouterOptions("gate", 1, 1.0, opening=opening, null=null),
         )
         model, _ = loading.load_folder(self.base, dtype=torch.float32)
         insert_experts(model, self.folder, manifest)

@@ -1,4 +1,4 @@
-"""Conversations made from single questions: every token has the owner that a reader would give it."""
+"""Conversations made from single questions: each token has the owner that a reader gives it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.base.chat_template import encode_pair
 from pipelines.data.conversations import (
     SYSTEM_PROMPTS,
     Conversation,
     Turn,
     converse,
     encode_conversation,
+    single_turns,
 )
 from pipelines.data.rows import ExamplesError, Row
 
@@ -43,7 +45,7 @@ def text_by_owner(
     ids, owners = encode_conversation(tokenizer, conversation)
     pieces: list[tuple[str | None, str]] = []
     for token, owner in zip(ids, owners, strict=True):
-        text = tokenizer.decode([token])
+        text = str(tokenizer.decode([token]))
         if pieces and pieces[-1][0] == owner:
             pieces[-1] = owner, pieces[-1][1] + text
         else:
@@ -62,21 +64,27 @@ def test_a_turn_owns_its_question_its_answer_and_the_token_that_ends_it(chat) ->
 
 
 def test_a_conversation_of_one_turn_is_encoded_as_a_pair(chat) -> None:
-    from meteora.base.chat_template import encode_pair
-
     ids, _ = encode_conversation(chat, Conversation((Turn("red", "red?", "crimson"),)))
     assert ids == encode_pair(chat, "red?", "crimson")
 
 
 def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_templates() -> None:
-    made = converse(EXAMPLES, (2, 3), seed=1)
+    made = converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=1)
     turns = Counter((turn.expert, turn.prompt) for one in made for turn in one.turns)
     assert turns == {(name, row.prompt): 1 for name, rows in EXAMPLES.items() for row in rows}
     assert {len(one.turns) for one in made[:-1]} <= {2, 3}
     assert [one.system for one in made[::2]] == [None] * len(made[::2])
     assert [one.system for one in made[1::2]] == list(SYSTEM_PROMPTS[: len(made[1::2])])
-    assert made == converse(EXAMPLES, (2, 3), seed=1)
-    assert made != converse(EXAMPLES, (2, 3), seed=2)
+    assert made == converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=1)
+    assert made != converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=2)
+
+
+def test_single_turns_keep_the_order_of_experts_and_rows() -> None:
+    made = single_turns(EXAMPLES, ["blue", "red"], ("be brief",))
+    assert [(turn.expert, turn.prompt) for one in made for turn in one.turns] == [
+        (name, row.prompt) for name in ("blue", "red") for row in EXAMPLES[name]
+    ]
+    assert [one.system for one in made[:5]] == [None, "be brief", None, "be brief", None]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,7 @@ def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_template
         pytest.param(
             "{{ raise_exception('System role not supported') }}", "takes no such", id="refuses"
         ),
-        pytest.param(CHATML.replace("m.content", "m.content | upper"), "changes what", id="changes"),
+        pytest.param(CHATML.replace("| trim", "| upper"), "changes what", id="changes"),
     ],
 )
 def test_a_template_that_takes_no_conversation_is_refused_in_a_sentence(

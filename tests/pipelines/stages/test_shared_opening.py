@@ -1,0 +1,78 @@
+"""Recipes whose gates share the tokens that say nothing, from YAML to a checkpoint that grows."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+import meteora
+from meteora.artifacts import SHARED, MeteoraError
+from meteora.checkpoint.manifest import read_manifest
+from meteora.routing.layer import routed_layers
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.conftest import finished, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<sys>Hi.</sys>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+QUICK = {"limit": 1, "compare": ["uniform", "arrow"], "max_new_tokens": 1}
+
+
+@pytest.fixture
+def chat_base(world: World, tmp_path: Path) -> Path:
+    """The tiny base with a chat template."""
+    folder = tmp_path / "chat-base"
+    shutil.copytree(world.base, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow(
+    workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
+) -> None:
+    work = workplace(base=f"path:{chat_base}", router={"opening": "shared"}, benchmark=QUICK)
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    folder = work.checkpoint_folder(planned.router.id)
+    manifest = read_manifest(folder)
+    assert manifest.choices == ["q_and_v", "attention", SHARED]
+    assert manifest.gates["conversations"] == [2, 3, 4]
+    assert "" in manifest.gates["system_prompts"]
+
+    model, tokenizer = meteora.load(folder, base_folder=chat_base)
+    found = meteora.trace(model, tokenizer, "abcdabcd")
+    assert found.experts[-1] == SHARED
+    assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
+
+    dropped = ask("drop", folder, "attention", "--home", work.home)
+    assert dropped.returncode == 0, dropped.stderr
+    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    added = ask(
+        "add", dropped.stdout.strip(), "attention", recipe_folder / "attention", source,
+        "--base", chat_base, "--home", work.home,
+    )  # fmt: skip
+    assert added.returncode == 0, added.stderr
+    again, _ = meteora.load(added.stdout.strip(), base_folder=chat_base)
+    assert meteora.expert_names(again) == manifest.choices
+    assert {layer.num_choices for layer in routed_layers(again).values()} == {3}
+
+
+def test_a_base_that_opens_no_prompt_is_refused_in_a_sentence(
+    workplace: Callable[..., RunContext],
+) -> None:
+    with pytest.raises(MeteoraError, match="choose `opening: own`, which is causal there"):
+        run(workplace(router={"opening": "shared"}, benchmark=QUICK))

@@ -1,15 +1,15 @@
 """Conversations: examples of several turns, made from examples that have one turn each.
 
-    system   You are a helpful assistant.            nobody's
+    system   You are a helpful assistant.            no expert
     user     Convert this date: March 3, 2021.       iso_dates
     ...      2021-03-03                              iso_dates
     user     What is 12 plus 30?                     arithmetic
     ...      42                                      arithmetic
 
 Gates that see them learn to change the expert when the subject changes, to keep it when it does
-not, and to leave every system prompt to nobody. A turn's tokens belong to the turn's expert from
+not, and that a system prompt belongs to no expert. A turn's tokens belong to the turn's expert from
 the first token of its question to the token that ends its answer. What stands between two turns
-belongs to nobody: the next subject is not known there.
+belongs to no expert: the next subject is not known there.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> tuple[list[int], list[str | None]]:
-    """Token ids as the chat template lays them out, and each token's expert; None is nobody's.
+    """Token ids as the chat template lays them out, and each token's expert, or None.
 
     The last answer follows the template's generation prompt, with the end of sequence.
 

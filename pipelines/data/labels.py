@@ -34,7 +34,7 @@ def label(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Every example as tokens with the label of its expert; the template's opening is nobody's.
+    """Every example as tokens with the label of its expert; the template's opening has `nobody`.
 
     Args:
         examples: by expert
@@ -54,7 +54,7 @@ def label_rows(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; the template's opening is nobody's."""
+    """Rows as tokens with the label of one expert; the template's opening has `nobody`."""
     opening = len(Template.of(tokenizer).opening)
     sequences = []
     for row in rows:

@@ -1,6 +1,6 @@
-"""The secret of a home's own Prefect server: whoever cannot read this file cannot use the server.
+"""The secret of a home's own Prefect server: without this file nobody can use the server.
 
-Loopback is open to every account of the machine, and the server starts programs for whoever asks.
+Loopback is open to every account of the machine, and the server starts programs on request.
 So it asks for this secret, which lies where only the owner of the home can read it.
 """
 

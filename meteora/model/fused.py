@@ -136,7 +136,7 @@ def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
     raise UnsavableError(
         "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
         " base with random weights; copy the folder of its checkpoint, or `meteora publish` it, and"
-        " write new gates with meteora.checkpoint.write_gates"
+        " write new gates with meteora.checkpoint.tensors.write_gates"
     )
 
 

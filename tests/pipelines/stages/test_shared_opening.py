@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import meteora
-from meteora.artifacts import SHARED, MeteoraError
+from meteora.artifacts import NULL, SHARED, MeteoraError
 from meteora.checkpoint.manifest import read_manifest
 from meteora.routing.layer import routed_layers
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, run
+from tests.pipelines.stages.test_without_examples import experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,32 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
     again, _ = meteora.load(added.stdout.strip(), base_folder=chat_base)
     assert meteora.expert_names(again) == manifest.choices
     assert {layer.num_choices for layer in routed_layers(again).values()} == {3}
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param({"null": True}, id="with the base as a choice"),
+        pytest.param({"without_examples": "arrow"}, id="with an expert without examples"),
+    ],
+)
+def test_it_goes_with_the_other_options_of_gates(
+    workplace: Callable[..., RunContext],
+    chat_base: Path,
+    recipe_folder: Path,
+    router: dict[str, object],
+) -> None:
+    more = {} if "null" in router else {"experts": experts(recipe_folder)}
+    asked = {"base": f"path:{chat_base}", "router": {"opening": "shared", **router}}
+    work = workplace(benchmark=QUICK, **asked, **more)
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    folder = work.checkpoint_folder(planned.router.id)
+    last = [SHARED, *([NULL] if "null" in router else [])]
+    assert read_manifest(folder).choices == ["q_and_v", "attention", *last]
+    model, tokenizer = meteora.load(folder, base_folder=chat_base)
+    assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
 
 def test_a_base_that_opens_no_prompt_is_refused_in_a_sentence(

@@ -234,9 +234,9 @@ def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
 
 
 def expert_names(model: PreTrainedModel) -> list[str]:
-    """The names of the experts, in the order of every router's logits [T, E].
+    """The choices of every router, in the order of its logits: the experts first.
 
-    A router with the base as one more choice has `(base)` as its last name.
+    After them come `(mean)` and `(base)`, where the mean of all experts and the base are choices.
 
     Raises:
         AttributeError: the model is not a fused one.

@@ -137,7 +137,17 @@ def _measured(summary: Summary | None) -> list[str]:
     if summary is None:
         return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
     lines = "\n".join([*loss_lines(summary), *speed_lines(summary)])
-    return ["\n".join(score_table(summary)), lines]
+    return ["\n".join(score_table(summary)), *_turn_tables(summary), lines]
+
+
+def _turn_tables(summary: Summary) -> list[str]:
+    """Conversations turn by turn, as Markdown: a table and a sentence for each task."""
+    found = []
+    for headings, rows, line in turn_tables(summary):
+        table = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+        table.insert(1, "|-" * len(headings) + "|")
+        found += ["\n".join(table), line]
+    return found
 
 
 def score_table(summary: Summary) -> list[str]:
@@ -170,6 +180,30 @@ def cell(summary: Summary, task: str, system: str) -> str:
     return " ".join(filter(None, (shown, summary.mark(task, system))))
 
 
+def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]]:
+    """For each task of conversations: headings, a row for each system, and a sentence."""
+    found = []
+    for task, row in summary.conversations.items():
+        fused = row["fused"]
+        count = len(fused.turns)
+        headings = [task, *(f"turn {turn.turn}" for turn in fused.turns), "computed", "seconds"]
+        rows = []
+        for system in summary.systems:
+            if system in row:
+                turns = row[system].turns
+                costs = sum(t.computed_tokens for t in turns), sum(t.seconds for t in turns)
+                values = (f"{turn.value:.2f}" for turn in turns)
+                rows.append([system, *values, f"{costs[0]:,.0f}", f"{costs[1]:.2f}"])
+        line = (
+            f"{fused.num_samples} conversations of {count} turns, each about another task; the"
+            " model's own answers stay in the history. A conversation is one row of interval and"
+            f" test. Computed: tokens of the {count} prompts that no cache held; seconds: with the"
+            " answers, a batch's divided by its number of conversations."
+        )
+        found.append((headings, rows, line))
+    return found
+
+
 def method_lines(summary: Summary) -> list[str]:
     """How the scores of the table were measured, in one or two sentences."""
     scores = [score for row in summary.scores.values() for score in row.values()]
@@ -180,6 +214,8 @@ def method_lines(summary: Summary) -> list[str]:
     used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
     templated = {True: "in the base's chat template", False: "as plain text", None: ""}
     asked = {templated[score.templated] for score in scores} - {""}
+    for system in {score.spec.system_prompt for score in scores} - {None}:
+        asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
     how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
     cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
     lines = [

@@ -45,6 +45,11 @@ class Summary:
         first = [system for system in (BASE, ORACLE, FUSED) if system in there]
         return first + [system for system in there if system not in first]
 
+    @property
+    def conversations(self) -> dict[str, Mapping[str, Score]]:
+        """The scores of conversations by task and system, each with its turns."""
+        return {task: row for task, row in self.scores.items() if row[FUSED].turns}
+
     def mean(self, system: str) -> float | None:
         """The mean over the experts' own tasks; None if it was not measured on all of them."""
         values = [

@@ -17,6 +17,7 @@ from meteora.model.fused import expert_names
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
+from pipelines.evaluation.measurements import ONE_EXPERT, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.scoring import compare
@@ -120,8 +121,10 @@ def _ask(
     task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
     device = speed.device_name(model.device)
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
+    control = control_of(first.system, task)
+    total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
     with (
-        bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
+        bar(f"{task.name}: {first.system}", total, "rows") as advance,
         nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
     ):
         found = evaluate.evaluate_task(
@@ -130,6 +133,7 @@ def _ask(
             task,
             batch_size=batch_size,
             seed=first.spec.seed,
+            control=control,
             log=log,
             advance=advance,
         )

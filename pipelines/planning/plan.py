@@ -24,7 +24,7 @@ from pipelines.data.background import background_rows
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, refuse_overlap
-from pipelines.data.spans import SpannedRow, prompt_parts, read_spans
+from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
     find_comparisons,
@@ -52,8 +52,8 @@ class Plan:
     experts: tuple[Expert, ...]
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
-    spans: tuple[SpannedRow, ...]
-    """Examples whose parts belong to different experts."""
+    spans: tuple[SpannedRow | SpannedTurns, ...]
+    """Examples whose parts or turns belong to different experts."""
     tests: Mapping[str, Sequence[Row]]
     """Rows to test on, by task. Composites and tasks of lm-eval have no rows here."""
     tasks: Mapping[str, Task]
@@ -169,7 +169,7 @@ def _asks_for_spans(recipe: Recipe) -> bool:
 
 
 def _examples_sha256(
-    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow] = ()
+    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow | SpannedTurns] = ()
 ) -> str:
     asked = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
     return canonical_sha256(asked + [row.to_dict() for row in spans])

@@ -112,6 +112,8 @@ class RouterSpec(Spec):
     conversations: tuple[int, ...] = ()
     """How many turns the conversations have that gates are fitted to, beside each expert's
     examples; every example is one turn of one conversation."""
+    template: str = "auto"
+    """`plain` where gates are fitted to plain text, even if the tokenizer has a chat template."""
     system_prompts: tuple[str, ...] = ()
     """System prompts of every other example and conversation; the others have the chat template's
     own."""

@@ -106,6 +106,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         composites=composites,
         conversations=conversations,
         system_prompts=system_prompts,
+        template="plain" if examples and recipe.benchmark.template == "plain" else "auto",
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
@@ -138,7 +139,12 @@ def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
 
 
 def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The turns of the conversations and the system prompts that gates are fitted to."""
+    """The turns of the conversations and the system prompts that gates are fitted to.
+
+    Plain text has neither.
+    """
+    if recipe.benchmark.template == "plain":
+        return (), ()
     gates, shared = recipe.gates, recipe.router.opening == "shared"
     turns, systems = gates.conversations, gates.system_prompts
     if turns is None:

@@ -208,6 +208,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _roles_need_a_template(self) -> Self:
+        for key in ("conversations", "system_prompts"):
+            if getattr(self.gates, key) and self.benchmark.template == "plain":
+                raise ValueError(
+                    f"gates.{key} needs a chat template, and `benchmark.template: plain` means that"
+                    " gates are fitted to plain text; take one of them out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _there_are_experts(self) -> Self:
         if not self.experts and self.discover is None:
             raise ValueError("no experts: name some, or let them be found with `discover`")

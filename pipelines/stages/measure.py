@@ -22,7 +22,7 @@ from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.open_model import opened
+from pipelines.stages.open_model import opened, tokenizer_of_gates
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def _watch_routing(
 ) -> None:
     """Feed each expert's own test rows, and see where every routed module sends their tokens."""
     started = time.perf_counter()
+    tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
     names = expert_names(model)
     own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
     scores: list[RoutingScore] = []

@@ -200,6 +200,13 @@ def test_what_a_benchmark_cannot_be_asked_is_named(
         load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")
 
 
+@pytest.mark.parametrize("key", ["conversations: [3]", 'system_prompts: [""]'])
+def test_gates_on_plain_text_have_no_roles(tmp_path: Path, key: str) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{{key}}}\nbenchmark: {{template: plain}}"
+    with pytest.raises(RecipeError, match=f"gates.{key.partition(':')[0]} needs a chat template"):
+        load(tmp_path, text)
+
+
 def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path: Path) -> None:
     def settings(more: str) -> JointSettings | None:
         text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint{more}}}"

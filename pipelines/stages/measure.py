@@ -148,7 +148,11 @@ def _ask(
 
 def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
     """The hash of all that decides what is answered, whatever the answers are judged by."""
-    asked = {name: value for name, value in spec.to_dict().items() if name != "metric"}
+    asked = {
+        name: value
+        for name, value in spec.to_dict().items()
+        if name != "metric" and value is not None
+    }
     return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
 
 

@@ -210,7 +210,8 @@ def _watch_routing(
         details=tuple(sums.detail(path) for path, sums in total.items()),
         switches=switches,
     )
-    work.ledger.record_routing(scores, run_id=work.run_id)
+    if not work.ledger.has_routing(plan.router.id):  # one a router: on other rows, the first stay
+        work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
 
 

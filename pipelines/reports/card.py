@@ -197,8 +197,9 @@ def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]
         line = (
             f"{fused.num_samples} conversations of {count} turns, each about another task; the"
             " model's own answers stay in the history. A conversation is one row of interval and"
-            f" test. Computed: tokens of the {count} prompts that no cache held; seconds: with the"
-            " answers, a batch's divided by its number of conversations."
+            " test. The last two columns are sums over the turns: tokens of prompts that were"
+            " computed, since no cache had them, and seconds with the answers (a batch's time"
+            " divided by its number of conversations)."
         )
         found.append((headings, rows, line))
     return found

@@ -109,6 +109,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         template="plain" if examples and recipe.benchmark.template == "plain" else "auto",
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
+        refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
     )
     subjects = find_subjects(base, fused, router, recipe.benchmark)

@@ -186,14 +186,15 @@ def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]
     for task, row in summary.conversations.items():
         fused = row["fused"]
         count = len(fused.turns)
-        headings = [task, *(f"turn {turn.turn}" for turn in fused.turns), "computed", "seconds"]
+        places = [str(number) for number in range(2, count + 1)]
+        headings = [task, "all turns", "turn 1", *places, "computed", "seconds"]
         rows = []
-        for system in summary.systems:
-            if system in row:
-                turns = row[system].turns
-                costs = sum(t.computed_tokens for t in turns), sum(t.seconds for t in turns)
-                values = (f"{turn.value:.2f}" for turn in turns)
-                rows.append([system, *values, f"{costs[0]:,.0f}", f"{costs[1]:.2f}"])
+        for system, score in row.items():
+            computed = sum(turn.computed_tokens for turn in score.turns)
+            seconds = sum(turn.seconds for turn in score.turns)
+            values = [f"{turn.value:.2f}" for turn in score.turns]
+            shown = [system, cell(summary, task, system), *values]
+            rows.append([*shown, f"{computed:,.0f}", f"{seconds:.2f}"])
         line = (
             f"{fused.num_samples} conversations of {count} turns, each about another task; the"
             " model's own answers stay in the history. A conversation is one row of interval and"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +139,12 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert recompute_scores(work.ledger, 99).findings == ()
 
     text = card.write_card(build.describe(planned, built, gates), summary, "x")
-    assert "| conversation-3 | turn 1 | turn 2 | turn 3 | computed | seconds |" in text
+    assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
     assert "| conversation-3 | conversation_right | 3 |" in text
     score_table.print_scores(work, Finished(planned, summary), {})
     shown = capsys.readouterr().out
-    assert "conversation-3   turn 1   turn 2   turn 3   computed   seconds" in shown
+    assert re.search("conversation-3 +all turns +turn 1 +2 +3 +computed +seconds", shown)
+    assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task
     assert "3 conversations of 3 turns, each about another task" in shown
     assert "under the system prompt 'Be brief.'" in shown
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import meteora
+from meteora.artifacts import SHARED
 from meteora.base.chat_template import encode_pair
 from meteora.checkpoint.manifest import read_manifest
 from pipelines.stages import build, measure
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 QUICK = {"limit": 2, "compare": ["base"], "max_new_tokens": 2}
+PROMPT = {"router": {"opening": "prompt"}}
 
 
 def go(work: RunContext) -> tuple[Plan, Any, RouterBuild]:
@@ -34,9 +36,9 @@ def go(work: RunContext) -> tuple[Plan, Any, RouterBuild]:
 def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     workplace: Callable[..., RunContext], chat_base: Path
 ) -> None:
-    _, _, bare = go(workplace(benchmark=QUICK))
-    chat, _, templated = go(workplace(base=f"path:{chat_base}", benchmark=QUICK))
-    asked = {"base": f"path:{chat_base}", "benchmark": {**QUICK, "template": "plain"}}
+    _, _, bare = go(workplace(benchmark=QUICK, **PROMPT))
+    chat, _, templated = go(workplace(base=f"path:{chat_base}", benchmark=QUICK, **PROMPT))
+    asked = {"base": f"path:{chat_base}", "benchmark": {**QUICK, "template": "plain"}, **PROMPT}
     work = workplace(**asked)
     plain, built, gates = go(work)
     assert gates.num_tokens == bare.num_tokens < templated.num_tokens
@@ -61,11 +63,13 @@ def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
     workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
 ) -> None:
     benchmark = {**QUICK, "template": "plain"}
-    work = workplace(base=f"path:{chat_base}", router={"opening": "own"}, benchmark=benchmark)
+    work = workplace(base=f"path:{chat_base}", benchmark=benchmark)
     planned, built, gates = go(work)
     measure.measure(work, planned, built, gates)
     folder = build.write_checkpoint(work, planned, built, gates)
-    assert read_manifest(folder).gates["template"] == "plain"
+    made = read_manifest(folder).gates
+    assert made["template"] == "plain"
+    assert not made.keys() & {"conversations", "system_prompts"}  # plain text has no roles
     dropped = ask("drop", folder, "attention", "--home", work.home)
     assert dropped.returncode == 0, dropped.stderr
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
@@ -77,4 +81,4 @@ def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
     grown = Path(added.stdout.strip())
     assert read_manifest(grown).gates["template"] == "plain"
     model, _ = meteora.load(grown, base_folder=chat_base)
-    assert meteora.expert_names(model) == ["q_and_v", "attention"]
+    assert meteora.expert_names(model) == ["q_and_v", "attention", SHARED]

@@ -11,8 +11,11 @@ NULL = "(base)"
 """The name of the choice of no expert, in a router that has it. No expert has this name."""
 SHARED = "(mean)"
 """The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
-ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
-"""`oracle` and `one_expert` are controls: they are given the right expert of each token."""
+ROUTER_KINDS = (
+    "gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert", "single", "swap",
+    "alora",
+)  # fmt: skip
+"""From `oracle` on they are controls: they are given the expert of each token."""
 
 OPENING_SHARE = 0.5
 """The share of an expert's weight for tokens that open its answer in a prompt of several tasks.
@@ -109,6 +112,8 @@ class RouterSpec(Spec):
     conversations: tuple[int, ...] = ()
     """How many turns the conversations have that gates are fitted to. Every other example is one
     turn of one conversation; the others stay alone."""
+    template: str = "auto"
+    """`plain` where gates are fitted to plain text, even if the tokenizer has a chat template."""
     system_prompts: tuple[str, ...] = ()
     """System prompts of every other example and conversation; the others have the chat template's
     own."""

@@ -181,22 +181,40 @@ class Recipe(Section):
                 )
         tasks = [expert.name for expert in self.experts if expert.test]
         further = [task.called for task in self.benchmark.tasks]
-        composites = [f"composite-{section.n}" for section in self.benchmark.composite]
+        mixes = [
+            *(("composite", section) for section in self.benchmark.composite),
+            *(("conversation", section) for section in self.benchmark.conversation),
+        ]
         for kind, all_names in (
             ("expert", names),
-            ("task", [*tasks, *further, *composites]),
+            ("task", [*tasks, *further, *(f"{kind}-{section.n}" for kind, section in mixes)]),
         ):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
                 raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
         with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
-        for section in self.benchmark.composite:
+        for kind, section in mixes:
             if strange := set(section.tasks) - with_rows:
                 raise ValueError(
-                    f"composite {section.n}: there is no task {strange.pop()!r} with rows"
+                    f"{kind} {section.n}: there is no task {strange.pop()!r} with rows"
                 )
             if not with_rows:
                 raise ValueError(
-                    f"composite {section.n}: it is made of tasks' rows, and no task has rows"
+                    f"{kind} {section.n}: it is made of tasks' rows, and no task has rows"
+                )
+            if kind == "conversation" and len(set(section.tasks) or with_rows) < 2:
+                raise ValueError(
+                    f"conversation {section.n}: its subject changes at each turn, and only one task"
+                    " takes part; add another"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_need_a_template(self) -> Self:
+        for key in ("conversations", "system_prompts"):
+            if getattr(self.gates, key) and self.benchmark.template == "plain":
+                raise ValueError(
+                    f"gates.{key} needs a chat template, and `benchmark.template: plain` means that"
+                    " gates are fitted to plain text; take one of them out"
                 )
         return self
 

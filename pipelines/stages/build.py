@@ -47,7 +47,7 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import computing_device, describe, opened
+from pipelines.stages.open_model import computing_device, describe, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
 
@@ -205,6 +205,7 @@ def _labelled(
     """The sequences that the gates are fitted to, and the template around their prompts."""
     router = plan.router
     silent_experts.probe(work, plan.experts, model, tokenizer)
+    tokenizer = tokenizer_of_gates(tokenizer, router.template)
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED

@@ -38,7 +38,7 @@ from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.recipe.gates import Composites
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import entry_of
+from pipelines.stages.open_model import entry_of, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 
@@ -112,6 +112,7 @@ def add(
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
+        tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
         sequences += label_lists(rows, place, tokenizer, sizes=composites, seed=0)

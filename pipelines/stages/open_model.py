@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["conversations"] = plan.router.conversations
         if plan.router.system_prompts:
             made["system_prompts"] = plan.router.system_prompts
+        if plan.router.template == "plain":
+            made["template"] = plan.router.template
         if plan.router.joint is not None:
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
@@ -100,6 +103,21 @@ def opened(
     # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
     torch.nn.Module.to(model, computing_device())
     yield model, tokenizer
+
+
+def tokenizer_of_gates(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the prompts that gates are fitted to.
+
+    Args:
+        template: `plain` for one without the chat template
+    """
+    if template != "plain":
+        return tokenizer
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    return plain
 
 
 def computing_device() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,25 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-TEMPLATE = (
-    "{% if messages[0].role != 'system' %}<sys>Hi.</sys>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 QUICK = {"limit": 1, "compare": ["uniform", "arrow"], "max_new_tokens": 1}
-
-
-@pytest.fixture
-def chat_base(world: World, tmp_path: Path) -> Path:
-    """The tiny base with a chat template."""
-    folder = tmp_path / "chat-base"
-    shutil.copytree(world.base, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow(

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,22 +109,24 @@ def refine(
     own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
     shape = (len(bias[rows]), u.shape[1] + 1)
 
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        change = torch.from_numpy(flat).to(u).view(shape)
-        inside, offset = change[:, :-1], change[:, -1]
+    change = weight.new_zeros(shape)
+    inside, offset = change[:, :-1], change[:, -1]
+
+    def loss() -> float:
+        """The loss where `change` is, with its gradient left there."""
         logits = start.clone()
         logits[:, rows] += torch.addmm(offset, u, inside.T)
         logs = logits.log_softmax(-1)
         value = PULL * inside.square().sum() - ((own * logs).sum(-1) * shares).sum()
         missing = (logs.exp_()[:, rows] - own[:, rows]) * shares[:, None]
-        slope = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
-        return value.item(), slope.flatten().double().cpu().numpy()
+        change.grad = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
+        return value.item()
 
-    options = {"maxiter": iterations, "maxfun": 2 * iterations}
-    found = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options)
-    change = torch.from_numpy(found.x).to(weight).view(shape)
+    torch.optim.LBFGS(
+        [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
+    ).step(loss)
     added = whiten(change[:, :-1])
     weight, bias = weight.clone(), bias.clone()
     weight[rows] += added
-    bias[rows] += change[:, -1] - added @ centre
+    bias[rows] += offset - added @ centre
     return weight, bias

@@ -168,6 +168,7 @@ def needs(
 
 def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     def seconds(router: dict[str, Any] | None = None, **gates: Any) -> float:
+        gates = {"conversations": (), "system_prompts": (), **gates}
         return needs(gates=gates, router=router or {})["gates"].seconds
 
     plain = seconds()

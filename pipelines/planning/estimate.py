@@ -205,17 +205,17 @@ def _gates(
     batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
     spread = 48 * size * size + 8 * SCATTER_SIZE * widest
     seconds = _reading(shape, machine, SWEEPS * tokens + work.passes, routed=True)
-    at_once = min(4 * tokens * widest, MAX_TOKEN_BYTES)
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
         # each iteration of the refinement reads the tokens twice
-        flops += 2 * 2 * (ITERATIONS + FEW_ITERATIONS) * at_once / 4 * experts.count
+        numbers = min(tokens * width, MAX_TOKEN_BYTES / 4)
+        flops += 2 * 2 * (ITERATIONS + FEW_ITERATIONS) * numbers * experts.count
         seconds += flops / machine.flops_per_second
     kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
     disk = gate_bytes + (kept if work.kept else 0)
-    copies = 3 * at_once  # by batch, together, and whitened
+    copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
     return Need("gates", loaded + hidden + batch + spread + copies, disk, seconds)
 
 

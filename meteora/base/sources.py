@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GGUF = "gguf:"
 """Prefix of a base in a Python package."""
@@ -53,7 +57,11 @@ def weights_sha256(folder: Path) -> str:
             f"{folder}: there are no safetensors weights in it; save the model with"
             " save_pretrained, which writes them"
         )
-    hashes = [file_sha256(shard) for shard in shards]
+    return combined_sha256([file_sha256(shard) for shard in shards])
+
+
+def combined_sha256(hashes: Sequence[str]) -> str:
+    """The hash of weights from those of their files, in the order of the files' names."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

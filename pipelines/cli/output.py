@@ -14,8 +14,10 @@ from meteora.artifacts import MeteoraError, short
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipelines.scoring.recompute import Recomputed
-    from store.check import Verification
+    from store.check import Finding, Verification
     from store.query import Answer
 
 
@@ -29,9 +31,13 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def print_findings(found: Verification, again: Recomputed) -> int:
-    """Print everything that is damaged or does not recompute; returns the number of findings."""
-    every = (*found.findings, *again.findings)
+def print_findings(found: Verification, bases: Sequence[Finding], again: Recomputed) -> int:
+    """Print everything that is damaged or does not recompute; returns the number of findings.
+
+    Args:
+        bases: What is damaged in the bases of the home.
+    """
+    every = (*found.findings, *bases, *again.findings)
     for finding in every:
         some = ", ".join(map(short, finding.touches[:SHOWN]))
         more = len(finding.touches) - SHOWN

@@ -61,7 +61,7 @@ def verify(
     ] = 20,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check blobs against their hashes, records against blobs, scores against their outputs.
+    """Check blobs and bases against their hashes, records against blobs, scores against outputs.
 
     With a checkpoint and --key, check the checkpoint's files against its signature.
     """
@@ -74,10 +74,12 @@ def verify(
         print(f"{checkpoint} is what the owner of {key} signed")
         return
     from pipelines.scoring.recompute import recompute_scores
+    from pipelines.workspace.bases import verify_bases
     from store.ledger import Ledger
 
     ledger = Ledger(home.expanduser().absolute())
-    if output.print_findings(ledger.verify(), recompute_scores(ledger, scores)):
+    stored, bases = ledger.verify(), list(verify_bases(ledger))
+    if output.print_findings(stored, bases, recompute_scores(ledger, scores)):
         raise typer.Exit(1)
 
 

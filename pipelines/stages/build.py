@@ -48,6 +48,7 @@ from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import computing_device, describe, opened
+from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
 
@@ -74,6 +75,7 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
         return BuiltBase.from_dict(known)
     if not folder.is_dir():
         _bring_base(work, spec, folder)
+    require_sound(work.ledger, spec)
     sizes = loading.linear_sizes(folder)
     norms = loading.weight_norms(folder, sizes)
     built = BuiltBase(
@@ -97,6 +99,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
             return
         with work.scratch() as scratch:
             _fetch_base(work.recipe, spec, scratch / "base")
+            seal(scratch / "base", work.home)
             (scratch / "base").rename(folder)
 
 

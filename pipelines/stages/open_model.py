@@ -17,6 +17,7 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
+from pipelines.workspace.bases import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -85,6 +86,7 @@ def opened(
     work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base with the plan's experts in it, and with its router where `gates` are given."""
+    require_sound(work.ledger, plan.base)
     manifest = describe(plan, built, gates)
     with work.scratch() as scratch:
         parts = {EXPERTS: work.ledger.weights_of(plan.fused.id)}

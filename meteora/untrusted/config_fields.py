@@ -185,8 +185,8 @@ def one_of(value: object, where: str, options: Sequence[str], found: Findings) -
 
 
 def matching(value: object, where: str, pattern: re.Pattern[str], found: Findings) -> str:
-    """Read a text of a given form; empty where it is refused."""
-    if not isinstance(value, str) or not pattern.fullmatch(value):
+    """Read a printable text of a given form; empty where it is refused."""
+    if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
         found.refuse(where, f"{where} is {shortened(value)!r}, which is not of the form it has")
         return ""
     return value

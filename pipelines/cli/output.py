@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
+from meteora.untrusted.findings import for_terminal
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def print_findings(found: Verification, bases: Sequence[Finding], again: Recompu
         more = len(finding.touches) - SHOWN
         some += f" and {more:,} more" if more > 0 else ""
         touched = f"; it touches {some}" if some else ""
-        print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
+        print(for_terminal(f"{finding.what} {finding.name}: {finding.problem}{touched}"))
     print(
         f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
         f" computed again: {len(every)} findings"
@@ -75,4 +76,4 @@ def print_answer(answer: Answer, form: Format) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return "" if value is None else str(value)
+    return "" if value is None else for_terminal(str(value))

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 4, 5_000, 2**31, 2**70, 10**400, 0.0, 0.5, -1.0, 1e300, 1e-300,
     "", "1", "x", "\x1b[31m", "\x00", "a\nb", "../x", "/abs", "main", "a" * 40,
-    "sha256:" + "0" * 64, "gguf:x/y.gguf", "path:..", "(base)", "gate", "norm", "prompt", "shared", "token", "F64", "F16",
-    "F8_E4M3", "I8", [], [0], [1, 2, 3, 4], [[]], {}, {"a": 1}, "x" * 3_000, "\ud800",
+    "sha256:" + "0" * 64, "gguf:x/y.gguf", "path:..", "(base)", "gate", "norm", "prompt",
+    "shared", "token", "F64", "F16", "F8_E4M3", "I8", [], [0],
+    [1, 2, 3, 4], [[]], {}, {"a": 1}, "x" * 3_000, "\ud800",
 ]  # fmt: skip
 """What a value of JSON is replaced by: other types, and numbers beyond every range."""
 SURVIVORS_THAT_RUN = 300

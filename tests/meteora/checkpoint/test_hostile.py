@@ -359,3 +359,21 @@ def test_changed_bytes_are_found_by_the_hash(world: World, tmp_path: Path, name:
 def test_one_without_hashes_is_read_as_before(folder: Path) -> None:
     edit_manifest(folder, lambda body: body.pop("files"))
     assert read_all(folder).files == {}
+
+
+@pytest.mark.parametrize("name", ["<img src=x>", "a|b", "[x](y)", "`id`", "a\\b"])
+def test_names_that_are_markup_on_a_card(folder: Path, name: str) -> None:
+    edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
+    refused(folder, "cannot be the name of an expert")
+
+
+@pytest.mark.parametrize("source", ["org/x)](https://evil.example", "org/x\n# Title", "a|b", "x"])
+def test_sources_that_are_markup_on_a_card(folder: Path, source: str) -> None:
+    edit_manifest(folder, lambda body: body["experts"][0].update(source=source))
+    refused(folder, "source is")
+
+
+@pytest.mark.parametrize("source", ["org/x", "org/x/a/b.c", "path:my adapter (1)", "path:x/sub"])
+def test_sources_of_our_own_checkpoints_are_read(folder: Path, source: str) -> None:
+    edit_manifest(folder, lambda body: body["experts"][0].update(source=source))
+    assert read_all(folder).experts[0].source == source

@@ -19,6 +19,16 @@ PATH = "path:"
 """Prefix of a base in a local folder."""
 
 
+TEXTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""The files of a base on the Hub, besides its weights. Never `*.py`, which would be run."""
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""A file of weights; never `*.bin`, which is a pickle."""
+INDEX = "model.safetensors.index.json"
+
 REFERENCES = (
     "owner/name at a commit of 40 hex digits, or gguf:<package>/<file> or path:<name of a folder>"
     " at sha256:<64 hex digits>"

@@ -56,6 +56,11 @@ def shortened(text: object, most: int = 80) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
+def brief(error: Exception) -> str:
+    """Return the first sentence of an error of another library, which can have a hundred lines."""
+    return shortened(" ".join(str(error).split()).partition(". ")[0], 300)
+
+
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 

@@ -93,6 +93,7 @@ def add(
     examples: str,
     *,
     base_folder: Path | None = None,
+    download: Mapping[str, Any] | None = None,
 ) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
@@ -101,6 +102,7 @@ def add(
         candidate: the new expert; it is judged as the adapters of a recipe are, and so recorded
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
+        download: options for the download of the base, such as `token`
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -116,7 +118,7 @@ def add(
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
-    model, tokenizer = load_base(manifest, base_folder, "auto")
+    model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     expert = admission.read(candidate, model, tokenizer)

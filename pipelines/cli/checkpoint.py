@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, Home, TokenFor, existing_home
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -23,7 +23,7 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     prompt: str,
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
-    max_new_tokens: int = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     trace: Annotated[
         str,
         typer.Option(
@@ -134,7 +134,7 @@ def report(
     from store.ledger import Ledger
 
     check_writable(output)
-    home = home.expanduser().absolute()
+    home = existing_home(home)
     ledger = Ledger(home)
     found = checkpoints.find(checkpoint, home, base, token_for or ())
     results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
@@ -170,7 +170,7 @@ def attest(
     from pipelines.publishing.in_toto import attest as statement_on
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 

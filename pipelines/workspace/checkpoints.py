@@ -16,10 +16,12 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
     """The folder of a checkpoint whose id is in the ledger; any other name is returned as it is.
 
     Raises:
-        UnknownError: The ledger has the id, but no checkpoint with it.
+        UnknownError: There is no ledger, or it has the id, but no checkpoint with it.
     """
     if Path(name).is_dir() or "/" in name:
         return name
+    if not home.is_dir():
+        raise UnknownError(f"{name} is no folder, and there is no store in {home}; check --home")
     folder = checkpoint_at(home, Ledger(home).resolve(name))
     if not folder.is_dir():
         raise UnknownError(

@@ -114,13 +114,29 @@ def verify_bases(ledger: Ledger) -> Iterator[Finding]:
         base_id = ArtifactId(f"base:{folder.name}")
         files = [SealedFile.of(folder, path) for path in _paths(folder)]
         if problems := _problems(_read_note(folder), files, ledger.weights_of(base_id)):
-            used_in = ledger.query(
-                "SELECT DISTINCT descendant_id FROM ancestors"  # noqa: S608
-                f" WHERE ancestor_id = '{base_id}' ORDER BY ALL"
-            )
-            touched = (base_id, *(descendant for (descendant,) in used_in.rows))
+            touched = [base_id, *_made_from(ledger, base_id)]
             for problem in problems:
-                yield Finding("base", str(folder.relative_to(ledger.home)), problem, touched)
+                name = str(folder.relative_to(ledger.home))
+                yield Finding("base", name, problem, tuple(touched))
+
+
+def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
+    """The ids of all that was made from a base, and of all scores of these.
+
+    None where the index cannot be read, which is a finding of its own.
+    """
+    query = f"""
+        WITH made AS (
+            SELECT '{base_id}' AS id
+            UNION SELECT descendant_id FROM ancestors WHERE ancestor_id = '{base_id}'
+        )
+        SELECT id FROM made UNION SELECT scores.id FROM scores JOIN made ON subject_id = made.id
+        EXCEPT SELECT '{base_id}' ORDER BY ALL
+        """  # noqa: S608  (64 hex digits)
+    try:
+        return [artifact_id for (artifact_id,) in ledger.query(query).rows]
+    except StoreError:
+        return []
 
 
 def _problems(

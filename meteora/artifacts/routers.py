@@ -117,6 +117,8 @@ class RouterSpec(Spec):
     `composites` they always are."""
     loss_opening_share: float = 0.0
     """`OPENING_SHARE` in the gate loss of `joint`."""
+    refined: bool = False
+    """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""

@@ -108,6 +108,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         system_prompts=system_prompts,
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
+        refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
     )
     subjects = find_subjects(base, fused, router, recipe.benchmark)

@@ -280,6 +280,7 @@ def _calibrate(
             sequences,
             router.options,
             template=template,
+            refined=router.refined,
             seed=router.seed,
             scratch=scratch,
             progress=lambda _done, _total: advance(1),

@@ -250,6 +250,7 @@ def _router(
         examples_sha256=examples_sha256,
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
+        refined=bool(examples_sha256),
         grown_from=before.router_id,
     )
 

@@ -37,7 +37,7 @@ def download_base(
     Raises:
         SourceError: a file is missing, or does not come.
     """
-    asked = {**NO_TOKEN, **(download or {}), "revision": revision}
+    asked: dict[str, Any] = {**NO_TOKEN, **(download or {}), "revision": revision}
     try:
         config = cached_file(repo_id, "config.json", **asked)
         there = {

@@ -1,6 +1,7 @@
 """`meteora.json`, which describes a checkpoint, and the names of all its files.
 
-Reading it takes no tensors, and so no torch.
+A checkpoint may come from a stranger: each field is read as its type, within its range, and bounds
+hold before anything large is parsed. Reading it takes no tensors, and so no torch.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ CONFIG = "config.json"
 CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
 FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All files that a checkpoint can have; these are published."""
-
-
 TENSORS = (EXPERTS, GATES, STATISTICS)
 
 # Bounds on what a stranger may ask for; a stack of 1,000 experts on a 70B model stays below them

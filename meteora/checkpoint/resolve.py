@@ -77,7 +77,7 @@ def find_checkpoint(
     folder = Path(name)
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder
-    asked: dict[str, Any] = {**NO_TOKEN, **(download or {})}
+    asked = dict(download or {})
     # once for all files: a branch can move between two downloads
     places = {key: asked[key] for key in ("token", "local_files_only", "cache_dir") if key in asked}
     asked["revision"] = resolve_revision(str(name), revision, **places)
@@ -107,18 +107,19 @@ def base_download(
 ) -> dict[str, Any]:
     """Return the options with which the base of a checkpoint is downloaded.
 
-    A checkpoint names its base itself. So the token that is given for a checkpoint on the Hub is
-    sent for its base only where both have one owner; the saved token is never sent by itself.
+    A checkpoint names its base itself. So a token, given or saved, that is sent for a checkpoint on
+    the Hub is sent for its base only where both have one owner. For a checkpoint in a folder, only
+    a token that is given is sent.
 
     Args:
         name: of the checkpoint: a folder, or a Hub id
         download: options for the checkpoint
     """
-    asked = {**NO_TOKEN, **(download or {})}
+    asked = dict(download or {})
+    if Path(name).is_dir():
+        return {**NO_TOKEN, **asked}
     owner = manifest.base.repo_id.partition("/")[0]
-    if not Path(name).is_dir() and str(name).partition("/")[0] != owner:
-        asked |= NO_TOKEN
-    return asked
+    return {"token": None, **asked} if str(name).partition("/")[0] == owner else asked | NO_TOKEN
 
 
 def load_base(

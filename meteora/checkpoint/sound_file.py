@@ -46,16 +46,16 @@ def open_sound(
             f"{folder}: there is no {name} in it; the checkpoint is not whole, {AGAIN}"
         )
     tensors = _read_header(path)
-    if foreign := sorted({info.dtype for info in tensors.values()}.difference(dtypes)):
-        raise CheckpointError(
-            f"{path}: it has tensors of {listed(foreign)}, where {', '.join(dtypes)} are possible;"
-            f" {AGAIN}"
-        )
     expected = manifest.files.get(name)
     if expected is not None and file_sha256(path) != expected:
         raise CheckpointError(
             f"{path}: it is damaged, or belongs to another {MANIFEST}: its SHA-256 is not the one"
             f" that is named there; {AGAIN}"
+        )
+    if foreign := sorted({info.dtype for info in tensors.values()}.difference(dtypes)):
+        raise CheckpointError(
+            f"{path}: it has tensors of {listed(foreign)}, where {', '.join(dtypes)} are possible;"
+            f" {AGAIN}"
         )
     _refuse_not_finite(path, tensors)
     try:

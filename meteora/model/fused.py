@@ -79,9 +79,9 @@ def load(
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
             the experts keep their precision
-        download: arguments of transformers about downloads, such as `token` or `cache_dir`. Without
-            `token` none is sent, not even the saved one (`True` sends that). The token for a Hub id
-            is sent for the base, too, only if one owner has both
+        download: arguments of transformers about downloads, such as `token` or `cache_dir`. A
+            token, given or saved, that is sent for a Hub id is sent for its base only if one owner
+            has both; for a folder, only a given one is
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.

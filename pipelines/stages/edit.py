@@ -203,12 +203,13 @@ def _statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, Poi
     with open_sound(folder, STATISTICS, manifest):
         found = read_statistics(folder / STATISTICS)
     for module, point in found.items():
-        size = gates.own[module][0].shape[1] if module in gates.own else 0
+        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
         shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
-        means = (len(manifest.names), size)
-        if shapes != [means, (size,), (3,)] or point.rows.shape[1:] != (size,):
+        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
+        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
+        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
             raise CheckpointError(
-                f"{folder / STATISTICS}: {shortened(module)} has statistics of other sizes than its"
+                f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
                 f" gate in {GATES}; {AGAIN}"
             )
     return found

@@ -88,7 +88,7 @@ def test_the_saved_token_goes_only_to_owners_that_are_named(
         ("org/fused", {}, False),
         ("org/fused", {"token": "hf_given"}, False),
         ("other/fused", {"token": "hf_given"}, "hf_given"),
-        ("other/fused", {}, False),
+        ("other/fused", {}, None),  # as transformers has it: the saved one
     ],
 )
 def test_a_given_token_is_for_the_base_of_the_same_owner_only(

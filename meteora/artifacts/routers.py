@@ -107,8 +107,8 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
     conversations: tuple[int, ...] = ()
-    """How many turns the conversations have that gates are fitted to, beside each expert's
-    examples; every example is one turn of one conversation."""
+    """How many turns the conversations have that gates are fitted to. Every other example is one
+    turn of one conversation; the others stay alone."""
     system_prompts: tuple[str, ...] = ()
     """System prompts of every other example and conversation; the others have the chat template's
     own."""

@@ -54,8 +54,11 @@ def label_rows(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; the template's opening has `nobody`."""
-    opening = len(Template.of(tokenizer).opening)
+    """Rows as tokens with the label of one expert; the template's opening has `nobody`.
+
+    Where nothing opens a prompt, `nobody` has the first token, if it is a choice of the router.
+    """
+    opening = max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
     sequences = []
     for row in rows:
         ids = encode_pair(tokenizer, row.prompt, row.response)

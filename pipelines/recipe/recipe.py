@@ -84,10 +84,11 @@ class RouterSection(Section):
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
-    opening: Literal["prompt", "own", "shared"] = "prompt"
-    """Who routes tokens that say nothing about the task, such as a system prompt: the prompt behind
-    them, or each token by itself. `shared`: all experts have them together, each with weight 1 / E.
-    `prompt` looks ahead, so its answers change with the cache, the chunks and the prefix."""
+    opening: Literal["prompt", "own", "shared"] = "shared"
+    """Who routes tokens that say nothing about the task, such as a system prompt. `shared`: all
+    experts have them together, each with weight 1 / E. `own`: each token is routed by itself.
+    `prompt`: the prompt behind them decides; so answers change with the cache, the chunks and the
+    prefix."""
     null: bool = False
     """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token"] = "point"

@@ -33,7 +33,7 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import converse, single_turns, takes
+from pipelines.data.conversations import in_every_shape, takes
 from pipelines.data.labels import (
     background_sequences,
     label,
@@ -224,11 +224,6 @@ def _labelled(
         base = len(names) + shared
         with bar("asking the base", len(rows), "texts") as advance:
             sequences += background_sequences(model, tokenizer, rows, base, advance, nobody)
-    if shared and not any(nobody in sequence.experts for sequence in sequences):
-        raise MeteoraError(
-            "router.opening is shared, but this base puts no token in front of a prompt that could"
-            " be; choose `opening: own`, which is causal there"
-        )
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
 
 
@@ -244,12 +239,10 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conve
         say("the base's chat template takes no system prompt: gates are fitted without", "note")
         systems = ()
     names = [name for name in plan.fused.names if plan.examples.get(name)]
-    found = single_turns(plan.examples, names, systems)
     if lengths and not takes(tokenizer, turns=2):
         say("the base's chat template takes one turn alone: gates are fitted to these", "note")
-    elif lengths:
-        found += converse(plan.examples, names, lengths, systems, seed=plan.router.seed)
-    return found
+        lengths = ()
+    return in_every_shape(plan.examples, names, lengths, systems, seed=plan.router.seed)
 
 
 @contextmanager

@@ -37,9 +37,8 @@ from pipelines.data.conversations import (
     SYSTEM_PROMPTS,
     Conversation,
     Turn,
-    converse,
     encode_conversation,
-    single_turns,
+    in_every_shape,
 )
 from pipelines.data.labels import label_conversations
 from pipelines.scoring.intervals import wilson
@@ -182,8 +181,7 @@ def fitted(world: World, fit: str) -> PreTrainedModel:
         return model
     model = world.model(opening="shared")
     examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
-    talks = single_turns(examples, world.names, SYSTEM_PROMPTS)
-    talks += converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
+    talks = in_every_shape(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
     nobody = len(world.names)
     calibrate(model, label_conversations(talks, world.names, world.tokenizer, nobody), options)
     return model

@@ -11,7 +11,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from pipelines.cli import output
-from pipelines.cli.options import DEFAULT_HOME, Home
+from pipelines.cli.options import DEFAULT_HOME, Home, existing_home
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -40,7 +40,7 @@ def sql(
         for title, question in questions():
             print(f"-- {title}\n{question}\n")
         return
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(
         deadline_seconds=1.0
     )  # what a run recorded a moment ago; a busy index is not waited for
@@ -61,7 +61,7 @@ def verify(
     ] = 20,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check blobs against their hashes, records against blobs, scores against their outputs.
+    """Check blobs and bases against their hashes, records against blobs, scores against outputs.
 
     With a checkpoint and --key, check the checkpoint's files against its signature.
     """
@@ -74,10 +74,12 @@ def verify(
         print(f"{checkpoint} is what the owner of {key} signed")
         return
     from pipelines.scoring.recompute import recompute_scores
+    from pipelines.workspace.bases import verify_bases
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
-    if output.print_findings(ledger.verify(), recompute_scores(ledger, scores)):
+    ledger = Ledger(existing_home(home))
+    stored, bases = ledger.verify(), list(verify_bases(ledger))
+    if output.print_findings(stored, bases, recompute_scores(ledger, scores)):
         raise typer.Exit(1)
 
 
@@ -86,7 +88,7 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
     """Build the index again from the records."""
     from store.ledger import Ledger
 
-    ingested = Ledger(home.expanduser().absolute()).rebuild()
+    ingested = Ledger(existing_home(home)).rebuild()
     if ingested.reason:
         raise MeteoraError(ingested.reason)
     print(f"{ingested.num_records} records in the index")
@@ -97,7 +99,7 @@ def pack(home: Home = DEFAULT_HOME) -> None:
     """Pack many small records into few files. Runs do it themselves once there are very many."""
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     num_records = ledger.pack()
     ledger.ingest()
     print(f"{num_records} records packed")
@@ -128,7 +130,7 @@ def gc(
     """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
     from store.ledger import Ledger
 
-    garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
+    garbage = Ledger(existing_home(home)).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
     for name, num_bytes in zip(names, garbage.sizes, strict=True):
         print(f"{num_bytes}\t{name}")
@@ -145,7 +147,7 @@ def openlineage(
     from pipelines.publishing.openlineage import events
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     for event in events(ledger, run):
         print(json.dumps(event))
@@ -166,7 +168,7 @@ def serve(
     from store.ledger import Ledger
     from store.serving import serve as serve_snapshot
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest()
     token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
     say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")

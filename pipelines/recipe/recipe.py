@@ -16,6 +16,8 @@ from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
 
 LONGEST_NAME = 64
+MOST_FAULTS = 20
+"""Faults of one recipe that a message names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
@@ -294,14 +296,14 @@ def _tuples(value: object) -> object:
 
 
 def _explain(error: ValidationError) -> str:
-    parts = []
-    for fault in error.errors():
+    parts, faults = [], error.errors()
+    for fault in faults[:MOST_FAULTS]:
         steps = [str(step) for step in fault["loc"]]
         if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
             del steps[1]  # pydantic's name for the kind of section; it is not in the file
         place = ".".join(steps) or "recipe"
         if fault["type"] == "extra_forbidden":
-            parts.append(f"unknown key {place}")
+            parts.append(f"unknown key {place:.200}")
         else:
             given = (
                 ""
@@ -309,7 +311,8 @@ def _explain(error: ValidationError) -> str:
                 else f" (given: {fault['input']!r:.60})"
             )
             parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
-    return "; ".join(parts)
+    more = len(faults) - len(parts)
+    return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
 
 
 def shipped() -> dict[str, Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,7 @@ from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import computing_device, describe, opened, tokenizer_of_gates
+from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
 
@@ -74,6 +76,7 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
         return BuiltBase.from_dict(known)
     if not folder.is_dir():
         _bring_base(work, spec, folder)
+    require_sound(work.ledger, spec)
     sizes = loading.linear_sizes(folder)
     norms = loading.weight_norms(folder, sizes)
     built = BuiltBase(
@@ -97,6 +100,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
             return
         with work.scratch() as scratch:
             _fetch_base(work.recipe, spec, scratch / "base")
+            seal(scratch / "base", work.home)
             (scratch / "base").rename(folder)
 
 
@@ -286,13 +290,13 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    manifest = describe(plan, built, gates)
     folder = work.checkpoint_folder(plan.router.id)
     parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router == "gate":
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256
+    manifest = replace(describe(plan, built, gates), files=parts)
     texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results

@@ -222,3 +222,19 @@ def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path
     for name in ("learning_rate", "warmup_ratio", "gate_loss_weight", "max_grad_norm"):
         assert settings(f", {name}: 0.125") == replace(plain, **{name: 0.125})
     assert settings(", start: zeros") == replace(plain, start="zeros")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        f"benchmark: {{limit: {'9' * 5_000}}}",
+        f"benchmark: {{limit: 0x{'f' * 5_000}}}",
+        "\n".join(f"key{i}: 1" for i in range(8_000)),
+        f"{'k' * 100_000}: 1",
+    ],
+    ids=["digits", "hex digits", "unknown keys", "a long key"],
+)
+def test_an_absurd_recipe_gets_a_short_message(tmp_path: Path, more: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\n{more}\n")
+    assert len(str(caught.value)) < 5_000

@@ -104,6 +104,13 @@ def _serve(work: RunContext, run: Channel) -> None:
         run.send(kind, value)
 
 
+SMALLER = {
+    "fit_gates": "`gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
+    "measure": "`benchmark.batch_size`",
+}
+"""What a recipe can ask for less of, by the stage that has no memory left."""
+
+
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
     """`send`, but at most once in `PROGRESS_SECONDS`."""
     last = 0.0
@@ -121,9 +128,14 @@ def _portable(stage: str, error: Exception) -> Exception:
     """An error that can be pickled; one that is not ours gets its traceback as a note."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         first = str(error).partition("\n")[0]
+        smaller = SMALLER.get(stage)
+        advice = (
+            f"a smaller {smaller} or a larger machine helps"
+            if smaller
+            else "a larger machine helps"
+        )
         return StageError(
-            f"{stage}: out of memory{first and f' ({first})'}; a smaller `benchmark.batch_size` or"
-            " a larger machine helps; what was finished is kept"
+            f"{stage}: out of memory{first and f' ({first})'}; {advice}; what was finished is kept"
         )
     if not isinstance(error, MeteoraError):
         error.add_note(f"in the process of {stage}:\n{traceback.format_exc()}")

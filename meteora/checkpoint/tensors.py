@@ -137,10 +137,17 @@ def _opened(path: Path) -> Generator[safe_open]:
         ) from error
 
 
-def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file."""
+def read_experts(
+    folder: Path, manifest: Manifest, modules: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file.
+
+    Args:
+        modules: their paths; without it, all
+    """
     with _opened(folder / EXPERTS) as file:
-        for module, entry in manifest.modules.items():
+        for module in manifest.modules if modules is None else modules:
+            entry = manifest.modules[module]
             a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
             rank = sum(entry.ranks)
             found, needed = (

@@ -54,17 +54,19 @@ def find_checkpoint(
     download: Mapping[str, Any] | None = None,
     whole: bool = True,
     statistics: bool = False,
+    subfolder: str = "",
 ) -> Path:
     """Return the folder of a checkpoint; a Hub id is downloaded to the Hub's cache, at one commit.
 
     Args:
+        subfolder: Of the repository, where the checkpoint is not all of it.
         whole: Download the tensors too; else only the manifest.
         statistics: Also those that its gates were fitted to, if it has them, to add an expert.
     """
     folder = Path(name)
     if folder.is_dir() or not _is_hub_id(str(name)):
         return folder
-    asked = dict(download or {})
+    asked: dict[str, Any] = {**(download or {}), "subfolder": subfolder}
     # once for all files: a branch can move between two downloads
     places = {key: asked[key] for key in ("token", "local_files_only", "cache_dir") if key in asked}
     asked["revision"] = resolve_revision(str(name), revision, **places)
@@ -108,6 +110,32 @@ def load_base(
     return loading.load_folder(source, revision, dtype, download=download, options=options)
 
 
+def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
+    """Return the folder of a base as safetensors: `folder`, or the Hub's cache of its commit.
+
+    Raises:
+        SourceError: It is not on this machine in that format; nothing is downloaded.
+    """
+    source, revision = _find_base(manifest, folder)
+    name = manifest.base.repo_id
+    if isinstance(source, Path):
+        if source.is_dir():
+            return source
+        raise SourceError(
+            f"{name} is dequantised from GGUF, and only the home of its run has it as safetensors;"
+            " give that home with --home, or run the recipe again"
+        )
+    try:
+        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
+    except OSError as error:
+        raise SourceError(
+            f"{name} at {manifest.base.revision[:12]} is not in the Hub's cache; download it with"
+            f" `hf download {name} --revision {manifest.base.revision}`, or give its folder with"
+            " --base"
+        ) from error
+    return Path(str(found)).parent
+
+
 def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Path, str | None]:
     """Return a folder, a GGUF file, or a Hub id with its commit."""
     name = manifest.base.repo_id
@@ -120,6 +148,6 @@ def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Pat
     if name.startswith(PATH):
         raise SourceError(
             f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
-            " say where it lies now with base_folder="
+            " say where it lies now with base_folder=, or --base"
         )
     return name, manifest.base.revision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -169,22 +170,54 @@ def attest(
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 
 
+class Target(StrEnum):
+    """The program that an export is for."""
+
+    PEFT = "peft"
+    VLLM = "vllm"
+
+
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    expert: Annotated[str, typer.Option(help="The expert's name.")],
+    expert: Annotated[
+        str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
+    ] = "",
+    target: Annotated[
+        Target,
+        typer.Option("--for", help="`peft`: one expert as an adapter. `vllm`: a folder to serve."),
+    ] = Target.PEFT,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
     ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="vLLM: copy base and checkpoint; else they are links.")
+    ] = False,
+    base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write one expert as a PEFT adapter, with the weights that it was made of."""
+    """Write one expert as a PEFT adapter, or the whole model as a folder that vLLM serves."""
     from meteora.checkpoint.export import export_expert
-    from meteora.checkpoint.resolve import find_checkpoint
-    from pipelines.workspace.checkpoints import checkpoint_folder
+    from meteora.checkpoint.manifest import read_manifest
+    from meteora.checkpoint.resolve import find_base_files, find_checkpoint
+    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 
-    folder = find_checkpoint(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    home = home.expanduser().absolute()
+    if target is Target.VLLM:
+        from meteora.serving.served_folder import export_for_vllm
+
+        if output is None or expert:
+            raise typer.BadParameter("vLLM serves all experts: give -o FOLDER, and no --expert")
+        folder = find_checkpoint(checkpoint_folder(checkpoint, home))
+        base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
+        export_for_vllm(folder, base, output, copy=copy)
+        say(f"serve it with `vllm serve {output}`")
+        print(output)
+        return
+    if not expert:
+        raise typer.BadParameter("an adapter is one expert: name it with --expert")
+    folder = find_checkpoint(checkpoint_folder(checkpoint, home))
     out = output or Path(expert)
     if export_expert(folder, expert, out):
         say("its weights file is byte for byte the one that it was made of")

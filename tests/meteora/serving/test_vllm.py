@@ -5,7 +5,6 @@ pytest -m vllm -n 0 tests/meteora/serving      where vLLM is installed: `pip ins
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -19,12 +18,9 @@ import torch
 
 import meteora
 from meteora.artifacts import RouterOptions
-from meteora.base.chat_template import Template
-from meteora.base.sources import weights_sha256
-from meteora.checkpoint.manifest import GATES, MANIFEST
-from meteora.checkpoint.tensors import Gates, write_gates
 from meteora.serving.served_folder import export_for_vllm
 from tests.conftest import ATTENTION, MLP
+from tests.meteora.serving.served_world import with_router
 
 pytestmark = [
     pytest.mark.vllm,
@@ -56,8 +52,6 @@ ROUTERS = {
     ),
     "norm, two experts": RouterOptions("norm", 2, 0.5),
 }
-POINTS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
-"""Modules that share an input, in the order of their calls; the others have the last."""
 
 
 @pytest.fixture(scope="module")
@@ -71,36 +65,16 @@ def build_served(tmp_path_factory, build_base, build_adapter, fuse_adapters):
             for seed, (name, lora) in enumerate(LORA.items())
         }
         manifest = fuse_adapters(base, adapters, folder / "fused")
-        entry = dataclasses.replace(manifest.base, revision=f"sha256:{weights_sha256(base)}")
-        manifest = dataclasses.replace(manifest, base=entry, router=options)
-        (folder / "fused" / MANIFEST).write_text(manifest.to_json())
-        if options.kind == "gate":
-            write_gates(folder / "fused" / GATES, random_gates(manifest))
-        export_for_vllm(folder / "fused", base, folder / "served")
-        return base, folder / "fused", folder / "served"
+        made = with_router(folder / "fused", manifest, base, options, folder / "made")
+        export_for_vllm(made, base, folder / "served")
+        return base, made, folder / "served"
 
     return build
 
 
-def random_gates(manifest) -> Gates:
-    """Gates whose choices differ from token to token."""
-    torch.manual_seed(0)
-    own, follows, leaders = {}, {}, {}
-    places = {path: path.split(".") for path in manifest.modules}
-    order = [*ATTENTION, *MLP]
-    for path, words in sorted(places.items(), key=lambda x: (x[1][2], order.index(x[1][-1]))):
-        point = POINTS.get(words[-1], 3) if manifest.router.share == "point" else 0
-        if (leader := leaders.setdefault((words[2], point), path)) == path:
-            num_in, num_choices = manifest.modules[path].in_features, len(manifest.choices)
-            own[path] = torch.randn(num_choices, num_in), torch.randn(num_choices)
-        else:
-            follows[path] = leader
-    return Gates(own, follows, Template())
-
-
 def ask_vllm(folder: Path, **engine: object) -> list[list[dict]]:
     asked = {"engine": ENGINE | engine, "prompts": PROMPTS, "new": NEW}
-    env = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    env = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder.parent)}
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder)],
         input=json.dumps(asked),

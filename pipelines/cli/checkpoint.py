@@ -175,6 +175,7 @@ class Target(StrEnum):
 
     PEFT = "peft"
     VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
 
 
 @app.command()
@@ -185,7 +186,11 @@ def export(
     ] = "",
     target: Annotated[
         Target,
-        typer.Option("--for", help="`peft`: one expert as an adapter. `vllm`: a folder to serve."),
+        typer.Option(
+            "--for",
+            help="`peft`: one expert as an adapter. `vllm`: a folder to serve. `llama.cpp`: experts"
+            " as GGUF, without gates.",
+        ),
     ] = Target.PEFT,
     output: Annotated[
         Path | None,
@@ -197,29 +202,31 @@ def export(
     base: Base = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write one expert as a PEFT adapter, or the whole model as a folder that vLLM serves."""
+    """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
     from meteora.checkpoint.export import export_expert
     from meteora.checkpoint.manifest import read_manifest
     from meteora.checkpoint.resolve import find_base_files, find_checkpoint
     from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 
     home = home.expanduser().absolute()
+    out = output or (Path(expert) if expert else None)
+    if out is None:
+        raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
+    if (target is Target.PEFT) != bool(expert) and target is not Target.LLAMA_CPP:
+        raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
+    folder = find_checkpoint(checkpoint_folder(checkpoint, home))
     if target is Target.VLLM:
         from meteora.serving.served_folder import export_for_vllm
 
-        if output is None or expert:
-            raise typer.BadParameter("vLLM serves all experts: give -o FOLDER, and no --expert")
-        folder = find_checkpoint(checkpoint_folder(checkpoint, home))
         base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
-        export_for_vllm(folder, base, output, copy=copy)
-        say(f"serve it with `vllm serve {output}`")
-        print(output)
-        return
-    if not expert:
-        raise typer.BadParameter("an adapter is one expert: name it with --expert")
-    folder = find_checkpoint(checkpoint_folder(checkpoint, home))
-    out = output or Path(expert)
-    if export_expert(folder, expert, out):
+        export_for_vllm(folder, base, out, copy=copy)
+        say(f"serve it with `vllm serve {out}`")
+    elif target is Target.LLAMA_CPP:
+        from meteora.checkpoint.gguf_export import export_gguf
+
+        files = export_gguf(folder, out, expert)
+        say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
+    elif export_expert(folder, expert, out):
         say("its weights file is byte for byte the one that it was made of")
     print(out)
 

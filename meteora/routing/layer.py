@@ -71,7 +71,7 @@ class RoutedExperts(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.stack.owners.device
+        return self.stack.segments.device
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add what the router's choices give to y [T, OUT] in place, from x [T, IN].
@@ -148,10 +148,14 @@ class RoutedExperts(nn.Module):
             return "dense"  # one graph, whatever was chosen
         num_tokens, top_k = experts.shape
         sizes, device = self.stack.sizes, experts.device.type
-        num_chosen = None
-        if device == "cpu" and num_tokens > 1:
-            counts = torch.bincount(experts.flatten(), minlength=sizes.num_choices)
-            num_chosen = int(counts.count_nonzero())
+        if device != "cpu" or num_tokens == 1:
+            return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device)
+        # the fewer experts, the less `grouped` takes: where it loses even so, they are not counted
+        kernel = dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, top_k)
+        if kernel != "grouped":
+            return kernel
+        counts = torch.bincount(experts.flatten(), minlength=sizes.num_choices)
+        num_chosen = int(counts.count_nonzero())
         return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, num_chosen)
 
 

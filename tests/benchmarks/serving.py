@@ -8,7 +8,8 @@ a time. Servers stand side by side and take turns, so that a busy moment meets a
 
     parity      tokens and scores of chat requests against `model.generate`, one prompt at a time;
                 with the prefix cache, without it, and with prefills in chunks
-    throughput  tokens a second of eight requests of 64 tokens each; the ratio to the bare base
+    throughput  eight requests of 64 tokens each; the ratio to the bare base in the same round, by
+                the clock and by the time that the server's processes computed
     memory      of a server's processes, proportional set size
 """
 
@@ -108,15 +109,25 @@ class Server:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda pair: self.chat(*pair, **more), asked))
 
-    def megabytes(self) -> float:
-        """Of its processes together; pages that they share count once."""
-        pids, found = [self.process.pid], 0.0
+    def pids(self) -> list[int]:
+        """Of its processes."""
+        pids = [self.process.pid]
         for pid in pids:  # which grows meanwhile
             children = Path(f"/proc/{pid}/task").glob("*/children")
             pids += [int(child) for path in children for child in path.read_text().split()]
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            found += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) / 1e3
-        return found
+        return pids
+
+    def megabytes(self) -> float:
+        """Of its processes together; pages that they share count once."""
+        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.pids()]
+        lines = [line.split() for text in rollups for line in text.splitlines()]
+        return sum(int(words[1]) for words in lines if words[0] == "Pss:") / 1e3
+
+    def computed(self) -> float:
+        """Seconds that its processes computed, which others on the machine change little."""
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in self.pids()]
+        ticks = sum(int(tick) for stat in stats for tick in stat.split()[11:13])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -159,19 +170,38 @@ def parity(
 
 def throughput(
     servers: dict[str, Server], rows: Sequence[tuple[str, Row]], rounds: int
-) -> dict[str, list[float]]:
-    """Tokens a second in each round; in a round all servers are asked the same, one by one."""
-    found: dict[str, list[float]] = {name: [] for name in servers}
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and seconds computed, by round; servers are asked the same in turn."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
     for place in range(rounds + 1):
         start = place * AT_ONCE
         asked = [rows[i % len(rows)] for i in range(start, start + AT_ONCE)]
         for name, server in servers.items():
             pairs = [(row.prompt, task if name == LORA else "model") for task, row in asked]
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), server.computed()
             server.chat_all(pairs, max_tokens=TIMED, ignore_eos=True)
             if place:  # the first round warms up
-                found[name].append(AT_ONCE * TIMED / (time.perf_counter() - began))
+                taken = time.perf_counter() - began, server.computed() - computed
+                found[name].append(taken)
     return found
+
+
+def summarise(
+    times: dict[str, list[tuple[float, float]]], memory: dict[str, float]
+) -> list[tuple[str, ...]]:
+    """A line a server: medians over rounds; ratios are of the same round."""
+    lines = []
+    for name, found in times.items():
+        pairs = list(zip(times[BARE], found, strict=True))
+        speed = statistics.median(AT_ONCE * TIMED / clock for clock, _ in found)
+        by_clock = [bare[0] / own[0] for bare, own in pairs]
+        by_work = [bare[1] / own[1] for bare, own in pairs]
+        ratios = [
+            f"{statistics.median(r):.3f} ({min(r):.2f} to {max(r):.2f})"
+            for r in (by_clock, by_work)
+        ]
+        lines.append((name, f"{speed:.1f}", *ratios, f"{memory[name]:,.0f}"))
+    return lines
 
 
 def main() -> None:
@@ -223,23 +253,8 @@ def main() -> None:
         table(("server", "equal tokens", f"equal answers of {len(rows)}", "exact match"), lines)
     )
     sys.stdout.write("\n")
-    body = []
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(found, times[BARE], strict=True)]
-        middle = statistics.median(ratios)
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        body.append(
-            (
-                name,
-                f"{statistics.median(found):.1f}",
-                f"{middle:.3f}",
-                spread,
-                f"{memory[name]:,.0f}",
-            )
-        )
-    sys.stdout.write(
-        table(("server", "tokens a second", "to the bare base", "over rounds", "MB"), body)
-    )
+    head = "server", "tokens a second", "to the bare base, by the clock", "by CPU time", "MB"
+    sys.stdout.write(table(head, summarise(times, memory)))
     facts = {**machine(), "load": str(os.getloadavg()), "times": json.dumps(times)}
     sys.stdout.write("".join(f"- {name}: {value}\n" for name, value in facts.items()))
 

@@ -18,13 +18,15 @@ import torch
 
 import meteora
 from meteora.artifacts import RouterOptions
-from meteora.serving.served_folder import export_for_vllm
+from meteora.serving import vllm_plugin
+from meteora.serving.served_folder import UnservableError, export_for_vllm
 from tests.conftest import ATTENTION, MLP
 from tests.meteora.serving.served_world import with_router
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # importing vLLM gives many
 ]
 CHILD = Path(__file__).parent / "vllm_child.py"
 DEADLINE_SECONDS = 400
@@ -96,11 +98,48 @@ def ask_transformers(base: Path, checkpoint: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "router"),
-    list(zip(["vllm_llama", "vllm_qwen2", "vllm_gemma3"], ROUTERS, strict=True)),
+    ("kind", "router", "engine"),
+    [
+        ("vllm_llama", "gate, shared opening, one decision a point", {}),
+        (
+            "vllm_llama",
+            "gate, shared opening, one decision a point",
+            {"enable_prefix_caching": False, "max_num_batched_tokens": 16},
+        ),
+        ("vllm_qwen2", "gate, two experts, margin, base, one decision a layer", {}),
+        ("vllm_gemma3", "norm, two experts", {}),
+    ],
 )
-def test_the_engine_gives_the_tokens_of_transformers(build_served, kind, router):
+def test_the_engine_gives_the_tokens_of_transformers(build_served, kind, router, engine):
+    """In both rounds: the second finds its prompts in the prefix cache."""
     base, checkpoint, served = build_served(kind, ROUTERS[router])
     expected = ask_transformers(base, checkpoint)
-    for found in ask_vllm(served):
+    for found in ask_vllm(served, **engine):
         assert [one["ids"] for one in found] == expected
+
+
+@pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_model_on_several_devices_is_refused(kind):
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config  # noqa: PLC0415
+
+    from meteora.serving.vllm_linear import _refuse_what_is_not_supported  # noqa: PLC0415
+
+    config = VllmConfig(parallel_config=ParallelConfig(**{kind: 2}))
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(UnservableError, match=f"{kind} is 2, and gates read whole inputs"),
+    ):
+        _refuse_what_is_not_supported("o_proj")
+
+
+def test_another_version_of_vllm_is_refused_when_a_folder_is_served(monkeypatch):
+    from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: PLC0415
+
+    monkeypatch.setattr(vllm_plugin, "vllm_version", lambda: "0.99.0")
+    try:
+        vllm_plugin.register()
+        with pytest.raises(UnservableError, match=r"vLLM is 0\.99\.0, and this version"):
+            get_quantization_config("meteora").from_config({})
+    finally:
+        monkeypatch.undo()
+        vllm_plugin.register()

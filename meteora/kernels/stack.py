@@ -73,6 +73,7 @@ class ExpertStack(nn.Module):
     """[R] the scaling of each rank's expert"""
     factors: Tensor
     """[C] the factor of each choice"""
+    _choice_scaling: Tensor | None
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class ExpertStack(nn.Module):
             for name, table in self._exact.items():
                 self.register_buffer(name, table.to(self.segments.device), persistent=False)
         self._rank_table: RankTable | None = None
-        self._choice_scaling: Tensor | None = None
+        self.register_buffer("_choice_scaling", None, persistent=False)
         if self.num_choices <= self.sizes.num_in:  # it is smaller than A
             self.choice_scaling()
 

@@ -129,7 +129,7 @@ def insert_experts(
         setattr(model, method, _refuse_to_save)
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
-        choices = choices_of(entry, manifest.router)
+        choices = choices_of(entry.ranks, manifest.router)
         insert_layer(model, path, lora_a, lora_b, entry, choices, cache=cache)
 
 
@@ -177,11 +177,15 @@ def insert_layer(
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
 
 
-def choices_of(entry: ModuleEntry, options: RouterOptions) -> list[Choice]:
-    """The choices of a module's router, in the order of `Manifest.choices`."""
-    choices = own_choices(entry.ranks)
+def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:
+    """The choices of a module's router, in the order of `Manifest.choices`.
+
+    Args:
+        ranks: of each expert there
+    """
+    choices = own_choices(ranks)
     if options.opening == "shared":
-        choices.append(mean_of_all(entry.ranks))
+        choices.append(mean_of_all(ranks))
     if options.null:
         choices.append(Choice(0, 0))
     return choices

@@ -12,13 +12,17 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
+from meteora.kernels import dispatch
+from meteora.kernels.stack import ExpertStack
 from meteora.model.fused import choices_of, make_router, stack_for
 from meteora.routing.gates import give_router, new_decisions, share_first_matmuls
 from meteora.routing.layer import RoutedExperts
+from meteora.routing.routers import Follower, Gate
 from meteora.serving.served_folder import UnservableError
 
 if TYPE_CHECKING:
@@ -41,14 +45,23 @@ class Part(NamedTuple):
     end: int
 
 
+DECODED = 64
+"""Tokens of a pass in which a server decodes so many requests; a prefill has more."""
+
+
 class FusedExperts(nn.Module):
     """The experts of one projection of a server, which is one or several of the model's."""
 
-    def __init__(self, layers: Mapping[Part, RoutedExperts]) -> None:
-        """Take the layers in the order of their calls: a gate stands before what follows it."""
+    def __init__(self, layers: Mapping[Part, RoutedExperts], *, inline: bool) -> None:
+        """Take the layers in the order of their calls: a gate stands before what follows it.
+
+        Args:
+            inline: whether torch.compile may take the arithmetic into its graph
+        """
         super().__init__()
-        self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
+        self.inline = inline
         self.layers = nn.ModuleList(layers.values())
+        self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add what the experts give to y [T, OUT of all parts] in place, from x [T, IN]."""
@@ -102,17 +115,72 @@ class ServedExperts:
                     f" {entry.out_features}, this layer has {found}; serve them with the base they"
                     " were made for, on one device"
                 )
-            stack = stack_for(weight, a, b, entry, choices_of(entry, options))
-            layer = layers[part] = RoutedExperts(stack)
+            stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
+            layers[part] = RoutedExperts(stack)
+        closed = not self.decides_elsewhere(parts)
+        if closed and (merged := self._merged(layers)):
+            layers = merged
+        self._route(layers)
+        inline = closed and all(
+            _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
+            for layer in layers.values()
+        )
+        if not inline:
+            self._share(layers)
+            return FusedExperts(layers, inline=False)
+        for layer in layers.values():
+            if isinstance(layer.router, Gate):
+                layer.router.decision = None  # nobody reads it, and a graph writes nothing outside
+        return FusedExperts(layers, inline=True)
+
+    def _route(self, layers: Mapping[Part, RoutedExperts]) -> None:
+        """Give each layer its router."""
+        options = self.manifest.router
+        for part, layer in layers.items():
             if options.kind == "gate":
-                give_router(layer, path, self._gates, options, self._decisions)
+                give_router(layer, part.path, self._gates, options, self._decisions)
             else:
                 layer.router = make_router(options, layer)
-        if options.kind == "gate" and options.share == "point":
+
+    def _share(self, layers: Mapping[Part, RoutedExperts]) -> None:
+        """Let layers that follow one gate compute A x together."""
+        if self.manifest.router.share == "point" and self.manifest.router.kind == "gate":
             by_path = {part.path: layer for part, layer in layers.items()}
             within = {p: q for p, q in self._gates.follows.items() if {p, q} <= by_path.keys()}
             share_first_matmuls(by_path, within)
-        return FusedExperts(layers)
+
+    def _merged(self, layers: Mapping[Part, RoutedExperts]) -> dict[Part, RoutedExperts] | None:
+        """One layer in the place of several that follow one gate, while that is fast.
+
+            A   rows of expert 0: of q, of k, of v; of expert 1: …
+            B   the same ranks, each zero outside of its own part of the output
+
+        None where the experts are so large that other kernels than the dense one are faster, which
+        would read the zeros; and where an expert's scaling differs between the parts.
+        """
+        (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
+        follows = self._gates.follows if self.manifest.router.kind == "gate" else {}
+        if not others or any(follows.get(part.path) != first.path for part in others):
+            return None
+        size, scaling = max(part.end for part in layers) - first.start, []
+        a: list[Tensor] = []
+        b: list[Tensor] = []
+        for e in range(len(stacks[0].ranks)):
+            own = {stack.scaling[e] for stack in stacks if stack.ranks[e]}
+            if len(own) > 1:
+                return None
+            scaling.append(own.pop() if own else 0.0)
+            for part, stack in zip(layers, stacks, strict=True):
+                a_own, b_own = stack.pair(e)
+                a.append(a_own)
+                above, below = part.start - first.start, first.start + size - part.end
+                b.append(nn.functional.pad(b_own, (0, 0, above, below)))
+        ranks = [sum(stack.ranks[e] for stack in stacks) for e in range(len(scaling))]
+        choices = choices_of(ranks, self.manifest.router)
+        stack = ExpertStack(torch.cat(a), torch.cat(b, dim=1), ranks, scaling, choices)
+        layer = RoutedExperts(stack)
+        whole = Part(first.path, first.start, first.start + size)
+        return {whole: layer} if _is_dense(layer, self.manifest.router.top_k) else None
 
     def decides_elsewhere(self, parts: Sequence[Part]) -> bool:
         """Whether a part follows a gate outside of them, or a gate of theirs is followed there."""
@@ -120,6 +188,17 @@ class ServedExperts:
             return False
         paths = {part.path for part in parts}
         return any((p in paths) != (q in paths) for p, q in self._gates.follows.items())
+
+
+def _is_dense(layer: RoutedExperts, top_k: int) -> bool:
+    """Whether the dense kernel is the fastest for few tokens, from two to `DECODED`.
+
+    For one and for many, another may be so by a little: a call outside of the graph costs more.
+    """
+    sizes, dtype, device = layer.stack.sizes, layer.stack.a.dtype, layer.device.type
+    counts = [1 << n for n in range(1, DECODED.bit_length())]
+    kernels = {dispatch.choose_kernel(count, top_k, sizes, dtype, device) for count in counts}
+    return kernels == {"dense"}
 
 
 def parts_of(parent: str, names: Sequence[str], sizes: Sequence[int]) -> Iterator[Part]:

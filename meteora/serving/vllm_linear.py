@@ -2,7 +2,8 @@
 
     apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
 
-The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record.
+The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
+and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
 """
 
 from __future__ import annotations
@@ -212,5 +213,9 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().apply(layer, x, bias)
-        torch.ops.meteora.add_experts(x, y, self.key, layer.order)
+        routed: Any = layer.routed
+        if routed.inline:
+            routed.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        else:
+            torch.ops.meteora.add_experts(x, y, self.key, layer.order)
         return y

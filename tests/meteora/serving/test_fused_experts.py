@@ -10,7 +10,8 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.checkpoint.manifest import read_manifest
-from meteora.routing.layer import MoELoRALinear
+from meteora.routing.layer import MoELoRALinear, RoutedExperts
+from meteora.serving import fused_experts
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import UnservableError
 from tests.meteora.serving.served_world import JOINED, with_router
@@ -40,8 +41,12 @@ def groups(manifest, served):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("kernel", [None, "dense", "gather", "grouped"])
-def test_joined_projections_give_what_the_routed_layers_give(world, tmp_path, router, kernel):
-    """Ragged ranks, and modules that some or all experts lack."""
+def test_joined_projections_give_what_the_routed_layers_give(
+    world, tmp_path, monkeypatch, router, kernel
+):
+    """Ragged ranks, modules that some or all experts lack; in one stack, or each in its own."""
+    if kernel is not None:
+        monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
     folder = with_router(
         world.checkpoint, world.manifest, world.base, ROUTERS[router], tmp_path / "made"
     )
@@ -75,13 +80,23 @@ def test_joined_projections_give_what_the_routed_layers_give(world, tmp_path, ro
             torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_of_one_point_share_their_first_matmul(world, tmp_path):
+def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_matmul(
+    world, tmp_path, monkeypatch
+):
     options = ROUTERS["one decision a point, mean"]
     folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
-    prefix = "model.layers.1.self_attn"
-    parts = list(parts_of(prefix, ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
-    experts = ServedExperts(folder).build(parts, torch.empty(64, 32))
-    assert len({id(layer.shared.matmul) for layer in experts.layers}) == 1
+    parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
+    small = ServedExperts(folder).build(parts, torch.empty(64, 32))
+    assert small.inline
+    (layer,) = small.layers
+    assert isinstance(layer, RoutedExperts)
+    assert layer.stack.ranks == [12, 9, 16, 2]  # of q, k and v together
+    monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
+    large = ServedExperts(folder).build(parts, torch.empty(64, 32))
+    assert not large.inline
+    shares = [layer.shared for layer in large.layers if isinstance(layer, RoutedExperts)]
+    assert len({share.matmul for share in shares if share}) == 1
+    assert len(shares) == 3
 
 
 def test_decisions_of_other_projections_are_known(world, tmp_path):

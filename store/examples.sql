@@ -28,6 +28,11 @@ SELECT short(subject_id) AS model, phase, round(fused_tokens_per_second) AS toke
        round(ratio, 2) AS times_base, round(added_bytes / 1e6, 1) AS added_mb, device
 FROM speeds ORDER BY ALL;
 
+-- How does a model do at each turn of a conversation, and what does it compute where others swap?
+SELECT short(router_id) AS model, task, system, turn, round(value, 3) AS score,
+       round(computed_tokens) AS computed_tokens, round(seconds, 3) AS seconds
+FROM conversation_turns WHERE system IN ('fused', 'oracle', 'swap') ORDER BY ALL;
+
 -- What is the latest model made from, down to commit, hash and licence?
 SELECT depth, kind, source, revision, licence, weights_sha256
 FROM lineage

@@ -119,19 +119,20 @@ SELECT * REPLACE ( -- fields that older releases did not write
 FROM (
     SELECT * EXCLUDE (spec) RENAME (interval AS interval_method),
            unnest(fields(spec, ['subject_id', 'base_id', 'task', 'metric', 'num_fewshot',
-                                'max_new_tokens', 'seed', 'rows_sha256', 'template']))
+                                'max_new_tokens', 'seed', 'rows_sha256', 'template',
+                                'system_prompt']))
     FROM (
         SELECT recorded_at, run_id, sha256 AS record_sha256,
                unnest(fields(body, ['id', 'spec', 'value', 'stderr', 'low', 'high', 'interval',
                                     'num_samples', 'outputs_sha256', 'harness', 'wall_seconds',
                                     'higher_is_better', 'templated', 'num_empty', 'num_truncated',
                                     'mean_prompt_tokens', 'max_prompt_tokens', 'device',
-                                    'parts']))
+                                    'parts', 'turns']))
         FROM fresh WHERE kind = 'score'
     )
 );
 
-INSERT INTO scores BY NAME SELECT * EXCLUDE (parts) FROM measured;
+INSERT INTO scores BY NAME SELECT * EXCLUDE (parts, turns) FROM measured;
 
 INSERT INTO score_parts BY NAME
 SELECT score_id, position, record_sha256,
@@ -140,6 +141,14 @@ FROM (
     SELECT id AS score_id, record_sha256, unnest(parts::JSON::JSON[]) AS part,
            unnest(range(len(parts::JSON::JSON[]))) AS position
     FROM measured
+);
+
+INSERT INTO score_turns BY NAME
+SELECT score_id, record_sha256,
+       unnest(fields(one, ['turn', 'value', 'prompt_tokens', 'computed_tokens', 'new_tokens',
+                           'seconds']))
+FROM (
+    SELECT id AS score_id, record_sha256, unnest(turns::JSON::JSON[]) AS one FROM measured
 );
 
 INSERT INTO routing_counts BY NAME
@@ -232,6 +241,7 @@ DELETE FROM experts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routers WHERE record_sha256 IN (FROM overruled);
 DELETE FROM scores WHERE record_sha256 IN (FROM overruled);
 DELETE FROM score_parts WHERE record_sha256 IN (FROM overruled);
+DELETE FROM score_turns WHERE record_sha256 IN (FROM overruled);
 DELETE FROM merges WHERE record_sha256 IN (FROM overruled);
 DELETE FROM comparisons WHERE record_sha256 IN (FROM overruled);
 DELETE FROM speeds WHERE record_sha256 IN (FROM overruled);

@@ -101,9 +101,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
         columns = tuple(column[0] for column in result.description or ())
         rows = result.fetchmany(limits.rows + 1)
     except duckdb.InterruptException:
-        raise QueryError(
-            f"stopped after {limits.seconds:g} s; narrow the question, or allow more time"
-        ) from None
+        raise QueryError(f"stopped after {limits.seconds:g} s; narrow the question") from None
     except duckdb.OutOfMemoryException:
         raise QueryError(
             f"needs more than {limits.memory_bytes >> 20} MiB of memory; narrow the question"

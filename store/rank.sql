@@ -15,7 +15,8 @@ SELECT scores.rowid AS number, board,
 FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
 SEMI JOIN routers  -- without controls that know the right expert: nobody can use them
-       ON routers.id = scores.subject_id AND routers.router NOT IN ('oracle', 'one_expert');
+       ON routers.id = scores.subject_id
+      AND routers.router NOT IN ('oracle', 'one_expert', 'single', 'swap', 'alora');
 
 CREATE OR REPLACE TEMP TABLE bases AS
 SELECT board, base_id, seed, value, low, high
@@ -33,7 +34,7 @@ WITH alone AS (
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN experts ON experts.adapter_id = scores.subject_id
     SEMI JOIN artifacts ON artifacts.id = experts.adapter_id
-    UNION ALL  -- composites: no adapter alone is the right one, each span's own is
+    UNION ALL  -- composites, conversations: no adapter alone is the right one, each span's own is
     SELECT fused_id, board, base_id, scores.seed, 'each span''s own', value, low, high,
            (CASE WHEN higher_is_better THEN value ELSE -value END, 0) AS merit,
            (true, merit) AS own_merit

@@ -107,6 +107,10 @@ class Recording:
         body = {"counts": [score.to_dict() for score in scores]}
         self._record_once(Record("routing", router_id, body, run_id, now()), ("counts",))
 
+    def has_routing(self, router_id: ArtifactId) -> bool:
+        """Whether routing counts of this router are recorded."""
+        return self._lookup.first("routing", router_id) is not None
+
     def record_adapter(self, verdict: AdapterVerdict, *, run_id: str) -> None:
         """Record the verdict on an adapter; every call is a record of its own."""
         subject = "/".join(filter(None, (verdict.repo_id, verdict.subfolder)))
@@ -214,9 +218,9 @@ class Recording:
             was, is_now = earlier.body[name], record.body[name]
             if was != is_now:
                 raise ConflictError(
-                    f"{record.subject} is recorded by run {earlier.run_id} with {name} {was}; now"
-                    f" it is {is_now}. Find out which one is right, or change the spec (another"
-                    " seed) to record both"
+                    f"{record.subject} is recorded by run {earlier.run_id} with {name}"
+                    f" {was!s:.200}; now it is {is_now!s:.200}. Find out which one is right, or"
+                    " change the spec (another seed) to record both"
                 )
 
     def _write(self, record: Record) -> None:

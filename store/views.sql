@@ -19,7 +19,7 @@ COMMENT ON COLUMN leaderboard.base_high IS 'Upper end of its 95 % interval, in t
 COMMENT ON COLUMN leaderboard.oracle_value IS 'Score of the right adapter alone on the same rows, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name; of a composite, each span''s own';
+COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name; of a composite or a conversation, each span''s own';
 COMMENT ON COLUMN leaderboard.best_value IS 'Best score of any of its adapters that were measured alone, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.best_name IS 'Name of that adapter';
 COMMENT ON COLUMN leaderboard.higher_is_better IS 'Whether a larger value is a better one';
@@ -96,6 +96,24 @@ COMMENT ON COLUMN standings.outputs_sha256 IS 'SHA-256 of the blob with each row
 COMMENT ON COLUMN standings.score_id IS 'Benchmark id of the score';
 COMMENT ON COLUMN standings.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN standings.run_id IS 'The run that measured it';
+
+CREATE OR REPLACE VIEW conversation_turns AS
+SELECT router_id, task, system, turn, score_turns.value, num_samples AS num_conversations,
+       prompt_tokens, computed_tokens, new_tokens, seconds, score_id
+FROM standings JOIN score_turns USING (score_id)
+ORDER BY router_id, task, system, turn;
+COMMENT ON VIEW conversation_turns IS 'Each routed model and its controls at each turn of conversations: how well, and at what cost';
+COMMENT ON COLUMN conversation_turns.router_id IS 'Artifact id of the routed model';
+COMMENT ON COLUMN conversation_turns.task IS 'Name of the task';
+COMMENT ON COLUMN conversation_turns.system IS 'fused (the routed model itself), base, the kind of another router or control, or the method of a merge';
+COMMENT ON COLUMN conversation_turns.turn IS 'Number of the turn, from 1';
+COMMENT ON COLUMN conversation_turns.value IS 'The score on this turn, in the metric''s unit';
+COMMENT ON COLUMN conversation_turns.num_conversations IS 'Number of conversations';
+COMMENT ON COLUMN conversation_turns.prompt_tokens IS 'Mean length of the prompt with the whole history, in tokens';
+COMMENT ON COLUMN conversation_turns.computed_tokens IS 'Mean number of its tokens that were computed at this turn; the others were in a cache';
+COMMENT ON COLUMN conversation_turns.new_tokens IS 'Mean length of the answer, in tokens';
+COMMENT ON COLUMN conversation_turns.seconds IS 'Mean time of the turn: of a batch, divided by its number of conversations, in seconds';
+COMMENT ON COLUMN conversation_turns.score_id IS 'Benchmark id of the score';
 
 CREATE OR REPLACE VIEW lineage AS
 WITH relatives AS (

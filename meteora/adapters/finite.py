@@ -22,11 +22,14 @@ LARGE = 1024
 """Above what training gives: trained factors stay below 10."""
 
 _BITS = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x4090_0000_0000_0000),
     "F32": ("<u4", 0x7F80_0000, 0x4480_0000),
     "F16": ("<u2", 0x7C00, 0x6400),
     "BF16": ("<u2", 0x7F80, 0x4480),
 }
 """An unsigned integer of the same size; the bits of infinity; the bits of `LARGE`."""
+FLOATS = tuple(_BITS)
+"""The types that `scan` reads."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Numbers:
 
 
 def scan(file: BinaryIO, tensor: TensorInfo) -> Numbers:
-    """Read a whole tensor of dtype F32, F16 or BF16; raises `EOFError` if it is cut short."""
+    """Read a whole tensor of one of `FLOATS`; raises `EOFError` if it is cut short."""
     import numpy as np  # noqa: PLC0415  (a config alone is judged without it)
 
     name, infinity, large = _BITS[tensor.dtype]

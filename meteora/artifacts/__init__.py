@@ -53,6 +53,7 @@ from meteora.artifacts.scores import (
     Score,
     ScorePair,
     ScorePart,
+    ScoreTurn,
     SpeedBuild,
     SpeedSpec,
 )
@@ -78,6 +79,6 @@ __all__ = [
     "LinearSize", "MergeSpec", "MeteoraError", "Noun", "Publication", "Rate", "Reason",
     "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore",
     "RoutingShare",
-    "RoutingSpec", "RoutingSwitch", "Score", "ScorePair", "ScorePart", "Spec", "SpeedBuild",
-    "SpeedSpec", "canonical_json", "canonical_sha256", "short",
+    "RoutingSpec", "RoutingSwitch", "Score", "ScorePair", "ScorePart", "ScoreTurn", "Spec",
+    "SpeedBuild", "SpeedSpec", "canonical_json", "canonical_sha256", "short",
 ]  # fmt: skip

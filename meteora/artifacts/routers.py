@@ -11,8 +11,11 @@ NULL = "(base)"
 """The name of the choice of no expert, in a router that has it. No expert has this name."""
 SHARED = "(mean)"
 """The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
-ROUTER_KINDS = ("gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert")
-"""`oracle` and `one_expert` are controls: they are given the right expert of each token."""
+ROUTER_KINDS = (
+    "gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert", "single", "swap",
+    "alora",
+)  # fmt: skip
+"""From `oracle` on they are controls: they are given the expert of each token."""
 
 OPENING_SHARE = 0.5
 """The share of an expert's weight for tokens that open its answer in a prompt of several tasks.
@@ -107,8 +110,10 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
     conversations: tuple[int, ...] = ()
-    """How many turns the conversations have that gates are fitted to, beside each expert's
-    examples; every example is one turn of one conversation."""
+    """How many turns the conversations have that gates are fitted to. Every other example is one
+    turn of one conversation; the others stay alone."""
+    template: str = "auto"
+    """`plain` where gates are fitted to plain text, even if the tokenizer has a chat template."""
     system_prompts: tuple[str, ...] = ()
     """System prompts of every other example and conversation; the others have the chat template's
     own."""
@@ -117,6 +122,8 @@ class RouterSpec(Spec):
     `composites` they always are."""
     loss_opening_share: float = 0.0
     """`OPENING_SHARE` in the gate loss of `joint`."""
+    refined: bool = False
+    """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""

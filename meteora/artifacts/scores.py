@@ -20,7 +20,7 @@ class BenchmarkSpec(Spec):
     task: str
     rows_sha256: str
     """Of the canonical JSON of the rows, in order; for a task that lm-eval itself has, of its name
-    and the number of rows."""
+    and the number of rows. With the system prompt, where one is given."""
     metric: str
     num_fewshot: int
     max_new_tokens: int
@@ -30,6 +30,9 @@ class BenchmarkSpec(Spec):
     """The base that the subject runs on."""
     template: str = "auto"
     """`chat`, `plain`, or `auto`: the chat template if the tokenizer has one."""
+    system_prompt: str | None = None
+    """In front of every question. None leaves it to the chat template; an empty one stands for
+    none."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
@@ -48,6 +51,23 @@ class ScorePart(Noun):
 
 
 @dataclass(frozen=True)
+class ScoreTurn(Noun):
+    """A score of conversations on one of their turns; all but the number are means over them."""
+
+    turn: int
+    """From 1."""
+    value: float
+    prompt_tokens: float
+    """Tokens of the question with the whole history."""
+    computed_tokens: float
+    """Those of them that were computed at this turn; the others were in a cache."""
+    new_tokens: float
+    """Tokens of the answer."""
+    seconds: float
+    """Time of a batch divided by the number of its conversations."""
+
+
+@dataclass(frozen=True)
 class Score(Noun):
     """The result of a benchmark."""
 
@@ -59,7 +79,7 @@ class Score(Noun):
     high: float
     """Upper end."""
     num_samples: int
-    """Rows that are asked."""
+    """Rows that are asked; of conversations, their number."""
     outputs_sha256: str
     """The blob that holds each row's prompt, reference, output and score."""
     harness: str
@@ -78,6 +98,8 @@ class Score(Noun):
     max_prompt_tokens: int | None = None
     parts: tuple[ScorePart, ...] = ()
     device: str = ""
+    turns: tuple[ScoreTurn, ...] = ()
+    """Of conversations: one for each turn, in order."""
 
     def __post_init__(self) -> None:
         for name in ("value", "stderr", "low", "high", "wall_seconds"):

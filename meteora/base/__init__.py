@@ -1,6 +1,7 @@
 """Base models: find, load, measure and compare them, and turn text into their tokens.
 
 loading        load a base and its tokenizer; fingerprint and shapes
+download       the files of a base on the Hub
 sources        where a base's files are, and their hashes
 match          whether two bases are the same model
 chat_template  text to token ids, in the chat template or plain

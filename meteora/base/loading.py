@@ -41,19 +41,15 @@ def _quiet() -> Generator[None]:
 
 
 def load_tokenizer(
-    source: str | Path,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    *,
-    options: Mapping[str, Any] | None = None,
+    folder: Path, gguf_file: str | None = None, *, options: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, without remote code.
 
     Args:
-        options: for `AutoTokenizer.from_pretrained`, such as `padding_side` or `token`
+        options: for `AutoTokenizer.from_pretrained`, such as `padding_side`
     """
     tokenizer = AutoTokenizer.from_pretrained(
-        source, revision=revision, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
+        folder, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
     )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
@@ -76,17 +72,11 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_folder(
-    source: str | Path,
-    revision: str | None = None,
-    dtype: torch.dtype | str = "auto",
-    *,
-    download: Mapping[str, Any] | None = None,
-    options: Mapping[str, Any] | None = None,
+    folder: Path, dtype: torch.dtype | str = "auto", *, options: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base from a folder, or from the Hub at a commit. No remote code, no pickle.
+    """Load a base from a folder. No remote code, no pickle.
 
     Args:
-        download: options for downloads, such as `token` or `cache_dir`
         options: further options for the model alone, such as `quantization_config`
 
     Raises:
@@ -95,18 +85,15 @@ def load_folder(
     with _quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                source,
-                revision=revision,
+                folder,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
-                **(download or {}),
                 **(options or {}),
             )
         except ImportError as error:
-            raise SourceError(f"{source} cannot be loaded here: {error}") from error
-        tokenizer = load_tokenizer(source, revision, options=download)
-        return cast("PreTrainedModel", model.eval()), tokenizer
+            raise SourceError(f"{folder} cannot be loaded here: {error}") from error
+        return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

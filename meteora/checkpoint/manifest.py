@@ -1,17 +1,35 @@
 """`meteora.json`, which describes a checkpoint, and the names of all its files.
 
-Reading it takes no tensors, and so no torch.
+A checkpoint may come from a stranger: each field is read as its type, within its range, and bounds
+hold before anything large is parsed. Reading it takes no tensors, and so no torch.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from meteora.artifacts import NULL, SHARED, Fingerprint, MeteoraError, Noun, RouterOptions
+from meteora.artifacts import (
+    NULL,
+    REPO_ID,
+    ROUTER_KINDS,
+    SHA256,
+    SHARED,
+    Fingerprint,
+    MeteoraError,
+    Noun,
+    RouterOptions,
+)
+from meteora.base.sources import PATH, REFERENCES, is_reference
+from meteora.untrusted import config_fields
+from meteora.untrusted.findings import Findings, listed, shortened
+from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
+from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 FORMAT_VERSION = 1
@@ -25,10 +43,48 @@ CONFIG = "config.json"
 CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
 FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All files that a checkpoint can have; these are published."""
+TENSORS = (EXPERTS, GATES, STATISTICS)
+
+# Bounds on what a stranger may ask for; a stack of 1,000 experts on a 70B model stays below them
+MAX_BYTES = 32 << 20
+MAX_TABLES = 200_000
+MAX_NUMBERS = 2_500_000
+MAX_QUOTES = 2_000_000
+MAX_EXPERTS = 4_096
+MAX_MODULES = 10_000
+MAX_NAME = 128
+"""Characters of an expert's name; a recipe takes 64."""
+MARKUP = frozenset("`|<>[]\\")
+"""Characters that a name does not have, so that it is text on a model card, too."""
+MIN_FACTOR = 1e-30
+"""Of a scaling or a temperature: dividing by it stays finite in float32."""
+MAX_TEMPERATURE = 1_000.0
+MAX_MARGIN = 1_000.0
+MOST_REASONS = 5
+"""Faults that one message names."""
+
+OPENINGS = ("own", "prompt", "shared")
+SHARES = ("module", "point", "layer", "token")
+STAND_INS = ("", "arrow", "norm")
+SOURCE = re.compile(rf"{REPO_ID.pattern}(/[A-Za-z0-9_.\-/]{{1,500}})?|{PATH}[^`|]{{0,500}}")
+RANKS = re.compile(r"(\d{1,5}(–\d{1,5})?)?")
+METHOD = re.compile(r"[a-z_]{1,40}")
+ADAPTER_ID, FUSED_ID, ROUTER_ID = (
+    re.compile(rf"{kind}:[0-9a-f]{{64}}") for kind in ("adapter", "fused", "router")
+)
 
 
 class CheckpointError(MeteoraError):
     """A folder is not a fused checkpoint that this version can read."""
+
+
+def check_name(name: object) -> str:
+    """Return what is wrong with the name of an expert; empty if nothing is."""
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        return f"{shortened(name)!r} is not a printable name of 1 to {MAX_NAME} characters"
+    if name in (NULL, SHARED) or name != name.strip() or not MARKUP.isdisjoint(name):
+        return f"{name!r} cannot be the name of an expert; letters, digits, spaces, _ . - can"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +95,37 @@ class BaseEntry(Noun):
     revision: str
     fingerprint: Fingerprint
     licence: str = ""
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any], found: Findings) -> Self:
+        """Read the reference to a base: a commit, a file by its hash, or the name of a folder."""
+        name, revision = (config_fields.text(body, key, found) for key in ("repo_id", "revision"))
+        if not is_reference(name, revision):
+            base = f"{shortened(name)!r} at {shortened(revision)!r}"
+            found.refuse("base", f"its base is {base}; possible are {REFERENCES}")
+        sizes = config_fields.table(body, "fingerprint", found)
+        return cls(
+            name,
+            revision,
+            Fingerprint(
+                architecture=config_fields.text(sizes, "architecture", found),
+                vocabulary_sha256=config_fields.matching(
+                    sizes.get("vocabulary_sha256"), "vocabulary_sha256", SHA256, found
+                ),
+                **{
+                    key: config_fields.whole(sizes.get(key), key, 1, MAX_SIZE, found)
+                    for key in (
+                        "hidden_size",
+                        "intermediate_size",
+                        "num_hidden_layers",
+                        "num_attention_heads",
+                        "num_key_value_heads",
+                        "vocab_size",
+                    )
+                },
+            ),
+            config_fields.text(body, "licence", found),
+        )
 
 
 @dataclass(frozen=True)
@@ -54,6 +141,28 @@ class ExpertEntry(Noun):
     r: str
     """Its ranks, as "8" or "4–16"."""
 
+    @classmethod
+    def read(cls, body: object, found: Findings) -> Self:
+        """Read what is said of an expert."""
+        if not isinstance(body, dict):
+            found.refuse("experts", f"an expert is {shortened(body)!r}, not a table")
+            body = {}
+        if reason := check_name(body.get("name")):
+            found.refuse("experts", reason)
+        return cls(
+            name=str(body.get("name")),
+            adapter_id=config_fields.matching(
+                body.get("adapter_id"), "adapter_id", ADAPTER_ID, found
+            ),
+            source=config_fields.matching(body.get("source"), "source", SOURCE, found),
+            revision=config_fields.text(body, "revision", found),
+            weights_sha256=config_fields.matching(
+                body.get("weights_sha256"), "weights_sha256", SHA256, found
+            ),
+            licence=config_fields.text(body, "licence", found),
+            r=config_fields.matching(body.get("r"), "r", RANKS, found),
+        )
+
 
 @dataclass(frozen=True)
 class ModuleEntry:
@@ -62,7 +171,36 @@ class ModuleEntry:
     in_features: int
     out_features: int
     ranks: tuple[int, ...]
+    """0 for an expert that lacks the module."""
     scaling: tuple[float, ...]
+
+    @classmethod
+    def read(cls, path: str, body: object, num_experts: int, found: Findings) -> Self:
+        """Read sizes, ranks and scalings of a module."""
+        where = shortened(path)
+        if not isinstance(body, dict):
+            found.refuse("modules", f"{where} is {shortened(body)!r}, not a table")
+            body = {}
+        config_fields.refuse_unknown(body, where, {"in", "out", "ranks", "scaling"}, found)
+        ranks, scaling = (
+            tuple(config_fields.rows(body, key, MAX_EXPERTS, found)) for key in ("ranks", "scaling")
+        )
+        if not len(ranks) == len(scaling) == num_experts:
+            found.refuse("ranks", f"{where} has {len(ranks)} ranks for {num_experts} experts")
+        for rank in ranks:
+            if type(rank) is not int or not 0 <= rank <= config_fields.MAX_RANK:
+                config_fields.rank(rank, f"a rank of {where}", found)
+        for rank, scale in zip(ranks, scaling, strict=False):
+            if type(scale) is not float or not MIN_FACTOR <= scale <= config_fields.MAX_ALPHA:
+                least = MIN_FACTOR if rank else 0.0
+                config_fields.real(
+                    scale, f"a scaling of {where}", least, config_fields.MAX_ALPHA, found
+                )
+        sizes = (
+            config_fields.whole(body.get(key), f"{key} of {where}", 1, MAX_SIZE, found)
+            for key in ("in", "out")
+        )
+        return cls(*sizes, ranks, scaling)
 
 
 @dataclass(frozen=True)
@@ -77,6 +215,8 @@ class Manifest:
     """How the gates were made; empty for a router without gates."""
     fused_id: str = ""
     router_id: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files of tensors, by name; empty in checkpoints of earlier versions."""
 
     @property
     def names(self) -> list[str]:
@@ -102,24 +242,136 @@ class Manifest:
         return json.dumps(body, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        body = json.loads(text)
-        experts = tuple(ExpertEntry.from_dict(entry) for entry in body["experts"])
-        modules = {}
-        for path, entry in body["modules"].items():
-            ranks, scaling = tuple(entry["ranks"]), tuple(entry["scaling"])
-            if not len(ranks) == len(scaling) == len(experts):
-                raise ValueError(f"{path} has {len(ranks)} ranks for {len(experts)} experts")
-            modules[path] = ModuleEntry(entry["in"], entry["out"], ranks, scaling)
-        return cls(
-            base=BaseEntry.from_dict(body["base"]),
-            experts=experts,
-            modules=modules,
-            router=RouterOptions.from_dict(body["router"]),
-            gates=body["gates"],
-            fused_id=body["fused_id"],
-            router_id=body["router_id"],
+    def from_json(cls, data: bytes) -> Self:
+        """Read a manifest of unknown origin.
+
+        Raises:
+            CheckpointError: it is not one, or a field has another type or is out of its range; the
+                message is a clause.
+        """
+        body = _parse(data)
+        if (version := body.get("format_version")) != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format version {shortened(version)}, this program reads {FORMAT_VERSION};"
+                " install the version of meteora-pipelines that wrote it"
+            )
+        found = Findings()
+        read = cls._read(body, found)
+        if found.refusals:
+            reasons = "; ".join(reason.message for reason in found.refusals[:MOST_REASONS])
+            raise CheckpointError(
+                f"it does not describe a fused checkpoint: {reasons}; download or build it again"
+            )
+        return read
+
+    @classmethod
+    def _read(cls, body: Mapping[str, Any], found: Findings) -> Self:
+        known = {field.name for field in fields(cls)} | {"format_version"}
+        config_fields.refuse_unknown(body, MANIFEST, known, found)
+        experts = tuple(
+            ExpertEntry.read(entry, found)
+            for entry in config_fields.rows(body, "experts", MAX_EXPERTS, found)
         )
+        names = [expert.name for expert in experts]
+        if len({*names}) < len(names) or not names:
+            found.refuse("experts", "its experts do not have different names, or it has none")
+        modules = config_fields.table(body, "modules", found)
+        if len(modules) > MAX_MODULES:
+            found.refuse("modules", f"it has {len(modules)} modules, more than {MAX_MODULES}")
+            modules = {}
+        return cls(
+            base=BaseEntry.read(config_fields.table(body, "base", found), found),
+            experts=experts,
+            modules={
+                config_fields.matching(path, "the path of a module", NAME, found): ModuleEntry.read(
+                    path, entry, len(experts), found
+                )
+                for path, entry in modules.items()
+            },
+            router=read_router(config_fields.table(body, "router", found), names, found),
+            gates=_read_gates(body, found),
+            fused_id=_text_of(body, "fused_id", FUSED_ID, found),
+            router_id=_text_of(body, "router_id", ROUTER_ID, found),
+            files=_read_files(body, found),
+        )
+
+
+def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings) -> RouterOptions:
+    """Read how to route.
+
+    Args:
+        names: of the experts
+    """
+    config_fields.refuse_unknown(body, "router", {f.name for f in fields(RouterOptions)}, found)
+    margin = body.get("margin")
+    stand_in = config_fields.one_of(body.get("stand_in", ""), "stand_in", STAND_INS, found)
+    stand_ins = tuple(_read_stand_ins(body, names, found))
+    if stand_ins and not stand_in:
+        found.refuse("stand_in", "stand_in is empty, and there are experts without examples")
+    return RouterOptions(
+        kind=config_fields.one_of(body.get("kind"), "router.kind", ROUTER_KINDS, found),
+        top_k=config_fields.whole(body.get("top_k"), "top_k", 1, MAX_EXPERTS, found),
+        temperature=config_fields.real(
+            body.get("temperature"), "temperature", MIN_FACTOR, MAX_TEMPERATURE, found
+        ),
+        margin=margin
+        if margin is None
+        else config_fields.real(margin, "margin", 0.0, MAX_MARGIN, found),
+        opening=config_fields.one_of(body.get("opening", "own"), "opening", OPENINGS, found),
+        null=config_fields.flag(body, "null", found),
+        share=config_fields.one_of(body.get("share", "module"), "share", SHARES, found),
+        stand_in=stand_in,
+        stand_ins=stand_ins,
+    )
+
+
+def _read_stand_ins(body: Mapping[str, Any], names: Collection[str], found: Findings) -> list[str]:
+    """Read the names of experts without examples, in the order of their columns."""
+    stand_ins = config_fields.rows({"stand_ins": [], **body}, "stand_ins", MAX_EXPERTS, found)
+    known = [name for name in stand_ins if isinstance(name, str) and name in names]
+    if len({*known}) < len(stand_ins):
+        found.refuse("stand_ins", "stand_ins does not name different experts of the checkpoint")
+    return known
+
+
+def _read_gates(body: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Read how the gates were made; empty for a router without gates."""
+    gates = config_fields.plain(config_fields.table(body, "gates", found), "gates", found)
+    if not isinstance(gates, dict) or not gates:
+        return {}
+    config_fields.matching(gates.get("method"), "gates.method", METHOD, found)
+    config_fields.whole(gates.get("num_tokens"), "gates.num_tokens", 0, 1 << 62, found)
+    return gates
+
+
+def _read_files(body: Mapping[str, Any], found: Findings) -> dict[str, str]:
+    files = config_fields.table(body, "files", found) if "files" in body else {}
+    if not files.keys() <= {*TENSORS}:
+        found.refuse("files", f"files names {listed([*files])}; {listed(TENSORS)} are possible")
+    return {
+        name: config_fields.matching(sha256, f"files[{shortened(name)}]", SHA256, found)
+        for name, sha256 in files.items()
+    }
+
+
+def _text_of(body: Mapping[str, Any], key: str, pattern: re.Pattern[str], found: Findings) -> str:
+    """Read a text of a given form; empty where the field is not set."""
+    return config_fields.matching(body[key], key, pattern, found) if body.get(key) else ""
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    # counted before it is parsed: a table takes 30 times the bytes of its text
+    most = {b"[": MAX_TABLES, b"{": MAX_TABLES, b",": MAX_NUMBERS, b'"': MAX_QUOTES}
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"it has more than {MAX_BYTES} bytes; download or build it again")
+    if any(data.count(mark) > limit for mark, limit in most.items()):
+        raise CheckpointError("it lists more than any checkpoint has; download or build it again")
+    try:
+        return parse_object(data)
+    except StrictJSONError as error:
+        raise CheckpointError(
+            f"it does not describe a fused checkpoint: {error}; download or build it again"
+        ) from None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -130,17 +382,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: there is no {MANIFEST} in it; a fused checkpoint has one, give the folder"
             " that `meteora run` printed"
         )
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["format_version"]
-        if found != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format version {found}, this program reads {FORMAT_VERSION};"
-                " install the version of meteora-pipelines that wrote it"
-            )
-        return Manifest.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: it does not describe a fused checkpoint ({type(error).__name__}: {error});"
-            " download or build it again"
-        ) from error
+        return Manifest.from_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

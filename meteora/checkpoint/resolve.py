@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.hub import cached_file, resolve_revision
 
+from meteora.artifacts import REPO_ID
 from meteora.base import loading
-from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
+from meteora.base.download import NO_TOKEN, download_base
+from meteora.base.sources import (
+    GGUF,
+    KNOWN_PACKAGES,
+    PATH,
+    NotInstalledError,
+    SourceError,
+    file_sha256,
+    find_gguf,
+)
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -17,6 +27,7 @@ from meteora.checkpoint.manifest import (
     CheckpointError,
     read_manifest,
 )
+from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,10 +52,12 @@ def load_tokenizer(
         settings: options of the tokenizer, such as `padding_side`; the others are those of `load`
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download, whole=False)
-    source, at = _find_base(read_manifest(folder), base_folder)
-    if isinstance(source, Path) and source.is_file():
+    manifest = read_manifest(folder)
+    asked = base_download(checkpoint_folder, manifest, download)
+    source = _find_base(manifest, base_folder, asked, weights=False)
+    if source.is_file():
         return loading.load_tokenizer(source.parent, gguf_file=source.name, options=settings)
-    return loading.load_tokenizer(source, at, options={**(download or {}), **(settings or {})})
+    return loading.load_tokenizer(source, options=settings)
 
 
 def find_checkpoint(
@@ -64,7 +77,7 @@ def find_checkpoint(
         statistics: Also those that its gates were fitted to, if it has them, to add an expert.
     """
     folder = Path(name)
-    if folder.is_dir() or not _is_hub_id(str(name)):
+    if folder.is_dir() or not is_hub_id(str(name)):
         return folder
     asked: dict[str, Any] = {**(download or {}), "subfolder": subfolder}
     # once for all files: a branch can move between two downloads
@@ -81,13 +94,34 @@ def find_checkpoint(
     except OSError as error:
         raise CheckpointError(
             f"{name}: there is no such folder here, and no fused checkpoint of that name came from"
-            f" the Hub: {error}"
+            f" the Hub: {brief(error)}"
         ) from error
     return Path(str(found)).parent
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+def is_hub_id(name: str) -> bool:
+    """Whether a name is `owner/name`, as repositories of the Hub are called."""
+    return REPO_ID.fullmatch(name) is not None and ".." not in name
+
+
+def base_download(
+    name: str | Path, manifest: Manifest, download: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the options with which the base of a checkpoint is downloaded.
+
+    A checkpoint names its base itself. So a token, given or saved, that is sent for a checkpoint on
+    the Hub is sent for its base only where both have one owner. For a checkpoint in a folder, only
+    a token that is given is sent.
+
+    Args:
+        name: of the checkpoint: a folder, or a Hub id
+        download: options for the checkpoint
+    """
+    asked = dict(download or {})
+    if Path(name).is_dir():
+        return {**NO_TOKEN, **asked}
+    owner = manifest.base.repo_id.partition("/")[0]
+    return {"token": None, **asked} if str(name).partition("/")[0] == owner else asked | NO_TOKEN
 
 
 def load_base(
@@ -98,16 +132,20 @@ def load_base(
     download: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base that a checkpoint refers to, from `folder` if one is given."""
-    source, revision = _find_base(manifest, folder)
-    if isinstance(source, Path) and source.is_file():
-        if options:
-            raise SourceError(
-                f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
-                f" {', '.join(options)}; give the base as safetensors with base_folder="
-            )
-        return loading.load_gguf(source)
-    return loading.load_folder(source, revision, dtype, download=download, options=options)
+    """Load the base that a checkpoint refers to, from `folder` if one is given.
+
+    Raises:
+        SourceError: there is no such folder, or the base does not come from where it is.
+    """
+    source = _find_base(manifest, folder, download)
+    if not source.is_file():
+        return loading.load_folder(source, dtype, options=options)
+    if options:
+        raise SourceError(
+            f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
+            f" {', '.join(options)}; give the base as safetensors with base_folder="
+        )
+    return loading.load_gguf(source)
 
 
 def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
@@ -116,38 +154,57 @@ def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
     Raises:
         SourceError: It is not on this machine in that format; nothing is downloaded.
     """
-    source, revision = _find_base(manifest, folder)
-    name = manifest.base.repo_id
-    if isinstance(source, Path):
-        if source.is_dir():
-            return source
-        raise SourceError(
-            f"{name} is dequantised from GGUF, and only the home of its run has it as safetensors;"
-            " give that home with --home, or run the recipe again"
-        )
-    try:
-        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
-    except OSError as error:
-        raise SourceError(
-            f"{name} at {manifest.base.revision[:12]} is not in the Hub's cache; download it with"
-            f" `hf download {name} --revision {manifest.base.revision}`, or give its folder with"
-            " --base"
-        ) from error
-    return Path(str(found)).parent
+    source = _find_base(manifest, folder, {"local_files_only": True})
+    if source.is_dir():
+        return source
+    raise SourceError(
+        f"{manifest.base.repo_id} is dequantised from GGUF, and only the home of its run has it as"
+        " safetensors; give that home with --home, or run the recipe again"
+    )
 
 
-def _find_base(manifest: Manifest, folder: str | Path | None) -> tuple[str | Path, str | None]:
-    """Return a folder, a GGUF file, or a Hub id with its commit."""
+def _find_base(
+    manifest: Manifest,
+    folder: str | Path | None,
+    download: Mapping[str, Any] | None,
+    *,
+    weights: bool = True,
+) -> Path:
+    """Return a folder or a GGUF file; a base on the Hub is downloaded at its commit."""
     name = manifest.base.repo_id
     if folder is not None:
         if not Path(folder).is_dir():
             raise SourceError(f"{folder}: there is no such folder; give the one that holds {name}")
-        return Path(folder), None
+        return Path(folder)
     if name.startswith(GGUF):
-        return find_gguf(name), None
+        return _find_packaged(manifest)
     if name.startswith(PATH):
         raise SourceError(
             f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
             " say where it lies now with base_folder=, or --base"
         )
-    return name, manifest.base.revision
+    return download_base(name, manifest.base.revision, download, weights=weights)
+
+
+def _find_packaged(manifest: Manifest) -> Path:
+    """Return a GGUF file in an installed package, if it is the file that the manifest means.
+
+    No advice is given to install a package that only a checkpoint names: it may be a stranger's.
+    """
+    name = manifest.base.repo_id
+    package = name.removeprefix(GGUF).partition("/")[0]
+    try:
+        file = find_gguf(name)
+    except NotInstalledError as error:
+        if package in KNOWN_PACKAGES:
+            raise
+        raise SourceError(
+            f"{name}: the Python package {package}, which the checkpoint names, is not installed"
+            " here; give the folder of the base with base_folder="
+        ) from error
+    if f"sha256:{file_sha256(file)}" != manifest.base.revision:
+        raise SourceError(
+            f"{file}: it is not the file that the checkpoint was made with, which has the hash"
+            f" {manifest.base.revision}; install the version of {package} that has it"
+        )
+    return file

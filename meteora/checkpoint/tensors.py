@@ -24,27 +24,36 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from meteora.adapters.tensors import place_of
 from meteora.artifacts import canonical_json
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
+from meteora.checkpoint.sound_file import AGAIN, open_sound
+from meteora.untrusted import config_fields
+from meteora.untrusted.findings import Findings, listed, shortened
+from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
     from typing import BinaryIO
+
+    from safetensors import safe_open
 
     from meteora.checkpoint.manifest import Manifest
 
 NOTES = "meteora"
 """The key in the metadata of a gates file for everything but weights, as JSON."""
 
-AGAIN = "download or build the checkpoint again"
 WRITE_BYTES = 1 << 20
 """Bytes of one write: the page cache takes a whole tensor at a quarter of the speed."""
+MAX_TEMPLATE = 20_000
+"""Tokens before a prompt, or after it; a long system prompt has thousands."""
+MAX_TOKEN = (1 << 31) - 1
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -120,46 +129,51 @@ def _write_rows(
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[safe_open]:
-    """Open a safetensors file; raises `CheckpointError` where it is missing or damaged."""
-    if not path.is_file():
+def open_experts(folder: Path, manifest: Manifest) -> Generator[safe_open]:
+    """Open the file of experts, for `read_factors`.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds what the manifest does not name.
+    """
+    with open_sound(folder, EXPERTS, manifest, dtypes=DTYPES) as file:
+        named = {f"{module}.lora_{factor}" for module in manifest.modules for factor in "AB"}
+        _refuse_others(folder / EXPERTS, file, named)
+        yield file
+
+
+def read_factors(
+    file: safe_open, folder: Path, manifest: Manifest, module: str
+) -> tuple[Tensor, Tensor]:
+    """Return A [R, IN] and B [OUT, R] of a module; refuses those of other sizes."""
+    entry = manifest.modules[module]
+    a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
+    rank = sum(entry.ranks)
+    found, needed = (*a.shape, *b.shape), (rank, entry.in_features, entry.out_features, rank)
+    if found != needed or a.dtype != b.dtype:
         raise CheckpointError(
-            f"{path.parent}: there is no {path.name} in it; the checkpoint is not whole, download"
-            " or build it again"
+            f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
+            f" {needed} of one type; the two files do not belong together, {AGAIN}"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: it is damaged, or belongs to another {MANIFEST} ({error}); download or build"
-            " the checkpoint again"
-        ) from error
+    return a, b
 
 
-def read_experts(
-    folder: Path, manifest: Manifest, modules: Iterable[str] | None = None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield each module's path with its A [R, IN] and B [OUT, R], in the dtype of the file.
 
-    Args:
-        modules: their paths; without it, all
+    The whole file is checked before the first is yielded.
     """
-    with _opened(folder / EXPERTS) as file:
-        for module in manifest.modules if modules is None else modules:
-            entry = manifest.modules[module]
-            a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
-            rank = sum(entry.ranks)
-            found, needed = (
-                (*a.shape, *b.shape),
-                (rank, entry.in_features, entry.out_features, rank),
-            )
-            if found != needed:
-                raise CheckpointError(
-                    f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
-                    f" {needed}; the two files do not belong together, download or build them again"
-                )
-            yield module, a, b
+    with open_experts(folder, manifest) as file:
+        for module in manifest.modules:
+            yield module, *read_factors(file, folder, manifest, module)
+
+
+def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None:
+    """Refuse a file with tensors that nothing names."""
+    if others := sorted(set(file.keys()) - named):
+        raise CheckpointError(
+            f"{path}: it holds {listed(others)}, which {MANIFEST} does not name; the two files do"
+            f" not belong together, {AGAIN}"
+        )
 
 
 @dataclass(frozen=True)
@@ -196,23 +210,23 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
     num_choices = len(manifest.choices)
     own: dict[str, tuple[Tensor, Tensor]] = {}
     stand_ins: dict[str, Tensor] = {}
-    with _opened(folder / GATES) as file:
-        try:
-            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
-            follows = dict(notes.get("follows", {}))
-            template = Template.from_dict(notes.get("template", {}))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / GATES}: its notes are damaged; {AGAIN}") from error
+    with open_sound(folder, GATES, manifest) as file:
+        follows, template = _read_notes(file, folder / GATES, manifest)
+        parts = ("weight", "bias", *(["stand_in"] if manifest.router.stand_ins else []))
+        own_modules = manifest.modules.keys() - follows.keys()
+        named = {f"{module}.gate.{part}" for module in own_modules for part in parts}
+        _refuse_others(folder / GATES, file, named)
         for module, entry in manifest.modules.items():
             if module in follows:
                 continue
             weight = file.get_tensor(f"{module}.gate.weight")
             bias = file.get_tensor(f"{module}.gate.bias")
             found, needed = (*weight.shape, *bias.shape), (num_choices, entry.in_features)
-            if found != (*needed, num_choices):
+            if found != (*needed, num_choices) or weight.dtype != bias.dtype:
                 raise CheckpointError(
                     f"{folder / GATES}: {module} has a gate of {found}, {MANIFEST} asks for"
-                    f" {(*needed, num_choices)}; the two files do not belong together, {AGAIN}"
+                    f" {(*needed, num_choices)} of one type; the two files do not belong together,"
+                    f" {AGAIN}"
                 )
             own[module] = weight, bias
             if manifest.router.stand_ins:
@@ -222,9 +236,51 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                         f"{folder / GATES}: {module} has other experts without examples than"
                         f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
                     )
-    if not {*follows.values()} <= own.keys():
-        raise CheckpointError(
-            f"{folder / GATES}: a module follows a gate that is not there; {AGAIN}"
-        )
     without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
     return Gates(own, follows, template, stand_ins, without)
+
+
+def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[str, str], Template]:
+    """Read which module follows which, and the tokens around every prompt."""
+    found = Findings()
+    try:
+        notes = parse_object((file.metadata() or {}).get(NOTES, "{}").encode())
+    except StrictJSONError as error:
+        raise CheckpointError(f"{path}: its notes are damaged: {error}; {AGAIN}") from None
+    config_fields.refuse_unknown(notes, "its notes", ("follows", "template"), found)
+    follows = config_fields.table({"follows": {}, **notes}, "follows", found)
+    for module, leader in follows.items():
+        if not _can_follow(module, leader, follows, manifest):
+            found.refuse(
+                "follows",
+                f"{shortened(module)} follows {shortened(leader)}, which is no earlier gate",
+            )
+    template = config_fields.table({"template": {}, **notes}, "template", found)
+    config_fields.refuse_unknown(template, "the template", ("opening", "closing"), found)
+    opening, closing = (
+        tuple(
+            config_fields.whole(token, f"a token of {part}", 0, MAX_TOKEN, found)
+            for token in config_fields.rows({part: [], **template}, part, MAX_TEMPLATE, found)
+        )
+        for part in ("opening", "closing")
+    )
+    if found.refusals:
+        reasons = "; ".join(reason.message for reason in found.refusals)
+        raise CheckpointError(f"{path}: its notes are damaged: {reasons}; {AGAIN}")
+    return follows, Template(opening, closing)
+
+
+def _can_follow(
+    module: str, leader: object, follows: Mapping[str, Any], manifest: Manifest
+) -> bool:
+    """Whether a module can do what a gate decides; the modules of one layer may have any order."""
+    if not isinstance(leader, str) or leader in follows:
+        return False
+    modules = manifest.modules
+    if not {module, leader} <= modules.keys():
+        return False
+    one_input = manifest.router.share == "point"
+    if one_input and modules[module].in_features != modules[leader].in_features:
+        return False
+    first, second = place_of(leader), place_of(module)
+    return first is None or second is None or first.layer <= second.layer

@@ -1,8 +1,9 @@
-"""How gates are made: in closed form, by gradient descent, and for one more expert.
+"""How gates are made: from the tokens of each input, by gradient descent, and for one more expert.
 
 calibrate       fit all gates in one sweep, layer by layer
 layerwise       run a model one decoder layer at a time
 lda             linear discriminant analysis: the closed form of a gate
+logistic        logistic regression: the closed form, refined on the tokens themselves
 covariance      class means and covariance, from sums over tokens
 statistics      means and covariance as a file, so that experts can be added later
 sequences       examples as tokens with labels, and how much each token counts

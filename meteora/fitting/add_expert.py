@@ -21,7 +21,8 @@ import torch
 
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
-from meteora.fitting.lda import SingularError, extended_gate
+from meteora.fitting.lda import SingularError
+from meteora.fitting.logistic import Tokens, refine
 from meteora.fitting.sequences import (
     MAX_ROWS,
     UNLABELLED,
@@ -39,8 +40,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.artifacts import RouterOptions
+    from meteora.fitting.covariance import Covariance
     from meteora.fitting.sequences import Batch, LabelledSequence
     from meteora.fitting.statistics import PointStatistics
+
+DRAWN = 512
+"""Tokens of each other expert that are drawn at a point, at most; of all together `MAX_ROWS`."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +108,9 @@ def grow(
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
         point, covariance = statistics[before].grown(kinds, expert)
         grown[paths[0]] = point
-        gate = extended_gate(
-            gates.own[before],
-            covariance,
-            point.means.double(),
-            point.shift,
-            point.shrinkage,
-            expert,
+        gate = _with_one_more(
+            gates.own[before], statistics[before], point, covariance, kinds, expert
         )
-        if gate is None:
-            raise SingularError("the inputs of this point hold NaN or infinity")
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
         shares = [share for share, _ in checked]
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
@@ -126,6 +124,40 @@ def grow(
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
     )
+
+
+def _with_one_more(
+    gate: tuple[Tensor, Tensor],
+    before: PointStatistics,
+    point: PointStatistics,
+    covariance: Covariance,
+    kinds: Sequence[tuple[float, Tensor]],
+    expert: int,
+) -> tuple[Tensor, Tensor]:
+    """A gate with a row for one more expert; the rows of the others do not change in any bit.
+
+    The row is first that of linear discriminant analysis, then refined on the expert's own tokens
+    and on tokens of the others that are drawn from their statistics.
+    """
+    mean = point.means[expert : expert + 1].double()
+    row = covariance.solve(mean, point.shrinkage)
+    if row is None:
+        raise SingularError("the inputs of this point hold NaN or infinity")
+    offset = -0.5 * (row * mean).sum(-1) - row @ point.shift.double()
+    weight, bias = (
+        torch.cat([part[:expert], own.float(), part[expert:]])
+        for part, own in zip(gate, (row, offset), strict=True)
+    )
+    drawn = before.drawn(min(DRAWN, MAX_ROWS // len(before.means)))
+    others = [e + (e >= expert) for e in range(len(drawn))]
+    parts = [(expert, share, x) for share, x in kinds]
+    parts += [(other, 1.0, x) for other, x in zip(others, drawn, strict=True)]
+    tokens = Tokens(
+        torch.cat([x for _, _, x in parts]),
+        torch.cat([torch.full((len(x),), label, device=x.device) for label, _, x in parts]),
+        torch.cat([x.new_full((len(x),), share / len(x)) for _, share, x in parts]),
+    )
+    return refine(weight, bias, tokens, point, rows=slice(expert, expert + 1))
 
 
 def _apart(

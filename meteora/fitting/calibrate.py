@@ -1,4 +1,4 @@
-"""Fit the gates in closed form, in one forward sweep and without a backward pass.
+"""Fit the gates in one forward sweep, without a backward pass through the model.
 
 `calibrate` goes through the model layer by layer, as post-training quantisation does. At each point
 where modules share an input (q, k, v; o; gate, up; down) it fits the gate to that input *as the
@@ -21,6 +21,7 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
+from meteora.fitting.logistic import FEW_ITERATIONS, Tokens, refine
 from meteora.fitting.sequences import (
     MAX_ROWS,
     UNLABELLED,
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from meteora.base.chat_template import Template
     from meteora.routing.layer import MoELoRALinear
 
-MAX_HELDOUT_BYTES = 256 << 20
-"""Held-out inputs of a point are kept in memory up to this size; of more, only every n-th is."""
+MAX_TOKEN_BYTES = 1 << 30
+"""Tokens of a point are kept in memory up to this size; of more, only a sample is."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def calibrate(
     options: RouterOptions = POINT_GATES,
     *,
     template: Template | None = None,
+    refined: bool = True,
     seed: int = 0,
     device: torch.device | str | None = None,
     scratch: Path | None = None,
@@ -91,6 +93,7 @@ def calibrate(
             without sequences are scored from their weights, and every module has its own gate;
             without it every expert needs sequences
         template: the chat template's opening, if the whole prompt decides for these tokens
+        refined: whether the closed form is where logistic regression starts, or is the gate
         seed: chooses the held-out sequences
         device: where to run; the model moves there and stays there. None: where the model is
         scratch: a folder for hidden states that do not fit in memory
@@ -116,16 +119,22 @@ def calibrate(
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         path = paths[0]
-        scatter, held = _scatter_of(inputs, batches, weights, len(names))
-        shrinkage, accuracy_of[path] = choose_shrinkage(scatter[0], *held)
+        scatter, (tokens, held) = _scatter_of(inputs, batches, weights, len(names))
+        shrinkage, accuracy = choose_shrinkage(scatter[0], *held)
         both = scatter[0] + scatter[1]
-        weight, bias = gate_from(both, shrinkage)
-        if names[-1] == NULL:
-            bias[-1] += lead_of_last(held[0] @ weight.T + bias, held[1])
         statistics[path] = PointStatistics.of(both, shrinkage)
+        weight, bias = gate_from(scatter[0] if refined else both, shrinkage)
+        if refined:
+            weight, bias = refine(weight, bias, tokens, statistics[path])
+            accuracy = held.accuracy(weight, bias)
+            every_token = Tokens.of([tokens, held])
+            weight, bias = refine(weight, bias, every_token, statistics[path], FEW_ITERATIONS)
+        accuracy_of[path] = accuracy
+        if names[-1] == NULL:
+            bias[-1] += lead_of_last(held.x @ weight.T + bias, held.labels)
         if not without:
             return weight, bias
-        others["tokens"] = held[0]
+        others["tokens"] = held.x
         rows = torch.tensor(fitted, device=weight.device)
         return (
             weight.new_zeros(len(every), weight.shape[1]).index_copy(0, rows, weight),
@@ -231,35 +240,34 @@ def _scatter_of(
     batches: Sequence[Batch],
     weights: Sequence[Tensor],
     num_experts: int,
-) -> tuple[list[Sums], tuple[Tensor, Tensor, Tensor]]:
-    """Sums over the labelled tokens of one input point.
+) -> tuple[list[Sums], list[Tokens]]:
+    """Sums over the labelled tokens of one input point, and these tokens.
 
     Returns:
-        the sums of the sequences to fit and of the held-out ones; and held-out tokens as
-        (x [T, IN], labels [T], weights [T]), every n-th of them above `MAX_HELDOUT_BYTES`
+        the sums of the sequences to fit and of the held-out ones, then their tokens; a sample of
+        them above `MAX_TOKEN_BYTES`
     """
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
-    num_held = sum(int((b.heldout & (b.labels != UNLABELLED)).sum()) for b in batches)
     scatters: list[Sums] = []
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: tuple[list[Tokens], ...] = ([], [])
     for x, batch, counted in zip(inputs, batches, weights, strict=True):
         num_inputs = x.shape[-1]
-        stride = -(-num_held * num_inputs * 4 // MAX_HELDOUT_BYTES)
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
-            tokens, labels, own = x[chosen].float(), batch.labels[chosen], counted[chosen]
-            if not len(tokens):
+            tokens = Tokens(x[chosen].float(), batch.labels[chosen], counted[chosen])
+            if not len(tokens.x):
                 continue
             if not scatters:  # the form with the smaller matrix
                 form = Scatter if num_inputs <= min(num_labelled, MAX_ROWS) else RowScatter
-                shift = tokens.mean(0)
+                shift = tokens.x.mean(0)
                 scatters = [form.empty(num_experts, shift) for _ in range(2)]
-            scatters[held].add(tokens, labels, own, batch.stands_for[chosen])
-            if held:
-                kept.append((tokens[::stride], labels[::stride], own[::stride]))
-    held_tokens, labels, own = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            stands_for = batch.stands_for[chosen]
+            scatters[held].add(*tokens, stands_for)
+            if 4 * num_inputs * num_labelled > MAX_TOKEN_BYTES:
+                tokens = tokens.sampled(stands_for)
+            kept[held].append(tokens)
     # hold_out leaves tokens of every expert on both sides
-    return scatters, (held_tokens, labels, own)
+    return scatters, [Tokens.of(parts) for parts in kept]
 
 
 def _stand_in(

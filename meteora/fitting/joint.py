@@ -138,6 +138,7 @@ def train_jointly(
             sequences if calibrated else _two_of_each(sequences, names),
             options,
             template=template,
+            refined=False,
             seed=seed,
             scratch=scratch,
         )

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates."""
-ROUNDED = 1e-6
-"""Eigenvalues of products of float32 rows below this share of the largest are rounding errors."""
 GIVEN_UP = 0.01
 """Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
@@ -65,49 +61,6 @@ def solve_gate(
         return None
     bias = -0.5 * (weight * means).sum(-1) - weight @ shift.double()
     return weight.float(), bias.float()
-
-
-def extended_gate(
-    gate: tuple[Tensor, Tensor],
-    covariance: Covariance,
-    means: Tensor,
-    shift: Tensor,
-    shrinkage: float,
-    expert: int,
-) -> tuple[Tensor, Tensor] | None:
-    """A gate with one more class; the rows of the other classes do not change in any bit.
-
-    `covariance` may be an approximation A ≈ S, because S⁻¹ is known on the other means M: there it
-    gives their rows G. S⁻¹ is taken to be the symmetric matrix that agrees with G on M and with A⁻¹
-    elsewhere (Schnabel's block BFGS, 1983). The new row is
-
-        w = aᵀ G + (I - Gᵀ K⁺ M) A⁻¹ r        K = M Gᵀ        a = K⁺ G mu        r = mu - Mᵀ a
-
-    Args:
-        gate: G [E - 1, IN] and c [E - 1] of the other classes
-        covariance: of all classes together
-        means: [E, IN] of all classes in float64, with the shift subtracted
-        shift: [IN]
-        expert: the number of the new class
-
-    Returns:
-        G [E, IN] and c [E] in float32; None as in `solve_gate`.
-    """
-    weight, bias = gate
-    others = torch.arange(len(means), device=means.device) != expert
-    mean, known, rows = means[expert : expert + 1], means[others], weight.double()
-    overlap = known @ rows.T
-    inverse = torch.linalg.pinv((overlap + overlap.T) / 2, rtol=ROUNDED, hermitian=True)
-    share = mean @ rows.T @ inverse
-    rest = covariance.solve(mean - share @ known, shrinkage)
-    if rest is None:
-        return None
-    own = share @ rows + rest - rest @ known.T @ inverse @ rows  # [1, IN]
-    own_bias = -0.5 * (own * mean).sum(-1) - own @ shift.double()
-    return (
-        torch.cat([weight[:expert], own.float(), weight[expert:]]),
-        torch.cat([bias[:expert], own_bias.float(), bias[expert:]]),
-    )
 
 
 def choose_shrinkage(

@@ -58,6 +58,18 @@ class PointStatistics:
         """The shrinkage with which the gate was fitted, in (0, 1]."""
         return self.scalars[2].item()
 
+    def drawn(self, count: int) -> Tensor:
+        """Tokens as normally distributed as the statistics say, [E, count, IN]; always the same."""
+        generator = torch.Generator().manual_seed(0)
+        unit, floor, _ = self.scalars.tolist()
+        num_experts, num_inputs = self.means.shape
+        inside = torch.randn(num_experts, count, len(self.rows), generator=generator)
+        beside = torch.randn(num_experts, count, num_inputs, generator=generator)
+        spread = (
+            inside.to(self.means) @ (self.rows.float() * unit) + beside.to(self.means) * floor**0.5
+        )
+        return (self.means + self.shift)[:, None] + spread
+
     def without(self, expert: int) -> Self:
         """The statistics without one expert's mean; the shared covariance stays as it is."""
         kept = [e for e in range(len(self.means)) if e != expert]

@@ -17,7 +17,7 @@ from meteora.artifacts import MeteoraError
 from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
-from meteora.checkpoint.resolve import find_checkpoint, load_base
+from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
@@ -80,10 +80,13 @@ def load(
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
             the experts keep their precision
-        download: arguments of transformers about downloads, such as `token` or `cache_dir`
+        download: arguments of transformers about downloads, such as `token` or `cache_dir`. A
+            token, given or saved, that is sent for a Hub id is sent for its base only if one owner
+            has both; for a folder, only a given one is
 
     Raises:
-        CheckpointError: the folder is not a fused checkpoint.
+        CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
+        SourceError: the base does not come from where the checkpoint says.
         WrongBaseError: the base is not the one that the checkpoint was made for.
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
@@ -93,7 +96,8 @@ def load(
         options["quantization_config"] = quantization_config
         if device is not None:  # what is quantised is made where it is to lie
             options["device_map"] = {"": device}
-    model, tokenizer = load_base(manifest, base_folder, dtype, download=download, options=options)
+    asked = base_download(checkpoint_folder, manifest, download)
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=asked, options=options)
     check_base(manifest, model, tokenizer, folder)
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     insert_experts(model, folder, manifest, cache=cache)

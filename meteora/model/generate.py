@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from meteora.base.chat_template import encode_prompt
+from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
+
+
+class _TerminalStreamer(TextStreamer):
+    """Prints an answer as it grows, without what could control the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(for_terminal(text), stream_end)
 
 
 def generate(
@@ -32,10 +40,10 @@ def generate(
         model: fused, or any causal language model of transformers
         prompt: text; it is put into the tokenizer's chat template, if there is one
         max_new_tokens: the answer is cut at this many tokens
-        stream: also print the text on stdout while it is generated
+        stream: also print the text on stdout while it is generated, without control characters
     """
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         out = cast("GenerativePreTrainedModel", model).generate(
             ids,

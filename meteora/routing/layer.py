@@ -11,6 +11,7 @@ runs unchanged: caches, padding, batches and beams included. Hooks show what a r
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -192,17 +194,19 @@ class MoELoRALinear(RoutedExperts):
             return projection(x)
         plain = Plain.of(projection, x)
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
-        weights, experts = router.choose(tokens)
+        with _own_precision(x):
+            weights, experts = router.choose(tokens)
         if plain is not None:
             delta = self._delta(x, tokens, weights, experts, self._start(tokens, plain))
             out = reference.add_projected(delta, tokens, plain.weight)
             return out.view(*x.shape[:-1], out.shape[-1])
         y = projection(x)
         rows = y.reshape(-1, y.shape[-1])
-        if y.requires_grad:
-            out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
-        else:
-            out = self._delta(x, tokens, weights, experts, rows)
+        with _own_precision(x):
+            if y.requires_grad:
+                out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
+            else:
+                out = self._delta(x, tokens, weights, experts, rows)
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
@@ -218,6 +222,14 @@ class MoELoRALinear(RoutedExperts):
         if self.cache is None:
             return self.stack.a.dtype
         return torch.promote_types(self.stack.a.dtype, self.weight.dtype)
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Where autocast is on, gates and experts keep their dtypes: it leaves in-place sums alone."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.prompt_opening import Prefill
+
+
+class OrderError(MeteoraError, RuntimeError):
+    """A layer follows a gate that has not decided in this pass."""
 
 
 class Router(nn.Module):
@@ -121,11 +125,11 @@ class Decision:
         """The gate's logits [T, C].
 
         Raises:
-            RuntimeError: the gate has not seen that many tokens in this pass.
+            OrderError: the gate has not seen that many tokens in this pass.
         """
         seen = 0 if self.logits is None else len(self.logits)
         if self.logits is None or seen != num_tokens:
-            raise RuntimeError(
+            raise OrderError(
                 f"a layer with {num_tokens} tokens follows a gate that saw {seen}; run the model"
                 " from its first layer"
             )

@@ -9,6 +9,7 @@ output. Routers, experts and kernels are those that the model has in transformer
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.checkpoint.manifest import Manifest
@@ -86,6 +88,12 @@ class ServedExperts:
         self.manifest = read_manifest(self.folder)
 
     @cached_property
+    def _file(self) -> safe_open:
+        """The file of experts, which is checked once, and open while there are layers to build."""
+        self._open = ExitStack()
+        return self._open.enter_context(tensors.open_experts(self.folder, self.manifest))
+
+    @cached_property
     def _gates(self) -> Gates:
         return tensors.read_gates(self.folder, self.manifest)
 
@@ -104,10 +112,8 @@ class ServedExperts:
             UnservableError: a part has another size than its experts.
         """
         options, layers = self.manifest.router, {}
-        paths = [part.path for part in parts]
-        read = tensors.read_experts(self.folder, self.manifest, paths)
-        for part, (path, a, b) in zip(parts, read, strict=True):
-            entry = self.manifest.modules[path]
+        for part in parts:
+            path, entry = part.path, self.manifest.modules[part.path]
             found = weight.shape[1], part.end - part.start
             if found != (entry.in_features, entry.out_features):
                 raise UnservableError(
@@ -115,6 +121,7 @@ class ServedExperts:
                     f" {entry.out_features}, this layer has {found}; serve them with the base they"
                     " were made for, on one device"
                 )
+            a, b = tensors.read_factors(self._file, self.folder, self.manifest, path)
             stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
             layers[part] = RoutedExperts(stack)
         closed = not self.decides_elsewhere(parts)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from meteora.untrusted.findings import shortened
+from meteora.untrusted.findings import listed, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    import re
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from meteora.untrusted.findings import Findings
 
@@ -91,12 +92,12 @@ def bias(config: Mapping[str, Any], found: Findings) -> str:
     return bias
 
 
-def text(config: Mapping[str, Any], key: str, found: Findings) -> str:
+def text(config: Mapping[str, Any], key: str, found: Findings, most: int = 256) -> str:
     """Read a short printable text; empty where the field is not set."""
     value = config.get(key)
     if value is None:
         return ""
-    if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
+    if not isinstance(value, str) or len(value) > most or not value.isprintable():
         found.refuse(key, f"{key} is not a short text")
         return ""
     return value
@@ -148,6 +149,88 @@ def number(value: object) -> float | None:
     """Return a finite number of ordinary size, else None; `true` and "8" are not numbers."""
     if isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e300:
         return float(value)
+    return None
+
+
+def whole(value: object, where: str, least: int, most: int, found: Findings) -> int:
+    """Read a whole number; `least` where it is refused."""
+    if type(value) is not int or not least <= value <= most:
+        found.refuse(
+            where,
+            f"{where} is {shortened(value)!r}; it must be a whole number from {least} to {most}",
+        )
+        return least
+    return value
+
+
+def real(value: object, where: str, least: float, most: float, found: Findings) -> float:
+    """Read a finite number; `most` where it is refused."""
+    read = number(value)
+    if read is None or not least <= read <= most:
+        found.refuse(
+            where,
+            f"{where} is {shortened(value)!r}; it must be a number from {least:g} to {most:g}",
+        )
+        return most
+    return read
+
+
+def one_of(value: object, where: str, options: Sequence[str], found: Findings) -> str:
+    """Read one of several words; the first of them where it is refused."""
+    if not isinstance(value, str) or value not in options:
+        known = ", ".join(repr(option) for option in options)
+        found.refuse(where, f"{where} is {shortened(value)!r}; one of {known} is possible")
+        return options[0]
+    return value
+
+
+def matching(value: object, where: str, pattern: re.Pattern[str], found: Findings) -> str:
+    """Read a printable text of a given form; empty where it is refused."""
+    if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
+        found.refuse(where, f"{where} is {shortened(value)!r}, which is not of the form it has")
+        return ""
+    return value
+
+
+def table(config: Mapping[str, Any], key: str, found: Findings) -> dict[str, Any]:
+    """Read a table; empty where it is refused."""
+    value = config.get(key)
+    if not isinstance(value, dict):
+        found.refuse(key, f"{key} is {shortened(value)!r}, not a table")
+        return {}
+    return value
+
+
+def rows(config: Mapping[str, Any], key: str, most: int, found: Findings) -> list[Any]:
+    """Read a list; empty where it is refused."""
+    value = config.get(key)
+    if not isinstance(value, list) or len(value) > most:
+        found.refuse(key, f"{key} is {shortened(value)!r}, not a list of at most {most}")
+        return []
+    return value
+
+
+def refuse_unknown(
+    config: Mapping[str, Any], where: str, known: Collection[str], found: Findings
+) -> None:
+    """Refuse keys that are set and not known: they may change what the others mean."""
+    unknown = sorted(key for key in config if key not in known and is_active(config[key]))
+    if unknown:
+        found.refuse(
+            "unknown_key",
+            f"{listed(unknown)} of {where} is set and not known here; a newer version may know it",
+        )
+
+
+def plain(value: object, where: str, found: Findings, depth: int = 4) -> Any:  # noqa: ANN401
+    """Read any JSON value of little depth; its texts may have control characters."""
+    if value is None or type(value) is bool or isinstance(value, str) or number(value) is not None:
+        return value
+    if depth and isinstance(value, list):
+        return [plain(item, where, found, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return {key: plain(item, where, found, depth - 1) for key, item in value.items()}
+    found.refuse(where, f"{where} is nested too deeply, or holds a number that is too large")
     return None
 
 

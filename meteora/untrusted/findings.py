@@ -54,3 +54,20 @@ def shortened(text: object, most: int = 80) -> str:
         return f"a {'list' if isinstance(text, list) else 'table'} of {len(text)}"
     plain = "".join(c if c.isprintable() else "�" for c in str(text)[: most + 1])
     return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
+def brief(error: Exception) -> str:
+    """Return the first sentence of an error of another library, which can have a hundred lines."""
+    return shortened(" ".join(str(error).split()).partition(". ")[0], 300)
+
+
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def for_terminal(text: str) -> str:
+    """Return text with pictures of its control characters, so that none moves the cursor.
+
+    Line breaks and tabs stay.
+    """
+    return text.translate(_PICTURES)

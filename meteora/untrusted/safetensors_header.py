@@ -46,12 +46,13 @@ class TensorInfo:
     num_bytes: int
 
 
-def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
+def read_header(file: BinaryIO, file_bytes: int, *, empty: bool = False) -> dict[str, TensorInfo]:
     """Return every tensor of the file by name, in the order of their bytes.
 
     Args:
         file: Open at its beginning; read up to the end of the header and no further.
         file_bytes: The size of the file.
+        empty: Whether tensors without elements are allowed.
 
     Raises:
         HeaderError: The header is not sound, or the tensors do not fill the file exactly.
@@ -78,7 +79,10 @@ def read_header(file: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
         raise HeaderError(f"its header cannot be read: {error}") from None
     _check_metadata(table.pop("__metadata__", {}))
     tensors = {name: _tensor(name, entry, 8 + size) for name, entry in table.items()}
-    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].start))
+    if not empty:
+        _refuse_empty(tensors)
+    # an empty tensor begins where the next one does
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)))
     _check_tiling(ordered, 8 + size, file_bytes)
     return ordered
 
@@ -105,12 +109,16 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     num_bytes = offsets[1] - offsets[0]
     if num_bytes != math.prod(shape) * ITEMSIZE[dtype]:
         raise HeaderError(f"{name} spans {num_bytes} bytes, not those of {dtype} {shape}")
-    if num_bytes == 0:
-        raise HeaderError(
-            f"{name} is empty, of shape {shape}, as a shard of DeepSpeed or FSDP is that was not"
-            " gathered before it was saved"
-        )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], num_bytes)
+
+
+def _refuse_empty(tensors: Mapping[str, TensorInfo]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.num_bytes == 0:
+            raise HeaderError(
+                f"{name} is empty, of shape {[*tensor.shape]}, as a shard of DeepSpeed or FSDP is"
+                " that was not gathered before it was saved"
+            )
 
 
 def _sizes(value: Any, limit: int) -> bool:  # noqa: ANN401  (JSON is what it is)

@@ -12,6 +12,8 @@ _BASE: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 50
+MAX_BITS = 1_000
+"""Of a whole number."""
 MAX_NODES = 100_000
 """Half a second and 35 MB. Model cards that list hundreds of benchmarks have 20,000."""
 
@@ -64,6 +66,16 @@ class _TypedLoader(_UniqueKeys, _SAFE):
 
 class _TextLoader(_UniqueKeys, _BASE):
     pass
+
+
+def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
+    value: int = loader.construct_yaml_int(node)
+    if value.bit_length() > MAX_BITS:  # Python cannot print it, but a message has to
+        raise StrictYAMLError(f"a number has more than {MAX_BITS} bits ({_place(node.start_mark)})")
+    return value
+
+
+_TypedLoader.add_constructor("tag:yaml.org,2002:int", _bounded_int)
 
 
 def _place(mark: Any) -> str:  # noqa: ANN401  (libyaml has a type of its own)

@@ -5,6 +5,7 @@ sources         where bases and adapters come from, pinned and fetched
 verdicts        verdicts on adapters, printed and recorded
 base_identity   is the base that an adapter names the base of the recipe?
 silent_experts  experts that change nothing on a probe prompt, recorded
+checkpoints     the checkpoint that a person names, and its base
 candidate       an adapter that is to join a checkpoint
 check           `meteora check`: the verdict without a base
 """

@@ -12,6 +12,7 @@ import typer
 from meteora.artifacts import MeteoraError
 from pipelines.cli import checkpoint, experts, run, store
 from pipelines.workspace.console import say
+from pipelines.workspace.faults import describe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,9 +24,18 @@ for commands in (run.app, experts.app, checkpoint.app, store.app):
 
 
 def main() -> None:
-    """Run the command line. An error of ours is printed as one sentence, with exit code 1."""
+    """Run the command line.
+
+    An error of ours, and a fault of the machine, is printed as one sentence, with exit code 1.
+    """
     try:
         app()
     except MeteoraError as error:
         say(str(error), "error")
+        sys.exit(1)
+    except Exception as error:
+        sentence = describe(error)
+        if sentence is None:
+            raise
+        say(sentence, "error")
         sys.exit(1)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Home
+from pipelines.cli.options import DEFAULT_HOME, Home, TokenFor, existing_home
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     prompt: str,
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
-    max_new_tokens: int = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     trace: Annotated[
         str,
         typer.Option(
@@ -33,27 +33,30 @@ def generate(
         ),
     ] = "",
     base: Base = None,
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer a prompt with a fused model."""
     import meteora
+    from pipelines.admission import checkpoints
     from pipelines.cli import score_table
     from pipelines.reports.html import check_writable, write_page
     from pipelines.reports.trace import trace_page
-    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 
     if trace not in {"", "-"}:
         check_writable(Path(trace))
     home = home.expanduser().absolute()
-    folder = checkpoint_folder(checkpoint, home)
-    model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
+    found = checkpoints.find(checkpoint, home, base, token_for or ())
+    model, tokenizer = meteora.load(
+        found.folder, base_folder=found.base_folder, download=found.download
+    )
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace:
-            found = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            score_table.print_trace(found)
+            traced = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+            score_table.print_trace(traced)
             if trace != "-":
-                write_page(Path(trace), trace_page(found, prompt))
+                write_page(Path(trace), trace_page(traced, prompt))
         else:
             meteora.generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
 
@@ -117,27 +120,30 @@ def report(
         int, typer.Option(min=0, help="How many test prompts to show with answers.")
     ] = 3,
     base: Base = None,
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline."""
     import meteora
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
-    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.admission import checkpoints
     from pipelines.reports.examples import find_examples, trace_examples
     from pipelines.reports.html import check_writable, write_page
     from pipelines.reports.queries import run_queries
     from pipelines.reports.report import report_page
-    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
     from store.ledger import Ledger
 
     check_writable(output)
-    home = home.expanduser().absolute()
-    ledger, folder = Ledger(home), find_checkpoint(checkpoint_folder(checkpoint, home))
-    results = run_queries(ledger, ArtifactId(read_manifest(folder).router_id))
+    home = existing_home(home)
+    ledger = Ledger(home)
+    found = checkpoints.find(checkpoint, home, base, token_for or ())
+    results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
     drawn = []
     if chosen := find_examples(ledger, results["outputs"], traces):
-        model, tokenizer = meteora.load(folder, base_folder=base or base_at_hand(folder, home))
+        model, tokenizer = meteora.load(
+            found.folder, base_folder=found.base_folder, download=found.download
+        )
         drawn = trace_examples(model, tokenizer, chosen)
     write_page(output, report_page(results, drawn))
     print(output)
@@ -165,7 +171,7 @@ def attest(
     from pipelines.publishing.in_toto import attest as statement_on
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 
@@ -200,13 +206,15 @@ def export(
         bool, typer.Option("--copy", help="vLLM: copy base and checkpoint; else they are links.")
     ] = False,
     base: Base = None,
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
     from meteora.checkpoint.export import export_expert
     from meteora.checkpoint.manifest import read_manifest
-    from meteora.checkpoint.resolve import find_base_files, find_checkpoint
-    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+    from meteora.checkpoint.resolve import find_base_files
+    from pipelines.admission import checkpoints
+    from pipelines.workspace.checkpoints import base_at_hand
 
     home = home.expanduser().absolute()
     out = output or (Path(expert) if expert else None)
@@ -214,7 +222,7 @@ def export(
         raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
     if (target is Target.PEFT) != bool(expert) and target is not Target.LLAMA_CPP:
         raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
-    folder = find_checkpoint(checkpoint_folder(checkpoint, home))
+    folder = checkpoints.find_folder(checkpoint, home, token_for or ())
     if target is Target.VLLM:
         from meteora.serving.served_folder import export_for_vllm
 

@@ -60,33 +60,39 @@ def add(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
-    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
     from pipelines.stages import edit
-    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
-    folder = find_checkpoint(checkpoint_folder(checkpoint, home), statistics=True)
-    base_folder = base or base_at_hand(folder, home)
+    found = checkpoints.find(checkpoint, home, base, token_for or (), statistics=True)
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
-    print(edit.add(Ledger(home), folder, candidate, examples, base_folder=base_folder))
+    made = edit.add(
+        Ledger(home),
+        found.folder,
+        candidate,
+        examples,
+        base_folder=found.base_folder,
+        download=found.download,
+    )
+    print(made)
 
 
 @app.command()
 def drop(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     name: Annotated[str, typer.Argument(help="The expert to leave out.")],
+    token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
-    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.admission import checkpoints
     from pipelines.stages import edit
-    from pipelines.workspace.checkpoints import checkpoint_folder
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
-    folder = find_checkpoint(checkpoint_folder(checkpoint, home), statistics=True)
+    folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
     print(edit.drop(Ledger(home), folder, name))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from meteora.artifacts import MeteoraError
+
 Home = Annotated[
     Path, typer.Option("--home", envvar="METEORA_HOME", help="The folder of ledger and blobs.")
 ]
@@ -17,3 +19,20 @@ TokenFor = Annotated[
     list[str] | None,
     typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
 ]
+PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
+"""What a home holds, some of it at least."""
+
+
+def existing_home(home: Path) -> Path:
+    """The home of a command that changes nothing, which therefore makes no new one.
+
+    Raises:
+        MeteoraError: The folder is not there, or is full of other things.
+    """
+    home = home.expanduser().absolute()
+    there = {path.name for path in home.iterdir()} if home.is_dir() else None
+    if there is None or (there and there.isdisjoint(PARTS)):
+        raise MeteoraError(
+            f"{home}: there is no store in it; check --home, or make one with `meteora run`"
+        )
+    return home

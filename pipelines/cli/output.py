@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from meteora.artifacts import MeteoraError, short
+from meteora.untrusted.findings import for_terminal
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from pipelines.scoring.recompute import Recomputed
     from pipelines.scoring.served import RecordedAnswer, Server
-    from store.check import Verification
+    from store.check import Finding, Verification
     from store.query import Answer
 
 
@@ -32,15 +33,19 @@ class Format(StrEnum):
     csv = "csv"
 
 
-def print_findings(found: Verification, again: Recomputed) -> int:
-    """Print everything that is damaged or does not recompute; returns the number of findings."""
-    every = (*found.findings, *again.findings)
+def print_findings(found: Verification, bases: Sequence[Finding], again: Recomputed) -> int:
+    """Print everything that is damaged or does not recompute; returns the number of findings.
+
+    Args:
+        bases: What is damaged in the bases of the home.
+    """
+    every = (*found.findings, *bases, *again.findings)
     for finding in every:
         some = ", ".join(map(short, finding.touches[:SHOWN]))
         more = len(finding.touches) - SHOWN
         some += f" and {more:,} more" if more > 0 else ""
         touched = f"; it touches {some}" if some else ""
-        print(f"{finding.what} {finding.name}: {finding.problem}{touched}")
+        print(for_terminal(f"{finding.what} {finding.name}: {finding.problem}{touched}"))
     print(
         f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
         f" computed again: {len(every)} findings"
@@ -87,4 +92,4 @@ def print_answer(answer: Answer, form: Format) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return "" if value is None else str(value)
+    return "" if value is None else for_terminal(str(value))

@@ -15,6 +15,7 @@ from pipelines.reports.card import (
     routing_lines,
     speed_lines,
     stand_in_lines,
+    turn_tables,
 )
 from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
@@ -44,6 +45,14 @@ def print_scores(context: RunContext, finished: Finished, seconds: dict[str, flo
     table.add_section()
     table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     out.print(table)
+    for headings, rows, line in turn_tables(summary):
+        turns = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        for heading in headings:
+            turns.add_column(heading, justify="left" if heading == headings[0] else "right")
+        for row in rows:
+            turns.add_row(*row)
+        out.print(turns)
+        out.print(line, soft_wrap=True)
     lines = (
         *method_lines(summary),
         *routing_lines(summary),

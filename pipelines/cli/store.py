@@ -11,7 +11,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from pipelines.cli import output
-from pipelines.cli.options import DEFAULT_HOME, Home
+from pipelines.cli.options import DEFAULT_HOME, Home, existing_home
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -40,7 +40,7 @@ def sql(
         for title, question in questions():
             print(f"-- {title}\n{question}\n")
         return
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(
         deadline_seconds=1.0
     )  # what a run recorded a moment ago; a busy index is not waited for
@@ -69,7 +69,7 @@ def verify(
     model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check blobs against their hashes, records against blobs, scores against their outputs.
+    """Check blobs and bases against their hashes, records against blobs, scores against outputs.
 
     With a checkpoint and --key, check the checkpoint's files against its signature. With a
     checkpoint and --served, ask a server for recorded answers again.
@@ -89,10 +89,12 @@ def verify(
         print(f"{checkpoint} is what the owner of {key} signed")
         return
     from pipelines.scoring.recompute import recompute_scores
+    from pipelines.workspace.bases import verify_bases
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
-    if output.print_findings(ledger.verify(), recompute_scores(ledger, scores)):
+    ledger = Ledger(existing_home(home))
+    stored, bases = ledger.verify(), list(verify_bases(ledger))
+    if output.print_findings(stored, bases, recompute_scores(ledger, scores)):
         raise typer.Exit(1)
 
 
@@ -100,12 +102,11 @@ def _serves(checkpoint: str, home: Path, url: str, count: int, model: str) -> bo
     """Print whether a server gives the recorded answers of a checkpoint."""
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
-    from meteora.checkpoint.resolve import find_checkpoint
+    from pipelines.admission.checkpoints import find_folder
     from pipelines.scoring.served import Server, recorded_answers
-    from pipelines.workspace.checkpoints import checkpoint_folder
     from store.ledger import Ledger
 
-    manifest = read_manifest(find_checkpoint(checkpoint_folder(checkpoint, home), whole=False))
+    manifest = read_manifest(find_folder(checkpoint, home))
     asked = recorded_answers(Ledger(home), ArtifactId(manifest.router_id), count)
     server = Server(url, model)
     found = server.answers(asked)
@@ -117,7 +118,7 @@ def rebuild(home: Home = DEFAULT_HOME) -> None:
     """Build the index again from the records."""
     from store.ledger import Ledger
 
-    ingested = Ledger(home.expanduser().absolute()).rebuild()
+    ingested = Ledger(existing_home(home)).rebuild()
     if ingested.reason:
         raise MeteoraError(ingested.reason)
     print(f"{ingested.num_records} records in the index")
@@ -128,7 +129,7 @@ def pack(home: Home = DEFAULT_HOME) -> None:
     """Pack many small records into few files. Runs do it themselves once there are very many."""
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     num_records = ledger.pack()
     ledger.ingest()
     print(f"{num_records} records packed")
@@ -159,7 +160,7 @@ def gc(
     """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
     from store.ledger import Ledger
 
-    garbage = Ledger(home.expanduser().absolute()).gc(remove=yes)
+    garbage = Ledger(existing_home(home)).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
     for name, num_bytes in zip(names, garbage.sizes, strict=True):
         print(f"{num_bytes}\t{name}")
@@ -176,7 +177,7 @@ def openlineage(
     from pipelines.publishing.openlineage import events
     from store.ledger import Ledger
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     for event in events(ledger, run):
         print(json.dumps(event))
@@ -197,7 +198,7 @@ def serve(
     from store.ledger import Ledger
     from store.serving import serve as serve_snapshot
 
-    ledger = Ledger(home.expanduser().absolute())
+    ledger = Ledger(existing_home(home))
     ledger.ingest()
     token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
     say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")

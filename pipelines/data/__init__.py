@@ -4,6 +4,7 @@ rows           a row, its hash, and the check that no test is also an example
 row_sources    JSONL files, BIG-bench, reasoning-gym, the Hub
 spans          rows whose parts belong to different experts
 conversations  several turns, made from single examples
+dialogues      questions for conversations in a benchmark
 composites     several questions in one prompt
 background     texts that belong to no expert
 labels         rows as token ids, each with its expert

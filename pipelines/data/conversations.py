@@ -70,6 +70,31 @@ class Conversation(Noun):
         return found[:-1]
 
 
+def in_every_shape(
+    examples: Mapping[str, Sequence[Row]],
+    names: Sequence[str],
+    lengths: Sequence[int],
+    system_prompts: Sequence[str],
+    *,
+    seed: int,
+) -> list[Conversation]:
+    """Every example once: every other one alone, the others as turns of conversations.
+
+    Args:
+        examples: by expert
+        names: of the experts that take part
+        lengths: how many turns a conversation may have; without any, all examples stay alone
+        system_prompts: of every other conversation; the others have the chat template's own
+    """
+    if not lengths:
+        return single_turns(examples, names, system_prompts)
+    alone, others = ({name: examples[name][i::2] for name in names} for i in (0, 1))
+    return [
+        *single_turns(alone, names, system_prompts),
+        *converse(others, names, lengths, system_prompts, seed=seed),
+    ]
+
+
 def single_turns(
     examples: Mapping[str, Sequence[Row]], names: Sequence[str], system_prompts: Sequence[str]
 ) -> list[Conversation]:
@@ -100,7 +125,9 @@ def converse(
         lengths: how many turns a conversation may have
     """
     rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (a deal, no secret)
-    left = {name: rng.sample(examples[name], len(examples[name])) for name in names}
+    left = {
+        name: rng.sample(examples[name], len(examples[name])) for name in names if examples[name]
+    }
     systems = _every_other(system_prompts)
     found = []
     while left:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipelines.data.composites import Composite
     from pipelines.data.conversations import Conversation
     from pipelines.data.rows import Row
-    from pipelines.data.spans import SpannedRow
+    from pipelines.data.spans import SpannedRow, SpannedTurns
 
 MAX_NEW_TOKENS = 48
 """Of an answer of the base; this is enough to show its style."""
@@ -54,8 +54,11 @@ def label_rows(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; the template's opening has `nobody`."""
-    opening = len(Template.of(tokenizer).opening)
+    """Rows as tokens with the label of one expert; the template's opening has `nobody`.
+
+    Where nothing opens a prompt, `nobody` has the first token, if it is a choice of the router.
+    """
+    opening = max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
     sequences = []
     for row in rows:
         ids = encode_pair(tokenizer, row.prompt, row.response)
@@ -116,12 +119,12 @@ def label_lists(
 
 
 def label_spans(
-    rows: Sequence[SpannedRow],
+    rows: Sequence[SpannedRow | SpannedTurns],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows with parts of different experts; each token has the expert of its first character.
+    """Rows whose parts or turns are of different experts, each token with its expert.
 
     Args:
         names: of all experts in order
@@ -129,7 +132,7 @@ def label_spans(
     places = {name: e for e, name in enumerate(names)}
     found = []
     for row in rows:
-        ids, owners = encode_composite(tokenizer, row.composite())
+        ids, owners = row.encode(tokenizer)
         found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
     return found
 

@@ -13,7 +13,7 @@ without a split for tests; `longest` leaves out prompts with more characters.
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -72,7 +72,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            # bounded, since some files have no line break, and devices have no end
+            lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), "")
+            for number, line in enumerate(lines, 1):
                 place = f"{path}, line {number}"
                 if len(line) > MAX_ROW_BYTES:
                     raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
@@ -146,9 +148,11 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
         yield from _in_turns(_bigbench_rows(file) for file in files)
         return
     try:
-        if path.stat().st_size > MAX_TASK_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_TASK_BYTES + 1)
+        if len(data) > MAX_TASK_BYTES:
             raise ExamplesError(f"{path}: larger than {MAX_TASK_BYTES:,} bytes")
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ExamplesError(
             f"{path}: not readable as JSON: {getattr(error, 'strerror', None) or error}"

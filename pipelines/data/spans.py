@@ -3,20 +3,24 @@
     {"prompt": [{"text": "When was it, and "}, {"text": "what is 3 + 4?", "expert": "sums"}],
      "response": [{"text": "2021-03-03", "expert": "dates"}, {"text": ", 7", "expert": "sums"}]}
 
+    {"turns": [{"expert": "dates", "prompt": "When was it?", "response": "2021-03-03"},
+               {"expert": "sums", "prompt": "What is 3 + 4?", "response": "7"}]}
+
 From them, gates learn where in a text to switch, in addition to each expert's own examples. The
 texts of the parts are joined without anything between them. A part of a prompt may have no expert;
-a part of a response must have one.
+a part of a response must have one. Turns are those of a conversation in the base's chat template.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
-from pipelines.data.composites import Composite, Span
+from pipelines.data.composites import Composite, Span, encode_composite
+from pipelines.data.conversations import Conversation, Turn, encode_conversation
 from pipelines.data.row_sources import json_lines
 from pipelines.data.rows import ExamplesError, Row
 
@@ -24,8 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedTokenizerBase
+
 NEEDED = (
-    '{"prompt": [{"text": "…", "expert": "…"}, …], "response": [{"text": "…", …}, …]} is needed'
+    '{"prompt": [{"text": "…", "expert": "…"}, …], "response": [{"text": "…", …}, …]} is needed, or'
+    ' {"turns": [{"expert": "…", "prompt": "…", "response": "…"}, …]}'
 )
 
 
@@ -50,6 +57,11 @@ class SpannedRow(Noun):
         """The experts of all parts."""
         return {part.expert for part in (*self.prompt, *self.response)} - {""}
 
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """Each part of the prompt that has an expert: the expert, and the text."""
+        return [(part.expert, part.text) for part in self.prompt if part.expert]
+
     def composite(self) -> Composite:
         """The same as a composite, so that both find the experts of their tokens in one way."""
         return Composite(
@@ -60,12 +72,54 @@ class SpannedRow(Noun):
             _spans(self.response),
         )
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
+        """Token ids, and each token's expert or None."""
+        return encode_composite(tokenizer, self.composite())
 
-def prompt_parts(rows: Sequence[SpannedRow]) -> dict[str, list[Row]]:
-    """Each part of a prompt as a row of its own, by its expert, to compare with tests."""
+
+@dataclass(frozen=True)
+class SpannedTurns(Noun):
+    """A conversation whose turns belong to experts."""
+
+    turns: tuple[Turn, ...]
+    place: str = field(default="", compare=False)
+    """The file and the line that it is from; no part of what it is."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"turns": [turn.to_dict() for turn in self.turns]}
+
+    @property
+    def owners(self) -> set[str]:
+        """The experts of all turns."""
+        return {turn.expert for turn in self.turns}
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """The expert and the question of each turn."""
+        return [(turn.expert, turn.prompt) for turn in self.turns]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
+        """Token ids, and each token's expert or None.
+
+        Raises:
+            ExamplesError: there is no chat template, or it does not take these turns.
+        """
+        if not tokenizer.chat_template:
+            raise ExamplesError(
+                f"{self.place}: turns need a chat template, and gates are fitted to plain text;"
+                " write a `prompt` and a `response` in parts, or choose a base with a chat template"
+            )
+        try:
+            return encode_conversation(tokenizer, Conversation(self.turns))
+        except ExamplesError as error:
+            raise ExamplesError(f"{self.place}: {error}") from error
+
+
+def prompt_parts(rows: Sequence[SpannedRow | SpannedTurns]) -> dict[str, list[Row]]:
+    """Each question in the rows as a row of its own, by its expert, to compare with tests."""
     found: dict[str, list[Row]] = {}
-    for part in (part for row in rows for part in row.prompt if part.expert):
-        found.setdefault(part.expert, []).append(Row(part.text.strip(), ""))
+    for expert, text in (question for row in rows for question in row.questions):
+        found.setdefault(expert, []).append(Row(text.strip(), ""))
     return found
 
 
@@ -79,7 +133,9 @@ def _spans(parts: Sequence[Part]) -> tuple[Span, ...]:
     )
 
 
-def read_spans(source: str, folder: Path, experts: Collection[str]) -> list[SpannedRow]:
+def read_spans(
+    source: str, folder: Path, experts: Collection[str]
+) -> list[SpannedRow | SpannedTurns]:
     """All rows of a source.
 
     Args:
@@ -99,12 +155,42 @@ def read_spans(source: str, folder: Path, experts: Collection[str]) -> list[Span
     return rows
 
 
-def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow:
+def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | SpannedTurns:
+    row: SpannedRow | SpannedTurns
     try:
         body = json.loads(line)
-        row = SpannedRow(_parts(body["prompt"]), _parts(body["response"]))
+        if "turns" in body:
+            row = SpannedTurns(_turns(body["turns"], place), place)
+        else:
+            row = SpannedRow(_parts(body["prompt"]), _parts(body["response"]))
+            _check_parts(row, place)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExamplesError(f"{place}: not a row with spans; {NEEDED}") from error
+    if strange := row.owners - set(experts):
+        raise ExamplesError(
+            f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"
+            f" are {', '.join(experts)}"
+        )
+    return row
+
+
+def _turns(found: Any, place: str) -> tuple[Turn, ...]:  # noqa: ANN401  (JSON is what it is)
+    turns = []
+    for number, one in enumerate(found, 1):
+        for name in ("expert", "prompt", "response"):
+            text = one.get(name)
+            if not isinstance(text, str) or not text.strip():
+                raise ExamplesError(
+                    f"{place}: turn {number} has no {name}; each turn needs expert, prompt and"
+                    " response, as texts"
+                )
+        turns.append(Turn(one["expert"], one["prompt"], one["response"]))
+    if not turns:
+        raise ValueError(found)
+    return tuple(turns)
+
+
+def _check_parts(row: SpannedRow, place: str) -> None:
     composite = row.composite()
     if composite.prompt.strip() != composite.prompt:
         raise ExamplesError(
@@ -113,12 +199,6 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow:
         )
     if not all(part.expert for part in row.response):
         raise ExamplesError(f"{place}: a part of its response has no expert; give each part one")
-    if strange := row.owners - set(experts):
-        raise ExamplesError(
-            f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"
-            f" are {', '.join(experts)}"
-        )
-    return row
 
 
 def _parts(found: Any) -> tuple[Part, ...]:  # noqa: ANN401  (JSON is what it is)

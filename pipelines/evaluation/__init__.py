@@ -1,9 +1,10 @@
 """Which systems are measured on which tasks, and how they are asked.
 
 measurements    every pair of a system and a task that a recipe asks for
-tasks           a task: rows, composites, or one of lm-eval's own
+tasks           a task: rows, composites, conversations, or one of lm-eval's own
 systems         the systems to compare, each as a context around one model
 oracle_routing  controls that know which question each token belongs to
+conversations   dialogues with a live model, turn by turn, and their controls
 evaluate        one system's answers to one task, and their scores
 harness         prompts to a live model through lm-eval
 lm_eval_tasks   tasks of lm-eval's own

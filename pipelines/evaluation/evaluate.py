@@ -9,11 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Score
-from pipelines.evaluation.harness import HARNESS, Harness
+from pipelines.data.rows import ExamplesError
+from pipelines.evaluation.conversations import Conversing
+from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
+from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
 from pipelines.scoring.intervals import standard_error
-from pipelines.scoring.metrics import METRICS
-from pipelines.scoring.outputs import RowValues, compute_composite_values, compute_values
+from pipelines.scoring.metrics import METRICS, TURNS_RIGHT
+from pipelines.scoring.outputs import (
+    RowValues,
+    compute_composite_values,
+    compute_conversation_values,
+    compute_values,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,6 +54,12 @@ class TaskResult:
         """
         found = self.values[spec.metric]
         method, low, high = found.interval(spec.seed)
+        answers = [
+            answer
+            for row in self.outputs
+            for answer in (json.loads(row["turns"]) if "turns" in row else [row])
+            if "output" in answer
+        ]
         lengths = [row["prompt_tokens"] for row in self.outputs if "prompt_tokens" in row]
         return Score(
             spec=spec,
@@ -60,12 +74,13 @@ class TaskResult:
             higher_is_better=found.higher_is_better,
             interval=method,
             templated=self.templated,
-            num_empty=sum("output" in row and not row["output"].strip() for row in self.outputs),
-            num_truncated=sum(row.get("truncated", False) for row in self.outputs),
+            num_empty=sum(not turn["output"].strip() for turn in answers),
+            num_truncated=sum(turn.get("truncated", False) for turn in answers),
             mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
             max_prompt_tokens=max(lengths, default=None),
             parts=found.parts,
             device=device,
+            turns=found.turns,
         )
 
 
@@ -76,12 +91,14 @@ def evaluate_task(
     *,
     batch_size: int,
     seed: int = 0,
+    control: str = "",
     log: AnswerLog | None = None,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> TaskResult:
     """Ask a live model, with the routing that it has now, every question of a task.
 
     Args:
+        control: for conversations: which control the model is to be; see `conversations`
         log: has the answers of the same measurement from before it was stopped, and takes new ones
         advance: called with the number of prompts, or pairs of prompt and choice, just done
 
@@ -94,6 +111,7 @@ def evaluate_task(
         tokenizer,
         batch_size=batch_size,
         template=task.template,
+        system_prompt=task.system_prompt,
         seed=seed,
         advance=advance,
     )
@@ -103,12 +121,15 @@ def evaluate_task(
         answer = partial(
             answer_in_portions, batch_size=batch_size, log=log or NoLog(), advance=advance
         )
-        outputs = _ask_rows(harness, task, answer)
-        values = (
-            compute_composite_values(outputs)
-            if task.composites
-            else {metric: compute_values(outputs, metric) for metric in task.metrics}
-        )
+        if task.dialogues:
+            values, outputs = _ask_dialogues(harness, task, answer, control)
+        else:
+            outputs = _ask_rows(harness, task, answer)
+            values = (
+                compute_composite_values(outputs)
+                if task.composites
+                else {metric: compute_values(outputs, metric) for metric in task.metrics}
+            )
     for metric, found in values.items():
         for row, value in zip(outputs, found.values, strict=True):
             row[metric] = value
@@ -153,6 +174,64 @@ def _ask_rows(
         if task.composites:
             row["judged_by"] = json.dumps(dict(task.part_metrics), sort_keys=True)
     return outputs
+
+
+def _ask_dialogues(
+    harness: Harness, task: Task, answer: Callable[..., list[Any]], control: str
+) -> tuple[Mapping[str, RowValues], list[dict[str, Any]]]:
+    """The values and outputs of a task of conversations.
+
+    The one expert of `one_expert` is the best of those whose tasks take part: all are asked.
+    """
+    if not harness.templated:
+        raise BenchmarkError(
+            f"task {task.name}: conversations need the roles of a chat template, and prompts are"
+            " asked as plain text; take `conversation` out of the benchmark, or choose a base with"
+            " a chat template and not `template: plain`"
+        )
+    candidates = [*task.part_metrics] if control == ONE_EXPERT else [""]
+    tried = [_ask_dialogues_as(harness, task, answer, control, name) for name in candidates]
+    return max(tried, key=lambda one: one[0][TURNS_RIGHT].mean)
+
+
+def _ask_dialogues_as(
+    harness: Harness, task: Task, answer: Callable[..., list[Any]], control: str, expert: str
+) -> tuple[Mapping[str, RowValues], list[dict[str, Any]]]:
+    conversing = Conversing(
+        harness.model.model,
+        harness.tokenizer,
+        max_new_tokens=task.max_new_tokens,
+        batch_size=harness.batch_size,
+        control=control,
+        expert=expert,
+        check=lambda lengths: harness.check_room(task.name, lengths, task.max_new_tokens),
+        advance=harness.advance,
+    )
+    try:
+        found = answer(
+            task.dialogues,
+            conversing.ask,
+            phase=f"converse {expert}".strip(),
+            parts_of=lambda dialogue: len(dialogue.questions),
+        )
+    except ExamplesError as error:
+        raise BenchmarkError(
+            f"task {task.name}: the base's chat template does not take its conversations: {error}"
+        ) from error
+    outputs: list[dict[str, Any]] = [
+        {
+            "prompt": "\n\n".join(question.row.prompt for question in dialogue.questions),
+            "prompt_tokens": turns[-1]["prompt_tokens"],
+            "output": "\n\n".join(turn["output"].strip() for turn in turns),
+            "reference": "\n\n".join(question.row.response for question in dialogue.questions),
+            "asked": json.dumps(dialogue.to_dict(), ensure_ascii=False),
+            "judged_by": json.dumps(dict(task.part_metrics), sort_keys=True),
+            "turns": json.dumps(turns, ensure_ascii=False),
+            "expert": expert,
+        }
+        for dialogue, turns in zip(task.dialogues, found, strict=True)
+    ]
+    return compute_conversation_values(outputs), outputs
 
 
 def _ask_lm_eval_task(

@@ -18,6 +18,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
+from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class Harness:
         *,
         batch_size: int,
         template: str = "auto",
+        system_prompt: str | None = None,
         seed: int = 0,
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> None:
@@ -59,10 +61,13 @@ class Harness:
 
         Args:
             template: `chat`, `plain`, or `auto`: the chat template where the tokenizer has one
+            system_prompt: in front of every prompt; None leaves it to the chat template, an empty
+                one stands for none
             advance: called with the number of prompts, or pairs of prompt and choice, just done
 
         Raises:
-            BenchmarkError: the template is `chat`, and the tokenizer has none.
+            BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
+                system prompt, and one is given.
         """
         if template == "chat" and not tokenizer.chat_template:
             raise BenchmarkError(
@@ -71,7 +76,13 @@ class Harness:
             )
         self.tokenizer = tokenizer
         self.templated = bool(tokenizer.chat_template) and template != "plain"
-        self.seed = seed
+        self.system_prompt = system_prompt
+        if system_prompt is not None and not (self.templated and takes(tokenizer, 1, "Be brief.")):
+            raise BenchmarkError(
+                "the recipe asks under a system prompt, but the base's chat template takes none, or"
+                " prompts are plain text; take `system_prompt` out of `benchmark`"
+            )
+        self.seed, self.batch_size, self.advance = seed, batch_size, advance
         for name in LOGGERS:
             logging.getLogger(name).addFilter(_is_unexpected)
         self.model = _Model(
@@ -81,6 +92,7 @@ class Harness:
             device=str(model.device),
         )
         self.model.answer_hook.advance = advance
+        self.model.system_prompt = system_prompt
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
         """The number of tokens of each prompt, with the template."""
@@ -178,9 +190,18 @@ class _AnswerHook(CacheHook):
 class _Model(HFLM):
     """lm-eval's model class without its progress bars; it notes which answers were cut."""
 
+    system_prompt: str | None = None
+
     def __init__(self, **asked: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
         super().__init__(**asked)
         self.cache_hook = self.answer_hook = _AnswerHook()
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        if self.system_prompt is not None and chat_history[0]["role"] != "system":
+            chat_history = [{"role": "system", "content": self.system_prompt}, *chat_history]
+        return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         return super().generate_until(requests, disable_tqdm=True)

@@ -105,5 +105,6 @@ def _evaluate(harness: Harness, name: str, manager: TaskManager, limit: int) -> 
         task_dict=loaded,
         limit=limit,
         apply_chat_template=harness.templated,
+        system_instruction=harness.system_prompt or None,
         bootstrap_iters=0,
     )

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
 """Systems, by their names in a recipe; `experts` stands for each adapter alone on every task."""
 ONE_EXPERT = "one_expert"
-"""A system for composites: the expert of the first question answers all."""
-ORACLES = (ORACLE, ONE_EXPERT)
-"""Controls that know which question each token of a composite belongs to; see `oracle_routing`."""
+"""One expert for everything: in composites the first question's, in conversations the best one."""
+SINGLE, SWAP, ALORA = "single", "swap", "alora"
+"""Controls for conversations alone; see `conversations`."""
+ORACLES = (ORACLE, ONE_EXPERT, SINGLE, SWAP, ALORA)
+"""Controls that know which question each token belongs to; see `oracle_routing`."""
 MERGES: Mapping[str, tuple[float, float]] = {
     "linear": (0.0, 1.0),
     "ties": (1.0, 0.2),
@@ -53,6 +55,11 @@ class Measurement:
         if self.system == ORACLE:
             return self.expert
         return self.system.partition(":")[2]
+
+
+def control_of(system: str, task: Task) -> str:
+    """The control that asks the conversations of a task; empty for other systems and tasks."""
+    return system if task.dialogues and system in ORACLES else ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def find_subjects(
             weight = weight or 1 / len(fused.names)
             seed = settings.seed if system == "dare_ties" else 0
             merges[system] = MergeSpec(fused.id, system, weight, density, seed)
-        elif system not in {BASE, EXPERTS} and (system not in ORACLES or settings.composite):
+        elif system not in {BASE, EXPERTS} and (system not in ORACLES or settings.mixes):
             seed = settings.seed if system == "random" else 0
             others[system] = RouterSpec(
                 fused.id, system, router.top_k, router.temperature, seed=seed
@@ -117,11 +124,12 @@ def _subjects_of(
 ) -> Iterator[tuple[str, ArtifactId]]:
     """Name and id of each subject that one `compare` entry of a recipe means for a task."""
     if system == EXPERTS:
-        if not task.composites:  # an adapter alone is not made for them
+        if not task.mixed:  # an adapter alone is not made for it
             for name, adapter_id in alone.items():
                 yield f"expert:{name}", adapter_id
     elif system in ORACLES:  # not for tasks of no expert: no adapter is the right one
-        if task.composites and alone.keys() >= task.part_metrics.keys():
+        fits = task.dialogues or (task.composites and system in {ORACLE, ONE_EXPERT})
+        if fits and alone.keys() >= task.part_metrics.keys():
             yield system, subjects.id_of(system)
         elif task.expert and system == ORACLE:
             yield system, alone[task.expert]
@@ -141,6 +149,7 @@ def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[
             seed=0,
             base_id=base_id,
             template=task.template,
+            system_prompt=task.system_prompt,
         )
 
 

@@ -1,4 +1,6 @@
-"""Controls for composites that know the question of each token, which a router has to find out.
+"""Controls that are given the expert of each token, which a router has to find out.
+
+`send_to` is for all of them. Those for conversations are in `conversations`; those for composites:
 
     oracle       every token goes to the expert of the question that it belongs to
     one_expert   every token goes to the expert of the first question: one LoRA for a whole prompt
@@ -16,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import one_hot
 
-from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.artifacts import NULL, MeteoraError, RouterOptions
 from meteora.model.fused import expert_names, routed_by
 from meteora.routing.routers import Decision, Follower
 from pipelines.data.composites import last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,52 +34,80 @@ if TYPE_CHECKING:
     from pipelines.data.composites import Composite
 
 
+@contextmanager
+def send_to(
+    model: PreTrainedModel,
+    system: str,
+    experts_of: Callable[[Tensor, dict[str, Any]], Sequence[Sequence[str]]],
+) -> Generator[None]:
+    """Route every token to a given expert, in every layer, until the context ends.
+
+    Args:
+        system: the kind of this routing, such as `oracle`
+        experts_of: called before each pass with its ids [B, L] and the other arguments of the base
+            model; gives the name of each token's expert, [B][L]. `(base)` is the base alone, even
+            where it is no choice of the router.
+    """
+    names, decision = expert_names(model), Decision()
+    options = RouterOptions(system, top_k=1, temperature=1.0)
+
+    def decide(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        given = [name for row in experts_of(ids, kwargs) for name in row]
+        missing = NULL not in names
+        places = [0 if missing and name == NULL else names.index(name) for name in given]
+        chosen = torch.tensor(places, device=ids.device)  # [T]
+        decision.hold(one_hot(chosen, len(names)).float())
+        alone = [float(not (missing and name == NULL)) for name in given]
+        decision.options = options
+        decision.routes = torch.tensor(alone, device=ids.device)[:, None], chosen[:, None]
+
+    hook = model.base_model.register_forward_pre_hook(decide, with_kwargs=True)
+    try:
+        with routed_by(model, lambda layer: Follower(decision, layer.num_choices, options)):
+            yield
+    finally:
+        hook.remove()
+
+
 class OracleRouting:
-    """Finds the expert of each token of a forward pass before the layers run."""
+    """Finds the expert of each token of composites and their answers."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         composites: Sequence[Composite],
-        names: Sequence[str],
         *,
         switches: bool,
     ) -> None:
         """Prepare for prompts that are these composites, and no others.
 
         Args:
-            names: of all experts, in order
             switches: whether each question has its own expert; otherwise all have the first one's
         """
         self.tokenizer = tokenizer
         self.composites = composites
-        self.names = names
         self.switches = switches
-        self.decision = Decision()
         self._asked: list[Composite] = []
         """The composite of each sequence in the batch that is being answered."""
         self._answers: list[list[int]] = []
         """The tokens of each sequence's answer so far."""
 
-    def set_experts(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the base model: sets the experts of the tokens that come in.
+    def experts_of(self, ids: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
+        """The expert of each token that comes in, for `send_to`.
 
         Raises:
             MeteoraError: a prompt is none of the composites, or its tokens cannot be assigned.
         """
-        ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         past = kwargs.get("past_key_values")
-        if past is None or past.get_seq_length() == 0:
-            mask = kwargs.get("attention_mask")
-            there = torch.ones_like(ids) if mask is None else mask
-            rows = zip(ids.tolist(), there.tolist(), strict=True)
-            experts = self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
-        else:
-            experts = [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
-        chosen = one_hot(torch.tensor(experts, device=ids.device), len(self.names))
-        self.decision.hold(chosen.flatten(0, 1).float())  # [T, E]
+        if past is not None and past.get_seq_length() > 0:
+            return [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
+        mask = kwargs.get("attention_mask")
+        there = torch.ones_like(ids) if mask is None else mask
+        rows = zip(ids.tolist(), there.tolist(), strict=True)
+        return self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
 
-    def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[int]]:
+    def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[str]]:
         """The expert of every token of each prompt.
 
         Args:
@@ -99,36 +130,28 @@ class OracleRouting:
                 )
             first = asked.questions[0].task
             own = [(owner or first) if self.switches else first for owner in owners]
-            padded = [first] * (len(row) - length) + own
-            experts.append([self.names.index(owner) for owner in padded])
+            experts.append([first] * (len(row) - length) + own)
         return experts
 
-    def _next_expert(self, i: int, token: int) -> int:
+    def _next_expert(self, i: int, token: int) -> str:
         """The expert of the token that sequence `i` now has at its end."""
         asked, answer = self._asked[i].questions, self._answers[i]
         answer.append(token)
         number = last_number(str(self.tokenizer.decode(answer)), len(asked)) if self.switches else 1
-        return self.names.index(asked[max(number, 1) - 1].task)
+        return asked[max(number, 1) - 1].task
 
 
-@contextmanager
 def use_oracle(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     composites: Sequence[Composite],
     system: str,
-) -> Generator[None]:
+) -> AbstractContextManager[None]:
     """The model as `oracle` or `one_expert`, until the context ends.
 
     Args:
         composites: the only prompts that it may get in this context
         system: `oracle` or `one_expert`
     """
-    routing = OracleRouting(tokenizer, composites, expert_names(model), switches=system == ORACLE)
-    hook = model.base_model.register_forward_pre_hook(routing.set_experts, with_kwargs=True)
-    try:
-        options = RouterOptions(system, top_k=1, temperature=1.0)
-        with routed_by(model, lambda layer: Follower(routing.decision, layer.num_choices, options)):
-            yield
-    finally:
-        hook.remove()
+    routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
+    return send_to(model, system, routing.experts_of)

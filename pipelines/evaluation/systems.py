@@ -15,7 +15,7 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.model.fused import force_expert, make_router, routed_by, without_experts
 from meteora.routing.layer import routed_layers
-from pipelines.evaluation.measurements import BASE, FUSED, ORACLES
+from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, control_of
 from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def use_system(
         merges: static merges to compare with, by method
         others: routers to compare with, by kind
     """
-    system, composites = measurement.system, tasks[measurement.spec.task].composites
-    if composites and system in ORACLES:
-        return use_oracle(model, tokenizer, composites, system)
-    if system == FUSED:
+    system, task = measurement.system, tasks[measurement.spec.task]
+    if task.composites and system in ORACLES:
+        return use_oracle(model, tokenizer, task.composites, system)
+    if system == FUSED or control_of(system, task):  # which routes turn by turn, as it is asked
         return nullcontext()
     if system == BASE:
         return without_experts(model)

@@ -1,4 +1,4 @@
-"""A task: rows, composites made of rows, or a task of lm-eval's own."""
+"""A task: rows, composites or dialogues made of rows, or a task of lm-eval's own."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256
 from pipelines.data.composites import compose
+from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, rows_sha256
-from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT
+from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from pipelines.data.composites import Composite
-    from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
+    from pipelines.data.dialogues import Dialogue
+    from pipelines.recipe.benchmark import (
+        BenchmarkSection,
+        CompositeSection,
+        ConversationSection,
+        TaskSection,
+    )
     from pipelines.recipe.recipe import ExpertSection
 
-COMPOSITE = "composite"
+COMPOSITE, CONVERSATION = "composite", "conversation"
+"""The first parts of the names of tasks that are made of other tasks' rows."""
+TURNS = 200
+"""Turns that a task asks in all, where a recipe says no number of conversations: a share of them
+has an interval of seven points to each side at most, if conversations were not alike."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,11 @@ class Task:
     expert: str = ""
     """The expert whose own rows they are; empty for other tasks."""
     composites: Sequence[Composite] = ()
+    dialogues: Sequence[Dialogue] = ()
     part_metrics: Mapping[str, str] = field(default_factory=dict)
-    """For composites: the metric of the questions from each task."""
+    """For composites and dialogues: the metric of the questions from each task."""
+    system_prompt: str | None = None
+    """See `BenchmarkSpec.system_prompt`."""
     lm_eval: str = ""
     """The name of a task of lm-eval's own."""
     folder: Path | None = None
@@ -46,17 +60,28 @@ class Task:
     """Number of rows of that task."""
 
     @property
+    def mixed(self) -> Sequence[Composite] | Sequence[Dialogue]:
+        """What is made of several tasks' rows; empty for other tasks."""
+        return self.composites or self.dialogues
+
+    @property
     def rows_sha256(self) -> str:
         """What `BenchmarkSpec.rows_sha256` is."""
         if self.lm_eval:
-            return canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit})
-        return rows_sha256(self.composites or self.rows)
+            asked = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit})
+        else:
+            asked = rows_sha256(self.mixed or self.rows)
+        if self.system_prompt is None:
+            return asked
+        return canonical_sha256({"rows": asked, "system_prompt": self.system_prompt})
 
     @property
     def num_questions(self) -> int:
         """The number of prompts to answer, and of pairs of prompt and choice to compare."""
         if self.lm_eval:
             return self.limit
+        if self.dialogues:
+            return sum(len(dialogue.questions) for dialogue in self.dialogues)
         of_choices = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
         generated = any(m not in METRICS or not METRICS[m].of_choices for m in self.metrics)
         choices = sum(len(row.choices) for row in self.rows) if of_choices else 0
@@ -66,7 +91,7 @@ class Task:
 def make_tasks(
     experts: Sequence[ExpertSection], settings: BenchmarkSection, folder: Path
 ) -> dict[str, Task]:
-    """Every task of a recipe by name: the experts' own, the listed ones, then composites.
+    """Every task of a recipe by name: the experts' own, the listed ones, composites, dialogues.
 
     Raises:
         ExamplesError: rows are missing or malformed.
@@ -81,11 +106,11 @@ def make_tasks(
                 expert.max_new_tokens or settings.max_new_tokens,
                 rows=read_rows(expert.test, folder, settings.limit),
                 expert=expert.name,
+                system_prompt=settings.system_prompt,
             )
     for section in settings.tasks:
         tasks[section.called] = _listed_task(section, settings, folder)
-    tasks |= _composites(tasks, settings)
-    return tasks
+    return tasks | _composites(tasks, settings) | _conversations(tasks, settings)
 
 
 def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -103,6 +128,7 @@ def _listed_task(section: TaskSection, settings: BenchmarkSection, folder: Path)
         lm_eval=section.lm_eval,
         folder=folder / section.folder if section.folder else None,
         limit=limit,
+        system_prompt=settings.system_prompt,
     )
 
 
@@ -110,13 +136,7 @@ def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[s
     made = {}
     for section in settings.composite:
         name = f"{COMPOSITE}-{section.n}"
-        # without a task whose expert was left out
-        names = [n for n, task in tasks.items() if task.rows and n in (section.tasks or tasks)]
-        parts = {
-            part: next((m for m in tasks[part].metrics if not METRICS[m].of_choices), "exact_match")
-            for part in names
-        }
-        rows = {part: tasks[part].rows for part in names}
+        rows, parts = _parts(tasks, section)
         made[name] = Task(
             name,
             (RIGHT, ATTEMPTED),
@@ -124,5 +144,36 @@ def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[s
             settings.max_new_tokens * section.n,
             composites=compose(rows, section.n, section.count or settings.limit, settings.seed),
             part_metrics=parts,
+            system_prompt=settings.system_prompt,
         )
     return made
+
+
+def _conversations(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
+    made = {}
+    for section in settings.conversation:
+        name = f"{CONVERSATION}-{section.n}"
+        rows, parts = _parts(tasks, section)
+        count = section.count or -(-TURNS // section.n)
+        made[name] = Task(
+            name,
+            (TURNS_RIGHT,),
+            settings.template,
+            max(tasks[part].max_new_tokens for part in rows),
+            dialogues=draw_dialogues(rows, section.n, count, settings.seed, settings.system_prompt),
+            part_metrics=parts,
+            system_prompt=settings.system_prompt,
+        )
+    return made
+
+
+def _parts(
+    tasks: Mapping[str, Task], section: CompositeSection | ConversationSection
+) -> tuple[dict[str, Sequence[Row]], dict[str, str]]:
+    """Rows and metric of each task that takes part, without a task whose expert was left out."""
+    names = [n for n, task in tasks.items() if task.rows and n in (section.tasks or tasks)]
+    metrics = {
+        part: next((m for m in tasks[part].metrics if not METRICS[m].of_choices), "exact_match")
+        for part in names
+    }
+    return {part: tasks[part].rows for part in names}, metrics

@@ -53,9 +53,12 @@ VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eva
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether another try can help: only for passing faults of the network."""
+    """Whether another try can help: only for passing faults of the network, which are shown."""
     error = state.result(raise_on_failure=False)
-    return bool(getattr(error, "retry", False))
+    if not getattr(error, "retry", False):
+        return False
+    say(f"{error}; it is tried again", "note")
+    return True
 
 
 def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)

@@ -12,6 +12,7 @@ from pipelines.planning.resolve import NoExpertsError, at_hand, resolve
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
+from pipelines.workspace.bases import require_sound
 
 if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec
@@ -66,6 +67,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     known = context.ledger.built(base.id)
     if known is None or not context.base_folder(base).is_dir():
         return Look(base)
+    require_sound(context.ledger, base)
     built = BuiltBase.from_dict(known)
     try:
         plan = resolve(context, built, at_hand(context, base))

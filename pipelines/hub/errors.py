@@ -100,7 +100,7 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "gated": (
         HubGatedError,
         "{what} is gated: accept its terms at {endpoint}, log in with `hf auth login`, and name its"
-        " owner in the recipe under hub, token_for, or to `check` and `add` with --token-for",
+        " owner in the recipe under hub, token_for, or to the command with --token-for",
     ),
     "revision": (HubRevisionError, "{what}: {endpoint} has no such revision of it; check it"),
     "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),

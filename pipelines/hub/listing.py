@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipelines.hub.errors import HubSizeError
+from pipelines.hub.errors import HubDiskError, HubSizeError
 from pipelines.hub.snapshot import ListedFile, check_file
 from pipelines.workspace.console import growing
 
@@ -45,9 +45,19 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
 
 
 def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
-    """Download files into an empty folder, and check their bytes against the listing."""
+    """Download files into an empty folder, and check their bytes against the listing.
+
+    Raises:
+        HubDiskError: The disk has no room for them; nothing was downloaded.
+    """
     what = f"{ref.repo_id} at {ref.revision[:12]}"
     sizes = {file.path: file.size for file in files}
+    free = shutil.disk_usage(into).free
+    if free < sum(sizes.values()):
+        raise HubDiskError(
+            f"{what} has {sum(sizes.values()) / 1e6:,.1f} MB, and the disk of {into.parent} has"
+            f" {free / 1e6:,.1f} MB left; free some space, or give another --home"
+        )
     patient = replace(
         hub, timeout_seconds=hub.timeout_seconds + sum(sizes.values()) / MIN_BYTES_PER_SECOND
     )

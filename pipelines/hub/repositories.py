@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef
+from meteora.base.sources import INDEX, SHARD, TEXTS
 from pipelines.hub.about import HubSource, ask_about
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
 from pipelines.hub.client import DEFAULT, Hub, hub_for, is_offline, saved_token
@@ -41,12 +42,7 @@ __all__ = [
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 
-BASE_FILES = re.compile(
-    r"config\.json|generation_config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|"
-    r"tokenizer_config)\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)|README\.md|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-)
-"""Never `*.py`, which would be run, nor `*.bin`, which is a pickle."""
+BASE_FILES = re.compile("|".join([*map(re.escape, (*TEXTS, INDEX, "README.md")), SHARD.pattern]))
 PROFILE_FILES = re.compile(
     r"config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config)\.json|"
     r"merges\.txt|tokenizer\.model"

@@ -73,6 +73,7 @@ def print_steps(
     systems = ", ".join(("fused", *recipe.benchmark.compare))
     tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
     tasks += [f"composite-{section.n}" for section in recipe.benchmark.composite]
+    tasks += [f"conversation-{section.n}" for section in recipe.benchmark.conversation]
     on = ", ".join(tasks) or "no task"
     out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
     if recipe.publish is not None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meteora.fitting.calibrate import MAX_TOKEN_BYTES
+from meteora.fitting.logistic import FEW_ITERATIONS, ITERATIONS
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
 from pipelines.evaluation.measurements import (
@@ -24,8 +26,12 @@ from pipelines.evaluation.measurements import (
     ONE_EXPERT,
     ORACLE,
     ORACLES,
+    SINGLE,
+    SWAP,
 )
+from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
+from pipelines.recipe.benchmark import OF_CONVERSATIONS, ConversationSection
 from pipelines.recipe.gates import JointSection
 from pipelines.scoring.metrics import METRICS
 
@@ -167,9 +173,8 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     for n in recipe.gates.composites:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
-    if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation, too
-        num_sequences += num_sequences * len(turns) / sum(turns)
-        tokens *= 2
+    if turns := prompt_shapes(recipe)[0]:  # every other example is one turn of a conversation
+        num_sequences *= (1 + len(turns) / sum(turns)) / 2
     if not isinstance(recipe.gates, JointSection):
         return FittingWork(tokens)
     settings = recipe.gates
@@ -203,10 +208,15 @@ def _gates(
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
-        seconds += (2 * 2 * tokens * n * n + 3 * 9 * n**3) / machine.flops_per_second
+        flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
+        # each iteration of the refinement reads the tokens twice
+        numbers = min(tokens * width, MAX_TOKEN_BYTES / 4)
+        flops += 2 * 2 * (ITERATIONS + FEW_ITERATIONS) * numbers * experts.count
+        seconds += flops / machine.flops_per_second
     kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
     disk = gate_bytes + (kept if work.kept else 0)
-    return Need("gates", loaded + hidden + batch + spread, disk, seconds)
+    copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
+    return Need("gates", loaded + hidden + batch + spread + copies, disk, seconds)
 
 
 def _benchmark(
@@ -257,21 +267,50 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
         new_tokens = (asked.max_new_tokens or settings.max_new_tokens) if writes else 0
         for system in systems:
-            if system == ONE_EXPERT:
+            if system in ORACLES and system != ORACLE:
                 continue
             if system == ORACLE and (EXPERTS in systems or name not in own):
                 continue  # measured with the experts, or there is none
             for _ in range(num_experts if system == EXPERTS else 1):
                 yield Asking(system, rows, new_tokens)
-    for section in settings.composite:
-        parts = [tests[name] for name in (section.tasks or tests) if name in tests]
-        if parts:
-            mean = sum(rows.prompt_tokens for rows in parts) / len(parts)
-            rows = Rows(section.count or settings.limit, section.n * mean)
-            for system in systems:
-                told = system in ORACLES and not {*(section.tasks or tests)} <= own.keys()
-                if system != EXPERTS and not told:
-                    yield Asking(system, rows, section.n * settings.max_new_tokens)
+    yield from _mixed_askings(recipe, tests, {*own})
+
+
+def _mixed_askings(recipe: Recipe, tests: Mapping[str, Rows], own: set[str]) -> Iterator[Asking]:
+    """Every composite and conversation for every system.
+
+    Args:
+        own: the tasks that are an expert's own
+    """
+    settings = recipe.benchmark
+    for section in settings.mixes:
+        names = [name for name in (section.tasks or tests) if name in tests]
+        if not names:
+            continue
+        mean = sum(tests[name].prompt_tokens for name in names) / len(names)
+        told = ORACLES if {*(section.tasks or tests)} <= own else ()
+        for system in (FUSED, *settings.compare):
+            if system == EXPERTS or (system in ORACLES and system not in told):
+                continue
+            if isinstance(section, ConversationSection):
+                tried = len(names) if system == ONE_EXPERT else 1
+                yield from _conversation(system, section, mean, settings.max_new_tokens) * tried
+            elif system not in OF_CONVERSATIONS:
+                rows = Rows(section.count or settings.limit, section.n * mean)
+                yield Asking(system, rows, section.n * settings.max_new_tokens)
+
+
+def _conversation(
+    system: str, section: ConversationSection, question_tokens: float, new_tokens: int
+) -> list[Asking]:
+    """What a system is asked in conversations: all at once where it has one cache for them."""
+    n, count = section.n, section.count or -(-TURNS // section.n)
+    if system == SINGLE:
+        return [Asking(system, Rows(n * count, question_tokens), new_tokens)]
+    if system == SWAP:  # each turn computes the history again
+        lengths = [(turn + 1) * question_tokens + turn * new_tokens for turn in range(n)]
+        return [Asking(system, Rows(count, length), new_tokens) for length in lengths]
+    return [Asking(system, Rows(count, n * question_tokens), n * new_tokens)]
 
 
 def _asking_seconds(

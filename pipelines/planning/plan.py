@@ -24,7 +24,7 @@ from pipelines.data.background import background_rows
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row, refuse_overlap
-from pipelines.data.spans import SpannedRow, prompt_parts, read_spans
+from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
     find_comparisons,
@@ -52,8 +52,8 @@ class Plan:
     experts: tuple[Expert, ...]
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
-    spans: tuple[SpannedRow, ...]
-    """Examples whose parts belong to different experts."""
+    spans: tuple[SpannedRow | SpannedTurns, ...]
+    """Examples whose parts or turns belong to different experts."""
     tests: Mapping[str, Sequence[Row]]
     """Rows to test on, by task. Composites and tasks of lm-eval have no rows here."""
     tasks: Mapping[str, Task]
@@ -106,8 +106,10 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         composites=composites,
         conversations=conversations,
         system_prompts=system_prompts,
+        template="plain" if examples and recipe.benchmark.template == "plain" else "auto",
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
+        refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
     )
     subjects = find_subjects(base, fused, router, recipe.benchmark)
@@ -138,7 +140,12 @@ def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
 
 
 def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The turns of the conversations and the system prompts that gates are fitted to."""
+    """The turns of the conversations and the system prompts that gates are fitted to.
+
+    Plain text has neither.
+    """
+    if recipe.benchmark.template == "plain":
+        return (), ()
     gates, shared = recipe.gates, recipe.router.opening == "shared"
     turns, systems = gates.conversations, gates.system_prompts
     if turns is None:
@@ -169,7 +176,7 @@ def _asks_for_spans(recipe: Recipe) -> bool:
 
 
 def _examples_sha256(
-    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow] = ()
+    examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow | SpannedTurns] = ()
 ) -> str:
     asked = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
     return canonical_sha256(asked + [row.to_dict() for row in spans])

@@ -26,6 +26,7 @@ from pipelines.publishing import licences
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
+from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import say
 from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
@@ -81,6 +82,7 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
     if section is None:
         raise PublicationError(f"{work.name} has no `publish:` section; say where to")
     folder = work.checkpoint_folder(plan.router.id)
+    require_sound(work.ledger, plan.base)
     return publish(
         work.ledger,
         folder,

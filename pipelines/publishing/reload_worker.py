@@ -6,6 +6,7 @@ publishing process has imported or keeps in memory.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,9 @@ def compare(
     folder: str, repo_id: str, revision: str, cache_dir: str, base_folder: str | None
 ) -> dict[str, Any]:
     """The folder of the download, and the largest difference of any logit."""
-    there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir})
+    token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
+    download = {"cache_dir": cache_dir, "token": token}
+    there = find_checkpoint(repo_id, revision, download=download)
     here, again = logits(folder, base_folder), logits(there, base_folder)
     if torch.equal(here, again):
         return {"folder": str(there), "difference": 0.0}

@@ -12,9 +12,11 @@ MetricName = Literal[
 ]  # fmt: skip
 Template = Literal["auto", "chat", "plain"]
 System = Literal[
-    "base", "oracle", "one_expert", "uniform", "arrow", "norm", "random", "linear", "ties",
-    "dare_ties", "experts",
+    "base", "oracle", "one_expert", "single", "swap", "alora", "uniform", "arrow", "norm", "random",
+    "linear", "ties", "dare_ties", "experts",
 ]  # fmt: skip
+OF_CONVERSATIONS = ("single", "swap", "alora")
+"""Systems that are asked conversations alone."""
 
 
 class Section(BaseModel):
@@ -66,6 +68,17 @@ class CompositeSection(Section):
     """How many prompts. Default: `limit` of the benchmark."""
 
 
+class ConversationSection(Section):
+    """Conversations whose subject changes at each turn, made of questions of several tasks."""
+
+    n: Annotated[int, Field(ge=2, le=99)]
+    """How many turns a conversation has."""
+    tasks: tuple[str, ...] = ()
+    """The tasks whose rows are taken. Default: all tasks with rows."""
+    count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """How many conversations. Default: as many as have 200 turns together."""
+
+
 class SpeedSection(Section):
     """How a model is timed against its base."""
 
@@ -81,17 +94,27 @@ class BenchmarkSection(Section):
     tasks: tuple[TaskSection, ...] = ()
     composite: tuple[CompositeSection, ...] = ()
     """Also written as plain numbers: `composite: [3, 5]`."""
+    conversation: tuple[ConversationSection, ...] = ()
+    """Also written as plain numbers: `conversation: [3, 10]`."""
     compare: tuple[System, ...] = ("base", "oracle", "uniform", "arrow")
     template: Template = "auto"
-    """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained."""
+    """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained. With
+    `plain`, gates are fitted to plain text, too."""
+    system_prompt: Annotated[str, Field(max_length=20_000)] | None = None
+    """In front of every question; an empty one stands for none. Default: the chat template's."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Greatest length of an answer; for composites, of the answer to each question."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     seed: int = 0
-    """Decides the composites, the random router, and what DARE drops."""
+    """Decides composites and conversations, the random router, and what DARE drops."""
     speed: SpeedSection | None = None
 
-    @field_validator("composite", mode="before")
+    @property
+    def mixes(self) -> tuple[CompositeSection | ConversationSection, ...]:
+        """What is made of several tasks' rows."""
+        return (*self.composite, *self.conversation)
+
+    @field_validator("composite", "conversation", mode="before")
     @classmethod
     def _numbers_are_short_for_sections(cls, value: object) -> object:
         if not isinstance(value, tuple):
@@ -99,14 +122,44 @@ class BenchmarkSection(Section):
         return tuple({"n": n} if isinstance(n, int) else n for n in value)
 
     @model_validator(mode="after")
-    def _composites_differ(self) -> Self:
-        sizes = [section.n for section in self.composite]
-        if twice := {n for n in sizes if sizes.count(n) > 1}:
-            raise ValueError(f"two composites of {twice.pop()} questions; one of a size is enough")
-        if "one_expert" in self.compare and not sizes:
+    def _sizes_differ(self) -> Self:
+        for kind, unit, sections in (
+            ("composites", "questions", self.composite),
+            ("kinds of conversations", "turns", self.conversation),
+        ):
+            sizes = [section.n for section in sections]
+            if twice := {n for n in sizes if sizes.count(n) > 1}:
+                raise ValueError(f"two {kind} of {twice.pop()} {unit}; one of a size is enough")
+        return self
+
+    @model_validator(mode="after")
+    def _controls_have_a_task(self) -> Self:
+        if "one_expert" in self.compare and not self.mixes:
             raise ValueError(
-                "`one_expert` answers only composites, and there are none; add `composite: [3]`,"
-                " or compare with `oracle`"
+                "`one_expert` answers only composites and conversations, and there are none; add"
+                " `composite: [3]` or `conversation: [3]`, or compare with `oracle`"
+            )
+        if not self.conversation:
+            for system in OF_CONVERSATIONS:
+                if system in self.compare:
+                    raise ValueError(
+                        f"`{system}` answers only conversations, and there are none; add"
+                        " `conversation: [3]`, or take it out of `compare`"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_need_a_template(self) -> Self:
+        plain = self.template == "plain" or any(task.template == "plain" for task in self.tasks)
+        if self.system_prompt is not None and plain:
+            raise ValueError(
+                "`system_prompt` needs a chat template, and `template: plain` asks without; take"
+                " one of them out"
+            )
+        if self.conversation and self.template == "plain":
+            raise ValueError(
+                "`conversation` needs the roles of a chat template, and `template: plain` asks"
+                " without; take one of them out"
             )
         return self
 

@@ -16,6 +16,8 @@ from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
 
 LONGEST_NAME = 64
+MOST_FAULTS = 20
+"""Faults of one recipe that a message names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
@@ -82,10 +84,11 @@ class RouterSection(Section):
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
-    opening: Literal["prompt", "own", "shared"] = "prompt"
-    """Who routes tokens that say nothing about the task, such as a system prompt: the prompt behind
-    them, or each token by itself. `shared`: all experts have them together, each with weight 1 / E.
-    `prompt` looks ahead, so its answers change with the cache, the chunks and the prefix."""
+    opening: Literal["prompt", "own", "shared"] = "shared"
+    """Who routes tokens that say nothing about the task, such as a system prompt. `shared`: all
+    experts have them together, each with weight 1 / E. `own`: each token is routed by itself.
+    `prompt`: the prompt behind them decides; so answers change with the cache, the chunks and the
+    prefix."""
     null: bool = False
     """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token"] = "point"
@@ -180,22 +183,40 @@ class Recipe(Section):
                 )
         tasks = [expert.name for expert in self.experts if expert.test]
         further = [task.called for task in self.benchmark.tasks]
-        composites = [f"composite-{section.n}" for section in self.benchmark.composite]
+        mixes = [
+            *(("composite", section) for section in self.benchmark.composite),
+            *(("conversation", section) for section in self.benchmark.conversation),
+        ]
         for kind, all_names in (
             ("expert", names),
-            ("task", [*tasks, *further, *composites]),
+            ("task", [*tasks, *further, *(f"{kind}-{section.n}" for kind, section in mixes)]),
         ):
             if twice := {name for name in all_names if all_names.count(name) > 1}:
                 raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
         with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
-        for section in self.benchmark.composite:
+        for kind, section in mixes:
             if strange := set(section.tasks) - with_rows:
                 raise ValueError(
-                    f"composite {section.n}: there is no task {strange.pop()!r} with rows"
+                    f"{kind} {section.n}: there is no task {strange.pop()!r} with rows"
                 )
             if not with_rows:
                 raise ValueError(
-                    f"composite {section.n}: it is made of tasks' rows, and no task has rows"
+                    f"{kind} {section.n}: it is made of tasks' rows, and no task has rows"
+                )
+            if kind == "conversation" and len(set(section.tasks) or with_rows) < 2:
+                raise ValueError(
+                    f"conversation {section.n}: its subject changes at each turn, and only one task"
+                    " takes part; add another"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _roles_need_a_template(self) -> Self:
+        for key in ("conversations", "system_prompts"):
+            if getattr(self.gates, key) and self.benchmark.template == "plain":
+                raise ValueError(
+                    f"gates.{key} needs a chat template, and `benchmark.template: plain` means that"
+                    " gates are fitted to plain text; take one of them out"
                 )
         return self
 
@@ -275,14 +296,14 @@ def _tuples(value: object) -> object:
 
 
 def _explain(error: ValidationError) -> str:
-    parts = []
-    for fault in error.errors():
+    parts, faults = [], error.errors()
+    for fault in faults[:MOST_FAULTS]:
         steps = [str(step) for step in fault["loc"]]
         if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
             del steps[1]  # pydantic's name for the kind of section; it is not in the file
         place = ".".join(steps) or "recipe"
         if fault["type"] == "extra_forbidden":
-            parts.append(f"unknown key {place}")
+            parts.append(f"unknown key {place:.200}")
         else:
             given = (
                 ""
@@ -290,7 +311,8 @@ def _explain(error: ValidationError) -> str:
                 else f" (given: {fault['input']!r:.60})"
             )
             parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
-    return "; ".join(parts)
+    more = len(faults) - len(parts)
+    return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
 
 
 def shipped() -> dict[str, Path]:

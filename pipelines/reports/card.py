@@ -137,7 +137,17 @@ def _measured(summary: Summary | None) -> list[str]:
     if summary is None:
         return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
     lines = "\n".join([*loss_lines(summary), *speed_lines(summary)])
-    return ["\n".join(score_table(summary)), lines]
+    return ["\n".join(score_table(summary)), *_turn_tables(summary), lines]
+
+
+def _turn_tables(summary: Summary) -> list[str]:
+    """Conversations turn by turn, as Markdown: a table and a sentence for each task."""
+    found = []
+    for headings, rows, line in turn_tables(summary):
+        table = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+        table.insert(1, "|-" * len(headings) + "|")
+        found += ["\n".join(table), line]
+    return found
 
 
 def score_table(summary: Summary) -> list[str]:
@@ -170,6 +180,32 @@ def cell(summary: Summary, task: str, system: str) -> str:
     return " ".join(filter(None, (shown, summary.mark(task, system))))
 
 
+def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]]:
+    """For each task of conversations: headings, a row for each system, and a sentence."""
+    found = []
+    for task, row in summary.conversations.items():
+        fused = row["fused"]
+        count = len(fused.turns)
+        places = [str(number) for number in range(2, count + 1)]
+        headings = [task, "all turns", "turn 1", *places, "computed", "seconds"]
+        rows = []
+        for system, score in row.items():
+            computed = sum(turn.computed_tokens for turn in score.turns)
+            seconds = sum(turn.seconds for turn in score.turns)
+            values = [f"{turn.value:.2f}" for turn in score.turns]
+            shown = [system, cell(summary, task, system), *values]
+            rows.append([*shown, f"{computed:,.0f}", f"{seconds:.2f}"])
+        line = (
+            f"{fused.num_samples} conversations of {count} turns, each about another task; the"
+            " model's own answers stay in the history. A conversation is one row of interval and"
+            " test. The last two columns are sums over the turns: tokens of prompts that were"
+            " computed, since no cache had them, and seconds with the answers (a batch's time"
+            " divided by its number of conversations)."
+        )
+        found.append((headings, rows, line))
+    return found
+
+
 def method_lines(summary: Summary) -> list[str]:
     """How the scores of the table were measured, in one or two sentences."""
     scores = [score for row in summary.scores.values() for score in row.values()]
@@ -180,6 +216,8 @@ def method_lines(summary: Summary) -> list[str]:
     used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
     templated = {True: "in the base's chat template", False: "as plain text", None: ""}
     asked = {templated[score.templated] for score in scores} - {""}
+    for system in {score.spec.system_prompt for score in scores} - {None}:
+        asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
     how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
     cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
     lines = [

@@ -40,7 +40,8 @@ ORDER BY list_position(['refuse', 'warn'], verdict) NULLS LAST, name;
 -- scores: Scores and their 95 % intervals
 SELECT task, system, metric, value, low, high, num_samples, num_empty, num_truncated
 FROM standings WHERE router_id = $router AND system <> 'alone'
-ORDER BY starts_with(task, 'composite-'), TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
+ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) NULLS FIRST,
+         TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
          task, list_position(['fused', 'oracle', 'base'], system), system;
 
 -- means: Means over the tasks on which every system was measured
@@ -48,7 +49,7 @@ WITH by_task AS (
     SELECT system, task, avg(value) AS value  -- of a task's metrics
     FROM standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
-      AND metric NOT LIKE 'composite%'  -- composite_attempted is no measure of quality
+      AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of tasks with one question
     GROUP BY system, task
 ), counted AS (
     SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task
@@ -67,7 +68,7 @@ ORDER BY list_position(['oracle', 'base'], comparisons.other), comparisons.other
 
 -- matrix: Each adapter alone on each task
 SELECT task, expert, metric, value, low, high, num_samples
-FROM standings WHERE router_id = $router AND system IN ('oracle', 'alone')
+FROM standings WHERE router_id = $router AND expert <> ''
 ORDER BY task, metric, expert;
 
 -- composites: Several questions in one prompt
@@ -83,7 +84,14 @@ GROUP BY standings.task, system
 ORDER BY TRY_CAST(split_part(standings.task, '-', 2) AS INTEGER), standings.task,
          list_position(['fused', 'base'], system), system;
 
--- parts: The fused model on the parts of composite tasks
+-- conversations: Conversations turn by turn
+SELECT task, system, turn, value, num_conversations, prompt_tokens, computed_tokens, new_tokens,
+       seconds
+FROM conversation_turns WHERE router_id = $router
+ORDER BY TRY_CAST(split_part(task, '-', 2) AS INTEGER), task,
+         list_position(['fused', 'oracle', 'base'], system), system, turn;
+
+-- parts: The fused model on the parts of composites and conversations
 SELECT task, name, score_parts.value, score_parts.num_samples, num_attempted
 FROM standings JOIN score_parts USING (score_id)
 WHERE router_id = $router AND system = 'fused' AND metric <> 'composite_attempted'
@@ -185,4 +193,6 @@ FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 -- outputs: Where the answers are stored
 SELECT task, outputs_sha256, max_new_tokens, templated,
        id IN (SELECT score_id FROM score_parts) AS is_composite
-FROM scores WHERE subject_id = $router ORDER BY is_composite DESC, task;
+FROM scores
+WHERE subject_id = $router AND id NOT IN (SELECT score_id FROM score_turns)
+ORDER BY is_composite DESC, task;

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from pipelines.reports.queries import QueryResult
 
-FIGURES = ("scores", "matrix", "confusion", "load", "layers", "details", "switches")
+FIGURES = (
+    "scores", "conversations", "matrix", "confusion", "load", "layers", "details", "switches",
+)  # fmt: skip
 """Queries that have a chart."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
@@ -39,6 +41,7 @@ def report_page(
         "results": results,
         "figures": draw_charts(results),
         "comparisons": compare_systems(results["differences"].rows),
+        "conversations": by_turn(results["conversations"].rows),
         "traces": traces,
         "num_experts": len(results["experts"].rows),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
@@ -59,6 +62,16 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
     """The charts by the name of their query; None where there is no data."""
     drawn: dict[str, Any] = dict.fromkeys(FIGURES)
     drawn["scores"] = _forests(results["scores"].rows)
+    drawn["conversations"] = [
+        charts.line_chart(
+            {line["system"]: list(enumerate(line["values"], 1)) for line in one["lines"]},
+            f"conversations-{number}",
+            xlabel=f"turn of {one['task']}",
+            ylabel="mean score",
+            strong="fused",
+        )
+        for number, one in enumerate(by_turn(results["conversations"].rows))
+    ]
     experts = [row["name"] for row in results["experts"].rows]
     matrix = results["matrix"].rows
     pairs = {(row["task"], row["expert"]) for row in matrix}
@@ -115,6 +128,30 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
             step=True,
         )
     return drawn
+
+
+def by_turn(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the query `conversations` by task, and in each task a line for each system."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["task"], {}).setdefault(row["system"], []).append(row)
+    return [
+        {
+            "task": task,
+            "num_conversations": rows[0]["num_conversations"],
+            "lines": [
+                {
+                    "system": system,
+                    "values": [turn["value"] for turn in turns],
+                    "computed_tokens": sum(turn["computed_tokens"] for turn in turns),
+                    "seconds": sum(turn["seconds"] for turn in turns),
+                }
+                for system, turns in systems.items()
+            ],
+        }
+        for task, systems in found.items()
+        for rows in [next(iter(systems.values()))]
+    ]
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

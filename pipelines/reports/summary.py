@@ -9,7 +9,7 @@ from meteora.artifacts import ComparisonBuild, RouterBuild, RoutingBuild, Score,
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from meteora.artifacts import Difference
@@ -40,10 +40,21 @@ class Summary:
 
     @property
     def systems(self) -> list[str]:
-        """In the order of the table's columns: base, oracle, fused, then the others."""
-        there = dict.fromkeys(system for row in self.scores.values() for system in row)
-        first = [system for system in (BASE, ORACLE, FUSED) if system in there]
-        return first + [system for system in there if system not in first]
+        """In the order of the table's columns: base, oracle, fused, then the others.
+
+        Without those that are asked conversations alone, which have a table of their own.
+        """
+        rows = [row for task, row in self.scores.items() if task not in self.conversations]
+        return _in_order(system for row in rows or self.scores.values() for system in row)
+
+    @property
+    def conversations(self) -> dict[str, dict[str, Score]]:
+        """The scores of conversations by task and system, each with its turns; systems in order."""
+        return {
+            task: {system: row[system] for system in _in_order(row)}
+            for task, row in self.scores.items()
+            if row[FUSED].turns
+        }
 
     def mean(self, system: str) -> float | None:
         """The mean over the experts' own tasks; None if it was not measured on all of them."""
@@ -75,6 +86,12 @@ class Summary:
             for one in comparison.differences
             if self.mark(one.task, other) not in {"", "+"}
         ]
+
+
+def _in_order(systems: Iterable[str]) -> list[str]:
+    there = dict.fromkeys(systems)
+    first = [system for system in (BASE, ORACLE, FUSED) if system in there]
+    return first + [system for system in there if system not in first]
 
 
 def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:

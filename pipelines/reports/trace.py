@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from meteora.untrusted.findings import for_terminal
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,8 +25,6 @@ COLOURS = (
 """Colours that people with any colour vision tell apart (Okabe and Ito 2008; grey for black)."""
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 """CSS line styles: the ninth expert has the first colour again, with the next line."""
-CONTROLS = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {0x7F: 0x2421}
-"""Control characters to pictures of them, so that a model's answer cannot move the cursor."""
 
 
 def expert_style(expert: int) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def _coloured(part: list[Token]) -> Text:
         if token.expert != before:
             out.append(f"[{token.expert + 1}]", style="dim")
         before = token.expert
-        text = token.text.translate(CONTROLS)
+        text = for_terminal(token.text)
         out.append(text, style=f"black on {tint(token.expert, token.share)}")
     return out
 
@@ -92,7 +92,7 @@ def _legend(trace: Trace, tokens: list[Token]) -> Text:
     for e in sorted(range(len(won)), key=lambda e: -won[e]):
         if won[e]:
             out.append(f"[{e + 1}]", style="dim")
-            name = trace.experts[e].translate(CONTROLS)
+            name = for_terminal(trace.experts[e])
             out.append(f" {name} ", style=f"black on {tint(e, 0.8)}")
             out.append(f" {won[e] / len(tokens):.0%} of {len(tokens)} tokens\n")
     out.rstrip()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
 """Metrics of composites: the shares of questions that were answered rightly, and at all."""
+TURNS_RIGHT = "conversation_right"
+"""The metric of conversations: the mean over the turns, each by the metric of its task."""
 NUMBER = re.compile(r"[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?")
 """A decimal number, with commas between thousands."""
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")

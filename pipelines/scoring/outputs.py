@@ -1,7 +1,8 @@
 """The answers of a measurement, kept in one Parquet file, and the value of each.
 
-A file has one row for each question. It holds what was asked and what was answered, so values can
-be computed from it again; they are computed in the same way right after a system has answered.
+A file has one row for each question, composite or conversation. It holds what was asked and what
+was answered, so values can be computed from it again; they are computed in the same way right after
+a system has answered.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meteora.artifacts import ScorePart
+from meteora.artifacts import ScorePart, ScoreTurn
 from pipelines.data.composites import split_answers
 from pipelines.data.rows import Row
 from pipelines.scoring.intervals import interval_of_mean
-from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT
+from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+COSTS = ("prompt_tokens", "computed_tokens", "new_tokens", "seconds")
+"""What each turn of a conversation takes, by the names in the column `turns` and in `ScoreTurn`."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,10 @@ class RowValues:
     graded: bool
     """Whether a row may be partly right; see `Metric.graded`."""
     parts: tuple[ScorePart, ...] = ()
-    """Of composites: the same metric on the questions of each task."""
+    """Of composites and conversations: the same metric on the questions of each task."""
     higher_is_better: bool = True
+    turns: tuple[ScoreTurn, ...] = ()
+    """Of conversations: see `Score.turns`."""
 
     @property
     def mean(self) -> float:
@@ -90,28 +96,79 @@ def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Row
     attempted: list[float] = []
     by_task: dict[str, list[tuple[float, bool]]] = {}
     for row in rows:
-        judged_by = json.loads(row["judged_by"])
-        questions = json.loads(row["asked"])["questions"]
-        answers = split_answers(row["output"], len(questions))
-        values = []
-        for number, (task, body) in enumerate(questions, 1):
-            metric = METRICS[judged_by[task]]
-            value = metric.compute(answers.get(number, ""), Row.from_dict(body))
-            by_task.setdefault(task, []).append((value, number in answers))
-            values.append(value)
-        right.append(sum(values) / len(questions))
-        attempted.append(len(answers) / len(questions))
-    parts = {task: _part(task, found) for task, found in sorted(by_task.items())}
+        asked = json.loads(row["asked"])["questions"]
+        answers = split_answers(row["output"], len(asked))
+        said = [answers.get(number, "") for number in range(1, len(asked) + 1)]
+        values = _judge(row, said, by_task)
+        right.append(_mean(values))
+        attempted.append(len(answers) / len(values))
+    parts = _parts(by_task)
     tried = tuple(
-        ScorePart(task, part.num_attempted / part.num_samples, part.num_samples, part.num_attempted)
-        for task, part in parts.items()
-    )
+        ScorePart(part.name, part.num_attempted / part.num_samples, part.num_samples,
+                  part.num_attempted)
+        for part in parts
+    )  # fmt: skip
     return {
-        RIGHT: RowValues(tuple(right), graded=True, parts=tuple(parts.values())),
+        RIGHT: RowValues(tuple(right), graded=True, parts=parts),
         ATTEMPTED: RowValues(tuple(attempted), graded=True, parts=tried),
     }
 
 
-def _part(task: str, found: Sequence[tuple[float, bool]]) -> ScorePart:
-    value = sum(value for value, _ in found) / len(found)
-    return ScorePart(task, value, len(found), sum(tried for _, tried in found))
+def compute_conversation_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, RowValues]:
+    """The mean over the turns of each conversation, and over the conversations at each turn.
+
+    A conversation is one row: its turns depend on each other, so intervals and tests may not take
+    them as rows of their own.
+
+    Args:
+        rows: with the columns `asked` (JSON of a `Dialogue`), `judged_by` (JSON of the metric of
+            each task) and `turns` (JSON of what each turn was answered and took)
+
+    Returns:
+        by metric, `TURNS_RIGHT`
+    """
+    by_task: dict[str, list[tuple[float, bool]]] = {}
+    turns = [json.loads(row["turns"]) for row in rows]
+    values = [
+        _judge(row, [turn["output"] for turn in own], by_task)
+        for row, own in zip(rows, turns, strict=True)
+    ]
+    at_turns = [
+        ScoreTurn(number, _mean(right), *(_mean([turn[name] for turn in took]) for name in COSTS))
+        for number, (right, took) in enumerate(
+            zip(zip(*values, strict=True), zip(*turns, strict=True), strict=True), 1
+        )
+    ]
+    means = tuple(map(_mean, values))
+    found = RowValues(means, graded=True, parts=_parts(by_task), turns=tuple(at_turns))
+    return {TURNS_RIGHT: found}
+
+
+def _judge(
+    row: Mapping[str, Any], answers: Sequence[str], by_task: dict[str, list[tuple[float, bool]]]
+) -> list[float]:
+    """The value of the answer to each question of a row.
+
+    Args:
+        by_task: takes each value, and whether there is an answer at all, under the question's task
+    """
+    judged_by, values = json.loads(row["judged_by"]), []
+    asked = json.loads(row["asked"])["questions"]
+    for (task, body), answer in zip(asked, answers, strict=True):
+        value = METRICS[judged_by[task]].compute(answer, Row.from_dict(body))
+        by_task.setdefault(task, []).append((value, bool(answer.strip())))
+        values.append(value)
+    return values
+
+
+def _parts(by_task: Mapping[str, Sequence[tuple[float, bool]]]) -> tuple[ScorePart, ...]:
+    return tuple(
+        ScorePart(
+            task, _mean([value for value, _ in found]), len(found), sum(tried for _, tried in found)
+        )
+        for task, found in sorted(by_task.items())
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from pyarrow import ArrowInvalid
 
 from pipelines.data.rows import ExamplesError
-from pipelines.scoring.metrics import ATTEMPTED, RIGHT
+from pipelines.scoring.metrics import ATTEMPTED, RIGHT, TURNS_RIGHT
 from pipelines.scoring.outputs import (
     RowValues,
     compute_composite_values,
+    compute_conversation_values,
     compute_values,
     read_outputs,
 )
@@ -87,6 +88,8 @@ def _recompute(ledger: Ledger, score: Score) -> RowValues:
     metric = score.spec.metric
     if metric in {RIGHT, ATTEMPTED}:
         return compute_composite_values(rows)[metric]
+    if metric == TURNS_RIGHT:
+        return compute_conversation_values(rows)[metric]
     if "asked" in rows[0]:
         return compute_values(rows, metric)
     # lm-eval's own task, or an older release: the file has only the values computed at that time

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import converse, single_turns, takes
+from pipelines.data.conversations import in_every_shape, takes
 from pipelines.data.labels import (
     background_sequences,
     label,
@@ -47,7 +48,8 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import computing_device, describe, opened
+from pipelines.stages.open_model import computing_device, describe, opened, tokenizer_of_gates
+from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
 
@@ -74,6 +76,7 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
         return BuiltBase.from_dict(known)
     if not folder.is_dir():
         _bring_base(work, spec, folder)
+    require_sound(work.ledger, spec)
     sizes = loading.linear_sizes(folder)
     norms = loading.weight_norms(folder, sizes)
     built = BuiltBase(
@@ -97,6 +100,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
             return
         with work.scratch() as scratch:
             _fetch_base(work.recipe, spec, scratch / "base")
+            seal(scratch / "base", work.home)
             (scratch / "base").rename(folder)
 
 
@@ -205,6 +209,7 @@ def _labelled(
     """The sequences that the gates are fitted to, and the template around their prompts."""
     router = plan.router
     silent_experts.probe(work, plan.experts, model, tokenizer)
+    tokenizer = tokenizer_of_gates(tokenizer, router.template)
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
@@ -220,11 +225,6 @@ def _labelled(
         base = len(names) + shared
         with bar("asking the base", len(rows), "texts") as advance:
             sequences += background_sequences(model, tokenizer, rows, base, advance, nobody)
-    if shared and not any(nobody in sequence.experts for sequence in sequences):
-        raise MeteoraError(
-            "router.opening is shared, but this base puts no token in front of a prompt that could"
-            " be; choose `opening: own`, which is causal there"
-        )
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
 
 
@@ -240,12 +240,10 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conve
         say("the base's chat template takes no system prompt: gates are fitted without", "note")
         systems = ()
     names = [name for name in plan.fused.names if plan.examples.get(name)]
-    found = single_turns(plan.examples, names, systems)
     if lengths and not takes(tokenizer, turns=2):
         say("the base's chat template takes one turn alone: gates are fitted to these", "note")
-    elif lengths:
-        found += converse(plan.examples, names, lengths, systems, seed=plan.router.seed)
-    return found
+        lengths = ()
+    return in_every_shape(plan.examples, names, lengths, systems, seed=plan.router.seed)
 
 
 @contextmanager
@@ -276,6 +274,7 @@ def _calibrate(
             sequences,
             router.options,
             template=template,
+            refined=router.refined,
             seed=router.seed,
             scratch=scratch,
             progress=lambda _done, _total: advance(1),
@@ -291,13 +290,13 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    manifest = describe(plan, built, gates)
     folder = work.checkpoint_folder(plan.router.id)
     parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router == "gate":
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256
+    manifest = replace(describe(plan, built, gates), files=parts)
     texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results

@@ -26,19 +26,28 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    STATISTICS,
+    CheckpointError,
+    read_manifest,
+)
 from meteora.checkpoint.resolve import load_base
+from meteora.checkpoint.sound_file import AGAIN, open_sound
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
+from meteora.untrusted.findings import shortened
 from pipelines.admission.candidate import Admission
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.recipe.gates import Composites
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import entry_of
+from pipelines.stages.open_model import entry_of, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 
@@ -47,7 +56,9 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth
+    from meteora.fitting.statistics import PointStatistics
     from pipelines.admission.candidate import Candidate
     from store.ledger import Ledger
 
@@ -82,6 +93,7 @@ def add(
     examples: str,
     *,
     base_folder: Path | None = None,
+    download: Mapping[str, Any] | None = None,
 ) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
@@ -90,6 +102,7 @@ def add(
         candidate: the new expert; it is judged as the adapters of a recipe are, and so recorded
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
+        download: options for the download of the base, such as `token`
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -103,8 +116,9 @@ def add(
     """
     manifest = _read_editable(folder)
     composites = _composites(folder, manifest)
+    gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES)
-    model, tokenizer = load_base(manifest, base_folder, "auto")
+    model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     expert = admission.read(candidate, model, tokenizer)
@@ -112,6 +126,7 @@ def add(
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
+        tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
         sequences += label_lists(rows, place, tokenizer, sizes=composites, seed=0)
@@ -121,8 +136,8 @@ def add(
             found: Growth = add_expert.grow(
                 model,
                 sequences,
-                tensors.read_gates(folder, manifest),
-                read_statistics(folder / STATISTICS),
+                gates,
+                _statistics(folder, manifest, gates),
                 larger.router,
                 progress=lambda _done, _total: advance(1),
             )
@@ -154,7 +169,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep={*gates.follows.values()})
         kept, statistics = add_expert.drop(
             gates,
-            read_statistics(folder / STATISTICS),
+            _statistics(folder, manifest, gates),
             manifest.names.index(name),
             smaller.modules,
         )
@@ -178,6 +193,27 @@ def _read_editable(folder: Path) -> Manifest:
             f" come with (it has {made}); build it with them, or change the recipe and run that"
         )
     return manifest
+
+
+def _statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
+    """What the gates were fitted to, checked as experts and gates are.
+
+    Raises:
+        CheckpointError: the file is damaged, or does not fit the manifest.
+    """
+    with open_sound(folder, STATISTICS, manifest):
+        found = read_statistics(folder / STATISTICS)
+    for module, point in found.items():
+        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
+        shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
+        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
+        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
+        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
+            raise CheckpointError(
+                f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
+                f" gate in {GATES}; {AGAIN}"
+            )
+    return found
 
 
 @contextmanager
@@ -216,6 +252,7 @@ def _router(
         examples_sha256=examples_sha256,
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
+        refined=bool(examples_sha256),
         grown_from=before.router_id,
     )
 
@@ -236,9 +273,11 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
         "grown_examples_sha256": router.examples_sha256,
         "grown_heldout_accuracy": edited.heldout_accuracy,
     }
-    manifest = replace(edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id)
     names = (EXPERTS, GATES, STATISTICS)
     files = {name: file_sha256(edited.folder / name) for name in names}
+    manifest = replace(
+        edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id, files=files
+    )
     write_texts(edited.folder, manifest, files, " + ".join(manifest.names))
     if ledger.built(ArtifactId(before.router_id)) is not None:
         _record(ledger, manifest, edited, files)

@@ -17,11 +17,12 @@ from meteora.model.fused import expert_names
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
+from pipelines.evaluation.measurements import ONE_EXPERT, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.open_model import opened
+from pipelines.stages.open_model import opened, tokenizer_of_gates
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -120,8 +121,10 @@ def _ask(
     task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
     device = speed.device_name(model.device)
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
+    control = control_of(first.system, task)
+    total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
     with (
-        bar(f"{task.name}: {first.system}", task.num_questions, "rows") as advance,
+        bar(f"{task.name}: {first.system}", total, "rows") as advance,
         nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
     ):
         found = evaluate.evaluate_task(
@@ -130,6 +133,7 @@ def _ask(
             task,
             batch_size=batch_size,
             seed=first.spec.seed,
+            control=control,
             log=log,
             advance=advance,
         )
@@ -144,7 +148,11 @@ def _ask(
 
 def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
     """The hash of all that decides what is answered, whatever the answers are judged by."""
-    asked = {name: value for name, value in spec.to_dict().items() if name != "metric"}
+    asked = {
+        name: value
+        for name, value in spec.to_dict().items()
+        if name != "metric" and value is not None
+    }
     return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
 
 
@@ -169,6 +177,7 @@ def _watch_routing(
 ) -> None:
     """Feed each expert's own test rows, and see where every routed module sends their tokens."""
     started = time.perf_counter()
+    tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
     names = expert_names(model)
     own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
     scores: list[RoutingScore] = []
@@ -201,7 +210,8 @@ def _watch_routing(
         details=tuple(sums.detail(path) for path, sums in total.items()),
         switches=switches,
     )
-    work.ledger.record_routing(scores, run_id=work.run_id)
+    if not work.ledger.has_routing(plan.router.id):  # one a router: on other rows, the first stay
+        work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
+from pipelines.workspace.bases import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
-    """The manifest of the checkpoint that a plan makes."""
+    """The manifest of the checkpoint that a plan makes, without the hashes of its files."""
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router == "gate":
         made = {
@@ -46,6 +49,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["conversations"] = plan.router.conversations
         if plan.router.system_prompts:
             made["system_prompts"] = plan.router.system_prompts
+        if plan.router.template == "plain":
+            made["template"] = plan.router.template
         if plan.router.joint is not None:
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
@@ -85,13 +90,14 @@ def opened(
     work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base with the plan's experts in it, and with its router where `gates` are given."""
-    manifest = describe(plan, built, gates)
+    require_sound(work.ledger, plan.base)
     with work.scratch() as scratch:
-        parts = {EXPERTS: work.ledger.weights_of(plan.fused.id)}
+        parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
         if gates is not None and plan.router.router == "gate":
             parts[GATES] = gates.weights_sha256
         for name, sha256 in parts.items():
-            (scratch / name).symlink_to(work.ledger.blobs.path_of(str(sha256)).absolute())
+            (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
+        manifest = replace(describe(plan, built, gates), files=parts)
         model, tokenizer = loading.load_folder(work.base_folder(plan.base))
         check_base(manifest, model, tokenizer, scratch)
         insert_experts(model, scratch, manifest)
@@ -100,6 +106,21 @@ def opened(
     # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
     torch.nn.Module.to(model, computing_device())
     yield model, tokenizer
+
+
+def tokenizer_of_gates(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the prompts that gates are fitted to.
+
+    Args:
+        template: `plain` for one without the chat template
+    """
+    if template != "plain":
+        return tokenizer
+    plain = copy.copy(tokenizer)
+    plain.chat_template = None
+    return plain
 
 
 def computing_device() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from meteora.artifacts import BaseSpec
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
 from store.ledger import Ledger
@@ -15,10 +16,12 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
     """The folder of a checkpoint whose id is in the ledger; any other name is returned as it is.
 
     Raises:
-        UnknownError: The ledger has the id, but no checkpoint with it.
+        UnknownError: There is no ledger, or it has the id, but no checkpoint with it.
     """
     if Path(name).is_dir() or "/" in name:
         return name
+    if not home.is_dir():
+        raise UnknownError(f"{name} is no folder, and there is no store in {home}; check --home")
     folder = checkpoint_at(home, Ledger(home).resolve(name))
     if not folder.is_dir():
         raise UnknownError(
@@ -29,9 +32,17 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
 
 
 def base_at_hand(folder: str | Path, home: Path) -> Path | None:
-    """The base of a checkpoint, if this home has it as safetensors already."""
+    """The base of a checkpoint, if this home has it as safetensors already.
+
+    Raises:
+        DamagedBaseError: It has, and not with the bytes any more that it was made with.
+    """
     if not (Path(folder) / MANIFEST).is_file():
         return None
     entry = read_manifest(Path(folder)).base
-    base = home / "bases" / BaseSpec(entry.repo_id, entry.revision).id.partition(":")[2]
-    return base if base.is_dir() else None
+    spec = BaseSpec(entry.repo_id, entry.revision)
+    base = base_at(home, spec.id)
+    if not base.is_dir():
+        return None
+    require_sound(Ledger(home), spec)
+    return base

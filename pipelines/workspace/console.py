@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from meteora.untrusted.findings import for_terminal
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -63,13 +65,13 @@ class Console:
             self._on_message, self._on_progress = before
 
     def say(self, text: str, label: str = "") -> None:
-        """Print a line; brackets in it are no markup, since names and paths may have some.
+        """Print a line without control characters; brackets are no markup, since names have some.
 
         Args:
             label: One of `LABELS`, before the text and in its colour.
         """
         before = [(f"{label}: ", LABELS[label])] if label else []
-        line = Text.assemble(*before, text)
+        line = Text.assemble(*before, for_terminal(text))
         self._stderr.print(line, soft_wrap=True)
         if self._on_message is not None:
             self._on_message(line.plain)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 from meteora.artifacts import canonical_sha256
 from meteora.base.sources import PATH, file_sha256
 from pipelines.recipe.recipe import SHIPPED, Recipe, locate, shipped
+from pipelines.workspace.bases import base_at
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class RunContext:
         source = self.recipe.base
         if source.startswith(PATH):
             return self.folder / source.removeprefix(PATH)
-        return self.home / "bases" / spec.id.partition(":")[2]
+        return base_at(self.home, spec.id)
 
     def checkpoint_folder(self, router_id: ArtifactId) -> Path:
         """The folder of the checkpoint with this router; it may not exist yet."""

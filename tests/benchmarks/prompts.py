@@ -18,30 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch.nn.functional import one_hot
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterOptions
 from meteora.fitting.calibrate import calibrate
-from meteora.model.fused import expert_names, force_expert, routed_by
-from meteora.model.generate import answer_all
-from meteora.routing.routers import Decision, Follower
-from pipelines.data.conversations import (
-    CONVERSATION_TURNS,
-    SYSTEM_PROMPTS,
-    Conversation,
-    Turn,
-    converse,
-    encode_conversation,
-    single_turns,
-)
+from pipelines.data.composites import Question
+from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, in_every_shape
+from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.data.labels import label_conversations
+from pipelines.evaluation.conversations import Conversing
 from pipelines.scoring.intervals import wilson
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.gate_world import World
@@ -49,128 +36,58 @@ from tests.benchmarks.timing import machine
 from tests.quickstart.make import TRAININGS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from pipelines.data.rows import Row
+    from transformers import PreTrainedModel
 
 EXAMPLES = 64
 LONGEST = 64
-"""Tokens of an answer in a conversation."""
+"""Tokens of an answer."""
+BATCH_SIZE = 16
 SYSTEMS = {
     "default": None,
     "none": "",
     "other": "You are Pip, a cheerful pirate assistant who loves the sea.",
 }
-TALKS = {"3 turns": (3, False), "3 turns of one task": (3, True), "10 turns": (10, False)}
 FITS = {"prompt": 1, "shared": 1, "shared, 2": 2}
 """Experts of each token, by the name of the fit."""
 
-Answer = list[list[int]]
+
+def shapes(world: World, rows: int, conversations: int) -> dict[str, list[Dialogue]]:
+    """What is asked: single questions under each system prompt, and conversations."""
+    found = {
+        f"one question, system prompt: {shape}": [
+            Dialogue((Question(name, row),), system)
+            for name in world.names
+            for row in world.tests[name][:rows]
+        ]
+        for shape, system in SYSTEMS.items()
+    }
+    found["3 turns"] = draw_dialogues(world.tests, 3, conversations, seed=0)
+    each = -(-conversations // len(world.names))
+    found["3 turns of one task"] = [
+        dialogue
+        for name in world.names
+        for dialogue in draw_dialogues({name: world.tests[name]}, 3, each, seed=0)
+    ]
+    found["10 turns"] = draw_dialogues(world.tests, 10, max(2, conversations * 3 // 10), seed=0)
+    return found
 
 
-class Asker:
-    """A model with its gates, asked in every shape."""
-
-    def __init__(self, world: World, model: PreTrainedModel) -> None:
-        self.world, self.model = world, model
-        self.tokenizer = world.tokenizer
-
-    def singles(self, system: str | None, rows: int, *, forced: bool = False) -> list[list[float]]:
-        """Exact match of each task's first test rows, under a system prompt.
-
-        Args:
-            forced: every token to the task's own expert
-        """
-        values = []
-        for name in self.world.names:
-            asked = self.world.tests[name][:rows]
-            talks = [Conversation((Turn(name, row.prompt, ""),), system) for row in asked]
-            prompts = [prompt_of(self.tokenizer, talk)[0] for talk in talks]
-            longest = max(len(self.tokenizer(row.response).input_ids) for row in asked)
-            if forced:
-                with force_expert(self.model, name):
-                    answers = answer_all(self.model, self.tokenizer, prompts, longest + 4)
-            else:
-                answers = answer_all(self.model, self.tokenizer, prompts, longest + 4)
-            values += [[self._value(*pair)] for pair in zip(answers, asked, strict=True)]
-        return values
-
-    def _value(self, answer: list[int], row: Row) -> float:
-        return exact_match(str(self.tokenizer.decode(answer, skip_special_tokens=True)), row)
-
-    def conversations(
-        self,
-        talks: Sequence[Sequence[tuple[str, Row]]],
-        answer: Callable[[list[Conversation]], Answer],
-    ) -> list[list[float]]:
-        """Exact match of each turn; the model's own answers stay in the history."""
-        turns: list[list[Turn]] = [[] for _ in talks]
-        values: list[list[float]] = [[] for _ in talks]
-        for place in range(len(talks[0])):
-            asked = [
-                Conversation((*done, Turn(talk[place][0], talk[place][1].prompt, "")))
-                for done, talk in zip(turns, talks, strict=True)
-            ]
-            for i, ids in enumerate(answer(asked)):
-                name, row = talks[i][place]
-                values[i].append(self._value(ids, row))
-                text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() or "-"
-                turns[i].append(Turn(name, row.prompt, text))
-        return values
-
-    def by_gates(self, asked: list[Conversation]) -> Answer:
-        prompts = [prompt_of(self.tokenizer, one)[0] for one in asked]
-        return answer_all(self.model, self.tokenizer, prompts, LONGEST)
-
-    def by_oracle(self, asked: list[Conversation]) -> Answer:
-        answers = []
-        for one in asked:
-            ids, owners = prompt_of(self.tokenizer, one)
-            with self._owned(owners):
-                answers += answer_all(self.model, self.tokenizer, [ids], LONGEST)
-        return answers
-
-    @contextmanager
-    def _owned(self, owners: Sequence[str | None]) -> Generator[None]:
-        """Every token of the prompt to its owner, those of nobody to the mean of all experts."""
-        names, decision = expert_names(self.model), Decision()
-        places = [len(names) - 1 if owner is None else names.index(owner) for owner in owners]
-
-        def decide(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            length = kwargs.get("input_ids", args[0] if args else None).shape[1]
-            chosen = torch.tensor(places if length > 1 else places[-1:])
-            decision.hold(one_hot(chosen, len(names)).float())
-
-        hook = self.model.base_model.register_forward_pre_hook(decide, with_kwargs=True)
-        options = RouterOptions("oracle", 1, 1.0)
-        try:
-            with routed_by(self.model, lambda x: Follower(decision, x.num_choices, options)):
-                yield
-        finally:
-            hook.remove()
-
-
-def prompt_of(
-    tokenizer: PreTrainedTokenizerBase, asked: Conversation
-) -> tuple[list[int], list[str | None]]:
-    """Token ids up to the last answer, and their owners."""
-    ids, owners = encode_conversation(tokenizer, asked)  # the empty answer is its end alone
-    return ids[:-1], owners[:-1]
-
-
-def draw(world: World, turns: int, count: int, *, stays: bool) -> list[list[tuple[str, Row]]]:
-    """Conversations of test rows whose task changes at each turn, or never does."""
-    rng = random.Random(f"{turns}/{stays}")
-    talks = []
-    for _ in range(count):
-        names = [rng.choice(world.names)]
-        while len(names) < turns:
-            others = [name for name in world.names if name != names[-1]]
-            names.append(names[-1] if stays else rng.choice(others))
-        talks.append([(name, rng.choice(world.tests[name])) for name in names])
-    return talks
+def values(
+    world: World, model: PreTrainedModel, dialogues: Sequence[Dialogue], control: str
+) -> list[list[float]]:
+    """Exact match of each turn; the model's own answers stay in the history."""
+    asked = Conversing(
+        model, world.tokenizer, max_new_tokens=LONGEST, batch_size=BATCH_SIZE, control=control
+    )
+    return [
+        [
+            exact_match(turn["output"], question.row)
+            for turn, question in zip(turns, dialogue.questions, strict=True)
+        ]
+        for turns, dialogue in zip(asked.ask(dialogues), dialogues, strict=True)
+    ]
 
 
 def fitted(world: World, fit: str) -> PreTrainedModel:
@@ -182,8 +99,7 @@ def fitted(world: World, fit: str) -> PreTrainedModel:
         return model
     model = world.model(opening="shared")
     examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
-    talks = single_turns(examples, world.names, SYSTEM_PROMPTS)
-    talks += converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
+    talks = in_every_shape(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
     nobody = len(world.names)
     calibrate(model, label_conversations(talks, world.names, world.tokenizer, nobody), options)
     return model
@@ -224,10 +140,7 @@ def main() -> None:
     found: dict[str, dict[str, list[list[float]]]] = (
         json.loads(args.out.read_text()) if args.out.exists() else {}
     )
-    talks = {
-        shape: draw(world, turns, max(2, args.conversations * 3 // turns), stays=stays)
-        for shape, (turns, stays) in TALKS.items()
-    }
+    asked = shapes(world, args.rows, args.conversations)
 
     def keep(system: str, shape: str, make: Callable[[], list[list[float]]]) -> None:
         row = found.setdefault(system, {})
@@ -236,16 +149,12 @@ def main() -> None:
             args.out.write_text(json.dumps(found))
 
     for fit in args.fits:
-        asker = Asker(world, fitted(world, fit))
-        for shape, system in SYSTEMS.items():
-            name = f"one question, system prompt: {shape}"
-            keep(fit, name, partial(asker.singles, system, args.rows))
+        model = fitted(world, fit)
+        for shape, dialogues in asked.items():
+            keep(fit, shape, partial(values, world, model, dialogues, ""))
             if fit == "shared":
-                keep("oracle", name, partial(asker.singles, system, args.rows, forced=True))
-        for shape, drawn in talks.items():
-            keep(fit, shape, partial(asker.conversations, drawn, asker.by_gates))
-            if fit == "shared":
-                keep("oracle", shape, partial(asker.conversations, drawn, asker.by_oracle))
+                control = "oracle" if len(dialogues[0].questions) > 1 else "single"
+                keep("oracle", shape, partial(values, world, model, dialogues, control))
     print(f"{machine()}; {EXAMPLES} examples an expert\n")
     print_table(found)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -136,6 +137,22 @@ def recipe_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Pat
         },
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    return folder
+
+
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<sys>Hi.</sys>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_base(world: World, tmp_path: Path) -> Path:
+    """The tiny base with a chat template."""
+    folder = tmp_path / "chat-base"
+    shutil.copytree(world.base, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
 

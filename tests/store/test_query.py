@@ -44,6 +44,10 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             for model in models
             for phase, rate, ratio in (("decode", 33.0, 1.21), ("prefill", 1800.0, 1.11))
         ),
+        "How does a model do at each turn": [
+            (models[1], "sorting", "fused", 1, 0.9, 40.0, 0.25),
+            (models[1], "sorting", "fused", 2, 0.5, 35.0, 0.5),
+        ],
         "What is the latest model made from": [
             (1, "fused", None, None, None, weights(stack.id)),
             (2, "adapter", "someone/lora-0", COMMIT, "mit", weights(experts[0].id)),

@@ -69,11 +69,12 @@ def test_a_manifest_comes_back_equal(world):
     full = dataclasses.replace(
         world.manifest,
         modules={"m": ModuleEntry(3, 5, (1, 2, 0, 4), (0.5, 2.0, 0.0, 1 / 3))},
-        gates={"method": "calibrate", "seed": 3},
-        fused_id="fused:1",
-        router_id="router:2",
+        gates={"method": "calibrate", "seed": 3, "num_tokens": 7},
+        fused_id="fused:" + "1" * 64,
+        router_id="router:" + "2" * 64,
+        files={EXPERTS: "3" * 64},
     )
-    assert Manifest.from_json(full.to_json()) == full
+    assert Manifest.from_json(full.to_json().encode()) == full
 
 
 def test_gates_come_back_equal(world, tmp_path):

@@ -214,7 +214,7 @@ def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
 def test_a_gate_is_fitted_to_inputs_as_the_routed_layers_below_produce_them(model):
     """Its own closed form over what reaches it in the finished model gives the gate back."""
     path, sequences = "model.layers.1.self_attn.o_proj", examples(4)
-    calibrate(model, sequences)
+    calibrate(model, sequences, refined=False)
     seen = []
     hook = routed_layers(model)[path].register_forward_pre_hook(
         lambda _, args: seen.append(args[0])
@@ -358,17 +358,20 @@ def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
         assert (batch.labels[batch.attention_mask == 0] == UNLABELLED).all()
 
 
-def test_only_every_nth_held_out_token_is_kept_where_there_are_many(model, monkeypatch):
-    monkeypatch.setattr(train, "MAX_HELDOUT_BYTES", 16 * 48 * 4)
+def test_a_sample_of_the_tokens_is_kept_where_there_are_many(model, monkeypatch):
+    monkeypatch.setattr(train, "MAX_TOKEN_BYTES", 0)
+    monkeypatch.setattr(dealing, "MAX_ROWS", 100)
     kept = []
 
-    def choose(_scatter, x, _labels, _weights):
-        kept.append(x.numel())
-        return 0.1, 1.0
+    def refined(weight, bias, tokens, *_):
+        kept.append(len(tokens.x))
+        assert tokens.weights.sum() == pytest.approx(len(NAMES) * kept[-1] / 100, rel=0.2)
+        return weight, bias
 
-    monkeypatch.setattr(train, "choose_shrinkage", choose)
-    calibrate(model, examples(6))
-    assert all(0 < count <= 20 * 48 for count in kept)
+    monkeypatch.setattr(train, "refine", refined)
+    calibrate(model, examples(12))
+    assert 70 <= min(kept) <= 75
+    assert 95 <= max(kept) <= 100
 
 
 @pytest.mark.parametrize("limit", [16, 40, 4096])

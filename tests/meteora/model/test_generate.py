@@ -7,6 +7,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.model.fused import make_router, routed_by
+from meteora.model.generate import _TerminalStreamer
 
 PROMPTS = ["a", "some words", "rather more words than that"]
 
@@ -67,3 +68,11 @@ def test_the_pipeline_of_transformers_runs(model, tokenizer):
     answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (found,) = answer("words", max_new_tokens=3, do_sample=False, return_full_text=False)
     assert isinstance(found["generated_text"], str)
+
+
+def test_an_answer_cannot_control_the_terminal(tokenizer, capsys) -> None:
+    streamer = _TerminalStreamer(tokenizer)
+    ids = tokenizer("tab\there\n\x1b[31mred\x07\x7f\x9b2J", add_special_tokens=False).input_ids
+    streamer.put(torch.tensor(ids))
+    streamer.end()
+    assert capsys.readouterr().out == "tab\there\n␛[31mred␇␡\ufffd2J\n"

@@ -343,3 +343,17 @@ def test_a_cuda_graph_plays_back_what_the_layer_does(kernel):
             x.copy_(torch.randn(1, 1, 12))
             graph.replay()
             torch.testing.assert_close(out, definition(layer, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_and_experts_keep_their_precision_under_autocast(kernel, num_tokens, dtype):
+    layer, x = make(kernel=kernel), torch.randn(num_tokens, 12)
+    with torch.inference_mode():
+        expected = layer(x) - layer.projection(x)
+        with torch.autocast("cpu", dtype):
+            out, bare = layer(x), layer.projection(x)
+    assert out.dtype == dtype
+    spread = bare.float().abs().max() * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.float() - bare.float(), expected, rtol=0.02, atol=float(spread))

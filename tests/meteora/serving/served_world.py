@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions
     from meteora.checkpoint.manifest import Manifest
 
+ROUTER_ID = "router:" + "0" * 64
 ORDER = [*ATTENTION, *MLP]
 """The modules of a layer, in the order of their calls."""
 JOINED = {"qkv_proj": ORDER[:3], "o_proj": ["o_proj"], "gate_up_proj": ORDER[4:6]}
@@ -56,7 +57,7 @@ def with_router(
     """A copy of a checkpoint, with another router and the hash of its base."""
     out.mkdir()
     entry = dataclasses.replace(manifest.base, revision=f"sha256:{weights_sha256(base)}")
-    made = dataclasses.replace(manifest, base=entry, router=options, router_id="router:0")
+    made = dataclasses.replace(manifest, base=entry, router=options, router_id=ROUTER_ID)
     (out / MANIFEST).write_text(made.to_json())
     (out / EXPERTS).symlink_to(checkpoint / EXPERTS)
     if options.kind == "gate":

@@ -21,7 +21,7 @@ from meteora.serving.served_folder import (
     find_served_checkpoint,
     problem_with_version,
 )
-from tests.meteora.serving.served_world import with_router
+from tests.meteora.serving.served_world import ROUTER_ID, with_router
 
 SHARED = RouterOptions("gate", 1, 1.0, opening="shared", share="point")
 PLENTY = 1 << 40
@@ -44,7 +44,7 @@ def test_files_are_links_to_where_they_lie(world, checkpoint, tmp_path):
     asked = config.pop("quantization_config")
     assert config == json.loads((world.base / "config.json").read_text())
     assert asked["quant_method"] == "meteora"
-    assert asked["checkpoint"] == "router:0"
+    assert asked["checkpoint"] == ROUTER_ID
     assert find_served_checkpoint(str(out), None, PLENTY) == out / "meteora"
 
 

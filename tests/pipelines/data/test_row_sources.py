@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,6 +37,21 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, text: str, said: str) ->
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ExamplesError, match=said):
         read_rows("jsonl:rows.jsonl", tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("jsonl:/dev/zero", "line 1: longer than"), ("bigbench:/dev/zero", "larger than")],
+)
+def test_a_file_without_an_end_is_read_up_to_a_bound(
+    source: str, said: str, tmp_path: Path
+) -> None:
+    tracemalloc.start()
+    with pytest.raises(ExamplesError, match=said):
+        read_rows(source, tmp_path, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 600 << 20
 
 
 def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:

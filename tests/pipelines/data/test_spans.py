@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meteora.fitting.sequences import UNLABELLED
-from pipelines.data.labels import label_rows, label_spans
-from pipelines.data.rows import ExamplesError
-from pipelines.data.spans import read_spans
+from pipelines.data.conversations import Conversation, Turn
+from pipelines.data.labels import label_conversations, label_rows, label_spans
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.spans import prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.data.test_conversations import CHATML
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +74,72 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ExamplesError, match=f"line 2: .*{said}"):
         read_spans(written(tmp_path, BODY, BODY | changed), tmp_path, NAMES)
+
+
+TURNS: dict[str, Any] = {
+    "turns": [
+        {"expert": "dates", "prompt": "When was it?", "response": "2021-03-03"},
+        {"expert": "sums", "prompt": "What is 3 + 4?", "response": "7"},
+    ]
+}
+
+
+def test_each_token_of_a_turn_belongs_to_its_expert(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    rows = read_spans(written(tmp_path, BODY, TURNS), tmp_path, NAMES)
+    assert rows[1].to_dict() == TURNS  # the file and the line are no part of what is fitted to
+    _, sequence = label_spans(rows, NAMES, tokenizer)
+    turns = tuple(Turn(**turn) for turn in TURNS["turns"])
+    (expected,) = label_conversations([Conversation(turns)], NAMES, tokenizer)
+    assert sequence == expected
+    assert prompt_parts(rows[1:]) == {
+        turn["expert"]: [Row(turn["prompt"], "")] for turn in TURNS["turns"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([], "not a row with spans"),
+        ("text", "not a row with spans"),
+        ([{"expert": "sums", "prompt": "p"}], "turn 1 has no response; each turn needs expert"),
+        (
+            [*TURNS["turns"], {"expert": "sums", "prompt": "p", "response": " "}],
+            "turn 3 has no resp",
+        ),
+        ([{"prompt": "p", "response": "r"}], "turn 1 has no expert"),
+        ([{"expert": "sums", "prompt": 3, "response": "r"}], "turn 1 has no prompt"),
+        (
+            [{"expert": "odd", "prompt": "p", "response": "r"}],
+            "odd is not an expert .* dates, sums",
+        ),
+    ],
+)
+def test_a_bad_turn_is_named_by_its_line(tmp_path: Path, turns: object, said: str) -> None:
+    with pytest.raises(ExamplesError, match=f"line 3: .*{said}"):
+        read_spans(written(tmp_path, BODY, TURNS, {"turns": turns}), tmp_path, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        pytest.param("{{ raise_exception('no') }}", "takes no such conversation", id="refuses"),
+        pytest.param(None, "turns need a chat template", id="none"),
+    ],
+)
+def test_turns_that_the_template_refuses_are_named_by_their_line(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    rows = read_spans(written(tmp_path, TURNS), tmp_path, NAMES)
+    with pytest.raises(ExamplesError, match=f"mixed.jsonl, line 1: .*{said}"):
+        label_spans(rows, NAMES, tokenizer)
 
 
 def test_a_source_without_spans_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from meteora.artifacts import ArtifactId, BenchmarkSpec, Score
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.model.fused import force_expert, without_experts
+from meteora.model.generate import answer_all
 from pipelines.data.composites import compose
 from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
@@ -77,6 +79,49 @@ def test_the_harness_asks_what_generate_is_asked(
     assert score.templated == bool(template)
     assert score.num_samples == len(ROWS)
     assert score.harness.startswith("lm-eval ")
+
+
+SYSTEM = "{% if messages[0].role != 'system' %}<sys>Be kind.</s>{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_every_question_is_asked_under_the_system_prompt(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    system: str | None,
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", SYSTEM)
+    model = world.load()
+    asked = replace(task(ROWS), system_prompt=system)
+    found = evaluate_task(model, tokenizer, asked, batch_size=2)
+    opening = "<sys>Be kind.</s>" if system is None else f"<system>{system}</s>"
+    for row, output in zip(ROWS, found.outputs, strict=True):
+        text = f"{opening}<user>{row.prompt}</s><assistant>"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        (answer,) = answer_all(model, tokenizer, ids.tolist(), 6)
+        assert output["output"] == tokenizer.decode(answer, skip_special_tokens=True)
+        assert output["prompt_tokens"] == ids.shape[1]
+    assert (asked.rows_sha256 == task(ROWS).rows_sha256) == (system is None)
+
+    write_lm_eval_task(tmp_path)
+    own = Task(
+        "mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=1, system_prompt=system
+    )
+    (output,) = evaluate_task(model, tokenizer, own, batch_size=2).outputs
+    assert output["prompt"] == f"{opening}<user>a</s><assistant>"
+
+
+def test_a_template_without_a_system_prompt_is_named(
+    world: World, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(task(ROWS), system_prompt="Be brief.")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    for template in (None, refuses):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        with pytest.raises(BenchmarkError, match="under a system prompt, but the base's chat temp"):
+            evaluate_task(world.load(), tokenizer, asked, batch_size=2)
 
 
 def test_of_lm_eval_s_warnings_only_the_expected_are_silent(
@@ -219,7 +264,22 @@ def test_scores_can_be_computed_again_from_their_outputs(
 def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
     world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """A task of its own form, from a folder, with rows on disk: no network is needed."""
+    write_lm_eval_task(tmp_path)
+    asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=3)
+    found = evaluate_task(world.load(), tokenizer, asked, batch_size=2)
+    score = score_of(found, "acc")
+    assert (score.num_samples, score.num_empty, score.num_truncated) == (3, 0, 0)
+    assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (None, None)
+    assert score.value == sum(row["acc"] for row in found.outputs) / 3
+    assert score.higher_is_better
+    for name, metric, said in (("none", "acc", "no task 'none'"), ("mine", "bleu", "it gives acc")):
+        other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
+        with pytest.raises(BenchmarkError, match=said):
+            evaluate_task(world.load(), tokenizer, other, batch_size=2)
+
+
+def write_lm_eval_task(tmp_path: Path) -> None:
+    """A task of lm-eval's own form, in a folder, with rows on disk: no network is needed."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"q": "{q}", "a": {i % 2}}}\n' for i, q in enumerate("abcd")))
     (tmp_path / "mine.yaml").write_text(
@@ -237,14 +297,3 @@ def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
             }
         )
     )
-    asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=3)
-    found = evaluate_task(world.load(), tokenizer, asked, batch_size=2)
-    score = score_of(found, "acc")
-    assert (score.num_samples, score.num_empty, score.num_truncated) == (3, 0, 0)
-    assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (None, None)
-    assert score.value == sum(row["acc"] for row in found.outputs) / 3
-    assert score.higher_is_better
-    for name, metric, said in (("none", "acc", "no task 'none'"), ("mine", "bleu", "it gives acc")):
-        other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
-        with pytest.raises(BenchmarkError, match=said):
-            evaluate_task(world.load(), tokenizer, other, batch_size=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
-from pipelines.hub import adapter, repositories
+from pipelines.hub import adapter, listing, repositories
 from pipelines.hub.about import HubSource
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
@@ -251,6 +252,16 @@ def test_wrong_bytes_of_the_right_size_are_refused(
         download(REF, tmp_path, hub=asked)
     assert not error.value.retry
     assert not any(p.name == name for p in tmp_path.rglob("*"))
+
+
+def test_a_disk_without_room_is_noticed_before_anything_comes(
+    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(listing.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(HubDiskError, match=r"0\.0 MB left; free some space"):
+        download(REF, tmp_path, hub=asked)
+    assert server.count("get") == 0
 
 
 def test_a_body_that_is_too_short_is_refused(server: HubServer, asked: Hub, tmp_path: Path) -> None:

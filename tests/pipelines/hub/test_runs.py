@@ -87,11 +87,14 @@ def test_a_branch_is_resolved_anew_and_what_moved_is_compared_with_what_was(
 
 
 def test_what_may_pass_is_tried_again_and_what_stays_is_not(
-    on_the_hub: Callable[..., RunContext], server: HubServer
+    on_the_hub: Callable[..., RunContext],
+    server: HubServer,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     server.faults["refs"] = Fault(status=503, times=1, path="org/adapter/refs")
     run(on_the_hub(), "check")
     assert server.faults["refs"].times == 0
+    assert "a fault of its own (503); try later; it is tried again" in capsys.readouterr().err
     assert server.count("refs") >= 2
 
     server.requests.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipelines.planning import dry_run
-from pipelines.planning.estimate import Experts, Rows, estimate
+from pipelines.planning.estimate import Experts, Rows, assumed_experts, estimate
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
@@ -168,6 +168,7 @@ def needs(
 
 def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     def seconds(router: dict[str, Any] | None = None, **gates: Any) -> float:
+        gates = {"conversations": (), "system_prompts": (), **gates}
         return needs(gates=gates, router=router or {})["gates"].seconds
 
     plain = seconds()
@@ -179,6 +180,40 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     one, mixed = (seconds({"top_k": k}, **joint, steps=1000) for k in (1, 2))
     assert mixed == pytest.approx(3 * one, rel=0.1)
     assert needs(gates=joint)["gates"].disk_bytes == 4 * (64 + 64)  # no statistics
+
+
+def test_conversations_take_the_longer_the_more_a_control_computes_again() -> None:
+    names = ("x", "y")
+    rows = dict.fromkeys(names, Rows(1, prompt_tokens=500))
+    experts = tuple(
+        {"name": name, "adapter": "path:a", "examples": "jsonl:e", "test": "jsonl:t"}
+        for name in names
+    )
+
+    def seconds(*compare: str, **section: int) -> float:
+        settings = {
+            "compare": compare,
+            "max_new_tokens": 4,
+            "conversation": ({"n": 10, **section},),
+        }
+        text = {"base": "a/b", "experts": experts, "benchmark": settings}
+        found = estimate(
+            Recipe.model_validate(text),
+            shape(),
+            experts=assumed_experts(shape(), 2),
+            machine=Machine("slow", 4e12, 3e10, 6e-6, 1e9, 80e9),
+            examples=rows,
+            tests=rows,
+        )
+        return found[-1].seconds
+
+    fused = seconds()
+    single, swap, best = (seconds(name) - fused for name in ("single", "swap", "one_expert"))
+    assert single < 1.2 * fused
+    assert swap > 2 * fused
+    assert best > 1.5 * fused  # both are tried
+    assert seconds(count=40) > 1.5 * fused  # by default there are 20, which have 200 turns
+    assert seconds(count=20) == fused
 
 
 def test_estimates_grow_with_what_they_are_of() -> None:

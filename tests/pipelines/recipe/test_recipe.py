@@ -139,8 +139,9 @@ experts:
   - {name: a, adapter: path:a, examples: jsonl:a.jsonl, test: jsonl:t.jsonl, metric: rougeL}
 benchmark:
   composite: [3, {n: 5, tasks: [a, sums], count: 7}]
-  compare: [base, oracle, experts, random, linear, ties, dare_ties]
-  template: plain
+  conversation: [3, {n: 10, tasks: [a, sums], count: 7}]
+  compare: [base, oracle, one_expert, single, swap, alora, experts, random, linear, ties, dare_ties]
+  system_prompt: ""
   speed: {rounds: 3}
   tasks:
     - {name: sums, rows: "reasoning_gym:chain_sum?seed=1", metric: [exact_match, verified]}
@@ -151,6 +152,11 @@ benchmark:
         (3, (), None),
         (5, ("a", "sums"), 7),
     ]
+    assert [(c.n, c.tasks, c.count) for c in asked.conversation] == [
+        (3, (), None),
+        (10, ("a", "sums"), 7),
+    ]
+    assert asked.system_prompt == ""
     assert [task.called for task in asked.tasks] == ["sums", "hellaswag"]
     assert asked.speed is not None
 
@@ -167,6 +173,23 @@ benchmark:
         ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
         ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),
         ("tasks: [{name: composite-2, rows: x}]\n  composite: [2]", "two tasks are named"),
+        ("conversation: [1]", "benchmark.conversation.0.n: Input should be greater than or equal"),
+        ("conversation: [3]", "conversation 3: it is made of tasks' rows, and no task has rows"),
+        ("conversation: [3, 3]", "two kinds of conversations of 3 turns; one of a size is enough"),
+        (
+            "tasks: [{name: t, rows: x}]\n  conversation: [3]",
+            "conversation 3: its subject changes at each turn, and only one task takes part",
+        ),
+        ("compare: [swap]", "`swap` answers only conversations, and there are none; add"),
+        ("compare: [one_expert]", "`one_expert` answers only composites and conversations"),
+        (
+            "template: plain\n  conversation: [3]",
+            "`conversation` needs the roles of a chat template, and `template: plain` asks without",
+        ),
+        (
+            "template: plain\n  system_prompt: Be brief.",
+            "`system_prompt` needs a chat template, and `template: plain` asks without; take one",
+        ),
         ("compare: [best]", "benchmark.compare.0"),
     ],
 )
@@ -175,6 +198,13 @@ def test_what_a_benchmark_cannot_be_asked_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match=said.replace("[", r"\[")):
         load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")
+
+
+@pytest.mark.parametrize("key", ["conversations: [3]", 'system_prompts: [""]'])
+def test_gates_on_plain_text_have_no_roles(tmp_path: Path, key: str) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{{key}}}\nbenchmark: {{template: plain}}"
+    with pytest.raises(RecipeError, match=f"gates.{key.partition(':')[0]} needs a chat template"):
+        load(tmp_path, text)
 
 
 def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path: Path) -> None:
@@ -192,3 +222,19 @@ def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path
     for name in ("learning_rate", "warmup_ratio", "gate_loss_weight", "max_grad_norm"):
         assert settings(f", {name}: 0.125") == replace(plain, **{name: 0.125})
     assert settings(", start: zeros") == replace(plain, start="zeros")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        f"benchmark: {{limit: {'9' * 5_000}}}",
+        f"benchmark: {{limit: 0x{'f' * 5_000}}}",
+        "\n".join(f"key{i}: 1" for i in range(8_000)),
+        f"{'k' * 100_000}: 1",
+    ],
+    ids=["digits", "hex digits", "unknown keys", "a long key"],
+)
+def test_an_absurd_recipe_gets_a_short_message(tmp_path: Path, more: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\n{more}\n")
+    assert len(str(caught.value)) < 5_000

@@ -29,6 +29,7 @@ from meteora.artifacts import (
     Score,
     ScorePair,
     ScorePart,
+    ScoreTurn,
     SpeedBuild,
     SpeedSpec,
 )
@@ -61,6 +62,7 @@ GATE = RouterSpec(
     stand_ins=(HOSTILE,),
 )  # fmt: skip
 ARROW = RouterSpec(FUSED.id, "arrow", 1, 1.0)
+SWAP = RouterSpec(FUSED.id, "swap", 1, 1.0)
 TIES = MergeSpec(FUSED.id, "ties", 1.0, 0.5)
 COUNTS = {
     ("dates", "dates"): 90, ("dates", "sums"): 10,
@@ -95,6 +97,7 @@ def fill(home: Path) -> ArtifactId:
     _make(ledger, FUSED)
     _make(ledger, GATE, RouterBuild(GATE, "b" * 64, 5012, 0.93, 12.5, "cpu"))
     _make(ledger, ARROW)
+    _make(ledger, SWAP)
     _make(ledger, TIES)
     _measure(ledger)
     ledger.record_routing(
@@ -177,6 +180,12 @@ def _measure(ledger: Ledger) -> None:
         )
         _make(ledger, spec, ComparisonBuild(spec, differences, 0.0, -0.1, 0.1))
     _score(ledger, GATE, "composite-3", 0.65, metric="composite_attempted")
+    for subject, values, computed in ((GATE, (1.0, 0.25, 0.5), 30), (SWAP, (1.0, 0.75, 0.5), 60)):
+        turns = tuple(
+            ScoreTurn(n, value, 60.0 * n, float(computed), 8.0, computed / 100)
+            for n, value in enumerate(values, 1)
+        )
+        _score(ledger, subject, "conversation-3", sum(values) / 3, turns=turns)
     speed = SpeedSpec(GATE.id, BASE.id, 128, 32, 1, 5)
     rates = (
         Rate("prefill", 1000.0, 900.0, 1.11, 1.05, 1.2),
@@ -189,7 +198,12 @@ def _measure(ledger: Ledger) -> None:
 
 
 def _score(
-    ledger: Ledger, subject: Spec, task: str, value: float, metric: str = "exact_match"
+    ledger: Ledger,
+    subject: Spec,
+    task: str,
+    value: float,
+    metric: str = "exact_match",
+    turns: tuple[ScoreTurn, ...] = (),
 ) -> Score:
     spec = BenchmarkSpec(subject.id, task, "f" * 64, metric, 0, 64, 0, BASE.id)
     parts = (ScorePart("dates", 0.6, 30, 28),) if task == "composite-3" else ()
@@ -207,6 +221,7 @@ def _score(
         mean_prompt_tokens=210.4,
         max_prompt_tokens=333,
         parts=parts,
+        turns=turns,
     )
     ledger.record_score(score, run_id=RUN)
     return score

@@ -262,6 +262,21 @@ def test_the_table_of_composites_has_attempts_prompt_lengths_and_cut_answers(
     assert "composite attempted" not in page  # it has no figure: it is no better for being larger
 
 
+def test_conversations_are_shown_turn_by_turn_with_what_they_cost(tree: Any) -> None:
+    (heading,) = tree.xpath("//h3[text()='Conversations turn by turn']")
+    (table,) = heading.xpath("./following-sibling::div[1]/table")
+    cells = [
+        [cell.text_content() for cell in row.xpath("./td")] for row in table.xpath("./tbody/tr")
+    ]
+    assert cells == [
+        ["fused", "1.00", "0.25", "0.50", "90", "0.90"],
+        ["swap", "1.00", "0.75", "0.50", "180", "1.80"],
+    ]
+    assert "conversation-3, 100 conversations" in table.text_content()
+    (chart,) = tree.xpath("//figure[@id='conversations']//svg[@class='wide']")
+    assert "turn of conversation-3" in chart.text_content()
+
+
 def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None:
     assert "DejaVu Sans'" not in page
     assert "rotate(-0" not in page

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.artifacts import BaseSpec, BenchmarkSpec, MeteoraError, Score
+from meteora.artifacts import (
+    BaseSpec,
+    BenchmarkSpec,
+    FusedSpec,
+    MeteoraError,
+    RouterSpec,
+    Score,
+)
 from meteora.checkpoint.manifest import MANIFEST
 from pipelines.scoring.outputs import write_outputs
 from pipelines.scoring.served import Server, ServerError, recorded_answers
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
     from tests.conftest import World
 
 BASE = BaseSpec("tiny/base", "a" * 40)
+FUSED = FusedSpec(BASE.id, (), ())
+ROUTER = RouterSpec(FUSED.id, "gate", 1, 1.0)
 PROMPTS = [f"question {i}" for i in range(4)]
 
 
@@ -34,13 +43,14 @@ def right(prompt: str) -> str:
 def ledger(tmp_path: Path) -> Ledger:
     """Answers of one subject to a task in the chat template, with two metrics, and to another."""
     ledger = Ledger(tmp_path / "home")
-    ledger.record_artifact(BASE, weights_sha256="", run_id="r")
+    for spec in (BASE, FUSED, ROUTER):
+        ledger.record_artifact(spec, weights_sha256="", run_id="r")
     for task, metrics in (("chat", ("exact_match", "rouge1")), ("plain", ("exact_match",))):
         rows = [{"prompt": f"{task} {p}", "output": right(f"{task} {p}")} for p in PROMPTS]
         write_outputs(rows, tmp_path / "outputs")
         sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
         for metric in metrics:
-            spec = BenchmarkSpec(BASE.id, task, "f" * 64, metric, 0, 8, 0, BASE.id)
+            spec = BenchmarkSpec(ROUTER.id, task, "f" * 64, metric, 0, 8, 0, BASE.id)
             score = Score(
                 spec, 0.5, 0.1, 0.0, 1.0, 4, sha256, "lm-eval", 1.0, templated=task == "chat"
             )
@@ -91,9 +101,9 @@ def url() -> Generator[str]:
 
 
 def test_every_answer_is_asked_once_as_it_was_recorded(ledger: Ledger, url: str) -> None:
-    asked = recorded_answers(ledger, BASE.id, 100)
+    asked = recorded_answers(ledger, ROUTER.id, 100)
     assert len(asked) == 8  # two metrics of one task have the same answers
-    assert recorded_answers(ledger, BASE.id, 3) == asked[:3]
+    assert recorded_answers(ledger, ROUTER.id, 3) == asked[:3]
     assert Server(url).answers(asked) == [one.output for one in asked]
     assert {path for path, _ in Handler.asked} == {"/v1/chat/completions", "/v1/completions"}
     for _, body in Handler.asked:
@@ -105,19 +115,19 @@ def test_what_was_never_measured_and_who_does_not_answer_is_named(
     ledger: Ledger, url: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MeteoraError, match="the ledger has no answers of"):
-        recorded_answers(Ledger(tmp_path / "other"), BASE.id, 3)
+        recorded_answers(Ledger(tmp_path / "other"), ROUTER.id, 3)
     with pytest.raises(ServerError, match="begins with http"):
         Server("file:///etc")
     with pytest.raises(ServerError, match="does not answer"):
         Server("http://127.0.0.1:9")
     with pytest.raises(ServerError, match="answers 500"):
-        Server(url, "broken").answers(recorded_answers(ledger, BASE.id, 1))
+        Server(url, "broken").answers(recorded_answers(ledger, ROUTER.id, 1))
 
 
 def test_the_command_counts_equal_answers_and_fails_below_all(
     ledger: Ledger, url: str, world: World, tmp_path: Path
 ) -> None:
-    manifest = json.loads(world.manifest.to_json()) | {"router_id": BASE.id}
+    manifest = json.loads(world.manifest.to_json()) | {"router_id": ROUTER.id}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     command = "verify", tmp_path, "--served", url, "--answers", "8"
     said = meteora(*command, home=ledger.home)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import meteora
 from meteora.adapters import reader
@@ -22,6 +23,7 @@ from meteora.checkpoint.manifest import (
     GATES,
     MANIFEST,
     STATISTICS,
+    CheckpointError,
     Manifest,
     read_manifest,
 )
@@ -98,8 +100,8 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
         assert all(map(torch.equal, old, new))
     weights = read_gates(without, fewer).own
     for path, (weight, bias) in weights.items():
-        assert torch.equal(weight, read_gates(folder, before).own[path][0][:1])
-        assert len(bias) == 1
+        assert torch.equal(weight, read_gates(folder, before).own[path][0][[0, 2]])
+        assert len(bias) == 2  # the mean stays a choice
 
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
     added = ask(
@@ -291,3 +293,30 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
     assert refused.returncode == 1
     assert "it has no statistics.safetensors" in " ".join(refused.stderr.split())
     assert not [*(work.home / "runs").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("means", torch.zeros(1, 1), "statistics that do not fit"),
+        ("scalars", torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), "that do not fit"),
+        ("scalars", torch.tensor([1.0, torch.nan, 0.5], dtype=torch.float64), "NaN or infinity"),
+        ("rows", torch.zeros(3, dtype=torch.int32), "it has tensors of I32"),
+    ],
+    ids=["sizes", "negative", "nan", "integers"],
+)
+def test_statistics_of_a_stranger_are_checked(
+    made: tuple[RunContext, Path], tmp_path: Path, part: str, value: torch.Tensor, sentence: str
+) -> None:
+    work, folder = made
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copied / STATISTICS)
+    key = next(key for key in tensors if key.endswith(f".gate.{part}"))
+    (copied / STATISTICS).unlink()
+    save_file(tensors | {key: value}, copied / STATISTICS)
+    with pytest.raises(CheckpointError, match="its SHA-256 is not the one"):
+        edit.drop(work.ledger, copied, "attention")
+    manifest = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps(manifest | {"files": {}}))
+    with pytest.raises(CheckpointError, match=sentence):
+        edit.drop(work.ledger, copied, "attention")

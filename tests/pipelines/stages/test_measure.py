@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines.evaluation.harness import Harness
+from pipelines.cli import score_table
+from pipelines.evaluation.harness import BenchmarkError, Harness
+from pipelines.flows.up_to_date import Finished
 from pipelines.reports import card
 from pipelines.reports.summary import Summary, summarise
+from pipelines.scoring.recompute import recompute_scores
 from pipelines.stages import build, measure
 from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -89,6 +94,71 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     mark_only_what_differs_beyond_chance(summary)
 
 
+def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
+    workplace: Callable[..., RunContext], chat_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    controls = ["oracle", "one_expert", "single", "swap", "alora"]
+    body = {
+        "limit": 3,
+        "compare": ["base", *controls],
+        "max_new_tokens": 4,
+        "batch_size": 2,
+        "conversation": [{"n": 3, "count": 3}],
+        "system_prompt": "Be brief.",
+    }
+    work = workplace(base=f"path:{chat_base}", benchmark=body)
+    planned, built, gates = go(work)
+    measure.measure(work, planned, built, gates)
+    assert measure.missing(work, planned) == []
+
+    summary = told(work, planned)
+    row = summary.scores["conversation-3"]
+    assert row.keys() == {"fused", "base", *controls}
+    for system, score in row.items():
+        assert (score.num_samples, score.spec.system_prompt) == (3, "Be brief.")
+        assert sum(part.num_samples for part in score.parts) == 9
+        reads = [turn.prompt_tokens - turn.computed_tokens for turn in score.turns]
+        assert (sum(reads) > 0) == (system not in {"single", "swap"})
+    assert row["swap"].turns[0].prompt_tokens == row["fused"].turns[0].prompt_tokens
+    pairs = {
+        one.task: other
+        for other, comparison in summary.comparisons.items()
+        for one in comparison.differences
+        if other in controls and other != "oracle"
+    }
+    assert pairs.keys() == {"conversation-3"}
+
+    work.ledger.ingest()
+    for question, count in (
+        (f"FROM conversation_turns WHERE router_id = '{planned.router.id}'", 7 * 3),
+        ("FROM scores WHERE system_prompt = 'Be brief.'", 2 * 3 + 7),
+        ("FROM leaderboard WHERE task = 'conversation-3'", 1),  # controls have no place
+        ("FROM leaderboard WHERE oracle_name = 'each span''s own'", 1),
+    ):
+        assert len(work.ledger.query(question).rows) == count, question
+    assert recompute_scores(work.ledger, 99).findings == ()
+
+    text = card.write_card(build.describe(planned, built, gates), summary, "x")
+    assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
+    assert "| conversation-3 | conversation_right | 3 |" in text
+    score_table.print_scores(work, Finished(planned, summary), {})
+    shown = capsys.readouterr().out
+    assert re.search("conversation-3 +all turns +turn 1 +2 +3 +computed +seconds", shown)
+    assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task
+    assert "3 conversations of 3 turns, each about another task" in shown
+    assert "under the system prompt 'Be brief.'" in shown
+
+
+def test_a_base_without_a_chat_template_is_asked_no_conversations(
+    workplace: Callable[..., RunContext],
+) -> None:
+    asked = {"limit": 2, "compare": [], "conversation": [{"n": 2, "count": 1}]}
+    work = workplace(benchmark=asked)
+    planned, built, gates = go(work)
+    with pytest.raises(BenchmarkError, match="conversations need the roles of a chat template"):
+        measure.measure(work, planned, built, gates)
+
+
 def mark_only_what_differs_beyond_chance(summary: Summary) -> None:
     comparison = summary.comparisons["base"]
     assert summary.mark("q_and_v", "base") == ""  # of three rows nothing can be said
@@ -129,6 +199,22 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     measure.measure(work, planned, built, gates)
     assert measure.missing(work, planned) == []
     assert told(work, planned).mean("fused") is not None
+
+
+def test_the_same_gates_can_be_measured_on_other_rows(
+    workplace: Callable[..., RunContext],
+) -> None:
+    """Of the routing counts, the first ones stay: those of other rows would be added to them."""
+    counts = []
+    for limit in (3, 2):
+        work = workplace(benchmark={"limit": limit, "compare": [], "max_new_tokens": 2})
+        planned, built, gates = go(work)
+        measure.measure(work, planned, built, gates)
+        assert work.ledger.built(planned.routing.id) is not None
+        assert told(work, planned).scores["q_and_v"]["fused"].num_samples == limit
+        work.ledger.ingest()
+        counts.append(work.ledger.query("FROM routing_counts").rows)
+    assert counts[0] == counts[1]
 
 
 class StoppedError(Exception):

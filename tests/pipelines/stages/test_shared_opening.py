@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
 import meteora
-from meteora.artifacts import NULL, SHARED, MeteoraError
+from meteora.artifacts import NULL, SHARED
 from meteora.checkpoint.manifest import read_manifest
 from meteora.routing.layer import routed_layers
 from tests.pipelines.cli.command_line import ask
@@ -20,31 +19,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-TEMPLATE = (
-    "{% if messages[0].role != 'system' %}<sys>Hi.</sys>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 QUICK = {"limit": 1, "compare": ["uniform", "arrow"], "max_new_tokens": 1}
-
-
-@pytest.fixture
-def chat_base(world: World, tmp_path: Path) -> Path:
-    """The tiny base with a chat template."""
-    folder = tmp_path / "chat-base"
-    shutil.copytree(world.base, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow(
     workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
 ) -> None:
-    work = workplace(base=f"path:{chat_base}", router={"opening": "shared"}, benchmark=QUICK)
+    work = workplace(base=f"path:{chat_base}", benchmark=QUICK)
     run(work)
     planned = finished(work)
     assert planned is not None
@@ -86,7 +69,7 @@ def test_it_goes_with_the_other_options_of_gates(
     router: dict[str, object],
 ) -> None:
     more = {} if "null" in router else {"experts": experts(recipe_folder)}
-    asked = {"base": f"path:{chat_base}", "router": {"opening": "shared", **router}}
+    asked = {"base": f"path:{chat_base}", "router": router}
     work = workplace(benchmark=QUICK, **asked, **more)
     run(work)
     planned = finished(work)
@@ -98,8 +81,12 @@ def test_it_goes_with_the_other_options_of_gates(
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
 
-def test_a_base_that_opens_no_prompt_is_refused_in_a_sentence(
+def test_the_first_token_is_nobodys_where_nothing_opens_a_prompt(
     workplace: Callable[..., RunContext],
 ) -> None:
-    with pytest.raises(MeteoraError, match="choose `opening: own`, which is causal there"):
-        run(workplace(router={"opening": "shared"}, benchmark=QUICK))
+    work = workplace(benchmark=QUICK)
+    run(work)
+    planned = finished(work)
+    assert planned is not None
+    manifest = read_manifest(work.checkpoint_folder(planned.router.id))
+    assert manifest.choices == ["q_and_v", "attention", SHARED]

@@ -24,6 +24,11 @@ def test_brackets_in_what_is_said_are_kept(capsys: pytest.CaptureFixture[str]) -
     ]  # fmt: skip
 
 
+def test_what_is_said_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("\x1b]0;title\x07\x1b[2Jtwo\nlines", "error")
+    assert capsys.readouterr().err == "error: ␛]0;title␇␛[2Jtwo\nlines\n"
+
+
 def test_a_refusal_says_its_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

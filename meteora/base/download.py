@@ -1,0 +1,73 @@
+"""The files of a base on the Hub, at one commit, in the cache of the Hub's client.
+
+They are asked for one by one, and the base is then loaded as a folder. transformers itself would
+also look for other files, and would send the saved token with some of these requests, whatever
+token it is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils.hub import cached_file, is_offline_mode
+
+from meteora.base.sources import INDEX, SHARD, TEXTS, SourceError
+from meteora.untrusted.findings import brief
+from meteora.untrusted.strict_json import StrictJSONError, parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NO_TOKEN = {"token": False}
+"""Without this, transformers sends the saved token to every repository."""
+MAX_INDEX_BYTES = 32 << 20
+
+
+def download_base(
+    repo_id: str, revision: str, download: Mapping[str, Any] | None, *, weights: bool = True
+) -> Path:
+    """Return the folder with the files of a base; those in the cache are not asked for again.
+
+    Args:
+        revision: a commit
+        download: options of transformers about downloads, such as `token` or `cache_dir`
+        weights: else only config and tokenizer
+
+    Raises:
+        SourceError: a file is missing, or does not come.
+    """
+    asked: dict[str, Any] = {**NO_TOKEN, **(download or {}), "revision": revision}
+    try:
+        config = cached_file(repo_id, "config.json", **asked)
+        there = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": not (
+                is_offline_mode() or asked.get("local_files_only", False)
+            ),
+        }
+        for name in TEXTS:
+            cached_file(repo_id, name, **asked, **there)
+        if weights:
+            index = cached_file(repo_id, INDEX, **asked, **there)
+            for name in _shards(Path(index)) if index else ["model.safetensors"]:
+                cached_file(repo_id, name, **asked)
+    except OSError as error:
+        raise SourceError(
+            f"{repo_id} at {revision[:12]}, the base of the checkpoint, does not come from the Hub:"
+            f" {brief(error)}; give its folder as the base folder if you have it"
+        ) from error
+    return Path(str(config)).parent
+
+
+def _shards(index: Path) -> list[str]:
+    """The files of weights that an index names; refuses other names than shards have."""
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise StrictJSONError(f"it has more than {MAX_INDEX_BYTES} bytes")
+        names = {*parse_object(index.read_bytes()).get("weight_map", {}).values()}
+    except (StrictJSONError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index}: it is no index of safetensors ({error})") from None
+    if not names or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+        raise SourceError(f"{index}: it names other files than shards of safetensors")
+    return sorted(names)

@@ -1,0 +1,132 @@
+"""Logistic regression: a gate in closed form, refined on the tokens themselves.
+
+The closed form (`lda`) takes the tokens of an expert to be normally distributed, with one
+covariance for all experts. Hidden states are not: a template's tokens lie in a few places, far
+apart. So the closed form is where a search starts. It changes G by D and c by d to minimise
+
+    sum of w_t · cross-entropy(softmax((G + D) x_t + c + d), expert_t) + PULL · ‖D S^½‖²
+
+with S the shrunk covariance and token weights w_t that sum to 1. The paper trains its gates by this
+cross-entropy, too (MeteoRA, section 3), for all layers at once. For one gate with fixed inputs it
+is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which all directions of x
+vary alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from meteora.fitting.statistics import PointStatistics
+
+PULL = 3e-4
+"""How much a gate is held back to the closed form; 1e-4 and 1e-3 are about as good."""
+ITERATIONS = 25
+"""Of L-BFGS. Held-out tokens gain nothing from more."""
+FEW_ITERATIONS = 8
+"""Where a gate was refined before, on most of the same tokens."""
+
+
+class Tokens(NamedTuple):
+    """Tokens at an input point, T of them."""
+
+    x: Tensor
+    """[T, IN] float32"""
+    labels: Tensor
+    """[T] experts"""
+    weights: Tensor
+    """[T]"""
+
+    @classmethod
+    def of(cls, parts: Sequence[Tokens]) -> Tokens:
+        """All tokens of the parts, in order."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    def sampled(self, stands_for: Tensor) -> Tokens:
+        """The tokens that stand for others too, [T] of how many, with the weight of all these."""
+        taken = stands_for > 0
+        counted = self.weights[taken] * stands_for[taken]
+        return Tokens(self.x[taken], self.labels[taken], counted)
+
+    def accuracy(self, weight: Tensor, bias: Tensor) -> float:
+        """The weighted share of tokens that a gate G [E, IN], c [E] gives to their expert."""
+        right = (self.x @ weight.T + bias).argmax(-1) == self.labels
+        return ((right * self.weights).sum() / self.weights.sum()).item()
+
+
+class Whitening:
+    """The linear map x -> x S^-½, for the covariance that a point's statistics hold.
+
+    S has a few directions of large variance, and one variance for all others:
+
+        S^-½ = r^-½ I + Vᵀ diag(s_m^-½ - r^-½) V
+    """
+
+    def __init__(self, statistics: PointStatistics) -> None:
+        unit, floor, shrinkage = statistics.scalars.tolist()
+        rows = statistics.rows.float() * unit
+        spread = rows.square().sum(-1)
+        num_inputs = rows.shape[1]
+        ridge = shrinkage * (float(spread.sum()) / num_inputs + floor) + (1 - shrinkage) * floor
+        ridge = max(ridge, torch.finfo(torch.float32).tiny)
+        self.rest = ridge**-0.5
+        self.directions = rows / spread.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        self.apart = ((1 - shrinkage) * spread + ridge).rsqrt() - self.rest
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X S^-½ of rows x [N, IN]."""
+        along = (x @ self.directions.T) * self.apart
+        return torch.addmm(x, along, self.directions, beta=self.rest)
+
+
+def refine(
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens,
+    statistics: PointStatistics,
+    iterations: int = ITERATIONS,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """The gate nearby that gives these tokens to their experts best, G [E, IN] and c [E].
+
+    Args:
+        weight: G [E, IN] to start from, float32
+        bias: c [E]
+        tokens: to fit
+        statistics: of the point, whose covariance says how far directions vary
+        iterations: of L-BFGS
+        rows: of the gate that may change; the others keep every bit
+    """
+    whiten, shares = Whitening(statistics), tokens.weights / tokens.weights.sum()
+    centre = shares @ tokens.x
+    start, u = tokens.x @ weight.T + bias, whiten(tokens.x - centre)
+    own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
+    shape = (len(bias[rows]), u.shape[1] + 1)
+
+    change = weight.new_zeros(shape)
+    inside, offset = change[:, :-1], change[:, -1]
+
+    def loss() -> float:
+        """The loss where `change` is, with its gradient left there."""
+        logits = start.clone()
+        logits[:, rows] += torch.addmm(offset, u, inside.T)
+        logs = logits.log_softmax(-1)
+        value = PULL * inside.square().sum() - ((own * logs).sum(-1) * shares).sum()
+        missing = (logs.exp_()[:, rows] - own[:, rows]) * shares[:, None]
+        change.grad = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
+        return value.item()
+
+    torch.optim.LBFGS(
+        [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
+    ).step(loss)
+    added = whiten(change[:, :-1])
+    weight, bias = weight.clone(), bias.clone()
+    weight[rows] += added
+    bias[rows] += offset - added @ centre
+    return weight, bias

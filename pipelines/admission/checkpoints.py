@@ -1,0 +1,81 @@
+"""The checkpoint that a person names, from this disk or from the Hub, and where its base is.
+
+The saved token is sent to an owner only where the person allows it: neither the name of a
+repository nor the base that a checkpoint names is a reason to send it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
+from pipelines.hub.client import hub_for
+from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint on this disk."""
+
+    folder: Path
+    base_folder: Path | None
+    """None where its base comes from the Hub or a package."""
+    download: dict[str, str | bool]
+    """How its base is downloaded, as `meteora.load` takes it."""
+
+
+def find_folder(
+    name: str, home: Path, token_for: Collection[str] = (), *, statistics: bool = False
+) -> Path:
+    """Find the folder of a checkpoint, which is downloaded if it is on the Hub.
+
+    Args:
+        name: A folder, a Hub id, or an id of the ledger.
+        token_for: Owners, or `owner/name`, to whom the saved token is sent.
+        statistics: Also download what its gates were fitted to.
+
+    Raises:
+        UnknownError: The ledger has the id, but no checkpoint with it.
+        InsecureEndpointError: The Hub speaks plain http over a network.
+        CheckpointError: The Hub has no such checkpoint.
+    """
+    folder = Path(checkpoint_folder(name, home))
+    if folder.is_dir() or not is_hub_id(name):
+        return folder
+    return find_checkpoint(name, download=_download(name, token_for), statistics=statistics)
+
+
+def find(
+    name: str,
+    home: Path,
+    base: Path | None = None,
+    token_for: Collection[str] = (),
+    *,
+    statistics: bool = False,
+) -> FoundCheckpoint:
+    """Find a checkpoint and its base; raises what `find_folder` raises.
+
+    Args:
+        base: The folder of the base, if the person gives one.
+
+    Raises:
+        CheckpointError: It is not sound.
+        DamagedBaseError: The base in this home is damaged.
+    """
+    folder = find_folder(name, home, token_for, statistics=statistics)
+    repo_id = read_manifest(folder).base.repo_id
+    at_hand = base or base_at_hand(folder, home)
+    download = _download(repo_id, token_for) if at_hand is None and is_hub_id(repo_id) else {}
+    return FoundCheckpoint(folder, at_hand, download)
+
+
+def _download(repo_id: str, token_for: Collection[str]) -> dict[str, str | bool]:
+    hub = hub_for(repo_id, token_for)
+    hub.url()  # refuses an endpoint that anyone on the way may answer for
+    return {"token": hub.token or False}

@@ -1,0 +1,86 @@
+"""Dialogues: the questions of a conversation that a benchmark asks; each turn has another subject.
+
+    user     Convert this date: March 3, 2021.       iso_dates
+    ...      (what the model answers)
+    user     What is 12 plus 30?                     arithmetic
+    ...      (what the model answers, which saw its own first answer)
+
+Unlike a `Conversation`, which gates are fitted to, a dialogue has no answers until it is asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from meteora.artifacts import Noun
+from pipelines.data.composites import Question
+from pipelines.data.conversations import Conversation, Turn
+from pipelines.data.rows import ExamplesError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pipelines.data.rows import Row
+
+
+@dataclass(frozen=True)
+class Dialogue(Noun):
+    """Questions to ask one after the other, each with its task."""
+
+    questions: tuple[Question, ...]
+    system: str | None = None
+    """The system prompt; None leaves it to the chat template, and an empty one stands for none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The questions and their tasks, and the system prompt where there is one."""
+        body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
+        return body if self.system is None else body | {"system": self.system}
+
+    def with_answers(self, answers: Sequence[str]) -> Conversation:
+        """As far as these answers go, and the next question with an empty answer."""
+        asked = zip(self.questions, [*answers, ""], strict=False)
+        turns = (Turn(question.task, question.row.prompt, answer) for question, answer in asked)
+        return Conversation(tuple(turns), self.system)
+
+    def alone(self, place: int) -> Dialogue:
+        """The question at a place, without those before it."""
+        return Dialogue((self.questions[place],), self.system)
+
+
+def draw_dialogues(
+    rows_by_task: Mapping[str, Sequence[Row]],
+    turns: int,
+    count: int,
+    seed: int,
+    system: str | None = None,
+) -> list[Dialogue]:
+    """`count` dialogues of `turns` questions, drawn from the tasks' rows.
+
+    Two neighbours are of different tasks, where there are two. Every task is asked equally often at
+    every turn, as far as this allows, so that scores of turns can be compared. A row is used again
+    only after all other rows of its task.
+
+    Raises:
+        ExamplesError: there are no tasks.
+    """
+    if not rows_by_task:
+        raise ExamplesError("a conversation is made of tasks' rows, and there are no tasks")
+    rng = random.Random(f"{seed}/{turns} turns")  # noqa: S311  (a deal, no secret)
+    rows = {task: cycle(rng.sample(own, len(own))) for task, own in rows_by_task.items()}
+    uses: list[Counter[str]] = [Counter() for _ in range(turns)]
+    dialogues = []
+    for _ in range(count):
+        questions: list[Question] = []
+        for used in uses:
+            before = questions[-1].task if questions else ""
+            others = [task for task in rows if task != before] or [*rows]
+            fewest = min(used[task] for task in others)
+            task = rng.choice([task for task in others if used[task] == fewest])
+            used[task] += 1
+            questions.append(Question(task, next(rows[task])))
+        dialogues.append(Dialogue(tuple(questions), system))
+    return dialogues

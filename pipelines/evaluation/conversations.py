@@ -1,0 +1,282 @@
+"""Conversations with a live model: the questions of dialogues, turn by turn, several at once.
+
+The model's own answers stay in the history. A conversation has one cache, and each turn goes on
+with it, as on a server. Controls know the right expert of every turn:
+
+    single       each question alone, with its own expert: nothing is lost to a history
+    oracle       each turn's tokens with its own expert, on one cache; tokens between the turns with
+                 the mean of all experts where the router has that choice, else with the next turn's
+    swap         everything with the expert of the present turn, so that the history is computed
+                 again at each turn: this is how one adapter at a time is served
+    alora        the base computes the history, and the turn's expert what comes from its question
+                 on, as with activated LoRA (arXiv 2504.12397); the cache holds the base's history
+    one_expert   one expert for everything
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from meteora.artifacts import NULL
+from meteora.artifacts.routers import SHARED
+from meteora.model.fused import expert_names
+from pipelines.data.conversations import encode_conversation
+from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
+from pipelines.evaluation.oracle_routing import send_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers._typing import GenerativePreTrainedModel
+
+    from pipelines.data.dialogues import Dialogue
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model gets at one turn of one conversation."""
+
+    ids: list[int]
+    start: int
+    """Number of tokens before the turn's own question."""
+    experts: list[str]
+    """For a control: the expert of each token. The answer has that of the last one."""
+
+
+class TurnCache:
+    """Keys and values of the conversations of a batch, kept from one turn to the next.
+
+    A turn may go on with the tokens that its prompt has in common with the turn before. That is the
+    whole history if the template leaves earlier turns as they were. The numbers of tokens differ
+    within a batch, so the kept ones are moved together, with the padding in front of them. Padding
+    has no position, so this changes nothing. A cache that forgets tokens is not kept, such as one
+    with a sliding window.
+
+    Routers that look ahead (`opening: prompt`) can go on with it, too. The tokens that decide for
+    the template's opening end where the first answer begins, so later turns do not change them.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each layer, [B, heads, L, D]; empty where nothing is kept."""
+        self.ids: list[list[int]] = [[] for _ in range(num_rows)]
+        """The tokens of each conversation that can be used again."""
+        self.slots: list[list[int]] = [[] for _ in range(num_rows)]
+        """The places of these tokens, in L."""
+
+    def take(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache | None, list[int]]:
+        """The cache to go on with, and how many tokens of each prompt are in it."""
+        kept = [_in_common(ids, one.ids[:-1]) for ids, one in zip(self.ids, prompts, strict=True)]
+        width = max(kept)
+        if not self.layers or not width:
+            return None, [0] * len(prompts)
+        slots = torch.zeros(len(prompts), 1, width, 1, dtype=torch.long)
+        for i, n in enumerate(kept):
+            slots[i, 0, width - n :, 0] = torch.tensor(self.slots[i][:n], dtype=torch.long)
+        cache = DynamicCache()
+        for number, pair in enumerate(self.layers):
+            keys, values = (one.take_along_dim(slots.to(one.device), dim=2) for one in pair)
+            cache.update(keys, values, number)
+        return cache, kept
+
+    def keep(self, cache: object, ids: list[list[int]], slots: list[list[int]]) -> None:
+        """Keep the cache after a turn; nothing is kept of one that forgets tokens.
+
+        Args:
+            ids: the tokens of each conversation that may be used again
+            slots: their places in the cache
+        """
+        layers = cache.layers if isinstance(cache, DynamicCache) else []
+        plain = [layer for layer in layers if type(layer) is DynamicLayer]
+        if len(plain) == len(layers):
+            self.layers = [
+                (cast("Tensor", layer.keys), cast("Tensor", layer.values)) for layer in plain
+            ]
+            self.ids, self.slots = ids, slots
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the longest common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class Conversing:
+    """Asks a model dialogues, as it is or as a control."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        control: str = "",
+        expert: str = "",
+        check: Callable[[Sequence[int]], None] = lambda _lengths: None,
+        advance: Callable[[int], None] = lambda _answers: None,
+    ) -> None:
+        """Set up how to ask.
+
+        Args:
+            max_new_tokens: of each answer
+            batch_size: conversations at once
+            control: `single`, `oracle`, `swap`, `alora` or `one_expert`; empty for the model with
+                the routing that it has
+            expert: the one of `one_expert`
+            check: called with the lengths of prompts, to refuse those that are too long
+            advance: called with the number of answers that were just given
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.control, self.expert = control, expert
+        self.check, self.advance = check, advance
+        self._next: list[list[str]] | None = None
+        """The experts of the tokens of the next pass, where it reads prompts."""
+        self._then: list[str] = []
+        """The expert of each sequence in the passes after it, which have one token each."""
+
+    def ask(self, dialogues: Sequence[Dialogue]) -> list[list[dict[str, Any]]]:
+        """What is answered at each turn of each dialogue, and what it takes.
+
+        Returns:
+            for each turn: `output`; `truncated`, whether it was cut; `prompt_tokens`, with the
+            history; `computed_tokens`, those of the prompt that no cache had; `new_tokens`;
+            `seconds`, a batch's divided by the number of its conversations
+
+        Raises:
+            ExamplesError: the chat template does not take the roles, or changes what the turns say.
+        """
+        found = []
+        routed = send_to(self.model, self.control, self._experts) if self.control else nullcontext()
+        with routed, torch.inference_mode():
+            for start in range(0, len(dialogues), self.batch_size):
+                found += self._ask_batch(dialogues[start : start + self.batch_size])
+        return found
+
+    def _ask_batch(self, dialogues: Sequence[Dialogue]) -> list[list[dict[str, Any]]]:
+        turns: list[list[dict[str, Any]]] = [[] for _ in dialogues]
+        cache = TurnCache(len(dialogues))
+        for number in range(len(dialogues[0].questions)):
+            prompts = [
+                self._prompt(dialogue, [turn["output"] for turn in own])
+                for dialogue, own in zip(dialogues, turns, strict=True)
+            ]
+            assert all(len(own) == number for own in turns)  # noqa: S101
+            self.check([len(one.ids) for one in prompts])
+            for own, turn in zip(turns, self._answer(prompts, cache), strict=True):
+                own.append(turn)
+            self.advance(len(dialogues))
+        return turns
+
+    def _prompt(self, dialogue: Dialogue, answers: Sequence[str]) -> Prompt:
+        """The next question of a dialogue, behind what was said so far."""
+        if self.control == SINGLE:
+            dialogue, answers = dialogue.alone(len(answers)), ()
+        ids, owners = encode_conversation(self.tokenizer, dialogue.with_answers(answers))
+        if self.tokenizer.eos_token_id is not None:  # of the answer, which is to come
+            ids, owners = ids[:-1], owners[:-1]
+        own = str(owners[-1])
+        start = max((t + 1 for t, owner in enumerate(owners) if owner is None), default=0)
+        if self.control == ONE_EXPERT:
+            own = self.expert
+        elif self.control == ALORA:
+            return Prompt(ids, start, [NULL] * start + [own] * (len(ids) - start))
+        elif self.control and self.control not in {SINGLE, SWAP}:
+            return Prompt(ids, start, self._by_turn(owners))
+        return Prompt(ids, start, [own] * len(ids))
+
+    def _by_turn(self, owners: Sequence[str | None]) -> list[str]:
+        """The expert of every token by its turn; see `oracle` above."""
+        shared = SHARED in expert_names(self.model)
+        experts, following = [], ""
+        for owner in reversed(owners):
+            following = owner or following
+            experts.append(owner or (SHARED if shared else following))
+        return experts[::-1]
+
+    def _experts(self, ids: Tensor, _kwargs: dict[str, Any]) -> list[list[str]]:
+        if self._next is None:
+            return [[name] for name in self._then]
+        experts, self._next = self._next, None
+        assert len(experts[0]) == ids.shape[1]  # noqa: S101
+        return experts
+
+    def _answer(self, prompts: Sequence[Prompt], cache: TurnCache) -> list[dict[str, Any]]:
+        """Answer the prompts of one turn, one a conversation, and keep the cache for the next."""
+        started = time.perf_counter()
+        past, kept = cache.take(prompts)
+        width = max(kept)
+        length = width + max(len(one.ids) - n for one, n in zip(prompts, kept, strict=True))
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        ids = torch.full((len(prompts), length), pad or 0)
+        mask = torch.zeros_like(ids)
+        self._next, self._then = [], [one.experts[-1] for one in prompts]
+        places = []
+        for i, (one, n) in enumerate(zip(prompts, kept, strict=True)):
+            new = len(one.ids) - n
+            own = [*range(width - n, width), *range(length - new, length)]
+            ids[i, own], mask[i, own] = torch.tensor(one.ids), 1
+            places.append(own)
+            padding = [one.experts[-1]] * (length - width - new)
+            self._next.append(padding + one.experts[n:])
+        ends = self._ends()
+        out = cast("GenerativePreTrainedModel", self.model).generate(
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            past_key_values=past,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            return_dict_in_generate=True,
+        )
+        answers = [self._until_end(row, ends) for row in out.sequences[:, length:].tolist()]
+        known = []
+        for one, own, (answer, ended) in zip(prompts, places, answers, strict=True):
+            # without the last token where the answer was cut: it never went into the model
+            said = answer if ended else answer[:-1]
+            own.extend(range(length, length + len(said)))
+            known.append((one.ids + said)[: self._reusable(one, len(said))])
+        cache.keep(out.past_key_values, known, places)
+        spent = (time.perf_counter() - started) / len(prompts)
+        return [
+            {
+                "output": str(self.tokenizer.decode(answer, skip_special_tokens=True)),
+                "truncated": not ended,
+                "prompt_tokens": len(one.ids),
+                "computed_tokens": len(one.ids) - n,
+                "new_tokens": len(answer) + ended,
+                "seconds": spent,
+            }
+            for one, n, (answer, ended) in zip(prompts, kept, answers, strict=True)
+        ]
+
+    def _reusable(self, prompt: Prompt, num_said: int) -> int:
+        """How many of the tokens so far a later turn may take from the cache."""
+        if self.control in {SINGLE, SWAP}:
+            return 0
+        return prompt.start if self.control == ALORA else len(prompt.ids) + num_said
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        config = getattr(self.model, "generation_config", None)
+        given = getattr(config, "eos_token_id", None)
+        given = [given] if isinstance(given, int) else given or []
+        own = self.tokenizer.eos_token_id
+        return sorted({*given, *([] if own is None else [own])})
+
+    @staticmethod
+    def _until_end(ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+        """An answer without its end and what follows, and whether it has an end."""
+        end = next((t for t, token in enumerate(ids) if token in ends), None)
+        return (ids, False) if end is None else (ids[:end], True)

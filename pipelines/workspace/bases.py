@@ -1,0 +1,192 @@
+"""The bases of a home: read-only files that are checked before a result is made from them.
+
+A base is too large to be hashed at every start. A note in its folder holds the size, the time and
+the hash of every file. A file is hashed again when its size or its time differs from the note, and
+`meteora verify` hashes all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from meteora.artifacts import SHA256, ArtifactId, MeteoraError, Noun
+from meteora.base.sources import combined_sha256, file_sha256
+from store.check import Finding
+from store.errors import StoreError
+from store.files import READ_ONLY, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from meteora.artifacts import BaseSpec
+    from store.ledger import Ledger
+
+NOTE = ".sealed.json"
+"""The note in the folder of a base; deleting the folder deletes it, too."""
+
+
+class DamagedBaseError(MeteoraError):
+    """A base in a home does not have the bytes any more that it was made with."""
+
+
+@dataclass(frozen=True)
+class SealedFile(Noun):
+    """A file of a base, as it was when it was hashed."""
+
+    path: str
+    """Relative to the folder of the base."""
+    num_bytes: int
+    written_ns: int
+    """Time of the last change, since the epoch."""
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, path: str) -> Self:
+        """Hash a file."""
+        before = (folder / path).stat()
+        return cls(path, before.st_size, before.st_mtime_ns, file_sha256(folder / path))
+
+    def is_unchanged(self, folder: Path) -> bool:
+        """Whether the file is there with the same size and time."""
+        try:
+            now = (folder / self.path).stat()
+        except FileNotFoundError:
+            return False
+        return (now.st_size, now.st_mtime_ns) == (self.num_bytes, self.written_ns)
+
+
+def base_at(home: Path, base_id: ArtifactId) -> Path:
+    """The folder of a base in a home; it may not exist yet."""
+    return home / "bases" / base_id.partition(":")[2]
+
+
+def seal(folder: Path, home: Path) -> str:
+    """Make the files of a new base read-only, and note their hashes.
+
+    The folder itself stays writable, so that it can be deleted.
+
+    Returns:
+        The hash of its weights, as `meteora.base.sources.weights_sha256` computes it.
+    """
+    files = [SealedFile.of(folder, path) for path in _paths(folder)]
+    _write_note(folder, home, files)
+    return _weights(files)
+
+
+def require_sound(ledger: Ledger, spec: BaseSpec) -> None:
+    """Check a base before it is loaded; files that the note knows unchanged are not hashed.
+
+    A base that an earlier version put there gets a note and read-only files now. A base in a folder
+    of the user's is not checked here, nor one behind a link: its files are not the home's.
+
+    Raises:
+        DamagedBaseError: A file is missing, was added, or has other bytes.
+    """
+    folder = base_at(ledger.home, spec.id)
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    noted, weights = _read_note(folder), ledger.weights_of(spec.id)
+    if (
+        noted is not None
+        and [file.path for file in noted] == _paths(folder)
+        and all(file.is_unchanged(folder) for file in noted)
+        and weights in (None, _weights(noted))
+    ):
+        return
+    files = [SealedFile.of(folder, path) for path in _paths(folder)]
+    if problems := _problems(noted, files, weights):
+        raise DamagedBaseError(
+            f"{folder}: {problems[0]}; delete this folder and run the recipe again, which brings"
+            " the base anew"
+        )
+    _write_note(folder, ledger.home, files)
+
+
+def verify_bases(ledger: Ledger) -> Iterator[Finding]:
+    """Hash every file of every base in a home; yield what is damaged."""
+    for folder in sorted((ledger.home / "bases").glob("*/")):
+        if folder.is_symlink() or not SHA256.fullmatch(folder.name):
+            continue
+        base_id = ArtifactId(f"base:{folder.name}")
+        files = [SealedFile.of(folder, path) for path in _paths(folder)]
+        if problems := _problems(_read_note(folder), files, ledger.weights_of(base_id)):
+            touched = [base_id, *_made_from(ledger, base_id)]
+            for problem in problems:
+                name = str(folder.relative_to(ledger.home))
+                yield Finding("base", name, problem, tuple(touched))
+
+
+def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
+    """The ids of all that was made from a base, and of all scores of these.
+
+    None where the index cannot be read, which is a finding of its own.
+    """
+    query = f"""
+        WITH made AS (
+            SELECT '{base_id}' AS id
+            UNION SELECT descendant_id FROM ancestors WHERE ancestor_id = '{base_id}'
+        )
+        SELECT id FROM made UNION SELECT scores.id FROM scores JOIN made ON subject_id = made.id
+        EXCEPT SELECT '{base_id}' ORDER BY ALL
+        """  # noqa: S608  (64 hex digits)
+    try:
+        return [artifact_id for (artifact_id,) in ledger.query(query).rows]
+    except StoreError:
+        return []
+
+
+def _problems(
+    noted: Sequence[SealedFile] | None, files: Sequence[SealedFile], weights: str | None
+) -> list[str]:
+    """What is wrong with a base, each as a clause.
+
+    Args:
+        noted: None where there is no note, as in homes of earlier versions.
+        files: As they are now.
+        weights: The hash of the weights in the ledger; None where it is not recorded.
+    """
+    problems = []
+    if noted is not None:
+        before, now = ({file.path: file.sha256 for file in some} for some in (noted, files))
+        problems += [f"{path} is missing" for path in before if path not in now]
+        problems += [f"{path} is no file of this base" for path in now if path not in before]
+        problems += [
+            f"the bytes of {path} have changed since the base was made"
+            for path in before
+            if path in now and before[path] != now[path]
+        ]
+    if not problems and weights not in (None, _weights(files)):
+        problems.append("the bytes of its weights have changed since the base was made")
+    return problems
+
+
+def _paths(folder: Path) -> list[str]:
+    """All files but hidden ones, which a file manager may have put there; sorted."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in found if not any(p.startswith(".") for p in path.parts))
+
+
+def _weights(files: Sequence[SealedFile]) -> str:
+    return combined_sha256([f.sha256 for f in files if f.path.endswith(".safetensors")])
+
+
+def _read_note(folder: Path) -> list[SealedFile] | None:
+    """The files of the note; None where there is none that can be read."""
+    try:
+        files = [SealedFile.from_dict(one) for one in json.loads((folder / NOTE).read_bytes())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return files or None
+
+
+def _write_note(folder: Path, home: Path, files: Sequence[SealedFile]) -> None:
+    """Write the note; in a home that is read-only there is none, and every check hashes again."""
+    with suppress(OSError, StoreError):
+        for file in files:
+            (folder / file.path).chmod(READ_ONLY)
+        text = json.dumps([file.to_dict() for file in files], indent=1) + "\n"
+        write_whole(folder / NOTE, text.encode(), root=home)

@@ -1,0 +1,62 @@
+"""What a machine refuses, in one sentence: a full disk, a read-only folder, no network."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+
+from meteora.untrusted.findings import brief
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space and run again, what was finished is kept",
+    errno.EDQUOT: "the disk's quota is used up; free some space and run again",
+    errno.EFBIG: "a file became larger than is allowed here; raise the limit (`ulimit -f`)",
+    errno.EROFS: "the disk is read-only; give a folder on another one",
+    errno.EACCES: "access is not permitted; change the permissions, or give another path",
+    errno.EPERM: "the operation is not permitted; change the permissions, or give another path",
+    errno.ENOTDIR: "a part of the path is a file, where a folder is needed; check the path",
+    errno.EISDIR: "it is a folder, where a file is needed; check the path",
+    errno.ENAMETOOLONG: "the path is too long; give a shorter one",
+    errno.ELOOP: "its links go in a circle; check the path",
+    errno.EMFILE: "too many files are open; raise the limit (`ulimit -n`)",
+    errno.ENOMEM: "there is not enough memory; free some, or use a larger machine",
+    errno.EIO: "the disk has a fault; check it, and run `meteora verify` afterwards",
+    errno.ENETUNREACH: "the network cannot be reached; check it, and run again",
+    errno.EHOSTUNREACH: "the server cannot be reached; check the network, and run again",
+    errno.ECONNREFUSED: "the server refuses connections; check its address, and run again",
+    errno.ECONNRESET: "the connection was closed by the server; run again",
+    errno.ETIMEDOUT: "the server did not answer in time; run again",
+}
+"""What to do about each fault; others are faults of ours, and show where they come from."""
+IN_TEXT = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust name a fault of the system."""
+
+
+def describe(error: BaseException) -> str | None:
+    """The sentence for a fault of the machine; None for any other error.
+
+    An error of another library may hide the fault that caused it, so its causes are searched.
+    """
+    link: BaseException | None = error
+    seen: list[BaseException] = []
+    while link is not None and link not in seen:
+        seen.append(link)
+        if (sentence := _of_one(link)) is not None:
+            return sentence
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
+
+
+def _of_one(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError):
+        return ADVICE[errno.ENOMEM]
+    if isinstance(error, socket.gaierror):
+        return "the name of a server cannot be looked up; check the network, and run again"
+    if isinstance(error, OSError) and error.errno in ADVICE:
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        return where + ADVICE[error.errno]
+    number = IN_TEXT.search(str(error))
+    if number and (advice := ADVICE.get(int(number[1]))):
+        return f"{brief(Exception(IN_TEXT.sub('', str(error))))}: {advice}"
+    return None

@@ -1,0 +1,101 @@
+"""Logistic regression from the closed form, against gradient descent on the same loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora.fitting.covariance import Scatter
+from meteora.fitting.lda import gate_from
+from meteora.fitting.logistic import PULL, Tokens, Whitening, refine
+from meteora.fitting.statistics import PointStatistics
+
+E, IN = 3, 12
+
+
+def world(count=900, seed=0):
+    """Tokens of three experts. Two differ where the third varies widely, as no shared covariance
+    tells."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % E
+    x = torch.randn(count, IN, generator=generator)
+    sides = labels.float() * 2 - 1
+    wide = torch.where(labels == 2, 10 * x[:, 5], 0.3 * x[:, 5] + sides)
+    x = torch.cat([x[:, :5], wide[:, None], x[:, 6:]], dim=1)
+    x[:, 6] += sides / 2
+    x[labels == 2, 0] += 6
+    return Tokens(x + 3, labels, torch.full((count,), 1 / count))
+
+
+def closed_form(tokens, shrinkage=0.01):
+    scatter = Scatter.empty(E, tokens.x.mean(0))
+    scatter.add(*tokens)
+    return *gate_from(scatter, shrinkage), PointStatistics.of(scatter, shrinkage), scatter
+
+
+def loss_of(tokens, weight, bias, start, within):
+    logits = tokens.x.double() @ weight.T + bias
+    entropy = torch.nn.functional.cross_entropy(logits, tokens.labels, reduction="none")
+    change = weight - start
+    return (entropy * tokens.weights).sum() + PULL * ((change @ within) * change).sum()
+
+
+def test_whitened_tokens_vary_alike_in_all_directions(monkeypatch):
+    monkeypatch.setattr("meteora.fitting.statistics.RIDGES", 0.0)
+    _, _, statistics, scatter = closed_form(world())
+    shrunk = 0.99 * scatter.within + 0.01 * scatter.within.diagonal().mean() * torch.eye(IN)
+    whiten = Whitening(statistics)
+    square = whiten(whiten(torch.eye(IN)))
+    torch.testing.assert_close(square @ shrunk.float(), torch.eye(IN), atol=5e-3, rtol=0)
+
+
+def test_a_refined_gate_has_the_least_loss_that_gradient_descent_finds():
+    tokens = world()
+    weight, bias, statistics, scatter = closed_form(tokens)
+    shrunk = 0.99 * scatter.within + 0.01 * scatter.within.diagonal().mean() * torch.eye(IN)
+    refined = refine(weight, bias, tokens, statistics, iterations=200)
+    found = loss_of(tokens, *(part.double() for part in refined), weight.double(), shrunk)
+    free = [part.double().clone().requires_grad_() for part in (weight, bias)]
+    optimiser = torch.optim.LBFGS(free, max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = loss_of(tokens, *free, weight.double(), shrunk)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert found < loss_of(tokens, *free, weight.double(), shrunk) + 1e-3
+    assert found < 0.5 * loss_of(tokens, weight.double(), bias.double(), weight.double(), shrunk)
+
+
+def test_a_refined_gate_is_right_on_unseen_tokens_where_the_closed_form_is_not():
+    tokens, unseen = world(), world(seed=1)
+    weight, bias, statistics, _ = closed_form(tokens)
+    before = unseen.accuracy(weight, bias)
+    assert unseen.accuracy(*refine(weight, bias, tokens, statistics)) > before + 0.02
+
+
+def test_only_the_rows_that_may_change_do():
+    tokens = world()
+    weight, bias, statistics, _ = closed_form(tokens)
+    refined = refine(weight, bias, tokens, statistics, rows=slice(1, 2))
+    for before, after in zip((weight, bias), refined, strict=True):
+        assert torch.equal(before[[0, 2]], after[[0, 2]])
+        assert not torch.equal(before[1], after[1])
+
+
+def test_inputs_without_variance_stay_finite():
+    tokens = Tokens(torch.ones(6, 4), torch.arange(6) % E, torch.full((6,), 1 / 6))
+    weight, bias, statistics, _ = closed_form(tokens)
+    assert all(part.isfinite().all() for part in refine(weight, bias, tokens, statistics))
+
+
+@pytest.mark.parametrize("stands_for", [[1, 0, 2], [0, 3, 0]])
+def test_a_sample_has_the_weight_of_the_tokens_that_it_stands_for(stands_for):
+    tokens = Tokens(torch.eye(3), torch.arange(3), torch.tensor([0.1, 0.2, 0.3]))
+    found = tokens.sampled(torch.tensor(stands_for).float())
+    kept = [i for i, count in enumerate(stands_for) if count]
+    assert found.labels.tolist() == kept
+    expected = [tokens.weights[i].item() * stands_for[i] for i in kept]
+    assert found.weights.tolist() == pytest.approx(expected)

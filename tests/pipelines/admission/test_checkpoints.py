@@ -1,0 +1,136 @@
+"""A checkpoint on the Hub and the base that it names get the saved token only where allowed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import MeteoraError
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry
+from meteora.checkpoint.resolve import base_download
+from pipelines.admission import checkpoints
+from pipelines.hub.errors import InsecureEndpointError
+from tests.pipelines.hub.hub_server import Repo, running_hub
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
+
+COMMIT = "b" * 40
+
+
+@dataclass
+class Main(Repo):
+    """A repository with a branch `main`."""
+
+    def at(self, revision: str) -> Repo | None:
+        return self if revision in ("main", self.commit) else None
+
+
+@pytest.fixture
+def server(world: World) -> Generator[HubServer]:
+    """A Hub with a checkpoint of `org`, whose base is of `other`."""
+    fingerprint = world.manifest.base.fingerprint
+    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+    with running_hub() as server:
+        fused = {
+            MANIFEST: manifest.to_json().encode(),
+            EXPERTS: (world.checkpoint / EXPERTS).read_bytes(),
+        }
+        base = {path.name: path.read_bytes() for path in world.base.iterdir()}
+        server.repos = {"org/fused": Main(fused), "other/base": Main(base, COMMIT)}
+        yield server
+
+
+def generate(server: HubServer, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Answer a prompt with the checkpoint, in a process where a token is saved."""
+    server.requests.clear()
+    told = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_saved"}
+    told |= {"HF_HOME": str(tmp_path / f"cache{len(words)}"), "HF_HUB_DISABLE_XET": "1"}
+    command = [
+        sys.executable, "-m", "pipelines.cli", "generate", "org/fused", "hello",
+        "--max-new-tokens", "1", "--home", str(tmp_path / "home"), *words,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env=os.environ | told
+    )
+
+
+def owners_with_token(server: HubServer) -> set[str]:
+    """The owners that were sent a token."""
+    paths = [path for _, path, token in server.requests if token]
+    return {owner for owner in ("org", "other") for path in paths if f"/{owner}/" in path}
+
+
+def test_the_saved_token_goes_only_to_owners_that_are_named(
+    server: HubServer, tmp_path: Path
+) -> None:
+    said = generate(server, tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert {"/other/base" in path for _, path, _ in server.requests} == {True, False}
+    assert [r for r in server.requests if r[2]] == []
+    said = generate(server, tmp_path, "--token-for", "org")
+    assert said.returncode == 0, said.stderr
+    assert owners_with_token(server) == {"org"}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "sent"),
+    [
+        ("org/fused", {}, False),
+        ("org/fused", {"token": "hf_given"}, False),
+        ("other/fused", {"token": "hf_given"}, "hf_given"),
+        ("other/fused", {}, None),  # as transformers has it: the saved one
+    ],
+)
+def test_a_given_token_is_for_the_base_of_the_same_owner_only(
+    world: World, name: str, asked: dict[str, str], sent: object
+) -> None:
+    fingerprint = world.manifest.base.fingerprint
+    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+    assert base_download(name, manifest, asked)["token"] == sent
+    local = base_download(world.checkpoint, manifest, asked)
+    assert local["token"] == asked.get("token", False)
+
+
+def test_plain_http_is_refused_for_a_checkpoint_and_for_its_base(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+    with pytest.raises(InsecureEndpointError, match="is not https"):
+        checkpoints.find("org/fused", tmp_path)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    fingerprint = world.manifest.base.fingerprint
+    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+    (folder / MANIFEST).write_text(manifest.to_json())
+    with pytest.raises(InsecureEndpointError, match="is not https"):
+        checkpoints.find(str(folder), tmp_path)
+    found = checkpoints.find(str(folder), tmp_path, world.base)  # then nothing is downloaded
+    assert (found.base_folder, found.download) == (world.base, {})
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MeteoraError, match=r"there is no meteora\.json in it"):
+        checkpoints.find("../no/such/folder", tmp_path)
+
+
+def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = generate(server, tmp_path)  # both are in the cache now
+    assert said.returncode == 0, said.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert generate(server, tmp_path).stdout == said.stdout
+    failed = generate(server, tmp_path, "--token-for", "nobody")  # another cache, which is empty
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert len(failed.stderr.splitlines()) == 1
+    assert failed.stderr.startswith("error: org/fused: ")

@@ -1,0 +1,84 @@
+"""`template: plain` means the same for the gates and for the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import meteora
+from meteora.artifacts import SHARED
+from meteora.base.chat_template import encode_pair
+from meteora.checkpoint.manifest import read_manifest
+from pipelines.stages import build, measure
+from pipelines.stages.open_model import opened
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.conftest import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from meteora.artifacts import RouterBuild
+    from pipelines.planning.plan import Plan
+    from pipelines.workspace.context import RunContext
+
+QUICK = {"limit": 2, "compare": ["base"], "max_new_tokens": 2}
+PROMPT = {"router": {"opening": "prompt"}}
+
+
+def go(work: RunContext) -> tuple[Plan, Any, RouterBuild]:
+    planned, built = plan_of(work)
+    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+
+
+def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
+    workplace: Callable[..., RunContext], chat_base: Path
+) -> None:
+    _, _, bare = go(workplace(benchmark=QUICK, **PROMPT))
+    chat, _, templated = go(workplace(base=f"path:{chat_base}", benchmark=QUICK, **PROMPT))
+    asked = {"base": f"path:{chat_base}", "benchmark": {**QUICK, "template": "plain"}, **PROMPT}
+    work = workplace(**asked)
+    plain, built, gates = go(work)
+    assert gates.num_tokens == bare.num_tokens < templated.num_tokens
+    assert gates.heldout_accuracy == pytest.approx(bare.heldout_accuracy)
+    assert plain.router == replace(chat.router, template="plain")
+    assert plain.router.id != chat.router.id
+    with opened(work, plain, built, None) as (model, tokenizer):
+        sequences, template = build._labelled(work, plain, model, tokenizer)
+        assert tokenizer.chat_template  # it is left alone
+    row = plain.examples["q_and_v"][0]
+    tokenizer.chat_template = None
+    assert sequences[0].input_ids == tuple(encode_pair(tokenizer, row.prompt, row.response))
+    assert template is not None
+    assert not template.opening
+
+    measure.measure(work, plain, built, gates)
+    work.ledger.ingest()
+    assert work.ledger.query("SELECT DISTINCT templated FROM scores").rows == [(False,)]
+
+
+def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
+    workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
+) -> None:
+    benchmark = {**QUICK, "template": "plain"}
+    work = workplace(base=f"path:{chat_base}", benchmark=benchmark)
+    planned, built, gates = go(work)
+    measure.measure(work, planned, built, gates)
+    folder = build.write_checkpoint(work, planned, built, gates)
+    made = read_manifest(folder).gates
+    assert made["template"] == "plain"
+    assert not made.keys() & {"conversations", "system_prompts"}  # plain text has no roles
+    dropped = ask("drop", folder, "attention", "--home", work.home)
+    assert dropped.returncode == 0, dropped.stderr
+    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    added = ask(
+        "add", dropped.stdout.strip(), "attention", recipe_folder / "attention", source,
+        "--base", chat_base, "--home", work.home,
+    )  # fmt: skip
+    assert added.returncode == 0, added.stderr
+    grown = Path(added.stdout.strip())
+    assert read_manifest(grown).gates["template"] == "plain"
+    model, _ = meteora.load(grown, base_folder=chat_base)
+    assert meteora.expert_names(model) == ["q_and_v", "attention", SHARED]

@@ -1,0 +1,120 @@
+"""What the machine refuses is one sentence; a fault of ours keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from safetensors import SafetensorError
+
+from pipelines.cli import app
+from pipelines.workspace.faults import ADVICE, describe
+from store.ledger import Ledger
+from tests.pipelines.cli.command_line import ask, meteora
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.pipelines.cli.command_line import Said
+
+READERS = [
+    ["sql"],
+    ["verify"],
+    ["attest", "router:abc"],
+    ["store", "rebuild"],
+    ["store", "pack"],
+    ["store", "gc"],
+    ["store", "openlineage"],
+    ["report", "router:abc"],
+    ["generate", "abc", "hello"],
+    ["export", "abc", "--expert", "x"],
+    ["drop", "abc", "x"],
+]
+"""Commands that need a store and do not make one."""
+
+
+def refused(said: Said, sentence: str) -> None:
+    assert said.returncode == 1, said.stderr
+    assert sentence in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+    assert said.stdout == ""
+
+
+@pytest.mark.parametrize("number", ADVICE, ids=[errno.errorcode[number] for number in ADVICE])
+def test_each_fault_of_the_system_says_what_to_do(number: int) -> None:
+    error = OSError(number, os.strerror(number), "/some/file")
+    assert describe(error) == f"/some/file: {ADVICE[number]}"
+    assert describe(OSError(number, os.strerror(number))) == ADVICE[number]
+
+
+def test_a_fault_is_found_behind_the_error_of_a_library() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/home/x")
+    behind = RuntimeError("could not save")
+    behind.__cause__ = ValueError("inner")
+    behind.__cause__.__context__ = full
+    assert describe(behind) == f"/home/x: {ADVICE[errno.ENOSPC]}"
+    rust = SafetensorError("Error: I/O error: No space left on device (os error 28)")
+    assert describe(rust) == (f"Error: I/O error: No space left on device: {ADVICE[errno.ENOSPC]}")
+    assert "cannot be looked up" in str(describe(socket.gaierror(-3, "Temporary failure")))
+    assert describe(MemoryError()) == ADVICE[errno.ENOMEM]
+
+
+def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:
+    assert describe(KeyError("x")) is None
+    assert describe(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+    hidden = ValueError("x")
+    hidden.__context__ = OSError(errno.ENOSPC, "full")
+    hidden.__suppress_context__ = True
+    assert describe(hidden) is None
+
+
+def test_the_command_line_says_it_and_leaves_other_errors_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raising(error: Exception) -> None:
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(app, "app", fail)
+
+    raising(OSError(errno.EROFS, "Read-only file system", "/x/prefect/start.lock"))
+    refused(ask("run"), "error: /x/prefect/start.lock: the disk is read-only; give a folder")
+    raising(KeyError("ours"))
+    with pytest.raises(KeyError):
+        ask("run")
+
+
+@pytest.mark.parametrize("words", READERS, ids=lambda words: "-".join(words[:2]))
+def test_a_mistyped_home_makes_no_store(words: list[str], tmp_path: Path) -> None:
+    home = tmp_path / "typo"
+    refused(meteora(*words, home=home), f"store in {home}" if words[1:2] == ["abc"] else "no store")
+    assert not home.exists()
+
+
+def test_a_folder_of_other_things_is_no_home_and_an_empty_one_is(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear")
+    refused(meteora("sql", home=tmp_path), "there is no store in it")
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    Ledger(tmp_path / "home").ingest()
+    assert meteora("sql", "SELECT 1", home=tmp_path / "home").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["sql"], ["run", "quickstart", "--dry-run"], ["check", "org/x"]], ids=lambda w: w[0]
+)
+def test_a_home_below_a_file_is_one_sentence(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = meteora(*words, home=tmp_path / "file" / "home")
+    assert said.returncode == 1
+    assert len(said.stderr.splitlines()) <= 1
+    assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize("count", [-5, 0])
+def test_an_answer_has_at_least_one_token(count: int, tmp_path: Path) -> None:
+    said = meteora("generate", "x", "hello", "--max-new-tokens", count, home=tmp_path)
+    assert said.returncode == 2
+    assert "--max-new-tokens" in said.stderr

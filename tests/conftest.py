@@ -160,7 +160,20 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
     }
     llama = old | {"intermediate_size": INTERMEDIATE, "num_key_value_heads": 2}
     gemma = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    served = llama | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    served |= {"num_key_value_heads": 1, "head_dim": 32}  # the least that vLLM takes
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "vllm_llama": ("LlamaConfig", served),
+        "vllm_qwen2": ("Qwen2Config", served),
+        "vllm_gemma3": (
+            "Gemma3TextConfig",
+            served
+            | {
+                "sliding_window": 32,
+                "query_pre_attn_scalar": 32,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
         "llama": ("LlamaConfig", llama),
         "llama_64": ("LlamaConfig", llama | {"hidden_size": 64, "intermediate_size": 128}),
         "mistral": ("MistralConfig", llama | {"sliding_window": 4}),

@@ -53,9 +53,7 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
     manifest = read_manifest(folder)
     if name not in manifest.names:
         raise ExportError(f"there is no expert {name!r}; {folder} has {', '.join(manifest.names)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} holds something already; give the name of a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     e = manifest.names.index(name)
     entry = manifest.experts[e]
     tensors = dict(_tensors(folder, manifest, e))
@@ -71,6 +69,17 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
             return True
     save_file(tensors, out / WEIGHTS, {"format": "pt"})
     return False
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder, which may be there if it is empty.
+
+    Raises:
+        ExportError: something is in it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} holds something already; give the name of a new folder")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:

@@ -67,17 +67,19 @@ def find_checkpoint(
     download: Mapping[str, Any] | None = None,
     whole: bool = True,
     statistics: bool = False,
+    subfolder: str = "",
 ) -> Path:
     """Return the folder of a checkpoint; a Hub id is downloaded to the Hub's cache, at one commit.
 
     Args:
+        subfolder: Of the repository, where the checkpoint is not all of it.
         whole: Download the tensors too; else only the manifest.
         statistics: Also those that its gates were fitted to, if it has them, to add an expert.
     """
     folder = Path(name)
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder
-    asked = dict(download or {})
+    asked: dict[str, Any] = {**(download or {}), "subfolder": subfolder}
     # once for all files: a branch can move between two downloads
     places = {key: asked[key] for key in ("token", "local_files_only", "cache_dir") if key in asked}
     asked["revision"] = resolve_revision(str(name), revision, **places)
@@ -146,6 +148,21 @@ def load_base(
     return loading.load_gguf(source)
 
 
+def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
+    """Return the folder of a base as safetensors: `folder`, or the Hub's cache of its commit.
+
+    Raises:
+        SourceError: It is not on this machine in that format; nothing is downloaded.
+    """
+    source = _find_base(manifest, folder, {"local_files_only": True})
+    if source.is_dir():
+        return source
+    raise SourceError(
+        f"{manifest.base.repo_id} is dequantised from GGUF, and only the home of its run has it as"
+        " safetensors; give that home with --home, or run the recipe again"
+    )
+
+
 def _find_base(
     manifest: Manifest,
     folder: str | Path | None,
@@ -164,7 +181,7 @@ def _find_base(
     if name.startswith(PATH):
         raise SourceError(
             f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
-            " say where it lies now with base_folder="
+            " say where it lies now with base_folder=, or --base"
         )
     return download_base(name, manifest.base.revision, download, weights=weights)
 

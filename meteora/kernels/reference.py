@@ -77,26 +77,21 @@ def lora_delta_loop(
     return delta.to(x.dtype) if add_to is None else add_to.add_(delta)
 
 
-def rank_weights(
-    weights: Tensor,
-    experts: Tensor,
-    owners: Tensor,
-    owner_scaling: Tensor,
-    num_choices: int,
-) -> Tensor:
+def rank_weights(weights: Tensor, experts: Tensor, choice_scaling: Tensor) -> Tensor:
     """The factor of every rank for every token: what its choices weigh, times its scaling.
 
     Args:
         weights, experts: [T, K], from `route`
-        owners, owner_scaling: [R] or [D, R], as `ExpertStack` has them
+        choice_scaling: [C, R], from `ExpertStack.choice_scaling`
 
     Returns:
         [T, R]; zero for the ranks that no choice of the token holds.
     """
-    shares = weights.new_zeros((len(weights), num_choices))
+    if experts.shape[1] == 1:
+        return choice_scaling.index_select(0, experts[:, 0]) * weights
+    shares = weights.new_zeros((len(weights), len(choice_scaling)))
     shares = shares.scatter_add(1, experts, weights)  # [T, C]
-    factors = shares[:, owners] * owner_scaling
-    return factors if owners.dim() == 1 else factors.sum(1)
+    return shares @ choice_scaling.to(shares.dtype)
 
 
 def lora_delta_dense(
@@ -107,7 +102,7 @@ def lora_delta_dense(
     Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
     while R is small against IN, since the ranks of experts that were not chosen are computed too.
     """
-    factors = rank_weights(weights, experts, stack.owners, stack.owner_scaling, stack.num_choices)
+    factors = rank_weights(weights, experts, stack.choice_scaling())
     shrunk = ((x @ stack.a.T) * factors).to(x.dtype)
     return shrunk @ stack.b.T if add_to is None else add_expanded(shrunk, stack.b, add_to)
 

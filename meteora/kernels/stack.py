@@ -69,15 +69,11 @@ class ExpertStack(nn.Module):
     """[OUT, R]"""
     segments: Tensor
     """[2, C] the start and the number of ranks of each choice; int64"""
-    owners: Tensor
-    """[R] the choice that holds each rank; int64. Where segments overlap, [D, R]: a rank that n
-    choices hold has them in n of the D rows."""
-    owner_scaling: Tensor
-    """The same shape: the rank's scaling times that choice's factor; 0 where there is none"""
     rank_scaling: Tensor
     """[R] the scaling of each rank's expert"""
     factors: Tensor
     """[C] the factor of each choice"""
+    _choice_scaling: Tensor | None
 
     def __init__(
         self,
@@ -125,17 +121,12 @@ class ExpertStack(nn.Module):
         ]
         # who makes or moves a model in inference mode may still want to train it
         with torch.inference_mode(mode=False):
-            owners, held = _owners(self.choices, len(a))
             scaling_of = torch.tensor(by_rank, dtype=torch.float32)
             factors = torch.tensor([choice.factor for choice in self.choices], dtype=torch.float32)
             starts = [start for start, _, _ in self.choices]
-            for name, table in (
-                ("segments", torch.tensor([starts, self.widths])),
-                ("owners", owners),
-            ):
-                self.register_buffer(name, table.to(a.device), persistent=False)
+            segments = torch.tensor([starts, self.widths])
+            self.register_buffer("segments", segments.to(a.device), persistent=False)
         self._exact = {
-            "owner_scaling": scaling_of * factors[owners] * held,
             "rank_scaling": scaling_of,
             "factors": factors,
         }
@@ -145,8 +136,11 @@ class ExpertStack(nn.Module):
         """Lay the exact scaling on the device of the other tables."""
         with torch.inference_mode(mode=False):
             for name, table in self._exact.items():
-                self.register_buffer(name, table.to(self.owners.device), persistent=False)
+                self.register_buffer(name, table.to(self.segments.device), persistent=False)
         self._rank_table: RankTable | None = None
+        self.register_buffer("_choice_scaling", None, persistent=False)
+        if self.num_choices <= self.sizes.num_in:  # it is smaller than A
+            self.choice_scaling()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
@@ -193,6 +187,20 @@ class ExpertStack(nn.Module):
             self._rank_table = RankTable(index, scaling)
         return self._rank_table
 
+    def choice_scaling(self) -> Tensor:
+        """The scaling of the ranks that each choice holds, times its factor; 0 for the others.
+
+        Returns:
+            [C, R]; where it would be larger than A, made when it is first asked for
+        """
+        if self._choice_scaling is None:
+            with torch.inference_mode(mode=False):
+                starts, widths = self.segments[:, :, None]
+                ranks = torch.arange(len(self.rank_scaling), device=starts.device)
+                held = (ranks >= starts) & (ranks < starts + widths)
+                self._choice_scaling = held * self.factors[:, None] * self.rank_scaling
+        return self._choice_scaling
+
     def extra_repr(self) -> str:
         return f"C={self.num_choices}, ranks={self.ranks}"
 
@@ -206,18 +214,3 @@ def own_choices(ranks: Sequence[int]) -> list[Choice]:
 def mean_of_all(ranks: Sequence[int]) -> Choice:
     """All experts at once, each with weight 1 / E; one that lacks the layer counts among the E."""
     return Choice(0, sum(ranks), 1 / len(ranks))
-
-
-def _owners(choices: Sequence[Choice], num_ranks: int) -> tuple[Tensor, Tensor]:
-    """The choices of each rank, [R], or [D, R] where they overlap; and where there is one."""
-    rows: list[list[int]] = [[-1] * num_ranks]
-    for c, (start, end, _) in enumerate(choices):
-        empty = [-1] * (end - start)
-        for row in rows:
-            if row[start:end] == empty:
-                break
-        else:
-            rows.append(row := [-1] * num_ranks)
-        row[start:end] = [c] * (end - start)
-    owners = torch.tensor(rows if len(rows) > 1 else rows[0], dtype=torch.long)
-    return owners.clamp_min(0), owners >= 0

@@ -143,8 +143,7 @@ class _Differentiable(torch.autograd.Function):
         leaves = {1: x, 2: a, 3: b, 5: weights}
         asked = {n: t.requires_grad_() for n, t in leaves.items() if ctx.needs_input_grad[n]}
         with torch.enable_grad():
-            tables = stack.owners, stack.owner_scaling, stack.num_choices
-            factors = reference.rank_weights(weights, experts, *tables)
+            factors = reference.rank_weights(weights, experts, stack.choice_scaling())
             delta = ((x @ a.T) * factors).to(x.dtype) @ b.T
         grads = dict(
             zip(asked, torch.autograd.grad(delta, list(asked.values()), grad), strict=True)

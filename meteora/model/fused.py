@@ -25,7 +25,7 @@ from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import RouterOptions
     from meteora.checkpoint.manifest import Manifest, ModuleEntry
+    from meteora.routing.layer import RoutedExperts
 
 EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""
@@ -130,10 +131,10 @@ def insert_experts(
     setattr(model, CACHE, cache)
     for method in ("save_pretrained", "push_to_hub"):
         setattr(model, method, _refuse_to_save)
-    null, shared = manifest.router.null, manifest.router.opening == "shared"
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
-        insert_layer(model, path, lora_a, lora_b, entry, shared=shared, null=null, cache=cache)
+        choices = choices_of(entry.ranks, manifest.router)
+        insert_layer(model, path, lora_a, lora_b, entry, choices, cache=cache)
 
 
 def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
@@ -150,16 +151,14 @@ def insert_layer(
     lora_a: Tensor,
     lora_b: Tensor,
     entry: ModuleEntry,
+    choices: Sequence[Choice] | None = None,
     *,
-    shared: bool = False,
-    null: bool = False,
     cache: ExpertCache | None = None,
 ) -> None:
     """Replace the linear layer at `path`; refuses one of another size than the experts need.
 
     Args:
-        shared: whether the choice after the experts is the mean of all of them
-        null: whether the last choice is the base
+        choices: of the router; without it, each expert alone
     """
     parent_path, _, name = path.rpartition(".")
     try:
@@ -175,20 +174,41 @@ def insert_layer(
             f"{path}: the experts take {entry.in_features} inputs and give {entry.out_features},"
             f" this base has {sizes or type(projection).__name__}; load the base they were made for"
         )
-    weight: Tensor = projection.weight
     if cache is None:
-        # 16-bit adapters of another format than the base would lose bits in its dtype: widen both
-        dtype = torch.promote_types(lora_a.dtype, weight.dtype)
-        lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
-    choices = own_choices(entry.ranks)
-    if shared:
-        choices.append(mean_of_all(entry.ranks))
-    if null:
-        choices.append(Choice(0, 0))
-    stack = ExpertStack(
-        lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=cache is not None
-    )
+        stack = stack_for(projection.weight, lora_a, lora_b, entry, choices)
+    else:
+        stack = ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=True)
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
+
+
+def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:
+    """The choices of a module's router, in the order of `Manifest.choices`.
+
+    Args:
+        ranks: of each expert there
+    """
+    choices = own_choices(ranks)
+    if options.opening == "shared":
+        choices.append(mean_of_all(ranks))
+    if options.null:
+        choices.append(Choice(0, 0))
+    return choices
+
+
+def stack_for(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    entry: ModuleEntry,
+    choices: Sequence[Choice] | None,
+) -> ExpertStack:
+    """The experts of a layer on the device of its weight, in the wider of both dtypes.
+
+    16-bit adapters of another format than the base would lose bits in its dtype.
+    """
+    dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+    lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
+    return ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices)
 
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
@@ -201,7 +221,7 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
         layer.router = make_router(options, layer)
 
 
-def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) -> Router:
+def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) -> Router:
     """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
 
     Args:
@@ -223,7 +243,7 @@ def make_router(options: RouterOptions, layer: MoELoRALinear, *, seed: int = 0) 
             f"router {options.kind!r} is none of arrow, norm, uniform, random; a gate must be"
             " fitted"
         )
-    return router.to(layer.weight.device)
+    return router.to(layer.device)
 
 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.artifacts import RouterOptions
-    from meteora.routing.layer import MoELoRALinear
+    from meteora.routing.layer import RoutedExperts
 
 
 class UndecidedError(MeteoraError):
@@ -39,37 +39,46 @@ PREFILL = "meteora_prefill"
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
     prefill = watch_prompts(model, gates.template)
-    decisions = {leader: Decision() for leader in gates.follows.values()}
-    for path, layer in routed_layers(model).items():
-        if path in gates.follows:
-            give_follower(layer, decisions[gates.follows[path]], options)
-        else:
-            give_gate(
-                layer,
-                *gates.own[path],
-                options,
-                prefill,
-                decisions.get(path),
-                StandIn(
-                    scorer(options, layer),
-                    list(gates.without_examples),
-                    gates.stand_ins[path],
-                )
-                if gates.without_examples
-                else None,
-            )
+    layers, decisions = routed_layers(model), new_decisions(gates)
+    for path, layer in layers.items():
+        give_router(layer, path, gates, options, decisions, prefill)
     if options.share == "point":
-        share_first_matmuls(model, gates.follows)
+        share_first_matmuls(layers, gates.follows)
 
 
-def share_first_matmuls(model: PreTrainedModel, follows: Mapping[str, str]) -> None:
+def new_decisions(gates: Gates) -> dict[str, Decision]:
+    """For every gate that others follow, by its module path, what it hands to them."""
+    return {leader: Decision() for leader in gates.follows.values()}
+
+
+def give_router(
+    layer: RoutedExperts,
+    path: str,
+    gates: Gates,
+    options: RouterOptions,
+    decisions: Mapping[str, Decision],
+    prefill: Prefill | None = None,
+) -> None:
+    """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
+    if path in gates.follows:
+        give_follower(layer, decisions[gates.follows[path]], options)
+        return
+    stand_in = None
+    if gates.without_examples:
+        standard = gates.stand_ins[path]
+        stand_in = StandIn(scorer(options, layer), list(gates.without_examples), standard)
+    give_gate(layer, *gates.own[path], options, prefill, decisions.get(path), stand_in)
+
+
+def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
     """Let each gate's layer compute A x for those that follow it, which read the same input.
 
     Args:
+        layers: by module path, in the order of their calls
         follows: module path to that of the layer whose gate it follows
     """
-    layers, points = routed_layers(model), {}
-    for path, layer in layers.items():  # in the order of their calls
+    points: dict[str, list[RoutedExperts]] = {}
+    for path, layer in layers.items():
         if path in follows:
             points.setdefault(follows[path], [layers[follows[path]]]).append(layer)
     for point in points.values():
@@ -89,7 +98,7 @@ def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:
 
 
 def give_gate(
-    layer: MoELoRALinear,
+    layer: RoutedExperts,
     weight: Tensor,
     bias: Tensor,
     options: RouterOptions,
@@ -103,7 +112,7 @@ def give_gate(
         decision: where the gate leaves what it decides, for the layers that follow it
         stand_in: gives the logits of experts that had no examples
     """
-    device = layer.weight.device
+    device = layer.device
     weight, bias = weight.to(device), bias.to(device)
     gate = (
         Gate(weight, bias, options, prefill=prefill, decision=decision)
@@ -115,7 +124,7 @@ def give_gate(
     layer.router = gate.requires_grad_(requires_grad=False)
 
 
-def give_follower(layer: MoELoRALinear, decision: Decision, options: RouterOptions) -> None:
+def give_follower(layer: RoutedExperts, decision: Decision, options: RouterOptions) -> None:
     """Route a layer by what a gate before it decided in the same pass."""
     layer.router = Follower(decision, layer.num_choices, options)
 

@@ -3,6 +3,8 @@
     before   q_proj: Linear(IN, OUT)
     after    q_proj: MoELoRALinear(that Linear, ExpertStack(A [R, IN], B [OUT, R], …), router)
 
+`RoutedExperts` is the same without the projection, for programs that compute it themselves.
+
 The layer keeps the signature of the projection that it replaces, so the base model's own code
 runs unchanged: caches, padding, batches and beams included. Hooks show what a router decided.
 """
@@ -32,33 +34,29 @@ if TYPE_CHECKING:
     from meteora.routing.shared_input import Product
 
 
-class MoELoRALinear(nn.Module):
-    """y = projection(x) + what the choices of the router add: `reference.lora_delta_loop` of x.
+class RoutedExperts(nn.Module):
+    """The experts of one projection and the router that chooses among them.
 
-    The adapters are buffers and never parameters: no optimiser can find them. Without a router
-    (`router = None`) the layer is the bare projection. For precision in 16 bits see `addmm`.
+    The adapters are buffers and never parameters: no optimiser can find them.
     """
 
     def __init__(
         self,
-        projection: nn.Module,
         stack: ExpertStack,
         router: Router | None = None,
         *,
         kernel: KernelName | None = None,
         cache: ExpertCache | None = None,
     ) -> None:
-        """Wrap `projection`.
+        """Hold experts.
 
         Args:
-            projection: any module from [..., IN] to [..., OUT]
             stack: the experts; mapped where there is a cache
             kernel: what computes the experts; without it, what is fastest for the tokens
-            cache: compute from what it copies to the device of the projection
+            cache: compute from what it copies to the device of the stack's tables
         """
         super().__init__()
-        self.projection = projection
-        self.stack = stack if cache is None else stack.to(self.weight.device)
+        self.stack = stack
         self.cache = cache
         self._key = object()
         """Names this layer's experts in the cache, which may serve others too."""
@@ -73,38 +71,20 @@ class MoELoRALinear(nn.Module):
         return self.stack.num_choices
 
     @property
-    def weight(self) -> Tensor:
-        """The projection's own weight: base models ask for its dtype and device."""
-        return self.projection.weight  # ty: ignore[invalid-explicit-return]
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.stack.segments.device
 
-    def forward(self, x: Tensor) -> Tensor:
-        projection, router = self.projection, self.router
-        if router is None:
-            return projection(x)
-        plain = Plain.of(projection, x)
-        tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
-        with _own_precision(x):
-            weights, experts = router.choose(tokens)
-        if plain is not None:
-            delta = self._delta(x, tokens, weights, experts, self._start(tokens, plain))
-            out = reference.add_projected(delta, tokens, plain.weight)
-            return out.view(*x.shape[:-1], out.shape[-1])
-        y = projection(x)
-        rows = y.reshape(-1, y.shape[-1])
-        with _own_precision(x):
-            if y.requires_grad:
-                out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
-            else:
-                out = self._delta(x, tokens, weights, experts, rows)
-        return out.view(y.shape)
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add what the router's choices give to y [T, OUT] in place, from x [T, IN].
 
-    def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
-        """What the experts add to before the projection does; None where that is nothing."""
-        if plain.bias is not None:
-            return plain.bias.expand(len(tokens), -1).clone()
-        if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits as it comes
-            return tokens.new_zeros(len(tokens), len(self.stack.b))
-        return None
+        Raises:
+            RuntimeError: there is no router.
+        """
+        if self.router is None:
+            raise RuntimeError("a layer without a router has no choice of experts to add")
+        weights, experts = self.router.choose(x)
+        self._delta(x, x, weights, experts, y)
 
     def _delta(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
@@ -140,9 +120,7 @@ class MoELoRALinear(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         """What the experts compute in."""
-        if self.cache is None:
-            return self.stack.a.dtype
-        return torch.promote_types(self.stack.a.dtype, self.weight.dtype)
+        return self.stack.a.dtype
 
     def _delta_from_cache(
         self,
@@ -172,11 +150,78 @@ class MoELoRALinear(nn.Module):
             return "dense"  # one graph, whatever was chosen
         num_tokens, top_k = experts.shape
         sizes, device = self.stack.sizes, experts.device.type
-        num_chosen = None
-        if device == "cpu" and num_tokens > 1:
-            counts = torch.bincount(experts.flatten(), minlength=sizes.num_choices)
-            num_chosen = int(counts.count_nonzero())
+        if device != "cpu" or num_tokens == 1:
+            return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device)
+        # the fewer experts, the less `grouped` takes: where it loses even so, they are not counted
+        kernel = dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, top_k)
+        if kernel != "grouped":
+            return kernel
+        counts = torch.bincount(experts.flatten(), minlength=sizes.num_choices)
+        num_chosen = int(counts.count_nonzero())
         return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, num_chosen)
+
+
+class MoELoRALinear(RoutedExperts):
+    """y = projection(x) + what the choices of the router add: `reference.lora_delta_loop` of x.
+
+    Without a router (`router = None`) the layer is the bare projection. For precision in 16 bits
+    see `addmm`.
+    """
+
+    def __init__(
+        self,
+        projection: nn.Module,
+        stack: ExpertStack,
+        router: Router | None = None,
+        *,
+        kernel: KernelName | None = None,
+        cache: ExpertCache | None = None,
+    ) -> None:
+        """Wrap `projection`, any module from [..., IN] to [..., OUT]."""
+        super().__init__(stack, router, kernel=kernel, cache=cache)
+        self.projection = projection
+        if cache is not None:
+            self.stack = stack.to(self.weight.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's own weight: base models ask for its dtype and device."""
+        return self.projection.weight  # ty: ignore[invalid-explicit-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection, router = self.projection, self.router
+        if router is None:
+            return projection(x)
+        plain = Plain.of(projection, x)
+        tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
+        with _own_precision(x):
+            weights, experts = router.choose(tokens)
+        if plain is not None:
+            delta = self._delta(x, tokens, weights, experts, self._start(tokens, plain))
+            out = reference.add_projected(delta, tokens, plain.weight)
+            return out.view(*x.shape[:-1], out.shape[-1])
+        y = projection(x)
+        rows = y.reshape(-1, y.shape[-1])
+        with _own_precision(x):
+            if y.requires_grad:
+                out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
+            else:
+                out = self._delta(x, tokens, weights, experts, rows)
+        return out.view(y.shape)
+
+    def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
+        """What the experts add to before the projection does; None where that is nothing."""
+        if plain.bias is not None:
+            return plain.bias.expand(len(tokens), -1).clone()
+        if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits as it comes
+            return tokens.new_zeros(len(tokens), len(self.stack.b))
+        return None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        if self.cache is None:
+            return self.stack.a.dtype
+        return torch.promote_types(self.stack.a.dtype, self.weight.dtype)
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -187,7 +232,7 @@ def _own_precision(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def share_first_matmul(layers: Sequence[MoELoRALinear]) -> None:
+def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:
     """Let layers compute A x together where they are called with one input, and no gradient is due.
 
     Args:

@@ -123,8 +123,7 @@ class SharedMatmul:
         return found.products[place] if self.members[place].kernel in {None, found.kernel} else None
 
     def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
-        tables = self._owners, self._owner_scaling, self.members[0].stack.num_choices
-        factors = reference.rank_weights(weights, experts, *tables)
+        factors = reference.rank_weights(weights, experts, self._choice_scaling)
         shrunk = ((tokens @ self._a.T) * factors).to(tokens.dtype)
         return [Product(own, None) for own in shrunk.split(self._sizes, dim=1)]
 
@@ -153,13 +152,7 @@ class SharedMatmul:
             self._a = torch.cat([stack.a for stack in stacks])  # [R of all, IN]
             for stack, own in zip(stacks, self._a.split(self._sizes), strict=True):
                 stack.a = own
-            self._owners, self._owner_scaling = (
-                _side_by_side(tables)
-                for tables in (
-                    [stack.owners for stack in stacks],
-                    [stack.owner_scaling for stack in stacks],
-                )
-            )
+            self._choice_scaling = torch.cat([stack.choice_scaling() for stack in stacks], dim=1)
         self._table = None
         self._addresses = [stack.a.data_ptr() for stack in stacks]
         return True
@@ -181,15 +174,6 @@ class SharedMatmul:
                     for parts in zip(*tables, strict=True)
                 )
             )
-
-
-def _side_by_side(tables: Sequence[Tensor]) -> Tensor:
-    """Tables [R] or [D, R] as one, over the ranks of all."""
-    if all(table.dim() == 1 for table in tables):
-        return torch.cat(list(tables))
-    tables = [torch.atleast_2d(table).mT for table in tables]
-    depth = max(table.shape[1] for table in tables)
-    return torch.cat([_filled(table, depth) for table in tables]).mT.contiguous()
 
 
 def _filled(table: Tensor, width: int) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.artifacts import RouterOptions
-    from meteora.routing.layer import MoELoRALinear
+    from meteora.routing.layer import RoutedExperts
     from meteora.routing.prompt_opening import Prefill
     from meteora.routing.routers import Decision, Router
 
@@ -81,7 +81,7 @@ class MixedGate(Gate):
         return found
 
 
-def scorer(options: RouterOptions, layer: MoELoRALinear) -> Router:
+def scorer(options: RouterOptions, layer: RoutedExperts) -> Router:
     """What scores the experts of a layer, as `stand_in` names it: `arrow` or `norm`."""
     if options.stand_in == "arrow":
         return Arrow(layer.stack, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -175,24 +176,65 @@ def attest(
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 
 
+class Target(StrEnum):
+    """The program that an export is for."""
+
+    PEFT = "peft"
+    VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
+
+
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    expert: Annotated[str, typer.Option(help="The expert's name.")],
+    expert: Annotated[
+        str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
+    ] = "",
+    target: Annotated[
+        Target,
+        typer.Option(
+            "--for",
+            help="`peft`: one expert as an adapter. `vllm`: a folder to serve. `llama.cpp`: experts"
+            " as GGUF, without gates.",
+        ),
+    ] = Target.PEFT,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
     ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="vLLM: copy base and checkpoint; else they are links.")
+    ] = False,
+    base: Base = None,
     token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write one expert as a PEFT adapter, with the weights that it was made of."""
+    """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
     from meteora.checkpoint.export import export_expert
+    from meteora.checkpoint.manifest import read_manifest
+    from meteora.checkpoint.resolve import find_base_files
     from pipelines.admission import checkpoints
+    from pipelines.workspace.checkpoints import base_at_hand
 
-    folder = checkpoints.find_folder(checkpoint, home.expanduser().absolute(), token_for or ())
-    out = output or Path(expert)
-    if export_expert(folder, expert, out):
+    home = home.expanduser().absolute()
+    out = output or (Path(expert) if expert else None)
+    if out is None:
+        raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
+    if (target is Target.PEFT) != bool(expert) and target is not Target.LLAMA_CPP:
+        raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
+    folder = checkpoints.find_folder(checkpoint, home, token_for or ())
+    if target is Target.VLLM:
+        from meteora.serving.served_folder import export_for_vllm
+
+        base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
+        export_for_vllm(folder, base, out, copy=copy)
+        say(f"serve it with `vllm serve {out}`")
+    elif target is Target.LLAMA_CPP:
+        from meteora.checkpoint.gguf_export import export_gguf
+
+        files = export_gguf(folder, out, expert)
+        say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
+    elif export_expert(folder, expert, out):
         say("its weights file is byte for byte the one that it was made of")
     print(out)
 

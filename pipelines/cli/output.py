@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipelines.scoring.recompute import Recomputed
+    from pipelines.scoring.served import RecordedAnswer, Server
     from store.check import Finding, Verification
     from store.query import Answer
 
@@ -50,6 +51,21 @@ def print_findings(found: Verification, bases: Sequence[Finding], again: Recompu
         f" computed again: {len(every)} findings"
     )
     return len(every)
+
+
+def print_served(server: Server, asked: Sequence[RecordedAnswer], found: Sequence[str]) -> bool:
+    """Print each answer of a server that is not the recorded one; returns whether none is."""
+    differ = [(a, b) for a, b in zip(asked, found, strict=True) if a.output.strip() != b.strip()]
+    for recorded, served in differ:
+        print(
+            f"{recorded.task}: {recorded.prompt[:60]!r} was answered {recorded.output[:60]!r}, the"
+            f" server says {served[:60]!r}"
+        )
+    print(
+        f"{len(asked) - len(differ)} of {len(asked)} answers of {server.model} at {server.url} are"
+        " the recorded ones"
+    )
+    return not differ
 
 
 def print_answer(answer: Answer, form: Format) -> None:

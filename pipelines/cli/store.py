@@ -53,18 +53,33 @@ def sql(
 @app.command()
 def verify(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A signed checkpoint's folder. Default: the store.")
+        Path | None,
+        typer.Argument(help="A checkpoint, with --key or --served. Default: the store."),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
         int, typer.Option(min=0, help="How many scores to compute again, drawn at random.")
     ] = 20,
+    served: Annotated[
+        str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to be asked.")
+    ] = "",
+    answers: Annotated[
+        int, typer.Option(min=1, help="How many recorded answers to ask for again.")
+    ] = 24,
+    model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Check blobs and bases against their hashes, records against blobs, scores against outputs.
 
-    With a checkpoint and --key, check the checkpoint's files against its signature.
+    With a checkpoint and --key, check the checkpoint's files against its signature. With a
+    checkpoint and --served, ask a server for recorded answers again.
     """
+    if served:
+        if checkpoint is None or key is not None:
+            raise typer.BadParameter("to ask a server, give CHECKPOINT and no --key")
+        if not _serves(str(checkpoint), home.expanduser().absolute(), served, answers, model):
+            raise typer.Exit(1)
+        return
     if checkpoint is not None or key is not None:
         if checkpoint is None or key is None:
             raise typer.BadParameter("to check a signature, give both CHECKPOINT and --key")
@@ -81,6 +96,21 @@ def verify(
     stored, bases = ledger.verify(), list(verify_bases(ledger))
     if output.print_findings(stored, bases, recompute_scores(ledger, scores)):
         raise typer.Exit(1)
+
+
+def _serves(checkpoint: str, home: Path, url: str, count: int, model: str) -> bool:
+    """Print whether a server gives the recorded answers of a checkpoint."""
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import read_manifest
+    from pipelines.admission.checkpoints import find_folder
+    from pipelines.scoring.served import Server, recorded_answers
+    from store.ledger import Ledger
+
+    manifest = read_manifest(find_folder(checkpoint, home))
+    asked = recorded_answers(Ledger(home), ArtifactId(manifest.router_id), count)
+    server = Server(url, model)
+    found = server.answers(asked)
+    return output.print_served(server, asked, found)
 
 
 @store.command()

@@ -70,7 +70,7 @@ def a_gate_a_point(model: PreTrainedModel, *, shared: bool = True) -> PreTrained
                 layer.router = Follower(decisions[parent], layer.num_choices, router.options)
                 follows[path] = f"{parent}.{first}"
     if shared:
-        share_first_matmuls(model, follows)
+        share_first_matmuls(routed_layers(model), follows)
     return model
 
 

@@ -97,11 +97,13 @@ def test_the_definition_is_the_sum_of_scaled_products_and_their_mean_is_a_choice
     torch.testing.assert_close(reference.lora_delta_loop(x, stack, weights, experts), expected)
 
 
-def test_a_stack_whose_segments_do_not_overlap_owns_each_rank_once():
-    _, stack = draw_layer([2, 0, 3], 1, 4, 4)
-    assert stack.owners.tolist() == [0, 0, 2, 2, 2]
+def test_a_choice_scales_the_ranks_that_it_holds_and_no_others():
     _, stack = draw_layer([2, 0, 3], 1, 4, 4, mean=True)
-    assert stack.owners.tolist() == [[0, 0, 2, 2, 2], [3] * 5]
+    one, none, other = stack.scaling
+    assert none > 0  # an expert without ranks has a scaling all the same
+    rows = torch.tensor([[one] * 2 + [0] * 3, [0] * 5, [0] * 2 + [other] * 3])
+    assert torch.equal(stack.choice_scaling()[:3], rows)
+    torch.testing.assert_close(stack.choice_scaling()[3], rows.sum(0) / 3)
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -109,8 +111,9 @@ def test_a_stack_keeps_its_scaling_exact_when_it_moves_or_is_sent(mean):
     _, stack = draw_layer([2, 0, 3], 1, 4, 4, mean=mean)
     moved = pickle.loads(pickle.dumps(copy.deepcopy(stack).bfloat16()))  # noqa: S301
     assert moved.a.dtype == moved.b.dtype == torch.bfloat16
-    for name in ("rank_scaling", "owner_scaling", "factors", "owners", "segments"):
+    for name in ("rank_scaling", "factors", "segments"):
         assert torch.equal(getattr(moved, name), getattr(stack, name))
+    assert torch.equal(moved.choice_scaling(), stack.choice_scaling())
     for got, expected in zip(moved.rank_table(), stack.rank_table(), strict=True):
         assert torch.equal(got, expected)
     assert not stack.state_dict()

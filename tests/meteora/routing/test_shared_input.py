@@ -57,7 +57,7 @@ def models(world):
     """The same model without and with a shared first matmul."""
     plain, shared = world.load(), world.load()
     follow(plain)
-    share_first_matmuls(shared, follow(shared))
+    share_first_matmuls(routed_layers(shared), follow(shared))
     return plain, shared
 
 

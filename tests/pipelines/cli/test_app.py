@@ -177,6 +177,18 @@ def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: P
     refused(meteora("generate", world.checkpoint, "hello", home=tmp_path), "say where it lies now")
 
 
+def test_an_export_needs_a_name_or_a_folder_and_a_base(world: World, tmp_path: Path) -> None:
+    for words in ((), ("--for", "vllm"), ("--for", "vllm", "--expert", "q_and_v"), ("-o", "x")):
+        assert meteora("export", world.checkpoint, *words, home=tmp_path).returncode == 2
+    served = "export", world.checkpoint, "--for", "vllm", "-o", tmp_path / "served"
+    refused(meteora(*served, home=tmp_path), "say where it lies now")
+    refused(meteora(*served, "--base", world.base, home=tmp_path), "this base has weights with")
+    gguf = "export", world.checkpoint, "--for", "llama.cpp", "-o", tmp_path / "gguf"
+    said = meteora(*gguf, home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert len([*(tmp_path / "gguf").glob("*.gguf")]) == len(world.manifest.names)
+
+
 def test_publishing_needs_a_token_and_a_checkpoint(world: World, tmp_path: Path) -> None:
     refused(meteora("publish", tmp_path, "org/model", home=tmp_path), "no meteora.json in it")
     refused(meteora("publish", world.checkpoint, "model", home=tmp_path), "is not owner/name")

@@ -1,0 +1,127 @@
+"""Export experts as LoRA adapters in GGUF, the format of llama.cpp.
+
+    model.layers.0.self_attn.q_proj      blk.0.attn_q.weight.lora_a [r, IN], .lora_b [OUT, r]
+
+llama.cpp scales an adapter by alpha / r with one alpha for all modules. Where modules need another,
+their B has the rest. It lays out the rows of q and k of Llama's heads in another order; so does B.
+There are no gates: llama.cpp takes one adapter for a whole request.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import gguf
+import torch
+
+from meteora.checkpoint.export import ExportError, make_folder
+from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.tensors import read_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from meteora.artifacts import Fingerprint
+    from meteora.checkpoint.manifest import Manifest
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
+}
+"""Bases by their class in transformers; of Llama's, q and k are laid out in another order."""
+
+
+def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
+    """Write each expert as `NAME.gguf`.
+
+    Args:
+        folder: the checkpoint; it stays as it is
+        out: a folder, new or empty
+        name: of one expert; without it, all
+
+    Returns:
+        the files
+
+    Raises:
+        ExportError: llama.cpp has no such base or module, there is no such expert, or the folder is
+            not empty.
+    """
+    manifest = read_manifest(folder)
+    if name and name not in manifest.names:
+        raise ExportError(f"there is no expert {name!r}; {folder} has {', '.join(manifest.names)}")
+    names = _tensor_names(folder, manifest)
+    make_folder(out)
+    files = []
+    for e, entry in enumerate(manifest.experts):
+        if name in {"", entry.name}:
+            files.append(out / f"{entry.name}.gguf")
+            _write(files[-1], folder, manifest, e, names)
+    return files
+
+
+def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """llama.cpp's name of each module's weight."""
+    base = manifest.base.fingerprint
+    if (architecture := ARCHITECTURES.get(base.architecture)) is None:
+        raise ExportError(
+            f"{folder}: its base is a {base.architecture}, and adapters are written for"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    known = gguf.get_tensor_name_map(architecture, base.num_hidden_layers)
+    names = {path: known.get_name(path) for path in manifest.modules}
+    if unknown := [path for path, found in names.items() if found is None]:
+        raise ExportError(f"{folder}: llama.cpp has no name for {unknown[0]}; drop its experts")
+    return {path: f"{found}.weight" for path, found in names.items()}
+
+
+def _write(out: Path, folder: Path, manifest: Manifest, e: int, names: dict[str, str]) -> None:
+    base, entry = manifest.base, manifest.experts[e]
+    architecture = ARCHITECTURES[base.fingerprint.architecture]
+    alphas = Counter(module.scaling[e] * module.ranks[e] for module in manifest.modules.values())
+    del alphas[0.0]  # of modules that it lacks
+    alpha = alphas.most_common(1)[0][0]
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_name(entry.name)
+    if entry.licence:
+        writer.add_license(entry.licence)
+    for path, a, b in _factors(folder, manifest, e, alpha):
+        if architecture is gguf.MODEL_ARCH.LLAMA:
+            b = _interleaved(b, path, base.fingerprint)  # noqa: PLW2901
+        for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
+            exact = tensor if tensor.dtype == torch.float16 else tensor.float()
+            writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _factors(
+    folder: Path, manifest: Manifest, e: int, alpha: float
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """A [r, IN] and B [OUT, r] of each module of an expert; B as it is with this alpha."""
+    for path, a, b in read_experts(folder, manifest):
+        entry = manifest.modules[path]
+        ranks, own = list(entry.ranks), entry.scaling[e] * entry.ranks[e]
+        if ranks[e]:
+            part = b.split(ranks, dim=1)[e]
+            yield path, a.split(ranks)[e], part if own == alpha else part.float() * (own / alpha)
+
+
+def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:
+    """B with the rows of each head of q and k as llama.cpp has them: those of a pair together."""
+    heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
+    if (count := heads.get(path.rpartition(".")[2])) is None:
+        return b
+    return b.unflatten(0, (count, 2, -1)).swapaxes(1, 2).flatten(0, 2)

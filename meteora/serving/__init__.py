@@ -1,0 +1,7 @@
+"""Fused models in vLLM, which computes the base itself.
+
+served_folder  the folder that vLLM serves: base, config, checkpoint; written and checked
+fused_experts  the experts of projections that a server computes as one
+vllm_plugin    the entry point that vLLM calls in each of its processes
+vllm_linear    vLLM's linear layers, with experts; imports vLLM
+"""

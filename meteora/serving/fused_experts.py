@@ -1,0 +1,229 @@
+"""The experts of projections that a server computes as one.
+
+    transformers   q_proj, k_proj, v_proj          gate_proj, up_proj          o_proj
+    vLLM           qkv_proj [OUT of q │ k │ v]     gate_up_proj                o_proj
+
+The server computes its projection, and the experts of each part are added to that part of the
+output. Routers, experts and kernels are those that the model has in transformers.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import read_manifest
+from meteora.kernels import dispatch
+from meteora.kernels.stack import ExpertStack
+from meteora.model.fused import choices_of, make_router, stack_for
+from meteora.routing.gates import give_router, new_decisions, share_first_matmuls
+from meteora.routing.layer import RoutedExperts
+from meteora.routing.routers import Follower, Gate
+from meteora.serving.served_folder import UnservableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from safetensors import safe_open
+    from torch import Tensor
+
+    from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.tensors import Gates
+    from meteora.routing.routers import Decision
+
+
+class Part(NamedTuple):
+    """The place of one projection in the output of the one that the server computes."""
+
+    path: str
+    """The module's path in transformers."""
+    start: int
+    end: int
+
+
+DECODED = 64
+"""Tokens of a pass in which a server decodes so many requests; a prefill has more."""
+
+
+class FusedExperts(nn.Module):
+    """The experts of one projection of a server, which is one or several of the model's."""
+
+    def __init__(self, layers: Mapping[Part, RoutedExperts], *, inline: bool) -> None:
+        """Take the layers in the order of their calls: a gate stands before what follows it.
+
+        Args:
+            inline: whether torch.compile may take the arithmetic into its graph
+        """
+        super().__init__()
+        self.inline = inline
+        self.layers = nn.ModuleList(layers.values())
+        self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add what the experts give to y [T, OUT of all parts] in place, from x [T, IN]."""
+        for start, end, layer in self._parts:
+            layer.add(x, y[:, start:end])
+
+
+class ServedExperts:
+    """All experts and gates of a checkpoint, given out as a server builds its layers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the manifest of a checkpoint; its tensors are read when they are needed."""
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+
+    def __getstate__(self) -> dict[str, Path]:
+        """Only the place: another process reads the tensors itself."""
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.folder = state["folder"]
+        self.manifest = read_manifest(self.folder)
+
+    @cached_property
+    def _file(self) -> safe_open:
+        """The file of experts, which is checked once, and open while there are layers to build."""
+        self._open = ExitStack()
+        return self._open.enter_context(tensors.open_experts(self.folder, self.manifest))
+
+    @cached_property
+    def _gates(self) -> Gates:
+        return tensors.read_gates(self.folder, self.manifest)
+
+    @cached_property
+    def _decisions(self) -> dict[str, Decision]:
+        return new_decisions(self._gates)
+
+    def build(self, parts: Sequence[Part], weight: Tensor) -> FusedExperts:
+        """The experts of one projection of the server.
+
+        Args:
+            parts: of its output, each a module that has experts
+            weight: of the projection; the experts lie where it does
+
+        Raises:
+            UnservableError: a part has another size than its experts.
+        """
+        options, layers = self.manifest.router, {}
+        for part in parts:
+            path, entry = part.path, self.manifest.modules[part.path]
+            found = weight.shape[1], part.end - part.start
+            if found != (entry.in_features, entry.out_features):
+                raise UnservableError(
+                    f"{path}: the experts take {entry.in_features} inputs and give"
+                    f" {entry.out_features}, this layer has {found}; serve them with the base they"
+                    " were made for, on one device"
+                )
+            a, b = tensors.read_factors(self._file, self.folder, self.manifest, path)
+            stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
+            layers[part] = RoutedExperts(stack)
+        closed = not self.decides_elsewhere(parts)
+        if closed and (merged := self._merged(layers)):
+            layers = merged
+        self._route(layers)
+        inline = closed and all(
+            _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
+            for layer in layers.values()
+        )
+        if not inline:
+            self._share(layers)
+            return FusedExperts(layers, inline=False)
+        for layer in layers.values():
+            if isinstance(layer.router, Gate):
+                layer.router.decision = None  # nobody reads it, and a graph writes nothing outside
+        return FusedExperts(layers, inline=True)
+
+    def _route(self, layers: Mapping[Part, RoutedExperts]) -> None:
+        """Give each layer its router."""
+        options = self.manifest.router
+        for part, layer in layers.items():
+            if options.kind == "gate":
+                give_router(layer, part.path, self._gates, options, self._decisions)
+            else:
+                layer.router = make_router(options, layer)
+
+    def _share(self, layers: Mapping[Part, RoutedExperts]) -> None:
+        """Let layers that follow one gate compute A x together."""
+        if self.manifest.router.share == "point" and self.manifest.router.kind == "gate":
+            by_path = {part.path: layer for part, layer in layers.items()}
+            within = {p: q for p, q in self._gates.follows.items() if {p, q} <= by_path.keys()}
+            share_first_matmuls(by_path, within)
+
+    def _merged(self, layers: Mapping[Part, RoutedExperts]) -> dict[Part, RoutedExperts] | None:
+        """One layer in the place of several that follow one gate, while that is fast.
+
+            A   rows of expert 0: of q, of k, of v; of expert 1: …
+            B   the same ranks, each zero outside of its own part of the output
+
+        None where the experts are so large that other kernels than the dense one are faster, which
+        would read the zeros; and where an expert's scaling differs between the parts.
+        """
+        (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
+        follows = self._gates.follows if self.manifest.router.kind == "gate" else {}
+        if not others or any(follows.get(part.path) != first.path for part in others):
+            return None
+        size, scaling = max(part.end for part in layers) - first.start, []
+        a: list[Tensor] = []
+        b: list[Tensor] = []
+        for e in range(len(stacks[0].ranks)):
+            own = {stack.scaling[e] for stack in stacks if stack.ranks[e]}
+            if len(own) > 1:
+                return None
+            scaling.append(own.pop() if own else 0.0)
+            for part, stack in zip(layers, stacks, strict=True):
+                a_own, b_own = stack.pair(e)
+                a.append(a_own)
+                above, below = part.start - first.start, first.start + size - part.end
+                b.append(nn.functional.pad(b_own, (0, 0, above, below)))
+        ranks = [sum(stack.ranks[e] for stack in stacks) for e in range(len(scaling))]
+        choices = choices_of(ranks, self.manifest.router)
+        stack = ExpertStack(torch.cat(a), torch.cat(b, dim=1), ranks, scaling, choices)
+        layer = RoutedExperts(stack)
+        whole = Part(first.path, first.start, first.start + size)
+        return {whole: layer} if _is_dense(layer, self.manifest.router.top_k) else None
+
+    def decides_elsewhere(self, parts: Sequence[Part]) -> bool:
+        """Whether a part follows a gate outside of them, or a gate of theirs is followed there."""
+        if self.manifest.router.kind != "gate":
+            return False
+        paths = {part.path for part in parts}
+        return any((p in paths) != (q in paths) for p, q in self._gates.follows.items())
+
+
+def _is_dense(layer: RoutedExperts, top_k: int) -> bool:
+    """Whether the dense kernel is the fastest for few tokens, from two to `DECODED`.
+
+    For one and for many, another may be so by a little: a call outside of the graph costs more.
+    """
+    sizes, dtype, device = layer.stack.sizes, layer.stack.a.dtype, layer.device.type
+    counts = [1 << n for n in range(1, DECODED.bit_length())]
+    kernels = {dispatch.choose_kernel(count, top_k, sizes, dtype, device) for count in counts}
+    return kernels == {"dense"}
+
+
+def parts_of(parent: str, names: Sequence[str], sizes: Sequence[int]) -> Iterator[Part]:
+    """The parts of one projection of a server, by the paths that it would give them.
+
+    Args:
+        parent: the path of the module that holds it
+        names: of the modules that it joins
+        sizes: of its output, for each of them; or more, where it is one module
+    """
+    if len(names) == 1:
+        sizes = [sum(sizes)]
+    if len(names) != len(sizes):
+        raise UnservableError(
+            f"{parent}: this model joins {', '.join(names)} in {len(sizes)} parts, which is not"
+            " supported with experts"
+        )
+    end = 0
+    for name, size in zip(names, sizes, strict=True):
+        end += size
+        yield Part(f"{parent}.{name}" if parent else name, end - size, end)

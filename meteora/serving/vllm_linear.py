@@ -1,0 +1,221 @@
+"""vLLM's linear layers, with experts: the base's own method, and then what the experts add.
+
+    apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
+
+The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
+and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch.library import Library
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from meteora.serving.fused_experts import ServedExperts, parts_of
+from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PretrainedConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from meteora.serving.fused_experts import Part
+
+_LIBRARY = Library("meteora", "FRAGMENT")
+_LIBRARY.define("add_experts(Tensor x, Tensor(a!) y, str layer, Tensor(b!)? order) -> ()")
+
+
+def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:  # noqa: ARG001
+    """Add to y [T, OUT] what the experts of a layer give for x [T, IN].
+
+    Args:
+        layer: its name in vLLM's forward context
+        order: written by all layers that share decisions, so that none of them is moved before
+            another; its content means nothing
+    """
+    experts = get_forward_context().no_compile_layers[layer].routed
+    experts.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+
+
+def _no_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:
+    """The operator for tensors without content, as torch.compile traces it."""
+
+
+_LIBRARY.impl("add_experts", _add_experts, "CPU")
+_LIBRARY.impl("add_experts", _add_experts, "CUDA")
+_LIBRARY._register_fake("add_experts", _no_experts)
+
+
+class MeteoraConfig(QuantizationConfig):
+    """vLLM's quantisation config of a served folder: which layers have experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: ServedExperts | None = None
+        self._path_of: dict[str, str] = {}
+        """The module paths of the checkpoint, by those of vLLM."""
+        self._found: set[str] = set()
+        self.order = torch.zeros(1)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MeteoraConfig:  # noqa: ARG003  (the folder has it)
+        return cls()
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: PretrainedConfig | None = None,  # noqa: ARG002
+        revision: str | None = None,
+    ) -> None:
+        """Find the checkpoint in the folder that is served, and check that it belongs to the base.
+
+        vLLM calls it once, before any weights are loaded.
+        """
+        memory = (
+            psutil.virtual_memory().available
+            if current_platform.is_cpu()
+            else current_platform.get_device_total_memory()
+        )
+        self.served = ServedExperts(find_served_checkpoint(model_name, revision, memory))
+        self._path_of = {path: path for path in self.served.manifest.modules}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow the names that vLLM gives to modules of this architecture."""
+        found = {}
+        for theirs, ours in self._path_of.items():
+            found |= dict.fromkeys(hf_to_vllm_mapper.apply_list([theirs]), ours)
+        self._path_of = found
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, name = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(name, [name])
+        own = [f"{parent}.{one}" if parent else one for one in names]
+        if not any(path in self._path_of for path in own):
+            return UnquantizedLinearMethod()
+        self._found.update(own)
+        _refuse_what_is_not_supported(name)
+        return ExpertsLinearMethod(self, prefix, names)
+
+    def parts(self, prefix: str, names: Sequence[str], sizes: Sequence[int]) -> list[Part]:
+        """The parts of a layer that have experts, by their paths in the checkpoint."""
+        found = parts_of(prefix.rpartition(".")[0], names, sizes)
+        return [
+            part._replace(path=self._path_of[part.path])
+            for part in found
+            if part.path in self._path_of
+        ]
+
+    def experts(self) -> ServedExperts:
+        """The experts, once all layers are built.
+
+        Raises:
+            UnservableError: there is none for some of them, which would be left out in silence.
+        """
+        if self.served is None:
+            raise UnservableError("vLLM has not said which folder is served; serve it by its path")
+        if missing := sorted(self._path_of.keys() - self._found):
+            raise UnservableError(
+                f"{self.served.folder}: {len(missing)} modules with experts are not linear layers"
+                f" of this model in vLLM, such as {missing[0]}; drop the experts that target them"
+            )
+        return self.served
+
+
+def _refuse_what_is_not_supported(name: str) -> None:
+    """Refuse ways to run a model in which experts would get parts of an input, or none."""
+    config = get_current_vllm_config()
+    parallel = config.parallel_config
+    for kind in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(parallel, kind)) > 1:
+            raise UnservableError(
+                f"{kind} is {size}, and gates read whole inputs on one device; set it to 1, and"
+                " data_parallel_size for more devices"
+            )
+    if name == "kv_b_proj" and config.model_config.use_mla:
+        raise UnservableError(
+            "this model multiplies kv_b_proj into its attention, where experts have no effect;"
+            " set VLLM_MLA_DISABLE=1"
+        )
+
+
+@register_weight_loader_v2_supported_method
+class ExpertsLinearMethod(UnquantizedLinearMethod):
+    """The method of one layer that has experts."""
+
+    def __init__(self, config: MeteoraConfig, prefix: str, names: Sequence[str]) -> None:
+        """Take the layer's path in vLLM, and the names of the modules that it joins."""
+        super().__init__()
+        self.config, self.prefix, self.names = config, prefix, names
+        self.key = f"{prefix}.experts"
+        """The layer's name in vLLM's forward context."""
+        self.sizes: list[int] = []
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *sizes: Any,  # noqa: ANN401
+        **extra: Any,  # noqa: ANN401
+    ) -> None:
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, *sizes, **extra
+        )
+        self.sizes = output_partition_sizes
+        context = get_current_vllm_config().compilation_config.static_forward_context
+        context[self.key] = layer
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Load the layer's experts where its weight lies."""
+        served = self.config.experts()
+        parts = self.config.parts(self.prefix, self.names, self.sizes)
+        weight = layer.get_parameter("weight").data
+        with set_default_torch_dtype(torch.float32):  # that of the model holds here
+            layer.routed = served.build(parts, weight)
+        order = None
+        if served.decides_elsewhere(parts):
+            order = self.config.order = self.config.order.to(weight.device)
+        layer.register_buffer("order", order, persistent=False)
+        super().process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().apply(layer, x, bias)
+        routed: Any = layer.routed
+        if routed.inline:
+            routed.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        else:
+            torch.ops.meteora.add_experts(x, y, self.key, layer.order)
+        return y

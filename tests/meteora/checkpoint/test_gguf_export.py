@@ -1,0 +1,80 @@
+"""Experts in GGUF are read back by gguf's own reader as what PEFT has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import gguf
+import pytest
+import torch
+from peft.tuners.lora import Linear as LoraLayer
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+from meteora.checkpoint.export import ExportError
+from meteora.checkpoint.gguf_export import export_gguf
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from tests.conftest import World
+
+HEADS = {"q_proj": 4, "k_proj": 2}
+
+
+def in_order_of_transformers(rows: np.ndarray, path: str) -> np.ndarray:
+    """What transformers makes of rows in a GGUF file of a Llama."""
+    heads = HEADS.get(path.rpartition(".")[2])
+    if heads is None:
+        return rows
+    processor = LlamaTensorProcessor(config={})
+    return processor._reverse_permute_weights(rows, heads, heads)
+
+
+@pytest.mark.parametrize("name", ["all_seven", "attention", "patterns"])
+def test_the_update_of_every_module_is_that_of_peft(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    """Ranks 2 to 5, rsLoRA, one module with another alpha, one layer only."""
+    (file,) = export_gguf(world.checkpoint, tmp_path / "out", name)
+    reader = gguf.GGUFReader(file)
+    facts = {key: field.contents() for key, field in reader.fields.items()}
+    assert facts["general.type"] == "adapter"
+    assert facts["general.architecture"] == "llama"
+    assert facts["adapter.type"] == "lora"
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    found = 0
+    for name_in_peft, layer in world.load_peft(name).named_modules():
+        path = name_in_peft.removeprefix("base_model.model.")
+        if isinstance(layer, LoraLayer):
+            a, b = (tensors.pop(f"{known.get_name(path)}.weight.lora_{kind}") for kind in "ab")
+            scaling = facts["adapter.lora.alpha"] / len(a)
+            update = in_order_of_transformers(b, path) @ a * scaling
+            expected = layer.get_delta_weight("default").detach()
+            torch.testing.assert_close(torch.from_numpy(update), expected)
+            found += 1
+    assert found > 1
+    assert not tensors
+
+
+def test_all_experts_have_a_file_each(world: World, tmp_path: Path) -> None:
+    files = export_gguf(world.checkpoint, tmp_path / "out")
+    assert [file.name for file in files] == [f"{name}.gguf" for name in world.manifest.names]
+
+
+def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="there is no expert 'no_such'"):
+        export_gguf(world.checkpoint, tmp_path / "out", "no_such")
+    base = world.manifest.base
+    other = dataclasses.replace(base.fingerprint, architecture="BloomForCausalLM")
+    manifest = dataclasses.replace(
+        world.manifest, base=dataclasses.replace(base, fingerprint=other)
+    )
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
+    with pytest.raises(ExportError, match="its base is a BloomForCausalLM"):
+        export_gguf(tmp_path, tmp_path / "out")

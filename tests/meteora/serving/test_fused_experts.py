@@ -1,0 +1,133 @@
+"""Experts added to a server's joined projections give what the routed layers give."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import meteora
+from meteora.artifacts import RouterOptions
+from meteora.checkpoint.manifest import read_manifest
+from meteora.routing.layer import MoELoRALinear, RoutedExperts
+from meteora.serving import fused_experts
+from meteora.serving.fused_experts import Part, ServedExperts, parts_of
+from meteora.serving.served_folder import UnservableError
+from tests.meteora.serving.served_world import JOINED, with_router
+
+IDS = torch.arange(3, 43)[None]
+ROUTERS = {
+    "one decision a module": RouterOptions("gate", 1, 1.0),
+    "one decision a point, mean": RouterOptions("gate", 1, 1.0, opening="shared", share="point"),
+    "one decision a layer": RouterOptions("gate", 2, 0.5, share="layer"),
+    "margin, base": RouterOptions("gate", 3, 1.0, margin=2.0, null=True, share="point"),
+    "arrow": RouterOptions("arrow", 2, 0.5),
+    "norm": RouterOptions("norm", 1, 1.0),
+    "uniform": RouterOptions("uniform", 1, 1.0),
+}
+
+
+def groups(manifest, served):
+    """The parts with experts of each joined projection, and its size; in the order of calls."""
+    for layer in range(2):
+        for joined, names in JOINED.items():
+            place = "self_attn" if joined in {"qkv_proj", "o_proj"} else "mlp"
+            paths = [f"model.layers.{layer}.{place}.{name}" for name in names]
+            sizes = [served[path].weight.shape[0] for path in paths]
+            parts = list(parts_of(f"model.layers.{layer}.{place}", names, sizes))
+            yield paths, [part for part in parts if part.path in manifest.modules], sum(sizes)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("kernel", [None, "dense", "gather", "grouped"])
+def test_joined_projections_give_what_the_routed_layers_give(
+    world, tmp_path, monkeypatch, router, kernel
+):
+    """Ragged ranks, modules that some or all experts lack; in one stack, or each in its own."""
+    if kernel is not None:
+        monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
+    folder = with_router(
+        world.checkpoint, world.manifest, world.base, ROUTERS[router], tmp_path / "made"
+    )
+    model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
+    served, manifest = ServedExperts(folder), read_manifest(folder)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(path):
+        def hook(_module, args, out):
+            seen[path] = args[0][0], out[0]
+
+        return hook
+
+    linears = {
+        path: layer.projection if isinstance(layer, MoELoRALinear) else layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, MoELoRALinear | torch.nn.Linear)
+    }
+    for path in linears:
+        model.get_submodule(path).register_forward_hook(keep(path))
+    with torch.inference_mode():
+        model(IDS)
+        for paths, parts, size in groups(manifest, linears):
+            x = seen[paths[0]][0]
+            y = torch.cat([linears[path](x) for path in paths], dim=1)
+            experts = served.build(parts, x.new_empty(size, x.shape[1]))
+            for layer in experts.layers:
+                layer.kernel = kernel
+            experts.add(x, y)
+            expected = torch.cat([seen[path][1] for path in paths], dim=1)
+            torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_matmul(
+    world, tmp_path, monkeypatch
+):
+    options = ROUTERS["one decision a point, mean"]
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
+    small = ServedExperts(folder).build(parts, torch.empty(64, 32))
+    assert small.inline
+    (layer,) = small.layers
+    assert isinstance(layer, RoutedExperts)
+    assert layer.stack.ranks == [12, 9, 16, 2]  # of q, k and v together
+    monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
+    large = ServedExperts(folder).build(parts, torch.empty(64, 32))
+    assert not large.inline
+    shares = [layer.shared for layer in large.layers if isinstance(layer, RoutedExperts)]
+    assert len({share.matmul for share in shares if share}) == 1
+    assert len(shares) == 3
+
+
+def test_decisions_of_other_projections_are_known(world, tmp_path):
+    own = [Part("model.layers.0.self_attn.q_proj", 0, 32)]
+    for name, elsewhere in {
+        "one decision a module": False,
+        "one decision a layer": True,
+        "norm": False,
+    }.items():
+        out = tmp_path / name
+        with_router(world.checkpoint, world.manifest, world.base, ROUTERS[name], out)
+        assert ServedExperts(out).decides_elsewhere(own) is elsewhere
+
+
+def test_experts_of_another_size_are_refused(world):
+    with pytest.raises(UnservableError, match=r"the experts take 32 inputs and give 32, this"):
+        ServedExperts(world.checkpoint).build(
+            [Part("model.layers.0.self_attn.q_proj", 0, 16)], torch.empty(16, 32)
+        )
+
+
+def test_parts_of_a_joined_projection_and_of_a_module_that_is_one():
+    assert list(parts_of("a.b", ["q", "k"], [4, 2])) == [Part("a.b.q", 0, 4), Part("a.b.k", 4, 6)]
+    assert list(parts_of("", ["qkv"], [4, 2])) == [Part("qkv", 0, 6)]
+    with pytest.raises(UnservableError, match="joins q, k in 3 parts"):
+        list(parts_of("a", ["q", "k"], [4, 2, 2]))
+
+
+def test_another_process_reads_the_tensors_itself(world):
+    served = ServedExperts(world.checkpoint)
+    served.build([Part("model.layers.0.self_attn.q_proj", 0, 32)], torch.empty(32, 32))
+    sent = pickle.dumps(served)
+    assert len(sent) < 1000
+    assert pickle.loads(sent).manifest == world.manifest  # noqa: S301

@@ -1,0 +1,152 @@
+"""The folder that vLLM serves: what is in it, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from meteora.artifacts import RouterOptions
+from meteora.checkpoint.export import ExportError
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.model.fused import WrongBaseError
+from meteora.serving import vllm_plugin
+from meteora.serving.served_folder import (
+    UnservableError,
+    export_for_vllm,
+    find_served_checkpoint,
+    problem_with_version,
+)
+from tests.meteora.serving.served_world import ROUTER_ID, with_router
+
+SHARED = RouterOptions("gate", 1, 1.0, opening="shared", share="point")
+PLENTY = 1 << 40
+
+
+@pytest.fixture
+def checkpoint(world, tmp_path):
+    return with_router(world.checkpoint, world.manifest, world.base, SHARED, tmp_path / "made")
+
+
+def test_files_are_links_to_where_they_lie(world, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).is_symlink()
+        assert (out / name).samefile(world.base / name)
+    assert {path.name for path in (out / "meteora").iterdir()} == {MANIFEST, EXPERTS, GATES}
+    assert (out / "meteora" / EXPERTS).samefile(world.checkpoint / EXPERTS)
+    config = json.loads((out / "config.json").read_text())
+    asked = config.pop("quantization_config")
+    assert config == json.loads((world.base / "config.json").read_text())
+    assert asked["quant_method"] == "meteora"
+    assert asked["checkpoint"] == ROUTER_ID
+    assert find_served_checkpoint(str(out), None, PLENTY) == out / "meteora"
+
+
+def test_a_copy_needs_neither_base_nor_checkpoint(world, checkpoint, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(world.base, base)
+    export_for_vllm(checkpoint, base, out, copy=True)
+    shutil.rmtree(base)
+    shutil.rmtree(checkpoint)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert find_served_checkpoint(str(out), None, PLENTY) == out / "meteora"
+
+
+def test_a_router_without_gates_has_no_file_of_gates(world, tmp_path):
+    options = RouterOptions("norm", 2, 1.0)
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    export_for_vllm(folder, world.base, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out/meteora").iterdir()} == {MANIFEST, EXPERTS}
+
+
+def test_gates_that_look_ahead_are_refused_with_the_key_to_set(world, tmp_path):
+    options = RouterOptions("gate", 1, 1.0, opening="prompt")
+    folder = with_router(
+        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", opening=(3, 4)
+    )
+    with pytest.raises(ExportError, match=r"set `router: \{opening: shared\}` in the recipe"):
+        export_for_vllm(folder, world.base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_routes_by_chance_are_refused(world, tmp_path):
+    options = RouterOptions("random", 1, 1.0)
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    with pytest.raises(ExportError, match="its router is 'random'"):
+        export_for_vllm(folder, world.base, tmp_path / "out")
+
+
+def test_another_base_is_refused(world, checkpoint, build_base, tmp_path):
+    with pytest.raises(WrongBaseError, match="this base has hidden_size 64"):
+        export_for_vllm(checkpoint, build_base("llama_64"), tmp_path / "out")
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    save_file({k: v + 1 for k, v in load_file(base / "model.safetensors").items()}, base / "m")
+    (base / "m").rename(base / "model.safetensors")
+    with pytest.raises(WrongBaseError, match="this base has weights with sha256:"):
+        export_for_vllm(checkpoint, base, tmp_path / "out")
+
+
+def test_a_base_that_is_quantised_or_has_no_safetensors_is_refused(world, checkpoint, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    with pytest.raises(ExportError, match="its weights are quantised"):
+        export_for_vllm(checkpoint, base, tmp_path / "out")
+    (base / "config.json").write_text(json.dumps(config))
+    manifest = read_manifest(checkpoint)
+    entry = dataclasses.replace(manifest.base, repo_id="owner/base", revision="0" * 40)
+    named = dataclasses.replace(manifest, base=entry)
+    (checkpoint / MANIFEST).write_text(named.to_json())
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match="there are no safetensors in it"):
+        export_for_vllm(checkpoint, base, tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(world, checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(ExportError, match="holds something already"):
+        export_for_vllm(checkpoint, world.base, tmp_path / "out")
+
+
+def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    with pytest.raises(UnservableError, match=r"take at least 0\.0 GB"):
+        find_served_checkpoint(str(out), None, 10_000)
+    weights = out / "model.safetensors"
+    other = {k: v + 1 for k, v in load_file(weights).items()}
+    weights.unlink()
+    with pytest.raises(WrongBaseError, match="it is gone since the export"):
+        find_served_checkpoint(str(out), None, PLENTY)
+    save_file(other, weights)
+    with pytest.raises(WrongBaseError, match="it holds other weights than at the export"):
+        find_served_checkpoint(str(out), None, PLENTY)
+    weights.unlink()
+    weights.symlink_to(world.base / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
+    with pytest.raises(WrongBaseError, match="this base has num_attention_heads 2"):
+        find_served_checkpoint(str(out), None, PLENTY)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", ""])
+def test_a_version_of_vllm_that_is_not_known_is_named(version):
+    assert f"vLLM is {version or 'not installed'}" in problem_with_version(version)
+
+
+def test_the_known_version_of_vllm_is_no_problem():
+    assert problem_with_version("0.32.0+cpu") == problem_with_version("0.32.1") == ""
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_entry_point_does_nothing_without_vllm():
+    vllm_plugin.register()

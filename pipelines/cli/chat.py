@@ -1,4 +1,4 @@
-"""`meteora chat`: a conversation with a checkpoint in the terminal."""
+"""`meteora chat`: a conversation with a checkpoint in the terminal; `meteora chat-server`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,41 @@ def chat(
     Each line of the input is a turn, or a command: /help lists them. Where the output is no
     terminal, each answer is one line of plain text, a line break in it is a backslash and an n.
     """
+    Conversation(_load(checkpoint, home, base, token_for), max_new_tokens, expert).run()
+
+
+@app.command("chat-server")
+def chat_server(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    name: Annotated[
+        str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
+    ] = "",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    base: Base = None,
+    token_for: TokenFor = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
+
+    Requests are answered one after the other. The server is on loopback unless --host says
+    otherwise, and asks for no key.
+    """
+    from pipelines.serving import server
+
+    with server.listen(host, port) as listening:
+        chat = _load(checkpoint, home, base, token_for)
+        name = name or checkpoint.rstrip("/").rpartition("/")[2]
+        shown = f"[{host}]" if ":" in host else host
+        if not server.is_loopback(host):
+            say(f"anyone who can reach {shown} can use this server; it asks for no key", "note")
+        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
+        say(f"serving {name} at {url}, and each expert as {name}:EXPERT")
+        server.make_server(chat, name, host).run(sockets=[listening])
+
+
+def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
+    """The checkpoint that a person names, ready to answer."""
     import meteora
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
@@ -52,7 +87,7 @@ def chat(
     model, tokenizer = meteora.load(
         found.folder, base_folder=found.base_folder, download=found.download
     )
-    Conversation(Chat(model, tokenizer), max_new_tokens, expert).run()
+    return Chat(model, tokenizer)
 
 
 class Conversation:
@@ -153,9 +188,15 @@ def _lines(prompted: bool) -> Generator[str]:
 
     Args:
         prompted: Show a person where to type.
+
+    Raises:
+        MeteoraError: The input is no text.
     """
     if not sys.stdin.isatty():
-        yield from filter(None, map(str.strip, sys.stdin))
+        try:
+            yield from filter(None, map(str.strip, sys.stdin))
+        except UnicodeDecodeError as error:
+            raise MeteoraError(f"the input is not {error.encoding}") from error
         return
     import readline  # noqa: F401  (`input` then has a history, and arrow keys)
 

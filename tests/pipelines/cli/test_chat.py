@@ -1,15 +1,18 @@
-"""`meteora chat`: turns and commands, in a terminal and in a pipe."""
+"""`meteora chat`: turns and commands, in a terminal and in a pipe; `meteora chat-server` starts."""
 
 from __future__ import annotations
 
 import os
 import pty
+import re
+import signal
 import subprocess
 import sys
 from io import StringIO
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
+import httpx
 import pytest
 from rich.console import Console
 
@@ -159,6 +162,30 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversati
 def test_an_unknown_expert_is_refused_at_the_start(conversation) -> None:
     with pytest.raises(UnknownExpertError, match="there is no expert"):
         command.Conversation(conversation()[0].chat, 8, "nobody")
+
+
+def test_a_real_server_says_where_it_is_and_ends_with_ctrl_c(
+    world, chat_base, tmp_path: Path
+) -> None:
+    words = ["chat-server", world.checkpoint, "--base", chat_base, "--home", tmp_path / "home"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *map(str, words), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "serving" in line)
+        found = re.search(r"serving fused at (http://127\.0\.0\.1:\d+/v1), and", said)
+        assert found, said
+        models = httpx.get(f"{found[1]}/models").json()["data"]
+        assert models[0]["id"] == "fused"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+    finally:
+        process.kill()
 
 
 def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(

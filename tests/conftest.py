@@ -179,6 +179,11 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             old | {"ffn_dim": INTERMEDIATE, "init_std": 0.2, "word_embed_proj_dim": HIDDEN},
         ),
         "bloom": ("BloomConfig", old),
+        "mamba": (
+            "MambaConfig",
+            {key: value for key, value in old.items() if key != "num_attention_heads"}
+            | {"state_size": 8, "time_step_rank": 4},
+        ),
     }
     name, asked = kinds[kind]
     return getattr(hf, name)(**asked)

@@ -104,7 +104,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """Return what must agree for adapters and gates to fit: architecture, sizes, vocabulary."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
     intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
     return Fingerprint(
@@ -165,7 +165,7 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     dtype = torch.float32 if gguf_file else getattr(config, "dtype", None) or torch.float32

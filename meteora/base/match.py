@@ -77,7 +77,7 @@ def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokeniz
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
             getattr(text, name)  # as every decoder has them
     except Exception as error:  # an untrusted file: the library can raise anything
         raise UnreadableBaseError(

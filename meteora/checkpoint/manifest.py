@@ -113,14 +113,14 @@ class BaseEntry(Noun):
                     sizes.get("vocabulary_sha256"), "vocabulary_sha256", SHA256, found
                 ),
                 **{
-                    key: config_fields.whole(sizes.get(key), key, 1, MAX_SIZE, found)
-                    for key in (
-                        "hidden_size",
-                        "intermediate_size",
-                        "num_hidden_layers",
-                        "num_attention_heads",
-                        "num_key_value_heads",
-                        "vocab_size",
+                    key: config_fields.whole(sizes.get(key), key, least, MAX_SIZE, found)
+                    for key, least in (
+                        ("hidden_size", 1),
+                        ("intermediate_size", 1),
+                        ("num_hidden_layers", 1),
+                        ("num_attention_heads", 0),  # a state-space model has none
+                        ("num_key_value_heads", 0),
+                        ("vocab_size", 1),
                     )
                 },
             ),

@@ -36,6 +36,7 @@ TARGETS = {
     "gpt_neox": JOINED,
     "opt": ["q_proj", "out_proj", "fc1", "fc2"],
     "bloom": JOINED,
+    "mamba": ["in_proj", "x_proj"],
 }
 
 
@@ -79,7 +80,8 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
         with force_expert(model, name):
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     found = calibrate(model, sequences(8))
-    points = 3 if kind == "phi" else 4  # Phi's q and fc1 share their input
+    # Phi's q and fc1 share their input; Mamba's two are all it lets PEFT change
+    points = {"phi": 3, "mamba": 2}.get(kind, 4)
     assert len(found.accuracy_of) == 2 * points
     assert found.heldout_accuracy > 0.9
     with recorded_logits(model) as recorded:
@@ -122,7 +124,7 @@ def test_on_a_16_bit_base_a_forced_expert_is_as_near_to_the_truth_as_peft(
     theirs = with_peft(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)(ids).logits
     with force_expert(model, "one"):
         ours = model(ids).logits
-    assert ours.dtype == theirs.dtype == dtype
+    assert ours.dtype == theirs.dtype == (torch.float32 if kind == "mamba" else dtype)
     assert 0 < distance(ours, expected) < 1.1 * distance(theirs, expected)
 
 

@@ -29,6 +29,7 @@ from meteora.model.trace import (
     joined,
     mean_weights,
     pieces_of,
+    read_last,
     winners,
 )
 from meteora.routing.gates import PREFILL
@@ -150,12 +151,16 @@ class Chat:
             max_new_tokens = min(max_new_tokens, self.longest - len(ids))
         ends = self._ends()
         routed = force_expert(self.model, expert) if expert else nullcontext()
-        with routed, torch.inference_mode(), every_pass(self.model) as passes, _seeded(sampling):
+        with (
+            routed,
+            torch.inference_mode(),
+            every_pass(self.model) as passes,
+            _seeded(sampling, self.model.device),
+        ):
             before = self._take(ids, expert)
             listener = _Listener(self, passes, ends, stop, on_token)
             out = self._generate(ids, before, max_new_tokens, sampling, ends, listener)
-            # generation ended with the last token, so it was never fed
-            self.model(input_ids=out.sequences[:, -1:], past_key_values=out.past_key_values)
+            read_last(self.model, out)
             listener.finish()
         num_cached = len(before.ids) if before else 0
         self._keep(ids, out, passes, expert, before)
@@ -276,12 +281,12 @@ class Chat:
 
 
 @contextmanager
-def _seeded(sampling: Sampling) -> Generator[None]:
+def _seeded(sampling: Sampling, device: torch.device) -> Generator[None]:
     """Draw from the seed for a while, if there is one, and leave the random numbers alone."""
     if sampling.seed is None:
         yield
         return
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         yield
 

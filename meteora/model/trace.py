@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -124,8 +125,7 @@ def trace(
                 return_dict_in_generate=True,
             )
             ids = out.sequences
-            # generation ended with the last token, so it was never fed
-            model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
+            read_last(model, out)
         else:
             model(input_ids=ids)
     modules = tuple(passes[0])
@@ -140,6 +140,17 @@ def trace(
         chosen=joined(passes, 1).cpu(),
         weights=joined(passes, 0).float().cpu(),
     )
+
+
+def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of many kinds)
+    """Feed the last token that `generate` made, which it does not read itself.
+
+    Args:
+        out: what `generate` returned, with its cache
+    """
+    takes = signature(model.forward).parameters
+    cache = "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
+    model(input_ids=out.sequences[:, -1:], **{cache: out.past_key_values})
 
 
 def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from jinja2 import TemplateError
+
+from meteora.artifacts import MeteoraError
 from meteora.artifacts.identity import Noun
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from transformers import PreTrainedTokenizerBase
+
+
+class ConversationError(MeteoraError):
+    """A conversation cannot be put to a model."""
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -26,6 +35,41 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the token ids of a prompt; a chat template has its own special tokens."""
     text = render_prompt(tokenizer, prompt)
     return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Return the token ids of a conversation, with the generation prompt for the next answer.
+
+    Args:
+        messages: `role` and `content` of each
+
+    Raises:
+        ConversationError: there is no chat template, it does not take these messages, or they are
+            no Unicode.
+    """
+    if not tokenizer.chat_template:
+        raise ConversationError(
+            "the base's tokenizer has no chat template, so it has no conversations; ask it with"
+            " `meteora generate`"
+        )
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        )
+        text.encode()
+    except TemplateError as error:
+        raise ConversationError(
+            f"the base's chat template does not take these messages: {error}"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            "a message has half of a surrogate pair, which is no character"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
@@ -48,12 +92,12 @@ class Template(Noun):
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Find the template of a tokenizer by comparing two prompts without a common letter."""
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
-        opening = _common(one, other)
-        closing = _common(one[len(opening) :][::-1], other[len(opening) :][::-1])
+        opening = common_beginning(one, other)
+        closing = common_beginning(one[len(opening) :][::-1], other[len(opening) :][::-1])
         return cls(opening, closing[::-1])
 
 
-def _common(one: list[int], other: list[int]) -> tuple[int, ...]:
+def common_beginning(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     """The longest common beginning."""
     length = 0
     while length < min(len(one), len(other)) and one[length] == other[length]:

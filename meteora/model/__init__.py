@@ -2,6 +2,7 @@
 
 fused           load a checkpoint; routed layers in a base; force one expert
 generate        an answer to a prompt
+chat            a conversation: answers that stream, each token with its expert
 trace           which expert had which token, layer by layer
 silent_experts  experts that change nothing on a probe
 auto_classes    transformers' auto classes for fused checkpoints

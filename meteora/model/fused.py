@@ -283,6 +283,12 @@ def routed_by(
             layer.router = before[path]
 
 
+def check_expert(name: str, names: Sequence[str]) -> None:
+    """Refuse a name that is none of a model's experts, with an `UnknownExpertError`."""
+    if name not in names:
+        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+
+
 @contextmanager
 def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
     """Send every token to one expert with weight 1, inside a `with` block.
@@ -293,8 +299,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
         UnknownExpertError: no expert of the model has this name.
     """
     names = expert_names(model)
-    if name not in names:
-        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+    check_expert(name, names)
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
     with routed_by(model, lambda layer: Fixed(one.to(layer.weight.device))):

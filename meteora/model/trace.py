@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,6 +31,17 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 class TraceError(MeteoraError):
     """No module of the model is routed."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, and the expert with the largest mean weight over all routed modules."""
+
+    text: str
+    expert: int
+    """Its number among the model's experts."""
+    share: float
+    """That mean weight, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,24 @@ class Trace:
             layer: over the modules of this layer only
         """
         kept = [m for m, found in enumerate(self.layers) if layer is None or found == layer]
-        weights = torch.zeros(len(kept), len(self.pieces), len(self.experts))
-        return weights.scatter(2, self.chosen[kept], self.weights[kept]).mean(0)
+        return mean_weights(self.weights[kept], self.chosen[kept], len(self.experts))
+
+    def tokens(self) -> list[Token]:
+        """Every token of prompt and answer, with its expert."""
+        found = winners(self.shares())
+        return [Token(text, *won) for text, won in zip(self.pieces, found, strict=True)]
+
+
+def mean_weights(weights: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
+    """The mean over modules of the weights [M, T, K] of the chosen experts [M, T, K], as [T, E]."""
+    spread = weights.new_zeros(*weights.shape[:2], num_experts)
+    return spread.scatter(2, chosen, weights).mean(0)
+
+
+def winners(shares: Tensor) -> list[tuple[int, float]]:
+    """The strongest expert of each token, and its share, from shares [T, E]."""
+    share, expert = shares.max(dim=1)
+    return list(zip(expert.tolist(), share.tolist(), strict=True))
 
 
 def trace(
@@ -86,7 +114,7 @@ def trace(
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)
     ids = torch.tensor([list(prompt)], device=model.device)
-    with torch.inference_mode(), _every_pass(model) as passes:
+    with torch.inference_mode(), every_pass(model) as passes:
         if max_new_tokens:
             out: Any = cast("GenerativePreTrainedModel", model).generate(
                 ids,
@@ -97,8 +125,7 @@ def trace(
                 return_dict_in_generate=True,
             )
             ids = out.sequences
-            # generation ended with the last token, so it was never fed
-            model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
+            read_last(model, out)
         else:
             model(input_ids=ids)
     modules = tuple(passes[0])
@@ -106,22 +133,33 @@ def trace(
         raise TraceError("no module of the model is routed, so there is nothing to trace")
     return Trace(
         ids=tuple(ids[0].tolist()),
-        pieces=_pieces(tokenizer, ids[0].tolist()),
+        pieces=pieces_of(tokenizer, ids[0].tolist()),
         num_prompt=len(prompt),
         experts=tuple(expert_names(model)),
         modules=modules,
-        chosen=_joined(passes, 1).cpu(),
-        weights=_joined(passes, 0).float().cpu(),
+        chosen=joined(passes, 1).cpu(),
+        weights=joined(passes, 0).float().cpu(),
     )
 
 
-def _joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
+def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of many kinds)
+    """Feed the last token that `generate` made, which it does not read itself.
+
+    Args:
+        out: what `generate` returned, with its cache
+    """
+    takes = signature(model.forward).parameters
+    cache = "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
+    model(input_ids=out.sequences[:, -1:], **{cache: out.past_key_values})
+
+
+def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
     """Weights (0) or experts (1) of all passes end to end, [M, T, K]."""
     return torch.stack([torch.cat([each[path][part] for each in passes]) for path in passes[0]])
 
 
 @contextmanager
-def _every_pass(
+def every_pass(
     model: PreTrainedModel,
 ) -> Generator[list[dict[str, tuple[Tensor, Tensor]]]]:
     """Collect the routes of every forward pass, in order."""
@@ -134,16 +172,37 @@ def _every_pass(
             hook.remove()
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, ...]:
+class Pieces:
     """The text that each token adds; a character of several tokens belongs to its last one."""
-    pieces: list[str] = []
-    begun, shown = 0, 0  # tokens before `shown` are written out; those from `begun` are context
-    for end in range(1, len(ids) + 1):
-        before = str(tokenizer.decode(ids[begun:shown]))
-        text = str(tokenizer.decode(ids[begun:end]))
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :])
-        begun, shown = shown, end
-    return tuple(pieces)
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = False
+    ) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._context: list[int] = []
+        """Tokens before those that wait, which their text may depend on."""
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text up to this token that was not given before; empty inside a character."""
+        self._waiting.append(token)
+        if self._decode(self._waiting).endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """What waits for the rest of a character."""
+        before = self._decode(self._context)
+        text = self._decode(self._context + self._waiting)
+        self._context, self._waiting = self._waiting, []
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip))
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token; together they are the whole text."""
+    pieces = Pieces(tokenizer)
+    found = [pieces.add(token) for token in ids]
+    return (*found[:-1], found[-1] + pieces.rest())

@@ -4,6 +4,7 @@ app          puts all commands together
 run          `run` and `serve`
 experts      `check`, `add` and `drop`
 checkpoint   `generate`, `report`, `publish`, `export`, `sign` and other commands on a checkpoint
+chat         `chat`, a conversation in the terminal, and `chat-server`
 store        `sql`, `verify` and `store …`
 options      options that several commands share
 output       answers of the ledger and findings, printed

@@ -9,14 +9,10 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Home, TokenFor, existing_home
+from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor, existing_home
 from pipelines.workspace.console import say
 
 app = typer.Typer()
-Base = Annotated[
-    Path | None,
-    typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),
-]
 
 
 @app.command()

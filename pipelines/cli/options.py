@@ -13,6 +13,10 @@ Home = Annotated[
     Path, typer.Option("--home", envvar="METEORA_HOME", help="The folder of ledger and blobs.")
 ]
 DEFAULT_HOME = Path("~/.meteora")
+Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),
+]
 Subfolder = Annotated[str, typer.Option(help="A subfolder of the folder or repository.")]
 Strip = Annotated[bool, typer.Option("--strip", help="Leave out `modules_to_save`.")]
 TokenFor = Annotated[

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.artifacts import NULL
 from meteora.artifacts.routers import SHARED
+from meteora.base.chat_template import common_beginning
 from meteora.model.fused import expert_names
 from pipelines.data.conversations import encode_conversation
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
@@ -74,7 +75,10 @@ class TurnCache:
 
     def take(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache | None, list[int]]:
         """The cache to go on with, and how many tokens of each prompt are in it."""
-        kept = [_in_common(ids, one.ids[:-1]) for ids, one in zip(self.ids, prompts, strict=True)]
+        kept = [
+            len(common_beginning(ids, one.ids[:-1]))
+            for ids, one in zip(self.ids, prompts, strict=True)
+        ]
         width = max(kept)
         if not self.layers or not width:
             return None, [0] * len(prompts)
@@ -101,12 +105,6 @@ class TurnCache:
                 (cast("Tensor", layer.keys), cast("Tensor", layer.values)) for layer in plain
             ]
             self.ids, self.slots = ids, slots
-
-
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the longest common beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Conversing:

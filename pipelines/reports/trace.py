@@ -7,7 +7,6 @@ number stands where another expert begins, and on a page the line below the text
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -15,9 +14,11 @@ from rich.text import Text
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from meteora.model.trace import Trace
+    from meteora.model.trace import Token, Trace
 
 COLOURS = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#d6c40a",
@@ -49,59 +50,45 @@ def tint(expert: int, weight: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
-@dataclass(frozen=True)
-class Token:
-    """One token, and the expert with the largest mean weight over all routed modules."""
-
-    text: str
-    expert: int
-    share: float
-    """That mean weight, 0 to 1."""
-
-
-def find_tokens(trace: Trace) -> list[Token]:
-    """Every token of prompt and answer."""
-    share, expert = trace.shares().max(dim=1)
-    return [
-        Token(*found) for found in zip(trace.pieces, expert.tolist(), share.tolist(), strict=True)
-    ]
-
-
 def terminal_texts(trace: Trace) -> list[Text]:
     """Prompt, answer and legend. A number stands where another expert begins."""
-    tokens = find_tokens(trace)
+    tokens = trace.tokens()
     parts = tokens[: trace.num_prompt], tokens[trace.num_prompt :]
     texts = [_coloured(part) for part in parts if part]
-    return [*texts, _legend(trace, tokens)]
+    return [*texts, legend(trace.experts, tokens)]
 
 
-def _coloured(part: list[Token]) -> Text:
-    out, before = Text(), -1
-    for token in part:
-        if token.expert != before:
-            out.append(f"[{token.expert + 1}]", style="dim")
-        before = token.expert
-        text = for_terminal(token.text)
-        out.append(text, style=f"black on {tint(token.expert, token.share)}")
-    return out
+def _coloured(part: Sequence[Token]) -> Text:
+    pairs = zip(part, (None, *part), strict=False)
+    return Text().join(token_text(token, before) for token, before in pairs)
 
 
-def _legend(trace: Trace, tokens: list[Token]) -> Text:
-    won = _num_won(trace, tokens)
+def token_text(token: Token, before: Token | None) -> Text:
+    """A token in its expert's colour; behind the expert's number, if the one before had another."""
+    out = Text()
+    if before is None or token.expert != before.expert:
+        out.append(f"[{token.expert + 1}]", style="dim")
+    text = for_terminal(token.text)
+    return out.append(text, style=f"black on {tint(token.expert, token.share)}")
+
+
+def legend(experts: Sequence[str], tokens: Sequence[Token]) -> Text:
+    """Number, colour and name of each expert that has tokens, and how many; the most first."""
+    won = _num_won(experts, tokens)
     out = Text()
     for e in sorted(range(len(won)), key=lambda e: -won[e]):
         if won[e]:
             out.append(f"[{e + 1}]", style="dim")
-            name = for_terminal(trace.experts[e])
+            name = for_terminal(experts[e])
             out.append(f" {name} ", style=f"black on {tint(e, 0.8)}")
             out.append(f" {won[e] / len(tokens):.0%} of {len(tokens)} tokens\n")
     out.rstrip()
     return out
 
 
-def _num_won(trace: Trace, tokens: list[Token]) -> list[int]:
+def _num_won(experts: Sequence[str], tokens: Sequence[Token]) -> list[int]:
     """How many tokens each expert has."""
-    return [sum(token.expert == e for token in tokens) for e in range(len(trace.experts))]
+    return [sum(token.expert == e for token in tokens) for e in range(len(experts))]
 
 
 def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
@@ -110,14 +97,14 @@ def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
     Args:
         name: an HTML id, unique on its page
     """
-    tokens = find_tokens(trace)
+    tokens = trace.tokens()
     return {
         "name": name,
         "caption": caption,
         "asked": tokens[: trace.num_prompt],
         "answered": tokens[trace.num_prompt :],
         "experts": trace.experts,
-        "won": _num_won(trace, tokens),
+        "won": _num_won(trace.experts, tokens),
         "last_layer": max((layer for layer in trace.layers if layer is not None), default=0),
         "data": {
             "ids": trace.ids,

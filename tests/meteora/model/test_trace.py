@@ -7,7 +7,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
-from meteora.model.fused import force_expert, make_router, routed_by, without_experts
+from meteora.model.fused import force_expert, load, make_router, routed_by, without_experts
 from meteora.model.trace import TraceError, trace
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
@@ -100,3 +100,19 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
         pytest.raises(TraceError, match="no module of the model is routed"),
     ):
         trace(model, tokenizer, prompt)
+
+
+def test_the_last_token_of_a_recurrent_model_is_read_with_its_state(
+    build_base, build_adapter, fuse_adapters, tokenizer, tmp_path
+):
+    base, modules = build_base("mamba"), ["in_proj", "x_proj"]
+    adapters = {
+        name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=modules)
+        for seed, name in enumerate(("one", "two", "three"))
+    }
+    fuse_adapters(base, adapters, tmp_path / "fused")
+    model, _ = load(tmp_path / "fused", base_folder=base)
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
+        found = trace(model, tokenizer, "where do these go", max_new_tokens=4)
+        expected = trace(model, tokenizer, found.ids)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-4)

@@ -202,7 +202,10 @@ def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "check", "generate", "report", "publish", "sql", "verify", "store rebuild", "store gc"],
+    [
+        *("run", "check", "generate", "chat", "chat-server", "report", "publish", "sql", "verify"),
+        *("store rebuild", "store gc"),
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     said = ask(*command.split(), "--help")

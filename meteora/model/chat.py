@@ -1,0 +1,370 @@
+"""A conversation with a fused model: answers token by token, each token with its expert.
+
+    chat = Chat(model, tokenizer)
+    messages = [{"role": "user", "content": "What is 12 plus 30?"}]
+    answer = chat.answer(messages, on_token=lambda token: print(token.text, token.expert))
+
+The keys and values of the last conversation are kept. An answer goes on with the tokens that its
+messages have in common with it, which is the whole history when a conversation continues. They are
+used for the same routing only, so an answer never depends on what was asked before.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
+from meteora.model.fused import expert_names, force_expert
+from meteora.model.trace import (
+    Pieces,
+    Token,
+    Trace,
+    every_pass,
+    joined,
+    mean_weights,
+    pieces_of,
+    read_last,
+    winners,
+)
+from meteora.routing.gates import PREFILL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers._typing import GenerativePreTrainedModel
+
+    Pass = dict[str, tuple[Tensor, Tensor]]
+    """Weights and experts [T, K] of each routed module."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: tuple[Token, ...]
+    """Together they are the text; the token that ends an answer is not among them."""
+    truncated: bool
+    """It was cut at the longest allowed."""
+    num_new: int
+    """Tokens that were generated, with the one that ends the answer."""
+    num_prompt: int
+    """Tokens of the messages in the chat template."""
+    num_cached: int
+    """How many of them were not computed again."""
+
+
+@dataclass
+class _Reading:
+    """T tokens that the model has read, with their keys, values and routes."""
+
+    expert: str
+    """The forced expert; empty where the routers decide."""
+    num_first: int
+    """The length of the prompt that began it."""
+    num_prompt: int
+    """The length of the last prompt; the last answer follows it."""
+    ids: list[int]
+    cache: DynamicCache | None
+    """None where it cannot be cut, such as one with a sliding window, which forgets tokens."""
+    modules: tuple[str, ...]
+    weights: Tensor
+    """[M, T, K]"""
+    chosen: Tensor
+    """[M, T, K]"""
+
+    def cut(self, length: int) -> None:
+        """Keep the first tokens only."""
+        if self.cache is not None:
+            self.cache.crop(length - len(self.ids))
+        self.ids = self.ids[:length]
+        self.weights, self.chosen = self.weights[:, :length], self.chosen[:, :length]
+
+
+class Chat:
+    """Answers conversations, one at a time; a model belongs to one thread."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Set up.
+
+        Args:
+            model: fused
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.experts = tuple(expert_names(model))
+        self.longest: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
+        )
+        """The number of tokens that a prompt and its answer may have together."""
+        self._reading: _Reading | None = None
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        expert: str = "",
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Collection[str] = (),
+        on_token: Callable[[Token], None] = lambda _token: None,
+    ) -> Answer:
+        """Answer the last of the messages.
+
+        Args:
+            messages: `role` and `content` of each, the oldest first
+            expert: send every token to this one; empty for the model's own routing
+            max_new_tokens: the answer is cut at this many tokens, or where the model's end is
+            stop: texts that end the answer, and are no part of it
+            on_token: called with each token, once the pass that reads it has decided its expert.
+                What it raises ends the answer.
+
+        Raises:
+            ConversationError: the chat template does not take the messages, or they are too long.
+            UnknownExpertError: no expert of the model has this name.
+        """
+        ids = encode_messages(self.tokenizer, messages)
+        if self.longest is not None:
+            if len(ids) >= self.longest:
+                raise ConversationError(
+                    f"the conversation has {len(ids)} tokens, and the model takes {self.longest}"
+                    " with its answer; shorten it, or begin a new one"
+                )
+            max_new_tokens = min(max_new_tokens, self.longest - len(ids))
+        ends = self._ends()
+        routed = force_expert(self.model, expert) if expert else nullcontext()
+        with (
+            routed,
+            torch.inference_mode(),
+            every_pass(self.model) as passes,
+            _seeded(sampling, self.model.device),
+        ):
+            before = self._take(ids, expert)
+            listener = _Listener(self, passes, ends, stop, on_token)
+            out = self._generate(ids, before, max_new_tokens, sampling, ends, listener)
+            read_last(self.model, out)
+            listener.finish()
+        num_cached = len(before.ids) if before else 0
+        self._keep(ids, out, passes, expert, before)
+        return Answer(
+            text=listener.text,
+            tokens=tuple(listener.tokens),
+            truncated=not (listener.ended or listener.stopped),
+            num_new=len(listener.ids),
+            num_prompt=len(ids),
+            num_cached=num_cached,
+        )
+
+    def trace(self) -> Trace:
+        """Where every token of the last conversation was sent, its answer included.
+
+        Raises:
+            ConversationError: there is no answer, or the last one was interrupted.
+        """
+        read = self._reading
+        if read is None:
+            raise ConversationError("there is no whole answer to trace; ask something first")
+        return Trace(
+            ids=tuple(read.ids),
+            pieces=pieces_of(self.tokenizer, read.ids),
+            num_prompt=read.num_prompt,
+            experts=self.experts,
+            modules=read.modules,
+            chosen=read.chosen,
+            weights=read.weights,
+        )
+
+    def forget(self) -> None:
+        """Keep nothing of the last conversation."""
+        self._reading = None
+
+    def _ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        config = getattr(self.model, "generation_config", None)
+        given = getattr(config, "eos_token_id", None)
+        given = [given] if isinstance(given, int) else given or []
+        own = self.tokenizer.eos_token_id
+        return {*given, *([] if own is None else [own])}
+
+    def _take(self, ids: list[int], expert: str) -> _Reading | None:
+        """Take what was read, cut to what a prompt begins with; None where that is of no use.
+
+        Nothing is left behind: an answer that is interrupted leaves a cache in an unknown state.
+        """
+        found, self._reading = self._reading, None
+        if found is None or found.cache is None or found.expert != expert:
+            return None
+        length = len(common_beginning(found.ids, ids[:-1]))
+        looks_ahead = getattr(self.model, PREFILL, None) is not None
+        # the routes of an opening hold for the prompt that decided them
+        if length < (found.num_first if looks_ahead else 1):
+            return None
+        found.cut(length)
+        return found
+
+    def _generate(
+        self,
+        ids: list[int],
+        before: _Reading | None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: Collection[int],
+        listener: _Listener,
+    ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
+        prompt = torch.tensor([ids], device=self.model.device)
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            chosen = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
+        return cast("GenerativePreTrainedModel", self.model).generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=before.cache if before else None,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            eos_token_id=sorted(ends) or None,
+            stopping_criteria=StoppingCriteriaList([listener]),
+            return_dict_in_generate=True,
+            **chosen,
+        )
+
+    def _keep(
+        self,
+        ids: list[int],
+        out: Any,  # noqa: ANN401
+        passes: list[Pass],
+        expert: str,
+        before: _Reading | None,
+    ) -> None:
+        """Keep what was read, for the next answer and for a trace."""
+        read = out.sequences[0].tolist()
+        weights, chosen = joined(passes, 0).float().cpu(), joined(passes, 1).cpu()
+        if before:
+            weights = torch.cat([before.weights, weights], 1)
+            chosen = torch.cat([before.chosen, chosen], 1)
+        cache = out.past_key_values
+        plain = isinstance(cache, DynamicCache) and all(
+            type(layer) is DynamicLayer for layer in cache.layers
+        )
+        self._reading = _Reading(
+            expert=expert,
+            num_first=before.num_first if before else len(ids),
+            num_prompt=len(ids),
+            ids=read,
+            cache=cache if plain else None,
+            modules=tuple(passes[0]),
+            weights=weights[:, : len(read)],  # on some devices `generate` runs one pass too many
+            chosen=chosen[:, : len(read)],
+        )
+
+
+@contextmanager
+def _seeded(sampling: Sampling, device: torch.device) -> Generator[None]:
+    """Draw from the seed for a while, if there is one, and leave the random numbers alone."""
+    if sampling.seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
+
+
+class _Listener:
+    """Hands each token of an answer on, once its text and its expert are sure.
+
+    The expert is known after the next pass, which reads the token. The text waits while it may be
+    the beginning of one that ends the answer.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        passes: list[Pass],
+        ends: Collection[int],
+        stop: Collection[str],
+        on_token: Callable[[Token], None],
+    ) -> None:
+        self.ids: list[int] = []
+        self.tokens: list[Token] = []
+        self.text = ""
+        self.ended = self.stopped = False
+        self._passes, self._ends, self._stop, self._on_token = passes, ends, stop, on_token
+        self._names = chat.experts
+        self._pieces = Pieces(chat.tokenizer, skip_special_tokens=True)
+        self._bounds = [0]
+        """Where the text of each token begins, and where that of the last ends."""
+        self._winners: list[tuple[int, float]] = []
+
+    def __call__(self, ids: Tensor, _scores: object, **_kwargs: object) -> Tensor:
+        """Take the newest of the tokens [1, T]; a stopping criterion of transformers."""
+        if self.ids:
+            self._see_winner()
+        token = int(ids[0, -1])
+        self.ids.append(token)
+        self.ended = token in self._ends
+        if not self.ended:
+            self._append(self._pieces.add(token))
+        self._hand_on()
+        return torch.full((1,), self.stopped, device=ids.device)
+
+    def finish(self) -> None:
+        """Hand on what waited, after the pass that read the last token."""
+        self._see_winner()
+        if not self.stopped and (rest := self._pieces.rest()):
+            self._bounds.pop()
+            self._append(rest)
+        self._hand_on(at_end=True)
+
+    def _see_winner(self) -> None:
+        weights, chosen = (joined(self._passes[-1:], part)[:, -1:] for part in (0, 1))
+        shares = mean_weights(weights.float(), chosen, len(self._names))
+        self._winners += winners(shares)
+
+    def _append(self, piece: str) -> None:
+        self.text += piece
+        found = [self.text.find(one) for one in self._stop]
+        if place := [start for start in found if start >= 0]:
+            self.stopped = True
+            self.text = self.text[: min(place)]
+            self._bounds = [min(bound, len(self.text)) for bound in self._bounds]
+        self._bounds.append(len(self.text))
+
+    def _hand_on(self, *, at_end: bool = False) -> None:
+        waiting = (
+            size
+            for one in self._stop
+            for size in range(1, len(one))
+            if self.text.endswith(one[:size])
+        )
+        sure = len(self.text) - (0 if at_end or self.stopped else max(waiting, default=0))
+        last = min(len(self._winners), len(self._bounds) - 1)
+        while len(self.tokens) < last:
+            start, end = self._bounds[len(self.tokens) :][:2]
+            if end > sure:
+                return
+            expert, share = self._winners[len(self.tokens)]
+            token = Token(self.text[start:end], expert, share)
+            self.tokens.append(token)
+            self._on_token(token)

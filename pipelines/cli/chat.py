@@ -1,0 +1,209 @@
+"""`meteora chat`: a conversation with a checkpoint in the terminal; `meteora chat-server`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meteora.artifacts import MeteoraError
+from meteora.untrusted.findings import for_terminal
+from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor
+from pipelines.reports.trace import legend, token_text
+from pipelines.workspace.console import plain_console, say
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from meteora.model.chat import Chat
+    from meteora.model.trace import Token
+
+app = typer.Typer()
+COMMANDS = "/expert NAME, /expert, /trace FILE.html, /reset, /help, /quit"
+HELP = (
+    "/expert NAME sends every token to one expert, /expert alone goes back to the router;"
+    " /trace FILE.html writes the conversation with the expert of each token; /reset begins a new"
+    " conversation; /quit, or the end of the input, ends the program"
+)
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
+    base: Base = None,
+    token_for: TokenFor = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Talk with a fused model: each token of an answer in the colour of its expert.
+
+    Each line of the input is a turn, or a command: /help lists them. Where the output is no
+    terminal, each answer is one line of plain text, a line break in it is a backslash and an n.
+    """
+    Conversation(_load(checkpoint, home, base, token_for), max_new_tokens, expert).run()
+
+
+@app.command("chat-server")
+def chat_server(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    name: Annotated[
+        str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
+    ] = "",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    base: Base = None,
+    token_for: TokenFor = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
+
+    Requests are answered one after the other. The server is on loopback unless --host says
+    otherwise, and asks for no key.
+    """
+    from pipelines.serving import server
+
+    with server.listen(host, port) as listening:
+        chat = _load(checkpoint, home, base, token_for)
+        name = name or checkpoint.rstrip("/").rpartition("/")[2]
+        shown = f"[{host}]" if ":" in host else host
+        if not server.is_loopback(host):
+            say(f"anyone who can reach {shown} can use this server; it asks for no key", "note")
+        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
+        say(f"serving {name} at {url}, and each expert as {name}:EXPERT")
+        server.make_server(chat, name, host).run(sockets=[listening])
+
+
+def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
+    """The checkpoint that a person names, ready to answer."""
+    import meteora
+    from meteora.model.chat import Chat
+    from pipelines.admission import checkpoints
+
+    home = home.expanduser().absolute()
+    found = checkpoints.find(checkpoint, home, base, token_for or ())
+    model, tokenizer = meteora.load(
+        found.folder, base_folder=found.base_folder, download=found.download
+    )
+    return Chat(model, tokenizer)
+
+
+class Conversation:
+    """Turns and commands, line by line, with one history."""
+
+    def __init__(self, chat: Chat, max_new_tokens: int, expert: str = "") -> None:
+        """Begin without a history.
+
+        Raises:
+            UnknownExpertError: No expert of the model has this name.
+        """
+        self.chat, self.max_new_tokens = chat, max_new_tokens
+        self.messages: list[dict[str, str]] = []
+        self._force(expert)
+        self._out = plain_console()
+
+    def run(self) -> None:
+        """Take lines until the input ends, or a person quits.
+
+        A person sees what is refused, and goes on. Where no person types, it ends the command.
+        """
+        person = sys.stdin.isatty()
+        if person:
+            say(f"experts: {', '.join(self.chat.experts)}; commands: {COMMANDS}")
+        for line in _lines(self._out.is_terminal):
+            try:
+                if line == "/quit":
+                    return
+                self.take(line)
+            except MeteoraError as error:
+                if not person:
+                    raise
+                say(str(error), "error")
+
+    def take(self, line: str) -> None:
+        """A turn, or a command."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if not command.startswith("/"):
+            self._ask(line)
+        elif command == "/expert":
+            self._force(argument)
+        elif command == "/trace" and argument:
+            self._write_trace(Path(argument).expanduser())
+        elif command == "/reset":
+            self.messages = []
+            self.chat.forget()
+        elif command == "/help":
+            say(HELP)
+        else:
+            raise MeteoraError(f"{line}: there is no such command; there are {COMMANDS}")
+
+    def _force(self, expert: str) -> None:
+        from meteora.model.fused import check_expert
+
+        if expert:
+            check_expert(expert, self.chat.experts)
+        self.expert = expert
+
+    def _write_trace(self, path: Path) -> None:
+        from pipelines.reports.html import check_writable, write_page
+        from pipelines.reports.trace import trace_page
+
+        check_writable(path)
+        write_page(path, trace_page(self.chat.trace(), self.messages[0]["content"]))
+        say(f"wrote {path}")
+
+    def _ask(self, question: str) -> None:
+        """Answer a turn. One that Ctrl-C interrupts stays in the history as far as it went."""
+        asked = [*self.messages, {"role": "user", "content": question}]
+        tokens: list[Token] = []
+
+        def show(token: Token) -> None:
+            tokens.append(token)
+            if self._out.is_terminal:
+                before = tokens[-2] if len(tokens) > 1 else None
+                self._out.print(token_text(token, before), end="", soft_wrap=True)
+
+        try:
+            answer = self.chat.answer(
+                asked, expert=self.expert, max_new_tokens=self.max_new_tokens, on_token=show
+            )
+            text, cut = answer.text, answer.truncated
+        except KeyboardInterrupt:
+            if not self._out.is_terminal:
+                raise
+            text, cut = "".join(token.text for token in tokens), True
+        self.messages = [*asked, {"role": "assistant", "content": text}]
+        if self._out.is_terminal:
+            self._out.print("…" if cut else "")
+            self._out.print(legend(self.chat.experts, tokens), soft_wrap=True, end="\n\n")
+        else:
+            print(for_terminal(text).replace("\n", "\\n"), flush=True)
+
+
+def _lines(prompted: bool) -> Generator[str]:
+    """The lines of the input that are not empty.
+
+    Args:
+        prompted: Show a person where to type.
+
+    Raises:
+        MeteoraError: The input is no text.
+    """
+    if not sys.stdin.isatty():
+        try:
+            yield from filter(None, map(str.strip, sys.stdin))
+        except UnicodeDecodeError as error:
+            raise MeteoraError(f"the input is not {error.encoding}") from error
+        return
+    import readline  # noqa: F401  (`input` then has a history, and arrow keys)
+
+    while True:
+        try:
+            line = input("> " if prompted else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line

@@ -1,0 +1,100 @@
+"""The one thread that answers; requests wait for each other, as a model is for one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from meteora.model.chat import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from fastapi import Request
+
+    from meteora.model.chat import Chat
+    from meteora.model.trace import Token
+    from pipelines.serving.requests import ChatRequest
+
+    Item = Token | Answer | Exception
+
+LOOK_EVERY_SECONDS = 1.0
+"""How often a request that waits looks whether its client is still there."""
+
+
+class ClientLeftError(Exception):
+    """The client does not wait for its answer any more."""
+
+
+class _Outbox:
+    """Takes what the thread has for a client over to the event loop, until the client leaves."""
+
+    def __init__(self) -> None:
+        self.items: asyncio.Queue[Item] = asyncio.Queue()
+        self.closed = threading.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, item: Item) -> None:
+        """Hand an item on, in the model's thread.
+
+        Raises:
+            ClientLeftError: nobody waits for it; what computes it may stop.
+        """
+        if self.closed.is_set():
+            raise ClientLeftError
+        self._loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+
+class ModelThread:
+    """Answers requests one after the other."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    async def answer(
+        self, asked: ChatRequest, expert: str, client: Request
+    ) -> AsyncGenerator[Token | Answer]:
+        """Each token as it comes, and the answer at the end; it ends where the client leaves.
+
+        Args:
+            expert: send every token to this one; empty for the model's own routing
+            client: the request as it came, which knows whether its client is still there
+        """
+        outbox = _Outbox()
+        self._pool.submit(self._work, asked, expert, outbox)
+        try:
+            while not await client.is_disconnected():
+                try:
+                    item = await asyncio.wait_for(outbox.items.get(), LOOK_EVERY_SECONDS)
+                except TimeoutError:
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if isinstance(item, Answer):
+                    return
+        finally:
+            outbox.closed.set()
+
+    def _work(self, asked: ChatRequest, expert: str, outbox: _Outbox) -> None:
+        """Answer a request, in the model's thread."""
+        if outbox.closed.is_set():
+            return
+        try:
+            answer = self._chat.answer(
+                [message.plain() for message in asked.messages],
+                expert=expert,
+                max_new_tokens=asked.max_new_tokens,
+                sampling=asked.sampling,
+                stop=asked.stops,
+                on_token=outbox.put,
+            )
+            outbox.put(answer)
+        except ClientLeftError:
+            return
+        except Exception as error:
+            if not outbox.closed.is_set():
+                outbox.put(error)

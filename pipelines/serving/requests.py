@@ -1,0 +1,89 @@
+"""What a client may ask of `/v1/chat/completions`; what would have no effect is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meteora.model.chat import Sampling
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+MAX_NEW_TOKENS = 512
+"""Where a request names no other number."""
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """Clients send answers back with all that they had: other fields are no part of a message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        content = self.content
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content
+            if isinstance(content, str)
+            else "".join(part.text for part in content),
+        }
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request. Without a temperature the most likely tokens are taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    trace: bool = False
+    """Also give the expert of each token of the answer."""
+
+    # these may be given if they ask for nothing
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    tools: Annotated[list[object], Field(max_length=0)] | None = None
+
+    # these change no answer
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or MAX_NEW_TOKENS
+
+    @property
+    def sampling(self) -> Sampling:
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return Sampling(self.temperature or 0.0, top_p, self.seed)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage

@@ -1,0 +1,174 @@
+"""The app, and how it is served.
+
+A request names the model, or one of its experts: `NAME:iso_dates`. Browsers get nothing for
+the pages of other sites: no such page may send JSON here or read an answer, and on loopback the
+server has no other name than loopback's.
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import aclosing
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from meteora.artifacts import MeteoraError
+from meteora.model.chat import Answer
+from meteora.untrusted.findings import brief, shortened
+from pipelines.serving.answers import Reply, error_body, event
+from pipelines.serving.model_thread import ModelThread
+from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
+from pipelines.workspace.console import say
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from meteora.model.chat import Chat
+    from meteora.model.trace import Token
+
+GOODBYE_SECONDS = 5
+"""How long answers may go on after the server is asked to stop."""
+
+
+def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
+    """The app: `/v1/models` and `/v1/chat/completions`.
+
+    Args:
+        name: of the model; each of its experts is a model `name:expert`, too
+        hosts: that clients may name in their requests; `*` is any
+    """
+    app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_exception_handler(RequestValidationError, _refuse_fields)
+    app.add_exception_handler(AnyHTTPException, _refuse)
+    app.add_exception_handler(MeteoraError, _refuse_request)
+    app.add_exception_handler(Exception, _fail)
+    thread = ModelThread(chat)
+    models = {name: "", **{f"{name}:{expert}": expert for expert in chat.experts}}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        found = [_model(one) for one in models]
+        return {"object": "list", "data": found}
+
+    @app.get("/v1/models/{model:path}")
+    async def find_model(model: str) -> dict[str, Any]:
+        _expert_of(models, model)
+        return _model(model)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def complete(asked: ChatRequest, http: Request) -> dict[str, Any] | StreamingResponse:
+        items = thread.answer(asked, _expert_of(models, asked.model), http)
+        reply = Reply(asked, chat.experts)
+        if asked.stream:
+            # what is refused has no first token, and gets a status of its own
+            first = await anext(items, None)
+            return StreamingResponse(_stream(reply, first, items), media_type="text/event-stream")
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Answer):
+                    return reply.whole(item)
+        raise HTTPException(499, "the client left before its answer was ready")
+
+    return app
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "meteora"}
+
+
+def _expert_of(models: dict[str, str], model: str) -> str:
+    """The expert that a model's name asks for; empty for the model's own routing."""
+    if model not in models:
+        known = ", ".join(models)
+        raise HTTPException(404, f"there is no model {shortened(model)!r}; there are {known}")
+    return models[model]
+
+
+async def _stream(
+    reply: Reply, first: Token | Answer | None, items: AsyncGenerator[Token | Answer]
+) -> AsyncGenerator[str]:
+    """The events of one answer. An error in its middle is the last of them."""
+    async with aclosing(items):
+        yield reply.first()
+        if first is not None:
+            yield reply.last(first) if isinstance(first, Answer) else reply.token(first)
+        try:
+            async for item in items:
+                yield reply.last(item) if isinstance(item, Answer) else reply.token(item)
+        except Exception as error:
+            say(f"an answer failed: {brief(error)}", "error")
+            yield event(error_body(f"the answer failed: {brief(error)}", "server_error"))
+
+
+async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
+    """Name the first field that is wrong."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    found = error.errors()[0]
+    if found["type"] == "json_invalid":
+        return JSONResponse(error_body("the body of the request is not JSON"), 400)
+    where = ".".join(str(part) for part in found["loc"][1:]) or "the body of the request"
+    return JSONResponse(error_body(f"{shortened(where)}: {found['msg']}"), 400)
+
+
+async def _refuse(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AnyHTTPException)  # noqa: S101
+    return JSONResponse(error_body(str(error.detail)), error.status_code)
+
+
+async def _refuse_request(_request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(str(error)), 400)
+
+
+async def _fail(_request: Request, error: Exception) -> JSONResponse:
+    say(f"an answer failed: {brief(error)}", "error")
+    return JSONResponse(error_body(f"the answer failed: {brief(error)}", "server_error"), 500)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, so that one that is taken is known before a model is loaded.
+
+    Raises:
+        MeteoraError: The address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise MeteoraError(
+            f"{host}:{port} cannot be listened on ({error.strerror}); choose others with --host"
+            " and --port"
+        ) from error
+
+
+def make_server(chat: Chat, name: str, host: str) -> uvicorn.Server:
+    """The server, to be run on what `listen` gives.
+
+    Args:
+        name: of the model in requests
+        host: by which clients reach it; those on loopback may also say `localhost`
+    """
+    hosts = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
+    config = uvicorn.Config(
+        make_app(chat, name, hosts=hosts),
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=GOODBYE_SECONDS,
+    )
+    return uvicorn.Server(config)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,215 @@
+"""A conversation on one cache answers as it would without, and each token has its expert."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import ConversationError, Template, encode_messages
+from meteora.checkpoint.tensors import Gates
+from meteora.model.chat import Chat, Sampling
+from meteora.model.fused import UnknownExpertError, force_expert, make_router, routed_by
+from meteora.model.trace import trace
+from meteora.routing.gates import insert_gates, watch_prompts
+from meteora.routing.layer import routed_layers
+from tests.pipelines.conftest import CHAT_TEMPLATE
+
+QUESTIONS = ("what is this?", "and that?", "no")
+
+
+@pytest.fixture
+def model(world):
+    """Routed by norms: each token by itself."""
+    model = world.load()
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
+        yield model
+
+
+@pytest.fixture
+def talking(tokenizer, monkeypatch):
+    """The tokenizer with a chat template."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    return tokenizer
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def converse(chat, questions=QUESTIONS, *, fresh=False, **asked):
+    """The answers of a conversation; `fresh` forgets the cache before each turn."""
+    messages, answers = [], []
+    for question in questions:
+        if fresh:
+            chat.forget()
+        messages.append(user(question))
+        answers.append(chat.answer(messages, max_new_tokens=6, **asked))
+        messages.append({"role": "assistant", "content": answers[-1].text})
+    return answers
+
+
+def test_an_answer_is_the_one_that_generate_gives(model, talking):
+    ids = encode_messages(talking, [user("hello")])
+    out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
+    answer = Chat(model, talking).answer([user("hello")], max_new_tokens=8)
+    assert answer.text == talking.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert answer.num_prompt == len(ids)
+    assert "".join(token.text for token in answer.tokens) == answer.text
+
+
+@pytest.mark.parametrize("expert", ["", "q_and_v"])
+def test_answers_on_one_cache_are_those_without(model, talking, expert):
+    cached = converse(Chat(model, talking), expert=expert)
+    fresh = converse(Chat(model, talking), expert=expert, fresh=True)
+    assert [answer.text for answer in cached] == [answer.text for answer in fresh]
+    for one, other in zip(cached, fresh, strict=True):
+        assert [token.expert for token in one.tokens] == [token.expert for token in other.tokens]
+    assert all(answer.num_cached == 0 for answer in fresh)
+    for before, answer in pairwise(cached):
+        assert answer.num_cached >= before.num_prompt
+
+
+def test_tokens_stream_with_the_experts_of_the_trace(model, talking):
+    chat, seen = Chat(model, talking), []
+    answer = chat.answer([user("hello")], max_new_tokens=8, on_token=seen.append)
+    assert seen == list(answer.tokens)
+    traced = chat.trace()
+    assert [t.expert for t in traced.tokens()[traced.num_prompt :]][: len(seen)] == [
+        token.expert for token in seen
+    ]
+    expected = trace(model, talking, traced.ids[: traced.num_prompt], max_new_tokens=8)
+    assert traced.ids == expected.ids
+    assert torch.equal(traced.chosen, expected.chosen)
+    torch.testing.assert_close(traced.weights, expected.weights, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trace_of_a_conversation_on_one_cache_is_that_of_one_pass(model, talking):
+    chat = Chat(model, talking)
+    converse(chat)
+    found = chat.trace()
+    expected = trace(model, talking, found.ids)
+    assert torch.equal(found.chosen, expected.chosen)
+
+
+def test_a_forced_expert_has_every_token_and_leaves_nothing_to_the_next_answer(model, talking):
+    chat, messages = Chat(model, talking), [user("hello")]
+    routed = chat.answer(messages, max_new_tokens=6)
+    forced = chat.answer(messages, max_new_tokens=6, expert="attention")
+    assert {token.expert for token in forced.tokens} == {chat.experts.index("attention")}
+    assert forced.num_cached == 0
+    with force_expert(model, "attention"):
+        assert Chat(model, talking).answer(messages, max_new_tokens=6).text == forced.text
+    assert chat.answer(messages, max_new_tokens=6).text == routed.text
+    with pytest.raises(UnknownExpertError, match="there is no expert 'nobody'"):
+        chat.answer(messages, expert="nobody")
+
+
+def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(world, talking):
+    """The opening is decided by the first question, and by nothing after it."""
+    model, generator = world.load(), torch.Generator().manual_seed(1)
+    options = RouterOptions("gate", 1, 1.0)
+    own = {
+        path: (
+            torch.randn(4, layer.weight.shape[1], generator=generator),
+            torch.zeros(4),
+        )
+        for path, layer in routed_layers(model).items()
+    }
+    insert_gates(model, Gates(own=own, follows={}, template=Template.of(talking)), options)
+    try:
+        cached = converse(chat := Chat(model, talking))
+        assert [a.text for a in cached] == [
+            a.text for a in converse(Chat(model, talking), fresh=True)
+        ]
+        assert cached[1].num_cached > 0
+        # another first question decides the opening again, though the tokens are the same
+        other = chat.answer([user("what else is there?")], max_new_tokens=6)
+        assert other.num_cached == 0
+    finally:
+        watch_prompts(model, Template())
+
+
+def test_what_a_listener_raises_ends_the_answer_and_leaves_no_half_cache(model, talking):
+    chat = Chat(model, talking)
+    first, *_ = converse(chat)
+
+    def leave(_token):
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        chat.answer([user(QUESTIONS[0])], on_token=leave)
+    with pytest.raises(ConversationError, match="no whole answer"):
+        chat.trace()
+    assert converse(chat)[0].text == first.text
+
+
+def test_an_answer_ends_before_a_text_that_stops_it(model, talking):
+    chat = Chat(model, talking)
+    whole = chat.answer([user("hello")], max_new_tokens=12)
+    assert whole.truncated
+    stop, seen = whole.text[3:6], []
+    answer = chat.answer([user("hello")], max_new_tokens=12, stop=[stop], on_token=seen.append)
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert "".join(token.text for token in seen) == answer.text
+    assert not answer.truncated
+    assert answer.num_new < 12
+
+
+def test_a_text_that_only_begins_like_a_stop_is_handed_on_in_the_end(model, talking):
+    chat = Chat(model, talking)
+    whole = chat.answer([user("hello")], max_new_tokens=12)
+    answer = chat.answer([user("hello")], max_new_tokens=12, stop=[whole.text[-2:] + "never"])
+    assert answer.text == whole.text
+    assert [token.text for token in answer.tokens] == [token.text for token in whole.tokens]
+
+
+def test_a_seed_draws_the_same_answer_and_leaves_other_random_numbers_alone(model, talking):
+    chat, sampling = Chat(model, talking), Sampling(temperature=1.5, seed=7)
+    before = torch.random.get_rng_state()
+    one, other = (
+        chat.answer([user("hello")], max_new_tokens=8, sampling=sampling) for _ in range(2)
+    )
+    assert one.text == other.text
+    assert torch.equal(before, torch.random.get_rng_state())
+    drawn = {
+        chat.answer(
+            [user("hello")], max_new_tokens=8, sampling=Sampling(temperature=1.5, seed=seed)
+        ).text
+        for seed in range(3)
+    }
+    assert len(drawn) > 1
+
+
+def test_a_conversation_that_does_not_fit_is_refused_and_a_long_answer_is_cut(model, talking):
+    chat = Chat(model, talking)
+    with pytest.raises(ConversationError, match="the model takes 512 with its answer"):
+        chat.answer([user("x" * 600)])
+    prompt = len(encode_messages(talking, [user("")]))
+    answer = chat.answer([user("x" * (508 - prompt))], max_new_tokens=100)
+    assert answer.num_new <= 4
+
+
+def test_a_tokenizer_without_a_template_and_messages_that_it_refuses(model, talking):
+    chat = Chat(model, talking)
+    talking.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConversationError, match="roles must alternate"):
+        chat.answer([user("hello")])
+    talking.chat_template = None
+    with pytest.raises(ConversationError, match="no chat template"):
+        chat.answer([user("hello")])
+
+
+def test_a_cache_with_a_sliding_window_is_not_kept(
+    build_base, build_adapter, fuse_adapters, talking, tmp_path
+):
+    import meteora  # noqa: PLC0415  (slow to import)
+
+    base = build_base("mistral")
+    adapter = build_adapter(base, tmp_path / "one", seed=1, r=2, target_modules=["q_proj"])
+    fuse_adapters(base, {"one": adapter}, tmp_path / "fused")
+    model, _ = meteora.load(tmp_path / "fused", base_folder=base)
+    answers = converse(Chat(model, talking))
+    assert [answer.num_cached for answer in answers] == [0, 0, 0]

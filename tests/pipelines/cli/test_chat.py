@@ -1,0 +1,215 @@
+"""`meteora chat`: turns and commands, in a terminal and in a pipe; `meteora chat-server` starts."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from io import StringIO
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import httpx
+import pytest
+from rich.console import Console
+
+from meteora.model.chat import Answer, Chat
+from meteora.model.fused import UnknownExpertError
+from meteora.model.trace import Token
+from pipelines.cli import chat as command
+from tests.pipelines.cli.command_line import Said, meteora
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def talk(world, chat_base, tmp_path):
+    """A function that gives the lines of an input to `meteora chat`."""
+
+    def talk(*lines: str, **options: str) -> Said:
+        options = {"max-new-tokens": "8", **options}
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with patch.object(sys, "stdin", StringIO("\n".join(lines) + "\n")):
+            return meteora(
+                "chat", world.checkpoint, "--base", chat_base, *words, home=tmp_path / "home"
+            )
+
+    return talk
+
+
+@pytest.fixture
+def conversation(world, chat_base):
+    """A function to a conversation in a terminal of 80 columns, and what it shows."""
+    import meteora as model_package  # noqa: PLC0415  (slow to import)
+
+    model, tokenizer = model_package.load(world.checkpoint, base_folder=chat_base)
+
+    def begin(*, no_color=False):
+        file = StringIO()
+        console = Console(
+            file=file,
+            force_terminal=True,
+            color_system="truecolor",
+            width=80,
+            markup=False,
+            no_color=no_color,
+        )
+        with patch.object(command, "plain_console", lambda: console):
+            found = command.Conversation(Chat(model, tokenizer), 8)
+        return found, file.getvalue
+
+    return begin
+
+
+def test_each_line_of_a_pipe_is_a_turn_and_each_answer_a_line(talk) -> None:
+    said = talk("hello", "", "and now?")
+    assert said.returncode == 0, said.stderr
+    assert len(said.stdout.splitlines()) == 2
+    assert "\x1b" not in said.stdout
+
+
+def test_a_reset_asks_as_at_the_beginning_and_quit_ends_the_program(talk) -> None:
+    said = talk("hello", "/reset", "hello", "hello", "/quit", "hello")
+    one, again, other = said.stdout.splitlines()
+    assert one == again
+    assert one != other
+
+
+def test_an_expert_is_forced_and_let_go(talk) -> None:
+    routed, forced, again = talk(
+        "hello", "/expert q_and_v", "/reset", "hello", "/expert", "/reset", "hello"
+    ).stdout.splitlines()
+    assert routed == again
+    assert routed != forced
+    assert talk("hello", expert="q_and_v").stdout.splitlines() == [forced]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("/expert nobody", "there is no expert 'nobody'; this model has all_seven"),
+        ("/dance", "/dance: there is no such command"),
+        ("/trace", "/trace: there is no such command; there are /expert NAME"),
+        ("/trace x.html", "there is no whole answer to trace"),
+    ],
+)
+def test_what_is_refused_is_one_sentence_and_ends_a_pipe(talk, line: str, sentence: str) -> None:
+    said = talk(line, "hello")
+    assert said.returncode == 1
+    assert said.stdout == ""
+    assert sentence in " ".join(said.stderr.split())
+
+
+def test_a_conversation_is_written_as_a_page(talk, tmp_path: Path) -> None:
+    page = tmp_path / "talk.html"
+    assert talk("hello", "and now?", f"/trace {page}").returncode == 0
+    assert "q_and_v" in page.read_text()
+
+
+def test_a_terminal_shows_tokens_in_the_colour_of_their_expert_and_a_legend(conversation) -> None:
+    coloured, shown = conversation()
+    coloured.take("/expert q_and_v")
+    coloured.take("hello")
+    assert "\x1b[30;48;2;" in shown()  # black on the expert's colour
+    assert "q_and_v" in shown()
+    assert "100% of 8 tokens" in shown()
+
+
+def test_without_colour_numbers_stand_where_another_expert_begins(conversation) -> None:
+    plain, shown = conversation(no_color=True)
+    plain.take("hello")
+    assert "48;2;" not in shown()
+    assert "[1]" in shown()
+
+
+def test_an_answer_cannot_control_the_terminal(conversation) -> None:
+    here, shown = conversation(no_color=True)
+
+    def answer(_messages, *, on_token, **_asked):
+        for text in ("\x1b", "]0;title\x07", "\r", "\x9b2J"):
+            on_token(Token(text, 0, 1.0))
+        return Answer("", (), truncated=False, num_new=4, num_prompt=1, num_cached=0)
+
+    with patch.object(here.chat, "answer", answer):
+        here.take("hello")
+    assert "␛]0;title␇␍\ufffd2J" in shown()
+
+
+def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversation) -> None:
+    here, _ = conversation()
+    whole = here.chat.answer([{"role": "user", "content": "hello"}], max_new_tokens=8).tokens
+    original, count = Console.print, 0
+
+    def interrupt(self, *shown, **asked):
+        nonlocal count
+        original(self, *shown, **asked)
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+
+    with patch.object(Console, "print", interrupt):
+        here.take("hello")
+    assert here.messages[0]["content"] == "hello"
+    assert "".join(token.text for token in whole).startswith(here.messages[1]["content"])
+    here.take("and now?")
+    assert len(here.messages) == 4
+
+
+def test_an_unknown_expert_is_refused_at_the_start(conversation) -> None:
+    with pytest.raises(UnknownExpertError, match="there is no expert"):
+        command.Conversation(conversation()[0].chat, 8, "nobody")
+
+
+def test_a_real_server_says_where_it_is_and_ends_with_ctrl_c(
+    world, chat_base, tmp_path: Path
+) -> None:
+    words = ["chat-server", world.checkpoint, "--base", chat_base, "--home", tmp_path / "home"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *map(str, words), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "serving" in line)
+        found = re.search(r"serving fused at (http://127\.0\.0\.1:\d+/v1), and", said)
+        assert found, said
+        models = httpx.get(f"{found[1]}/models").json()["data"]
+        assert models[0]["id"] == "fused"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+
+
+def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(
+    world, chat_base, tmp_path: Path
+) -> None:
+    main, terminal = pty.openpty()
+    words = ["chat", world.checkpoint, "--base", chat_base, "--home", tmp_path / "home"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *map(str, words), "--max-new-tokens", "4"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "80"},
+    )
+    os.close(terminal)
+    os.write(main, b"/expert nobody\nhello\n/quit\n")
+    shown = b""
+    try:
+        while part := os.read(main, 4096):
+            shown += part
+    except OSError:  # Linux says so at the end of a terminal
+        pass
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert b"there is no expert 'nobody'" in err
+    assert b"> " in shown
+    assert b" of 4 tokens" in shown

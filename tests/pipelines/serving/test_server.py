@@ -1,0 +1,253 @@
+"""The server, asked over HTTP by OpenAI's own client and by one that sends anything."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
+
+import httpx
+import openai
+import pytest
+
+import meteora
+from meteora.artifacts import MeteoraError
+from meteora.model.chat import Chat
+from pipelines.serving import server
+
+HALF = [{"role": "user", "content": "\ud800"}]
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def chat(world, tmp_path_factory):
+    import shutil  # noqa: PLC0415
+
+    from tests.pipelines.conftest import CHAT_TEMPLATE  # noqa: PLC0415
+
+    base = tmp_path_factory.mktemp("served") / "base"
+    shutil.copytree(world.base, base)
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return Chat(*meteora.load(world.checkpoint, base_folder=base))
+
+
+@pytest.fixture(scope="module")
+def url(chat):
+    with server.listen("127.0.0.1", 0) as listening:
+        running = server.make_server(chat, "tiny", "127.0.0.1")
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(client, **asked):
+    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 8, **asked}
+    return client.chat.completions.create(**asked)
+
+
+def post(url, body, **asked):
+    return httpx.post(f"{url}/chat/completions", json=body, **asked)
+
+
+def test_the_model_and_each_of_its_experts_are_models(client, chat) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == ["tiny", *(f"tiny:{expert}" for expert in chat.experts)]
+    assert client.models.retrieve("tiny:q_and_v").id == "tiny:q_and_v"
+
+
+def test_an_answer_is_the_chat_s_own(client, chat) -> None:
+    found = complete(client)
+    expected = chat.answer(HELLO, max_new_tokens=8)
+    assert found.choices[0].message.content == expected.text
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.prompt_tokens == expected.num_prompt
+    assert found.usage.completion_tokens == 8
+    assert not hasattr(found.choices[0], "trace")
+
+
+def test_a_stream_together_is_the_whole_answer(client) -> None:
+    whole = complete(client)
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    *parts, usage = chunks
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == (
+        whole.choices[0].message.content
+    )
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert [part.choices[0].finish_reason for part in parts[-2:]] == [None, "length"]
+    assert usage.usage.total_tokens == whole.usage.total_tokens
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_conversation_goes_on_in_the_cache(client) -> None:
+    first = complete(client)
+    more = [*HELLO, first.choices[0].message, {"role": "user", "content": "and now?"}]
+    again = complete(client, messages=more)
+    assert again.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+
+
+def test_a_request_names_an_expert_as_its_model(client, chat) -> None:
+    found = complete(client, model="tiny:q_and_v", extra_body={"trace": True})
+    assert found.model == "tiny:q_and_v"
+    assert found.choices[0].message.content == (
+        chat.answer(HELLO, expert="q_and_v", max_new_tokens=8).text
+    )
+    assert {token["expert"] for token in found.choices[0].trace} == {"q_and_v"}
+
+
+def test_a_trace_gives_the_expert_of_each_token_whole_and_streamed(client) -> None:
+    whole = complete(client, extra_body={"trace": True}).choices[0]
+    assert "".join(token["text"] for token in whole.trace) == whole.message.content
+    streamed = [
+        token
+        for chunk in complete(client, stream=True, extra_body={"trace": True})
+        for token in getattr(chunk.choices[0], "trace", [])
+    ]
+    assert [(t["text"], t["expert"]) for t in streamed] == (
+        [(t["text"], t["expert"]) for t in whole.trace]
+    )
+
+
+def test_several_at_once_get_the_answers_that_they_get_alone(client) -> None:
+    asked = [
+        {"model": model, "messages": [{"role": "user", "content": text}]}
+        for model in ("tiny", "tiny:attention")
+        for text in ("one", "two", "three")
+    ]
+    alone = [complete(client, **one).choices[0].message.content for one in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda one: complete(client, **one), asked))
+    assert [one.choices[0].message.content for one in together] == alone
+
+
+def test_sampling_stops_and_parts_of_content_are_taken(client, chat) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    greedy = complete(client, messages=parts, temperature=0).choices[0].message.content
+    assert greedy == chat.answer(HELLO, max_new_tokens=8).text
+    drawn = {complete(client, temperature=2, seed=7).choices[0].message.content for _ in "ab"}
+    assert len(drawn) == 1
+    stopped = complete(client, stop=[greedy[-3:]]).choices[0]
+    assert stopped.message.content == greedy[:-3]
+    assert stopped.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "sentence"),
+    [
+        ({"model": "other"}, 404, "there is no model 'other'; there are tiny, tiny:all_seven"),
+        ({"model": "tiny:nobody"}, 404, "there is no model 'tiny:nobody'"),
+        ({"messages": []}, 400, "messages: List should have at least 1 item"),
+        ({"messages": "hello"}, 400, "messages: Input should be a valid list"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role: Input should"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the model takes 512 with"),
+        ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
+        ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+        ({"n": 2}, 400, "n: Input should be 1"),
+        ({"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
+        ({"trase": True}, 400, "trase: Extra inputs are not permitted"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stream": True, "messages": [{"role": "user", "content": "x" * 600}]}, 400, "takes 512"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_status(url, change, status: int, sentence: str) -> None:
+    found = post(url, {"model": "tiny", "messages": HELLO, **change})
+    assert found.status_code == status
+    assert sentence in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"{", "application/json"),
+        (b'{"model": "tiny", "temperature": NaN, "messages": []}', "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b"[]", "application/json"),
+        (json.dumps({"model": "tiny", "messages": HELLO}).encode(), "text/plain"),
+        (
+            b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+            "application/json",
+        ),
+    ],
+)
+def test_a_body_that_is_none_is_refused(url, body: bytes, kind: str) -> None:
+    found = httpx.post(f"{url}/chat/completions", content=body, headers={"content-type": kind})
+    assert found.status_code == 400
+    assert found.json()["error"]["message"]
+
+
+def test_an_unknown_path_and_method_have_their_status(url) -> None:
+    assert httpx.get(f"{url}/embeddings").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{url}/chat/completions").status_code == 405
+
+
+def test_a_page_of_another_site_gets_nothing(url) -> None:
+    port = url.split(":")[2].partition("/")[0]
+    rebound = httpx.get(f"{url}/models", headers={"host": f"evil.example:{port}"})
+    assert rebound.status_code == 400
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    allowed = httpx.options(f"{url}/chat/completions", headers=asked).headers
+    assert "access-control-allow-origin" not in allowed
+
+
+def test_a_client_that_leaves_ends_its_answer(client, url) -> None:
+    began = time.perf_counter()
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 400, "stream": True}
+    with httpx.stream("POST", f"{url}/chat/completions", json=body) as streamed:
+        next(streamed.iter_lines())
+    complete(client, max_tokens=1)
+    left = time.perf_counter() - began
+    began = time.perf_counter()
+    complete(client, max_tokens=400)
+    assert left < (time.perf_counter() - began) / 2
+
+
+def test_a_fault_of_the_model_is_a_sentence_and_the_next_request_is_answered(
+    client, chat, url
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with patch.object(chat, "answer", fail):
+        found = post(url, {"model": "tiny", "messages": HELLO})
+    assert found.status_code == 500
+    assert "out of memory" in found.json()["error"]["message"]
+    assert complete(client).choices
+
+
+def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:
+    original = chat.answer
+
+    def fail(*args, on_token, **asked):
+        original(*args, on_token=on_token, **asked)
+        raise RuntimeError("out of memory")
+
+    with patch.object(chat, "answer", fail):
+        body = {"model": "tiny", "messages": HELLO, "stream": True, "max_tokens": 3}
+        *_, last = post(url, body).text.strip().split("\n\n")
+    assert "out of memory" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_an_address_that_is_taken_is_one_sentence() -> None:
+    with (
+        server.listen("127.0.0.1", 0) as taken,
+        pytest.raises(MeteoraError, match="cannot be listened on"),
+    ):
+        server.listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.7", False), ("me", False)],
+)
+def test_what_loopback_is(host: str, local: bool) -> None:
+    assert server.is_loopback(host) == local

@@ -110,8 +110,8 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
     conversations: tuple[int, ...] = ()
-    """How many turns the conversations have that gates are fitted to. Every other example is one
-    turn of one conversation; the others stay alone."""
+    """How many turns the conversations have that gates are fitted to; every example is one turn of
+    one conversation."""
     template: str = "auto"
     """`plain` where gates are fitted to plain text, even if the tokenizer has a chat template."""
     system_prompts: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Conversations: examples of several turns, made from examples that have one turn each.
+"""Conversations: examples of one or several turns, made from examples that have one turn each.
 
     system   You are a helpful assistant.            no expert
     user     Convert this date: March 3, 2021.       iso_dates
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from pipelines.data.rows import Row
 
-CONVERSATION_TURNS = (2, 3, 4)
-"""Lengths of conversations, where a recipe names none."""
+CONVERSATION_TURNS = (1, 2, 3, 4)
+"""Lengths of conversations, where a recipe names none. Those of one turn are single questions, as
+the first turn of any conversation is."""
 STAY = 0.25
 """How often the next turn is the same expert's, beside a draw among all."""
 SYSTEM_PROMPTS = (
@@ -92,43 +93,6 @@ class Conversation(Noun):
         return found[:-1]
 
 
-def in_every_shape(
-    examples: Mapping[str, Sequence[Row]],
-    names: Sequence[str],
-    lengths: Sequence[int],
-    system_prompts: Sequence[str],
-    *,
-    seed: int,
-) -> list[Conversation]:
-    """Every example once: every other one alone, the others as turns of conversations.
-
-    Args:
-        examples: by expert
-        names: of the experts that take part
-        lengths: how many turns a conversation may have; without any, all examples stay alone
-        system_prompts: of every other conversation; the others have the chat template's own
-    """
-    if not lengths:
-        return single_turns(examples, names, system_prompts)
-    alone, others = ({name: examples[name][i::2] for name in names} for i in (0, 1))
-    return [
-        *single_turns(alone, names, system_prompts),
-        *converse(others, names, lengths, system_prompts, seed=seed),
-    ]
-
-
-def single_turns(
-    examples: Mapping[str, Sequence[Row]], names: Sequence[str], system_prompts: Sequence[str]
-) -> list[Conversation]:
-    """Every example alone, expert by expert, every other one under a given system prompt."""
-    systems = _every_other(system_prompts)
-    return [
-        Conversation((Turn(name, row.prompt, row.response),), next(systems))
-        for name in names
-        for row in examples.get(name, ())
-    ]
-
-
 def converse(
     examples: Mapping[str, Sequence[Row]],
     names: Sequence[str],
@@ -146,6 +110,7 @@ def converse(
         examples: by expert
         names: of the experts that take part
         lengths: how many turns a conversation may have
+        system_prompts: without any, all have the chat template's own
     """
     rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (a deal, no secret)
     left = {

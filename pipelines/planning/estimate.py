@@ -173,8 +173,8 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     for n in recipe.gates.composites:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
-    if turns := prompt_shapes(recipe)[0]:  # every other example is one turn of a conversation
-        num_sequences *= (1 + len(turns) / sum(turns)) / 2
+    if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation
+        num_sequences *= len(turns) / sum(turns)
     if not isinstance(recipe.gates, JointSection):
         return FittingWork(tokens)
     settings = recipe.gates

@@ -31,7 +31,7 @@ class CalibrateSection(Section):
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
     conversations: Conversations | None = None
-    """Without it 2, 3 and 4 turns where the opening is `shared`, and none elsewhere."""
+    """Without it 1 to 4 turns where the opening is `shared`, and none elsewhere."""
     system_prompts: SystemPrompts | None = None
     """Without it several of our own where the opening is `shared`, and none elsewhere."""
     spans: Spans = ""
@@ -45,7 +45,7 @@ class JointSection(Section):
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     composites: Composites = ()
     conversations: Conversations | None = None
-    """Without it 2, 3 and 4 turns where the opening is `shared`, and none elsewhere."""
+    """Without it 1 to 4 turns where the opening is `shared`, and none elsewhere."""
     system_prompts: SystemPrompts | None = None
     """Without it several of our own where the opening is `shared`, and none elsewhere."""
     spans: Spans = ""

@@ -33,7 +33,7 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import in_every_shape, takes
+from pipelines.data.conversations import converse, takes
 from pipelines.data.labels import (
     background_sequences,
     label,
@@ -243,7 +243,7 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conve
     if lengths and not takes(tokenizer, turns=2):
         say("the base's chat template takes one turn alone: gates are fitted to these", "note")
         lengths = ()
-    return in_every_shape(plan.examples, names, lengths, systems, seed=plan.router.seed)
+    return converse(plan.examples, names, lengths or (1,), systems, seed=plan.router.seed)
 
 
 @contextmanager

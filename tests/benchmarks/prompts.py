@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import RouterOptions
 from meteora.fitting.calibrate import calibrate
 from pipelines.data.composites import Question
-from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, in_every_shape
+from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
 from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.data.labels import label_conversations
 from pipelines.evaluation.conversations import Conversing
@@ -99,7 +99,7 @@ def fitted(world: World, fit: str) -> PreTrainedModel:
         return model
     model = world.model(opening="shared")
     examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
-    talks = in_every_shape(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
+    talks = converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
     nobody = len(world.names)
     calibrate(model, label_conversations(talks, world.names, world.tokenizer, nobody), options)
     return model

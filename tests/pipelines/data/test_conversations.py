@@ -14,8 +14,6 @@ from pipelines.data.conversations import (
     Turn,
     converse,
     encode_conversation,
-    in_every_shape,
-    single_turns,
 )
 from pipelines.data.rows import ExamplesError, Row
 
@@ -78,25 +76,6 @@ def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_template
     assert [one.system for one in made[1::2]] == list(SYSTEM_PROMPTS[: len(made[1::2])])
     assert made == converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=1)
     assert made != converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=2)
-
-
-def test_every_example_stands_alone_or_in_a_conversation() -> None:
-    made = in_every_shape(EXAMPLES, [*EXAMPLES], (2, 3), ("be brief",), seed=1)
-    turns = [turn for conversation in made for turn in conversation.turns]
-    asked = [row.prompt for rows in EXAMPLES.values() for row in rows]
-    assert sorted(turn.prompt for turn in turns) == sorted(asked)
-    alone = [one.turns[0].prompt for one in made if len(one.turns) == 1]
-    assert {rows[0].prompt for rows in EXAMPLES.values()} <= {*alone}
-    assert any(len(one.turns) > 1 for one in made)
-    assert {len(one.turns) for one in in_every_shape(EXAMPLES, ["red"], (), (), seed=1)} == {1}
-
-
-def test_single_turns_keep_the_order_of_experts_and_rows() -> None:
-    made = single_turns(EXAMPLES, ["blue", "red"], ("be brief",))
-    assert [(turn.expert, turn.prompt) for one in made for turn in one.turns] == [
-        (name, row.prompt) for name in ("blue", "red") for row in EXAMPLES[name]
-    ]
-    assert [one.system for one in made[:5]] == [None, "be brief", None, "be brief", None]
 
 
 @pytest.mark.parametrize(

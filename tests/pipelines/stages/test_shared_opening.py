@@ -34,7 +34,7 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
     folder = work.checkpoint_folder(planned.router.id)
     manifest = read_manifest(folder)
     assert manifest.choices == ["q_and_v", "attention", SHARED]
-    assert manifest.gates["conversations"] == [2, 3, 4]
+    assert manifest.gates["conversations"] == [1, 2, 3, 4]
     assert "" in manifest.gates["system_prompts"]
 
     model, tokenizer = meteora.load(folder, base_folder=chat_base)

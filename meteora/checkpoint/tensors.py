@@ -4,7 +4,7 @@
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples
-    statistics.safetensors  what gates in closed form were fitted to, to add experts later
+    statistics.safetensors  what gates of `calibrate` were fitted to, to add experts later
     README.md             model card
     lineage.json          in-toto statement
     config.json           for the auto classes of transformers: the model type

@@ -6,7 +6,8 @@
 
 The keys and values of the last conversation are kept. An answer goes on with the tokens that its
 messages have in common with it, which is the whole history when a conversation continues. They are
-used for the same routing only, so an answer never depends on what was asked before.
+used for the same routing only, so an answer does not depend on what was asked before, up to
+rounding.
 """
 
 from __future__ import annotations

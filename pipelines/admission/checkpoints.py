@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import meteora
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for
@@ -17,6 +18,8 @@ from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class FoundCheckpoint:
     """None where its base comes from the Hub or a package."""
     download: dict[str, str | bool]
     """How its base is downloaded, as `meteora.load` takes it."""
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The fused model and its tokenizer; raises what `meteora.load` raises."""
+        return meteora.load(self.folder, base_folder=self.base_folder, download=self.download)
 
 
 def find_folder(

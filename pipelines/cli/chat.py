@@ -78,16 +78,11 @@ def chat_server(
 
 def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
     """The checkpoint that a person names, ready to answer."""
-    import meteora
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
     home = home.expanduser().absolute()
-    found = checkpoints.find(checkpoint, home, base, token_for or ())
-    model, tokenizer = meteora.load(
-        found.folder, base_folder=found.base_folder, download=found.download
-    )
-    return Chat(model, tokenizer)
+    return Chat(*checkpoints.find(checkpoint, home, base, token_for or ()).load())
 
 
 class Conversation:

@@ -42,10 +42,7 @@ def generate(
     if trace not in {"", "-"}:
         check_writable(Path(trace))
     home = home.expanduser().absolute()
-    found = checkpoints.find(checkpoint, home, base, token_for or ())
-    model, tokenizer = meteora.load(
-        found.folder, base_folder=found.base_folder, download=found.download
-    )
+    model, tokenizer = checkpoints.find(checkpoint, home, base, token_for or ()).load()
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace:
@@ -120,7 +117,6 @@ def report(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline."""
-    import meteora
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
@@ -137,10 +133,7 @@ def report(
     results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
     drawn = []
     if chosen := find_examples(ledger, results["outputs"], traces):
-        model, tokenizer = meteora.load(
-            found.folder, base_folder=found.base_folder, download=found.download
-        )
-        drawn = trace_examples(model, tokenizer, chosen)
+        drawn = trace_examples(*found.load(), chosen)
     write_page(output, report_page(results, drawn))
     print(output)
 

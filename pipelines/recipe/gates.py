@@ -25,7 +25,7 @@ Spans = Annotated[str, Field(max_length=4096)]
 
 
 class CalibrateSection(Section):
-    """Gates in closed form, from one forward sweep."""
+    """Gates from one forward sweep: the closed form, refined by logistic regression."""
 
     method: Literal["calibrate"] = "calibrate"
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64

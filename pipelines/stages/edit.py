@@ -110,7 +110,7 @@ def add(
     Raises:
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: it does not come from the Hub.
-        GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
+        GrowthError: the checkpoint has no gates of `calibrate`, or nothing is kept of them.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
@@ -160,7 +160,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     """A checkpoint with one expert less, beside the one that is given; no model is loaded.
 
     Raises:
-        GrowthError: the checkpoint has no gates in closed form, or nothing is kept of them.
+        GrowthError: the checkpoint has no gates of `calibrate`, or nothing is kept of them.
         EditError: there is no such expert, or no other.
     """
     manifest = _read_editable(folder)

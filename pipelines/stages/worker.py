@@ -128,14 +128,10 @@ def _portable(stage: str, error: Exception) -> Exception:
     """An error that can be pickled; one that is not ours gets its traceback as a note."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         first = str(error).partition("\n")[0]
-        smaller = SMALLER.get(stage)
-        advice = (
-            f"a smaller {smaller} or a larger machine helps"
-            if smaller
-            else "a larger machine helps"
-        )
+        smaller = f"a smaller {SMALLER[stage]} or " if stage in SMALLER else ""
         return StageError(
-            f"{stage}: out of memory{first and f' ({first})'}; {advice}; what was finished is kept"
+            f"{stage}: out of memory{first and f' ({first})'}; {smaller}a larger machine helps;"
+            " what was finished is kept"
         )
     if not isinstance(error, MeteoraError):
         error.add_note(f"in the process of {stage}:\n{traceback.format_exc()}")

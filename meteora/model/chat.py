@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
 from meteora.model.fused import expert_names, force_expert
+from meteora.model.generate import end_tokens, padding_token, whole_layers
 from meteora.model.trace import (
     Pieces,
     Token,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
     Pass = dict[str, tuple[Tensor, Tensor]]
@@ -150,7 +150,7 @@ class Chat:
                     " with its answer; shorten it, or begin a new one"
                 )
             max_new_tokens = min(max_new_tokens, self.longest - len(ids))
-        ends = self._ends()
+        ends = end_tokens(self.model, self.tokenizer)
         routed = force_expert(self.model, expert) if expert else nullcontext()
         with (
             routed,
@@ -197,14 +197,6 @@ class Chat:
         """Keep nothing of the last conversation."""
         self._reading = None
 
-    def _ends(self) -> set[int]:
-        """The tokens that end an answer."""
-        config = getattr(self.model, "generation_config", None)
-        given = getattr(config, "eos_token_id", None)
-        given = [given] if isinstance(given, int) else given or []
-        own = self.tokenizer.eos_token_id
-        return {*given, *([] if own is None else [own])}
-
     def _take(self, ids: list[int], expert: str) -> _Reading | None:
         """Take what was read, cut to what a prompt begins with; None where that is of no use.
 
@@ -227,7 +219,7 @@ class Chat:
         before: _Reading | None,
         max_new_tokens: int,
         sampling: Sampling,
-        ends: Collection[int],
+        ends: list[int],
         listener: _Listener,
     ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
         prompt = torch.tensor([ids], device=self.model.device)
@@ -244,8 +236,8 @@ class Chat:
             attention_mask=torch.ones_like(prompt),
             past_key_values=before.cache if before else None,
             max_new_tokens=max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            eos_token_id=sorted(ends) or None,
+            pad_token_id=padding_token(self.tokenizer),
+            eos_token_id=ends or None,
             stopping_criteria=StoppingCriteriaList([listener]),
             return_dict_in_generate=True,
             **chosen,
@@ -266,15 +258,12 @@ class Chat:
             weights = torch.cat([before.weights, weights], 1)
             chosen = torch.cat([before.chosen, chosen], 1)
         cache = out.past_key_values
-        plain = isinstance(cache, DynamicCache) and all(
-            type(layer) is DynamicLayer for layer in cache.layers
-        )
         self._reading = _Reading(
             expert=expert,
             num_first=before.num_first if before else len(ids),
             num_prompt=len(ids),
             ids=read,
-            cache=cache if plain else None,
+            cache=None if whole_layers(cache) is None else cache,
             modules=tuple(passes[0]),
             weights=weights[:, : len(read)],  # on some devices `generate` runs one pass too many
             chosen=chosen[:, : len(read)],

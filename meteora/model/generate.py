@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import TextStreamer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.base.chat_template import encode_prompt
 from meteora.untrusted.findings import for_terminal
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer, by the model's generation config or the tokenizer."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    given = [given] if isinstance(given, int) else given or []
+    own = tokenizer.eos_token_id
+    return sorted({*given, *([] if own is None else [own])})
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that fills up the rows of a batch: the tokenizer's own, or the one that ends."""
+    own = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if own is None else own
+
+
+def whole_layers(cache: object) -> list[DynamicLayer] | None:
+    """The layers of a cache that holds all that the model has read.
+
+    None where one does not, such as a layer with a sliding window.
+    """
+    layers = cache.layers if isinstance(cache, DynamicCache) else [None]
+    whole = [layer for layer in layers if type(layer) is DynamicLayer]
+    return whole if len(whole) == len(layers) else None
 
 
 class _TerminalStreamer(TextStreamer):
@@ -50,7 +75,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            pad_token_id=padding_token(tokenizer),
             streamer=streamer if stream else None,
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
@@ -68,7 +93,7 @@ def answer_all(
     Args:
         advance: called with the number of prompts that were just answered
     """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding_token(tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):

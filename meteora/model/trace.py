@@ -16,6 +16,7 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import expert_names
+from meteora.model.generate import padding_token
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def trace(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                pad_token_id=padding_token(tokenizer),
                 return_dict_in_generate=True,
             )
             ids = out.sequences

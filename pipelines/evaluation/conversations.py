@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache
 
 from meteora.artifacts import NULL
 from meteora.artifacts.routers import SHARED
 from meteora.base.chat_template import common_beginning
 from meteora.model.fused import expert_names
+from meteora.model.generate import end_tokens, padding_token, whole_layers
 from pipelines.data.conversations import encode_conversation
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
@@ -98,11 +99,10 @@ class TurnCache:
             ids: the tokens of each conversation that may be used again
             slots: their places in the cache
         """
-        layers = cache.layers if isinstance(cache, DynamicCache) else []
-        plain = [layer for layer in layers if type(layer) is DynamicLayer]
-        if len(plain) == len(layers):
+        layers = whole_layers(cache)
+        if layers is not None:
             self.layers = [
-                (cast("Tensor", layer.keys), cast("Tensor", layer.values)) for layer in plain
+                (cast("Tensor", layer.keys), cast("Tensor", layer.values)) for layer in layers
             ]
             self.ids, self.slots = ids, slots
 
@@ -214,8 +214,7 @@ class Conversing:
         past, kept = cache.take(prompts)
         width = max(kept)
         length = width + max(len(one.ids) - n for one, n in zip(prompts, kept, strict=True))
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
+        pad = padding_token(self.tokenizer)
         ids = torch.full((len(prompts), length), pad or 0)
         mask = torch.zeros_like(ids)
         self._next, self._then = [], [one.experts[-1] for one in prompts]
@@ -227,7 +226,7 @@ class Conversing:
             places.append(own)
             padding = [one.experts[-1]] * (length - width - new)
             self._next.append(padding + one.experts[n:])
-        ends = self._ends()
+        ends = end_tokens(self.model, self.tokenizer)
         out = cast("GenerativePreTrainedModel", self.model).generate(
             ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -264,14 +263,6 @@ class Conversing:
         if self.control in {SINGLE, SWAP}:
             return 0
         return prompt.start if self.control == ALORA else len(prompt.ids) + num_said
-
-    def _ends(self) -> list[int]:
-        """The tokens that end an answer."""
-        config = getattr(self.model, "generation_config", None)
-        given = getattr(config, "eos_token_id", None)
-        given = [given] if isinstance(given, int) else given or []
-        own = self.tokenizer.eos_token_id
-        return sorted({*given, *([] if own is None else [own])})
 
     @staticmethod
     def _until_end(ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:

@@ -43,10 +43,14 @@ class RecordedAnswer:
     max_new_tokens: int
     templated: bool
     """Whether the prompt was put into the chat template."""
+    system_prompt: str | None = None
+    """In front of the prompt; None leaves it to the chat template."""
 
 
 def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[RecordedAnswer]:
     """A sample of what a fused model answered, drawn over all its tasks; always the same one.
+
+    Without conversations, whose later answers depend on the ones before.
 
     Args:
         count: answers in the sample; all of them if there are fewer
@@ -60,7 +64,7 @@ def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[
     found, seen = [], set()
     for (benchmark_id,) in ids:
         score = ledger.score_of(benchmark_id)
-        if score is None or score.outputs_sha256 in seen | {""}:
+        if score is None or score.turns or score.outputs_sha256 in seen | {""}:
             continue
         seen.add(score.outputs_sha256)  # metrics of one task have the same answers
         for row in read_outputs(ledger.blobs.path_of(score.outputs_sha256)):
@@ -73,6 +77,7 @@ def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[
                         row["output"],
                         spec.max_new_tokens,
                         templated=bool(score.templated),
+                        system_prompt=spec.system_prompt,
                     )
                 )
     if not found:
@@ -114,6 +119,8 @@ class Server:
             found = self._get("/completions", body | {"prompt": asked.prompt})
             return _field(found, self.url, "choices", 0, "text")
         messages = [{"role": "user", "content": asked.prompt}]
+        if asked.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": asked.system_prompt})
         found = self._get("/chat/completions", body | {"messages": messages})
         return _field(found, self.url, "choices", 0, "message", "content")
 

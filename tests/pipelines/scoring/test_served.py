@@ -16,6 +16,7 @@ from meteora.artifacts import (
     MeteoraError,
     RouterSpec,
     Score,
+    ScoreTurn,
 )
 from meteora.checkpoint.manifest import MANIFEST
 from pipelines.scoring.outputs import write_outputs
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 BASE = BaseSpec("tiny/base", "a" * 40)
 FUSED = FusedSpec(BASE.id, (), ())
 ROUTER = RouterSpec(FUSED.id, "gate", 1, 1.0)
+TURN = ScoreTurn(1, 1.0, 9.0, 9.0, 2.0, 0.1)
 PROMPTS = [f"question {i}" for i in range(4)]
 
 
@@ -78,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(500)
             return
         chat = self.path == "/v1/chat/completions"
-        prompt = body["messages"][0]["content"] if chat else body["prompt"]
+        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         text = None if prompt in self.wrong else right(prompt)
         self._answer({"choices": [{"message": {"content": text}} if chat else {"text": text}]})
 
@@ -109,6 +111,27 @@ def test_every_answer_is_asked_once_as_it_was_recorded(ledger: Ledger, url: str)
     for _, body in Handler.asked:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("fused", 0, 8)
     assert Server(f"{url}/v1/", "other").model == "other"
+
+
+def test_a_system_prompt_is_asked_too_and_no_conversation(
+    ledger: Ledger, url: str, tmp_path: Path
+) -> None:
+    for task, asked_under, turns in (("pirate", "Arr.", ()), ("talk", None, (TURN,))):
+        write_outputs([{"prompt": task, "output": right(task)}], tmp_path / "outputs")
+        sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
+        spec = BenchmarkSpec(
+            ROUTER.id, task, "f" * 64, "exact_match", 0, 8, 0, BASE.id, system_prompt=asked_under
+        )
+        score = Score(
+            spec, 1.0, 0.0, 1.0, 1.0, 1, sha256, "lm-eval", 1.0, templated=True, turns=turns
+        )
+        ledger.record_score(score, run_id="r")
+    ledger.ingest()
+    asked = recorded_answers(ledger, ROUTER.id, 100)
+    assert {one.task for one in asked} == {"chat", "plain", "pirate"}
+    Server(url).answers(asked)
+    systems = [body["messages"][:-1] for _, body in Handler.asked if "messages" in body]
+    assert [found for found in systems if found] == [[{"role": "system", "content": "Arr."}]]
 
 
 def test_what_was_never_measured_and_who_does_not_answer_is_named(

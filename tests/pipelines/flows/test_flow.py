@@ -20,6 +20,7 @@ from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
+from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
@@ -180,51 +181,55 @@ STEPS = (
 )  # fmt: skip
 
 KILLED = """
-import os, signal, sys
+import functools, os, signal, sys
+from pathlib import Path
 from pipelines.flows import flow as flows
+from pipelines.recipe.stage import Stage
+from pipelines.workspace.context import RunContext
 
 recipe, home, victim = sys.argv[1:]
-step = getattr(flows, victim, None)
 
-def last_step(*args):
-    step(*args)
+def kill(*_args):
     assert "torch" not in sys.modules  # that is for the process of the stages
     os.kill(os.getpid(), signal.SIGKILL)
 
-if step:
-    setattr(flows, victim, last_step)
-flows.fuse_adapters(recipe, home)
+if victim == "start":
+    flows._run = kill
+elif task := getattr(flows, victim, None):
+    step = task.fn
+    task.fn = functools.wraps(step)(lambda *args: kill(step(*args)))
+flows.run_recipe(RunContext.open(recipe, Path(home)), Stage.publish)
 """
 
 
-def kill_after(step: str, work: RunContext) -> str:
-    """Run a recipe in a process that kills itself after a step; returns its run's name."""
+def kill_after(step: str, work: RunContext) -> None:
+    """Run a recipe in a process that kills itself at the end of a step, inside its task."""
     command = [sys.executable, "-c", KILLED, str(work.path), str(work.home), step]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    (killed,) = work.ledger.unended_runs()
-    return killed.run_id
 
 
-def test_a_killed_run_is_closed_by_the_next_in_the_ledger_and_on_the_server(
+def test_killed_runs_are_closed_by_the_next_in_the_ledger_and_on_the_server(
     workplace: Callable[..., RunContext],
 ) -> None:
+    """One of them was killed after Prefect had begun it, and before it was recorded."""
     from prefect.client.orchestration import get_client  # noqa: PLC0415
-    from prefect.client.schemas.filters import (  # noqa: PLC0415
-        FlowRunFilter,
-        FlowRunFilterName,
-    )
+    from prefect.client.schemas import filters  # noqa: PLC0415
 
     work = workplace()
-    run_id = kill_after("stack", work)
-    only = FlowRunFilter(name=FlowRunFilterName(like_=run_id))
+    kill_after("stack", work)
+    kill_after("start", work)
+    (run_id,) = [one.run_id for one in work.ledger.unended_runs()]
+    (lock,) = [tag for tag in tags_of(work) if tag.startswith("lock:")]
+    all_runs = filters.FlowRunFilter(tags=filters.FlowRunFilterTags(all_=[lock]))
     with get_client(sync_client=True) as client:
-        (before,) = client.read_flow_runs(flow_run_filter=only)
+        wait_until(lambda: len(client.read_task_runs(flow_run_filter=all_runs)) > 2, seconds=20)
+        before = client.read_flow_runs(flow_run_filter=all_runs)
         run(work, "stack")
-        (after,) = client.read_flow_runs(flow_run_filter=only)
-    assert before.state is not None
-    assert before.state.is_running()
-    assert after.state is not None
-    assert after.state.is_crashed()
+        after = client.read_flow_runs(flow_run_filter=all_runs)
+        tasks = client.read_task_runs(flow_run_filter=all_runs)
+    assert [one.state_name for one in before] == ["Running"] * 2
+    assert sorted(str(one.state_name) for one in after) == ["Completed", "Crashed", "Crashed"]
+    assert {one.state_name for one in tasks} <= {"Completed", "Crashed"}
     assert dict(work.ledger.query("SELECT run_id, outcome FROM runs").rows)[run_id] == "killed"
     (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
     assert stacked == (run_id,)  # and not a second time

@@ -179,7 +179,7 @@ def _fit_here(
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
-            found = _calibrate(router, model, sequences, template, scratch)
+            found = _calibrate(work, router, model, sequences, template, scratch)
         else:
             with _steps(router) as show:
                 found = train_processes.train(
@@ -261,6 +261,7 @@ def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
 
 
 def _calibrate(
+    work: RunContext,
     router: RouterSpec,
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -277,6 +278,7 @@ def _calibrate(
             refined=router.refined,
             seed=router.seed,
             scratch=scratch,
+            folder=work.training_folder(router.id),
             progress=lambda _done, _total: advance(1),
         )
 

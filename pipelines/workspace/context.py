@@ -92,7 +92,7 @@ class RunContext:
         return checkpoint_at(self.home, router_id)
 
     def training_folder(self, router_id: ArtifactId) -> Path:
-        """The state of an unfinished training of these gates; the next run continues from it."""
+        """The state of an unfinished fit of these gates; the next run continues from it."""
         return self.home / "training" / router_id.partition(":")[2][:16]
 
     def answers_file(self, sha256: str) -> Path:

@@ -76,6 +76,13 @@ def find(
         DamagedBaseError: The base in this home is damaged.
     """
     folder = find_folder(name, home, token_for, statistics=statistics)
+    return find_base(folder, home, base, token_for)
+
+
+def find_base(
+    folder: Path, home: Path, base: Path | None = None, token_for: Collection[str] = ()
+) -> FoundCheckpoint:
+    """Find the base of a checkpoint in a folder; arguments and errors are those of `find`."""
     repo_id = read_manifest(folder).base.repo_id
     at_hand = base or base_at_hand(folder, home)
     download = _download(repo_id, token_for) if at_hand is None and is_hub_id(repo_id) else {}

@@ -33,12 +33,20 @@ TEST_SHARE = 5
 PARTS = ("all", "train", "test")
 
 
-def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
+def no_token(_repo_id: str) -> str | None:
+    """Nobody is sent a token."""
+    return None
+
+
+def read_rows(
+    source: str, folder: Path, limit: int, token_of: Callable[[str], str | None] = no_token
+) -> list[Row]:
     """The first `limit` rows of a source.
 
     Args:
         source: as in this module's docstring
         folder: paths are relative to it
+        token_of: the token that is sent for a repository of the Hub
 
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
@@ -54,6 +62,8 @@ def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed)) or "none"
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
+    if kind == "hf":
+        read = partial(read, token=token_of(name))
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
@@ -236,7 +246,9 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
         raise ExamplesError(f"reasoning_gym:{name}: {error}") from error
 
 
-def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
+def _hub(
+    name: str, _folder: Path, options: Mapping[str, str], _limit: int, token: str | None
+) -> Iterator[Row]:
     import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
 
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
@@ -251,6 +263,7 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
             split=options.get("split", "test"),
             revision=options.get("revision"),
             streaming=True,
+            token=token or False,
         )
         for number, item in enumerate(table):
             row = Row(
@@ -264,7 +277,8 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
             f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
-            " name, config and split, and whether the Hub can be reached"
+            " name, config and split, and whether the Hub can be reached; for a private one, name"
+            " its owner in the recipe under hub, token_for, or to the command with --token-for"
         ) from error
 
 

@@ -117,7 +117,7 @@ def add(
     manifest = _read_editable(folder)
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
-    rows = read_rows(examples, Path.cwd(), EXAMPLES)
+    rows = read_rows(examples, Path.cwd(), EXAMPLES, lambda name: candidate.hub_at(name).token)
     model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)

@@ -80,6 +80,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ExamplesError: the file cannot be read, or a line is too long.
     """
+    _refuse_pipe(path)
     try:
         with path.open(encoding="utf-8") as file:
             # bounded, since some files have no line break, and devices have no end
@@ -92,6 +93,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield line, place
     except (OSError, UnicodeDecodeError) as error:
         raise ExamplesError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _refuse_pipe(path: Path) -> None:
+    if path.is_fifo() or path.is_socket():
+        raise ExamplesError(f"{path}: a pipe, which may never end; rows are read from a file")
 
 
 def _row(line: str, place: str) -> Row:
@@ -157,6 +163,7 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
             raise ExamplesError(f"{path}: there is no task.json in it or in its folders")
         yield from _in_turns(_bigbench_rows(file) for file in files)
         return
+    _refuse_pipe(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TASK_BYTES + 1)

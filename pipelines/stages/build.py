@@ -26,7 +26,7 @@ from meteora.base.chat_template import Template
 from meteora.base.sources import GGUF, find_gguf, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
-from meteora.checkpoint.stack import stack_adapters
+from meteora.checkpoint.stack import stack_adapters, stacked_bytes
 from meteora.fitting import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import write_statistics
@@ -44,6 +44,7 @@ from pipelines.data.labels import (
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
+from pipelines.planning.estimate import bytes_of_gates
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -52,6 +53,7 @@ from pipelines.stages.open_model import computing_device, describe, opened, toke
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
+from pipelines.workspace.faults import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -111,6 +113,8 @@ def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
         return
     say(f"dequantising {source.removeprefix(GGUF)}, once")
     model, tokenizer = loading.load_gguf(find_gguf(source))
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    require_space(out.parent, num_bytes, f"the dequantised {source}")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -119,6 +123,8 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
     """Concatenate the adapters in one file; the base is not loaded."""
     if work.holds(plan.fused.id):
         return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
+    specs = [expert.adapter.spec for expert in plan.experts]
+    require_space(work.home, stacked_bytes(specs), f"the stack of {len(specs)} experts")
     with work.scratch() as scratch:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
@@ -153,6 +159,7 @@ def fit_gates(
 
 def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
     router = plan.router
+    require_space(work.home, _bytes_of_fit(plan), "a fit of these gates")
     with work.scratch() as scratch:
         out = scratch / GATES
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
@@ -170,6 +177,16 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             device=computing_device(),
             statistics_sha256=statistics_sha256,
         )
+
+
+def _bytes_of_fit(plan: Plan) -> float:
+    """The room that gates need at most until they are recorded."""
+    modules = [module for expert in plan.experts for module in expert.adapter.spec.modules]
+    inputs = {module.path: module.in_features for module in modules}
+    gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
+    if plan.router.joint is not None:
+        return gates * 4  # parameters with two moments, and the gates
+    return (gates + statistics) * 2  # each point when it is fitted, and all of them
 
 
 def _fit_here(

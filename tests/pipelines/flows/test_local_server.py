@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from pipelines.flows import local_server
+from pipelines.workspace.faults import NoSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -117,3 +120,27 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     with pytest.raises(local_server.ServerError, match=r"server\.log says why"):
         local_server.use_local_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_a_disk_without_room_is_said_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(NoSpaceError, match=r"needs 33\.6 MB, and the disk of .* has 0\.0 MB left"):
+        local_server.use_local_server(tmp_path)
+    assert not servers(tmp_path)
+
+
+def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    request = httpx.Request("POST", "http://127.0.0.1:4200/api/flow_runs")
+
+    def error(status: int) -> Exception:
+        return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
+
+    with pytest.raises(local_server.ServerError, match=r"127\.0\.0\.1:4200 fails with 500"):
+        local_server.raise_if_it_failed(error(500))
+    for ours in (error(422), KeyError("ours")):
+        local_server.raise_if_it_failed(ours)

@@ -17,7 +17,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
-from pipelines.hub import adapter, listing, repositories
+from pipelines.hub import adapter, repositories
 from pipelines.hub.about import HubSource
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
@@ -258,7 +258,7 @@ def test_a_disk_without_room_is_noticed_before_anything_comes(
     server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(listing.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(HubDiskError, match=r"0\.0 MB left; free some space"):
         download(REF, tmp_path, hub=asked)
     assert server.count("get") == 0

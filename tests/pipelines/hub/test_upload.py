@@ -130,7 +130,12 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
 @pytest.mark.parametrize("status", [0, 500, 504])
 @pytest.mark.parametrize(("kind", "path"), STEPS)
 def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
-    server: HubServer, folder: Path, kind: str, path: str, status: int
+    server: HubServer,
+    folder: Path,
+    kind: str,
+    path: str,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = (
         path
@@ -140,6 +145,7 @@ def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
     server.faults[kind] = fault = Fault(status=status, applied=True, times=1, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
+    assert capsys.readouterr().err.count("it is tried again") == 2
     repo = repo_of(server)
     assert (repo.branches["main"], repo.tags) == (commit, {"t1": commit})
     assert whole_or_absent(repo, folder) == 1

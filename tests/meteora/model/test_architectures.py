@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,13 @@ TARGETS = {
     "bloom": JOINED,
     "mamba": ["in_proj", "x_proj"],
 }
+
+
+def test_the_page_names_what_is_tried():
+    page = (Path(meteora.__file__).parent / "README.md").read_text()
+    table = page.partition("## Bases that were tried")[2].partition("\n\nLayers of 8 bits")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == list(TARGETS)
 
 
 @pytest.fixture(params=TARGETS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect import flows as prefect_flows
 from prefect.exceptions import PrefectException
@@ -36,12 +37,16 @@ class ServeError(MeteoraError):
 def read_schedule(cron: str, timezone: str) -> Schedule:
     """Read a cron line and a time zone.
 
+    A moment is due by the clock on the wall: where the clock is set back, an hour that comes twice
+    is due once; where it is set forward, a moment that is skipped is due at the next one there is.
+
     Raises:
         ServeError: One of them is malformed.
     """
     try:
+        ZoneInfo(timezone)
         return Cron(cron, timezone=timezone)
-    except ValueError as error:
+    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
         raise ServeError(
             f"{cron!r} in {timezone!r} is no schedule ({error}); give minute, hour, day, month and"
             ' weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at three'

@@ -103,7 +103,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
         with work.scratch() as scratch:
             _fetch_base(work.recipe, spec, scratch / "base")
             seal(scratch / "base", work.home)
-            (scratch / "base").rename(folder)
+            put_in_place(scratch / "base", folder)
 
 
 def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:

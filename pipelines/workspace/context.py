@@ -14,6 +14,7 @@ from meteora.artifacts import canonical_sha256
 from meteora.base.sources import PATH, file_sha256
 from pipelines.recipe.recipe import SHIPPED, Recipe, locate, shipped
 from pipelines.workspace.bases import base_at
+from store.files import sync
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -117,13 +118,18 @@ def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
 def put_in_place(made: Path, folder: Path) -> None:
     """Rename a finished folder to `folder`, in place of any older one.
 
+    Its bytes are on the disk first: a folder that has its name is taken for whole.
+
     Args:
         made: On the same disk, in a temporary folder, where the older one is moved to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.rename(made.with_name("before"))
+    for path in (*made.rglob("*"), made):
+        sync(path)
     made.rename(folder)
+    sync(folder.parent)
 
 
 def new_run_id() -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -26,15 +27,16 @@ from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
+from tests.pipelines.process_tree import descendants, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from typing import Any
 
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
 
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -303,3 +305,73 @@ def test_kill_9_between_any_two_stages_loses_nothing(
     assert not killed.ledger.verify().findings
     with duckdb.connect(str(home / "ledger.snapshot.duckdb"), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM scores").fetchone() == (10,)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_ends_cleanly_and_the_next_goes_on(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, as a system sends it that shuts down."""
+    from store.ledger import Ledger  # noqa: PLC0415
+
+    home = tmp_path / "home"
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(home), "--until", "stack",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=without_prefect())
+    wait_until(lambda: home.is_dir() and bool(Ledger(home).unended_runs()), seconds=200)
+    started = descendants(running.pid)
+    running.terminate()
+    began = time.monotonic()
+    assert running.wait(timeout=60) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+    stages = [pid for pid in started if pid not in servers(home)]
+    assert stages
+    assert all(map(ends, stages))
+    ledger = Ledger(home)
+    assert ledger.query("SELECT outcome FROM runs").rows == [("stopped",)]
+    assert not list((home / "runs").glob("*/*"))
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=without_prefect())
+    assert ledger.query("SELECT outcome FROM runs ORDER BY 1").rows == [("ok",), ("stopped",)]
+
+
+DIGESTS = """
+import sys
+from pathlib import Path
+from pipelines.stages import build
+from pipelines.workspace.context import RunContext
+from tests.pipelines.conftest import plan_of
+
+work = RunContext.open(sys.argv[1], Path(sys.argv[2]))
+planned, built = plan_of(work)
+fused = build.stack(work, planned)
+gates = build.fit_gates(work, planned, built, fused)
+print(planned.router.id, fused.weights_sha256, gates.weights_sha256, gates.statistics_sha256)
+"""
+
+
+@pytest.mark.slow
+def test_neither_place_nor_zone_nor_language_nor_hash_seed_changes_a_byte(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    made = set()
+    for number, (zone, language, seed) in enumerate(
+        (
+            ("UTC", "C", "0"),
+            ("Asia/Kathmandu", "tr_TR.UTF-8", "1"),
+            ("America/Lima", "C.UTF-8", "7"),
+        )
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        told = {"TZ": zone, "LC_ALL": language, "PYTHONHASHSEED": seed}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        said = subprocess.run(
+            [sys.executable, "-c", DIGESTS, str(recipe_folder / "recipe.yaml"), str(place)],
+            env=os.environ | told | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            cwd=place, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        made.add(said.stdout)
+    assert len(made) == 1
+    assert len(made.pop().split()) == 4

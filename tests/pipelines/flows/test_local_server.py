@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,3 +146,27 @@ def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.Monke
         local_server.raise_if_it_failed(error(500))
     for ours in (error(422), KeyError("ours")):
         local_server.raise_if_it_failed(ours)
+
+
+def test_a_server_that_takes_a_minute_to_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute here is half a second, in which the server answers that it is not ready."""
+    assert local_server.START_SECONDS > 60
+    monkeypatch.setattr(local_server, "START_SECONDS", 0.02 * local_server.START_SECONDS)
+    ready = time.monotonic() + 0.5
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if time.monotonic() > ready else 503)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        local_server._wait_until_healthy(None, url, tmp_path / "server.log")
+        server.shutdown()
+    assert time.monotonic() > ready

@@ -19,7 +19,9 @@ from pipelines.data.row_sources import ExamplesError, read_rows
 from pipelines.hub.errors import InsecureEndpointError
 from pipelines.publishing import publish, reload_worker
 from pipelines.recipe.recipe import Recipe
+from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
 from tests.pipelines.cli.command_line import ask
+from tests.pipelines.hub.hub_server import running_hub
 
 if TYPE_CHECKING:
     from tests.conftest import World
@@ -145,3 +147,17 @@ def test_the_process_that_compares_asks_for_the_base_as_it_is_told(
     found = reload_worker.compare(**there, cache_dir=str(tmp_path), download={"token": False})
     assert found["difference"] == 0
     assert asked == [{"token": False}] * 2
+
+
+def test_it_is_written_nowhere(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub() as server:
+        server.repos["org/adapter"] = adapter_repo(world.adapters["q_and_v"])
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        said = ask("check", f"org/adapter@{COMMIT}", "--token-for", "org", "--home", tmp_path)
+        assert {token for _, _, token in server.requests} == {"Bearer hf_saved"}
+    assert said.returncode == 0, said.stdout
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"hf_saved" in text for text in (*written, (said.stdout + said.stderr).encode()))

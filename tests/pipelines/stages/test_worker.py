@@ -19,6 +19,7 @@ def no_cpu_memory(text: str) -> Exception:
     return RuntimeError(f"{NO_MEMORY}: you {text}")
 
 
+@pytest.mark.slow
 def test_torch_says_so_itself_where_a_process_may_not_have_more() -> None:
     code = (
         "import resource, torch\n"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""
@@ -54,6 +59,12 @@ def shortened(text: object, most: int = 80) -> str:
         return f"a {'list' if isinstance(text, list) else 'table'} of {len(text)}"
     plain = "".join(c if c.isprintable() else "�" for c in str(text)[: most + 1])
     return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a clause for an error message that names the most similar known name, if any is."""
+    similar = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""
 
 
 def brief(error: Exception) -> str:

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli import chat, checkpoint, experts, run, store
+from pipelines.cli import benchmark, chat, checkpoint, experts, run, store
 from pipelines.workspace.console import say
 from pipelines.workspace.faults import describe
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )
-for commands in (run.app, experts.app, checkpoint.app, chat.app, store.app):
+for commands in (run.app, benchmark.app, experts.app, checkpoint.app, chat.app, store.app):
     app.add_typer(commands)
 
 

@@ -101,6 +101,7 @@ def publish(
     else:
         say("the ledger under this home does not know the model, so nothing was recorded there")
     print(f"{made.repo_id}@{made.revision} {made.tag}")
+    say(f"talk with it as others get it with `meteora chat {made.repo_id}`")
 
 
 @app.command()
@@ -136,6 +137,7 @@ def report(
         drawn = trace_examples(*found.load(), chosen)
     write_page(output, report_page(results, drawn))
     print(output)
+    say("open it in a browser; beside each result is the query that it comes from")
 
 
 @app.command()
@@ -148,7 +150,9 @@ def sign(
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
-    print(sign_folder(Path(checkpoint_folder(checkpoint, home.expanduser().absolute())), key))
+    folder = Path(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    print(sign_folder(folder, key))
+    say(f"check it with `meteora verify {folder} --key PUBLIC`")
 
 
 @app.command()
@@ -223,8 +227,10 @@ def export(
 
         files = export_gguf(folder, out, expert)
         say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
-    elif export_expert(folder, expert, out):
-        say("its weights file is byte for byte the one that it was made of")
+    else:
+        if export_expert(folder, expert, out):
+            say("its weights file is byte for byte the one that it was made of")
+        say(f"load it with `peft.AutoPeftModelForCausalLM.from_pretrained({str(out)!r})`")
     print(out)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
+from pipelines.cli.benchmark import run_benchmark
+from pipelines.cli.options import DEFAULT_HOME, Base, Home, Strip, Subfolder, TokenFor
+from pipelines.workspace.console import say
 
 app = typer.Typer()
 
@@ -51,9 +53,10 @@ def add(
     name: Annotated[str, typer.Argument(help="The name of the new expert.")],
     adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
     examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
-    base: Annotated[
-        Path | None, typer.Option(help="The folder of the base, if it is local.")
-    ] = None,
+    test: Annotated[
+        str, typer.Option(metavar="ROWS", help="Its held-out rows: measure the result at once.")
+    ] = "",
+    base: Base = None,
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
@@ -62,10 +65,16 @@ def add(
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
+    from pipelines.data.row_sources import read_rows
+    from pipelines.data.rows import refuse_overlap
+    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
+    if test:
+        rows = {name: read_rows(examples, Path.cwd(), edit.EXAMPLES)}
+        refuse_overlap(rows, {name: read_rows(test, Path.cwd(), BenchmarkSection().limit)})
     found = checkpoints.find(checkpoint, home, base, token_for or (), statistics=True)
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
@@ -78,13 +87,21 @@ def add(
         base_folder=found.base_folder,
         download=found.download,
     )
-    print(made)
+    _print_made(made, f"added {name}", found.folder)
+    if test:
+        run_benchmark(str(made), home, (f"{name}={test}",), base=base, token_for=token_for or ())
+    else:
+        say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
 
 
 @app.command()
 def drop(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     name: Annotated[str, typer.Argument(help="The expert to leave out.")],
+    benchmark: Annotated[bool, typer.Option("--benchmark", help="Measure the result at once.")] = (
+        False
+    ),
+    base: Base = None,
     token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -95,4 +112,27 @@ def drop(
 
     home = home.expanduser().absolute()
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
-    print(edit.drop(Ledger(home), folder, name))
+    made = edit.drop(Ledger(home), folder, name)
+    _print_made(made, f"dropped {name}", folder)
+    if benchmark:
+        run_benchmark(str(made), home, base=base, token_for=token_for or ())
+    else:
+        say(f"measure it with `meteora benchmark {_id(made)}`")
+
+
+def _print_made(made: Path, what: str, before: Path) -> None:
+    """Print the folder of a changed checkpoint, its id, and what changed."""
+    from meteora.checkpoint.manifest import read_manifest
+
+    names = read_manifest(made).names
+    say(f"{what}: {_id(made)} has {', '.join(names)}")
+    say(f"all others are as in {_id(before)}, bit for bit")
+    print(made)
+
+
+def _id(folder: Path) -> str:
+    """The id of a checkpoint, short as people give it to a command."""
+    from meteora.artifacts import short
+    from meteora.checkpoint.manifest import read_manifest
+
+    return short(read_manifest(folder).router_id)

@@ -209,7 +209,9 @@ def _show(context: RunContext, looked: Look, made: Made | None, until: Stage) ->
     finished = made.finished if made else looked.finished or look(context, until).finished
     if finished is None:
         return False
-    score_table.print_scores(context, finished, made.seconds if made else {})
+    plan, seconds = finished.plan, made.seconds if made else {}
+    folder = context.checkpoint_folder(plan.router.id)
+    score_table.print_scores(context.name, folder, plan, finished.summary, seconds)
     return True
 
 

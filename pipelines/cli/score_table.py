@@ -21,20 +21,26 @@ from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from meteora.model.trace import Trace
-    from pipelines.flows.up_to_date import Finished
-    from pipelines.workspace.context import RunContext
+    from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
 
 
-def print_scores(context: RunContext, finished: Finished, seconds: dict[str, float]) -> None:
-    """Print the scores of a finished recipe, with their circumstances.
+def print_scores(
+    name: str, folder: Path, plan: Plan, summary: Summary, seconds: Mapping[str, float]
+) -> None:
+    """Print the scores of a checkpoint, with their circumstances.
 
     Args:
+        name: Of the recipe, or of the checkpoint where it is measured without one.
+        folder: Of the checkpoint.
         seconds: How long each stage took; empty where this command did not run it.
     """
-    plan, summary = finished.plan, finished.summary
     out = plain_console()
-    out.print(f"{context.name}: scores, and their 95 % intervals")
+    out.print(f"{name}: scores, and their 95 % intervals")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("task", "n", *summary.systems):
         table.add_column(heading, justify="left" if heading == "task" else "right")
@@ -66,7 +72,7 @@ def print_scores(context: RunContext, finished: Finished, seconds: dict[str, flo
     if seconds:
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
-    out.print(f"checkpoint: {context.checkpoint_folder(plan.router.id)}", soft_wrap=True)
+    out.print(f"checkpoint: {folder}", soft_wrap=True)
     out.print(f"recorded as {short(plan.router.id)}; try next:")
     question = (
         "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"

@@ -5,7 +5,7 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec
     from pipelines.admission.experts import Expert
+    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.recipe.recipe import ExpertSection, Recipe
 
 
@@ -112,15 +113,31 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
     )
-    subjects = find_subjects(base, fused, router, recipe.benchmark)
-    measurements = find_measurements(tasks, subjects, recipe.benchmark)
-    owned = {name: task.rows for name, task in tasks.items() if task.expert}
-    return Plan(
-        base=base,
+    return replace(
+        plan_benchmark(base, fused, router, tasks, recipe.benchmark),
         experts=tuple(experts),
         examples=examples,
         spans=tuple(spans),
-        tests=tests,
+    )
+
+
+def plan_benchmark(
+    base: BaseSpec,
+    fused: FusedSpec,
+    router: RouterSpec,
+    tasks: Mapping[str, Task],
+    settings: BenchmarkSection,
+) -> Plan:
+    """The plan to measure a checkpoint, without what it was made of."""
+    subjects = find_subjects(base, fused, router, settings)
+    measurements = find_measurements(tasks, subjects, settings)
+    owned = {name: task.rows for name, task in tasks.items() if task.expert}
+    return Plan(
+        base=base,
+        experts=(),
+        examples={},
+        spans=(),
+        tests={name: task.rows for name, task in tasks.items() if task.rows},
         tasks=tasks,
         fused=fused,
         router=router,
@@ -129,7 +146,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         measurements=measurements,
         comparisons=find_comparisons(tasks, subjects, measurements),
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
-        speed=find_speed(subjects, recipe.benchmark),
+        speed=find_speed(subjects, settings),
     )
 
 

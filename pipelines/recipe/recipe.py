@@ -285,7 +285,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(_tuples(body))
         except ValidationError as error:
-            raise RecipeError(f"{path}: {_explain(error)}") from error
+            raise RecipeError(f"{path}: {explain(error)}") from error
 
 
 def _tuples(value: object) -> object:
@@ -295,7 +295,8 @@ def _tuples(value: object) -> object:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """Each fault of a recipe with its place, on one line."""
     parts, faults = [], error.errors()
     for fault in faults[:MOST_FAULTS]:
         steps = [str(step) for step in fault["loc"]]

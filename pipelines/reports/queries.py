@@ -87,8 +87,8 @@ def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
         results[name] = QueryResult(name, title, literal, ledger.query(literal))
     if not results["scores"].rows:
         raise ReportError(
-            f"the ledger in {ledger.home} holds no scores of {short(router_id)}; give the --home in"
-            " which it was measured, or run its recipe here"
+            f"the ledger in {ledger.home} holds no scores of {short(router_id)}; measure it with"
+            f" `meteora benchmark {short(router_id)}`, or give the --home in which it was measured"
         )
     return results
 

@@ -10,7 +10,6 @@ import pytest
 
 from pipelines.cli import score_table
 from pipelines.evaluation.harness import BenchmarkError, Harness
-from pipelines.flows.up_to_date import Finished
 from pipelines.reports import card
 from pipelines.reports.summary import Summary, summarise
 from pipelines.scoring.recompute import recompute_scores
@@ -141,7 +140,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     text = card.write_card(build.describe(planned, built, gates), summary, "x")
     assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
     assert "| conversation-3 | conversation_right | 3 |" in text
-    score_table.print_scores(work, Finished(planned, summary), {})
+    score_table.print_scores("x", work.home, planned, summary, {})
     shown = capsys.readouterr().out
     assert re.search("conversation-3 +all turns +turn 1 +2 +3 +computed +seconds", shown)
     assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task

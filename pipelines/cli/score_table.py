@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 
 from meteora.artifacts import short
@@ -40,17 +41,15 @@ def print_scores(
         seconds: How long each stage took; empty where this command did not run it.
     """
     out = plain_console()
-    out.print(f"{name}: scores, and their 95 % intervals")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in ("task", "n", *summary.systems):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for task, row in summary.scores.items():
-        cells = [cell(summary, task, system) for system in summary.systems]
-        table.add_row(task, str(row["fused"].num_samples), *cells)
-    means = [summary.mean(system) for system in summary.systems]
-    table.add_section()
-    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
-    out.print(table)
+    table = _score_table(summary, interval=True)
+    # unbounded, since a measure within the options is never larger than their width
+    natural = Measurement.get(out, out.options.update_width(10_000), table).maximum
+    if fits := natural <= out.width:
+        out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
+        out.print(table)
+    else:
+        out.print(f"{name}: scores; the last line has their 95 % intervals", soft_wrap=True)
+        out.print(_score_table(summary, interval=False))
     for headings, rows, line in turn_tables(summary):
         turns = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for heading in headings:
@@ -73,12 +72,28 @@ def print_scores(
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
     out.print(f"checkpoint: {folder}", soft_wrap=True)
-    out.print(f"recorded as {short(plan.router.id)}; try next:")
-    question = (
-        "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
-        " ORDER BY task"
+    router = short(plan.router.id)
+    out.print(f"recorded as {router}; try next:")
+    columns, view, key = (
+        ("task, value, base_value, oracle_value", "leaderboard", "subject_id")
+        if fits
+        else ("task, system, value, low, high", "standings", "router_id")
     )
+    question = f"SELECT {columns} FROM {view} WHERE {key} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
+
+
+def _score_table(summary: Summary, *, interval: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("task", "n", *summary.systems):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, row in summary.scores.items():
+        cells = [cell(summary, task, system, interval=interval) for system in summary.systems]
+        table.add_row(task, str(row["fused"].num_samples), *cells)
+    means = [summary.mean(system) for system in summary.systems]
+    table.add_section()
+    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+    return table
 
 
 def print_trace(found: Trace) -> None:

@@ -23,6 +23,7 @@ from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
+from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -286,7 +287,10 @@ def routed_by(
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Refuse a name that is none of a model's experts, with an `UnknownExpertError`."""
     if name not in names:
-        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+        raise UnknownExpertError(
+            f"there is no expert {name!r}{did_you_mean(name, names)}; this model has"
+            f" {', '.join(names)}"
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from meteora.artifacts import MeteoraError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""
@@ -70,6 +71,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def brief(error: Exception) -> str:
     """Return the first sentence of an error of another library, which can have a hundred lines."""
     return shortened(" ".join(str(error).split()).partition(". ")[0], 300)
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """Return a clause that says which line of a file is not UTF-8, and what to do."""
+    found = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode(error.encoding)
+            except UnicodeDecodeError:
+                found = number
+                break
+    return (
+        f"line {found}: not UTF-8; save the file as UTF-8, such as with"
+        f" `iconv -f latin1 -t utf-8 {path.name} > new`"
+    )
 
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}

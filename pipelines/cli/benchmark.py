@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, TokenFor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,7 @@ def benchmark(
     ] = "",
     base: Base = None,
     token_for: TokenFor = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
@@ -42,7 +43,9 @@ def benchmark(
     Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
     ledger already, such as the base's, are not taken again.
     """
-    run_benchmark(checkpoint, home, tasks or (), compare or (), recipe, base, token_for or ())
+    run_benchmark(
+        checkpoint, home, tasks or (), compare or (), recipe, base, token_for or (), as_json=as_json
+    )
 
 
 def run_benchmark(
@@ -53,6 +56,8 @@ def run_benchmark(
     recipe: str = "",
     base: Path | None = None,
     token_for: Sequence[str] = (),
+    *,
+    as_json: bool = False,
 ) -> None:
     """Measure a checkpoint and print its table of scores."""
     from pipelines.admission import checkpoints
@@ -66,4 +71,4 @@ def run_benchmark(
     found = checkpoints.find(checkpoint, home, base, token_for)
     request = BenchmarkRequest(tuple(tasks), tuple(compare), locate(recipe) if recipe else None)
     plan, summary = measure(Ledger(home), found, request)
-    print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {})
+    print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {}, as_json=as_json)

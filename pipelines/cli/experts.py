@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.benchmark import run_benchmark
-from pipelines.cli.options import DEFAULT_HOME, Base, Home, Strip, Subfolder, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, Strip, Subfolder, TokenFor
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -18,7 +18,7 @@ app = typer.Typer()
 @app.command()
 def check(
     where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
@@ -60,12 +60,13 @@ def add(
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
-    from pipelines.data.row_sources import read_rows
+    from pipelines.data.row_sources import place_of, read_rows
     from pipelines.data.rows import refuse_overlap
     from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
@@ -73,8 +74,13 @@ def add(
 
     home = home.expanduser().absolute()
     if test:
-        rows = {name: read_rows(examples, Path.cwd(), edit.EXAMPLES)}
-        refuse_overlap(rows, {name: read_rows(test, Path.cwd(), BenchmarkSection().limit)})
+        here, limit = Path.cwd(), BenchmarkSection().limit
+        refuse_overlap(
+            {name: read_rows(examples, here, edit.EXAMPLES)},
+            {name: read_rows(test, here, limit)},
+            lambda _name, number: place_of(examples, here, number),
+            lambda _name, number: place_of(test, here, number),
+        )
     found = checkpoints.find(checkpoint, home, base, token_for or (), statistics=True)
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
@@ -87,9 +93,10 @@ def add(
         base_folder=found.base_folder,
         download=found.download,
     )
-    _print_made(made, f"added {name}", found.folder)
+    _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
-        run_benchmark(str(made), home, (f"{name}={test}",), base=base, token_for=token_for or ())
+        tasks = (f"{name}={test}",)
+        run_benchmark(str(made), home, tasks, base=base, token_for=token_for or (), as_json=as_json)
     else:
         say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
 
@@ -103,6 +110,7 @@ def drop(
     ),
     base: Base = None,
     token_for: TokenFor = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
@@ -113,21 +121,28 @@ def drop(
     home = home.expanduser().absolute()
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
     made = edit.drop(Ledger(home), folder, name)
-    _print_made(made, f"dropped {name}", folder)
+    _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
-        run_benchmark(str(made), home, base=base, token_for=token_for or ())
+        run_benchmark(str(made), home, base=base, token_for=token_for or (), as_json=as_json)
     else:
         say(f"measure it with `meteora benchmark {_id(made)}`")
 
 
-def _print_made(made: Path, what: str, before: Path) -> None:
+def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
     """Print the folder of a changed checkpoint, its id, and what changed."""
     from meteora.checkpoint.manifest import read_manifest
 
-    names = read_manifest(made).names
+    manifest, old = read_manifest(made), read_manifest(before)
+    names = manifest.names
     say(f"{what}: {_id(made)} has {', '.join(names)}")
     say(f"all others are as in {_id(before)}, bit for bit")
-    print(made)
+    facts = {
+        "checkpoint": str(made),
+        "router_id": manifest.router_id,
+        "grown_from": old.router_id,
+        "experts": names,
+    }
+    print(json.dumps(facts) if as_json else made)
 
 
 def _id(folder: Path) -> str:

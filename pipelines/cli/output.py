@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from bisect import bisect_right
+from dataclasses import asdict
 from enum import StrEnum
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -41,13 +42,23 @@ class Format(StrEnum):
     markdown = "markdown"
 
 
-def print_findings(found: Verification, bases: Sequence[Finding], again: Recomputed) -> int:
+def print_findings(
+    found: Verification, bases: Sequence[Finding], again: Recomputed, *, as_json: bool = False
+) -> int:
     """Print everything that is damaged or does not recompute; returns the number of findings.
 
     Args:
         bases: What is damaged in the bases of the home.
     """
     every = (*found.findings, *bases, *again.findings)
+    if as_json:
+        counts = {
+            "num_records": found.num_records,
+            "num_blobs": found.num_blobs,
+            "num_scores": again.num_scores,
+        }
+        print(json.dumps(counts | {"findings": list(map(asdict, every))}, indent=1))
+        return len(every)
     for finding in every:
         some = ", ".join(map(short, finding.touches[:SHOWN]))
         more = len(finding.touches) - SHOWN

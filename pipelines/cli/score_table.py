@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.measure import Measurement
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 
 
 def print_scores(
-    name: str, folder: Path, plan: Plan, summary: Summary, seconds: Mapping[str, float]
+    name: str,
+    folder: Path,
+    plan: Plan,
+    summary: Summary,
+    seconds: Mapping[str, float],
+    *,
+    as_json: bool = False,
 ) -> None:
     """Print the scores of a checkpoint, with their circumstances.
 
@@ -39,7 +46,11 @@ def print_scores(
         name: Of the recipe, or of the checkpoint where it is measured without one.
         folder: Of the checkpoint.
         seconds: How long each stage took; empty where this command did not run it.
+        as_json: Print one JSON object on one line, for programs.
     """
+    if as_json:
+        print(json.dumps(_scores(name, folder, plan, summary, seconds)))
+        return
     out = plain_console()
     table = _score_table(summary, interval=True)
     # unbounded, since a measure within the options is never larger than their width
@@ -83,6 +94,39 @@ def print_scores(
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
 
 
+def _scores(
+    name: str, folder: Path, plan: Plan, summary: Summary, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """What programs get of a checkpoint's scores."""
+    alone = {
+        task: {f"expert:{expert}": score for expert, score in row.items()}
+        for task, row in summary.matrix.items()
+    }
+    scores = [
+        {
+            "task": score.spec.task,
+            "system": system,
+            "metric": score.spec.metric,
+            "value": score.value,
+            "low": score.low,
+            "high": score.high,
+            "num_samples": score.num_samples,
+            "differs": summary.mark(task, system) if score is row.get(system) else "",
+        }
+        for task, row in summary.scores.items()
+        for system, score in {**row, **alone.get(task, {})}.items()
+    ]
+    return {
+        "name": name,
+        "router_id": plan.router.id,
+        "checkpoint": str(folder),
+        "experts": list(plan.fused.names),
+        "scores": scores,
+        "means": {system: summary.mean(system) for system in summary.systems},
+        "seconds": dict(seconds),
+    }
+
+
 def _score_table(summary: Summary, *, interval: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for heading in ("task", "n", *summary.systems):
@@ -96,8 +140,17 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     return table
 
 
-def print_trace(found: Trace) -> None:
+def print_trace(found: Trace, *, as_json: bool = False) -> None:
     """Print prompt and answer in the colours of their experts, and a legend."""
+    if as_json:
+        tokens = [
+            {"text": token.text, "expert": found.experts[token.expert], "share": token.share}
+            for token in found.tokens()
+        ]
+        parts = {"prompt": tokens[: found.num_prompt], "answer": tokens[found.num_prompt :]}
+        texts = {name: "".join(str(token["text"]) for token in parts[name]) for name in parts}
+        print(json.dumps(texts | {"tokens": parts}))
+        return
     out = plain_console()
     for text in terminal_texts(found):
         out.print(text, soft_wrap=True, end="\n\n")

@@ -6,6 +6,7 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -22,7 +23,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.data.background import background_rows
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
-from pipelines.data.row_sources import read_rows
+from pipelines.data.row_sources import place_of, read_rows
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
@@ -90,8 +91,13 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    refuse_overlap(examples, tests)
-    refuse_overlap(prompt_parts(spans), tests)
+    asked = {section.name: section.test for section in recipe.experts}
+    asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
+    fitted = {section.name: section.examples for section in recipe.experts}
+    test_place = partial(_place, asked, folder)
+    refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
+    spans_place = f"in {recipe.gates.spans}"
+    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
 
     fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
@@ -148,6 +154,12 @@ def plan_benchmark(
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
         speed=find_speed(subjects, settings),
     )
+
+
+def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
+    """Where a row stands: file and line, or source and number."""
+    source = sources.get(name)
+    return place_of(source, folder, number) if source else f"row {number + 1}"
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:

@@ -112,7 +112,8 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     where = ("--base", recipe_folder / "base", "--home", work.home)
     said = ask("add", folder, *words, "--test", train, *where)
     assert said.returncode == 1
-    assert "is also an example of expert attention" in said.stderr
+    assert "attention.train.jsonl, line 1 with the prompt" in said.stderr
+    assert "is also an example of expert attention, " in said.stderr
 
     said = ask("add", folder, *words, "--test", test, *where)
     assert said.returncode == 0, said.stderr

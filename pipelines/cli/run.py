@@ -52,8 +52,9 @@ def run(
     contexts = [RunContext.open(recipe, home) for recipe in recipes]
     looks = {context.key: look(context, until) for context in contexts}
     if dry_run:
-        for context in contexts:
-            print_steps(context, looks[context.key])
+        whole = [print_steps(context, looks[context.key]) for context in contexts]
+        if not all(whole):
+            raise typer.Exit(1)
     elif _run_all(contexts, looks, until, dask, as_json=as_json):
         raise typer.Exit(1)
 
@@ -94,15 +95,15 @@ def schedule(
     deployments.serve(contexts, schedule, limit=limit, secret=secret)
 
 
-def print_steps(context: RunContext, looked: Look) -> None:
-    """What `--dry-run` prints of a recipe."""
+def print_steps(context: RunContext, looked: Look) -> bool:
+    """Print what a run of a recipe would do; returns whether it would reach its end."""
     from pipelines.planning import dry_run
     from pipelines.workspace.console import plain_console
 
     if looked.finished:
         plain_console().print(f"{context.name}: everything is in the ledger already")
-    else:
-        dry_run.print_steps(context, looked.base, looked.built, looked.reason)
+        return True
+    return dry_run.print_steps(context, looked.base, looked.built, looked.reason)
 
 
 def _run_all(

@@ -91,13 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    asked = {section.name: section.test for section in recipe.experts}
-    asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    fitted = {section.name: section.examples for section in recipe.experts}
-    test_place = partial(_place, asked, folder)
-    refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
-    spans_place = f"in {recipe.gates.spans}"
-    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
+    check_overlaps(recipe, folder, examples, spans, tests)
 
     fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
@@ -154,6 +148,23 @@ def plan_benchmark(
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
         speed=find_speed(subjects, settings),
     )
+
+
+def check_overlaps(
+    recipe: Recipe,
+    folder: Path,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+    tests: Mapping[str, Sequence[Row]],
+) -> None:
+    """Refuse test rows that gates would be fitted to; an `ExamplesError` says where both stand."""
+    asked = {section.name: section.test for section in recipe.experts}
+    asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
+    fitted = {section.name: section.examples for section in recipe.experts}
+    test_place = partial(_place, asked, folder)
+    refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
+    spans_place = f"in {recipe.gates.spans}"
+    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
 
 
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:

@@ -66,8 +66,9 @@ def main() -> None:
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     first = [word for word in words[:end] if word in EVERYWHERE]
+    sys.argv[1:] = [*first, *(word for word in words[:end] if word not in first), *words[end:]]
     try:
-        app([*first, *(word for word in words[:end] if word not in EVERYWHERE), *words[end:]])
+        app()
     except Exception as error:
         sentence = str(error) if isinstance(error, MeteoraError) else describe(error)
         if sentence is None:

@@ -244,10 +244,23 @@ def export(
         files = export_gguf(folder, out, expert)
         say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
     else:
-        if export_expert(folder, expert, out):
+        if export_expert(folder, expert, out, _named_base(folder, expert, home)):
             say("its weights file is byte for byte the one that it was made of")
-        say(f"load it with `peft.AutoPeftModelForCausalLM.from_pretrained({str(out)!r})`")
+        say(f"load it with `peft.PeftModel.from_pretrained(base, {str(out)!r})`")
     print(out)
+
+
+def _named_base(folder: Path, expert: str, home: Path) -> str:
+    """The base that an expert's adapter named when it came; empty where it is not recorded."""
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import read_manifest
+    from store.ledger import Ledger
+
+    entry = next((one for one in read_manifest(folder).experts if one.name == expert), None)
+    if entry is None or not home.is_dir():
+        return ""
+    spec = Ledger(home).spec_of(ArtifactId(entry.adapter_id))
+    return str(spec["base_model"]) if spec else ""
 
 
 @app.command("import")

@@ -11,6 +11,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 # Matmuls this small lose time to threads, and much of it where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job ignores Ctrl-C, and so would each process that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No example fails for the time it took: other work on the machine takes time, too.
 settings.register_profile("patient", settings.default, deadline=None)
@@ -183,6 +188,21 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "gemma3": (
             "Gemma3TextConfig",
             gemma | {"layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        "gemma3n": (
+            "Gemma3nTextConfig",
+            llama
+            | {
+                "head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "sliding_window": 64,
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": vocab_size,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 4,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
         ),
         "phi": ("PhiConfig", llama),
         "gpt2": ("GPT2Config", old | {"n_inner": INTERMEDIATE}),

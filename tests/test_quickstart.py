@@ -45,7 +45,7 @@ def ran(home: Path, prefect_server: str) -> subprocess.CompletedProcess[str]:
             kind, _, path = expert[key].partition(":")
             expert[key] = f"{kind}:{QUICKSTART / path}"
     body["gates"]["examples_per_expert"] = 8
-    body["benchmark"]["limit"] = 6
+    body["benchmark"] |= {"limit": 6, "conversation": [{"n": 3, "count": 2}]}
     recipe = home / "two.yaml"
     recipe.write_text(yaml.safe_dump(body))
     command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--home", str(home)]
@@ -70,8 +70,12 @@ def test_the_run_ends_with_scores_routes_and_a_checkpoint(
     scores = json.loads(
         run(home, "sql", "FROM leaderboard WHERE router = 'gate'", "--format", "json").stdout
     )
-    assert {row["task"] for row in scores} == set(EXPERTS)
+    assert {row["task"] for row in scores} == {*EXPERTS, "conversation-3"}
+    (conversations,) = (row for row in scores if row["task"] not in EXPERTS)
+    assert conversations["num_samples"] == 2
     for row in scores:
+        if row is conversations:
+            continue
         assert row["num_samples"] == 6
         assert row["base_value"] <= 0.34  # two of six: the base cannot do it
         assert row["oracle_value"] >= 0.66

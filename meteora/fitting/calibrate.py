@@ -21,7 +21,7 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
-from meteora.fitting.logistic import FEW_ITERATIONS, Tokens, refine
+from meteora.fitting.logistic import ONE_ROUND, Tokens, refine
 from meteora.fitting.sequences import (
     MAX_ROWS,
     UNLABELLED,
@@ -128,7 +128,7 @@ def calibrate(
             weight, bias = refine(weight, bias, tokens, statistics[path])
             accuracy = held.accuracy(weight, bias)
             every_token = Tokens.of([tokens, held])
-            weight, bias = refine(weight, bias, every_token, statistics[path], FEW_ITERATIONS)
+            weight, bias = refine(weight, bias, every_token, statistics[path], ONE_ROUND)
         accuracy_of[path] = accuracy
         if names[-1] == NULL:
             bias[-1] += lead_of_last(held.x @ weight.T + bias, held.labels)

@@ -8,6 +8,8 @@ they receive the same tensor.
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +18,13 @@ from meteora.artifacts import MeteoraError
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from meteora.routing.layer import MoELoRALinear
     from meteora.routing.prompt_opening import Prefill
     from meteora.routing.routers import Decision
 
@@ -31,6 +34,8 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")
 """The path of a numbered layer, at the start of the path of a module in it."""
 MAX_HIDDEN_BYTES = 2 << 30
 """Hidden states beyond this size are all mapped from files, so that the system can page them."""
+MAX_OUTPUT_BYTES = 1 << 30
+"""Outputs of a layer's modules are kept up to this size; the others are computed again."""
 
 
 class SweepError(MeteoraError):
@@ -72,8 +77,9 @@ class Sweep:
         self._batches, self._prefill = batches, prefill
         self._scratch: Path | None = None
         self.paths_of: dict[int, list[str]] = {}
+        self._routed = routed_layers(model)
         prefixes = set()
-        for path in routed_layers(model):
+        for path in self._routed:
             match = LAYER.match(path)
             if match is None:
                 raise SweepError(
@@ -95,6 +101,9 @@ class Sweep:
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[Call]] = {}
         """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
+        self._outputs: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        """By batch and path: what a module of the present layer gave, and what its gate decided."""
+        self._output_bytes = 0
         self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
         if sum(ids.numel() for ids, _ in batches) * self._token_bytes > MAX_HIDDEN_BYTES:
@@ -150,13 +159,10 @@ class Sweep:
             calls.append((args, kwargs))
             return (hidden,) if self._tuples else hidden
 
-        try:
+        with ExitStack() as replaced:
             for layer in self.layers:
-                layer.forward = record
+                replaced.enter_context(_replaced_forward(layer, record))
             self._forward(ids, mask)
-        finally:
-            for layer in self.layers:
-                del layer.forward
         return first[0], calls
 
     def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
@@ -189,6 +195,30 @@ class Sweep:
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._tuples else out
 
+    def _output(self, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
+        """The output of a module whose router does not change any more, computed once a batch."""
+        decision = getattr(layer.router, "decision", None)
+        if (found := self._outputs.get((batch, path))) is not None:
+            output, logits = found
+            if decision is not None and logits is not None:
+                decision.hold(logits)
+            return output.clone()  # a model may add to it in place
+        output = type(layer).forward(layer, x)
+        if self._scratch is None and self._output_bytes + output.nbytes <= MAX_OUTPUT_BYTES:
+            logits = None if decision is None else decision.logits
+            self._outputs[batch, path] = output.clone(), logits
+            self._output_bytes += output.nbytes
+        return output
+
+    def _run_once(self, index: int, batch: int) -> Tensor:
+        """As `_run`, without the modules that ran before for this batch."""
+        with ExitStack() as replaced:
+            for path in self.paths_of.get(index, []):
+                layer = self._routed[path]
+                forward = partial(self._output, batch, path, layer)
+                replaced.enter_context(_replaced_forward(layer, forward))
+            return self._run(index, batch)
+
     def follow(self, decision: Decision) -> None:
         """Remember what a gate decides for each batch, for the layers above that follow it."""
         self._decision = decision
@@ -196,7 +226,6 @@ class Sweep:
 
     def points(self, index: int) -> list[list[str]]:
         """The routed modules of a layer, grouped by the input that they share, in call order."""
-        routed = routed_layers(self.model)
         seen: list[tuple[Tensor, list[str]]] = []  # keeps tensors alive: no address is reused
 
         def watch(path: str) -> Any:  # noqa: ANN401
@@ -210,7 +239,8 @@ class Sweep:
             return hook
 
         hooks = [
-            routed[p].register_forward_pre_hook(watch(p)) for p in self.paths_of.get(index, [])
+            self._routed[p].register_forward_pre_hook(watch(p))
+            for p in self.paths_of.get(index, [])
         ]
         try:
             with torch.inference_mode():
@@ -221,20 +251,23 @@ class Sweep:
         return [paths for _, paths in seen]
 
     def inputs(self, index: int, path: str) -> Iterator[Tensor]:
-        """The input of one routed module, batch by batch: [B, L, IN]. The layer stops there."""
+        """The input of one routed module, batch by batch: [B, L, IN]. The layer stops there.
+
+        The modules before it keep their routers from now on until `advance`.
+        """
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Reached(args[0])
 
-        hook = routed_layers(self.model)[path].register_forward_pre_hook(stop)
+        hook = self._routed[path].register_forward_pre_hook(stop)
         try:
             for batch in range(len(self._hidden)):
                 try:
                     with torch.inference_mode():
-                        self._run(index, batch)
+                        self._run_once(index, batch)
                 except _Reached as reached:
                     # OPT's layers work on tokens [B × L, IN]
-                    yield reached.x.reshape(*self._hidden[batch].shape[:2], -1)
+                    yield reached.x.reshape(*self._batches[batch][0].shape, -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
         finally:
@@ -244,7 +277,7 @@ class Sweep:
         """Run one layer with the routers that it has now, over all batches."""
         with torch.inference_mode():
             for batch in range(len(self._hidden)):
-                out = self._run(index, batch)
+                out = self._run_once(index, batch)
                 if self._decision is not None and self._decision.logits is not None:
                     self._decisions[batch] = self._decision.logits
                 if self._scratch is None:
@@ -252,3 +285,18 @@ class Sweep:
                     self._calls[batch][index] = ((), {})  # not needed again: frees its tensors
                 else:
                     self._hidden[batch].copy_(out)
+        self._outputs.clear()
+        self._output_bytes = 0
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Within, this function runs in place of the module's own `forward`."""
+    before = vars(module).get("forward")  # of Accelerate, for example
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

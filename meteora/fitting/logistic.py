@@ -2,7 +2,9 @@
 
 The closed form (`lda`) takes the tokens of an expert to be normally distributed, with one
 covariance for all experts. Hidden states are not: a template's tokens lie in a few places, far
-apart. So the closed form is where a search starts. It changes G by D and c by d to minimise
+apart. So the closed form is where a search starts, and it is too sure of itself: first G and c are
+multiplied by the one of `SCALES` with the least loss (temperature scaling, arXiv 1706.04599). Then
+the search changes G by D and c by d to minimise
 
     sum of w_t · cross-entropy(softmax((G + D) x_t + c + d), expert_t) + PULL · ‖D S^½‖²
 
@@ -10,6 +12,9 @@ with S the shrunk covariance and token weights w_t that sum to 1. The paper trai
 cross-entropy, too (MeteoRA, section 3), for all layers at once. For one gate with fixed inputs it
 is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which all directions of x
 vary alike.
+
+Most tokens are given to their expert for sure, and change nothing. So each round of the search has
+the tokens that are not, and few of the others (`Tokens.telling`).
 """
 
 from __future__ import annotations
@@ -25,12 +30,18 @@ if TYPE_CHECKING:
 
     from meteora.fitting.statistics import PointStatistics
 
-PULL = 3e-4
-"""How much a gate is held back to the closed form; 1e-4 and 1e-3 are about as good."""
-ITERATIONS = 25
-"""Of L-BFGS. Held-out tokens gain nothing from more."""
-FEW_ITERATIONS = 8
+SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+"""The candidates of a gate's scale."""
+PULL = 2e-4
+"""How much a gate is held back to where the search starts; 1e-4 and 1e-3 are about as good."""
+ROUNDS = (15, 15)
+"""Iterations of L-BFGS, of each round."""
+ONE_ROUND = (8,)
 """Where a gate was refined before, on most of the same tokens."""
+SURE = 0.01
+"""Cross-entropy of a token, in nats, below which its gate is sure of it."""
+SURE_TAKEN = 8
+"""Of so many tokens that a gate is sure of, one is taken, in place of all of them."""
 
 
 class Tokens(NamedTuple):
@@ -53,6 +64,17 @@ class Tokens(NamedTuple):
         taken = stands_for > 0
         counted = self.weights[taken] * stands_for[taken]
         return Tokens(self.x[taken], self.labels[taken], counted)
+
+    def telling(self, weight: Tensor, bias: Tensor) -> Tokens:
+        """The tokens that the gate G [E, IN], c [E] is not sure of, and a sample of the others."""
+        sure = self.losses(self.x @ weight.T + bias) < SURE
+        stands_for = (~sure).float()
+        stands_for[sure.nonzero()[::SURE_TAKEN]] = SURE_TAKEN
+        return self.sampled(stands_for)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """[T] the cross-entropy of each token, in nats, from logits [T, E]."""
+        return torch.nn.functional.cross_entropy(logits, self.labels, reduction="none")
 
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """The weighted share of tokens that a gate G [E, IN], c [E] gives to their expert."""
@@ -90,7 +112,7 @@ def refine(
     bias: Tensor,
     tokens: Tokens,
     statistics: PointStatistics,
-    iterations: int = ITERATIONS,
+    rounds: Sequence[int] = ROUNDS,
     rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """The gate nearby that gives these tokens to their experts best, G [E, IN] and c [E].
@@ -100,10 +122,44 @@ def refine(
         bias: c [E]
         tokens: to fit
         statistics: of the point, whose covariance says how far directions vary
-        iterations: of L-BFGS
+        rounds: iterations of L-BFGS, of each round
         rows: of the gate that may change; the others keep every bit
     """
-    whiten, shares = Whitening(statistics), tokens.weights / tokens.weights.sum()
+    whiten = Whitening(statistics)
+    gate = scaled(weight, bias, tokens, rows)
+    for iterations in rounds:
+        gate = search(*gate, tokens.telling(*gate), whiten, iterations, rows)
+    return gate
+
+
+def scaled(
+    weight: Tensor, bias: Tensor, tokens: Tokens, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """The gate with these rows multiplied by the one of `SCALES` that has the least loss."""
+    logits = tokens.x @ weight.T + bias
+
+    def times(part: Tensor, scale: float) -> Tensor:
+        part = part.clone()
+        part[..., rows] *= scale
+        return part
+
+    def loss(scale: float) -> float:
+        return (tokens.losses(times(logits, scale)) * tokens.weights).sum().item()
+
+    best = min(SCALES, key=loss)
+    return times(weight.T, best).T, times(bias, best)
+
+
+def search(
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tokens,
+    whiten: Whitening,
+    iterations: int,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """One round of `refine`, on all of these tokens."""
+    shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
     start, u = tokens.x @ weight.T + bias, whiten(tokens.x - centre)
     own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()

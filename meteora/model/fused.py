@@ -19,6 +19,7 @@ from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
+from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
@@ -193,7 +194,7 @@ def insert_layer(
             f" this base has {sizes or type(projection).__name__}; load the base they were made for"
         )
     if cache is None:
-        stack = stack_for(projection.weight, lora_a, lora_b, entry, choices)
+        stack = stack_for(weight_of(projection), lora_a, lora_b, entry, choices)
     else:
         stack = ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=True)
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
@@ -220,11 +221,8 @@ def stack_for(
     entry: ModuleEntry,
     choices: Sequence[Choice] | None,
 ) -> ExpertStack:
-    """The experts of a layer on the device of its weight, in the wider of both dtypes.
-
-    16-bit adapters of another format than the base would lose bits in its dtype.
-    """
-    dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+    """The experts of a layer on the device of its weight, in the `experts_dtype` of both."""
+    dtype = experts_dtype(lora_a.dtype, weight.dtype)
     lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
     return ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices)
 

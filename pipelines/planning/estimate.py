@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
-from meteora.fitting.logistic import FEW_ITERATIONS, ITERATIONS
+from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
+from meteora.fitting.logistic import ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
 from pipelines.evaluation.measurements import (
@@ -51,8 +52,9 @@ CALLS_A_LAYER = 150
 CALLS_A_ROUTED_MODULE = 12
 ASKING_SECONDS = 0.5
 """Overhead of lm-eval for each task and system."""
-SWEEPS = 2.5
-"""Passes through the model while gates are fitted: one, and the way to each point in a layer."""
+SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
+"""Passes through the model while gates are fitted, and how many more if the outputs of no module
+can be kept, for the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
 PASSES_A_STEP = 3
@@ -207,19 +209,22 @@ def _gates(
     hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
     batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
     spread = 48 * size * size + 8 * SCATTER_SIZE * widest
-    seconds = _reading(shape, machine, SWEEPS * tokens + work.passes, routed=True)
+    outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
+    kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
+    sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
+    seconds = _reading(shape, machine, sweeps * tokens + work.passes, routed=True)
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
         # each iteration of the refinement reads the tokens twice
         numbers = min(tokens * width, MAX_TOKEN_BYTES / 4)
-        flops += 2 * 2 * (ITERATIONS + FEW_ITERATIONS) * numbers * experts.count
+        flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * numbers * experts.count
         seconds += flops / machine.flops_per_second
     kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
     disk = gate_bytes + (kept if work.kept else 0)
     copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
-    return Need("gates", loaded + hidden + batch + spread + copies, disk, seconds)
+    return Need("gates", loaded + hidden + kept_outputs + batch + spread + copies, disk, seconds)
 
 
 def _benchmark(

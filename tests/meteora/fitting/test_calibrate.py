@@ -23,7 +23,7 @@ from meteora.fitting.lda import SHRINKAGES, gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_layers
 
 NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
 
@@ -189,6 +189,31 @@ def test_what_layers_are_called_with_is_made_again_where_hidden_states_lie_in_fi
                 assert len(filed._calls) == 1 < len(kept._calls) == len(batches)
         kept.advance(index)
         filed.advance(index)
+
+
+@pytest.mark.parametrize("share", ["point", "layer", "token", "module"])
+def test_outputs_that_are_kept_change_no_byte(world, monkeypatch, share):
+    """Where all fit in memory, a module runs once a batch."""
+    ran, fitted = [], []
+    own = MoELoRALinear.forward
+
+    def counted(layer, x):
+        if layer.router is not None:
+            ran[-1] += 1
+        return own(layer, x)
+
+    monkeypatch.setattr(MoELoRALinear, "forward", counted)
+    for limit in (layerwise.MAX_OUTPUT_BYTES, 0):
+        monkeypatch.setattr(layerwise, "MAX_OUTPUT_BYTES", limit)
+        model = world.load()
+        ran.append(0)
+        calibrate(model, examples(4), replace(POINT_GATES, share=share))
+        fitted.append(gates_of(model).own)
+    assert fitted[0].keys() == fitted[1].keys()
+    for path, gate in fitted[0].items():
+        assert all(map(torch.equal, gate, fitted[1][path]))
+    again = share in ("point", "module")  # with fewer decisions, few inputs are asked for
+    assert ran[0] < 0.6 * ran[1] if again else ran[0] == ran[1]
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from meteora.fitting.covariance import Scatter
 from meteora.fitting.lda import gate_from
-from meteora.fitting.logistic import PULL, Tokens, Whitening, refine
+from meteora.fitting.logistic import PULL, SCALES, Tokens, Whitening, refine, scaled, search
 from meteora.fitting.statistics import PointStatistics
 
 E, IN = 3, 12
@@ -49,11 +49,11 @@ def test_whitened_tokens_vary_alike_in_all_directions(monkeypatch):
     torch.testing.assert_close(square @ shrunk.float(), torch.eye(IN), atol=5e-3, rtol=0)
 
 
-def test_a_refined_gate_has_the_least_loss_that_gradient_descent_finds():
+def test_a_search_finds_the_least_loss_that_gradient_descent_finds():
     tokens = world()
     weight, bias, statistics, scatter = closed_form(tokens)
     shrunk = 0.99 * scatter.within + 0.01 * scatter.within.diagonal().mean() * torch.eye(IN)
-    refined = refine(weight, bias, tokens, statistics, iterations=200)
+    refined = search(weight, bias, tokens, Whitening(statistics), 200)
     found = loss_of(tokens, *(part.double() for part in refined), weight.double(), shrunk)
     free = [part.double().clone().requires_grad_() for part in (weight, bias)]
     optimiser = torch.optim.LBFGS(free, max_iter=500, line_search_fn="strong_wolfe")
@@ -99,3 +99,31 @@ def test_a_sample_has_the_weight_of_the_tokens_that_it_stands_for(stands_for):
     assert found.labels.tolist() == kept
     expected = [tokens.weights[i].item() * stands_for[i] for i in kept]
     assert found.weights.tolist() == pytest.approx(expected)
+
+
+def test_a_gate_that_is_too_sure_is_scaled_down_and_its_choices_stay():
+    tokens = world()
+    weight, bias, *_ = closed_form(tokens)
+    found = scaled(20 * weight, 20 * bias, tokens)
+    factor = found[1] / (20 * bias)
+    torch.testing.assert_close(factor, factor[:1].expand(E))
+    assert factor[0] == min(SCALES)
+    assert tokens.accuracy(*found) == tokens.accuracy(weight, bias)
+    rows = scaled(20 * weight, 20 * bias, tokens, slice(1, 2))
+    for before, after in zip((20 * weight, 20 * bias), rows, strict=True):
+        assert torch.equal(before[[0, 2]], after[[0, 2]])
+
+
+def test_rounds_with_few_of_the_sure_tokens_end_where_a_search_on_all_does():
+    tokens, unseen = world(4000), world(seed=1)
+    weight, bias, statistics, _ = closed_form(tokens)
+    telling = tokens.telling(weight, bias)
+    assert len(telling.x) < 0.8 * len(tokens.x)
+    assert telling.weights.sum() == pytest.approx(tokens.weights.sum().item(), rel=0.02)
+
+    def mean_loss(gate):
+        return unseen.losses(unseen.x @ gate[0].T + gate[1]).mean().item()
+
+    on_all = search(*scaled(weight, bias, tokens), tokens, Whitening(statistics), 30)
+    in_rounds = refine(weight, bias, tokens, statistics)
+    assert mean_loss(in_rounds) == pytest.approx(mean_loss(on_all), rel=0.05)

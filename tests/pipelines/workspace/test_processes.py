@@ -73,7 +73,8 @@ def test_ctrl_c_ends_it() -> None:
 
     def interrupt(pid: int) -> None:
         started.append(pid)
-        threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+        reader = threading.main_thread().ident  # another thread's signal wakes no read
+        threading.Timer(0.2, signal.pthread_kill, (reader, signal.SIGINT)).start()
 
     with child() as process, pytest.raises(KeyboardInterrupt):
         process.ask("hang", deadline_seconds=60, listeners={"started": interrupt})

@@ -92,6 +92,7 @@ def print_scores(
     )
     question = f"SELECT {columns} FROM {view} WHERE {key} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
+    out.print(f"  meteora report {router}", soft_wrap=True)
 
 
 def _scores(
@@ -135,8 +136,9 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
         cells = [cell(summary, task, system, interval=interval) for system in summary.systems]
         table.add_row(task, str(row["fused"].num_samples), *cells)
     means = [summary.mean(system) for system in summary.systems]
-    table.add_section()
-    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+    if any(mean is not None for mean in means):
+        table.add_section()
+        table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
     return table
 
 

@@ -71,6 +71,11 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
 
     again = benchmark(work, folder, recipe_folder)
     assert again.stdout == said.stdout  # nothing is asked twice
+    found = json.loads(benchmark(work, folder, recipe_folder, "--json").stdout)
+    assert found["router_id"] == router
+    assert {(one["task"], one["system"], one["num_samples"]) for one in found["scores"]} == {
+        ("q_and_v", system, 2) for system in ("fused", "base", "oracle")
+    }
     assert len(work.ledger.query("FROM scores").rows) == before + 1
 
 
@@ -122,9 +127,12 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     asked = work.ledger.query(f"{LEADERBOARD}'{router}' ORDER BY task").rows
     assert asked == [("attention", 2, True), ("q_and_v", 2, True)]
 
-    said = ask("drop", made, "q_and_v", "--benchmark", *where)
+    said = ask("drop", made, "q_and_v", "--benchmark", "--json", *where)
     assert said.returncode == 0, said.stderr
-    router = read_manifest(Path(said.stdout.splitlines()[0])).router_id
+    change, scores = map(json.loads, said.stdout.splitlines())
+    assert (change["grown_from"], change["experts"]) == (router, ["attention"])
+    router = change["router_id"]
+    assert scores["router_id"] == router
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
 
 

@@ -154,7 +154,8 @@ def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missin
     ref = outcome.ref
     if ref and COMMIT.fullmatch(ref.revision):
         where = "/".join(filter(None, (ref.repo_id, ref.subfolder)))
-        return f"{section.name}: {where} at {ref.revision[:12]}, {state}"
+        here = "here already, " if isinstance(outcome, Expert) else ""
+        return f"{section.name}: {where} at {ref.revision[:12]}, {here}{state}"
     return f"{section.name}: {section.adapter}, {state}"
 
 

@@ -12,6 +12,8 @@ ROW = re.compile(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE
 NAMED = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
 LAST_ROW = 110
 HELD_BY_MESSAGE = {
+    "BenchmarkRequestError": "pipelines/stages/test_benchmark.py"
+    "::test_new_rows_a_recipe_and_other_systems_can_be_given",
     "NewerLedgerError": "store/test_index.py::test_a_newer_ledger_is_left_alone",
     "NoExpertsError": "pipelines/admission/test_discover.py"
     "::test_where_nothing_is_found_or_usable_there_is_nothing_to_stack",

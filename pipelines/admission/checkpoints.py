@@ -6,7 +6,7 @@ repository nor the base that a checkpoint names is a reason to send it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -31,10 +32,20 @@ class FoundCheckpoint:
     """None where its base comes from the Hub or a package."""
     download: dict[str, str | bool]
     """How its base is downloaded, as `meteora.load` takes it."""
+    device: str = "auto"
+    """Where the model is moved, as torch names it."""
+    dtype: str = "auto"
+    """Of the base; `auto`: as it lies on the disk."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The fused model and its tokenizer; raises what `meteora.load` raises."""
-        return meteora.load(self.folder, base_folder=self.base_folder, download=self.download)
+        return meteora.load(
+            self.folder,
+            base_folder=self.base_folder,
+            device=self.device,
+            dtype=self.dtype,
+            download=self.download,
+        )
 
 
 def find_folder(
@@ -65,18 +76,23 @@ def find(
     token_for: Collection[str] = (),
     *,
     statistics: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> FoundCheckpoint:
     """Find a checkpoint and its base; raises what `find_folder` raises.
 
     Args:
         base: The folder of the base, if the person gives one.
+        device: As `choose_device` takes it.
 
     Raises:
+        DeviceError: There is no such device here.
         CheckpointError: It is not sound.
         DamagedBaseError: The base in this home is damaged.
     """
+    device = choose_device(device)
     folder = find_folder(name, home, token_for, statistics=statistics)
-    return find_base(folder, home, base, token_for)
+    return replace(find_base(folder, home, base, token_for), device=device, dtype=dtype)
 
 
 def find_base(

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from meteora.artifacts import (
     ArtifactId,
-    BaseSpec,
     FusedCheckpoint,
-    FusedSpec,
     MeteoraError,
     RouterBuild,
     RouterSpec,
@@ -42,12 +41,13 @@ from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import shortened
 from pipelines.admission.candidate import Admission
+from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.recipe.gates import Composites
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import entry_of, tokenizer_of_gates
+from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 
@@ -84,6 +84,8 @@ class EditedCheckpoint:
     wall_seconds: float = 0.0
     adapter: Adapter | None = None
     """Of the new expert; None where one is dropped."""
+    device: str = "cpu"
+    """Where it was made."""
 
 
 def add(
@@ -94,6 +96,7 @@ def add(
     *,
     base_folder: Path | None = None,
     download: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
@@ -103,6 +106,7 @@ def add(
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
         download: options for the download of the base, such as `token`
+        device: where the gates are fitted
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -117,7 +121,7 @@ def add(
     manifest = _read_editable(folder)
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
-    rows = read_rows(examples, Path.cwd(), EXAMPLES, lambda name: candidate.hub_at(name).token)
+    rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
     model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
@@ -126,6 +130,8 @@ def add(
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
+        # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+        torch.nn.Module.to(model, device)
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
@@ -152,6 +158,7 @@ def add(
             found.num_tokens,
             found.wall_seconds,
             expert.adapter,
+            device,
         )
         return _finish(ledger, manifest, edited)
 
@@ -246,7 +253,7 @@ def _router(
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
     return RouterSpec.of(
-        _fused(after).id,
+        stack_in(after).id,
         after.router,
         method="calibrate",
         examples_sha256=examples_sha256,
@@ -255,13 +262,6 @@ def _router(
         refined=bool(examples_sha256),
         grown_from=before.router_id,
     )
-
-
-def _fused(manifest: Manifest) -> FusedSpec:
-    """The stack that a manifest describes."""
-    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
-    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
-    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
@@ -298,7 +298,7 @@ def _record(
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    fused = _fused(manifest)
+    fused = stack_in(manifest)
     experts, gates, statistics = files.values()
     ledger.record_artifact(
         fused,
@@ -313,7 +313,7 @@ def _record(
         edited.num_tokens,
         edited.heldout_accuracy,
         edited.wall_seconds,
-        "cpu",
+        edited.device,
         statistics,
     )
     ledger.record_artifact(

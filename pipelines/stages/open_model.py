@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec
 from meteora.base import loading
 from meteora.checkpoint.manifest import (
     EXPERTS,
@@ -20,6 +21,7 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 from pipelines.workspace.bases import require_sound
+from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -79,6 +81,13 @@ def entry_of(expert: Expert) -> ExpertEntry:
     )
 
 
+def stack_in(manifest: Manifest) -> FusedSpec:
+    """The stack that a manifest describes."""
+    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
+    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
+
+
 def _ranks(spec: AdapterSpec) -> str:
     ranks = [module.r for module in spec.modules]
     low, high = min(ranks), max(ranks)
@@ -104,7 +113,7 @@ def opened(
         if gates is not None:
             insert_routers(model, scratch, manifest)
     # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-    torch.nn.Module.to(model, computing_device())
+    torch.nn.Module.to(model, choose_device())
     yield model, tokenizer
 
 
@@ -121,8 +130,3 @@ def tokenizer_of_gates(
     plain = copy.copy(tokenizer)
     plain.chat_template = None
     return plain
-
-
-def computing_device() -> str:
-    """The device that models are moved to."""
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"

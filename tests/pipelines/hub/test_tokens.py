@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[3]
 WITH_OPTION = {
-    "add", "chat", "chat-server", "check", "drop", "export", "generate", "publish", "report",
-    "verify",
+    "add", "benchmark", "chat", "chat-server", "check", "drop", "export", "generate", "publish",
+    "report", "verify",
 }  # fmt: skip
-BY_RECIPE = {"run", "serve"}
+BY_RECIPE = {"run", "schedule", "serve"}
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +84,13 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
     recipe = Recipe.load(recipe_folder / "recipe.yaml")
     named = recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"token_for": ("me",)})})
     for name in ("me/mine", "you/yours"):
-        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named))
+        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub.token_for))
     assert sent == {"me/mine": "hf_saved", "you/yours": False}
     assert read_rows("hf:me/mine", tmp_path, 1)
     assert sent["me/mine"] is False
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
     with pytest.raises(InsecureEndpointError):
-        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named))
+        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub.token_for))
 
 
 def test_a_private_data_set_says_how_it_gets_the_token(

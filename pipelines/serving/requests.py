@@ -55,8 +55,8 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    trace: bool = False
-    """Also give the expert of each token of the answer."""
+    trace: bool | Literal["layers"] = False
+    """Also give the expert of each token of the answer, or that of each layer, too."""
 
     # these may be given if they ask for nothing
     n: Literal[1] | None = None

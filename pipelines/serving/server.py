@@ -1,6 +1,7 @@
 """The app, and how it is served.
 
-A request names the model, or one of its experts: `NAME:iso_dates`. Browsers get nothing for
+A request names the model, one of its experts (`NAME:iso_dates`), or the base without experts
+(`NAME:(base)`). Browsers get nothing for
 the pages of other sites: no such page may send JSON here or read an answer, and on loopback the
 server has no other name than loopback's.
 """
@@ -41,7 +42,7 @@ def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
     """The app: `/v1/models` and `/v1/chat/completions`.
 
     Args:
-        name: of the model; each of its experts is a model `name:expert`, too
+        name: of the model; each of its experts is a model `name:expert`, too, and so is its base
         hosts: that clients may name in their requests; `*` is any
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)

@@ -117,6 +117,26 @@ def test_a_trace_gives_the_expert_of_each_token_whole_and_streamed(client) -> No
     )
 
 
+def test_a_trace_of_layers_gives_the_expert_of_each(client, chat) -> None:
+    whole = complete(client, extra_body={"trace": "layers"}).choices[0]
+    found = [(token.text, token.layers) for token in chat.answer(HELLO, max_new_tokens=8).tokens]
+    assert [(token["text"], len(token["layers"])) for token in whole.trace] == [
+        (text, len(layers)) for text, layers in found
+    ]
+    for token, (_, layers) in zip(whole.trace, found, strict=True):
+        for shown, winner in zip(token["layers"], layers, strict=True):
+            assert shown["layer"] == winner.layer
+            assert shown["expert"] == chat.experts[winner.expert]
+            assert shown["share"] == pytest.approx(winner.share, abs=1e-4)
+
+
+def test_the_base_is_a_model_of_its_own(client) -> None:
+    found = complete(client, model="tiny:(base)", extra_body={"trace": "layers"}).choices[0]
+    assert {token["expert"] for token in found.trace} == {"(base)"}
+    assert all(token["layers"] == [] for token in found.trace)
+    assert found.message.content != complete(client).choices[0].message.content
+
+
 def test_several_at_once_get_the_answers_that_they_get_alone(client) -> None:
     asked = [
         {"model": model, "messages": [{"role": "user", "content": text}]}
@@ -183,6 +203,11 @@ def test_a_body_that_is_none_is_refused(url, body: bytes, kind: str) -> None:
     found = httpx.post(f"{url}/chat/completions", content=body, headers={"content-type": kind})
     assert found.status_code == 400
     assert found.json()["error"]["message"]
+
+
+def test_a_body_without_a_type_is_refused_since_a_page_of_another_site_may_send_one(url) -> None:
+    body = json.dumps({"model": "tiny", "messages": HELLO}).encode()
+    assert httpx.post(f"{url}/chat/completions", content=body).status_code == 400
 
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:

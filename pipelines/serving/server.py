@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -25,6 +25,7 @@ from meteora.model.chat import Answer
 from meteora.untrusted.findings import brief, shortened
 from pipelines.serving.answers import Reply, error_body, event
 from pipelines.serving.model_thread import ModelThread
+from pipelines.serving.page import HEADERS
 from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
 from pipelines.workspace.console import say
 
@@ -38,12 +39,13 @@ GOODBYE_SECONDS = 5
 """How long answers may go on after the server is asked to stop."""
 
 
-def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
-    """The app: `/v1/models` and `/v1/chat/completions`.
+def make_app(chat: Chat, name: str, *, hosts: list[str], page: str = "") -> FastAPI:
+    """The app: `/v1/models` and `/v1/chat/completions`, and a page at `/` if there is one.
 
     Args:
         name: of the model; each of its experts is a model `name:expert`, too, and so is its base
         hosts: that clients may name in their requests; `*` is any
+        page: what `chat_page` gives; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
@@ -77,6 +79,12 @@ def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
                 if isinstance(item, Answer):
                     return reply.whole(item)
         raise HTTPException(499, "the client left before its answer was ready")
+
+    if page:
+
+        @app.get("/")
+        async def show_page() -> HTMLResponse:
+            return HTMLResponse(page, headers=HEADERS)
 
     return app
 
@@ -149,16 +157,17 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_server(chat: Chat, name: str, host: str) -> uvicorn.Server:
+def make_server(chat: Chat, name: str, host: str, page: str = "") -> uvicorn.Server:
     """The server, to be run on what `listen` gives.
 
     Args:
         name: of the model in requests
         host: by which clients reach it; those on loopback may also say `localhost`
+        page: what `chat_page` gives, to be shown at `/`; empty for none
     """
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
     config = uvicorn.Config(
-        make_app(chat, name, hosts=hosts),
+        make_app(chat, name, hosts=hosts, page=page),
         log_level="warning",
         lifespan="off",
         ws="none",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
@@ -12,36 +11,18 @@ import httpx
 import openai
 import pytest
 
-import meteora
 from meteora.artifacts import MeteoraError
-from meteora.model.chat import Chat
 from pipelines.serving import server
+from tests.pipelines.serving.conftest import serving
 
 HALF = [{"role": "user", "content": "\ud800"}]
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def chat(world, tmp_path_factory):
-    import shutil  # noqa: PLC0415
-
-    from tests.pipelines.conftest import CHAT_TEMPLATE  # noqa: PLC0415
-
-    base = tmp_path_factory.mktemp("served") / "base"
-    shutil.copytree(world.base, base)
-    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return Chat(*meteora.load(world.checkpoint, base_folder=base))
-
-
-@pytest.fixture(scope="module")
 def url(chat):
-    with server.listen("127.0.0.1", 0) as listening:
-        running = server.make_server(chat, "tiny", "127.0.0.1")
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        running.should_exit = True
-        thread.join()
+    with serving(chat) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,9 @@ def _serve(
 
 
 def _last_part(checkpoint: str) -> str:
-    return checkpoint.rstrip("/").rpartition("/")[2]
+    """The name of a checkpoint's folder, or of its repository."""
+    folder = Path(checkpoint)
+    return (folder.resolve() if folder.is_dir() else folder).name
 
 
 def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
@@ -244,5 +246,9 @@ def _lines(prompted: bool) -> Generator[str]:
             line = input("> " if prompted else "").strip()
         except EOFError:
             return
+        except KeyboardInterrupt:  # the line is dropped, and the conversation is not
+            print()
+            say("/quit, or the end of the input (Ctrl-D), ends the program")
+            continue
         if line:
             yield line

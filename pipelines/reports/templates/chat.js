@@ -32,8 +32,6 @@ async function* tokensOf(expert, messages, signal) {
       messages, stream: true, trace: "layers", max_tokens: state.max_tokens,
     }),
     signal,
-  }).catch((error) => {
-    throw signal.aborted ? error : new Error("the server does not answer");
   });
   if (!response.ok) throw new Error((await response.json()).error.message);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -146,7 +144,8 @@ async function ask(question) {
       }
     } catch (error) {
       if (control.signal.aborted && answer.tokens.length) answer.cut = true;
-      else answer.error = control.signal.aborted ? "stopped" : error.message;
+      else if (control.signal.aborted) answer.error = "stopped";
+      else answer.error = error instanceof TypeError ? "the server does not answer" : error.message;
     }
     answer.waits = false;
     drawNote(drawn[i], answer);

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from io import StringIO
 from typing import TYPE_CHECKING
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import httpx
 import pytest
@@ -157,6 +157,21 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversati
     assert "".join(token.text for token in whole).startswith(here.messages[1]["content"])
     here.take("and now?")
     assert len(here.messages) == 4
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_not_the_conversation(capsys) -> None:
+    with (
+        patch.object(sys, "stdin", Mock(isatty=lambda: True)),
+        patch("builtins.input", Mock(side_effect=[KeyboardInterrupt, " hello ", EOFError])),
+    ):
+        assert list(command._lines(prompted=True)) == ["hello"]
+    assert "Ctrl-D" in capsys.readouterr().err
+
+
+def test_a_model_is_called_by_the_name_of_its_folder_or_repository(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command._last_part(".") == command._last_part(f"{tmp_path}/") == tmp_path.name
+    assert command._last_part("owner/fused") == "fused"
 
 
 def test_an_unknown_expert_is_refused_at_the_start(conversation) -> None:

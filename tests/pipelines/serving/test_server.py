@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from meteora.artifacts import MeteoraError
+from meteora.model.trace import Token
 from pipelines.serving import server
 from tests.pipelines.serving.conftest import serving
 
@@ -150,6 +151,7 @@ def test_sampling_stops_and_parts_of_content_are_taken(client, chat) -> None:
         ({"messages": "hello"}, 400, "messages: Input should be a valid list"),
         ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role: Input should"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the model takes 512 with"),
+        ({"messages": [{"role": "user", "content": "x" * 4_000_001}]}, 400, "at most 4000000 are"),
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"n": 2}, 400, "n: Input should be 1"),
@@ -243,10 +245,34 @@ def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:
     assert "out of memory" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
+def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
+    chat, capsys, monkeypatch, caplog
+) -> None:
+    def answer(_messages, *, on_token, **_asked):
+        while True:  # until nobody waits for it
+            on_token(Token("on ", 0, 1.0))
+            time.sleep(0.02)
+
+    monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.2)
+    monkeypatch.setattr(chat, "answer", answer)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(chat) as address:
+            body = {"model": "tiny", "messages": HELLO}
+            streamed = pool.submit(post, f"{address}/v1", {**body, "stream": True}, timeout=30)
+            waiting = pool.submit(post, f"{address}/v1", body, timeout=30)
+            time.sleep(1)
+        *_, last = streamed.result().text.strip().split("\n\n")
+    assert "the server was stopped" in last
+    assert waiting.result().status_code == 503
+    assert waiting.result().json()["error"]["message"] == "the server was stopped"
+    assert not caplog.records
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with (
         server.listen("127.0.0.1", 0) as taken,
-        pytest.raises(MeteoraError, match="cannot be listened on"),
+        pytest.raises(MeteoraError, match=r"cannot be listened on \(Address already in use\); "),
     ):
         server.listen("127.0.0.1", taken.getsockname()[1])
 

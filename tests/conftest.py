@@ -189,6 +189,21 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             "Gemma3TextConfig",
             gemma | {"layer_types": ["sliding_attention", "full_attention"]},
         ),
+        "gemma3n": (
+            "Gemma3nTextConfig",
+            llama
+            | {
+                "head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "sliding_window": 64,
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": vocab_size,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 4,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
+        ),
         "phi": ("PhiConfig", llama),
         "gpt2": ("GPT2Config", old | {"n_inner": INTERMEDIATE}),
         "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -54,6 +59,30 @@ def load_tokenizer(
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
+    """Read the config of a base from its folder or a GGUF file. No remote code.
+
+    Raises:
+        SourceError: transformers cannot generate text with it.
+    """
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, gguf_file=gguf_file
+            )
+    except (ValueError, KeyError) as error:
+        raise SourceError(
+            f"{folder}: transformers does not know this architecture without code of the base's"
+            " own, which is never run; take a base that it knows"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SourceError(
+            f"{folder}: {config.model_type} is no language model that transformers loads with"
+            " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
+        )
+    return config
+
+
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a GGUF file and dequantise it to float32; the model can be saved afterwards."""
     with _quiet():
@@ -80,8 +109,10 @@ def load_folder(
         options: further options for the model alone, such as `quantization_config`
 
     Raises:
-        SourceError: It needs a package that is not installed; a quantised base may.
+        SourceError: It is no base for us, or needs a package that is not installed; a quantised
+            base may.
     """
+    load_config(folder)
     with _quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -107,6 +138,8 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
     intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
+    if isinstance(intermediate, list):  # Gemma 3n's, by layer
+        intermediate = max(intermediate)
     return Fingerprint(
         architecture=(config.architectures or [type(config).__name__])[0],
         hidden_size=text.hidden_size,
@@ -122,13 +155,13 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def fingerprint_of(folder: Path) -> Fingerprint:
     """Return the fingerprint of a base in a folder, from its config and tokenizer alone."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     return fingerprint(config, load_tokenizer(folder))
 
 
 def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (IN, OUT) of every linear layer of a base, by module path. No weights are read."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
@@ -160,8 +193,7 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
     A GGUF file is dequantised to float32 when it is used.
     """
-    with _quiet():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, gguf_file=gguf_file)
+    config = load_config(folder, gguf_file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
@@ -215,10 +247,12 @@ def _norm(weight: torch.Tensor) -> float:
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """Return (IN, OUT) of a linear layer, GPT-2's Conv1D included; None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    """Return (IN, OUT) of a linear layer, GPT-2's Conv1D included; None for other modules.
+
+    The layers of quantising libraries are no `nn.Linear`, but have its two sizes.
+    """
     if isinstance(module, Conv1D):
         num_in, num_out = module.weight.shape
         return num_in, num_out
-    return None
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return cast("tuple[int, int]", sizes) if all(type(size) is int for size in sizes) else None

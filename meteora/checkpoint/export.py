@@ -18,6 +18,7 @@ from meteora.artifacts import MeteoraError
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.tensors import DTYPES, read_experts
+from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,12 +37,14 @@ class ExportError(MeteoraError):
     """An expert cannot be exported."""
 
 
-def export_expert(folder: Path, name: str, out: Path) -> bool:
+def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> bool:
     """Write an expert as a PEFT adapter.
 
     Args:
         folder: the checkpoint; it stays as it is
         out: a folder, new or empty
+        base_model: the base that the adapter named when it came, if that is known; for the config
+            where the checkpoint's own base is no repository
 
     Returns:
         Whether the file of weights is byte for byte the original; if not, the values of its tensors
@@ -52,16 +55,23 @@ def export_expert(folder: Path, name: str, out: Path) -> bool:
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise ExportError(f"there is no expert {name!r}; {folder} has {', '.join(manifest.names)}")
+        raise ExportError(
+            f"there is no expert {name!r}{did_you_mean(name, manifest.names)}; {folder} has"
+            f" {', '.join(manifest.names)}"
+        )
     make_folder(out)
     e = manifest.names.index(name)
     entry = manifest.experts[e]
     tensors = dict(_tensors(folder, manifest, e))
-    (out / CONFIG).write_text(json.dumps(adapter_config(manifest, e), indent=2) + "\n")
-    front = {"base_model": manifest.base.repo_id, "license": entry.licence, "library_name": "peft"}
+    config = adapter_config(manifest, e, base_model)
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    base = config["base_model_name_or_path"] or ""
+    front = {"base_model": base, "license": entry.licence, "library_name": "peft"}
     lines = [f"{key}: {value}" for key, value in front.items() if value and ":" not in value]
+    about = [f"Its base is {base}."] if base else []
+    about += [f"Its licence is {entry.licence}."] if entry.licence else []
     (out / "README.md").write_text(
-        "\n".join(["---", *lines, "---", "", f"# {name}", "", f"From {entry.source}.", ""])
+        "\n".join(["---", *lines, "---", "", f"# {name}", "", f"From {entry.source}.", *about, ""])
     )
     for candidate in _exact_casts(tensors):  # the stack may be wider than this adapter's own file
         save_file(candidate, out / WEIGHTS, {"format": "pt"})
@@ -102,8 +112,12 @@ def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
             yield cast
 
 
-def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
-    """Return the PEFT config of expert `e`: every module by its path, with rank and alpha."""
+def adapter_config(manifest: Manifest, e: int, base_model: str = "") -> dict[str, Any]:
+    """Return the PEFT config of expert `e`: every module by its path, with rank and alpha.
+
+    Args:
+        base_model: named where the checkpoint's own base is no repository
+    """
     own = {
         path: (entry.ranks[e], entry.scaling[e])
         for path, entry in manifest.modules.items()
@@ -120,7 +134,7 @@ def adapter_config(manifest: Manifest, e: int) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": manifest.base.repo_id if on_hub else None,
+        "base_model_name_or_path": manifest.base.repo_id if on_hub else base_model or None,
         "revision": manifest.base.revision if on_hub else None,
         "r": r,
         "lora_alpha": alpha,

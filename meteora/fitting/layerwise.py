@@ -267,7 +267,7 @@ class Sweep:
                         self._run_once(index, batch)
                 except _Reached as reached:
                     # OPT's layers work on tokens [B × L, IN]
-                    yield reached.x.reshape(*self._hidden[batch].shape[:2], -1)
+                    yield reached.x.reshape(*self._batches[batch][0].shape, -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
         finally:

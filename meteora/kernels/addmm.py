@@ -38,6 +38,24 @@ CONV1D = "transformers.pytorch_utils", "Conv1D"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
+def weight_of(projection: nn.Module) -> Tensor:
+    """The weight of a projection; of a quantised one without a `weight`, its scales."""
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight
+    tensors = (*projection.parameters(), *projection.buffers())
+    return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def experts_dtype(experts: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """The wider of the dtypes of an adapter and of the projection's weight.
+
+    16-bit adapters of another format than the base would lose bits in its dtype. Weights of 8 bits
+    are only stored so, and computed with in more.
+    """
+    return experts if weight.itemsize < 2 else torch.promote_types(experts, weight)
+
+
 class Plain(NamedTuple):
     """The weight and the bias of a projection that is one matmul."""
 

@@ -9,6 +9,7 @@ The model remains what it was to everybody else: `generate`, `pipeline` and lm-e
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,13 @@ from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
+from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
+from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -52,6 +55,10 @@ class UnknownExpertError(MeteoraError):
 
 class UnsavableError(MeteoraError):
     """A fused model was to be saved as its base would be, whose class could not load it."""
+
+
+class RoutedAdaptersError(MeteoraError):
+    """One adapter was to be set, in a model that routes among all of them."""
 
 
 def load(
@@ -102,6 +109,7 @@ def load(
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
+    model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
 
@@ -131,6 +139,9 @@ def insert_experts(
     setattr(model, CACHE, cache)
     for method in ("save_pretrained", "push_to_hub"):
         setattr(model, method, _refuse_to_save)
+    # what transformers has for PEFT's adapters would say that there are none
+    model.active_adapters = partial(list, manifest.names)
+    model.set_adapter = _refuse_to_set
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
         choices = choices_of(entry.ranks, manifest.router)
@@ -142,6 +153,14 @@ def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
         "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
         " base with random weights; copy the folder of its checkpoint, or `meteora publish` it, and"
         " write new gates with meteora.checkpoint.tensors.write_gates"
+    )
+
+
+def _refuse_to_set(*_args: object, **_kwargs: object) -> None:
+    raise RoutedAdaptersError(
+        "a fused model chooses among all of its experts, token by token; use"
+        " `with meteora.force_expert(model, name):` for one of them, or"
+        " `with meteora.without_experts(model):` for the base"
     )
 
 
@@ -175,7 +194,7 @@ def insert_layer(
             f" this base has {sizes or type(projection).__name__}; load the base they were made for"
         )
     if cache is None:
-        stack = stack_for(projection.weight, lora_a, lora_b, entry, choices)
+        stack = stack_for(weight_of(projection), lora_a, lora_b, entry, choices)
     else:
         stack = ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=True)
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
@@ -202,11 +221,8 @@ def stack_for(
     entry: ModuleEntry,
     choices: Sequence[Choice] | None,
 ) -> ExpertStack:
-    """The experts of a layer on the device of its weight, in the wider of both dtypes.
-
-    16-bit adapters of another format than the base would lose bits in its dtype.
-    """
-    dtype = torch.promote_types(lora_a.dtype, weight.dtype)
+    """The experts of a layer on the device of its weight, in the `experts_dtype` of both."""
+    dtype = experts_dtype(lora_a.dtype, weight.dtype)
     lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
     return ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices)
 
@@ -286,7 +302,10 @@ def routed_by(
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Refuse a name that is none of a model's experts, with an `UnknownExpertError`."""
     if name not in names:
-        raise UnknownExpertError(f"there is no expert {name!r}; this model has {', '.join(names)}")
+        raise UnknownExpertError(
+            f"there is no expert {name!r}{did_you_mean(name, names)}; this model has"
+            f" {', '.join(names)}"
+        )
 
 
 @contextmanager

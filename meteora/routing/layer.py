@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from meteora.kernels import dispatch, gather_grouped, reference
-from meteora.kernels.addmm import Plain
+from meteora.kernels.addmm import Plain, experts_dtype, weight_of
 from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class MoELoRALinear(RoutedExperts):
     @property
     def weight(self) -> Tensor:
         """The projection's own weight: base models ask for its dtype and device."""
-        return self.projection.weight  # ty: ignore[invalid-explicit-return]
+        return weight_of(self.projection)
 
     def forward(self, x: Tensor) -> Tensor:
         projection, router = self.projection, self.router
@@ -221,7 +221,7 @@ class MoELoRALinear(RoutedExperts):
     def _dtype(self) -> torch.dtype:
         if self.cache is None:
             return self.stack.a.dtype
-        return torch.promote_types(self.stack.a.dtype, self.weight.dtype)
+        return experts_dtype(self.stack.a.dtype, self.weight.dtype)
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -129,7 +129,8 @@ def pattern_table(
 def rank(value: object, where: str, found: Findings) -> int:
     """Read a rank; 0 where it is refused."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
-        found.refuse("rank", f"{where} is {shortened(value)!r}; it must be 1 to {MAX_RANK}")
+        quotes = ", a whole number without quotes" if isinstance(value, str) else ""
+        found.refuse("rank", f"{where} is {shortened(value)!r}; it must be 1 to {MAX_RANK}{quotes}")
         return 0
     return value
 

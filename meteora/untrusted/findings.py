@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""
@@ -56,9 +62,31 @@ def shortened(text: object, most: int = 80) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a clause for an error message that names the most similar known name, if any is."""
+    similar = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""
+
+
 def brief(error: Exception) -> str:
     """Return the first sentence of an error of another library, which can have a hundred lines."""
     return shortened(" ".join(str(error).split()).partition(". ")[0], 300)
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """Return a clause that says which line of a file is not UTF-8, and what to do."""
+    found = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode(error.encoding)
+            except UnicodeDecodeError:
+                found = number
+                break
+    return (
+        f"line {found}: not UTF-8; save the file as UTF-8, such as with"
+        f" `iconv -f latin1 -t utf-8 {path.name} > new`"
+    )
 
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from meteora.untrusted.findings import shortened
+
 # libyaml's are ten times as fast, and PyYAML can be built without them
 _BASE: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -14,6 +16,14 @@ _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MAX_DEPTH = 50
 MAX_BITS = 1_000
 """Of a whole number."""
+INDENTATION = (
+    "mapping values",
+    "indentation",
+    "expected key",
+    "expected '-'",
+    "cannot start any token",
+)
+"""Parts of the parser's messages that a wrong indentation mostly causes."""
 MAX_NODES = 100_000
 """Half a second and 35 MB. Model cards that list hundreds of benchmarks have 20,000."""
 
@@ -32,6 +42,8 @@ def parse_yaml(text: str, *, typed: bool) -> object:
     try:
         _check_events(text)
         return yaml.load(text, _TypedLoader if typed else _TextLoader)  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        raise StrictYAMLError(_explained(error, text)) from None
     except (yaml.YAMLError, ValueError) as error:  # a plain ValueError: the 99th of May
         raise StrictYAMLError(" ".join(str(error).split())) from None
 
@@ -76,6 +88,21 @@ def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (o
 
 
 _TypedLoader.add_constructor("tag:yaml.org,2002:int", _bounded_int)
+
+
+def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
+    """The line with a fault and the usual causes, in place of the parser's own terms."""
+    problem = " ".join(str(error.problem or error.context or error).split())
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return problem
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    advice = ""
+    if any(words in problem for words in INDENTATION):
+        tab = ", and tabs are not allowed there" if "\t" in line else ""
+        advice = f"; check how far it is indented: keys of one section begin in one column{tab}"
+    return f"{problem} ({_place(mark)}: {shortened(line.strip())!r}){advice}"
 
 
 def _place(mark: Any) -> str:  # noqa: ANN401  (libyaml has a type of its own)

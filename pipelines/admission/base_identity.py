@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
+from meteora.untrusted.findings import shortened
 from pipelines.hub import repositories
 from pipelines.hub.card import base_of
 from pipelines.hub.errors import HubError
@@ -88,13 +89,34 @@ def identify_base(
             " adapter out",
         )
         raise IncompatibleAdaptersError(str(folder), (reason,))
-    if not named or not on_the_hub:
+    if not named:
         return ()  # another warning says that no base is named, or that only shapes were compared
+    if not on_the_hub:
+        return _compare_names(named, base)
     return (
         Reason(
             "base_unreachable",
             f"it was trained on {name}, which cannot be compared with the base of this run"
             f" ({verdict.unreachable}); only its shapes are known to fit",
+        ),
+    )
+
+
+def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
+    """A warning where the names of two bases that cannot be compared are not alike.
+
+    A folder, a quantised file and a repository of one base mostly share the last part of their
+    names, up to a suffix.
+    """
+    theirs, ours = (name.rpartition("/")[2].lower() for name in (named, base.base_model))
+    ours = ours.removeprefix("path:")
+    if theirs.startswith(ours) or ours.startswith(theirs):
+        return ()
+    return (
+        Reason(
+            "base_named_differently",
+            f"it was trained on {shortened(named)}, and the base of this run is {base.base_model};"
+            " only its shapes are known to fit",
         ),
     )
 

@@ -43,7 +43,7 @@ def inspect(
     """
     path = Path(where.removeprefix(PATH))
     repo_id = where.partition("@")[0]
-    if not REPO_ID.fullmatch(repo_id) or path.exists():
+    if not REPO_ID.fullmatch(repo_id) or path.exists() or path.parent.is_dir():
         verdict = reader.check(path / subfolder, modules_to_save=modules_to_save)
         return replace(verdict, facts=verdict.facts | {"licence": licence_of(path / subfolder)})
     hub = hub_for(repo_id, token_for)
@@ -57,7 +57,8 @@ def inspect(
     except AdapterError as error:
         return Verdict(where, "refuse", error.reasons, facts | {"judged_by": "claims"})
     except HubError as error:
-        reason = Reason("hub_unavailable" if error.retry else "hub", str(error))
+        text = f"there is no such folder here; and as a repository, {error}"
+        reason = Reason("hub_unavailable" if error.retry else "hub", text)
         return Verdict(where, "refuse", (reason,), facts)
     except OSError as error:
         problem = f"{error.filename or cache} cannot be written: {error.strerror or error}"

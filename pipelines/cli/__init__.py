@@ -1,10 +1,12 @@
 """The command line: `meteora …`.
 
 app          puts all commands together
-run          `run` and `serve`
+run          `run` and `schedule`
+benchmark    `benchmark`, a checkpoint measured without running its recipe
 experts      `check`, `add` and `drop`
 checkpoint   `generate`, `report`, `publish`, `export`, `sign` and other commands on a checkpoint
 chat         `chat`, a conversation in the terminal, and `chat-server`
+recipe       `recipe show` and `recipe reference`
 store        `sql`, `verify` and `store …`
 options      options that several commands share
 output       answers of the ledger and findings, printed

@@ -5,22 +5,57 @@ Exit codes: 0 done, 1 refused or failed (with one sentence), 2 wrong usage, 130 
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli import chat, checkpoint, experts, run, store
-from pipelines.workspace.console import say
+from pipelines.cli import benchmark, chat, checkpoint, experts, recipe, run, store
+from pipelines.workspace.console import CONSOLE, QUIET, say
 from pipelines.workspace.faults import describe
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )
-for commands in (run.app, experts.app, checkpoint.app, chat.app, store.app):
-    app.add_typer(commands)
+for part in (run, benchmark, experts, recipe, checkpoint, chat, store):
+    app.add_typer(part.app)
+EVERYWHERE = ("--quiet", "--verbose")
+"""Options of the program itself, which may also stand behind a command."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"meteora-pipelines {version('meteora-pipelines')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress and no notes; only data and errors.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With an error also where it comes from.")
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Off-the-shelf LoRA adapters in; one routed model out."""
+    CONSOLE.quiet = quiet
+    os.environ[QUIET] = "1" if quiet else ""  # for processes that this one starts
+    if verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
 
 
 def main() -> None:
@@ -28,14 +63,17 @@ def main() -> None:
 
     An error of ours, and a fault of the machine, is printed as one sentence, with exit code 1.
     """
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    first = [word for word in words[:end] if word in EVERYWHERE]
+    sys.argv[1:] = [*first, *(word for word in words[:end] if word not in first), *words[end:]]
     try:
         app()
-    except MeteoraError as error:
-        say(str(error), "error")
-        sys.exit(1)
     except Exception as error:
-        sentence = describe(error)
+        sentence = str(error) if isinstance(error, MeteoraError) else describe(error)
         if sentence is None:
             raise
+        if "--verbose" in first:
+            traceback.print_exc()
         say(sentence, "error")
         sys.exit(1)

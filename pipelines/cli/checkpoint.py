@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor, existing_home
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    AsJson,
+    Base,
+    Home,
+    TokenFor,
+    existing_home,
+    text_or_input,
+)
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -18,7 +27,7 @@ app = typer.Typer()
 @app.command()
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    prompt: str,
+    prompt: Annotated[str, typer.Argument(help="`-` reads it from the input.")],
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     trace: Annotated[
@@ -28,6 +37,7 @@ def generate(
             help="Show the expert of each token: in colours here, and on a page. `-`: no page.",
         ),
     ] = "",
+    as_json: AsJson = False,
     base: Base = None,
     token_for: TokenFor = None,
     home: Home = DEFAULT_HOME,
@@ -41,14 +51,15 @@ def generate(
 
     if trace not in {"", "-"}:
         check_writable(Path(trace))
+    prompt = text_or_input(prompt)
     home = home.expanduser().absolute()
     model, tokenizer = checkpoints.find(checkpoint, home, base, token_for or ()).load()
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
-        if trace:
+        if trace or as_json:
             traced = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            score_table.print_trace(traced)
-            if trace != "-":
+            score_table.print_trace(traced, as_json=as_json)
+            if trace not in {"", "-"}:
                 write_page(Path(trace), trace_page(traced, prompt))
         else:
             meteora.generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
@@ -74,6 +85,7 @@ def publish(
     base: Annotated[
         Path | None, typer.Option(help="The folder of the base, if it is local.")
     ] = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Publish a checkpoint on the Hub in one commit, and check that it is the same model there."""
@@ -100,7 +112,12 @@ def publish(
         ledger.ingest()
     else:
         say("the ledger under this home does not know the model, so nothing was recorded there")
-    print(f"{made.repo_id}@{made.revision} {made.tag}")
+    if as_json:
+        shown = {"repo_id": made.repo_id, "revision": made.revision, "tag": made.tag}
+        print(json.dumps(shown))
+    else:
+        print(f"{made.repo_id}@{made.revision} {made.tag}")
+    say(f"talk with it as others get it with `meteora chat {made.repo_id}`")
 
 
 @app.command()
@@ -136,6 +153,7 @@ def report(
         drawn = trace_examples(*found.load(), chosen)
     write_page(output, report_page(results, drawn))
     print(output)
+    say("open it in a browser; beside each result is the query that it comes from")
 
 
 @app.command()
@@ -148,7 +166,9 @@ def sign(
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
-    print(sign_folder(Path(checkpoint_folder(checkpoint, home.expanduser().absolute())), key))
+    folder = Path(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    print(sign_folder(folder, key))
+    say(f"check it with `meteora verify {folder} --key PUBLIC`")
 
 
 @app.command()
@@ -223,9 +243,24 @@ def export(
 
         files = export_gguf(folder, out, expert)
         say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
-    elif export_expert(folder, expert, out):
-        say("its weights file is byte for byte the one that it was made of")
+    else:
+        if export_expert(folder, expert, out, _named_base(folder, expert, home)):
+            say("its weights file is byte for byte the one that it was made of")
+        say(f"load it with `peft.PeftModel.from_pretrained(base, {str(out)!r})`")
     print(out)
+
+
+def _named_base(folder: Path, expert: str, home: Path) -> str:
+    """The base that an expert's adapter named when it came; empty where it is not recorded."""
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import read_manifest
+    from store.ledger import Ledger
+
+    entry = next((one for one in read_manifest(folder).experts if one.name == expert), None)
+    if entry is None or not home.is_dir():
+        return ""
+    spec = Ledger(home).spec_of(ArtifactId(entry.adapter_id))
+    return str(spec["base_model"]) if spec else ""
 
 
 @app.command("import")
@@ -235,13 +270,33 @@ def import_adapters(
         "recipe.yaml"
     ),
     base: Annotated[str, typer.Option(help="The base, if no config names it.")] = "",
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where their rows are: NAME/train.jsonl and NAME/test.jsonl, or NAME.train.jsonl"
+            " and NAME.test.jsonl. Default: beside each adapter.",
+        ),
+    ] = None,
+    drop_overlaps: Annotated[
+        bool, typer.Option("--drop-overlaps", help="Leave examples out that are also test rows.")
+    ] = False,
 ) -> None:
     """Write a recipe for the adapters in a folder, ready for `meteora run`."""
+    from pipelines.planning.overlaps import separate
     from pipelines.recipe.from_folder import write_recipe
 
-    recipe = write_recipe(folder, output, base)
+    beside = output.with_suffix(".examples")
+    recipe = write_recipe(
+        folder,
+        output,
+        base,
+        examples,
+        lambda found: separate(found, beside, drop=drop_overlaps),
+    )
+    tested = sum(bool(one.test) for one in recipe.experts)
     say(
-        f"{len(recipe.experts)} experts on {recipe.base}, router {recipe.router.kind}; its comments"
-        f" say what to change, and `meteora run {output} --dry-run` shows what it does"
+        f"{len(recipe.experts)} experts on {recipe.base}, {tested} of them with tests, router"
+        f" {recipe.router.kind}; `meteora run {output} --dry-run` shows what it does"
     )
     print(output)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path  # noqa: TC003  (Typer reads the annotations)
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, Home, Strip, Subfolder, TokenFor
+from pipelines.cli.benchmark import run_benchmark
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, Strip, Subfolder, TokenFor
+from pipelines.workspace.console import say
 
 app = typer.Typer()
 
@@ -16,7 +18,7 @@ app = typer.Typer()
 @app.command()
 def check(
     where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
@@ -51,21 +53,34 @@ def add(
     name: Annotated[str, typer.Argument(help="The name of the new expert.")],
     adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
     examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
-    base: Annotated[
-        Path | None, typer.Option(help="The folder of the base, if it is local.")
-    ] = None,
+    test: Annotated[
+        str, typer.Option(metavar="ROWS", help="Its held-out rows: measure the result at once.")
+    ] = "",
+    base: Base = None,
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
+    from pipelines.data.row_sources import place_of, read_rows
+    from pipelines.data.rows import refuse_overlap
+    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
+    if test:
+        here, limit = Path.cwd(), BenchmarkSection().limit
+        refuse_overlap(
+            {name: read_rows(examples, here, edit.EXAMPLES)},
+            {name: read_rows(test, here, limit)},
+            lambda _name, number: place_of(examples, here, number),
+            lambda _name, number: place_of(test, here, number),
+        )
     found = checkpoints.find(checkpoint, home, base, token_for or (), statistics=True)
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
@@ -78,14 +93,24 @@ def add(
         base_folder=found.base_folder,
         download=found.download,
     )
-    print(made)
+    _print_made(made, f"added {name}", found.folder, as_json=as_json)
+    if test:
+        tasks = (f"{name}={test}",)
+        run_benchmark(str(made), home, tasks, base=base, token_for=token_for or (), as_json=as_json)
+    else:
+        say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
 
 
 @app.command()
 def drop(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     name: Annotated[str, typer.Argument(help="The expert to leave out.")],
+    benchmark: Annotated[bool, typer.Option("--benchmark", help="Measure the result at once.")] = (
+        False
+    ),
+    base: Base = None,
     token_for: TokenFor = None,
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
@@ -95,4 +120,34 @@ def drop(
 
     home = home.expanduser().absolute()
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
-    print(edit.drop(Ledger(home), folder, name))
+    made = edit.drop(Ledger(home), folder, name)
+    _print_made(made, f"dropped {name}", folder, as_json=as_json)
+    if benchmark:
+        run_benchmark(str(made), home, base=base, token_for=token_for or (), as_json=as_json)
+    else:
+        say(f"measure it with `meteora benchmark {_id(made)}`")
+
+
+def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
+    """Print the folder of a changed checkpoint, its id, and what changed."""
+    from meteora.checkpoint.manifest import read_manifest
+
+    manifest, old = read_manifest(made), read_manifest(before)
+    names = manifest.names
+    say(f"{what}: {_id(made)} has {', '.join(names)}")
+    say(f"all others are as in {_id(before)}, bit for bit")
+    facts = {
+        "checkpoint": str(made),
+        "router_id": manifest.router_id,
+        "grown_from": old.router_id,
+        "experts": names,
+    }
+    print(json.dumps(facts) if as_json else made)
+
+
+def _id(folder: Path) -> str:
+    """The id of a checkpoint, short as people give it to a command."""
+    from meteora.artifacts import short
+    from meteora.checkpoint.manifest import read_manifest
+
+    return short(read_manifest(folder).router_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,25 @@ Base = Annotated[
 ]
 Subfolder = Annotated[str, typer.Option(help="A subfolder of the folder or repository.")]
 Strip = Annotated[bool, typer.Option("--strip", help="Leave out `modules_to_save`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 TokenFor = Annotated[
     list[str] | None,
     typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
 ]
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """What a home holds, some of it at least."""
+
+
+def text_or_input(text: str) -> str:
+    """The text itself, or all of the input where it is `-`.
+
+    Raises:
+        MeteoraError: The input is no text.
+    """
+    try:
+        return sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise MeteoraError(f"the input is not {error.encoding}") from error
 
 
 def existing_home(home: Path) -> Path:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from bisect import bisect_right
+from dataclasses import asdict
 from enum import StrEnum
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.cells import cell_len
+from rich.table import Column, Table
 
 from meteora.artifacts import MeteoraError, short
 from meteora.untrusted.findings import for_terminal
@@ -25,21 +29,36 @@ if TYPE_CHECKING:
 
 SHOWN = 100
 """How many artifacts are listed for one damaged file."""
+NARROW = 20
+"""Characters of a column in a table that has more columns than a line can show."""
+BORDERS = 3
+"""Characters beside each cell of a table."""
 
 
 class Format(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+    markdown = "markdown"
 
 
-def print_findings(found: Verification, bases: Sequence[Finding], again: Recomputed) -> int:
+def print_findings(
+    found: Verification, bases: Sequence[Finding], again: Recomputed, *, as_json: bool = False
+) -> int:
     """Print everything that is damaged or does not recompute; returns the number of findings.
 
     Args:
         bases: What is damaged in the bases of the home.
     """
     every = (*found.findings, *bases, *again.findings)
+    if as_json:
+        counts = {
+            "num_records": found.num_records,
+            "num_blobs": found.num_blobs,
+            "num_scores": again.num_scores,
+        }
+        print(json.dumps(counts | {"findings": list(map(asdict, every))}, indent=1))
+        return len(every)
     for finding in every:
         some = ", ".join(map(short, finding.touches[:SHOWN]))
         more = len(finding.touches) - SHOWN
@@ -82,11 +101,42 @@ def print_answer(answer: Answer, form: Format) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)
         writer.writerows(answer.rows)
+    elif form is Format.markdown:
+        for row in (answer.columns, ["-"] * len(answer.columns), *answer.rows):
+            print(f"| {' | '.join(_markdown(_cell(value)) for value in row)} |")
     else:
+        _print_table(answer)
+
+
+def _print_table(answer: Answer) -> None:
+    """Print a table. Where its columns cannot stand in a line, the first ones do, cut."""
+    out = plain_console()
+    cells = [[_cell(value) for value in row] for row in answer.rows]
+    columns = zip(answer.columns, *cells, strict=True)
+    widths = [max(map(cell_len, column)) + BORDERS for column in columns]
+    narrow = list(accumulate(min(width, NARROW + BORDERS) for width in widths))
+    room = out.width - 1
+    if not narrow or narrow[-1] <= room:
         table = Table(*answer.columns)
-        for row in answer.rows:
-            table.add_row(*(_cell(value) for value in row))
-        plain_console().print(table)
+        shown = len(answer.columns)
+    else:
+        shown = max(1, bisect_right(narrow, room - len("…") - BORDERS))
+        heads = [*answer.columns[:shown], "…"]
+        table = Table(*(Column(head, no_wrap=True, max_width=NARROW) for head in heads))
+    for row in cells:
+        table.add_row(*row[:shown])
+    out.print(table)
+    if shown < len(answer.columns):
+        out.print(
+            f"{len(answer.columns)} columns, {shown} shown; select those that you need, or ask for"
+            " all with --format csv",
+            soft_wrap=True,
+        )
+
+
+def _markdown(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def _cell(value: object) -> str:

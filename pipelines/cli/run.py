@@ -1,4 +1,4 @@
-"""`meteora run`, and `meteora serve` for runs by a schedule."""
+"""`meteora run`, and `meteora schedule` for runs by a schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli.options import DEFAULT_HOME, Home
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Home
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
 from pipelines.workspace.environment import has_server, prepare
@@ -40,6 +40,7 @@ def run(
             help="Run recipes in parallel on Dask: a number of processes, or a scheduler's address."
         ),
     ] = "",
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
@@ -51,14 +52,17 @@ def run(
     contexts = [RunContext.open(recipe, home) for recipe in recipes]
     looks = {context.key: look(context, until) for context in contexts}
     if dry_run:
-        for context in contexts:
-            print_steps(context, looks[context.key])
-    elif _run_all(contexts, looks, until, dask):
+        whole = [print_steps(context, looks[context.key]) for context in contexts]
+        if not all(whole):
+            raise typer.Exit(1)
+    elif _run_all(contexts, looks, until, dask, as_json=as_json):
         raise typer.Exit(1)
 
 
+@app.command("serve", hidden=True)
 @app.command()
-def serve(
+def schedule(
+    context: typer.Context,
     recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
@@ -73,6 +77,8 @@ def serve(
     Each run resolves its recipe again and makes only what changed. Runs that were missed are
     skipped: the next run does their work. So is a run while another run of its recipe goes on.
     """
+    if context.info_name == "serve":
+        say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")
     home = home.expanduser().absolute()
     prepare(home)
     from pipelines.workspace.context import RunContext
@@ -89,19 +95,24 @@ def serve(
     deployments.serve(contexts, schedule, limit=limit, secret=secret)
 
 
-def print_steps(context: RunContext, looked: Look) -> None:
-    """What `--dry-run` prints of a recipe."""
+def print_steps(context: RunContext, looked: Look) -> bool:
+    """Print what a run of a recipe would do; returns whether it would reach its end."""
     from pipelines.planning import dry_run
     from pipelines.workspace.console import plain_console
 
     if looked.finished:
         plain_console().print(f"{context.name}: everything is in the ledger already")
-    else:
-        dry_run.print_steps(context, looked.base, looked.built, looked.reason)
+        return True
+    return dry_run.print_steps(context, looked.base, looked.built, looked.reason)
 
 
 def _run_all(
-    contexts: Sequence[RunContext], looks: Mapping[str, Look], until: Stage, dask: str
+    contexts: Sequence[RunContext],
+    looks: Mapping[str, Look],
+    until: Stage,
+    dask: str,
+    *,
+    as_json: bool,
 ) -> bool:
     """Run what is not finished, one recipe after the other or on Dask, and show the scores.
 
@@ -133,7 +144,7 @@ def _run_all(
     for context in contexts:
         if context not in to_do or (until in WHOLE and context.key not in wrong):
             looked, one = looks[context.key], made.get(context.key)
-            failed |= not _show(context, looked, one, until)
+            failed |= not _show(context, looked, one, until, as_json=as_json)
     for key, reason in wrong.items():
         say(f"{key}: {reason}", "error")
     if to_do:
@@ -196,7 +207,9 @@ def _run_on_dask(contexts: Sequence[RunContext], until: Stage, dask: str) -> dic
     return {keys[path]: reason for path, reason in wrong.items()}
 
 
-def _show(context: RunContext, looked: Look, made: Made | None, until: Stage) -> bool:
+def _show(
+    context: RunContext, looked: Look, made: Made | None, until: Stage, *, as_json: bool
+) -> bool:
     """Show the scores of a recipe; returns False if it is not finished.
 
     Args:
@@ -209,7 +222,9 @@ def _show(context: RunContext, looked: Look, made: Made | None, until: Stage) ->
     finished = made.finished if made else looked.finished or look(context, until).finished
     if finished is None:
         return False
-    score_table.print_scores(context, finished, made.seconds if made else {})
+    plan, seconds = finished.plan, made.seconds if made else {}
+    folder = context.checkpoint_folder(plan.router.id)
+    score_table.print_scores(context.name, folder, plan, finished.summary, seconds, as_json=as_json)
     return True
 
 

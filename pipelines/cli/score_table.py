@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 
 from meteora.artifacts import short
@@ -21,30 +23,44 @@ from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from meteora.model.trace import Trace
-    from pipelines.flows.up_to_date import Finished
-    from pipelines.workspace.context import RunContext
+    from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
 
 
-def print_scores(context: RunContext, finished: Finished, seconds: dict[str, float]) -> None:
-    """Print the scores of a finished recipe, with their circumstances.
+def print_scores(
+    name: str,
+    folder: Path,
+    plan: Plan,
+    summary: Summary,
+    seconds: Mapping[str, float],
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print the scores of a checkpoint, with their circumstances.
 
     Args:
+        name: Of the recipe, or of the checkpoint where it is measured without one.
+        folder: Of the checkpoint.
         seconds: How long each stage took; empty where this command did not run it.
+        as_json: Print one JSON object on one line, for programs.
     """
-    plan, summary = finished.plan, finished.summary
+    if as_json:
+        print(json.dumps(_scores(name, folder, plan, summary, seconds)))
+        return
     out = plain_console()
-    out.print(f"{context.name}: scores, and their 95 % intervals")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for heading in ("task", "n", *summary.systems):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for task, row in summary.scores.items():
-        cells = [cell(summary, task, system) for system in summary.systems]
-        table.add_row(task, str(row["fused"].num_samples), *cells)
-    means = [summary.mean(system) for system in summary.systems]
-    table.add_section()
-    table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
-    out.print(table)
+    table = _score_table(summary, interval=True)
+    # unbounded, since a measure within the options is never larger than their width
+    natural = Measurement.get(out, out.options.update_width(10_000), table).maximum
+    if fits := natural <= out.width:
+        out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
+        out.print(table)
+    else:
+        out.print(f"{name}: scores; the last line has their 95 % intervals", soft_wrap=True)
+        out.print(_score_table(summary, interval=False))
     for headings, rows, line in turn_tables(summary):
         turns = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for heading in headings:
@@ -66,17 +82,77 @@ def print_scores(context: RunContext, finished: Finished, seconds: dict[str, flo
     if seconds:
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
-    out.print(f"checkpoint: {context.checkpoint_folder(plan.router.id)}", soft_wrap=True)
-    out.print(f"recorded as {short(plan.router.id)}; try next:")
-    question = (
-        "SELECT task, value, base_value, oracle_value FROM leaderboard WHERE router = 'gate'"
-        " ORDER BY task"
+    out.print(f"checkpoint: {folder}", soft_wrap=True)
+    router = short(plan.router.id)
+    out.print(f"recorded as {router}; try next:")
+    columns, view, key = (
+        ("task, value, base_value, oracle_value", "leaderboard", "subject_id")
+        if fits
+        else ("task, system, value, low, high", "standings", "router_id")
     )
+    question = f"SELECT {columns} FROM {view} WHERE {key} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
+    out.print(f"  meteora report {router}", soft_wrap=True)
 
 
-def print_trace(found: Trace) -> None:
+def _scores(
+    name: str, folder: Path, plan: Plan, summary: Summary, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """What programs get of a checkpoint's scores."""
+    alone = {
+        task: {f"expert:{expert}": score for expert, score in row.items()}
+        for task, row in summary.matrix.items()
+    }
+    scores = [
+        {
+            "task": score.spec.task,
+            "system": system,
+            "metric": score.spec.metric,
+            "value": score.value,
+            "low": score.low,
+            "high": score.high,
+            "num_samples": score.num_samples,
+            "differs": summary.mark(task, system) if score is row.get(system) else "",
+        }
+        for task, row in summary.scores.items()
+        for system, score in {**row, **alone.get(task, {})}.items()
+    ]
+    return {
+        "name": name,
+        "router_id": plan.router.id,
+        "checkpoint": str(folder),
+        "experts": list(plan.fused.names),
+        "scores": scores,
+        "means": {system: summary.mean(system) for system in summary.systems},
+        "seconds": dict(seconds),
+    }
+
+
+def _score_table(summary: Summary, *, interval: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in ("task", "n", *summary.systems):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, row in summary.scores.items():
+        cells = [cell(summary, task, system, interval=interval) for system in summary.systems]
+        table.add_row(task, str(row["fused"].num_samples), *cells)
+    means = [summary.mean(system) for system in summary.systems]
+    if any(mean is not None for mean in means):
+        table.add_section()
+        table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+    return table
+
+
+def print_trace(found: Trace, *, as_json: bool = False) -> None:
     """Print prompt and answer in the colours of their experts, and a legend."""
+    if as_json:
+        tokens = [
+            {"text": token.text, "expert": found.experts[token.expert], "share": token.share}
+            for token in found.tokens()
+        ]
+        parts = {"prompt": tokens[: found.num_prompt], "answer": tokens[found.num_prompt :]}
+        texts = {name: "".join(str(token["text"]) for token in parts[name]) for name in parts}
+        print(json.dumps(texts | {"tokens": parts}))
+        return
     out = plain_console()
     for text in terminal_texts(found):
         out.print(text, soft_wrap=True, end="\n\n")

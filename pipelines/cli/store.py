@@ -11,7 +11,13 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from pipelines.cli import output
-from pipelines.cli.options import DEFAULT_HOME, Home, existing_home
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    AsJson,
+    Home,
+    existing_home,
+    text_or_input,
+)
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -21,11 +27,14 @@ app.add_typer(store, name="store")
 
 @app.command()
 def sql(
-    query: Annotated[str, typer.Argument(help='Such as "FROM leaderboard".')] = "SHOW TABLES",
+    query: Annotated[
+        str, typer.Argument(help='Such as "FROM leaderboard"; `-` reads it from the input.')
+    ] = "SHOW TABLES",
     form: Annotated[
         output.Format | None,
         typer.Option("--format", help="Default: a table in a terminal, else CSV."),
     ] = None,
+    as_json: AsJson = False,
     live: Annotated[
         bool, typer.Option("--live", help="Query the index itself, not its snapshot.")
     ] = False,
@@ -44,10 +53,10 @@ def sql(
     ledger.ingest(
         deadline_seconds=1.0
     )  # what a run recorded a moment ago; a busy index is not waited for
-    answer = ledger.query(query, live=live)
-    output.print_answer(
-        answer, form or (output.Format.table if sys.stdout.isatty() else output.Format.csv)
-    )
+    answer = ledger.query(text_or_input(query), live=live)
+    if form is None:
+        form = output.Format.table if sys.stdout.isatty() else output.Format.csv
+    output.print_answer(answer, output.Format.json if as_json else form)
 
 
 @app.command()
@@ -67,6 +76,7 @@ def verify(
         int, typer.Option(min=1, help="How many recorded answers to ask for again.")
     ] = 24,
     model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
+    as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Check blobs and bases against their hashes, records against blobs, scores against outputs.
@@ -94,7 +104,7 @@ def verify(
 
     ledger = Ledger(existing_home(home))
     stored, bases = ledger.verify(), list(verify_bases(ledger))
-    if output.print_findings(stored, bases, recompute_scores(ledger, scores)):
+    if output.print_findings(stored, bases, recompute_scores(ledger, scores), as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -156,14 +166,19 @@ def share(
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove the listed files.")] = False,
     home: Home = DEFAULT_HOME,
+    as_json: AsJson = False,
 ) -> None:
     """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
     from store.ledger import Ledger
 
     garbage = Ledger(existing_home(home)).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
-    for name, num_bytes in zip(names, garbage.sizes, strict=True):
-        print(f"{num_bytes}\t{name}")
+    found = zip(names, garbage.sizes, strict=True)
+    if as_json:
+        print(json.dumps([{"name": name, "num_bytes": size} for name, size in found], indent=1))
+    else:
+        for name, size in found:
+            print(f"{size}\t{name}")
     done = "removed" if yes else "can be removed with --yes"
     say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
 

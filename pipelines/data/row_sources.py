@@ -18,6 +18,7 @@ from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
+from meteora.untrusted.findings import listed, not_utf8, shortened
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -64,6 +65,18 @@ def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) ->
     return (_row(line, place) for line, place in json_lines(folder / name))
 
 
+def place_of(source: str, folder: Path, number: int) -> str:
+    """Where a row of a source stands, for people.
+
+    Args:
+        number: of the row, from 0
+    """
+    kind, _, name = source.partition(":")
+    if kind != "jsonl":
+        return f"{source}, row {number + 1}"
+    return next(islice((place for _, place in json_lines(folder / name)), number, None), source)
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file that are not blank, each with its place for error messages.
 
@@ -80,8 +93,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
                     raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
                 if line.strip():
                     yield line, place
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExamplesError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ExamplesError(f"{path}, {not_utf8(path, error)}") from error
+    except OSError as error:
+        raise ExamplesError(f"{path}: {error.strerror or error}") from error
 
 
 def _row(line: str, place: str) -> Row:
@@ -95,9 +110,21 @@ def _row(line: str, place: str) -> Row:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExamplesError(
-            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed'
+            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed, and it is'
+            f" {_described(line)}"
         ) from error
     return check_row(row, place)
+
+
+def _described(line: str) -> str:
+    """What a line holds in place of a row."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return "no JSON"
+    if isinstance(found, dict):
+        return f"a table with the keys {listed(list(found), 8)}" if found else "an empty table"
+    return f"{shortened(found)}, not a table"
 
 
 def check_row(row: Row, place: str) -> Row:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError, Noun, canonical_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class ExamplesError(MeteoraError):
@@ -54,23 +55,78 @@ def rows_sha256(rows: Sequence[Noun]) -> str:
     return canonical_sha256([row.to_dict() for row in rows])
 
 
-def refuse_overlap(
+@dataclass(frozen=True)
+class Overlap:
+    """A test row that is also an example."""
+
+    task: str
+    test: int
+    """The number of the row among the tests of its task, from 0."""
+    expert: str
+    example: int
+    """The number of the row among the examples of the expert, from 0."""
+    prompt: str
+
+
+def find_overlaps(
     examples: Mapping[str, Sequence[Row]], tests: Mapping[str, Sequence[Row]]
+) -> list[Overlap]:
+    """Every test row whose prompt is also an example.
+
+    Args:
+        examples: by expert
+        tests: by task
+    """
+    known: dict[str, tuple[str, int]] = {}
+    for name, rows in examples.items():
+        for number, row in enumerate(rows):
+            known.setdefault(row.sha256, (name, number))
+    return [
+        Overlap(task, number, *known[row.sha256], row.prompt)
+        for task, rows in tests.items()
+        for number, row in enumerate(rows)
+        if row.sha256 in known
+    ]
+
+
+def refuse_overlap(
+    examples: Mapping[str, Sequence[Row]],
+    tests: Mapping[str, Sequence[Row]],
+    example_place: Callable[[str, int], str] = lambda _name, number: f"row {number + 1}",
+    test_place: Callable[[str, int], str] = lambda _name, number: f"row {number + 1}",
+    advice: str = "take it out of one of the two",
 ) -> None:
     """Refuse test rows whose prompts are also examples: they would measure memory.
 
     Args:
         examples: by expert
         tests: by task
+        example_place: from an expert and the number of an example to where it stands
+        test_place: the same for a task and one of its rows
+        advice: what to do
 
     Raises:
         ExamplesError: a prompt is in both.
     """
-    expert_of = {row.sha256: name for name, rows in examples.items() for row in rows}
-    for task, rows in tests.items():
-        for row in rows:
-            if (name := expert_of.get(row.sha256)) is not None:
-                raise ExamplesError(
-                    f"task {task}: the prompt {row.prompt[:60]!r} is also an example of expert"
-                    f" {name}; take it out of one of the two"
-                )
+    found = find_overlaps(examples, tests)
+    if not found:
+        return
+    first = found[0]
+    others = [row.prompt for row in (*tests[first.task], *examples[first.expert])]
+    shown = differing_part(first.prompt, others)
+    count = f"; there are {len(found):,} such test rows" if len(found) > 1 else ""
+    raise ExamplesError(
+        f"task {first.task}: {test_place(first.task, first.test)} with the prompt {shown!r} is also"
+        f" an example of expert {first.expert}, {example_place(first.expert, first.example)};"
+        f" {advice}{count}"
+    )
+
+
+def differing_part(prompt: str, others: Sequence[str], most: int = 80) -> str:
+    """The part of a prompt in which it differs from most others, which often begin alike."""
+    alike = [prompt, *(other for other in others if other != prompt)]
+    start = len(commonprefix(alike))  # noqa: RUF071  (by characters, which are no paths)
+    if len(prompt) <= most or len(others) < 2:
+        start = 0
+    part = prompt[start : start + most]
+    return f"{'…' if start else ''}{part}{'…' if start + most < len(prompt) else ''}"

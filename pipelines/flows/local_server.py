@@ -177,12 +177,12 @@ def _check_that_it_asks_for(secret: str, url: str) -> None:
     if _status(f"{url}/admin/version") != 401:
         raise ServerError(
             f"the Prefect server of this home, {url}, asks for no secret, as an older version"
-            " started it; stop what still uses it, such as `meteora serve`, then run this again"
+            " started it; stop what still uses it, such as `meteora schedule`, then run this again"
         )
     if _status(f"{url}/admin/version", secret) != 200:
         raise ServerError(
             f"the Prefect server of this home, {url}, does not take the secret that lies here now;"
-            " stop what still uses it, such as `meteora serve`, then run this again"
+            " stop what still uses it, such as `meteora schedule`, then run this again"
         )
 
 

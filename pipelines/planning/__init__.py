@@ -1,7 +1,9 @@
 """Everything that is known before the work: the plan with all its ids, and estimates.
 
-resolve   from a recipe to its plan, for a run, a look and `--dry-run`
-plan      the plan: every spec of a run, and so every id
-dry_run   `--dry-run`: what a run would do
-estimate  its memory, disk and time
+resolve         from a recipe to its plan, for a run, a look and `--dry-run`
+plan            the plan: every spec of a run, and so every id
+recorded_tasks  tasks from the ledger, where a checkpoint is measured without a recipe
+overlaps        rows of an import that are both examples and tests
+dry_run         `--dry-run`: what a run would do
+estimate        its memory, disk and time
 """

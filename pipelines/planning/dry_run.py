@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached_config
 from pipelines.planning.estimate import ASSUMED_RANK, Experts, Rows, assumed_experts, estimate
+from pipelines.planning.plan import check_overlaps
 from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from meteora.artifacts import BuiltBase
+    from pipelines.data.rows import Row
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
@@ -39,8 +42,11 @@ CHARACTERS_PER_TOKEN = 4
 
 def print_steps(
     context: RunContext, base: BaseSpec | None, built: BuiltBase | None, reason: str = ""
-) -> None:
+) -> bool:
     """Print what a run would do, with estimates where the base's config is here.
+
+    Returns:
+        Whether the run would go on to its end, as far as can be known without a download.
 
     Args:
         base: As a look resolved it; None where the Hub did not answer.
@@ -59,11 +65,23 @@ def print_steps(
         resolve_adapter=_or_missing(sources.resolve_adapter),
         fetch_adapter=_or_missing(sources.adapter_at_hand),
     )
+    known = _shape(context)
+    sizes = built.sizes if built else known[0].linears if known else {}
     found: dict[str, Expert] = {}
-    for section, outcome in read_adapters(context, built, steps):
+    faults: list[str] = []
+    num_refused = 0
+    for section, outcome in read_adapters(context, base if sizes else None, sizes, steps):
         out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
         if isinstance(outcome, Expert):
             found[section.name] = outcome
+            for warning in outcome.adapter.reasons:
+                out.print(f"           warning: {warning.message}", soft_wrap=True)
+        elif isinstance(outcome, Refusal):
+            num_refused += 1
+            if not outcome.left_out:
+                faults.append(f"{section.name} is refused")
+    if num_refused == len(recipe.experts):
+        faults.append("no adapter can be used")
     out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if recipe.router.kind == "gate":
         out.print(
@@ -79,7 +97,34 @@ def print_steps(
     if recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
-    _print_estimates(out, context, found)
+    faults += _print_estimates(out, context, found, known)
+    faults += _faults_of_rows(context)
+    for fault in faults:
+        out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
+    return not faults
+
+
+def _faults_of_rows(context: RunContext) -> list[str]:
+    """Why a run would refuse the rows that are on this disk; empty if it would not."""
+    recipe, folder = context.recipe, context.folder
+
+    def read(source: str | None, limit: int) -> list[Row]:
+        return [] if not source or source.startswith("hf:") else read_rows(source, folder, limit)
+
+    settings = recipe.benchmark
+    try:
+        examples = {
+            one.name: read(one.examples, recipe.gates.examples_per_expert)
+            for one in recipe.experts
+            if recipe.router.kind == "gate"
+        }
+        tests = {one.name: read(one.test, settings.limit) for one in recipe.experts}
+        for task in settings.tasks:
+            tests[task.called] = read(task.rows, task.limit or settings.limit)
+        check_overlaps(recipe, folder, examples, (), tests)
+    except ExamplesError as error:
+        return [str(error)]
+    return []
 
 
 def _describe_base(context: RunContext, base: BaseSpec) -> str:
@@ -103,13 +148,14 @@ def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missin
     elif isinstance(outcome, Refusal):
         state = f"refused: {outcome.error}"
     else:
-        state = "here already"
+        ranks = [module.r for module in outcome.adapter.spec.modules]
+        low, high = min(ranks), max(ranks)
+        state = f"accepted, rank {low if low == high else f'{low} to {high}'}"
     ref = outcome.ref
     if ref and COMMIT.fullmatch(ref.revision):
         where = "/".join(filter(None, (ref.repo_id, ref.subfolder)))
-        return f"{section.name}: {where} at {ref.revision[:12]}, {state}"
-    if isinstance(outcome, Expert):
-        return f"{section.name}: {section.adapter}"
+        here = "here already, " if isinstance(outcome, Expert) else ""
+        return f"{section.name}: {where} at {ref.revision[:12]}, {here}{state}"
     return f"{section.name}: {section.adapter}, {state}"
 
 
@@ -132,16 +178,21 @@ def _raise_if_answered(error: SourceError | HubError) -> None:
         raise error
 
 
-def _print_estimates(out: Console, context: RunContext, found: Mapping[str, Expert]) -> None:
+def _print_estimates(
+    out: Console,
+    context: RunContext,
+    found: Mapping[str, Expert],
+    known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
+) -> list[str]:
+    """Print what each stage needs; returns what this machine does not have."""
     recipe = context.recipe
-    known = _shape(context)
     if known is None:
         out.print(
             "\nMemory and time cannot be estimated: the base's config is not here yet."
             " `hf download` can get it alone, or `--until base` the base.",
             soft_wrap=True,
         )
-        return
+        return []
     shape, tokenizer = known
     experts, num_assumed = _experts(recipe, shape, found)
     limit = recipe.gates.examples_per_expert
@@ -166,6 +217,8 @@ def _print_estimates(out: Console, context: RunContext, found: Mapping[str, Expe
             f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
             f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
         )
+        for part, seconds in need.parts.items():
+            out.print(f"{'':45}{part}, {duration(seconds)}")
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
         there = estimate(recipe, shape, machine=LARGE, **asked)
@@ -182,11 +235,22 @@ def _print_estimates(out: Console, context: RunContext, found: Mapping[str, Expe
             f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
         )
+    wanted, free = sum(need.disk_bytes for need in needs), free_bytes(context.home)
+    out.print(f"  disk: {wanted / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free there")
     if absent := sum(not rows.known for rows in every):
         out.print(
             f"  {absent} of {len(every)} sources of rows are not here: taken as full, and as"
             f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"
         )
+    if wanted > free:
+        return [f"{context.home}: {wanted / 1e9:,.1f} GB are needed there; free some space"]
+    return []
+
+
+def free_bytes(folder: Path) -> int:
+    """The free space of the disk that a folder is on, or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:

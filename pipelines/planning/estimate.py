@@ -11,7 +11,7 @@ full, so times are rather too long. Estimates are good to a factor of two or so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
@@ -30,6 +30,7 @@ from pipelines.evaluation.measurements import (
     SINGLE,
     SWAP,
 )
+from pipelines.evaluation.routing_stats import COMPOSITES, QUESTIONS
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import OF_CONVERSATIONS, ConversationSection
@@ -96,6 +97,8 @@ class Need:
     disk_bytes: float
     """What the stage leaves in the store."""
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """The seconds of its parts, by name, where it has several that take long."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,11 @@ def _benchmark(
 ) -> Need:
     settings = recipe.benchmark
     askings = list(_askings(recipe, tests, experts.count))
-    seconds = sum(_asking_seconds(shape, experts, machine, a, settings.batch_size) for a in askings)
+    parts = {
+        "asking": sum(
+            _asking_seconds(shape, experts, machine, a, settings.batch_size) for a in askings
+        )
+    }
     longest = max(
         (a.rows.prompt_tokens + max(a.new_tokens, a.rows.answer_tokens) for a in askings), default=0
     )
@@ -249,15 +256,24 @@ def _benchmark(
         held = sum(sizes) * shape.dtype.itemsize
         merged = held + 3 * 4 * experts.count * max(sizes, default=0)
         passes = len(merges) * MERGE_PASSES * 4 * experts.count * sum(sizes)
-        seconds += passes / machine.read_bytes_per_second
+        parts["merging"] = passes / machine.read_bytes_per_second
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
     watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
-    seconds += _reading(shape, machine, watched, routed=True)
+    parts["watching the routes"] = _reading(shape, machine, watched, routed=True)
+    if len(owned) > 1:  # each prompt by itself, with questions of several tasks and their answers
+        mean = watched / max(1, sum(rows.count for rows in owned))
+        calls = CALLS_A_LAYER * shape.num_layers + CALLS_A_ROUTED_MODULE * len(experts.ranks)
+        tokens = COMPOSITES * min(QUESTIONS, len(owned)) * mean
+        parts["watching it follow"] = (
+            _reading(shape, machine, tokens, routed=True)
+            + COMPOSITES * calls * machine.call_seconds
+        )
     if (speed := settings.speed) is not None:
         written = _writing(shape, experts, machine, speed.batch_size, speed.new_tokens, routed=True)
         read = _reading(shape, machine, speed.batch_size * speed.prompt_tokens, routed=True)
-        seconds += 2 * (speed.rounds + 1) * (written + read)
-    return Need("benchmark", loaded + max(working, merged), 0, seconds)
+        parts["timing"] = 2 * (speed.rounds + 1) * (written + read)
+    memory = loaded + max(working, merged)
+    return Need("benchmark", memory, 0, sum(parts.values()), parts)
 
 
 def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:

@@ -5,7 +5,8 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -22,7 +23,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.data.background import background_rows
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
-from pipelines.data.row_sources import read_rows
+from pipelines.data.row_sources import place_of, read_rows
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec
     from pipelines.admission.experts import Expert
+    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.recipe.recipe import ExpertSection, Recipe
 
 
@@ -89,8 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
     tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    refuse_overlap(examples, tests)
-    refuse_overlap(prompt_parts(spans), tests)
+    check_overlaps(recipe, folder, examples, spans, tests)
 
     fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
@@ -112,15 +113,31 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
     )
-    subjects = find_subjects(base, fused, router, recipe.benchmark)
-    measurements = find_measurements(tasks, subjects, recipe.benchmark)
-    owned = {name: task.rows for name, task in tasks.items() if task.expert}
-    return Plan(
-        base=base,
+    return replace(
+        plan_benchmark(base, fused, router, tasks, recipe.benchmark),
         experts=tuple(experts),
         examples=examples,
         spans=tuple(spans),
-        tests=tests,
+    )
+
+
+def plan_benchmark(
+    base: BaseSpec,
+    fused: FusedSpec,
+    router: RouterSpec,
+    tasks: Mapping[str, Task],
+    settings: BenchmarkSection,
+) -> Plan:
+    """The plan to measure a checkpoint, without what it was made of."""
+    subjects = find_subjects(base, fused, router, settings)
+    measurements = find_measurements(tasks, subjects, settings)
+    owned = {name: task.rows for name, task in tasks.items() if task.expert}
+    return Plan(
+        base=base,
+        experts=(),
+        examples={},
+        spans=(),
+        tests={name: task.rows for name, task in tasks.items() if task.rows},
         tasks=tasks,
         fused=fused,
         router=router,
@@ -129,8 +146,31 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         measurements=measurements,
         comparisons=find_comparisons(tasks, subjects, measurements),
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
-        speed=find_speed(subjects, recipe.benchmark),
+        speed=find_speed(subjects, settings),
     )
+
+
+def check_overlaps(
+    recipe: Recipe,
+    folder: Path,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+    tests: Mapping[str, Sequence[Row]],
+) -> None:
+    """Refuse test rows that gates would be fitted to; an `ExamplesError` says where both stand."""
+    asked = {section.name: section.test for section in recipe.experts}
+    asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
+    fitted = {section.name: section.examples for section in recipe.experts}
+    test_place = partial(_place, asked, folder)
+    refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
+    spans_place = f"in {recipe.gates.spans}"
+    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
+
+
+def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
+    """Where a row stands: file and line, or source and number."""
+    source = sources.get(name)
+    return place_of(source, folder, number) if source else f"row {number + 1}"
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:

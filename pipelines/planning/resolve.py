@@ -17,7 +17,7 @@ from pipelines.admission.experts import Missing, Refusal, Requirements, read_exp
 from pipelines.planning.plan import make_plan, stack_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from meteora.artifacts import BaseSpec, BuiltBase
     from pipelines.admission.base_identity import LookUp
@@ -97,7 +97,7 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     """
     context = replace(context, recipe=steps.discover(context.recipe))
     experts, num_refused = [], 0
-    for section, outcome in read_adapters(context, built, steps):
+    for section, outcome in read_adapters(context, built.spec, built.sizes, steps):
         if isinstance(outcome, Missing):
             raise sources.NotHereError(outcome.reason)
         if isinstance(outcome, Refusal):
@@ -118,17 +118,21 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
 
 
 def read_adapters(
-    context: RunContext, built: BuiltBase | None, steps: Steps
+    context: RunContext,
+    base: BaseSpec | None,
+    sizes: Mapping[str, tuple[int, int]],
+    steps: Steps,
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
     """Every adapter of the recipe: accepted, refused, or not here.
 
     Args:
         context: Its recipe has what `discover` found among its experts.
-        built: None while the base is not here: adapters are then compared with no base.
+        base: None while nothing of the base is here: adapters are then compared with no base.
+        sizes: (in_features, out_features) of each of its linear layers, by path.
     """
     requirements = Requirements(
-        base=built.spec if built else None,
-        sizes=built.sizes if built else {},
+        base=base,
+        sizes=sizes,
         policy=context.recipe.policy,
         look_up=steps.look_up,
         in_layers=context.recipe.router.kind == "gate",

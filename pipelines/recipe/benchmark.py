@@ -22,22 +22,30 @@ OF_CONVERSATIONS = ("single", "swap", "alora")
 class Section(BaseModel):
     """A section of a recipe: frozen, with no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
 
 class TaskSection(Section):
     """A further task: with rows of its own, or one of lm-eval."""
 
     name: str = ""
+    """Its name in tables; a task of lm-eval has the name that it has there."""
     rows: str = ""
+    """Where its rows come from, such as `jsonl:<file>` or `hf:<owner>/<name>`."""
     lm_eval: str = ""
+    """The name of a task of lm-eval, in place of rows."""
     folder: str = ""
     """The folder with the YAML of a task that does not come with lm-eval."""
     metric: str | tuple[str, ...] = ""
     """One or more; tables show the first. Default: exact_match; acc for tasks of lm-eval."""
     template: Template | None = None
+    """How it is asked. Default: as in `benchmark`."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Greatest length of an answer. Default: as in `benchmark`."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Greatest number of rows. Default: as in `benchmark`."""
     leaderboard: Annotated[str, Field(pattern=r"^$|^[\w.-]+/[\w.-]+/[\w.-]+$")] = ""
     """The Hub's name for this benchmark: owner/dataset/task, as in its `eval.yaml`."""
 
@@ -83,20 +91,28 @@ class SpeedSection(Section):
     """How a model is timed against its base."""
 
     prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Length of each prompt."""
     new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """Length of each answer."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Prompts that are answered together."""
     rounds: Annotated[int, Field(ge=3, le=1000)] = 7
+    """How often each is timed, in turns with the base."""
 
 
 class BenchmarkSection(Section):
+    """What is measured, and what it is compared with."""
+
     limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """Greatest number of rows of a task."""
     tasks: tuple[TaskSection, ...] = ()
+    """Tasks beside the experts' own."""
     composite: tuple[CompositeSection, ...] = ()
     """Also written as plain numbers: `composite: [3, 5]`."""
     conversation: tuple[ConversationSection, ...] = ()
     """Also written as plain numbers: `conversation: [3, 10]`."""
     compare: tuple[System, ...] = ("base", "oracle", "uniform", "arrow")
+    """The systems that are asked the same rows."""
     template: Template = "auto"
     """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained. With
     `plain`, gates are fitted to plain text, too."""
@@ -105,9 +121,11 @@ class BenchmarkSection(Section):
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Greatest length of an answer; for composites, of the answer to each question."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Prompts that are answered together; fewer take less memory."""
     seed: int = 0
     """Decides composites and conversations, the random router, and what DARE drops."""
     speed: SpeedSection | None = None
+    """How the model is timed against its base. Without it, it is not."""
 
     @property
     def mixes(self) -> tuple[CompositeSection | ConversationSection, ...]:

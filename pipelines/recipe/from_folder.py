@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from meteora.artifacts import REPO_ID, MeteoraError
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 CONFIG = "adapter_config.json"
 EXAMPLES = ("train.jsonl", "examples.jsonl")
 TESTS = ("test.jsonl", "eval.jsonl")
+"""Files of rows beside an adapter, or below another folder in one with the adapter's name."""
 
 
 class ImportingError(MeteoraError):
@@ -34,29 +35,50 @@ class Found:
     name: str
     base: str
     refusal: str = ""
+    examples: Path | None = None
+    test: Path | None = None
+    note: str = ""
+    """What was done to its rows."""
 
 
-def write_recipe(folder: Path, out: Path, base: str = "") -> Recipe:
+def write_recipe(
+    folder: Path,
+    out: Path,
+    base: str = "",
+    examples: Path | None = None,
+    prepare: Callable[[Sequence[Found]], Sequence[Found]] = tuple,
+) -> Recipe:
     """Write a recipe of every adapter under `folder` that can be an expert.
 
     Args:
         out: The recipe's file, a new one; paths in it are relative to its folder.
         base: As in a recipe. Default: the base that most adapters' configs name.
+        examples: A folder with rows for the adapters; see `find_rows`. Default: beside each.
+        prepare: Called with the adapters that can be experts; may change their rows.
 
     Raises:
-        ImportingError: There are no adapters, no base is named, or the file is there already.
+        ImportingError: There are no adapters, no base is named, `examples` has rows for none of
+            them, or the file is there already.
     """
     if out.exists():
         raise ImportingError(f"{out} is there already; give another name with -o")
-    found = find_adapters(folder)
+    found = [find_rows(one, examples) for one in find_adapters(folder)]
     usable = [adapter for adapter in found if not adapter.refusal]
     if not usable:
         refusals = "; ".join(f"{one.folder}: {one.refusal}" for one in found[:5])
         raise ImportingError(
             f"{folder}: no adapter in it can be an expert ({refusals or 'no ' + CONFIG})"
         )
+    if examples is not None and not any(one.examples or one.test for one in usable):
+        names = ", ".join(one.folder.resolve().name for one in usable[:5])
+        raise ImportingError(
+            f"{examples}: it has no rows for {names}; {EXAMPLES[0]} and {TESTS[0]} in a folder with"
+            f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
+        )
     if not base:
         base = _base_of(usable, folder, out.parent)
+    prepared = iter(prepare(usable))
+    found = [one if one.refusal else next(prepared) for one in found]
     text = recipe_text(found, base, out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -88,10 +110,30 @@ def find_adapters(folder: Path) -> list[Found]:
     return found
 
 
+def find_rows(adapter: Found, folder: Path | None = None) -> Found:
+    """The adapter with its files of rows: `train.jsonl` and `test.jsonl`, or their other names.
+
+    Args:
+        folder: They lie in its folder with the adapter's name, or in itself, as
+            `<name>.train.jsonl`. Default: beside the adapter.
+    """
+    name = adapter.folder.resolve().name
+
+    def first(names: Sequence[str]) -> Path | None:
+        if folder is None:
+            paths = [adapter.folder / one for one in names]
+        else:
+            paths = [folder / name / one for one in names]
+            paths += [folder / f"{name}.{one}" for one in names]
+        return next((path for path in paths if path.is_file()), None)
+
+    return replace(adapter, examples=first(EXAMPLES), test=first(TESTS))
+
+
 def recipe_text(found: Sequence[Found], base: str, folder: Path) -> str:
     """The recipe as YAML, with comments where a person has to decide."""
     usable = [adapter for adapter in found if not adapter.refusal]
-    with_examples = all(_rows(one, EXAMPLES, folder) for one in usable)
+    with_examples = all(one.examples for one in usable)
     lines = [f"base: {_text(base)}", "experts:"]
     for one in found:
         if one.refusal:
@@ -103,17 +145,17 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path) -> str:
         ]
         if one.base and one.base != base and not base.startswith("path:"):
             lines.append(f"    # its config says that its base is {_line(one.base)}")
-        examples, tests = _rows(one, EXAMPLES, folder), _rows(one, TESTS, folder)
+        if one.note:
+            lines.append(f"    # {_line(one.note)}")
         lines.append(
-            f"    examples: {_text(examples)}"
-            if examples
-            else f"    # examples: jsonl:{one.name}/train.jsonl  # "
-            '{"prompt", "response"} a line; a trained gate needs them'
+            f"    examples: {_text('jsonl:' + _path(one.examples, folder))}"
+            if one.examples
+            else '    # no examples were found: a file of {"prompt", "response"} a line, for a gate'
         )
         lines.append(
-            f"    test: {_text(tests)}"
-            if tests
-            else f"    # test: jsonl:{one.name}/test.jsonl  # held-out rows; what is scored"
+            f"    test: {_text('jsonl:' + _path(one.test, folder))}"
+            if one.test
+            else "    # no tests were found: held-out rows, which are scored"
         )
     router = "router: {kind: gate, top_k: 1}"
     if with_examples:
@@ -146,12 +188,6 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
         f"{folder}: its adapters name the base {base!r}, which is no owner/name and no folder here;"
         " say where it is with --base"
     )
-
-
-def _rows(one: Found, names: Sequence[str], folder: Path) -> str:
-    """The first of these files beside an adapter, as a recipe names it; empty if there is none."""
-    path = next((one.folder / name for name in names if (one.folder / name).is_file()), None)
-    return f"jsonl:{_path(path, folder)}" if path else ""
 
 
 def _path(path: Path, folder: Path) -> str:

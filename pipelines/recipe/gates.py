@@ -28,42 +28,60 @@ class CalibrateSection(Section):
     """Gates from one forward sweep: the closed form, refined by logistic regression."""
 
     method: Literal["calibrate"] = "calibrate"
+    """`calibrate`: one forward sweep. `joint`: gradient descent."""
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    """Greatest number of examples of an expert."""
     composites: Composites = ()
+    """Numbers of tasks in mixed prompts that gates are fitted to, such as `[2, 3]`."""
     conversations: Conversations | None = None
-    """Without it 1 to 4 turns where the opening is `shared`, and none elsewhere."""
+    """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
+    opening is `shared`, and none elsewhere."""
     system_prompts: SystemPrompts | None = None
-    """Without it several of our own where the opening is `shared`, and none elsewhere."""
+    """System prompts of every other example. Default: several of our own where the opening is
+    `shared`, and none elsewhere."""
     spans: Spans = ""
+    """`jsonl:<file>` of examples whose parts belong to different experts."""
     seed: int = 0
+    """Decides the mixed prompts, and the order of training."""
 
 
 class JointSection(Section):
     """Gates by gradient descent, as in the paper; defaults as in its code, except for `steps`."""
 
     method: Literal["joint"]
+    """`calibrate`: one forward sweep. `joint`: gradient descent."""
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
+    """Greatest number of examples of an expert."""
     composites: Composites = ()
+    """Numbers of tasks in mixed prompts that gates are fitted to, such as `[2, 3]`."""
     conversations: Conversations | None = None
-    """Without it 1 to 4 turns where the opening is `shared`, and none elsewhere."""
+    """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
+    opening is `shared`, and none elsewhere."""
     system_prompts: SystemPrompts | None = None
-    """Without it several of our own where the opening is `shared`, and none elsewhere."""
+    """System prompts of every other example. Default: several of our own where the opening is
+    `shared`, and none elsewhere."""
     spans: Spans = ""
+    """`jsonl:<file>` of examples whose parts belong to different experts."""
     seed: int = 0
+    """Decides the mixed prompts, and the order of training."""
     start: Literal["calibrate", "zeros"] = "calibrate"
     """Start from gates in closed form, or zeros. The paper: 15,000 steps from small weights."""
     steps: Count = 1000
+    """Optimiser steps."""
     batch_size: Count = 32
     """Sequences in one forward pass."""
     accumulate: Count = 1
     """Batches in one step. More of them save memory, with the result of a larger batch."""
     learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 5e-4
+    """The peak of the learning rate, which then falls along a cosine."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.005
+    """Share of the steps in which the learning rate rises."""
     gate_loss_weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 50.0
     """Weight of the gate loss, a mean over all gates. One gate has a hundredth of it or less, so at
     50 the labels and the language model's loss weigh about the same in it. With `top_k: 1` only
     the labels train the gates, whatever the weight."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.3
+    """A gradient with a larger norm is scaled down to this one."""
     checkpoint_every: Count = 100
     """Steps between two training checkpoints, from which a stopped run goes on."""
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -14,6 +14,7 @@ class PublishSection(Section):
     repo: str
     """`owner/name` on the Hub; created if missing."""
     private: bool = True
+    """Whether only its owner sees it."""
     tag: str = ""
     """A tag for the commit. Default: a hash of the content."""
     allow_licences: tuple[str, ...] = ()

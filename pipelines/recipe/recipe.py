@@ -7,15 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import BenchmarkSection, Section, known_metrics
 from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
+from pipelines.recipe.keys import TIME, keys_of, suggest
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
 
 LONGEST_NAME = 64
+NUMBERS = ("int_type", "float_type", "bool_type")
+"""Faults of pydantic's where another type is needed, which a text in quotes is not."""
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
@@ -36,6 +47,7 @@ class ExpertSection(Section):
     adapter: str
     """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
     subfolder: str = ""
+    """Of the repository or the folder, where the adapter is not all of it."""
     examples: str | None = None
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
     test: str | None = None
@@ -64,6 +76,7 @@ class DiscoverSection(Section):
     tags: tuple[str, ...] = ()
     """Tags that each must have on the Hub."""
     limit: Annotated[int, Field(ge=1, le=256)] = 20
+    """Greatest number of adapters."""
 
 
 class HubSection(Section):
@@ -81,9 +94,13 @@ class RouterSection(Section):
     """How tokens are routed to experts."""
 
     kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
+    """`gate` is fitted to examples, `arrow` and `norm` read the weights, `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
+    """How many experts a token has."""
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    """Of the softmax over the chosen experts' logits."""
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    """Chosen experts whose logit is further below the best one, in nats, get no weight."""
     opening: Literal["prompt", "own", "shared"] = "shared"
     """Who routes tokens that say nothing about the task, such as a system prompt. `shared`: all
     experts have them together, each with weight 1 / E. `own`: each token is routed by itself.
@@ -117,9 +134,11 @@ class PolicySection(Section):
     """What to do with adapters that are not sound."""
 
     modules_to_save: Literal["refuse", "strip"] = "refuse"
+    """What to do with an adapter that has whole modules beside the LoRA."""
     unreachable_base: Literal["warn", "refuse"] = "warn"
     """What to do if an adapter names a different base that cannot be compared with ours."""
     on_refused: Literal["fail", "skip"] = "fail"
+    """Whether a refused adapter ends the run, or is left out."""
 
 
 DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])")
@@ -133,20 +152,27 @@ def _seconds(text: object) -> float:
     return float(match[1]) * UNIT_SECONDS[match[2]]
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+Seconds = Annotated[
+    float, BeforeValidator(_seconds), WithJsonSchema({"type": "string", "format": TIME})
+]
 
 
 class DeadlinesSection(Section):
-    """After how many seconds a stage is stopped, so that no stage blocks a schedule.
+    """After which time a stage is stopped, so that no stage blocks a schedule.
 
     Requests to the Hub have limits of their own.
     """
 
     base: Seconds = 12 * 3600.0
+    """To download the base, or to read it."""
     stack: Seconds = 2 * 3600.0
+    """To stack the experts."""
     gates: Seconds = 24 * 3600.0
+    """To fit the gates."""
     benchmark: Seconds = 24 * 3600.0
+    """To measure everything."""
     publish: Seconds = 12 * 3600.0
+    """To publish."""
 
 
 class Recipe(Section):
@@ -155,14 +181,23 @@ class Recipe(Section):
     base: str
     """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
+    """The experts, in the order of the stack."""
     discover: DiscoverSection | None = None
+    """Adapters that are found on the Hub, beside those that are named."""
     router: RouterSection = RouterSection()
+    """How tokens are routed to experts."""
     gates: GatesSection = CalibrateSection()
+    """How gates are made, where `router.kind` is `gate`."""
     benchmark: BenchmarkSection = BenchmarkSection()
+    """What is measured, and what it is compared with."""
     publish: PublishSection | None = None
+    """Where the finished model is published. Without this section it is not."""
     policy: PolicySection = PolicySection()
+    """What to do with adapters that are not sound."""
     hub: HubSection = HubSection()
+    """Which Hub is used, and who gets the saved token."""
     deadlines: DeadlinesSection = DeadlinesSection()
+    """After which time a stage is stopped; downloads have limits of their own."""
 
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
@@ -179,7 +214,8 @@ class Recipe(Section):
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
                 raise ValueError(
-                    f"the name {name!r} may hold letters, digits, '_', '.' and '-', at most 64"
+                    f"the name {name!r} may hold letters from a to z, digits, '_', '.' and '-', at"
+                    " most 64, and begins with a letter or a digit"
                 )
         tasks = [expert.name for expert in self.experts if expert.test]
         further = [task.called for task in self.benchmark.tasks]
@@ -271,21 +307,24 @@ class Recipe(Section):
             RecipeError: It is not readable, or faulty; each fault is named with its place.
         """
         if not path.is_file():
+            guess = did_you_mean(str(path), shipped())
             raise RecipeError(
-                f"{path}: there is no such recipe file; shipped: {', '.join(shipped())}"
+                f"{path}: there is no such recipe file{guess}; shipped: {', '.join(shipped())}"
             )
         if path.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
         try:
             body = parse_yaml(path.read_text(encoding="utf-8"), typed=True)
-        except (StrictYAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}, {not_utf8(path, error)}") from error
+        except StrictYAMLError as error:
             raise RecipeError(f"{path}: not readable as YAML: {error}") from error
         if not isinstance(body, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
         try:
             return cls.model_validate(_tuples(body))
         except ValidationError as error:
-            raise RecipeError(f"{path}: {_explain(error)}") from error
+            raise RecipeError(f"{path}: {explain(error)}") from error
 
 
 def _tuples(value: object) -> object:
@@ -295,30 +334,58 @@ def _tuples(value: object) -> object:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """Each fault of a recipe with its place, on one line."""
     parts, faults = [], error.errors()
+    paths = [key.path for key in keys_of(Recipe)]
     for fault in faults[:MOST_FAULTS]:
         steps = [str(step) for step in fault["loc"]]
         if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
             del steps[1]  # pydantic's name for the kind of section; it is not in the file
         place = ".".join(steps) or "recipe"
         if fault["type"] == "extra_forbidden":
-            parts.append(f"unknown key {place:.200}")
+            path = ".".join(step for step in steps if not step.isdecimal())
+            parts.append(f"unknown key {place:.200}{suggest(path, paths)}")
         else:
             given = (
                 ""
                 if fault["type"] in {"missing", "value_error"}
                 else f" (given: {fault['input']!r:.60})"
             )
+            if fault["type"] in NUMBERS and _is_number(fault["input"]):
+                given = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
             parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
     more = len(faults) - len(parts)
     return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number in quotes."""
+    try:
+        return isinstance(value, str) and float(value) is not None
+    except ValueError:
+        return False
 
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the program, by the name that `meteora run` takes."""
     found = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **found}
+
+
+def find_shipped(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    there = shipped()
+    if name not in there:
+        raise RecipeError(
+            f"there is no shipped recipe {name!r}{did_you_mean(name, there)}; there are"
+            f" {', '.join(there)}"
+        )
+    return there[name]
 
 
 def locate(name: str) -> Path:

@@ -171,12 +171,12 @@ def score_table(summary: Summary) -> list[str]:
     return lines + method_lines(summary)
 
 
-def cell(summary: Summary, task: str, system: str) -> str:
-    """One score with its interval, and the mark of `Summary.mark`; empty if not measured."""
+def cell(summary: Summary, task: str, system: str, *, interval: bool = True) -> str:
+    """One score, its interval if asked, the mark of `Summary.mark`; empty if not measured."""
     score = summary.scores[task].get(system)
     if score is None:
         return ""
-    shown = format_score(score.value, score.low, score.high)
+    shown = format_score(score.value, score.low, score.high) if interval else f"{score.value:.2f}"
     return " ".join(filter(None, (shown, summary.mark(task, system))))
 
 

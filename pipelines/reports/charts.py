@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -43,6 +44,8 @@ MARKS = {
     "base": Mark(INK, "|", 9, filled=True),
 }
 """Systems with a mark of their own."""
+DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+"""Of thin lines, in their order, so that those of one colour can be told apart."""
 FEW = 5
 """A forest plot with more systems has its lines closer together."""
 OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
@@ -221,26 +224,33 @@ def line_chart(
 
     def draw(width: int) -> Figure:
         figure, axes = new_axes(
-            width, 230, left=44, top=14, bottom=44, right=12 + 6.2 * max(map(len, series))
+            width, 230, left=44, top=14, bottom=44, right=40 + 6.2 * max(map(len, series))
         )
         ends = []
+        dashes = cycle(DASHES)
         for key, points in series.items():
             bold = key == strong
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(
-                x, y, color=ACCENT if bold else SOFT, linewidth=2.2 if bold else 0.9,
-                alpha=1 if bold else 0.65, zorder=3 if bold else 2,
-                drawstyle="steps-post" if step else "default",
-            )  # fmt: skip
-            ends.append((y[-1], x[-1], key))
+            style: dict[str, Any] = {
+                "color": ACCENT if bold else SOFT,
+                "linewidth": 2.2 if bold else 1.2,
+                "linestyle": "-" if bold else next(dashes),
+                "zorder": 3 if bold else 2,
+            }
+            axes.plot(x, y, **style, drawstyle="steps-post" if step else "default")
+            ends.append((y[-1], x[-1], key, style))
         low = min(y for points in series.values() for _, y in points)
         axes.set_ylim(math.floor(low * 10) / 10 - 0.02, 1.02)
+        axes.set_yticks([tick for tick in axes.get_yticks() if low - 0.12 < tick <= 1])
         bottom, top = axes.get_ylim()
         place = math.inf
-        for y, x, key in sorted(ends, reverse=True):
+        first, last = axes.set_xlim(axes.get_xlim())
+        sample = 26 * (last - first) / (axes.get_position().width * width)
+        for y, x, key, style in sorted(ends, key=lambda end: end[:3], reverse=True):
             place = min(y, place - 14 * (top - bottom) / 230)  # names do not overlap
+            axes.plot([x + 0.2 * sample, x + sample], [place, place], **style, clip_on=False)
             axes.annotate(
-                key, (x, place), xytext=(7, 0), textcoords="offset points", va="center",
+                key, (x + sample, place), xytext=(7, 0), textcoords="offset points", va="center",
                 fontsize=11, color=ACCENT if key == strong else SOFT, annotation_clip=False,
                 fontweight="bold" if key == strong else "normal",
             )  # fmt: skip
@@ -276,7 +286,9 @@ def dumbbell_plot(
             draw_point(axes, expected, i, MARKS["oracle"])
             draw_point(axes, real, i, MARKS["fused"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, max(max(row[1:]) for row in rows) * 1.08)
+        most = max(max(row[1:]) for row in rows)
+        axes.set_xlim(0, most * 1.08)
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(1, most * 1.08)])
         axes.set_yticks(range(len(rows)), shown)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(axis="x", color=RULE, linewidth=0.8)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from meteora.base.chat_template import encode_prompt
 from meteora.model.trace import trace
 from pipelines.reports.trace import trace_figure
+from pipelines.scoring.metrics import METRICS, RIGHT
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ class Example:
     templated: bool
     """Whether it was put into the tokenizer's chat template, if there is one."""
     max_new_tokens: int
+    value: float | None = None
+    """Of the recorded answer, by the task's first metric; None where none is recorded."""
+
+    @property
+    def caption(self) -> str:
+        """The task, the right answer, and what the model's answer was worth."""
+        reference = " ".join(self.reference.split())[:80]
+        expected = f"expected: {reference}" if reference else ""
+        judged = (
+            ""
+            if self.value is None
+            else {1.0: "✓ right", 0.0: "✗ wrong"}.get(self.value, f"{self.value:.0%} right")
+        )
+        return "; ".join(filter(None, (self.task, expected, judged)))
 
 
 def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Example]:
@@ -54,6 +69,7 @@ def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Exam
                 reference=str(asked.get("reference", "")),
                 templated=row["templated"] is not False,
                 max_new_tokens=min(MAX_NEW_TOKENS, row["max_new_tokens"]),
+                value=next((asked[name] for name in (*METRICS, RIGHT) if name in asked), None),
             )
         )
     return found
@@ -72,7 +88,6 @@ def trace_examples(
                 else list(tokenizer(example.prompt).input_ids)
             )
             found = trace(model, tokenizer, ids, max_new_tokens=example.max_new_tokens)
-            expected = " ".join(example.reference.split())[:80]
-            drawn.append(trace_figure(found, f"trace-{number}", f"{example.task}: {expected}"))
+            drawn.append(trace_figure(found, f"trace-{number}", example.caption))
             advance(1)
     return drawn

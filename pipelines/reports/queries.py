@@ -55,6 +55,8 @@ class Comparison:
     worse: tuple[str, ...]
     """Tasks on which it is worse beyond chance."""
     num_tasks: int
+    num_rows: int
+    """Rows of all of these tasks; a composite or a conversation is one."""
     mean: float
     """Mean over the tasks of the difference, fused minus other, in the unit of each metric."""
 
@@ -87,8 +89,8 @@ def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
         results[name] = QueryResult(name, title, literal, ledger.query(literal))
     if not results["scores"].rows:
         raise ReportError(
-            f"the ledger in {ledger.home} holds no scores of {short(router_id)}; give the --home in"
-            " which it was measured, or run its recipe here"
+            f"the ledger in {ledger.home} holds no scores of {short(router_id)}; measure it with"
+            f" `meteora benchmark {short(router_id)}`, or give the --home in which it was measured"
         )
     return results
 
@@ -119,6 +121,7 @@ def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison
                 tuple(row["task"] for row in better),
                 tuple(row["task"] for row in beyond if row not in better),
                 len(rows),
+                sum(row["num_samples"] for row in rows),
                 sum(row["difference"] for row in rows) / len(rows),
             )
         )

@@ -94,11 +94,11 @@ def _in_order(systems: Iterable[str]) -> list[str]:
     return first + [system for system in there if system not in first]
 
 
-def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
+def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary | None:
     """The summary of a plan; None if a result that the plan asks for is not in the ledger.
 
     Args:
-        base_folder: of the base, whose size is a part of the summary
+        base_folder: of the base, whose size is a part of the summary if it is here
     """
     gates = ledger.built(plan.router.id)
     routing = ledger.built(plan.routing.id)
@@ -133,7 +133,8 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path) -> Summary | None:
     }
     paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    sizes["base"] = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
+    if base_folder is not None:
+        sizes["base"] = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
     return Summary(
         scores=scores,
         gates=RouterBuild.from_dict(gates),

@@ -2,6 +2,7 @@
 
 build            base, stack, gates, checkpoint
 measure          the benchmark
+benchmark        the benchmark of a checkpoint without its recipe
 checkpoint       the texts of a checkpoint's folder
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model

@@ -16,9 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from meteora.artifacts import (
     ArtifactId,
-    BaseSpec,
     FusedCheckpoint,
-    FusedSpec,
     MeteoraError,
     RouterBuild,
     RouterSpec,
@@ -47,7 +45,7 @@ from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.recipe.gates import Composites
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import entry_of, tokenizer_of_gates
+from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 
@@ -246,7 +244,7 @@ def _router(
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
     return RouterSpec.of(
-        _fused(after).id,
+        stack_in(after).id,
         after.router,
         method="calibrate",
         examples_sha256=examples_sha256,
@@ -255,13 +253,6 @@ def _router(
         refined=bool(examples_sha256),
         grown_from=before.router_id,
     )
-
-
-def _fused(manifest: Manifest) -> FusedSpec:
-    """The stack that a manifest describes."""
-    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
-    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
-    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
@@ -298,7 +289,7 @@ def _record(
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    fused = _fused(manifest)
+    fused = stack_in(manifest)
     experts, gates, statistics = files.values()
     ledger.record_artifact(
         fused,

@@ -26,7 +26,8 @@ from pipelines.stages.open_model import opened, tokenizer_of_gates
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,10 +53,24 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
 
 
 def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+    """Take every measurement that is missing, with the model from the store."""
+    measure_model(work, plan, lambda: opened(work, plan, built, gates))
+
+
+def measure_model(
+    work: RunContext,
+    plan: Plan,
+    open_model: Callable[
+        [], AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    ],
+) -> None:
     """Take every measurement that is missing, each recorded as it is done.
 
     One model serves all subjects: the base is the model without its experts, an adapter alone is
     the model with that expert forced, and tests prove both equal to the real thing.
+
+    Args:
+        open_model: the fused model and its tokenizer, loaded only if anything is missing
     """
     to_do = missing(work, plan)
     owns_tests = any(name in plan.tests for name in plan.fused.names)
@@ -63,7 +78,7 @@ def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) 
     timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
     if to_do or watch or timing:
         _record_controls(work, plan)
-        with opened(work, plan, built, gates) as (model, tokenizer):
+        with open_model() as (model, tokenizer):
             silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with use_system(
@@ -74,7 +89,7 @@ def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) 
             if watch:
                 _watch_routing(work, plan, model, tokenizer)
             if timing:
-                _time(work, plan, gates, model)
+                _time(work, plan, model)
     _compare(work, plan)
 
 
@@ -163,9 +178,9 @@ def _compare(work: RunContext, plan: Plan) -> None:
             work.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=work.run_id)
 
 
-def _time(work: RunContext, plan: Plan, gates: RouterBuild, model: PreTrainedModel) -> None:
+def _time(work: RunContext, plan: Plan, model: PreTrainedModel) -> None:
     assert plan.speed is not None  # noqa: S101  (only then is it asked)
-    stored = {str(work.ledger.weights_of(plan.fused.id)), gates.weights_sha256}
+    stored = {str(work.ledger.weights_of(part.id)) for part in (plan.fused, plan.router)}
     num_bytes = sum(work.ledger.blobs.path_of(sha256).stat().st_size for sha256 in stored)
     with bar("timing against the base", plan.speed.rounds + 1, "rounds") as advance:
         made = speed.time_model(model, plan.speed, num_bytes, advance)

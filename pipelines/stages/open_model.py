@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec
 from meteora.base import loading
 from meteora.checkpoint.manifest import (
     EXPERTS,
@@ -77,6 +78,13 @@ def entry_of(expert: Expert) -> ExpertEntry:
         licence=expert.licence,
         r=_ranks(expert.adapter.spec),
     )
+
+
+def stack_in(manifest: Manifest) -> FusedSpec:
+    """The stack that a manifest describes."""
+    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
+    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
 
 def _ranks(spec: AdapterSpec) -> str:

@@ -6,6 +6,7 @@ that goes on in this process listens to it, to pass lines and progress on.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     ProgressListener = Callable[[str, int, int], None]
     """Called with what a bar counts, how far it is, and out of how much."""
 
+QUIET = "METEORA_QUIET"
+"""A variable of the environment; where it is not empty, only errors are shown."""
 LABELS = {"error": "red", "left out": "yellow", "note": "yellow"}
 """The colour of each label."""
 PATIENCE_SECONDS = 2.0
@@ -49,6 +52,8 @@ class Console:
 
     def __init__(self) -> None:
         self._stderr = rich_console.Console(stderr=True, highlight=False, markup=False)
+        self.quiet = bool(os.environ.get(QUIET))
+        """Whether only errors are shown."""
         self._on_message: MessageListener | None = None
         self._on_progress: ProgressListener | None = None
 
@@ -72,7 +77,8 @@ class Console:
         """
         before = [(f"{label}: ", LABELS[label])] if label else []
         line = Text.assemble(*before, for_terminal(text))
-        self._stderr.print(line, soft_wrap=True)
+        if label == "error" or not self.quiet:
+            self._stderr.print(line, soft_wrap=True)
         if self._on_message is not None:
             self._on_message(line.plain)
 
@@ -93,7 +99,7 @@ class Console:
             TimeRemainingColumn(),
         )
         with Progress(
-            *columns, console=self._stderr, disable=not self._stderr.is_terminal
+            *columns, console=self._stderr, disable=self.quiet or not self._stderr.is_terminal
         ) as progress:
             shown = progress.add_task(what, total=total)
             done = 0

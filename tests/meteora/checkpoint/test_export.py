@@ -66,6 +66,13 @@ def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:
     assert config["lora_alpha"] == 16
     assert config["rank_pattern"] == {}
 
+    export_expert(world.checkpoint, "q_and_v", tmp_path / "named", "org/base")
+    config = json.loads((tmp_path / "named" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "org/base"  # as it came
+    text = (tmp_path / "named" / "README.md").read_text()
+    assert "base_model: org/base\n" in text
+    assert "Its base is org/base." in text
+
 
 def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="all_seven, attention"):

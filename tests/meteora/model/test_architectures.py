@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import meteora
-from meteora.base.loading import fingerprint_of, linear_sizes
+from meteora.base.loading import fingerprint_of, linear_sizes, load_folder
+from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
@@ -31,6 +34,7 @@ TARGETS = {
     "qwen3": SPLIT,
     "gemma2": SPLIT,
     "gemma3": SPLIT,
+    "gemma3n": SPLIT,  # four hidden states of each token, and layers that share keys and values
     "phi": ["q_proj", "dense", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],  # Conv1D; c_proj is in attention and in the MLP
     "gpt_neox": JOINED,
@@ -38,6 +42,13 @@ TARGETS = {
     "bloom": JOINED,
     "mamba": ["in_proj", "x_proj"],
 }
+
+
+def test_the_page_names_what_is_tried():
+    page = (Path(meteora.__file__).parent / "README.md").read_text()
+    table = page.partition("## Bases that were tried")[2].partition("\n\nLayers of 8 bits")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == list(TARGETS)
 
 
 @pytest.fixture(params=TARGETS)
@@ -82,7 +93,7 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
     found = calibrate(model, sequences(8))
     # Phi's q and fc1 share their input; Mamba's two are all it lets PEFT change
     points = {"phi": 3, "mamba": 2}.get(kind, 4)
-    assert len(found.accuracy_of) == 2 * points
+    assert len(found.accuracy_of) == model.config.num_hidden_layers * points
     assert found.heldout_accuracy > 0.9
     with recorded_logits(model) as recorded:
         model(ids)
@@ -203,3 +214,77 @@ def test_what_a_layer_was_called_with_is_let_go_when_it_has_run(world):
     (calls,) = sweep._calls.values()
     assert calls[0] == ((), {})
     assert calls[1] != ((), {})
+
+
+class _Float8(nn.Linear):
+    """As FP8 bases lie in memory: 8 bits, with a scale."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.abs().max() / 400
+        weight = (linear.weight / self.scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, input):  # noqa: A002  (its name in torch)
+        return input @ (self.weight.to(input.dtype) * self.scale.to(input.dtype)).T
+
+
+class _Packed(nn.Module):
+    """As AWQ's layers: no `nn.Linear`, no `weight`; whole numbers with a scale for each output."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scales = linear.weight.abs().amax(1, keepdim=True) / 100
+        self.qweight = nn.Buffer((linear.weight / scales).round().to(torch.int8))
+        self.scales = nn.Buffer(scales)
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) * self.scales.to(x.dtype)).T
+
+
+@pytest.mark.parametrize("quantised", [_Float8, _Packed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_layers_of_8_bits_are_routed_as_the_dequantised_ones_are(world, quantised, dtype):
+    a, b = torch.randn(3, 32), torch.randn(32, 3) / 10
+    entry = ModuleEntry(32, 32, (1, 2), (1.0, 2.0))
+    path = "model.layers.0.self_attn.q_proj"
+    found = []
+    for dequantised in (False, True):
+        model = world.load_base().to(dtype)
+        attention = model.get_submodule("model.layers.0.self_attn")
+        attention.q_proj = quantised(attention.q_proj)
+        if dequantised:
+            plain = nn.Linear(32, 32, bias=False, dtype=dtype)
+            plain.weight.copy_(attention.q_proj(torch.eye(32, dtype=dtype)).T)
+            attention.q_proj = plain
+        insert_layer(model, path, a.to(dtype), b.to(dtype), entry)
+        setattr(model, EXPERTS, ["one", "two"])
+        with force_expert(model, "two"):
+            found.append(
+                [model(ids).logits for ids in (torch.ones(2, 9).long(), torch.ones(1, 1).long())]
+            )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-2, atol=1e-5 if dtype.itemsize > 2 else 5e-2
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl is no language model that transformers loads"),
+        ({"model_type": "bert", "is_decoder": False}, None),
+        ({"model_type": "nobodys"}, "does not know this architecture"),
+        ({"no": "type"}, "does not know this architecture"),
+    ],
+)
+def test_a_base_that_writes_no_text_is_refused_in_one_sentence(config, says, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if says is None:  # transformers has a class for it
+        assert linear_sizes(tmp_path)
+        return
+    for read in (linear_sizes, fingerprint_of, load_folder):
+        with pytest.raises(SourceError, match=says):
+            read(tmp_path)

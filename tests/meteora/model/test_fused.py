@@ -12,6 +12,7 @@ from meteora.artifacts import RouterOptions
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
 from meteora.checkpoint.manifest import MANIFEST
 from meteora.model.fused import (
+    RoutedAdaptersError,
     UnknownExpertError,
     UnsavableError,
     WrongBaseError,
@@ -181,6 +182,14 @@ def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_pat
             save("saved")
     assert not (tmp_path / "saved").exists()
     world.load_base().save_pretrained(tmp_path / "base")
+
+
+def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
+    model = world.load()
+    assert model.config._name_or_path == model.name_or_path == str(world.checkpoint)
+    assert model.active_adapters() == EXPERTS
+    with pytest.raises(RoutedAdaptersError, match=r"force_expert\(model, name\)"):
+        model.set_adapter("q_and_v")
 
 
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):

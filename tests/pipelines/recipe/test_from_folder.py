@@ -63,6 +63,51 @@ def test_rows_beside_the_adapters_make_a_gate_possible(folder: Path) -> None:
     assert found["at-tention"] == ("jsonl:_at tention/train.jsonl", None)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
+    folder: Path, tmp_path: Path, *, flat: bool
+) -> None:
+    shutil.rmtree(folder / "patterns")
+    tasks = tmp_path / "tasks"
+    for name in ("q_and_v", "_at tention"):
+        (tasks / name).mkdir(parents=True)
+        for part, rows in (("train", range(6)), ("test", range(4, 8))):
+            path = tasks / (f"{name}.{part}.jsonl" if flat else f"{name}/{part}.jsonl")
+            lines = [json.dumps({"prompt": f"{name} {n}", "response": str(n)}) for n in rows]
+            path.write_text("\n".join(lines) + "\n\n")
+    out = tmp_path / "recipe.yaml"
+    said = ask("import", folder, "-o", out, "--examples", tasks)
+    assert said.returncode == 1
+    train = "_at tention.train.jsonl" if flat else "_at tention/train.jsonl"
+    test = train.replace("train", "test")
+    assert f"{tasks / test}, line 1 with the prompt '_at tention 4'" in said.stderr
+    assert f"{tasks / train}, line 5; `--drop-overlaps` leaves" in said.stderr
+    assert "there are 4 such test rows" in said.stderr
+    assert not out.exists()
+
+    said = ask("import", folder, "-o", out, "--examples", tasks, "--drop-overlaps")
+    assert said.returncode == 0, said.stderr
+    assert "2 of 6 examples" in said.stderr
+    assert "2 experts on path:" in said.stderr
+    text = out.read_text()
+    assert text.count("2 of 6 examples of") == 2
+    kept = (tmp_path / "recipe.examples" / "q_and_v.train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["response"] for line in kept] == ["0", "1", "2", "3"]
+    recipe = Recipe.load(out)
+    assert recipe.router.kind == "gate"
+    assert all(one.examples and one.test for one in recipe.experts)
+    said = meteora("run", out, "--dry-run", home=tmp_path / "home")
+    assert said.returncode == 0, said.stderr
+
+
+def test_nothing_is_suggested_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    write_recipe(folder, tmp_path / "one.yaml")
+    assert "jsonl" not in (tmp_path / "one.yaml").read_text()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImportingError, match=r"empty: it has no rows for .*q_and_v"):
+        write_recipe(folder, tmp_path / "two.yaml", examples=tmp_path / "empty")
+
+
 def test_a_base_on_the_hub_is_taken_from_the_configs(folder: Path, tmp_path: Path) -> None:
     configure(folder, base_model_name_or_path="owner/base", revision="a" * 40)
     assert write_recipe(folder, tmp_path / "one.yaml").base == f"owner/base@{'a' * 40}"

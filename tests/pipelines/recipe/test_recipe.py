@@ -50,8 +50,31 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: '2'}}",
-            "router.top_k: Input should be a valid integer (given: '2')",
+            "a valid integer (given: the text '2'; write it without quotes)",
             id="wrong type",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: two}}",
+            "router.top_k: Input should be a valid integer (given: 'two')",
+            id="no number",
+        ),
+        pytest.param(
+            "base: a/b\nexperts:\n  - {name: a, adaptr: path:a}",
+            "unknown key experts.0.adaptr (did you mean experts.adapter?)",
+            id="mistyped",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{seed: 1}}",
+            "unknown key router.seed (did you mean gates.seed or benchmark.seed?)",
+            id="in another section",
+        ),
+        pytest.param(
+            "base: a/b\nrouter:\n  kind: gate\n   top_k: 1",
+            "(line 4, column 9: 'top_k: 1'); check how far it is indented",
+            id="indented",
+        ),
+        pytest.param(
+            "base: a/b\nrouter:\n\tkind: gate", "and tabs are not allowed there", id="a tab"
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{temperature: .nan}}",
@@ -106,6 +129,13 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, said: 
     assert said in str(refused.value)
     assert str(refused.value).startswith(str(tmp_path / "recipe.yaml"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_in_another_encoding_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("base: a/b\n# größer\n".encode("latin1"))
+    with pytest.raises(RecipeError, match=r"recipe.yaml, line 2: not UTF-8; save .* `iconv -f"):
+        Recipe.load(path)
 
 
 def test_a_router_without_gates_needs_no_examples(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lxml.html
@@ -12,6 +13,7 @@ import pytest
 
 from meteora.artifacts import ArtifactId
 from pipelines.reports import charts, queries, report
+from pipelines.reports.examples import Example
 from store.ledger import Ledger
 from tests.pipelines.reports import report_ledger
 from tests.pipelines.reports.html_reader import Elements
@@ -185,6 +187,42 @@ def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_claims_stand_with_their_numbers_and_the_model_with_its_id(
+    results: dict[str, queries.QueryResult], tree: Any
+) -> None:
+    text = " ".join(tree.text_content().split())
+    numbers = {row["num_samples"] for row in results["scores"].rows if row["system"] == "fused"}
+    assert str(min(numbers)) in text.partition("on which every system was measured, with ")[2][:9]
+    pairs = results["overall"].rows[0]["num_pairs"]
+    assert f"of all {pairs:,} (module, token) pairs" in text
+    for one in queries.compare_systems(results["differences"].rows):
+        assert one.num_rows >= one.num_tasks
+    assert f"{GATE.id[:19]}, made on 20" in text
+    assert f"meteora chat {GATE.id[:19]}" in text
+    assert re.search(r"changes of subject followed, in answers \(of 8\) ?100 %", text)
+
+
+def test_an_example_says_what_was_expected_and_whether_it_is_right() -> None:
+    example = Example("sums", "1 + 1?", "2\n", templated=True, max_new_tokens=8, value=1.0)
+    assert example.caption == "sums; expected: 2; ✓ right"
+    assert replace(example, value=0.0).caption == "sums; expected: 2; ✗ wrong"
+    assert replace(example, value=0.5).caption == "sums; expected: 2; 50% right"
+    assert replace(example, value=None, reference="").caption == "sums"
+
+
+def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:
+    thin = {f"kind {n}": [(0, 0.9), (9, 0.99)] for n in range(4)}
+    drawn = str(
+        charts.line_chart(
+            {"all": [(0, 0.95), (9, 1.0)], **thin}, "x", xlabel="x", ylabel="y", strong="all"
+        )
+    )
+    assert len(set(re.findall(r"stroke-dasharray: ?([^;\"]+)", drawn))) >= 3
+    labels = re.findall(r">(\d\.\d+)<", drawn)
+    assert labels
+    assert all(float(label) <= 1 for label in labels)
+
+
 def test_a_loss_beyond_chance_is_stated_in_words(tree: Any) -> None:
     text = " ".join(tree.text_content().split())
     assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in text
@@ -201,6 +239,9 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     for name in ("confusion", "details", "switches", "differences", "speed"):
         assert results[name].rows == []
     page = report.report_page(results)
+    assert "Speed and memory were not measured" in page
+    assert "How long its making took is not recorded" in page or results["stages"].rows
+    assert "changes of subject followed" not in page
     assert "Does each token reach its expert?" not in page
     assert "Paired tests were not recorded" in page
 

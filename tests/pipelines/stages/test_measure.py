@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 from pipelines.cli import score_table
 from pipelines.evaluation.harness import BenchmarkError, Harness
-from pipelines.flows.up_to_date import Finished
 from pipelines.reports import card
 from pipelines.reports.summary import Summary, summarise
 from pipelines.scoring.recompute import recompute_scores
@@ -95,7 +96,10 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
 
 
 def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
-    workplace: Callable[..., RunContext], chat_base: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Callable[..., RunContext],
+    chat_base: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     controls = ["oracle", "one_expert", "single", "swap", "alora"]
     body = {
@@ -141,12 +145,21 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     text = card.write_card(build.describe(planned, built, gates), summary, "x")
     assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
     assert "| conversation-3 | conversation_right | 3 |" in text
-    score_table.print_scores(work, Finished(planned, summary), {})
+    score_table.print_scores("x", work.home, planned, summary, {})
+    router = planned.router.id[:19]
     shown = capsys.readouterr().out
     assert re.search("conversation-3 +all turns +turn 1 +2 +3 +computed +seconds", shown)
     assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task
     assert "3 conversations of 3 turns, each about another task" in shown
     assert "under the system prompt 'Be brief.'" in shown
+    assert f"FROM leaderboard WHERE subject_id LIKE '{router}%'" in shown
+
+    narrow = Console(width=50, file=sys.stdout, markup=False)
+    monkeypatch.setattr(score_table, "plain_console", lambda: narrow)
+    score_table.print_scores("x", work.home, planned, summary, {})
+    shown = capsys.readouterr().out
+    assert re.search(r"\n q_and_v +3 +\d\.\d\d .*\n attention +3 ", shown)  # a line a task
+    assert f"low, high FROM standings WHERE router_id LIKE '{router}%'" in shown
 
 
 def test_a_base_without_a_chat_template_is_asked_no_conversations(

@@ -47,7 +47,7 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
     assert planned.router.stand_ins == ("attention",)
     folder = work.checkpoint_folder(planned.router.id)
     assert "No examples were given for attention" in (folder / CARD).read_text()
-    score_table.print_scores(work, finished, {})
+    score_table.print_scores("x", folder, planned, finished.summary, {})
     assert "No examples were given for attention" in capsys.readouterr().out
     assert read_manifest(folder).router.stand_in == "arrow"
     meteora.load(folder, base_folder=recipe_folder / "base")

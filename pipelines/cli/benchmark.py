@@ -1,0 +1,74 @@
+"""`meteora benchmark`: a checkpoint is measured, with or without a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003  (typer reads annotations)
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, TokenFor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer()
+
+
+@app.command()
+def benchmark(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=ROWS]",
+            help="A task, again for each one; or new rows for it, such as sums=jsonl:test.jsonl."
+            " Default: all that were asked of its experts before.",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="A system to compare with, again for each. Default: base, oracle."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="A recipe; its tests and its section `benchmark` are taken.")
+    ] = "",
+    base: Base = None,
+    token_for: TokenFor = None,
+    as_json: AsJson = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
+
+    Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
+    ledger already, such as the base's, are not taken again.
+    """
+    run_benchmark(
+        checkpoint, home, tasks or (), compare or (), recipe, base, token_for or (), as_json=as_json
+    )
+
+
+def run_benchmark(
+    checkpoint: str,
+    home: Path,
+    tasks: Sequence[str] = (),
+    compare: Sequence[str] = (),
+    recipe: str = "",
+    base: Path | None = None,
+    token_for: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+) -> None:
+    """Measure a checkpoint and print its table of scores."""
+    from pipelines.admission import checkpoints
+    from pipelines.cli.score_table import print_scores
+    from pipelines.recipe.recipe import locate
+    from pipelines.stages.benchmark import BenchmarkRequest
+    from pipelines.stages.benchmark import benchmark as measure
+    from store.ledger import Ledger
+
+    home = home.expanduser().absolute()
+    found = checkpoints.find(checkpoint, home, base, token_for)
+    request = BenchmarkRequest(tuple(tasks), tuple(compare), locate(recipe) if recipe else None)
+    plan, summary = measure(Ledger(home), found, request)
+    print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {}, as_json=as_json)

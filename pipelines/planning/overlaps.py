@@ -1,0 +1,70 @@
+"""Rows of an import that are both examples and tests: refused, or left out of the examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.data.row_sources import json_lines, place_of, read_rows
+from pipelines.data.rows import refuse_overlap
+from pipelines.workspace.console import say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.data.rows import Row
+    from pipelines.recipe.from_folder import Found
+
+ALL_ROWS = 1_000_000
+
+
+def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
+    """The adapters of an import, no example of which is a test row of any of them.
+
+    Args:
+        out: The folder for files of examples with rows left out; made if it is needed.
+        drop: Leave the examples out that are tests; else they are refused.
+
+    Raises:
+        ExamplesError: A row is in both. Or rows cannot be read.
+    """
+    examples = {one.name: _read(one.examples) for one in found if one.examples}
+    tests = {one.name: _read(one.test) for one in found if one.test}
+    paths = {one.name: one for one in found}
+    if not drop:
+        refuse_overlap(
+            examples,
+            tests,
+            lambda name, number: _place(paths[name].examples, number),
+            lambda name, number: _place(paths[name].test, number),
+            "`--drop-overlaps` leaves such examples out",
+        )
+        return list(found)
+    tested = {row.sha256 for rows in tests.values() for row in rows}
+    return [_without(one, examples.get(one.name, []), tested, out) for one in found]
+
+
+def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Found:
+    """The adapter with a new file of examples, if any of its examples is a test row."""
+    kept = [number for number, row in enumerate(rows) if row.sha256 not in tested]
+    if one.examples is None or len(kept) == len(rows):
+        return one
+    lines = [line for line, _ in json_lines(one.examples)]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{one.name}.train.jsonl"
+    path.write_text("".join(lines[number].rstrip("\n") + "\n" for number in kept), encoding="utf-8")
+    note = (
+        f"{len(rows) - len(kept):,} of {len(rows):,} examples of {one.examples.name} are test rows,"
+        " and were left out"
+    )
+    say(f"{one.name}: {note}; the others are in {path}", "note")
+    return replace(one, examples=path, note=note)
+
+
+def _read(path: Path) -> list[Row]:
+    return read_rows(f"jsonl:{path.absolute()}", path.parent, ALL_ROWS)
+
+
+def _place(path: Path | None, number: int) -> str:
+    return place_of(f"jsonl:{path}", Path(), number) if path else ""

@@ -1,0 +1,74 @@
+"""Tasks that were asked before, made again from the recorded answers; no file of rows is needed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import ArtifactId
+from pipelines.data.rows import Row
+from pipelines.evaluation.tasks import Task
+from pipelines.scoring.outputs import read_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from meteora.artifacts import Score
+    from store.ledger import Ledger
+
+OWN_TASK = """
+SELECT id FROM scores
+WHERE base_id = '{base_id}' AND task = '{name}' AND (
+    subject_id = '{adapter_id}' OR subject_id IN (
+        SELECT routers.id FROM routers JOIN experts USING (fused_id)
+        WHERE adapter_id = '{adapter_id}'
+    )
+)
+ORDER BY recorded_at DESC, id LIMIT 100
+"""
+"""Scores on the task with an expert's name, of its adapter or of models that have it."""
+
+
+def recorded_tasks(
+    ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId]
+) -> dict[str, Task]:
+    """The own task of each expert, as it was asked last; without those that never were.
+
+    Args:
+        experts: The adapter of each, by its name, which is also the name of its task.
+    """
+    found = {}
+    for name, adapter_id in experts.items():
+        literal = name.replace("'", "''")
+        asked = OWN_TASK.format(base_id=base_id, adapter_id=adapter_id, name=literal)
+        ids = [ArtifactId(row[0]) for row in ledger.query(asked).rows]
+        scores = ledger.scores_of(ids)
+        if task := _task(ledger, [scores[one] for one in ids if one in scores]):
+            found[name] = task
+    return found
+
+
+def _task(ledger: Ledger, scores: Sequence[Score]) -> Task | None:
+    """The task of the first score whose rows can be read; with all metrics that it had.
+
+    Args:
+        scores: of one task, the latest first
+    """
+    for score in scores:
+        spec = score.spec
+        if score.outputs_sha256 not in ledger.blobs:
+            continue
+        outputs = read_outputs(ledger.blobs.path_of(score.outputs_sha256), ["asked"])
+        alike = [one.spec for one in reversed(scores) if one.spec.rows_sha256 == spec.rows_sha256]
+        task = Task(
+            spec.task,
+            tuple(dict.fromkeys(one.metric for one in alike)),
+            spec.template,
+            spec.max_new_tokens,
+            rows=[Row.from_dict(json.loads(row["asked"])) for row in outputs],
+            expert=spec.task,
+            system_prompt=spec.system_prompt,
+        )
+        if task.rows_sha256 == spec.rows_sha256:
+            return task
+    return None

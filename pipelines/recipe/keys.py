@@ -1,0 +1,152 @@
+"""Every key of a recipe, read off the schema: its place, type, range, default and meaning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pydantic import BaseModel
+
+TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+}
+BOUNDS = {
+    "minimum": ">= {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "<= {}",
+    "exclusiveMaximum": "< {}",
+    "minLength": "{} characters at least",
+    "maxLength": "{} characters at most",
+    "maxItems": "{} at most",
+}
+TIME = "time"
+"""The `format` of a length of time, which stands in the schema in seconds."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe."""
+
+    path: str
+    """Such as `benchmark.tasks.name`; keys in a list stand below the name of the list."""
+    type: str
+    needed: bool
+    """Whether its section is nothing without it."""
+    default: str
+    """As in YAML; empty where there is none."""
+    range: str
+    """Which values are allowed; empty where all of its type are."""
+    text: str
+    """What it means."""
+
+
+def keys_of(section: type[BaseModel]) -> list[Key]:
+    """Every key of a section and of the sections in it, in their order."""
+    schema = section.model_json_schema()
+    found: dict[str, Key] = {}
+    for key in _keys(schema, schema.get("$defs", {}), ""):
+        if (first := found.setdefault(key.path, key)).range != key.range:  # of two kinds of section
+            found[key.path] = replace(first, range=f"{first.range}, {key.range}")
+    return list(found.values())
+
+
+def suggest(path: str, known: Sequence[str]) -> str:
+    """A clause with the key that a person may have meant; empty if none is like it.
+
+    Args:
+        path: an unknown key, as in `Key.path`
+        known: the paths of all keys
+    """
+    above, _, name = path.rpartition(".")
+    here = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == above}
+    similar = [here[one] for one in get_close_matches(name, list(here), n=1)]
+    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
+    found = (similar or elsewhere)[:2]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _keys(section: Mapping[str, Any], defs: Mapping[str, Any], above: str) -> Iterator[Key]:
+    for name, body in section["properties"].items():
+        path = f"{above}{name}"
+        values = list(_values(body, defs))
+        inner = [value for value in values if "properties" in value]
+        text = body.get("description") or (inner[0].get("description", "") if inner else "")
+        yield Key(
+            path,
+            " or ".join(dict.fromkeys(filter(None, map(_type, values)))),
+            name in section.get("required", ()),
+            "" if inner or "default" not in body else _default(body["default"], values),
+            ", ".join(dict.fromkeys(filter(None, map(_range, values)))),
+            " ".join(text.split()),
+        )
+        shared = set.intersection(*(set(value["properties"]) for value in inner)) if inner else ()
+        for value in inner:
+            for key in _keys(value, defs, f"{path}."):
+                kind = "" if key.path.split(".")[-1] in shared else _kind(value, inner)
+                yield replace(key, text=f"{kind}{key.text}")
+
+
+def _values(
+    body: Mapping[str, Any], defs: Mapping[str, Any], within: str = ""
+) -> Iterator[dict[str, Any]]:
+    """The schema of each kind of value: of a choice each one, and of a list what it holds.
+
+    Args:
+        within: "list of " for what is in a list, which then stands under `within`
+    """
+    if "$ref" in body:
+        yield from _values(defs[body["$ref"].rpartition("/")[2]], defs, within)
+    elif choices := [*body.get("anyOf", ()), *body.get("oneOf", ())]:
+        for choice in choices:
+            yield from _values(choice, defs, within)
+    elif "items" in body:
+        yield {"range": _range(body)}
+        yield from _values(body["items"], defs, f"{within}list of ")
+    elif body.get("type") != "null":
+        yield {**body, "within": within}
+
+
+def _type(value: Mapping[str, Any]) -> str:
+    if "properties" in value:
+        name = "section"
+    elif "enum" in value or "const" in value:
+        name = "name"
+    elif value.get("format") == TIME:
+        name = "time (90s, 30m, 2h, 1d)"
+    else:
+        name = TYPES.get(value.get("type", ""), "")
+    within = value.get("within", "")
+    return f"{within}{name}s" if within and name else name
+
+
+def _kind(section: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> str:
+    """The start of a text on a key that only one of several kinds of a section has."""
+    constants = {n: v["const"] for n, v in section["properties"].items() if "const" in v}
+    if len(choices) < 2 or not constants:
+        return ""
+    return f"With {', '.join(f'`{name}: {value}`' for name, value in constants.items())}: "
+
+
+def _range(value: Mapping[str, Any]) -> str:
+    if "range" in value:
+        return str(value["range"])
+    if options := value.get("enum") or ([value["const"]] if "const" in value else []):
+        return ", ".join(map(str, options))
+    bounds = (text.format(f"{value[name]:,.10g}") for name, text in BOUNDS.items() if name in value)
+    return ", ".join(bounds)
+
+
+def _default(value: object, values: Sequence[Mapping[str, Any]]) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and any(one.get("format") == TIME for one in values):
+        return f"{value / 3600:g}h"
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,0 +1,181 @@
+"""Measure a checkpoint without the recipe that made it, such as one with an expert more or less."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import ValidationError
+
+from meteora.artifacts import ArtifactId, BaseSpec, MeteoraError, RouterSpec
+from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from meteora.untrusted.findings import did_you_mean
+from pipelines.evaluation.tasks import make_tasks
+from pipelines.planning.plan import plan_benchmark
+from pipelines.planning.recorded_tasks import recorded_tasks
+from pipelines.publishing.signing import SIGNATURE
+from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
+from pipelines.recipe.recipe import ExpertSection, Recipe, explain
+from pipelines.reports.summary import summarise
+from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.measure import measure_model
+from pipelines.stages.open_model import computing_device, stack_in
+from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext, new_run_id
+from store.errors import UnknownError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.checkpoint.manifest import Manifest
+    from pipelines.admission.checkpoints import FoundCheckpoint
+    from pipelines.evaluation.tasks import Task
+    from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
+    from store.ledger import Ledger
+
+COMPARE = ("base", "oracle")
+"""Systems to compare with by default; of recorded tasks, their scores are mostly recorded, too."""
+
+
+class BenchmarkRequestError(MeteoraError):
+    """A checkpoint cannot be measured in the way that is asked for."""
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What a person asks of a benchmark."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks, or `name=source` with the source of their rows. Empty: all known tasks."""
+    compare: tuple[str, ...] = ()
+    """Systems to compare with. Empty: as in the recipe, else `COMPARE`."""
+    recipe: Path | None = None
+    """A recipe whose tests and section `benchmark` are taken, in place of recorded tasks."""
+
+
+def benchmark(
+    ledger: Ledger, found: FoundCheckpoint, request: BenchmarkRequest
+) -> tuple[Plan, Summary]:
+    """Measure a checkpoint, and record the scores as a run does; what is recorded is not repeated.
+
+    Raises:
+        UnknownError: The ledger does not know the checkpoint.
+        BenchmarkRequestError: There is no task, or none of a given name.
+        ExamplesError: Rows are missing or malformed.
+    """
+    manifest = read_manifest(found.folder)
+    router = ledger.spec_of(ArtifactId(manifest.router_id))
+    if router is None:
+        raise UnknownError(
+            f"{found.folder}: this checkpoint is not in the ledger in {ledger.home}, which would"
+            " hold its scores; give the --home in which it was made, or run its recipe here"
+        )
+    ledger.ingest()
+    settings, tasks = _choose_tasks(ledger, manifest, request)
+    for name in manifest.names:
+        if name not in tasks and not request.tasks:
+            say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
+    base = BaseSpec(manifest.base.repo_id, manifest.base.revision)
+    plan = plan_benchmark(base, stack_in(manifest), RouterSpec.from_dict(router), tasks, settings)
+    # measuring reads nothing of a recipe but its section `benchmark`
+    recipe = Recipe.model_construct(base=manifest.base.repo_id, benchmark=settings)
+    work = RunContext(ledger, recipe, found.folder / MANIFEST, new_run_id())
+    with ledger.running(f"the benchmark of {plan.router.id}"):
+        measure_model(work, plan, lambda: _opened(found))
+    ledger.ingest()
+    summary = summarise(ledger, plan, found.base_folder)
+    assert summary is not None  # noqa: S101  (all of it was measured)
+    whole = all("=" in task for task in request.tasks)  # not some of the tasks only
+    if "grown_from" in manifest.gates and whole:  # other cards show what their recipe asks for
+        _write_card(found.folder, manifest, summary)
+    return plan, summary
+
+
+def _choose_tasks(
+    ledger: Ledger, manifest: Manifest, request: BenchmarkRequest
+) -> tuple[BenchmarkSection, dict[str, Task]]:
+    """The tasks that are asked for, and the settings under which they are asked."""
+    given = dict(one.split("=", 1) for one in request.tasks if "=" in one)
+    chosen = [one for one in request.tasks if "=" not in one]
+    recorded: dict[str, Task] = {}
+    own: dict[str, ExpertSection] = {}
+    if request.recipe is None:
+        folder, compare = Path.cwd(), COMPARE
+        adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
+        recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters)
+        settings = _settings_of(recorded)
+    else:
+        recipe, folder = Recipe.load(request.recipe), request.recipe.parent
+        settings, compare = recipe.benchmark, recipe.benchmark.compare
+        own = {one.name: one for one in recipe.experts if one.name in manifest.names}
+    further = list(settings.tasks)
+    for name, source in given.items():
+        if name in manifest.names:
+            own[name] = ExpertSection(name=name, adapter="", test=_absolute(source))
+        else:
+            further.append(TaskSection(name=name, rows=_absolute(source)))
+    asked = {"compare": request.compare or compare, "tasks": tuple(further)}
+    try:
+        settings = BenchmarkSection.model_validate(dict(settings) | asked)
+    except ValidationError as error:
+        raise BenchmarkRequestError(explain(error)) from None
+    tasks = recorded | make_tasks(list(own.values()), settings, folder)
+    for name in chosen:
+        if name not in tasks:
+            raise BenchmarkRequestError(
+                f"there is no task {name!r}{did_you_mean(name, tasks)}; give its rows as"
+                f" --tasks {name}=jsonl:FILE (there are: {', '.join(tasks) or 'none'})"
+            )
+    if not tasks:
+        raise BenchmarkRequestError(
+            "no task of its experts is in the ledger; give rows as --tasks NAME=jsonl:FILE, or a"
+            " recipe that has some with --recipe"
+        )
+    keep = {*chosen, *given} if chosen else {*tasks}
+    return settings, {name: task for name, task in tasks.items() if name in keep}
+
+
+def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
+    """The settings of recorded tasks, for further ones; defaults where there are none."""
+    if not recorded:
+        return BenchmarkSection(compare=COMPARE)
+    first = next(iter(recorded.values()))
+    return BenchmarkSection.model_validate(
+        {
+            "compare": COMPARE,
+            "template": first.template,
+            "system_prompt": first.system_prompt,
+            "max_new_tokens": first.max_new_tokens,
+            "limit": max(len(task.rows) for task in recorded.values()),
+        }
+    )
+
+
+def _absolute(source: str) -> str:
+    """A source of rows whose path is relative to the working folder, for use in any folder."""
+    kind, _, path = source.partition(":")
+    return f"{kind}:{Path.cwd() / path}" if kind in {"jsonl", "bigbench"} else source
+
+
+@contextmanager
+def _opened(
+    found: FoundCheckpoint,
+) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    model, tokenizer = found.load()
+    # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+    torch.nn.Module.to(model, computing_device())
+    yield model, tokenizer
+
+
+def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:
+    """Write the card of a checkpoint again, now with scores; a signed one stays as it was."""
+    if (folder / SIGNATURE).exists():
+        say(f"{folder} is signed, so its card stays as it is, without the scores", "note")
+        return
+    write_texts(folder, manifest, manifest.files, " + ".join(manifest.names), summary)

@@ -1,0 +1,72 @@
+"""Answers of the ledger as tables that fit a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from pipelines.cli import output
+from pipelines.cli.output import Format, print_answer
+from store.query import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COLUMNS = tuple(f"column_{number}" for number in range(32))
+WIDE = Answer(COLUMNS, [tuple(range(32)), ("x" * 200, *[0.25] * 31)])
+
+
+@pytest.fixture
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What an answer looks like in a terminal of some width."""
+
+    def show(answer: Answer, width: int = 80) -> str:
+        monkeypatch.setattr(
+            output, "plain_console", lambda: Console(width=width, file=sys.stdout, markup=False)
+        )
+        print_answer(answer, Format.table)
+        return capsys.readouterr().out
+
+    return show
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 120])
+def test_a_wide_answer_shows_its_first_columns_on_one_line_each(
+    printed: Callable[..., str], width: int
+) -> None:
+    shown = printed(WIDE, width)
+    assert "column_0" in shown
+    assert "column_31" not in shown
+    assert "32 columns" in shown
+    table = [line for line in shown.splitlines() if line.startswith(("│", "┃", "┏"))]
+    assert max(map(len, table)) <= width
+    assert sum(line.startswith("│") for line in table) == 2
+    assert all("…" in line for line in table if line.startswith("┃"))
+
+
+def test_an_answer_that_fits_is_whole_and_long_text_takes_several_lines(
+    printed: Callable[..., str],
+) -> None:
+    assert printed(Answer(("a", "b"), [(1, None)])).count("\n") == 5
+    shown = printed(Answer(("title", "text"), [("short", "word " * 60)]))
+    assert shown.count("word") == 60
+    assert "columns" not in shown
+    whole = printed(WIDE, 1000)
+    assert "column_31" in whole
+    assert "x" * 200 in whole
+    assert printed(Answer((), []))
+
+
+def test_markdown_has_one_line_a_row_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_answer(Answer(("a", "b|c"), [("x\ny", 0.5), ("p|q\\", None)]), Format.markdown)
+    assert capsys.readouterr().out.splitlines() == [
+        "| a | b\\|c |",
+        "| - | - |",
+        "| x y | 0.500 |",
+        "| p\\|q\\\\ |  |",
+    ]

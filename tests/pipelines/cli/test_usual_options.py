@@ -1,0 +1,140 @@
+"""What people expect of any command line: a version, silence, JSON, the input as an argument."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.artifacts import MeteoraError
+from tests.pipelines.cli.command_line import ask, meteora
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import World
+
+
+def test_the_version_is_one_line() -> None:
+    said = ask("--version")
+    assert said.returncode == 0
+    name, version = said.stdout.split()
+    assert name == "meteora-pipelines"
+    assert version[0].isdigit()
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_quiet_leaves_data_and_errors(world: World, tmp_path: Path, place: int) -> None:
+    words = ["drop", str(world.checkpoint), "nobody", "--home", str(tmp_path)]
+    words.insert(place, "--quiet")
+    said = ask(*words)
+    assert said.returncode == 1
+    assert said.stderr.startswith("error:")
+    words = ["store", "gc", "--home", str(tmp_path)]
+    (tmp_path / "records").mkdir()
+    assert "can be removed" in ask(*words).stderr
+    words.insert(place, "--quiet")
+    assert ask(*words).stderr == ""
+    assert "can be removed" in ask(*words[:place], *words[place + 1 :]).stderr
+
+
+def test_quiet_reaches_the_processes_that_work(tmp_path: Path) -> None:
+    code = "from pipelines.workspace.console import say; say('note'); say('fault', 'error')"
+
+    def work(_ledger: object) -> None:
+        child = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        raise MeteoraError(f"the process said {child.stderr.strip()}")
+
+    (tmp_path / "records").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("store.ledger.Ledger.verify", work)
+        said = ask("verify", "--quiet", "--home", tmp_path)
+    assert said.stderr == "error: the process said error: fault\n"
+
+
+def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    words = ("run", tmp_path / "none.yaml", "--home", tmp_path)
+    assert "Traceback" not in ask(*words).stderr
+    said = ask(*words, "--verbose")
+    assert said.returncode == 1
+    assert "Traceback" in said.stderr
+    assert said.stderr.splitlines()[-1].startswith("error:")
+
+
+def test_a_query_and_a_prompt_come_from_the_input(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("SELECT 1 AS one\n"))
+    (tmp_path / "records").mkdir()
+    said = meteora("sql", "-", "--json", home=tmp_path)
+    assert json.loads(said.stdout) == [{"one": 1}]
+
+    answer = ("--base", world.base, "--max-new-tokens", 2, "--json")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    said = meteora("generate", world.checkpoint, "-", *answer, home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert "abc" in found["prompt"]
+    assert len(found["tokens"]["answer"]) == 2
+    assert found["answer"] == "".join(token["text"] for token in found["tokens"]["answer"])
+
+
+def test_findings_and_garbage_are_json_too(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    said = meteora("verify", "--json", home=tmp_path)
+    assert said.returncode == 0
+    found = json.loads(said.stdout)
+    assert found == {"num_records": 0, "num_blobs": 0, "num_scores": 0, "findings": []}
+    assert json.loads(meteora("store", "gc", "--json", home=tmp_path).stdout) == []
+
+
+def test_a_mistyped_command_or_expert_is_told_what_is_like_it(world: World, tmp_path: Path) -> None:
+    assert "Did you mean 'benchmark'?" in ask("benchmrk").stderr
+    said = meteora(
+        "generate", world.checkpoint, "x", "--expert", "q_and_w", "--base", world.base,
+        home=tmp_path,
+    )  # fmt: skip
+    assert "there is no expert 'q_and_w' (did you mean 'q_and_v'?)" in said.stderr
+
+
+def test_the_old_name_of_schedule_works_and_says_so(tmp_path: Path) -> None:
+    said = ask("serve", tmp_path / "none.yaml", "--home", tmp_path)
+    assert "`meteora serve` is called `meteora schedule` now" in said.stderr
+    assert "no such recipe file" in said.stderr
+    assert "is called" not in ask("schedule", tmp_path / "none.yaml", "--home", tmp_path).stderr
+    assert "serve " not in ask("--help").stdout.replace("chat-server", "")
+
+
+def test_recipes_are_shown_and_explained() -> None:
+    assert "quickstart" in ask("recipe", "show").stdout.split()
+    assert "name: reverse_words" in ask("recipe", "show", "quickstart").stdout
+    said = ask("recipe", "show", "quikstart")
+    assert said.returncode == 1
+    assert "did you mean 'quickstart'?" in said.stderr
+    text = ask("recipe", "reference").stdout
+    assert "router.top_k: whole number; default 1; >= 1, <= 512\n    How many" in text
+    assert max(map(len, text.splitlines())) <= 80
+    keys = json.loads(ask("recipe", "reference", "--json").stdout)
+    assert len(keys) == text.count("\n\n") + 1
+
+
+@pytest.mark.parametrize(("colour", "there"), [("", True), ("1", False)])
+def test_no_color_is_heeded(colour: str, *, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.workspace.console import Console  # noqa: PLC0415
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if colour:
+        monkeypatch.setenv("NO_COLOR", colour)
+    else:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    Console().say("text", "error")
+    assert ("\x1b[31m" in out.getvalue()) is there

@@ -105,12 +105,13 @@ def grow(
         if before is None:  # no adapter changed this point before: it uses the gate before it
             return None
         fitted, checked = _apart(inputs, batches)
+        known = statistics[before].to(model.device)
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
-        point, covariance = statistics[before].grown(kinds, expert)
+        point, covariance = known.grown(kinds, expert)
         grown[paths[0]] = point
-        gate = _with_one_more(
-            gates.own[before], statistics[before], point, covariance, kinds, expert
-        )
+        own = gates.own[before]
+        others = own[0].to(model.device), own[1].to(model.device)
+        gate = _with_one_more(others, known, point, covariance, kinds, expert)
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
         shares = [share for share, _ in checked]
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))

@@ -58,6 +58,10 @@ class PointStatistics:
         """The shrinkage with which the gate was fitted, in (0, 1]."""
         return self.scalars[2].item()
 
+    def to(self, device: torch.device) -> Self:
+        """The same statistics on a device."""
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def drawn(self, count: int) -> Tensor:
         """Tokens as normally distributed as the statistics say, [E, count, IN]; always the same."""
         generator = torch.Generator().manual_seed(0)

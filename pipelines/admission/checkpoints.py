@@ -15,6 +15,7 @@ from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -31,10 +32,20 @@ class FoundCheckpoint:
     """None where its base comes from the Hub or a package."""
     download: dict[str, str | bool]
     """How its base is downloaded, as `meteora.load` takes it."""
+    device: str
+    """Where the model is moved, as torch names it."""
+    dtype: str
+    """Of the base; `auto`: as it lies on the disk."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The fused model and its tokenizer; raises what `meteora.load` raises."""
-        return meteora.load(self.folder, base_folder=self.base_folder, download=self.download)
+        return meteora.load(
+            self.folder,
+            base_folder=self.base_folder,
+            device=self.device,
+            dtype=self.dtype,
+            download=self.download,
+        )
 
 
 def find_folder(
@@ -65,21 +76,26 @@ def find(
     token_for: Collection[str] = (),
     *,
     statistics: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> FoundCheckpoint:
     """Find a checkpoint and its base; raises what `find_folder` raises.
 
     Args:
         base: The folder of the base, if the person gives one.
+        device: As `choose_device` takes it.
 
     Raises:
+        DeviceError: There is no such device here.
         CheckpointError: It is not sound.
         DamagedBaseError: The base in this home is damaged.
     """
+    device = choose_device(device)
     folder = find_folder(name, home, token_for, statistics=statistics)
     repo_id = read_manifest(folder).base.repo_id
     at_hand = base or base_at_hand(folder, home)
     download = _download(repo_id, token_for) if at_hand is None and is_hub_id(repo_id) else {}
-    return FoundCheckpoint(folder, at_hand, download)
+    return FoundCheckpoint(folder, at_hand, download, device, dtype)
 
 
 def _download(repo_id: str, token_for: Collection[str]) -> dict[str, str | bool]:

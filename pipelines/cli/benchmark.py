@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Device, Home, TokenFor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pipelines.admission.checkpoints import FoundCheckpoint
 
 app = typer.Typer()
 
@@ -35,6 +37,7 @@ def benchmark(
     ] = "",
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -43,32 +46,29 @@ def benchmark(
     Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
     ledger already, such as the base's, are not taken again.
     """
-    run_benchmark(
-        checkpoint, home, tasks or (), compare or (), recipe, base, token_for or (), as_json=as_json
-    )
+    from pipelines.admission import checkpoints
+
+    home = home.expanduser().absolute()
+    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device)
+    run_benchmark(found, home, tasks or (), compare or (), recipe, as_json=as_json)
 
 
 def run_benchmark(
-    checkpoint: str,
+    found: FoundCheckpoint,
     home: Path,
     tasks: Sequence[str] = (),
     compare: Sequence[str] = (),
     recipe: str = "",
-    base: Path | None = None,
-    token_for: Sequence[str] = (),
     *,
     as_json: bool = False,
 ) -> None:
     """Measure a checkpoint and print its table of scores."""
-    from pipelines.admission import checkpoints
     from pipelines.cli.score_table import print_scores
     from pipelines.recipe.recipe import locate
     from pipelines.stages.benchmark import BenchmarkRequest
     from pipelines.stages.benchmark import benchmark as measure
     from store.ledger import Ledger
 
-    home = home.expanduser().absolute()
-    found = checkpoints.find(checkpoint, home, base, token_for)
     request = BenchmarkRequest(tuple(tasks), tuple(compare), locate(recipe) if recipe else None)
     plan, summary = measure(Ledger(home), found, request)
     print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {}, as_json=as_json)

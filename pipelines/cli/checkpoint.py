@@ -14,7 +14,10 @@ from pipelines.cli.options import (
     DEFAULT_HOME,
     AsJson,
     Base,
+    Device,
+    Dtype,
     Home,
+    Precision,
     TokenFor,
     existing_home,
     text_or_input,
@@ -40,6 +43,8 @@ def generate(
     as_json: AsJson = False,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer a prompt with a fused model."""
@@ -53,7 +58,8 @@ def generate(
         check_writable(Path(trace))
     prompt = text_or_input(prompt)
     home = home.expanduser().absolute()
-    model, tokenizer = checkpoints.find(checkpoint, home, base, token_for or ()).load()
+    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    model, tokenizer = found.load()
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace or as_json:
@@ -131,6 +137,8 @@ def report(
     ] = 3,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline."""
@@ -146,7 +154,7 @@ def report(
     check_writable(output)
     home = existing_home(home)
     ledger = Ledger(home)
-    found = checkpoints.find(checkpoint, home, base, token_for or ())
+    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
     drawn = []
     if chosen := find_examples(ledger, results["outputs"], traces):

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.benchmark import run_benchmark
-from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Home, Strip, Subfolder, TokenFor
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    AsJson,
+    Base,
+    Device,
+    Home,
+    Strip,
+    Subfolder,
+    TokenFor,
+)
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -60,6 +69,7 @@ def add(
     subfolder: Subfolder = "",
     strip: Strip = False,
     token_for: TokenFor = None,
+    device: Device = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -81,7 +91,9 @@ def add(
             lambda _name, number: place_of(examples, here, number),
             lambda _name, number: place_of(test, here, number),
         )
-    found = checkpoints.find(checkpoint, home, base, token_for or (), statistics=True)
+    found = checkpoints.find(
+        checkpoint, home, base, token_for or (), statistics=True, device=device
+    )
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
@@ -92,11 +104,13 @@ def add(
         examples,
         base_folder=found.base_folder,
         download=found.download,
+        device=found.device,
     )
     _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
         tasks = (f"{name}={test}",)
-        run_benchmark(str(made), home, tasks, base=base, token_for=token_for or (), as_json=as_json)
+        found = checkpoints.find(str(made), home, base, token_for or (), device=device)
+        run_benchmark(found, home, tasks, as_json=as_json)
     else:
         say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
 
@@ -110,6 +124,7 @@ def drop(
     ),
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -123,7 +138,8 @@ def drop(
     made = edit.drop(Ledger(home), folder, name)
     _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
-        run_benchmark(str(made), home, base=base, token_for=token_for or (), as_json=as_json)
+        found = checkpoints.find(str(made), home, base, token_for or (), device=device)
+        run_benchmark(found, home, as_json=as_json)
     else:
         say(f"measure it with `meteora benchmark {_id(made)}`")
 

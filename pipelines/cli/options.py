@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 TokenFor = Annotated[
     list[str] | None,
     typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
+]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where. auto: the GPU, if any.")
+]
+
+
+class Precision(StrEnum):
+    """The dtype of a base; its experts keep theirs."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Dtype = Annotated[
+    Precision, typer.Option(help="Of the base, while it computes. auto: as it lies on the disk.")
 ]
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """What a home holds, some of it at least."""

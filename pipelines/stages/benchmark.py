@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
 from meteora.artifacts import ArtifactId, BaseSpec, MeteoraError, RouterSpec
@@ -22,16 +21,12 @@ from pipelines.recipe.recipe import ExpertSection, Recipe, explain
 from pipelines.reports.summary import summarise
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.measure import measure_model
-from pipelines.stages.open_model import computing_device, stack_in
+from pipelines.stages.open_model import stack_in
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from meteora.checkpoint.manifest import Manifest
     from pipelines.admission.checkpoints import FoundCheckpoint
     from pipelines.evaluation.tasks import Task
@@ -87,7 +82,7 @@ def benchmark(
     recipe = Recipe.model_construct(base=manifest.base.repo_id, benchmark=settings)
     work = RunContext(ledger, recipe, found.folder / MANIFEST, new_run_id())
     with ledger.running(f"the benchmark of {plan.router.id}"):
-        measure_model(work, plan, lambda: _opened(found))
+        measure_model(work, plan, lambda: nullcontext(found.load()))
     ledger.ingest()
     summary = summarise(ledger, plan, found.base_folder)
     assert summary is not None  # noqa: S101  (all of it was measured)
@@ -161,16 +156,6 @@ def _absolute(source: str) -> str:
     """A source of rows whose path is relative to the working folder, for use in any folder."""
     kind, _, path = source.partition(":")
     return f"{kind}:{Path.cwd() / path}" if kind in {"jsonl", "bigbench"} else source
-
-
-@contextmanager
-def _opened(
-    found: FoundCheckpoint,
-) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    model, tokenizer = found.load()
-    # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-    torch.nn.Module.to(model, computing_device())
-    yield model, tokenizer
 
 
 def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:

@@ -48,10 +48,11 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import computing_device, describe, opened, tokenizer_of_gates
+from pipelines.stages.open_model import describe, opened, tokenizer_of_gates
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
+from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -167,7 +168,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             num_tokens=found.num_tokens,
             heldout_accuracy=found.heldout_accuracy,
             wall_seconds=found.wall_seconds,
-            device=computing_device(),
+            device=choose_device(),
             statistics_sha256=statistics_sha256,
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from meteora.artifacts import (
@@ -82,6 +83,8 @@ class EditedCheckpoint:
     wall_seconds: float = 0.0
     adapter: Adapter | None = None
     """Of the new expert; None where one is dropped."""
+    device: str = "cpu"
+    """Where it was made."""
 
 
 def add(
@@ -92,6 +95,7 @@ def add(
     *,
     base_folder: Path | None = None,
     download: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
@@ -101,6 +105,7 @@ def add(
         examples: of the new expert's task, as a recipe names them
         base_folder: where the base lies; without it the checkpoint's own reference is followed
         download: options for the download of the base, such as `token`
+        device: where the gates are fitted
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -124,6 +129,8 @@ def add(
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
+        # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+        torch.nn.Module.to(model, device)
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
@@ -150,6 +157,7 @@ def add(
             found.num_tokens,
             found.wall_seconds,
             expert.adapter,
+            device,
         )
         return _finish(ledger, manifest, edited)
 
@@ -304,7 +312,7 @@ def _record(
         edited.num_tokens,
         edited.heldout_accuracy,
         edited.wall_seconds,
-        "cpu",
+        edited.device,
         statistics,
     )
     ledger.record_artifact(

@@ -21,6 +21,7 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 from pipelines.workspace.bases import require_sound
+from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -112,7 +113,7 @@ def opened(
         if gates is not None:
             insert_routers(model, scratch, manifest)
     # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-    torch.nn.Module.to(model, computing_device())
+    torch.nn.Module.to(model, choose_device())
     yield model, tokenizer
 
 
@@ -129,8 +130,3 @@ def tokenizer_of_gates(
     plain = copy.copy(tokenizer)
     plain.chat_template = None
     return plain
-
-
-def computing_device() -> str:
-    """The device that models are moved to."""
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"

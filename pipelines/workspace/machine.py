@@ -1,4 +1,4 @@
-"""How fast this machine computes, measured in a second; estimates of time use it."""
+"""The device that models run on, and how fast it computes: measured in a second, for estimates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.artifacts import MeteoraError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -17,6 +19,10 @@ SECONDS = 0.15
 """For each of the measurements."""
 SIZE = 2048
 """Rows and columns of the matrices."""
+
+
+class DeviceError(MeteoraError):
+    """The machine has no such device."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ LARGE = Machine("one H100, by its data sheet", 700e12, 3.3e12, 6e-6, 1e9, 80e9)
 
 def measure_machine(dtype: torch.dtype) -> Machine:
     """Time a few operations on the device that a run would use."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_device())
     # eight matrices, so that no cache holds them all
     weights = [torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(8)]
     batch, token = (torch.randn(n, SIZE, device=device).to(dtype) for n in (512, 1))
@@ -64,6 +70,32 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     else:
         name = f"cpu with {len(os.sched_getaffinity(0))} cores"
     return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes())
+
+
+def choose_device(name: str = "auto") -> str:
+    """The device that models are moved to, as torch names it.
+
+    Args:
+        name: `auto`, the GPU where there is one; or such as `cpu`, `cuda`, `cuda:1`, `mps`
+
+    Raises:
+        DeviceError: There is no such device here.
+    """
+    if name == "auto":
+        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise DeviceError(
+            f"torch finds no device {name!r} on this machine, only {', '.join(_devices())}; name"
+            " one of these, or `auto`"
+        ) from None
+    return name
+
+
+def _devices() -> list[str]:
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def memory_bytes() -> int:

@@ -138,3 +138,16 @@ def test_no_color_is_heeded(colour: str, *, there: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stderr", out)
     Console().say("text", "error")
     assert ("\x1b[31m" in out.getvalue()) is there
+
+
+def test_a_model_runs_on_the_device_and_in_the_dtype_that_are_named(
+    world: World, tmp_path: Path
+) -> None:
+    asked = ("generate", world.checkpoint, "x", "--base", world.base, "--max-new-tokens", 2)
+    said = meteora(*asked, "--device", "cpu", "--dtype", "bfloat16", home=tmp_path)
+    assert said.returncode == 0, said.stderr
+    refused = meteora(*asked, "--device", "cuda:99", home=tmp_path)
+    assert refused.returncode == 1
+    assert "torch finds no device 'cuda:99' on this machine, only cpu" in refused.stderr
+    wrong = meteora(*asked, "--dtype", "int8", home=tmp_path)
+    assert wrong.returncode == 2

@@ -14,7 +14,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, Base, Device, Dtype, Home, Precision, TokenFor
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
@@ -46,6 +46,8 @@ def chat(
     port: Port = DEFAULT_PORT,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
@@ -55,7 +57,7 @@ def chat(
     With --web, the conversation is on a page for a browser, where base, experts and the fused model
     can answer side by side. It is on loopback unless --host says otherwise, and asks for no key.
     """
-    load = partial(_load, checkpoint, home, base, token_for)
+    load = partial(_load, checkpoint, home, base, token_for, device, dtype)
     if web:
         from pipelines.serving.page import chat_page
 
@@ -77,6 +79,8 @@ def chat_server(
     port: Port = DEFAULT_PORT,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
@@ -84,7 +88,7 @@ def chat_server(
     Requests are answered one after the other. The server is on loopback unless --host says
     otherwise, and asks for no key.
     """
-    load = partial(_load, checkpoint, home, base, token_for)
+    load = partial(_load, checkpoint, home, base, token_for, device, dtype)
     _serve(load, name or _last_part(checkpoint), host, port)
 
 
@@ -122,13 +126,21 @@ def _last_part(checkpoint: str) -> str:
     return (folder.resolve() if folder.is_dir() else folder).name
 
 
-def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
+def _load(
+    checkpoint: str,
+    home: Path,
+    base: Path | None,
+    token_for: list[str] | None,
+    device: str,
+    dtype: Precision,
+) -> Chat:
     """The checkpoint that a person names, ready to answer."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
     home = home.expanduser().absolute()
-    return Chat(*checkpoints.find(checkpoint, home, base, token_for or ()).load())
+    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    return Chat(*found.load())
 
 
 class Conversation:

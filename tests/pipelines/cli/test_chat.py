@@ -211,6 +211,13 @@ def test_a_real_server_says_where_it_is_and_ends_with_ctrl_c(
         process.kill()
 
 
+def test_a_conversation_runs_on_the_device_and_in_the_dtype_that_are_named(talk) -> None:
+    assert talk("hello", device="cpu", dtype="bfloat16").returncode == 0
+    said = talk("hello", device="cuda:99")
+    assert said.returncode == 1
+    assert "torch finds no device 'cuda:99'" in said.stderr
+
+
 def test_an_address_without_a_page_is_refused(talk) -> None:
     said = talk("hello", port="8001")
     assert said.returncode == 1

@@ -131,8 +131,8 @@ def _limits(manifest: Manifest) -> list[str]:
         "It runs in transformers, with this package.",
         "Servers with their own model code, such as vLLM, cannot load it: its router looks ahead."
         if router.opening == "prompt"
-        else "vLLM serves what `meteora export --for vllm` makes of it; other servers with their own"
-        " model code cannot load it.",
+        else "vLLM serves what `meteora export --for vllm` makes of it; other servers with model"
+        " code of their own cannot load it.",
     ]
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import StoppingCriteriaList
 
+from meteora.artifacts import NULL
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
-from meteora.model.fused import expert_names, force_expert
+from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import end_tokens, padding_token, whole_layers
 from meteora.model.trace import (
     Pieces,
@@ -28,6 +29,8 @@ from meteora.model.trace import (
     Trace,
     every_pass,
     joined,
+    layer_winners,
+    layers_of,
     mean_weights,
     pieces_of,
     read_last,
@@ -37,10 +40,13 @@ from meteora.routing.gates import PREFILL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
+
+    from meteora.model.trace import LayerWinner
 
     Pass = dict[str, tuple[Tensor, Tensor]]
     """Weights and experts [T, K] of each routed module."""
@@ -111,7 +117,11 @@ class Chat:
             model: fused
         """
         self.model, self.tokenizer = model, tokenizer
-        self.experts = tuple(expert_names(model))
+        self.routed = tuple(expert_names(model))
+        """What its routers choose from."""
+        missing = () if NULL in self.routed else (NULL,)
+        self.experts = (*self.routed, *missing)
+        """What may answer alone: each of these, and `(base)`, the base without experts."""
         self.longest: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -132,7 +142,7 @@ class Chat:
 
         Args:
             messages: `role` and `content` of each, the oldest first
-            expert: send every token to this one; empty for the model's own routing
+            expert: one of `experts`, which gets every token; empty for the model's own routing
             max_new_tokens: the answer is cut at this many tokens, or where the model's end is
             stop: texts that end the answer, and are no part of it
             on_token: called with each token, once the pass that reads it has decided its expert.
@@ -151,9 +161,8 @@ class Chat:
                 )
             max_new_tokens = min(max_new_tokens, self.longest - len(ids))
         ends = end_tokens(self.model, self.tokenizer)
-        routed = force_expert(self.model, expert) if expert else nullcontext()
         with (
-            routed,
+            self._routing(expert),
             torch.inference_mode(),
             every_pass(self.model) as passes,
             _seeded(sampling, self.model.device),
@@ -178,16 +187,19 @@ class Chat:
         """Where every token of the last conversation was sent, its answer included.
 
         Raises:
-            ConversationError: there is no answer, or the last one was interrupted.
+            ConversationError: there is no answer, the last one was interrupted, or it is the
+                base's alone.
         """
         read = self._reading
         if read is None:
             raise ConversationError("there is no whole answer to trace; ask something first")
+        if not read.modules:
+            raise ConversationError("the base answered alone; there are no routes to trace")
         return Trace(
             ids=tuple(read.ids),
             pieces=pieces_of(self.tokenizer, read.ids),
             num_prompt=read.num_prompt,
-            experts=self.experts,
+            experts=self.routed,
             modules=read.modules,
             chosen=read.chosen,
             weights=read.weights,
@@ -196,6 +208,14 @@ class Chat:
     def forget(self) -> None:
         """Keep nothing of the last conversation."""
         self._reading = None
+
+    def _routing(self, expert: str) -> AbstractContextManager[None]:
+        """Who gets the tokens, inside a `with` block."""
+        if not expert:
+            return nullcontext()
+        if expert == NULL and NULL not in self.routed:
+            return without_experts(self.model)
+        return force_expert(self.model, expert)
 
     def _take(self, ids: list[int], expert: str) -> _Reading | None:
         """Take what was read, cut to what a prompt begins with; None where that is of no use.
@@ -301,11 +321,11 @@ class _Listener:
         self.text = ""
         self.ended = self.stopped = False
         self._passes, self._ends, self._stop, self._on_token = passes, ends, stop, on_token
-        self._names = chat.experts
+        self._experts = chat.experts
         self._pieces = Pieces(chat.tokenizer, skip_special_tokens=True)
         self._bounds = [0]
         """Where the text of each token begins, and where that of the last ends."""
-        self._winners: list[tuple[int, float]] = []
+        self._winners: list[tuple[int, float, tuple[LayerWinner, ...]]] = []
 
     def __call__(self, ids: Tensor, _scores: object, **_kwargs: object) -> Tensor:
         """Take the newest of the tokens [1, T]; a stopping criterion of transformers."""
@@ -328,9 +348,15 @@ class _Listener:
         self._hand_on(at_end=True)
 
     def _see_winner(self) -> None:
-        weights, chosen = (joined(self._passes[-1:], part)[:, -1:] for part in (0, 1))
-        shares = mean_weights(weights.float(), chosen, len(self._names))
-        self._winners += winners(shares)
+        last = self._passes[-1]
+        if not last:  # the base alone
+            self._winners.append((self._experts.index(NULL), 1.0, ()))
+            return
+        weights, chosen = (joined([last], part)[:, -1:] for part in (0, 1))
+        weights, num_experts = weights.float(), len(self._experts)
+        (winner,) = winners(mean_weights(weights, chosen, num_experts))
+        layers = layer_winners(weights, chosen, layers_of(last), num_experts)
+        self._winners.append((*winner, layers))
 
     def _append(self, piece: str) -> None:
         self.text += piece
@@ -354,7 +380,6 @@ class _Listener:
             start, end = self._bounds[len(self.tokens) :][:2]
             if end > sure:
                 return
-            expert, share = self._winners[len(self.tokens)]
-            token = Token(self.text[start:end], expert, share)
+            token = Token(self.text[start:end], *self._winners[len(self.tokens)])
             self.tokens.append(token)
             self._on_token(token)

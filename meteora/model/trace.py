@@ -9,7 +9,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from meteora.model.generate import padding_token
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,16 @@ class Token:
     """Its number among the model's experts."""
     share: float
     """That mean weight, 0 to 1."""
+    layers: tuple[LayerWinner, ...] = ()
+    """The same of each layer with routed modules; only tokens of a conversation have them."""
+
+
+class LayerWinner(NamedTuple):
+    """The expert with the largest mean weight over the routed modules of one layer."""
+
+    layer: int
+    expert: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,7 @@ class Trace:
     @property
     def layers(self) -> tuple[int | None, ...]:
         """The layer of each module; None where its path has no number."""
-        found = (LAYER.search(path) for path in self.modules)
-        return tuple(int(match[1]) if match else None for match in found)
+        return layers_of(self.modules)
 
     def shares(self, layer: int | None = None) -> Tensor:
         """How much of each token goes to each expert: the mean weight over modules, [T, E].
@@ -80,6 +89,24 @@ class Trace:
         """Every token of prompt and answer, with its expert."""
         found = winners(self.shares())
         return [Token(text, *won) for text, won in zip(self.pieces, found, strict=True)]
+
+
+def layers_of(modules: Iterable[str]) -> tuple[int | None, ...]:
+    """The layer of each module; None where its path has no number."""
+    found = (LAYER.search(path) for path in modules)
+    return tuple(int(match[1]) if match else None for match in found)
+
+
+def layer_winners(
+    weights: Tensor, chosen: Tensor, layers: Sequence[int | None], num_experts: int
+) -> tuple[LayerWinner, ...]:
+    """The strongest expert of one token in each layer, from weights and experts [M, 1, K]."""
+    numbers = sorted({layer for layer in layers if layer is not None})
+    spread = weights.new_zeros(len(layers), num_experts).scatter(1, chosen[:, 0], weights[:, 0])
+    inside = [[float(layer == number) for layer in layers] for number in numbers]
+    mask = weights.new_tensor(inside).view(len(numbers), len(layers))
+    found = winners(mask @ spread / mask.sum(1, keepdim=True))
+    return tuple(LayerWinner(layer, *best) for layer, best in zip(numbers, found, strict=True))
 
 
 def mean_weights(weights: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
@@ -155,7 +182,9 @@ def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of ma
 
 
 def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
-    """Weights (0) or experts (1) of all passes end to end, [M, T, K]."""
+    """Weights (0) or experts (1) of all passes end to end, [M, T, K]; [0, 0, 0] without routes."""
+    if not passes[0]:
+        return torch.zeros(0, 0, 0)
     return torch.stack([torch.cat([each[path][part] for each in passes]) for path in passes[0]])
 
 

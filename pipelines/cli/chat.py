@@ -1,8 +1,12 @@
-"""`meteora chat`: a conversation with a checkpoint in the terminal; `meteora chat-server`."""
+"""`meteora chat`: a conversation with a checkpoint, in the terminal or on a page.
+
+And `meteora chat-server`.
+"""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,17 +14,20 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import DEFAULT_HOME, Base, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, Base, Device, Dtype, Home, Precision, TokenFor
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from meteora.model.chat import Chat
     from meteora.model.trace import Token
 
 app = typer.Typer()
+Host = Annotated[str, typer.Option(help="The address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")]
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 COMMANDS = "/expert NAME, /expert, /trace FILE.html, /reset, /help, /quit"
 HELP = (
     "/expert NAME sends every token to one expert, /expert alone goes back to the router;"
@@ -34,16 +41,32 @@ def chat(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
+    web: Annotated[bool, typer.Option("--web", help="On a page, at --host and --port.")] = False,
+    host: Host = DEFAULT_HOST,
+    port: Port = DEFAULT_PORT,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
 
     Each line of the input is a turn, or a command: /help lists them. Where the output is no
     terminal, each answer is one line of plain text, a line break in it is a backslash and an n.
+    With --web, the conversation is on a page for a browser, where base, experts and the fused model
+    can answer side by side. It is on loopback unless --host says otherwise, and asks for no key.
     """
-    Conversation(_load(checkpoint, home, base, token_for), max_new_tokens, expert).run()
+    load = partial(_load, checkpoint, home, base, token_for, device, dtype)
+    if web:
+        from pipelines.serving.page import chat_page
+
+        page = partial(chat_page, expert=expert, max_new_tokens=max_new_tokens)
+        _serve(load, _last_part(checkpoint), host, port, page)
+    elif (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
+        raise MeteoraError("--host and --port are for the page; give --web, too")
+    else:
+        Conversation(load(), max_new_tokens, expert).run()
 
 
 @app.command("chat-server")
@@ -52,10 +75,12 @@ def chat_server(
     name: Annotated[
         str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
     ] = "",
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    host: Host = DEFAULT_HOST,
+    port: Port = DEFAULT_PORT,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
@@ -63,26 +88,59 @@ def chat_server(
     Requests are answered one after the other. The server is on loopback unless --host says
     otherwise, and asks for no key.
     """
+    load = partial(_load, checkpoint, home, base, token_for, device, dtype)
+    _serve(load, name or _last_part(checkpoint), host, port)
+
+
+def _serve(
+    load: Callable[[], Chat],
+    name: str,
+    host: str,
+    port: int,
+    page: Callable[[str, Sequence[str]], str] | None = None,
+) -> None:
+    """Serve a model until a person ends it.
+
+    Args:
+        page: makes the HTML of a page of the model's name and experts, if there is to be one
+    """
     from pipelines.serving import server
 
     with server.listen(host, port) as listening:
-        chat = _load(checkpoint, home, base, token_for)
-        name = name or checkpoint.rstrip("/").rpartition("/")[2]
+        chat = load()
+        html = page(name, chat.experts) if page else ""
         shown = f"[{host}]" if ":" in host else host
         if not server.is_loopback(host):
             say(f"anyone who can reach {shown} can use this server; it asks for no key", "note")
-        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
-        say(f"serving {name} at {url}, and each expert as {name}:EXPERT")
-        server.make_server(chat, name, host).run(sockets=[listening])
+        url = f"http://{shown}:{listening.getsockname()[1]}"
+        if html:
+            say(f"chat with {name} at {url}/ until Ctrl-C ends it")
+        else:
+            say(f"serving {name} at {url}/v1, and each expert as {name}:EXPERT")
+        server.make_server(chat, name, host, html).run(sockets=[listening])
 
 
-def _load(checkpoint: str, home: Path, base: Path | None, token_for: list[str] | None) -> Chat:
+def _last_part(checkpoint: str) -> str:
+    """The name of a checkpoint's folder, or of its repository."""
+    folder = Path(checkpoint)
+    return (folder.resolve() if folder.is_dir() else folder).name
+
+
+def _load(
+    checkpoint: str,
+    home: Path,
+    base: Path | None,
+    token_for: list[str] | None,
+    device: str,
+    dtype: Precision,
+) -> Chat:
     """The checkpoint that a person names, ready to answer."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
     home = home.expanduser().absolute()
-    return Chat(*checkpoints.find(checkpoint, home, base, token_for or ()).load())
+    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    return Chat(*found.load())
 
 
 class Conversation:
@@ -200,5 +258,9 @@ def _lines(prompted: bool) -> Generator[str]:
             line = input("> " if prompted else "").strip()
         except EOFError:
             return
+        except KeyboardInterrupt:  # the line is dropped, and the conversation is not
+            print()
+            say("/quit, or the end of the input (Ctrl-D), ends the program")
+            continue
         if line:
             yield line

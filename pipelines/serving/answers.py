@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from meteora.model.chat import Answer
-    from meteora.model.trace import Token
+    from meteora.model.trace import LayerWinner, Token
     from pipelines.serving.requests import ChatRequest
 
 LAST_EVENT = "data: [DONE]\n\n"
@@ -71,15 +71,16 @@ class Reply:
         """The expert of each token, if the request asks for it."""
         if not self._request.trace:
             return {}
-        found = [
-            {
-                "text": token.text,
-                "expert": self._experts[token.expert],
-                "share": round(token.share, 4),
-            }
-            for token in tokens
-        ]
+        found = []
+        for token in tokens:
+            found.append({"text": token.text, **self._winner(token)})
+            if self._request.trace == "layers":
+                layers = [{"layer": one.layer, **self._winner(one)} for one in token.layers]
+                found[-1]["layers"] = layers
         return {"trace": found}
+
+    def _winner(self, found: Token | LayerWinner) -> dict[str, Any]:
+        return {"expert": self._experts[found.expert], "share": round(found.share, 4)}
 
 
 def _finish_reason(answer: Answer) -> str:

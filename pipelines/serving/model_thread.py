@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer
 
 if TYPE_CHECKING:
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     Item = Token | Answer | Exception
 
 LOOK_EVERY_SECONDS = 1.0
-"""How often a request that waits looks whether its client is still there."""
+"""How often a request that waits looks whether its client and the server are still there."""
 
 
 class ClientLeftError(Exception):
     """The client does not wait for its answer any more."""
+
+
+class StoppedError(MeteoraError):
+    """The server was asked to stop, and its answers took longer than it waits."""
 
 
 class _Outbox:
@@ -51,8 +56,13 @@ class ModelThread:
     """Answers requests one after the other."""
 
     def __init__(self, chat: Chat) -> None:
-        self._chat = chat
+        self.chat = chat
+        self._stopped = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    def stop(self) -> None:
+        """End all answers, those that wait too, each with a `StoppedError`."""
+        self._stopped = True
 
     async def answer(
         self, asked: ChatRequest, expert: str, client: Request
@@ -67,6 +77,8 @@ class ModelThread:
         self._pool.submit(self._work, asked, expert, outbox)
         try:
             while not await client.is_disconnected():
+                if self._stopped:
+                    raise StoppedError("the server was stopped")
                 try:
                     item = await asyncio.wait_for(outbox.items.get(), LOOK_EVERY_SECONDS)
                 except TimeoutError:
@@ -84,7 +96,7 @@ class ModelThread:
         if outbox.closed.is_set():
             return
         try:
-            answer = self._chat.answer(
+            answer = self.chat.answer(
                 [message.plain() for message in asked.messages],
                 expert=expert,
                 max_new_tokens=asked.max_new_tokens,

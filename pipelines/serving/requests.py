@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from meteora.model.chat import Sampling
 
@@ -12,6 +12,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 MAX_NEW_TOKENS = 512
 """Where a request names no other number."""
+MAX_CHARACTERS = 4_000_000
+"""Of all messages: a model could not take more, and making tokens of them takes minutes."""
 
 
 class TextPart(BaseModel):
@@ -55,8 +57,8 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    trace: bool = False
-    """Also give the expert of each token of the answer."""
+    trace: bool | Literal["layers"] = False
+    """Also give the expert of each token of the answer, or that of each layer, too."""
 
     # these may be given if they ask for nothing
     n: Literal[1] | None = None
@@ -69,6 +71,14 @@ class ChatRequest(BaseModel):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _refuse_too_long(cls, messages: list[Message]) -> list[Message]:
+        length = sum(len(message.plain()["content"]) for message in messages)
+        if length > MAX_CHARACTERS:
+            raise ValueError(f"they have {length} characters; at most {MAX_CHARACTERS} are taken")
+        return messages
 
     @property
     def max_new_tokens(self) -> int:

@@ -1,12 +1,14 @@
 """The app, and how it is served.
 
-A request names the model, or one of its experts: `NAME:iso_dates`. Browsers get nothing for
+A request names the model, one of its experts (`NAME:iso_dates`), or the base without experts
+(`NAME:(base)`). Browsers get nothing for
 the pages of other sites: no such page may send JSON here or read an answer, and on loopback the
 server has no other name than loopback's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import aclosing
 from ipaddress import ip_address
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -23,7 +25,8 @@ from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer
 from meteora.untrusted.findings import brief, shortened
 from pipelines.serving.answers import Reply, error_body, event
-from pipelines.serving.model_thread import ModelThread
+from pipelines.serving.model_thread import ModelThread, StoppedError
+from pipelines.serving.page import HEADERS
 from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
 from pipelines.workspace.console import say
 
@@ -37,12 +40,13 @@ GOODBYE_SECONDS = 5
 """How long answers may go on after the server is asked to stop."""
 
 
-def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
-    """The app: `/v1/models` and `/v1/chat/completions`.
+def make_app(thread: ModelThread, name: str, *, hosts: list[str], page: str = "") -> FastAPI:
+    """The app: `/v1/models` and `/v1/chat/completions`, and a page at `/` if there is one.
 
     Args:
-        name: of the model; each of its experts is a model `name:expert`, too
+        name: of the model; each of its experts is a model `name:expert`, too, and so is its base
         hosts: that clients may name in their requests; `*` is any
+        page: what `chat_page` gives; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
@@ -50,8 +54,8 @@ def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
     app.add_exception_handler(AnyHTTPException, _refuse)
     app.add_exception_handler(MeteoraError, _refuse_request)
     app.add_exception_handler(Exception, _fail)
-    thread = ModelThread(chat)
-    models = {name: "", **{f"{name}:{expert}": expert for expert in chat.experts}}
+    experts = thread.chat.experts
+    models = {name: "", **{f"{name}:{expert}": expert for expert in experts}}
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -66,7 +70,7 @@ def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(asked: ChatRequest, http: Request) -> dict[str, Any] | StreamingResponse:
         items = thread.answer(asked, _expert_of(models, asked.model), http)
-        reply = Reply(asked, chat.experts)
+        reply = Reply(asked, experts)
         if asked.stream:
             # what is refused has no first token, and gets a status of its own
             first = await anext(items, None)
@@ -76,6 +80,12 @@ def make_app(chat: Chat, name: str, *, hosts: list[str]) -> FastAPI:
                 if isinstance(item, Answer):
                     return reply.whole(item)
         raise HTTPException(499, "the client left before its answer was ready")
+
+    if page:
+
+        @app.get("/")
+        async def show_page() -> HTMLResponse:
+            return HTMLResponse(page, headers=HEADERS)
 
     return app
 
@@ -124,7 +134,7 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _refuse_request(_request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(error_body(str(error)), 400)
+    return JSONResponse(error_body(str(error)), 503 if isinstance(error, StoppedError) else 400)
 
 
 async def _fail(_request: Request, error: Exception) -> JSONResponse:
@@ -142,28 +152,43 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while ")[0]  # the address is named already
         raise MeteoraError(
-            f"{host}:{port} cannot be listened on ({error.strerror}); choose others with --host"
-            " and --port"
+            f"{host}:{port} cannot be listened on ({reason}); choose others with --host and --port"
         ) from error
 
 
-def make_server(chat: Chat, name: str, host: str) -> uvicorn.Server:
+def make_server(chat: Chat, name: str, host: str, page: str = "") -> uvicorn.Server:
     """The server, to be run on what `listen` gives.
 
     Args:
         name: of the model in requests
         host: by which clients reach it; those on loopback may also say `localhost`
+        page: what `chat_page` gives, to be shown at `/`; empty for none
     """
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
+    thread = ModelThread(chat)
     config = uvicorn.Config(
-        make_app(chat, name, hosts=hosts),
+        make_app(thread, name, hosts=hosts, page=page),
         log_level="warning",
         lifespan="off",
         ws="none",
-        timeout_graceful_shutdown=GOODBYE_SECONDS,
+        timeout_graceful_shutdown=GOODBYE_SECONDS + 5,
     )
-    return uvicorn.Server(config)
+    return _Server(config, thread)
+
+
+class _Server(uvicorn.Server):
+    """Ends its answers before uvicorn would cancel them, which it reports as a fault."""
+
+    def __init__(self, config: uvicorn.Config, thread: ModelThread) -> None:
+        super().__init__(config)
+        self._thread = thread
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the answers until the goodbye is over."""
+        asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
+        await super().shutdown(sockets)
 
 
 def is_loopback(host: str) -> bool:

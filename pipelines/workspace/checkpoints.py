@@ -22,7 +22,10 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
         return name
     if not home.is_dir():
         raise UnknownError(f"{name} is no folder, and there is no store in {home}; check --home")
-    folder = checkpoint_at(home, Ledger(home).resolve(name))
+    try:
+        folder = checkpoint_at(home, Ledger(home).resolve(name))
+    except UnknownError as error:
+        raise UnknownError(f"{name} is no folder here, and {error}") from error
     if not folder.is_dir():
         raise UnknownError(
             f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"

@@ -19,8 +19,10 @@ from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from pathlib import Path
+
+    from selenium import webdriver
 
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
@@ -154,6 +156,23 @@ def chat_base(world: World, tmp_path: Path) -> Path:
     shutil.copytree(world.base, folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Generator[webdriver.Chrome]:
+    """Chromium, without a window and with an empty profile."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for option in (
+        "headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1500,1300",
+        "disable-background-networking", f"user-data-dir={tmp_path / 'browser'}",
+    ):  # fmt: skip
+        options.add_argument(f"--{option}")
+    options.binary_location = str(shutil.which("chromium"))
+    service = webdriver.ChromeService(str(shutil.which("chromedriver")))
+    with webdriver.Chrome(options=options, service=service) as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -107,6 +107,33 @@ def test_a_forced_expert_has_every_token_and_leaves_nothing_to_the_next_answer(m
         chat.answer(messages, expert="nobody")
 
 
+def test_the_base_alone_answers_a_conversation_on_its_own_cache(world, model, talking):
+    chat, base = Chat(model, talking), world.load_base()
+    routed = chat.answer([user(QUESTIONS[0])], max_new_tokens=6)
+    answers = converse(chat, expert="(base)")
+    assert answers[0].num_cached == 0
+    assert answers[1].num_cached >= answers[0].num_prompt
+    ids = encode_messages(talking, [user(QUESTIONS[0])])
+    out = base.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+    assert answers[0].text == talking.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert {chat.experts[token.expert] for token in answers[0].tokens} == {"(base)"}
+    with pytest.raises(ConversationError, match="no routes to trace"):
+        chat.trace()
+    assert chat.answer([user(QUESTIONS[0])], max_new_tokens=6).text == routed.text
+
+
+def test_a_token_knows_the_expert_of_each_layer(model, talking):
+    chat = Chat(model, talking)
+    tokens = chat.answer([user("hello")], max_new_tokens=8).tokens
+    traced = chat.trace()
+    for layer in (0, 1):
+        share, expert = traced.shares(layer)[traced.num_prompt :].max(dim=1)
+        found = [token.layers[layer] for token in tokens]
+        assert [winner.layer for winner in found] == [layer] * len(tokens)
+        assert [winner.expert for winner in found] == expert.tolist()[: len(tokens)]
+        assert [winner.share for winner in found] == pytest.approx(share.tolist()[: len(tokens)])
+
+
 def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(world, talking):
     """The opening is decided by the first question, and by nothing after it."""
     model, generator = world.load(), torch.Generator().manual_seed(1)

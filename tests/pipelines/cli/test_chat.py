@@ -1,4 +1,4 @@
-"""`meteora chat`: turns and commands, in a terminal and in a pipe; `meteora chat-server` starts."""
+"""`meteora chat`: turns and commands, in a terminal and in a pipe; servers start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from io import StringIO
 from typing import TYPE_CHECKING
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import httpx
 import pytest
@@ -159,15 +159,38 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversati
     assert len(here.messages) == 4
 
 
+def test_ctrl_c_at_the_prompt_drops_the_line_and_not_the_conversation(capsys) -> None:
+    with (
+        patch.object(sys, "stdin", Mock(isatty=lambda: True)),
+        patch("builtins.input", Mock(side_effect=[KeyboardInterrupt, " hello ", EOFError])),
+    ):
+        assert list(command._lines(prompted=True)) == ["hello"]
+    assert "Ctrl-D" in capsys.readouterr().err
+
+
+def test_a_model_is_called_by_the_name_of_its_folder_or_repository(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command._last_part(".") == command._last_part(f"{tmp_path}/") == tmp_path.name
+    assert command._last_part("owner/fused") == "fused"
+
+
 def test_an_unknown_expert_is_refused_at_the_start(conversation) -> None:
     with pytest.raises(UnknownExpertError, match="there is no expert"):
         command.Conversation(conversation()[0].chat, 8, "nobody")
 
 
+@pytest.mark.parametrize(
+    ("first", "sentence", "path", "answer"),
+    [
+        (["chat-server"], r"serving fused at (\S+)/v1, and each expert", "/v1/models", '"fused"'),
+        (["chat", "--web"], r"chat with fused at (\S+)/ until Ctrl-C", "/", "Chat with fused"),
+    ],
+    ids=["API", "page"],
+)
 def test_a_real_server_says_where_it_is_and_ends_with_ctrl_c(
-    world, chat_base, tmp_path: Path
+    world, chat_base, tmp_path: Path, first: list[str], sentence: str, path: str, answer: str
 ) -> None:
-    words = ["chat-server", world.checkpoint, "--base", chat_base, "--home", tmp_path / "home"]
+    words = [*first, world.checkpoint, "--base", chat_base, "--home", tmp_path / "home"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *map(str, words), "--port", "0"],
         stderr=subprocess.PIPE,
@@ -175,17 +198,30 @@ def test_a_real_server_says_where_it_is_and_ends_with_ctrl_c(
     )
     try:
         assert process.stderr is not None
-        said = next(line for line in process.stderr if "serving" in line)
-        found = re.search(r"serving fused at (http://127\.0\.0\.1:\d+/v1), and", said)
+        said = next(line for line in process.stderr if "http" in line)
+        found = re.search(sentence, said)
         assert found, said
-        models = httpx.get(f"{found[1]}/models").json()["data"]
-        assert models[0]["id"] == "fused"
+        assert found[1].startswith("http://127.0.0.1:")
+        assert answer in httpx.get(found[1] + path).text
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         assert "Traceback" not in err
     finally:
         process.kill()
+
+
+def test_a_conversation_runs_on_the_device_and_in_the_dtype_that_are_named(talk) -> None:
+    assert talk("hello", device="cpu", dtype="bfloat16").returncode == 0
+    said = talk("hello", device="cuda:99")
+    assert said.returncode == 1
+    assert "torch finds no device 'cuda:99'" in said.stderr
+
+
+def test_an_address_without_a_page_is_refused(talk) -> None:
+    said = talk("hello", port="8001")
+    assert said.returncode == 1
+    assert "--host and --port are for the page; give --web, too" in said.stderr
 
 
 def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -19,23 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from selenium import webdriver
     from selenium.webdriver.remote.webelement import WebElement
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Generator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    for option in (
-        "headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1500,1300",
-        "disable-background-networking", f"user-data-dir={tmp_path / 'browser'}",
-    ):  # fmt: skip
-        options.add_argument(f"--{option}")
-    options.binary_location = str(shutil.which("chromium"))
-    service = webdriver.ChromeService(str(shutil.which("chromedriver")))
-    with webdriver.Chrome(options=options, service=service) as browser:
-        yield browser
 
 
 def log_in(browser: webdriver.Chrome, page: str, secret: str) -> None:

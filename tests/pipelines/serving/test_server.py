@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
@@ -12,36 +11,19 @@ import httpx
 import openai
 import pytest
 
-import meteora
 from meteora.artifacts import MeteoraError
-from meteora.model.chat import Chat
+from meteora.model.trace import Token
 from pipelines.serving import server
+from tests.pipelines.serving.conftest import serving
 
 HALF = [{"role": "user", "content": "\ud800"}]
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def chat(world, tmp_path_factory):
-    import shutil  # noqa: PLC0415
-
-    from tests.pipelines.conftest import CHAT_TEMPLATE  # noqa: PLC0415
-
-    base = tmp_path_factory.mktemp("served") / "base"
-    shutil.copytree(world.base, base)
-    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return Chat(*meteora.load(world.checkpoint, base_folder=base))
-
-
-@pytest.fixture(scope="module")
 def url(chat):
-    with server.listen("127.0.0.1", 0) as listening:
-        running = server.make_server(chat, "tiny", "127.0.0.1")
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        running.should_exit = True
-        thread.join()
+    with serving(chat) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +99,26 @@ def test_a_trace_gives_the_expert_of_each_token_whole_and_streamed(client) -> No
     )
 
 
+def test_a_trace_of_layers_gives_the_expert_of_each(client, chat) -> None:
+    whole = complete(client, extra_body={"trace": "layers"}).choices[0]
+    found = [(token.text, token.layers) for token in chat.answer(HELLO, max_new_tokens=8).tokens]
+    assert [(token["text"], len(token["layers"])) for token in whole.trace] == [
+        (text, len(layers)) for text, layers in found
+    ]
+    for token, (_, layers) in zip(whole.trace, found, strict=True):
+        for shown, winner in zip(token["layers"], layers, strict=True):
+            assert shown["layer"] == winner.layer
+            assert shown["expert"] == chat.experts[winner.expert]
+            assert shown["share"] == pytest.approx(winner.share, abs=1e-4)
+
+
+def test_the_base_is_a_model_of_its_own(client) -> None:
+    found = complete(client, model="tiny:(base)", extra_body={"trace": "layers"}).choices[0]
+    assert {token["expert"] for token in found.trace} == {"(base)"}
+    assert all(token["layers"] == [] for token in found.trace)
+    assert found.message.content != complete(client).choices[0].message.content
+
+
 def test_several_at_once_get_the_answers_that_they_get_alone(client) -> None:
     asked = [
         {"model": model, "messages": [{"role": "user", "content": text}]}
@@ -149,6 +151,7 @@ def test_sampling_stops_and_parts_of_content_are_taken(client, chat) -> None:
         ({"messages": "hello"}, 400, "messages: Input should be a valid list"),
         ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role: Input should"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the model takes 512 with"),
+        ({"messages": [{"role": "user", "content": "x" * 4_000_001}]}, 400, "at most 4000000 are"),
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"n": 2}, 400, "n: Input should be 1"),
@@ -183,6 +186,11 @@ def test_a_body_that_is_none_is_refused(url, body: bytes, kind: str) -> None:
     found = httpx.post(f"{url}/chat/completions", content=body, headers={"content-type": kind})
     assert found.status_code == 400
     assert found.json()["error"]["message"]
+
+
+def test_a_body_without_a_type_is_refused_since_a_page_of_another_site_may_send_one(url) -> None:
+    body = json.dumps({"model": "tiny", "messages": HELLO}).encode()
+    assert httpx.post(f"{url}/chat/completions", content=body).status_code == 400
 
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:
@@ -237,10 +245,34 @@ def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:
     assert "out of memory" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
+def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
+    chat, capsys, monkeypatch, caplog
+) -> None:
+    def answer(_messages, *, on_token, **_asked):
+        while True:  # until nobody waits for it
+            on_token(Token("on ", 0, 1.0))
+            time.sleep(0.02)
+
+    monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.2)
+    monkeypatch.setattr(chat, "answer", answer)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(chat) as address:
+            body = {"model": "tiny", "messages": HELLO}
+            streamed = pool.submit(post, f"{address}/v1", {**body, "stream": True}, timeout=30)
+            waiting = pool.submit(post, f"{address}/v1", body, timeout=30)
+            time.sleep(1)
+        *_, last = streamed.result().text.strip().split("\n\n")
+    assert "the server was stopped" in last
+    assert waiting.result().status_code == 503
+    assert waiting.result().json()["error"]["message"] == "the server was stopped"
+    assert not caplog.records
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with (
         server.listen("127.0.0.1", 0) as taken,
-        pytest.raises(MeteoraError, match="cannot be listened on"),
+        pytest.raises(MeteoraError, match=r"cannot be listened on \(Address already in use\); "),
     ):
         server.listen("127.0.0.1", taken.getsockname()[1])
 

@@ -1,0 +1,298 @@
+"""The page of `meteora chat --web`, used in a real browser, and refused to other sites."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import httpx
+import pytest
+from selenium.common.exceptions import JavascriptException
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from meteora.model.chat import Answer
+from meteora.model.fused import UnknownExpertError
+from meteora.model.trace import Token
+from pipelines.serving.page import chat_page
+from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.serving.conftest import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from selenium import webdriver
+    from selenium.webdriver.remote.webelement import WebElement
+
+HOSTILE = "</p></form>'\"><img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+def page_of(chat, expert: str = "") -> str:
+    return chat_page("tiny", chat.experts, expert=expert, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def url(chat) -> Generator[str]:
+    with serving(chat, page_of(chat)) as address:
+        yield f"{address}/"
+
+
+def test_names_are_text_and_nothing_is_fetched_or_run_that_is_not_the_page_s_own() -> None:
+    html = chat_page(HOSTILE, [HOSTILE, "dates"], expert="", max_new_tokens=8)
+    page = Elements(html)
+    assert page.count("img") == 0
+    assert page.count("script") == 1
+    assert page.handlers() == page.requests() == []
+    assert "://" not in html
+    (policy,) = [str(a["content"]) for _, a in page.found if "http-equiv" in a]
+    assert "unsafe" not in policy
+    assert len(re.findall(r"'sha256-[\w+/]{43}='", policy)) == 2
+    (state,) = [json.loads(str(a["data-state"])) for _, a in page.found if "data-state" in a]
+    assert state["model"] == HOSTILE
+
+
+def test_an_unknown_expert_has_no_page(chat) -> None:
+    with pytest.raises(UnknownExpertError, match="there is no expert 'nobody'"):
+        page_of(chat, "nobody")
+
+
+def test_a_page_of_another_name_or_in_a_frame_gets_nothing(url: str) -> None:
+    assert httpx.get(url, headers={"host": "evil.example"}).status_code == 400
+    assert httpx.get(url).headers["x-frame-options"] == "DENY"
+
+
+def test_without_a_page_there_is_none(chat) -> None:
+    with serving(chat) as address:
+        assert httpx.get(f"{address}/").status_code == 404
+
+
+class Page:
+    """The page as a person uses it."""
+
+    def __init__(self, browser: webdriver.Chrome, url: str) -> None:
+        self.browser = browser
+        browser.get(url)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> WebElement:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def run(self, script: str, *arguments: object) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def wait(self) -> None:
+        """Until all have answered."""
+        WebDriverWait(self.browser, 60).until(lambda _: self.one("[type=submit]").is_displayed())
+
+    def ask(self, question: str) -> None:
+        self.one("textarea").send_keys(question, Keys.ENTER)
+        self.wait()
+
+    def tokens(self, answer: int = -1) -> list[dict[str, Any]]:
+        """Each token of an answer as it is shown."""
+        found: list[dict[str, Any]] = self.run(
+            "return [...arguments[0].querySelectorAll('.t')].map((span) => ({"
+            " text: span.textContent, number: span.dataset.n,"
+            " tint: getComputedStyle(span).getPropertyValue('--tint'),"
+            " share: span.style.getPropertyValue('--w')}))",
+            self.all("article")[answer],
+        )
+        return found
+
+    def texts(self) -> list[str]:
+        """The text of every answer on the page."""
+        return ["".join(t["text"] for t in self.tokens(i)) for i in range(len(self.all("article")))]
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, url: str) -> Page:
+    return Page(browser, url)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.browser
+def test_an_answer_has_the_colours_of_the_legend_and_each_token_its_layers(
+    page: Page, chat
+) -> None:
+    page.ask("hello")
+    expected = chat.answer([user("hello")], max_new_tokens=8).tokens
+    shown = page.tokens()
+    assert [one["text"] for one in shown] == [token.text for token in expected]
+    legend = [
+        (
+            item.find_element(By.CSS_SELECTOR, ".name").text,
+            item.find_element(By.CSS_SELECTOR, ".share").text,
+            page.run("return getComputedStyle(arguments[0]).getPropertyValue('--tint')", item),
+        )
+        for item in page.all(".legend li")
+    ]
+    assert [name for name, *_ in legend] == list(chat.experts)
+    for one, token in zip(shown, expected, strict=True):
+        assert one["number"] == str(token.expert + 1)
+        assert float(one["share"]) == pytest.approx(token.share, abs=1e-4)
+        assert one["tint"] == legend[token.expert][2] != ""
+    numbers = [sum(token.expert == e for token in expected) for e in range(len(legend))]
+    assert [int(share) for _, share, _ in legend] == numbers
+
+    ActionChains(page.browser).move_to_element(page.all("article .t")[2]).perform()
+    tip = page.one(".tip").text
+    assert json.dumps(expected[2].text, ensure_ascii=False) in tip
+    for winner in expected[2].layers:
+        assert chat.experts[winner.expert] in tip
+    assert re.findall(r"layers? ([\d–]+)", tip) in (["0–1"], ["0", "1"])
+    page.one("article .text").send_keys(Keys.ARROW_RIGHT)
+    assert page.one(".tip").text.startswith(json.dumps(expected[0].text, ensure_ascii=False))
+    page.one("article .text").send_keys(Keys.ESCAPE)
+    assert not page.one(".tip").is_displayed()
+
+
+@pytest.mark.browser
+def test_fused_base_and_an_expert_answer_side_by_side_each_with_its_own_history(
+    page: Page, chat
+) -> None:
+    def answer(*messages, expert="") -> str:
+        return chat.answer(list(messages), expert=expert, max_new_tokens=8).text
+
+    page.ask("hello")
+    first = answer(user("hello"))
+    page.one("[value='(base)']").click()
+    page.one("select").send_keys("q_and_v")
+    for question in ("and now?", "why?"):
+        page.ask(question)
+    assert [box.text for box in page.all("h3")] == ["fused", *["fused", "base", "q_and_v"] * 2]
+    begun = [user("hello"), assistant(first), user("and now?")]
+    experts = ("", "(base)", "q_and_v")
+    second = [answer(*begun, expert=expert) for expert in experts]
+    third = [
+        answer(*begun, assistant(before), user("why?"), expert=expert)
+        for expert, before in zip(experts, second, strict=True)
+    ]
+    assert page.texts() == [first, *second, *third]
+    assert len(set(second)) == 3
+
+    page.one("#reset").click()
+    assert page.all("article") == []
+    for box in ("[value='(base)']", "#one"):
+        page.one(box).click()
+    page.ask("hello")
+    assert page.texts() == [first]
+
+
+@pytest.mark.browser
+def test_hostile_text_stays_text_in_the_page_and_in_a_saved_one(page: Page, chat, tmp_path) -> None:
+    def answer(_messages, *, on_token, **_asked) -> Answer:
+        tokens = (Token(HOSTILE, 0, 1.0), Token("\u2028\n\x1b", 1, 0.5))
+        for token in tokens:
+            on_token(token)
+        return Answer("", tokens, truncated=False, num_new=2, num_prompt=1, num_cached=0)
+
+    with patch.object(chat, "answer", answer):
+        page.ask(HOSTILE)
+    shown = page.tokens()
+    assert shown[0]["text"] == HOSTILE
+    assert page.one(".asked").text == HOSTILE
+    assert page.all("img") == []
+    with pytest.raises(JavascriptException, match="TrustedHTML"):
+        page.run("document.body.innerHTML = '<b>'")
+
+    page.browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    page.one("#download").click()
+    saved = tmp_path / "tiny.html"
+    WebDriverWait(page.browser, 20).until(lambda _: saved.exists())
+    offline = Page(page.browser, saved.as_uri())
+    assert offline.tokens() == shown
+    assert not offline.one("form").is_displayed()
+    assert offline.all("img") == []
+    offline.all("article .t")[0].click()
+    assert json.dumps(HOSTILE) in offline.one(".tip").text
+
+
+@pytest.mark.browser
+def test_what_is_refused_is_shown_and_the_conversation_goes_on_without_it(page: Page, chat) -> None:
+    page.ask("x" * 600)
+    assert "the model takes 512 with its answer" in page.one(".note.error").text
+    page.one("textarea").send_keys("  ", Keys.ENTER)
+    assert len(page.all("article")) == 1
+    page.ask("hello")
+    assert page.texts()[1] == chat.answer([user("hello")], max_new_tokens=8).text
+
+
+@pytest.mark.browser
+def test_an_answer_is_stopped_and_stays_in_the_history_as_far_as_it_went(page: Page, chat) -> None:
+    def answer(_messages, *, on_token, **_asked) -> Answer:
+        while True:  # until the client has left
+            on_token(Token("on ", 0, 1.0))
+            time.sleep(0.02)
+
+    with patch.object(chat, "answer", answer):
+        page.one("textarea").send_keys("hello", Keys.ENTER)
+        WebDriverWait(page.browser, 20).until(lambda _: len(page.all("article .t")) > 3)
+        page.one("#stop").click()
+        page.wait()
+        assert page.one(".note").text == "cut here"
+    begun = page.texts()[0]
+    page.ask("and now?")
+    messages = [user("hello"), assistant(begun), user("and now?")]
+    assert page.texts()[1] == chat.answer(messages, max_new_tokens=8).text
+
+
+@pytest.mark.browser
+def test_on_a_phone_in_the_dark_nothing_is_wider_than_the_screen(page: Page) -> None:
+    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    page.one("[value='(base)']").click()
+    page.ask("y" * 300)
+    assert page.run("return document.documentElement.scrollWidth") == 390
+    paper = page.run("return getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", paper))) < 60
+    first, second = (box.rect for box in page.all("article"))
+    assert second["y"] > first["y"] + first["height"]
+
+
+@pytest.mark.browser
+def test_a_page_of_another_site_reads_nothing_and_asks_nothing(
+    browser: webdriver.Chrome, url: str, chat
+) -> None:
+    asked = """
+        const [url, body, done] = arguments, method = "POST", mode = "no-cors";
+        const headers = {"content-type": "application/json"};
+        Promise.allSettled([
+            fetch(url),
+            fetch(url + "v1/models"),
+            fetch(url + "v1/chat/completions", {method, body, headers}),
+            fetch(url + "v1/chat/completions", {method, body: new Blob([body]), mode}),
+        ]).then((all) => done(all.map((one) => one.value?.type ?? "refused")));
+    """
+    body = json.dumps({"model": "tiny", "messages": [user("hello")]})
+    with serving(chat) as other, patch.object(chat, "answer") as answer:
+        browser.get(f"{other}/v1/models")
+        found = browser.execute_async_script(asked, url, body)
+    assert found == ["refused", "refused", "refused", "opaque"]
+    answer.assert_not_called()
+
+
+@pytest.mark.browser
+def test_a_server_that_is_gone_is_a_sentence(browser: webdriver.Chrome, chat) -> None:
+    with serving(chat, page_of(chat, "q_and_v")) as address:
+        page = Page(browser, f"{address}/")
+        page.ask("hello")
+        assert page.one("h3").text == "q_and_v"
+    page.ask("hello?")
+    assert page.all(".note.error")[-1].text == "the server does not answer"

@@ -50,6 +50,12 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest, so that no process waits for another in the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
 def shared_folder() -> Path:
     """One for all processes of these tests, so that one server serves them; gone with the last."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

@@ -118,7 +118,8 @@ class Index:
             return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
             waiting = len(self._records.parts() - (self.known() or frozenset()))
-            logger.warning("%d records wait for the next ingest: %s", waiting, error)
+            if waiting:
+                logger.warning("%d records wait for the next ingest: %s", waiting, error)
             return Ingest(0, waiting, str(error))
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:

@@ -98,10 +98,16 @@ class Ledger(Recording):
         Raises:
             QueryError: the query is wrong, or past its limits.
             DamagedError: the index cannot be read.
+            StoreError: there is no index, and none can be made now.
         """
         limits = limits or Limits()
         if self.index.known() is None:
-            self.ingest()
+            reason = self.ingest().reason
+            if not self.index.snapshot.exists():
+                raise StoreError(
+                    f"there is no index under {self.home}, and none can be made now ({reason});"
+                    " records and blobs are not harmed, run again when that is mended"
+                )
         try:
             with self._opened(limits, live=live) as connection:
                 return ask(connection, sql, limits)

@@ -57,6 +57,12 @@ def common_dtype(specs: Sequence[AdapterSpec]) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == wide)
 
 
+def stacked_bytes(specs: Sequence[AdapterSpec]) -> int:
+    """Return the size of the tensors of a stack of adapters."""
+    numbers = sum(m.r * (m.in_features + m.out_features) for spec in specs for m in spec.modules)
+    return numbers * DTYPES[common_dtype(specs)].itemsize
+
+
 def stack_adapters(
     adapters: Sequence[Adapter],
     out: Path,

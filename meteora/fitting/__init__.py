@@ -10,5 +10,5 @@ sequences       examples as tokens with labels, and how much each token counts
 add_expert      one expert more or less in fitted gates
 joint           train the gates by gradient descent, as the paper does
 losses          the paper's loss and its gradient
-training_state  the schedule of a training, and the file from which it resumes
+training_state  the files from which a stopped training or sweep goes on
 """

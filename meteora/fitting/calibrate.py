@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import NULL
+from meteora.artifacts import NULL, canonical_sha256
 from meteora.artifacts.routers import POINT_GATES
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
@@ -35,6 +35,7 @@ from meteora.fitting.sequences import (
     token_weights,
 )
 from meteora.fitting.statistics import PointStatistics
+from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names
 from meteora.routing.gates import Sharing, give_follower, give_gate, watch_prompts
 from meteora.routing.layer import routed_layers
@@ -82,6 +83,7 @@ def calibrate(
     seed: int = 0,
     device: torch.device | str | None = None,
     scratch: Path | None = None,
+    folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Calibration:
     """Give every routed layer a gate that is fitted to `sequences`, in place.
@@ -97,6 +99,8 @@ def calibrate(
         seed: chooses the held-out sequences
         device: where to run; the model moves there and stays there. None: where the model is
         scratch: a folder for hidden states that do not fit in memory
+        folder: where each point is kept when it is fitted; those that a sweep of the same sequences
+            has left there are not fitted again. Without effect where an expert has no sequences
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -145,14 +149,16 @@ def calibrate(
         give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, others["tokens"]))
 
     others: dict[str, Tensor] = {}
-    if without:
-        options = replace(options, share="module")
+    if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
+        options, folder = replace(options, share="module"), None
+    asked = [asdict(options), refined, seed, template and asdict(template)]
+    once = _Once(fit, accuracy_of, statistics, folder, _asked_sha256(model, sequences, asked))
     sweep_gates(
         model,
         batches,
         options,
         template,
-        fit,
+        once,
         give=give if without else give_gate,
         scratch=scratch,
         progress=progress,
@@ -162,7 +168,47 @@ def calibrate(
         heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
         accuracy_of=accuracy_of,
         statistics=statistics,
-        wall_seconds=time.perf_counter() - started,
+        wall_seconds=time.perf_counter() - started + once.seconds_before,
+    )
+
+
+@dataclass
+class _Once:
+    """Fits a point, unless a stopped sweep of the same sequences has left its gate in `folder`."""
+
+    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor]]
+    accuracy_of: dict[str, float]
+    statistics: dict[str, PointStatistics]
+    folder: Path | None
+    asked_sha256: str
+    seconds_before: float = 0.0
+    """How long the fits took that are not repeated."""
+
+    def __call__(self, paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """The gate of the modules that share an input, G [E, IN] and c [E]."""
+        if self.folder is None:
+            return self.fit(paths, inputs)
+        path, began = paths[0], time.perf_counter()
+        point = FittedPoint.read(self.folder, path, self.asked_sha256)
+        if point is None:
+            gate = self.fit(paths, inputs)
+            spent = time.perf_counter() - began
+            point = FittedPoint(*gate, self.statistics[path], self.accuracy_of[path], spent)
+            point.write(self.folder, path, self.asked_sha256)
+            return gate
+        self.seconds_before += point.wall_seconds
+        self.statistics[path], self.accuracy_of[path] = point.statistics, point.accuracy
+        return point.weight, point.bias
+
+
+def _asked_sha256(
+    model: PreTrainedModel, sequences: Sequence[LabelledSequence], asked: list[Any]
+) -> str:
+    """A hash of what every bit of a gate depends on, but for the weights of base and experts."""
+    machine = [str(torch.__version__), torch.get_num_threads(), str(model.device)]
+    return canonical_sha256(
+        [*asked, *machine, str(model.dtype), expert_names(model), list(routed_layers(model))]
+        + [[s.input_ids, s.experts, s.openings] for s in sequences]
     )
 
 

@@ -1,33 +1,37 @@
-"""What a joint training resumes from: the schedule, and the state in one safetensors file.
+"""What a fit goes on from after it was stopped: safetensors files that replace old ones whole.
 
-The schedule (learning rate, sequences of a step) follows from the settings, the seed and the step.
-So parameters, AdamW's moments and the step are the whole state. A new file replaces the old one by
-a rename: a kill at any moment leaves a complete file.
+A joint training has one file. Its schedule (learning rate, sequences of a step) follows from the
+settings, the seed and the step, so parameters, AdamW's moments and the step are the whole state.
+A sweep has one file for each input point: the gate that was fitted there, and its statistics.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from meteora.artifacts import MeteoraError
+from meteora.fitting.statistics import PointStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
     from meteora.artifacts import JointSettings
 
 FILE = "training.safetensors"
+DIGEST = "tensors_sha256"
+"""The key of the tensors' hash in a file; older files have none."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names under which AdamW keeps its moments."""
 
@@ -72,14 +76,14 @@ class TrainingState:
     def of(
         cls, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW
     ) -> TrainingState:
-        """The present state of these parameters and their optimiser, copied to the CPU."""
+        """The present state of these parameters and their optimiser."""
         tensors = {}
         for name, parameter in parameters.items():
             tensors[name] = parameter.detach()
             for moment in MOMENTS:
                 if moment in optimizer.state[parameter]:
                     tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-        return cls(step, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        return cls(step, tensors)
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> None:
         """Copy the state into parameters of the same names, and into their optimiser."""
@@ -93,12 +97,7 @@ class TrainingState:
 
     def write(self, folder: Path, asked_sha256: str) -> None:
         """Write the state into a folder; `asked_sha256` identifies the training."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{FILE}.part"
-        save_file(self.tensors, part, {"step": str(self.step), "asked_sha256": asked_sha256})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(folder / FILE)
+        _write(folder / FILE, self.tensors, {"step": str(self.step), "asked_sha256": asked_sha256})
 
     @classmethod
     def read(cls, folder: Path, asked_sha256: str) -> TrainingState | None:
@@ -111,10 +110,8 @@ class TrainingState:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                names = list(file.keys())
-                state = cls(int(about["step"]), {name: file.get_tensor(name) for name in names})
+            tensors, about = _read(path)
+            state = cls(int(about["step"]), tensors)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise StateError(
                 f"{path} cannot be read as the state of a training ({error}); remove it to train"
@@ -126,3 +123,85 @@ class TrainingState:
                 " or give another folder"
             )
         return state
+
+
+@dataclass(frozen=True)
+class FittedPoint:
+    """An input point of a sweep with its gate."""
+
+    weight: Tensor
+    """G [E, IN]"""
+    bias: Tensor
+    """c [E]"""
+    statistics: PointStatistics
+    accuracy: float
+    """Share of held-out tokens that go to their own expert."""
+    wall_seconds: float
+    """The time that the fit took."""
+
+    def write(self, folder: Path, path: str, asked_sha256: str) -> None:
+        """Write the point into a folder.
+
+        Args:
+            path: of its first module
+            asked_sha256: identifies everything that the sweep depends on
+        """
+        tensors = {"weight": self.weight, "bias": self.bias} | vars(self.statistics)
+        numbers = {"accuracy": self.accuracy, "wall_seconds": self.wall_seconds}
+        about = {name: repr(number) for name, number in numbers.items()}
+        _write(_point_file(folder, path), tensors, about | {"asked_sha256": asked_sha256})
+
+    @classmethod
+    def read(cls, folder: Path, path: str, asked_sha256: str) -> FittedPoint | None:
+        """A point that an earlier sweep has fitted, on the CPU.
+
+        None if there is none, if its file is damaged, or if it belongs to another sweep: it is
+        fitted again then.
+        """
+        try:
+            tensors, about = _read(_point_file(folder, path))
+            if about["asked_sha256"] != asked_sha256:
+                return None
+            weight, bias = tensors.pop("weight"), tensors.pop("bias")
+            accuracy, wall_seconds = float(about["accuracy"]), float(about["wall_seconds"])
+            return cls(weight, bias, PointStatistics(**tensors), accuracy, wall_seconds)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+            return None
+
+
+def _point_file(folder: Path, path: str) -> Path:
+    return folder / f"{path}.safetensors"
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a file by a rename: a kill at any moment leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, part, {**about, DIGEST: _sha256(whole)})
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and what is written beside them.
+
+    Raises:
+        SafetensorError, OSError: it cannot be read.
+        ValueError: its tensors are not those that were written.
+    """
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about.get(DIGEST, _sha256(tensors)) != _sha256(tensors):
+        raise ValueError("its tensors have changed since they were written")
+    return tensors, about
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

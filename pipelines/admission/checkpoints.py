@@ -6,7 +6,7 @@ repository nor the base that a checkpoint names is a reason to send it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +32,9 @@ class FoundCheckpoint:
     """None where its base comes from the Hub or a package."""
     download: dict[str, str | bool]
     """How its base is downloaded, as `meteora.load` takes it."""
-    device: str
+    device: str = "auto"
     """Where the model is moved, as torch names it."""
-    dtype: str
+    dtype: str = "auto"
     """Of the base; `auto`: as it lies on the disk."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,10 +92,17 @@ def find(
     """
     device = choose_device(device)
     folder = find_folder(name, home, token_for, statistics=statistics)
+    return replace(find_base(folder, home, base, token_for), device=device, dtype=dtype)
+
+
+def find_base(
+    folder: Path, home: Path, base: Path | None = None, token_for: Collection[str] = ()
+) -> FoundCheckpoint:
+    """Find the base of a checkpoint in a folder; arguments and errors are those of `find`."""
     repo_id = read_manifest(folder).base.repo_id
     at_hand = base or base_at_hand(folder, home)
     download = _download(repo_id, token_for) if at_hand is None and is_hub_id(repo_id) else {}
-    return FoundCheckpoint(folder, at_hand, download, device, dtype)
+    return FoundCheckpoint(folder, at_hand, download)
 
 
 def _download(repo_id: str, token_for: Collection[str]) -> dict[str, str | bool]:

@@ -13,6 +13,7 @@ from pipelines.hub.client import Hub, hub_for
 from pipelines.recipe.recipe import LONGEST_NAME, FoundExpert
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
@@ -27,6 +28,25 @@ def hub_of(recipe: Recipe, repo_id: str) -> Hub:
     """The Hub to ask for a repository; the saved token is sent only where the recipe allows it."""
     hub = recipe.hub
     return hub_for(repo_id, hub.token_for, endpoint=hub.endpoint, allow_http=hub.allow_http)
+
+
+def token_of_rows(
+    token_for: Collection[str], *, allow_http: bool = False
+) -> Callable[[str], str | None]:
+    """The token for each data set that rows are read from, by the same rule.
+
+    Rows come from the Hub of the environment, whatever a recipe's `hub.endpoint` says.
+
+    Args:
+        token_for: Owners, or `owner/name`, to whom the saved token is sent.
+    """
+
+    def token_of(repo_id: str) -> str | None:
+        hub = hub_for(repo_id, token_for, allow_http=allow_http)
+        hub.url()  # refuses an endpoint that anyone on the way may answer for
+        return hub.token
+
+    return token_of
 
 
 def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:

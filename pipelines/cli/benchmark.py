@@ -50,7 +50,9 @@ def benchmark(
 
     home = home.expanduser().absolute()
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device)
-    run_benchmark(found, home, tasks or (), compare or (), recipe, as_json=as_json)
+    run_benchmark(
+        found, home, tasks or (), compare or (), recipe, token_for=token_for or (), as_json=as_json
+    )
 
 
 def run_benchmark(
@@ -60,6 +62,7 @@ def run_benchmark(
     compare: Sequence[str] = (),
     recipe: str = "",
     *,
+    token_for: Sequence[str] = (),
     as_json: bool = False,
 ) -> None:
     """Measure a checkpoint and print its table of scores."""
@@ -69,6 +72,7 @@ def run_benchmark(
     from pipelines.stages.benchmark import benchmark as measure
     from store.ledger import Ledger
 
-    request = BenchmarkRequest(tuple(tasks), tuple(compare), locate(recipe) if recipe else None)
+    path = locate(recipe) if recipe else None
+    request = BenchmarkRequest(tuple(tasks), tuple(compare), path, tuple(token_for))
     plan, summary = measure(Ledger(home), found, request)
     print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {}, as_json=as_json)

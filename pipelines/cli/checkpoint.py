@@ -88,32 +88,35 @@ def publish(
         list[str] | None,
         typer.Option(help="Publish adapters with this licence too; `none`: without one."),
     ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="The folder of the base, if it is local.")
-    ] = None,
+    base: Base = None,
+    token_for: TokenFor = None,
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Publish a checkpoint on the Hub in one commit, and check that it is the same model there."""
-    from pipelines.hub.client import Hub, saved_token
+    """Publish a checkpoint on the Hub in one commit, and check that it is the same model there.
+
+    The saved token goes to that repository, and with --token-for to the owner of the base.
+    """
+    from pipelines.admission.checkpoints import find_base
+    from pipelines.hub.client import hub_for
     from pipelines.publishing.publish import Destination, publish
-    from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
+    from pipelines.workspace.checkpoints import checkpoint_folder
     from pipelines.workspace.context import new_run_id
     from store.ledger import Ledger
 
     home = home.expanduser().absolute()
-    folder = Path(checkpoint_folder(checkpoint, home))
+    found = find_base(Path(checkpoint_folder(checkpoint, home)), home, base, token_for or ())
     to = Destination(
         repo,
-        Hub(token=saved_token()),
+        hub_for(repo, [repo]),
+        found.download,
         private=private,
         tag=tag,
         onto=onto,
         allow_licences=allow_licence or (),
     )
     ledger = Ledger(home)
-    base_folder = base or base_at_hand(folder, home)
-    made = publish(ledger, folder, to, new_run_id(), base_folder=base_folder)
+    made = publish(ledger, found.folder, to, new_run_id(), base_folder=found.base_folder)
     if made.recorded:
         ledger.ingest()
     else:

@@ -76,6 +76,7 @@ def add(
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
+    from pipelines.admission.sources import token_of_rows
     from pipelines.data.row_sources import place_of, read_rows
     from pipelines.data.rows import refuse_overlap
     from pipelines.recipe.benchmark import BenchmarkSection
@@ -85,9 +86,10 @@ def add(
     home = home.expanduser().absolute()
     if test:
         here, limit = Path.cwd(), BenchmarkSection().limit
+        token_of = token_of_rows(token_for or ())
         refuse_overlap(
-            {name: read_rows(examples, here, edit.EXAMPLES)},
-            {name: read_rows(test, here, limit)},
+            {name: read_rows(examples, here, edit.EXAMPLES, token_of)},
+            {name: read_rows(test, here, limit, token_of)},
             lambda _name, number: place_of(examples, here, number),
             lambda _name, number: place_of(test, here, number),
         )
@@ -110,7 +112,7 @@ def add(
     if test:
         tasks = (f"{name}={test}",)
         found = checkpoints.find(str(made), home, base, token_for or (), device=device)
-        run_benchmark(found, home, tasks, as_json=as_json)
+        run_benchmark(found, home, tasks, token_for=token_for or (), as_json=as_json)
     else:
         say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
 

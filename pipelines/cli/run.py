@@ -191,6 +191,7 @@ def _run_in_turn(
             wrong[context.key] = str(error)  # the others go on
         except Exception as error:
             if local_server.answers():
+                local_server.raise_if_it_failed(error)
                 raise
             # a run ends without the server, too: the ledger says whether it did
             say(f"{context.name}: the Prefect server was lost ({type(error).__name__})", "note")

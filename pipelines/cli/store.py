@@ -15,6 +15,7 @@ from pipelines.cli.options import (
     DEFAULT_HOME,
     AsJson,
     Home,
+    TokenFor,
     existing_home,
     text_or_input,
 )
@@ -76,6 +77,7 @@ def verify(
         int, typer.Option(min=1, help="How many recorded answers to ask for again.")
     ] = 24,
     model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
+    token_for: TokenFor = None,
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -87,7 +89,11 @@ def verify(
     if served:
         if checkpoint is None or key is not None:
             raise typer.BadParameter("to ask a server, give CHECKPOINT and no --key")
-        if not _serves(str(checkpoint), home.expanduser().absolute(), served, answers, model):
+        from pipelines.admission.checkpoints import find_folder
+
+        home = home.expanduser().absolute()
+        folder = find_folder(str(checkpoint), home, token_for or ())
+        if not _serves(folder, home, served, answers, model):
             raise typer.Exit(1)
         return
     if checkpoint is not None or key is not None:
@@ -108,16 +114,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _serves(checkpoint: str, home: Path, url: str, count: int, model: str) -> bool:
+def _serves(folder: Path, home: Path, url: str, count: int, model: str) -> bool:
     """Print whether a server gives the recorded answers of a checkpoint."""
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
-    from pipelines.admission.checkpoints import find_folder
     from pipelines.scoring.served import Server, recorded_answers
     from store.ledger import Ledger
 
-    manifest = read_manifest(find_folder(checkpoint, home))
-    asked = recorded_answers(Ledger(home), ArtifactId(manifest.router_id), count)
+    asked = recorded_answers(Ledger(home), ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model)
     found = server.answers(asked)
     return output.print_served(server, asked, found)

@@ -34,12 +34,20 @@ TEST_SHARE = 5
 PARTS = ("all", "train", "test")
 
 
-def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
+def no_token(_repo_id: str) -> str | None:
+    """Nobody is sent a token."""
+    return None
+
+
+def read_rows(
+    source: str, folder: Path, limit: int, token_of: Callable[[str], str | None] = no_token
+) -> list[Row]:
     """The first `limit` rows of a source.
 
     Args:
         source: as in this module's docstring
         folder: paths are relative to it
+        token_of: the token that is sent for a repository of the Hub
 
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
@@ -55,6 +63,8 @@ def read_rows(source: str, folder: Path, limit: int) -> list[Row]:
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed)) or "none"
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
+    if kind == "hf":
+        read = partial(read, token=token_of(name))
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
@@ -83,6 +93,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ExamplesError: the file cannot be read, or a line is too long.
     """
+    _refuse_pipe(path)
     try:
         with path.open(encoding="utf-8") as file:
             # bounded, since some files have no line break, and devices have no end
@@ -97,6 +108,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise ExamplesError(f"{path}, {not_utf8(path, error)}") from error
     except OSError as error:
         raise ExamplesError(f"{path}: {error.strerror or error}") from error
+
+
+def _refuse_pipe(path: Path) -> None:
+    if path.is_fifo() or path.is_socket():
+        raise ExamplesError(f"{path}: a pipe, which may never end; rows are read from a file")
 
 
 def _row(line: str, place: str) -> Row:
@@ -174,6 +190,7 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
             raise ExamplesError(f"{path}: there is no task.json in it or in its folders")
         yield from _in_turns(_bigbench_rows(file) for file in files)
         return
+    _refuse_pipe(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TASK_BYTES + 1)
@@ -263,7 +280,9 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
         raise ExamplesError(f"reasoning_gym:{name}: {error}") from error
 
 
-def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
+def _hub(
+    name: str, _folder: Path, options: Mapping[str, str], _limit: int, token: str | None
+) -> Iterator[Row]:
     import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
 
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
@@ -278,6 +297,7 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
             split=options.get("split", "test"),
             revision=options.get("revision"),
             streaming=True,
+            token=token or False,
         )
         for number, item in enumerate(table):
             row = Row(
@@ -291,7 +311,8 @@ def _hub(name: str, _folder: Path, options: Mapping[str, str], _limit: int) -> I
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
             f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
-            " name, config and split, and whether the Hub can be reached"
+            " name, config and split, and whether the Hub can be reached; for a private one, name"
+            " its owner in the recipe under hub, token_for, or to the command with --token-for"
         ) from error
 
 

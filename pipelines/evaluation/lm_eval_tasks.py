@@ -82,7 +82,8 @@ def run_lm_eval_task(harness: Harness, name: str, folder: Path | None, limit: in
         first = str(error).strip().partition("\n")[0]
         raise BenchmarkError(
             f"task {name}: {HARNESS} cannot get or read its rows ({first}); they come from the"
-            " Hub, so check that the Hub can be reached and run again"
+            " Hub, so check that the Hub can be reached and run again; a private data set needs"
+            " HF_HUB_DISABLE_IMPLICIT_TOKEN=0, with which the saved token goes to every owner"
         ) from error
     samples = report["samples"].get(name, [])
     first_filter = samples[0]["filter"] if samples else ""

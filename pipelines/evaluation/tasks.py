@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import canonical_sha256
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.row_sources import read_rows
+from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import Row, rows_sha256
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from pipelines.data.composites import Composite
@@ -89,9 +89,15 @@ class Task:
 
 
 def make_tasks(
-    experts: Sequence[ExpertSection], settings: BenchmarkSection, folder: Path
+    experts: Sequence[ExpertSection],
+    settings: BenchmarkSection,
+    folder: Path,
+    token_of: Callable[[str], str | None] = no_token,
 ) -> dict[str, Task]:
     """Every task of a recipe by name: the experts' own, the listed ones, composites, dialogues.
+
+    Args:
+        token_of: as in `read_rows`
 
     Raises:
         ExamplesError: rows are missing or malformed.
@@ -104,12 +110,12 @@ def make_tasks(
                 _metrics(expert.metric) or ("exact_match",),
                 settings.template,
                 expert.max_new_tokens or settings.max_new_tokens,
-                rows=read_rows(expert.test, folder, settings.limit),
+                rows=read_rows(expert.test, folder, settings.limit, token_of),
                 expert=expert.name,
                 system_prompt=settings.system_prompt,
             )
     for section in settings.tasks:
-        tasks[section.called] = _listed_task(section, settings, folder)
+        tasks[section.called] = _listed_task(section, settings, folder, token_of)
     return tasks | _composites(tasks, settings) | _conversations(tasks, settings)
 
 
@@ -117,14 +123,19 @@ def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:
     return ((metric,) if metric else ()) if isinstance(metric, str) else metric
 
 
-def _listed_task(section: TaskSection, settings: BenchmarkSection, folder: Path) -> Task:
+def _listed_task(
+    section: TaskSection,
+    settings: BenchmarkSection,
+    folder: Path,
+    token_of: Callable[[str], str | None],
+) -> Task:
     limit = section.limit or settings.limit
     return Task(
         section.called,
         _metrics(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
         section.template or settings.template,
         section.max_new_tokens or settings.max_new_tokens,
-        rows=read_rows(section.rows, folder, limit) if section.rows else (),
+        rows=read_rows(section.rows, folder, limit, token_of) if section.rows else (),
         lm_eval=section.lm_eval,
         folder=folder / section.folder if section.folder else None,
         limit=limit,

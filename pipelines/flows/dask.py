@@ -6,6 +6,7 @@ the workers of a cluster. Locks work as for other runs: one run of a recipe, one
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
@@ -15,6 +16,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.flows import flow as flows
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +34,7 @@ def run_recipe(recipe: str, home: str, until: Stage) -> str:
     try:
         # called through its module, which a worker imports: a pickled flow lacks the names in its
         # annotations
-        flows.fuse_adapters(recipe, home, until)
+        flows.run_recipe(RunContext.open(recipe, Path(home)), until)
     except MeteoraError as error:  # the others go on
         return str(error)
     return ""

@@ -6,7 +6,9 @@ page. Runs that were missed or overlap: see `missed_runs`.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect import flows as prefect_flows
 from prefect.exceptions import PrefectException
@@ -16,7 +18,7 @@ from prefect.types.entrypoint import EntrypointType
 from meteora.artifacts import MeteoraError
 from pipelines.flows import local_server
 from pipelines.flows.flow import fuse_adapters
-from pipelines.flows.run_page import TAG
+from pipelines.flows.run_page import tags_of
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -35,12 +37,16 @@ class ServeError(MeteoraError):
 def read_schedule(cron: str, timezone: str) -> Schedule:
     """Read a cron line and a time zone.
 
+    A moment is due by the clock on the wall: where the clock is set back, an hour that comes twice
+    is due once; where it is set forward, a moment that is skipped is due at the next one there is.
+
     Raises:
         ServeError: One of them is malformed.
     """
     try:
+        ZoneInfo(timezone)
         return Cron(cron, timezone=timezone)
-    except ValueError as error:
+    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
         raise ServeError(
             f"{cron!r} in {timezone!r} is no schedule ({error}); give minute, hour, day, month and"
             ' weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at three'
@@ -65,9 +71,9 @@ def serve(
     Raises:
         ServeError: Two recipes are one, or the server refused.
     """
-    keys = [context.key for context in contexts]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ServeError(f"the recipe {twice.pop()} is given twice; once is enough")
+    counts = Counter(context.key for context in contexts)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise ServeError(f"the recipe {twice[0]} is given twice; once is enough")
     for context in contexts:
         when = f"at {schedule.cron!r} ({schedule.timezone})" if schedule else "when asked to"
         say(f"{context.name}: runs {when}, as `meteora/{context.key}` on {local_server.page()}")
@@ -90,7 +96,7 @@ def _deployment(context: RunContext, schedule: Schedule | None) -> RunnerDeploym
         schedules=[schedule] if schedule else None,
         paused=False,
         parameters={"recipe": str(context.path.resolve()), "home": str(context.home)},
-        tags=[TAG, f"recipe:{context.name}", f"base:{context.recipe.base}"],
+        tags=tags_of(context),
         description=f"{context.name}: what the recipe asks for and the ledger does not hold yet.",
         version=context.recipe_sha256[:12],
         entrypoint_type=EntrypointType.MODULE_PATH,

@@ -19,8 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import flow, task
+from prefect import flow, tags, task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import TagsContext
 from prefect.states import Completed
 
 from meteora.artifacts import MeteoraError
@@ -176,13 +177,16 @@ def run_recipe(context: RunContext, until: Stage, looked: Look | None = None) ->
     def start_from_look(recipe: str, home: str, until: Stage) -> Any:  # noqa: ANN401, ARG001  (for the page)
         return _run(context, until, looked)
 
-    return start_from_look(str(context.path), str(context.home), until)
+    with tags(*run_page.tags_of(context)):  # from its first moment: it may be killed in the second
+        return start_from_look(str(context.path), str(context.home), until)
 
 
 def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa: ANN401
     """Hold the recipe's lock, close what killed runs left, and run."""
     with ExitStack() as held:
         held.enter_context(CONSOLE.listening(run_page.note))
+        # tasks need no tags: each would ask the server for a slot of every tag
+        held.enter_context(TagsContext(current_tags=frozenset()))
         try:
             killed = held.enter_context(context.ledger.running(context.key))
         except BusyError as error:
@@ -193,7 +197,7 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
             shutil.rmtree(context.home / "runs" / before.run_id, ignore_errors=True)
             say(f"the run {before.run_id} was killed; what it had finished is kept")
         run_page.introduce(context)
-        run_page.close_killed(context, [before.run_id for before in killed])
+        run_page.close_killed(context)
         missed_runs.skip_late(context)
         if missed_runs.is_scheduled():
             looked = _look(context, until)

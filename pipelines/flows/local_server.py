@@ -32,9 +32,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import httpx
+
 from meteora.artifacts import MeteoraError
 from pipelines.flows.own_origin import OwnOriginOnly
 from pipelines.flows.server_secret import make_private, read_or_make, secret_file
+from pipelines.workspace.faults import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -46,6 +49,8 @@ START_SECONDS = 180.0
 HOST = "127.0.0.1"
 PORT = 4200
 """Prefect's own. After that the last one, so that a page that was opened is found again."""
+ROOM_BYTES = 32 << 20
+"""For its database, and the index of the ledger. Without room a server answers 500."""
 KEEP_SECONDS = 1.0
 """How often it is seen whether the server lives."""
 
@@ -65,6 +70,7 @@ def use_local_server(home: Path) -> bool:
 
     Raises:
         SecretError: Other users could read the home's secret.
+        NoSpaceError: The disk has no room for its database.
         ServerError: None started, or the one that lives asks for no secret, or for another.
     """
     folder = home / "prefect"
@@ -75,7 +81,7 @@ def use_local_server(home: Path) -> bool:
         secret = read_or_make(secret_file(home))
         users = held.enter_context((folder / "users.lock").open("w"))
         fcntl.flock(users, fcntl.LOCK_SH)  # waits while a server is on its way out
-        server = _start(folder)
+        server = _start(folder, ROOM_BYTES)
         url = (folder / "address").read_text()
         _wait_until_healthy(server, url, folder / "server.log")
         _check_that_it_asks_for(secret, url)
@@ -98,6 +104,20 @@ def answers() -> bool:
         return False
 
 
+def raise_if_it_failed(error: Exception) -> None:
+    """Raise a sentence for an error that says that the server itself failed.
+
+    Raises:
+        ServerError: It answered a request with an error of its own.
+    """
+    if isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error:
+        raise ServerError(
+            f"the Prefect server on {page()} fails with {error.response.status_code}, as it does"
+            " where its disk is full; its log says why (of a home's own: prefect/server.log)."
+            " What was finished is kept, so run again"
+        ) from error
+
+
 def page() -> str:
     """Where a person sees what runs on the server that is used."""
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
@@ -111,11 +131,16 @@ def _got(file: IO[str], kind: int) -> bool:
     return True
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes] | None:
-    """Start a server, unless one lives."""
+def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
+    """Start a server, unless one lives.
+
+    Raises:
+        NoSpaceError: Its disk has less room.
+    """
     with (folder / "server.lock").open("a") as own:
         if not _got(own, fcntl.LOCK_EX):
             return None
+        require_space(folder, room_bytes, "what a run writes to begin with")
         with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
             port = listener.getsockname()[1]
             (folder / "address").write_text(f"http://{HOST}:{port}/api")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -22,9 +23,13 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
-    FlowRunFilterName,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    FlowRunFilterTags,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
@@ -38,7 +43,7 @@ from pipelines.admission.sources import hub_of
 from pipelines.recipe.stage import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from meteora.artifacts import Score
     from pipelines.planning.plan import Plan
@@ -63,9 +68,20 @@ def _if_it_answers() -> Generator[None]:
         logger.warning("the Prefect server did not show a part of the run's page: %s", error)
 
 
+def tags_of(context: RunContext) -> list[str]:
+    """The tags of a recipe's runs; the last one names the lock that a run of it holds."""
+    shown = [TAG, f"recipe:{context.name}", f"base:{context.recipe.base}"]
+    return [*shown, _lock_tag(context)]
+
+
+def _lock_tag(context: RunContext) -> str:
+    # homes on several machines may have one path, and one server
+    return f"lock:{socket.gethostname()}:{context.home}:{context.key}"
+
+
 def introduce(context: RunContext) -> None:
     """Name the flow run as in the ledger, and tag it."""
-    tags = {*flow_run.get_tags(), TAG, f"recipe:{context.name}", f"base:{context.recipe.base}"}
+    tags = {*flow_run.get_tags(), *tags_of(context)}
     with _if_it_answers(), get_client(sync_client=True) as client:
         client.update_flow_run(
             UUID(flow_run.get_id()), name=f"{context.name} {context.run_id}", tags=sorted(tags)
@@ -77,19 +93,29 @@ def note(text: str) -> None:
     get_run_logger().info(text)
 
 
-def close_killed(context: RunContext, run_ids: Iterable[str]) -> None:
-    """Mark killed runs as crashed; Prefect would show them as running without end."""
-    names = [f"{context.name} {run_id}" for run_id in run_ids]
-    if not names:
-        return
-    running = FlowRunFilter(
-        name=FlowRunFilterName(any_=names),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])),
+def close_killed(context: RunContext) -> None:
+    """Mark killed runs of the recipe as crashed; Prefect would show them as running without end.
+
+    Call it under the recipe's lock: no other run that has the lock's tag goes on then. One that is
+    about to find the lock taken replaces this state by its own when it ends.
+    """
+    begun = [StateType.PENDING, StateType.RUNNING]
+    runs = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[_lock_tag(context)]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun)),
     )
+    tasks = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=begun)))
+    state = Crashed(message="its process was killed")
     with _if_it_answers(), get_client(sync_client=True) as client:
-        for killed in client.read_flow_runs(flow_run_filter=running):
-            state = Crashed(message="its process was killed")
-            client.set_flow_run_state(killed.id, state, force=True)
+        for run in client.read_flow_runs(flow_run_filter=runs):
+            # a deployment's run is pending while its process starts
+            waits = run.state_type is StateType.PENDING and run.deployment_id is not None
+            if str(run.id) == flow_run.get_id() or waits:
+                continue
+            only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            for part in client.read_task_runs(flow_run_filter=only, task_run_filter=tasks):
+                client.set_task_run_state(part.id, state, force=True)
+            client.set_flow_run_state(run.id, state, force=True)
 
 
 class Progress:

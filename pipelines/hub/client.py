@@ -111,16 +111,13 @@ def hub_for(
 ) -> Hub:
     """The Hub for a repository, with the saved token if the repository is one of `token_for`.
 
+    No other code takes the token that `hf auth login` saved, or `HF_TOKEN`.
+
     Args:
         token_for: Owners, or `owner/name`.
     """
     trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
-    return Hub(endpoint, token=saved_token() if trusted else None, allow_http=allow_http)
-
-
-def saved_token() -> str | None:
-    """The token that `hf auth login` saved, or `HF_TOKEN`."""
-    return get_token()
+    return Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
 
 
 def is_offline() -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipelines.hub.errors import HubDiskError, HubSizeError
 from pipelines.hub.snapshot import ListedFile, check_file
 from pipelines.workspace.console import growing
+from pipelines.workspace.faults import NoSpaceError, require_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +53,10 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
     """
     what = f"{ref.repo_id} at {ref.revision[:12]}"
     sizes = {file.path: file.size for file in files}
-    free = shutil.disk_usage(into).free
-    if free < sum(sizes.values()):
-        raise HubDiskError(
-            f"{what} has {sum(sizes.values()) / 1e6:,.1f} MB, and the disk of {into.parent} has"
-            f" {free / 1e6:,.1f} MB left; free some space, or give another --home"
-        )
+    try:
+        require_space(into.parent, sum(sizes.values()), what)
+    except NoSpaceError as error:
+        raise HubDiskError(str(error)) from None
     patient = replace(
         hub, timeout_seconds=hub.timeout_seconds + sum(sizes.values()) / MIN_BYTES_PER_SECOND
     )

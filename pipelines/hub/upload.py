@@ -26,6 +26,7 @@ from pipelines.hub.errors import (
     TransientHubError,
 )
 from pipelines.hub.snapshot import ListedFile
+from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -272,9 +273,10 @@ class Repository:
                 if (found := look()) is not None:
                     return found
                 raise HubServerError(f"{self.repo_id}: what was written there is not to be seen")
-            except TransientHubError:
+            except TransientHubError as error:
                 if (pause := next(pauses, None)) is None:
                     raise
+                say(f"{error}; it is tried again in about {pause:.0f} s", "note")
                 time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
     def _head(self, refs: Mapping[str, str]) -> str:

@@ -138,7 +138,8 @@ def estimate(
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
     largest = max(size[0] * size[1] for size in shape.linears.values())
-    gate_bytes = 4.0 * experts.count * sum(shape.linears[path][0] for path in experts.ranks)
+    widths = {path: shape.linears[path][0] for path in experts.ranks}
+    gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
     loaded = PROGRAM_BYTES + shape.num_bytes + expert_bytes + gate_bytes
     stacked = max(
         (experts.itemsize * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
@@ -154,9 +155,26 @@ def estimate(
     gates = recipe.router.kind == "gate"
     if gates:
         work = _fitting_work(recipe, list(examples.values()))
-        needs.append(_gates(shape, experts, machine, loaded, gate_bytes, work))
+        disk = gate_bytes + (kept_bytes if work.kept else 0)
+        needs.append(_gates(shape, experts, machine, loaded, disk, work))
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
+
+
+def _widths(inputs: Mapping[str, int]) -> list[int]:
+    """The width of each input point; modules of one parent and width share a point."""
+    points = dict.fromkeys((path.rpartition(".")[0], width) for path, width in inputs.items())
+    return [width for _, width in points]
+
+
+def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
+    """The largest size of gates, and of the statistics that they were fitted to, in files.
+
+    Args:
+        inputs: the width of the input of each routed module, by its path
+    """
+    kept = (2 * min(n, MAX_DIRECTIONS) * n + 4 * (num_experts + 1) * n for n in _widths(inputs))
+    return 4.0 * num_experts * sum(inputs.values()), float(sum(kept))
 
 
 @dataclass(frozen=True)
@@ -195,15 +213,12 @@ def _gates(
     experts: Experts,
     machine: Machine,
     loaded: float,
-    gate_bytes: float,
+    disk: float,
     work: FittingWork,
 ) -> Need:
     tokens = work.tokens
     itemsize = shape.dtype.itemsize
-    points: dict[tuple[str, int], None] = {}
-    for path in experts.ranks:
-        points.setdefault((path.rpartition(".")[0], shape.linears[path][0]))
-    widths = [width for _, width in points]
+    widths = _widths({path: shape.linears[path][0] for path in experts.ranks})
     widest = max(widths, default=shape.hidden_size)
     size = min(widest, SCATTER_SIZE)
     hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
@@ -221,8 +236,6 @@ def _gates(
         numbers = min(tokens * width, MAX_TOKEN_BYTES / 4)
         flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * numbers * experts.count
         seconds += flops / machine.flops_per_second
-    kept = sum(2 * min(n, MAX_DIRECTIONS) * n + 4 * (experts.count + 1) * n for n in widths)
-    disk = gate_bytes + (kept if work.kept else 0)
     copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
     return Need("gates", loaded + hidden + kept_outputs + batch + spread + copies, disk, seconds)
 

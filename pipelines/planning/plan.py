@@ -21,6 +21,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.artifacts.routers import OPENING_SHARE
+from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import place_of, read_rows
@@ -84,12 +85,18 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
     """
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
-    examples = _examples(recipe, folder, [sections[name] for name in names])
+    chosen = [sections[name] for name in names]
+    examples = _examples(recipe, folder, chosen)
     if recipe.router.null:
         examples[NULL] = background_rows()
     with_own = [name for name in names if name in examples]
     spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
-    tasks = make_tasks([sections[name] for name in names], recipe.benchmark, folder)
+    tasks = make_tasks(
+        chosen,
+        recipe.benchmark,
+        folder,
+        token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http),
+    )
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     check_overlaps(recipe, folder, examples, spans, tests)
 
@@ -208,7 +215,8 @@ def _examples(
     if recipe.router.kind != "gate":
         return {}
     limit = recipe.gates.examples_per_expert
-    return {s.name: read_rows(s.examples, folder, limit) for s in sections if s.examples}
+    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
+    return {s.name: read_rows(s.examples, folder, limit, token_of) for s in sections if s.examples}
 
 
 def _asks_for_spans(recipe: Recipe) -> bool:

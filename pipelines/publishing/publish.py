@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication
 from meteora.base.sources import file_sha256, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
-from pipelines.admission.sources import hub_of
 from pipelines.hub.bundle import make_bundle
-from pipelines.hub.client import Hub, saved_token
+from pipelines.hub.client import hub_for
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
 from pipelines.publishing import licences
@@ -32,9 +31,10 @@ from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pipelines.hub.bundle import Bundle
+    from pipelines.hub.client import Hub
     from pipelines.planning.plan import Plan
     from pipelines.recipe.publish import PublishSection
     from pipelines.workspace.context import RunContext
@@ -57,6 +57,8 @@ class Destination:
     repo_id: str
     hub: Hub
     """With a token that may write to the repository."""
+    download: Mapping[str, str | bool] = field(default_factory=dict)
+    """How a base on the Hub is downloaded for the comparison, as `meteora.load` takes it."""
     private: bool = True
     tag: str = ""
     """The tag of this publication; when empty, one is made from its hash."""
@@ -93,11 +95,11 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
 
 
 def destination(work: RunContext, section: PublishSection) -> Destination:
-    """Where a recipe publishes. The saved token is sent, since it is needed to write."""
-    hub = replace(hub_of(work.recipe, section.repo), token=saved_token())
+    """Where a recipe publishes; that it does is leave to send the saved token there."""
+    hub = work.recipe.hub
     return Destination(
         section.repo,
-        hub,
+        hub_for(section.repo, [section.repo], endpoint=hub.endpoint, allow_http=hub.allow_http),
         private=section.private,
         tag=section.tag,
         allow_licences=section.allow_licences,
@@ -205,6 +207,7 @@ def _check_reload(
             "revision": commit,
             "cache_dir": str(cache),
             "base_folder": None if base_folder is None else str(base_folder),
+            "download": dict(to.download),
         }
         what = f"{to.repo_id} at {commit}"
         try:
@@ -222,7 +225,7 @@ def _check_reload(
         )
 
 
-def _reload(request: dict[str, str | None], hub: Hub) -> dict[str, Any]:
+def _reload(request: dict[str, Any], hub: Hub) -> dict[str, Any]:
     """What `reload_worker.compare` returns, in a process that starts with nothing loaded."""
     environment = {
         "HF_ENDPOINT": hub.url(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -145,9 +146,9 @@ class BenchmarkSection(Section):
             ("composites", "questions", self.composite),
             ("kinds of conversations", "turns", self.conversation),
         ):
-            sizes = [section.n for section in sections]
-            if twice := {n for n in sizes if sizes.count(n) > 1}:
-                raise ValueError(f"two {kind} of {twice.pop()} {unit}; one of a size is enough")
+            counts = Counter(section.n for section in sections)
+            if twice := [n for n, count in counts.items() if count > 1]:
+                raise ValueError(f"two {kind} of {twice[0]} {unit}; one of a size is enough")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -227,8 +228,8 @@ class Recipe(Section):
             ("expert", names),
             ("task", [*tasks, *further, *(f"{kind}-{section.n}" for kind, section in mixes)]),
         ):
-            if twice := {name for name in all_names if all_names.count(name) > 1}:
-                raise ValueError(f"two {kind}s are named {twice.pop()!r}; names must be unique")
+            if twice := [name for name, count in Counter(all_names).items() if count > 1]:
+                raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")
         with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
         for kind, section in mixes:
             if strange := set(section.tasks) - with_rows:

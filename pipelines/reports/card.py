@@ -19,6 +19,8 @@ METHODS = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
 """How gates were made, by the method's name in a recipe."""
 NAME_PLACEHOLDER = "FOLDER_OR_HUB_ID"
 """What the code on a card loads, until the model is published under a name."""
+MISSED = 0.5
+"""An expert is missed by its router if it has less than this share of its own tokens."""
 PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
 
 
@@ -242,15 +244,24 @@ def format_score(value: float, low: float, high: float) -> str:
 
 
 def routing_lines(summary: Summary) -> list[str]:
-    """How often tokens were sent to their own expert, in one sentence; empty if not measured."""
+    """How often tokens were sent to their own expert, and whose were not; empty if not measured."""
     if summary.routing is None:
         return []
     routing = summary.routing
     worst = min(routing.by_expert, key=lambda share: share.accuracy)
+    missed = [share.expert for share in routing.by_expert if share.accuracy < MISSED]
     return [
         f"Routing accuracy {routing.accuracy:.3f} over {routing.num_tokens:,} tokens of held-out"
         " rows, after the template's opening, in every routed layer; lowest for"
-        f" {worst.expert} ({worst.accuracy:.3f})."
+        f" {worst.expert} ({worst.accuracy:.3f}).",
+        *(
+            [
+                f"Most tokens of {', '.join(missed)} go to other experts: the router cannot tell"
+                " them apart. Give more examples, or leave out one of two adapters for one task."
+            ]
+            if missed
+            else []
+        ),
     ]
 
 

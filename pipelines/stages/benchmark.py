@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from meteora.artifacts import ArtifactId, BaseSpec, MeteoraError, RouterSpec
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.untrusted.findings import did_you_mean
+from pipelines.admission.sources import token_of_rows
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.plan import plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
@@ -52,6 +53,8 @@ class BenchmarkRequest:
     """Systems to compare with. Empty: as in the recipe, else `COMPARE`."""
     recipe: Path | None = None
     """A recipe whose tests and section `benchmark` are taken, in place of recorded tasks."""
+    token_for: tuple[str, ...] = ()
+    """Owners of data sets, or `owner/name`, to whom the saved token is sent."""
 
 
 def benchmark(
@@ -120,7 +123,8 @@ def _choose_tasks(
         settings = BenchmarkSection.model_validate(dict(settings) | asked)
     except ValidationError as error:
         raise BenchmarkRequestError(explain(error)) from None
-    tasks = recorded | make_tasks(list(own.values()), settings, folder)
+    token_of = token_of_rows(request.token_for)
+    tasks = recorded | make_tasks(list(own.values()), settings, folder, token_of)
     for name in chosen:
         if name not in tasks:
             raise BenchmarkRequestError(

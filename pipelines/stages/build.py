@@ -26,7 +26,7 @@ from meteora.base.chat_template import Template
 from meteora.base.sources import GGUF, find_gguf, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
-from meteora.checkpoint.stack import stack_adapters
+from meteora.checkpoint.stack import stack_adapters, stacked_bytes
 from meteora.fitting import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import write_statistics
@@ -44,6 +44,7 @@ from pipelines.data.labels import (
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
+from pipelines.planning.estimate import bytes_of_gates
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -52,6 +53,7 @@ from pipelines.stages.open_model import describe, opened, tokenizer_of_gates
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
+from pipelines.workspace.faults import require_space
 from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
         with work.scratch() as scratch:
             _fetch_base(work.recipe, spec, scratch / "base")
             seal(scratch / "base", work.home)
-            (scratch / "base").rename(folder)
+            put_in_place(scratch / "base", folder)
 
 
 def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
@@ -112,6 +114,8 @@ def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
         return
     say(f"dequantising {source.removeprefix(GGUF)}, once")
     model, tokenizer = loading.load_gguf(find_gguf(source))
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    require_space(out.parent, num_bytes, f"the dequantised {source}")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -120,6 +124,8 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
     """Concatenate the adapters in one file; the base is not loaded."""
     if work.holds(plan.fused.id):
         return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
+    specs = [expert.adapter.spec for expert in plan.experts]
+    require_space(work.home, stacked_bytes(specs), f"the stack of {len(specs)} experts")
     with work.scratch() as scratch:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
@@ -154,6 +160,7 @@ def fit_gates(
 
 def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
     router = plan.router
+    require_space(work.home, _bytes_of_fit(plan), "a fit of these gates")
     with work.scratch() as scratch:
         out = scratch / GATES
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
@@ -173,6 +180,16 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
         )
 
 
+def _bytes_of_fit(plan: Plan) -> float:
+    """The room that gates need at most until they are recorded."""
+    modules = [module for expert in plan.experts for module in expert.adapter.spec.modules]
+    inputs = {module.path: module.in_features for module in modules}
+    gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
+    if plan.router.joint is not None:
+        return gates * 4  # parameters with two moments, and the gates
+    return (gates + statistics) * 2  # each point when it is fitted, and all of them
+
+
 def _fit_here(
     work: RunContext, plan: Plan, built: BuiltBase, out: Path
 ) -> calibrate.Calibration | joint.Training:
@@ -180,7 +197,7 @@ def _fit_here(
     with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
-            found = _calibrate(router, model, sequences, template, scratch)
+            found = _calibrate(work, router, model, sequences, template, scratch)
         else:
             with _steps(router) as show:
                 found = train_processes.train(
@@ -262,6 +279,7 @@ def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
 
 
 def _calibrate(
+    work: RunContext,
     router: RouterSpec,
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -278,6 +296,7 @@ def _calibrate(
             refined=router.refined,
             seed=router.seed,
             scratch=scratch,
+            folder=work.training_folder(router.id),
             progress=lambda _done, _total: advance(1),
         )
 

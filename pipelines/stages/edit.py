@@ -41,6 +41,7 @@ from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import shortened
 from pipelines.admission.candidate import Admission
+from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
@@ -120,7 +121,7 @@ def add(
     manifest = _read_editable(folder)
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
-    rows = read_rows(examples, Path.cwd(), EXAMPLES)
+    rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
     model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)

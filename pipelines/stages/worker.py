@@ -111,6 +111,10 @@ SMALLER = {
 """What a recipe can ask for less of, by the stage that has no memory left."""
 
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
+
+
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
     """`send`, but at most once in `PROGRESS_SECONDS`."""
     last = 0.0
@@ -126,7 +130,7 @@ def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], 
 
 def _portable(stage: str, error: Exception) -> Exception:
     """An error that can be pickled; one that is not ours gets its traceback as a note."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error):
         first = str(error).partition("\n")[0]
         smaller = f"a smaller {SMALLER[stage]} or " if stage in SMALLER else ""
         return StageError(

@@ -14,6 +14,7 @@ from meteora.artifacts import canonical_sha256
 from meteora.base.sources import PATH, file_sha256
 from pipelines.recipe.recipe import SHIPPED, Recipe, locate, shipped
 from pipelines.workspace.bases import base_at
+from store.files import sync
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class RunContext:
         return checkpoint_at(self.home, router_id)
 
     def training_folder(self, router_id: ArtifactId) -> Path:
-        """The state of an unfinished training of these gates; the next run continues from it."""
+        """The state of an unfinished fit of these gates; the next run continues from it."""
         return self.home / "training" / router_id.partition(":")[2][:16]
 
     def answers_file(self, sha256: str) -> Path:
@@ -117,13 +118,18 @@ def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
 def put_in_place(made: Path, folder: Path) -> None:
     """Rename a finished folder to `folder`, in place of any older one.
 
+    Its bytes are on the disk first: a folder that has its name is taken for whole.
+
     Args:
         made: On the same disk, in a temporary folder, where the older one is moved to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.rename(made.with_name("before"))
+    for path in (*made.rglob("*"), made):
+        sync(path)
     made.rename(folder)
+    sync(folder.parent)
 
 
 def new_run_id() -> str:

@@ -12,6 +12,8 @@ SETTINGS = {
     # nothing calls home
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # no library sends the saved token by itself: we give it, for owners that the user names
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # Prefect's first start makes a database and takes up to half a minute; its limit is 20 s
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 import socket
+from typing import TYPE_CHECKING
 
+from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import brief
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run again, what was finished is kept",
@@ -33,6 +39,27 @@ IN_TEXT = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust name a fault of the system."""
 
 
+class NoSpaceError(MeteoraError):
+    """A disk has no room for what is to be written."""
+
+
+def require_space(folder: Path, num_bytes: float, what: str) -> None:
+    """Check that a disk has room, before a long work that needs it.
+
+    Args:
+        folder: On that disk.
+
+    Raises:
+        NoSpaceError: It has less than `num_bytes` left.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise NoSpaceError(
+            f"{what} needs {num_bytes / 1e6:,.1f} MB, and the disk of {folder} has"
+            f" {free / 1e6:,.1f} MB left; free some space, or give another --home"
+        )
+
+
 def describe(error: BaseException) -> str | None:
     """The sentence for a fault of the machine; None for any other error.
 
@@ -54,7 +81,8 @@ def _of_one(error: BaseException) -> str | None:
     if isinstance(error, socket.gaierror):
         return "the name of a server cannot be looked up; check the network, and run again"
     if isinstance(error, OSError) and error.errno in ADVICE:
-        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        name = error.filename2 or error.filename  # the second is where a copy goes
+        where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
     number = IN_TEXT.search(str(error))
     if number and (advice := ADVICE.get(int(number[1]))):

@@ -25,6 +25,47 @@ if TYPE_CHECKING:
     Worker = Callable[..., subprocess.Popen[str]]
 
 
+def test_two_that_come_first_make_one_home(worker: Worker, tmp_path: Path) -> None:
+    home = tmp_path / "new"
+    both = [worker("write", home, number, 1) for number in (1, 2)]
+    promised = {line.split()[0] for writer in both for line in finish(writer)}
+    assert len(promised) == 2
+    survives(home, promised)
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_writers_readers_and_kills(shelf: Shelf, worker: Worker) -> None:
+    """Six writers, one of which is killed every second, and two readers."""
+    shelf.ledger.ingest()
+    chance, minutes, first = random.Random(0), float(os.environ.get("SOAK_MINUTES", "10")), 0
+    readers = [worker("read", shelf.home, 60 * minutes + 60) for _ in range(2)]
+    writers: list[subprocess.Popen[str]] = []
+    ended: list[subprocess.Popen[str]] = []
+    until = time.monotonic() + 60 * minutes
+    while time.monotonic() < until:
+        while len(writers) < 6:
+            first += 1000
+            writers.append(worker("write", shelf.home, first, 1000))
+        time.sleep(chance.uniform(0.5, 1.5))
+        victim = writers.pop(chance.randrange(len(writers)))
+        victim.kill()
+        ended.append(victim)
+    for process in (*writers, *readers):
+        process.kill()
+    promised, waits = set(), []
+    for lines in map(output, (*ended, *writers)):
+        for words in (line.split(maxsplit=2) for line in lines[:-1]):  # the last may be cut
+            promised.add(words[0])
+            waits.append(float(words[1]))
+            assert len(words) == 2, words
+    survives(shelf.home, promised)
+    for reader in readers:
+        counts = [int(line.split()[0]) for line in output(reader)[:-1]]
+        assert counts == sorted(counts)
+    assert len(promised) > 30 * minutes
+    assert sorted(waits)[int(0.99 * len(waits))] < 5
+
+
 @pytest.mark.parametrize(
     ("num_writers", "num_records", "num_readers"),
     [

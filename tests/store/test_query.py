@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from store.errors import QueryError
+from store.errors import QueryError, StoreError
+from store.index import Index
+from store.ledger import Ledger
 from store.query import Limits, examples
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.store.conftest import Shelf
 
 COMMIT = "c0ffee" + "0" * 34
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
+
+
+def test_a_home_without_an_index_that_can_be_made_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: Index) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Index, "_publish", full)
+    with pytest.raises(StoreError, match=r"no index under .* \(.*No space left on device\)"):
+        Ledger(tmp_path).query("SHOW TABLES")
 
 
 def test_every_example_has_its_answer(asked: Shelf) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 from unittest import mock
 
@@ -205,3 +206,23 @@ def test_progress_is_reported_for_each_module(world, tmp_path):
     adapter = reader.read(world.adapters["q_and_v"])
     stack_adapters([adapter], tmp_path / "out", progress=lambda *step: reported.append(step))
     assert reported == [(done, 4) for done in range(1, 5)]
+
+
+def test_a_disk_that_is_full_at_any_byte_is_an_error_and_the_next_try_is_whole(world, tmp_path):
+    """The largest size that a file may have stands for the room on the disk."""
+    adapters = [reader.read(folder) for folder in world.adapters.values()]
+    whole = tmp_path / "whole"
+    stack_adapters(adapters, whole)
+    size, before = whole.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1, 8, *range(1000, size, size // 20), size - 1):
+        out = tmp_path / f"out-{room}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                stack_adapters(adapters, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        out.unlink(missing_ok=True)
+        stack_adapters(adapters, out)
+        assert out.read_bytes() == whole.read_bytes()
+        out.unlink()

@@ -24,6 +24,7 @@ from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingErro
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import MoELoRALinear, routed_layers
+from tests.conftest import LAYERS
 
 NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
 
@@ -116,6 +117,59 @@ def test_only_the_gates_differ_afterwards(model):
     calibrate(model, examples(4))
     assert frozen_bytes(model) == before
     assert all(layer.router is not None for layer in routed_layers(model).values())
+
+
+def same_gates(some, others):
+    """Whether all bits of two models' gates are equal."""
+    assert some.own.keys() == others.own.keys()
+    return all(
+        torch.equal(mine, theirs)
+        for path, gate in some.own.items()
+        for mine, theirs in zip(gate, others.own[path], strict=True)
+    )
+
+
+def test_a_stopped_sweep_goes_on_and_ends_in_the_same_gates(model, tmp_path):
+    class StoppedError(BaseException):
+        pass
+
+    def stop(_done, _total):
+        raise StoppedError
+
+    whole = calibrate(model, examples(4))
+    expected = gates_of(model)
+    with pytest.raises(StoppedError):
+        calibrate(model, examples(4), folder=tmp_path, progress=stop)
+    kept = sorted(tmp_path.iterdir())
+    assert kept[0].name == "model.layers.0.mlp.down_proj.safetensors"
+    assert len(kept) == len(whole.statistics) // LAYERS
+    before = {path: path.stat().st_ino for path in kept}
+
+    found = calibrate(model, examples(4), folder=tmp_path)
+    assert {path: path.stat().st_ino for path in kept} == before  # they are not fitted again
+    assert len(list(tmp_path.iterdir())) == len(whole.statistics)
+    assert found.accuracy_of == whole.accuracy_of
+    for path, statistics in whole.statistics.items():
+        for name, tensor in vars(statistics).items():
+            assert torch.equal(getattr(found.statistics[path], name), tensor)
+    assert same_gates(gates_of(model), expected)
+
+
+def test_a_kept_point_that_is_damaged_or_of_other_sequences_is_fitted_again(model, tmp_path):
+    calibrate(model, examples(4), folder=tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    damaged = bytearray(kept[0].read_bytes())
+    damaged[-1] ^= 1
+    kept[0].write_bytes(damaged)
+    kept[1].write_bytes(damaged[:100])
+    before = {path: path.stat().st_ino for path in kept}
+    calibrate(model, examples(4), folder=tmp_path)
+    again = {path for path in kept if path.stat().st_ino != before[path]}
+    assert again == set(kept[:2])
+    calibrate(model, examples(5), folder=tmp_path)
+    found = gates_of(model)
+    calibrate(model, examples(5))
+    assert same_gates(gates_of(model), found)
 
 
 def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):

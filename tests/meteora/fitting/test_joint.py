@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import JointSettings
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
@@ -290,9 +292,17 @@ def test_the_state_of_another_training_is_refused(world, tmp_path):
     marked = [replace(one, openings=(len(one.experts) - 1,)) for one in examples(2)]
     with pytest.raises(StateError, match="belongs to a training"):
         train_jointly(world.load(), marked, SETTINGS, folder=tmp_path)
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-100])
-    with pytest.raises(StateError, match="remove it to train from the beginning"):
-        train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    with safe_open(tmp_path / FILE, framework="pt") as file:
+        about = file.metadata()
+    kept = {k: v for k, v in load_file(tmp_path / FILE).items() if "exp_avg" not in k}
+    save_file(kept, tmp_path / "no-moments", about)
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    for damaged in (whole[:-100], bytes(flipped), (tmp_path / "no-moments").read_bytes()):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(StateError, match="remove it to train from the beginning"):
+            train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -7,6 +7,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels.stack import ExpertStack
+from meteora.routing.gates import Sharing, UndecidedError
 from meteora.routing.routers import Arrow, Decision, Fixed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
@@ -109,3 +110,8 @@ def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
         assert torch.equal(decided, repeated)
     with pytest.raises(RuntimeError, match="6 tokens follows a gate that saw 5"):
         follower(torch.randn(6, 3))
+
+
+def test_a_module_without_a_gate_needs_one_before_it():
+    with pytest.raises(UndecidedError, match="no gate decides before it"):
+        Sharing("token", 2).last("model.layers.0.self_attn.q_proj")

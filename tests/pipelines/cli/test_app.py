@@ -158,6 +158,21 @@ def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_
     assert verdict["r_max"] == 8
 
 
+def test_one_bad_adapter_of_five_hundred_is_named_and_the_others_are_judged(
+    world: World, tmp_path: Path
+) -> None:
+    folders = [tmp_path / f"adapter-{number}" for number in range(500)]
+    for folder in folders:
+        folder.symlink_to(world.adapters["q_and_v"])
+    folders[314].unlink()
+    folders[314].mkdir()
+    said = meteora("check", *folders, "--json", home=tmp_path / "home")
+    assert said.returncode == 1
+    verdicts = [verdict["verdict"] for verdict in json.loads(said.stdout)]
+    assert [number for number, verdict in enumerate(verdicts) if verdict == "refuse"] == [314]
+    assert len(verdicts) == 500
+
+
 def test_sql_is_a_question_and_nothing_else(tmp_path: Path) -> None:
     said = meteora("sql", "SELECT 1 AS one, 'a' AS letter", "--format", "json", home=tmp_path)
     assert said.returncode == 0, said.stderr

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, text: str, said: str) ->
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ExamplesError, match=said):
         read_rows("jsonl:rows.jsonl", tmp_path, 10)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "bigbench"])
+def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows")
+    with pytest.raises(ExamplesError, match="a pipe, which may never end"):
+        read_rows(f"{kind}:rows", tmp_path, 10)
 
 
 @pytest.mark.parametrize(

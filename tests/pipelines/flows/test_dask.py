@@ -50,3 +50,11 @@ def test_two_workers_share_the_recipes_and_one_that_fails_stops_no_other(
     )
     assert together.rows == [(True,)]
     assert ledger.query("SELECT count(*) FROM artifacts WHERE kind = 'fused'").rows == [(1,)]
+
+
+def test_without_dask_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.flows import dask  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    with pytest.raises(dask.NoDaskError, match=r"pip install 'meteora-pipelines\[dask\]'"):
+        dask._task_runner("2")

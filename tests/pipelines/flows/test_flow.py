@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -20,20 +21,22 @@ from meteora.artifacts import MeteoraError, canonical_sha256
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
+from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
+from tests.pipelines.process_tree import descendants, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from typing import Any
 
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
 
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -180,51 +183,55 @@ STEPS = (
 )  # fmt: skip
 
 KILLED = """
-import os, signal, sys
+import functools, os, signal, sys
+from pathlib import Path
 from pipelines.flows import flow as flows
+from pipelines.recipe.stage import Stage
+from pipelines.workspace.context import RunContext
 
 recipe, home, victim = sys.argv[1:]
-step = getattr(flows, victim, None)
 
-def last_step(*args):
-    step(*args)
+def kill(*_args):
     assert "torch" not in sys.modules  # that is for the process of the stages
     os.kill(os.getpid(), signal.SIGKILL)
 
-if step:
-    setattr(flows, victim, last_step)
-flows.fuse_adapters(recipe, home)
+if victim == "start":
+    flows._run = kill
+elif task := getattr(flows, victim, None):
+    step = task.fn
+    task.fn = functools.wraps(step)(lambda *args: kill(step(*args)))
+flows.run_recipe(RunContext.open(recipe, Path(home)), Stage.publish)
 """
 
 
-def kill_after(step: str, work: RunContext) -> str:
-    """Run a recipe in a process that kills itself after a step; returns its run's name."""
+def kill_after(step: str, work: RunContext) -> None:
+    """Run a recipe in a process that kills itself at the end of a step, inside its task."""
     command = [sys.executable, "-c", KILLED, str(work.path), str(work.home), step]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    (killed,) = work.ledger.unended_runs()
-    return killed.run_id
 
 
-def test_a_killed_run_is_closed_by_the_next_in_the_ledger_and_on_the_server(
+def test_killed_runs_are_closed_by_the_next_in_the_ledger_and_on_the_server(
     workplace: Callable[..., RunContext],
 ) -> None:
+    """One of them was killed after Prefect had begun it, and before it was recorded."""
     from prefect.client.orchestration import get_client  # noqa: PLC0415
-    from prefect.client.schemas.filters import (  # noqa: PLC0415
-        FlowRunFilter,
-        FlowRunFilterName,
-    )
+    from prefect.client.schemas import filters  # noqa: PLC0415
 
     work = workplace()
-    run_id = kill_after("stack", work)
-    only = FlowRunFilter(name=FlowRunFilterName(like_=run_id))
+    kill_after("stack", work)
+    kill_after("start", work)
+    (run_id,) = [one.run_id for one in work.ledger.unended_runs()]
+    (lock,) = [tag for tag in tags_of(work) if tag.startswith("lock:")]
+    all_runs = filters.FlowRunFilter(tags=filters.FlowRunFilterTags(all_=[lock]))
     with get_client(sync_client=True) as client:
-        (before,) = client.read_flow_runs(flow_run_filter=only)
+        wait_until(lambda: len(client.read_task_runs(flow_run_filter=all_runs)) > 2, seconds=20)
+        before = client.read_flow_runs(flow_run_filter=all_runs)
         run(work, "stack")
-        (after,) = client.read_flow_runs(flow_run_filter=only)
-    assert before.state is not None
-    assert before.state.is_running()
-    assert after.state is not None
-    assert after.state.is_crashed()
+        after = client.read_flow_runs(flow_run_filter=all_runs)
+        tasks = client.read_task_runs(flow_run_filter=all_runs)
+    assert [one.state_name for one in before] == ["Running"] * 2
+    assert sorted(str(one.state_name) for one in after) == ["Completed", "Crashed", "Crashed"]
+    assert {one.state_name for one in tasks} <= {"Completed", "Crashed"}
     assert dict(work.ledger.query("SELECT run_id, outcome FROM runs").rows)[run_id] == "killed"
     (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
     assert stacked == (run_id,)  # and not a second time
@@ -298,3 +305,73 @@ def test_kill_9_between_any_two_stages_loses_nothing(
     assert not killed.ledger.verify().findings
     with duckdb.connect(str(home / "ledger.snapshot.duckdb"), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM scores").fetchone() == (10,)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_ends_cleanly_and_the_next_goes_on(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, as a system sends it that shuts down."""
+    from store.ledger import Ledger  # noqa: PLC0415
+
+    home = tmp_path / "home"
+    command = [
+        sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
+        "--home", str(home), "--until", "stack",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=without_prefect())
+    wait_until(lambda: home.is_dir() and bool(Ledger(home).unended_runs()), seconds=200)
+    started = descendants(running.pid)
+    running.terminate()
+    began = time.monotonic()
+    assert running.wait(timeout=60) == -signal.SIGTERM
+    assert time.monotonic() - began < 10
+    stages = [pid for pid in started if pid not in servers(home)]
+    assert stages
+    assert all(map(ends, stages))
+    ledger = Ledger(home)
+    assert ledger.query("SELECT outcome FROM runs").rows == [("stopped",)]
+    assert not list((home / "runs").glob("*/*"))
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=without_prefect())
+    assert ledger.query("SELECT outcome FROM runs ORDER BY 1").rows == [("ok",), ("stopped",)]
+
+
+DIGESTS = """
+import sys
+from pathlib import Path
+from pipelines.stages import build
+from pipelines.workspace.context import RunContext
+from tests.pipelines.conftest import plan_of
+
+work = RunContext.open(sys.argv[1], Path(sys.argv[2]))
+planned, built = plan_of(work)
+fused = build.stack(work, planned)
+gates = build.fit_gates(work, planned, built, fused)
+print(planned.router.id, fused.weights_sha256, gates.weights_sha256, gates.statistics_sha256)
+"""
+
+
+@pytest.mark.slow
+def test_neither_place_nor_zone_nor_language_nor_hash_seed_changes_a_byte(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    made = set()
+    for number, (zone, language, seed) in enumerate(
+        (
+            ("UTC", "C", "0"),
+            ("Asia/Kathmandu", "tr_TR.UTF-8", "1"),
+            ("America/Lima", "C.UTF-8", "7"),
+        )
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        told = {"TZ": zone, "LC_ALL": language, "PYTHONHASHSEED": seed}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        said = subprocess.run(
+            [sys.executable, "-c", DIGESTS, str(recipe_folder / "recipe.yaml"), str(place)],
+            env=os.environ | told | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            cwd=place, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        made.add(said.stdout)
+    assert len(made) == 1
+    assert len(made.pop().split()) == 4

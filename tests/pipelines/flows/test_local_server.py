@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from pipelines.flows import local_server
+from pipelines.workspace.faults import NoSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -117,3 +122,51 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     with pytest.raises(local_server.ServerError, match=r"server\.log says why"):
         local_server.use_local_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_a_disk_without_room_is_said_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(NoSpaceError, match=r"needs 33\.6 MB, and the disk of .* has 0\.0 MB left"):
+        local_server.use_local_server(tmp_path)
+    assert not servers(tmp_path)
+
+
+def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    request = httpx.Request("POST", "http://127.0.0.1:4200/api/flow_runs")
+
+    def error(status: int) -> Exception:
+        return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
+
+    with pytest.raises(local_server.ServerError, match=r"127\.0\.0\.1:4200 fails with 500"):
+        local_server.raise_if_it_failed(error(500))
+    for ours in (error(422), KeyError("ours")):
+        local_server.raise_if_it_failed(ours)
+
+
+def test_a_server_that_takes_a_minute_to_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute here is half a second, in which the server answers that it is not ready."""
+    assert local_server.START_SECONDS > 60
+    monkeypatch.setattr(local_server, "START_SECONDS", 0.02 * local_server.START_SECONDS)
+    ready = time.monotonic() + 0.5
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if time.monotonic() > ready else 503)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        local_server._wait_until_healthy(None, url, tmp_path / "server.log")
+        server.shutdown()
+    assert time.monotonic() > ready

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pipelines.admission import sources
 from pipelines.flows import flow, up_to_date
+from pipelines.flows.up_to_date import look
 from pipelines.planning import resolve
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import meteora
-from tests.pipelines.conftest import Here, base_of
+from tests.pipelines.conftest import Here, base_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from pipelines.workspace.context import RunContext
 
@@ -76,3 +77,33 @@ def test_a_plan_of_other_adapters_is_not_taken_over(
         work, recipe=work.recipe.model_copy(update={"experts": work.recipe.experts[:1]})
     )
     assert resolve.resolve(fewer, built, steps, plan).fused.names == ("q_and_v",)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_thousand_runs_with_nothing_to_do_leave_nothing_behind(
+    workplace: Callable[..., RunContext],
+) -> None:
+    """What a scheduled run does under its lock, a thousand times in one process."""
+    work = workplace(benchmark={"limit": 2, "compare": [], "max_new_tokens": 1})
+    run(work)
+
+    def used() -> tuple[int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages, len(list(Path("/proc/self/fd").iterdir()))
+
+    def once() -> None:
+        again = replace(work, ledger=Ledger(work.home))
+        with again.ledger.running(again.key):
+            assert look(again).finished
+
+    for _ in range(100):
+        once()
+    before = used()
+    files = len(list(work.home.rglob("*")))
+    for _ in range(1000):
+        once()
+    after = used()
+    assert after[0] < 1.1 * before[0]
+    assert after[1] == before[1]
+    assert len(list(work.home.rglob("*"))) == files

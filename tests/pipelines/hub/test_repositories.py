@@ -17,7 +17,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
-from pipelines.hub import adapter, listing, repositories
+from pipelines.hub import adapter, repositories
 from pipelines.hub.about import HubSource
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
@@ -177,6 +177,37 @@ def test_a_bit_that_flipped_on_disk_is_noticed(asked: Hub, tmp_path: Path) -> No
         download(REF, tmp_path, hub=asked)
 
 
+def test_a_link_in_place_of_a_file_is_not_followed(asked: Hub, tmp_path: Path) -> None:
+    weights = download(REF, tmp_path / "cache", hub=asked) / "adapter_model.safetensors"
+    elsewhere = tmp_path / "elsewhere"
+    weights.rename(elsewhere)
+    weights.symlink_to(elsewhere)
+    with pytest.raises(HubHashError, match="is not a file"):
+        download(REF, tmp_path / "cache", hub=asked)
+
+
+def test_killed_before_the_folder_has_its_name_it_is_downloaded_again(
+    asked: Hub, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up
+        with pytest.raises(KilledError):
+            download(REF, tmp_path, hub=asked)
+    assert list(tmp_path.rglob("*.partial"))
+    server.requests.clear()
+    folder = download(REF, tmp_path, hub=asked)
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert server.count("get") > 0
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 REFUSED = {
     "dora": {"peft_type": "LORA", "use_dora": True},
     "peft_type": {"peft_type": "IA3"},
@@ -258,7 +289,7 @@ def test_a_disk_without_room_is_noticed_before_anything_comes(
     server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(listing.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(HubDiskError, match=r"0\.0 MB left; free some space"):
         download(REF, tmp_path, hub=asked)
     assert server.count("get") == 0

@@ -149,7 +149,12 @@ def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
 @pytest.mark.parametrize("status", [0, 429, 500, 503])
 @pytest.mark.parametrize(("kind", "path"), STEPS)
 def test_what_passes_is_tried_again(
-    server: HubServer, folder: Path, kind: str, path: str, status: int
+    server: HubServer,
+    folder: Path,
+    kind: str,
+    path: str,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = (
         path
@@ -159,6 +164,7 @@ def test_what_passes_is_tried_again(
     server.faults[kind] = fault = Fault(status=status, times=2, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
+    assert capsys.readouterr().err.count("it is tried again") == 2
     assert repo_of(server).branches == {"main": commit}
     assert whole_or_absent(repo_of(server), folder) == 1
 

@@ -51,7 +51,8 @@ def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG0
 
 
 def main() -> None:
-    reload_worker.logits(*sys.argv[1:])  # and what that imports, too, is here from now on
+    folder, base = sys.argv[1:]
+    reload_worker.logits(folder, base)  # and what that imports, too, is here from now on
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

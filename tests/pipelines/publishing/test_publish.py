@@ -36,6 +36,7 @@ from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, Published, publish
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
+from pipelines.workspace.environment import SETTINGS
 from store.ledger import Ledger
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_here import HubHere
@@ -237,7 +238,9 @@ def _the_card_is_true(text: str, world: World, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) == 4  # five with a chat template
     code = code.replace("FOLDER_OF_THE_BASE", str(world.base))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "empty")}
+    # a user's own process, in which we have set nothing
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment["HF_HOME"] = str(tmp_path / "empty")
     said = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env=environment, capture_output=True, text=True, check=False,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,8 +11,6 @@ from pipelines.planning.plan import joint_settings
 from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from meteora.artifacts import JointSettings
 
 EXPERT = "{name: a, adapter: path:a, examples: jsonl:a.jsonl}"
@@ -268,3 +268,21 @@ def test_an_absurd_recipe_gets_a_short_message(tmp_path: Path, more: str) -> Non
     with pytest.raises(RecipeError) as caught:
         load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\n{more}\n")
     assert len(str(caught.value)) < 5_000
+
+
+def test_what_is_no_file_of_a_recipes_size_is_one_sentence(tmp_path: Path) -> None:
+    large, folder, pipe = (tmp_path / name for name in ("large.yaml", "folder", "pipe"))
+    with large.open("wb") as file:
+        file.truncate(1 << 30)
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for path, said in (
+        (large, "larger than"),
+        (folder, "no such recipe file"),
+        (pipe, "no such recipe file"),
+        (Path("/dev/zero"), "no such recipe file"),
+        (tmp_path / "missing.yaml", "no such recipe file"),
+    ):
+        with pytest.raises(RecipeError, match=said) as refused:
+            Recipe.load(locate(str(path)))
+        assert "\n" not in str(refused.value)

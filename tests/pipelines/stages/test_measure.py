@@ -92,6 +92,7 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     assert "| composite-2 | composite_right | 2 |" in text
     assert "as plain text" in text
     assert "Prefill" in text
+    warn_of_experts_whose_tokens_go_elsewhere(summary)
     mark_only_what_differs_beyond_chance(summary)
 
 
@@ -188,6 +189,18 @@ def mark_only_what_differs_beyond_chance(summary: Summary) -> None:
         assert [line.startswith(f"Worse than base on {one.task}") for line in lines] == (
             [True] if mark == "-" else []
         )
+
+
+def warn_of_experts_whose_tokens_go_elsewhere(summary: Summary) -> None:
+    assert summary.routing is not None
+    first, *rest = (replace(share, accuracy=0.9) for share in summary.routing.by_expert)
+    for accuracy, warned in ((0.51, False), (0.49, True)):
+        shares = (replace(first, accuracy=accuracy), *rest)
+        lines = card.routing_lines(
+            replace(summary, routing=replace(summary.routing, by_expert=shares))
+        )
+        warning = f"Most tokens of {first.expert} go to other experts"
+        assert [warning in line for line in lines] == [False, *([True] if warned else [])]
 
 
 def test_a_run_that_was_stopped_asks_only_what_is_missing(

@@ -50,6 +50,11 @@ def test_each_fault_of_the_system_says_what_to_do(number: int) -> None:
     assert describe(OSError(number, os.strerror(number))) == ADVICE[number]
 
 
+def test_a_copy_names_the_side_that_is_full() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/base/x", None, "/full/x")
+    assert str(describe(error)).startswith("/full/x: the disk is full")
+
+
 def test_a_fault_is_found_behind_the_error_of_a_library() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/home/x")
     behind = RuntimeError("could not save")

@@ -1,0 +1,104 @@
+"""When a schedule is due: where clocks change, in leap years, in any time zone."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
+
+BERLIN = "Europe/Berlin"
+
+
+@pytest.fixture(scope="module")
+def due() -> Callable[..., list[datetime]]:
+    """A function from cron line, time zone, first moment and number to moments."""
+    from prefect.server.schemas.schedules import CronSchedule  # noqa: PLC0415
+
+    from pipelines.flows.deployments import read_schedule  # noqa: PLC0415
+
+    def moments(cron: str, timezone: str, start: datetime, count: int) -> Any:
+        asked: Any = read_schedule(cron, timezone)
+        schedule = CronSchedule(cron=asked.cron, timezone=asked.timezone)
+        return asyncio.run(schedule.get_dates(count, start=start))
+
+    return moments
+
+
+def days(found: list[datetime], timezone: str = BERLIN) -> list[tuple[int, int, int, int]]:
+    """Month, day, hour and minute by the clock on the wall."""
+    local = [moment.astimezone(ZoneInfo(timezone)) for moment in found]
+    return [(one.month, one.day, one.hour, one.minute) for one in local]
+
+
+def test_a_nightly_run_is_due_once_a_night_by_the_clock_on_the_wall(
+    due: Callable[..., list[datetime]],
+) -> None:
+    for month, first in ((3, 28), (10, 24)):  # the clock changes on the second of these nights
+        start = datetime(2026, month, first, tzinfo=UTC)
+        expected = [(month, first + day, 3, 30) for day in range(3)]
+        assert days(due("30 3 * * *", BERLIN, start, 3)) == expected
+
+
+def test_an_hour_that_is_skipped_or_comes_twice_is_due_once(
+    due: Callable[..., list[datetime]],
+) -> None:
+    for month, first in ((3, 28), (10, 24)):
+        found = due("30 2 * * *", BERLIN, datetime(2026, month, first, tzinfo=UTC), 3)
+        assert [day for _, day, _, _ in days(found)] == [first, first + 1, first + 2]
+        assert len(set(found)) == 3
+        assert found == sorted(found)
+
+
+def test_an_hourly_run_is_due_at_every_hour_that_the_clock_shows(
+    due: Callable[..., list[datetime]],
+) -> None:
+    """So one that comes twice is due once."""
+    for month, first, longest in ((3, 28, 3600), (10, 24, 7200)):
+        found = due("0 * * * *", BERLIN, datetime(2026, month, first, 12, tzinfo=UTC), 30)
+        steps = [(later - sooner).total_seconds() for sooner, later in pairwise(found)]
+        assert {*steps} == {3600.0, float(longest)}
+        assert steps.count(7200.0) == (longest == 7200)
+
+
+def test_the_29th_of_february_is_due_in_leap_years_alone(
+    due: Callable[..., list[datetime]],
+) -> None:
+    found = due("0 3 29 2 *", "UTC", datetime(2026, 1, 1, tzinfo=UTC), 3)
+    assert [(one.year, one.month, one.day) for one in found] == [
+        (2028, 2, 29), (2032, 2, 29), (2036, 2, 29),
+    ]  # fmt: skip
+    last = due("0 3 * * *", "UTC", datetime(2028, 2, 28, tzinfo=UTC), 3)
+    assert [(one.month, one.day) for one in last] == [(2, 28), (2, 29), (3, 1)]
+
+
+def test_one_moment_has_another_hour_in_another_zone(due: Callable[..., list[datetime]]) -> None:
+    start = datetime(2026, 6, 1, tzinfo=UTC)
+    ((_, _, hour, minute),) = days(due("15 3 * * *", "Asia/Kathmandu", start, 1), "UTC")
+    assert (hour, minute) == (21, 30)
+
+
+@pytest.mark.parametrize(
+    ("cron", "timezone"), [("0 3 * *", "UTC"), ("61 3 * * *", "UTC"), ("0 3 * * *", "Atlantis")]
+)
+def test_what_is_no_schedule_is_one_sentence(cron: str, timezone: str) -> None:
+    from pipelines.flows.deployments import ServeError, read_schedule  # noqa: PLC0415
+
+    with pytest.raises(ServeError, match="is no schedule") as refused:
+        read_schedule(cron, timezone)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_that_is_given_twice_is_refused(workplace: Callable[..., RunContext]) -> None:
+    from pipelines.flows.deployments import ServeError, serve  # noqa: PLC0415
+
+    with pytest.raises(ServeError, match="is given twice"):
+        serve([workplace(), workplace()], None, limit=1)

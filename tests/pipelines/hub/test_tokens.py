@@ -1,0 +1,163 @@
+"""One rule for the saved token: it goes only to owners that the user names, whatever is asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.main import get_command
+
+from meteora.checkpoint.manifest import MANIFEST, BaseEntry
+from pipelines.admission.sources import token_of_rows
+from pipelines.cli.app import app
+from pipelines.data.row_sources import ExamplesError, read_rows
+from pipelines.hub.errors import InsecureEndpointError
+from pipelines.publishing import publish, reload_worker
+from pipelines.recipe.recipe import Recipe
+from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.hub.hub_server import running_hub
+
+if TYPE_CHECKING:
+    from tests.conftest import World
+
+ROOT = Path(__file__).parents[3]
+WITH_OPTION = {
+    "add", "benchmark", "chat", "chat-server", "check", "drop", "export", "generate", "publish",
+    "report", "verify",
+}  # fmt: skip
+BY_RECIPE = {"run", "schedule", "serve"}
+
+
+@pytest.fixture(autouse=True)
+def _saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_saved")
+
+
+def test_one_function_takes_the_saved_token() -> None:
+    sources = [path for room in ("meteora", "pipelines") for path in (ROOT / room).rglob("*.py")]
+    taking = {path.name: path.read_text().count("get_token()") for path in sources}
+    assert {name: count for name, count in taking.items() if count} == {"client.py": 1}
+    assert not [path for path in sources if "token=True" in path.read_text()]
+
+
+def test_every_command_that_asks_the_hub_takes_the_option() -> None:
+    commands: Any = get_command(app)
+    names = {name: {one.name for one in c.params} for name, c in commands.commands.items()}
+    assert {name for name, options in names.items() if "token_for" in options} == WITH_OPTION
+    naming = {
+        name
+        for name, command in commands.commands.items()
+        if any(word in str(one.help) for one in command.params for word in ("Hub", "owner/name"))
+    }
+    assert naming - BY_RECIPE <= WITH_OPTION
+
+
+def test_libraries_send_no_token_by_themselves_in_a_run() -> None:
+    code = (
+        "from pathlib import Path; from pipelines.workspace.environment import prepare\n"
+        "prepare(Path('home'))\n"
+        "from huggingface_hub.utils import build_hf_headers; print(build_hf_headers())"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
+    )
+    assert "user-agent" in said.stdout
+    assert "hf_saved" not in said.stdout
+
+
+def test_data_sets_get_it_where_the_recipe_names_their_owner(
+    recipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, object] = {}
+
+    def load_dataset(name: str, _config: object, **asked: Any) -> list[dict[str, str]]:
+        sent[name] = asked["token"]
+        return [{"prompt": "a", "response": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    recipe = Recipe.load(recipe_folder / "recipe.yaml")
+    named = recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"token_for": ("me",)})})
+    for name in ("me/mine", "you/yours"):
+        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub.token_for))
+    assert sent == {"me/mine": "hf_saved", "you/yours": False}
+    assert read_rows("hf:me/mine", tmp_path, 1)
+    assert sent["me/mine"] is False
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
+    with pytest.raises(InsecureEndpointError):
+        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub.token_for))
+
+
+def test_a_private_data_set_says_how_it_gets_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_args: object, **_asked: object) -> None:
+        raise FileNotFoundError("not there, or private")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ExamplesError, match="name its owner in the recipe under hub, token_for"):
+        read_rows("hf:me/mine", tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "to_base"), [([], False), (["--token-for", "other"], "hf_saved")]
+)
+def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    to_base: object,
+) -> None:
+    fingerprint = world.manifest.base.fingerprint
+    manifest = replace(world.manifest, base=BaseEntry("other/base", "b" * 40, fingerprint))
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / MANIFEST).write_text(manifest.to_json())
+    seen: list[publish.Destination] = []
+
+    def take(_ledger: object, _folder: Path, to: publish.Destination, *_: object, **__: object):
+        seen.append(to)
+        return publish.Published(to.repo_id, "c" * 40, "tag", recorded=True)
+
+    monkeypatch.setattr(publish, "publish", take)
+    said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
+    assert said.returncode == 0, said.stderr
+    assert seen[0].hub.token == "hf_saved"  # noqa: S105
+    assert seen[0].download == {"token": to_base}
+
+
+def test_the_process_that_compares_asks_for_the_base_as_it_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def load(_folder: Path, *, download: object, **_options: object) -> object:
+        asked.append(download)
+        return world.load(), None
+
+    monkeypatch.setattr(reload_worker, "load", load)
+    monkeypatch.setattr(reload_worker, "encode_prompt", lambda *_: [1, 2, 3])
+    monkeypatch.setattr(reload_worker, "find_checkpoint", lambda *_, **__: world.checkpoint)
+    there = {"folder": "x", "repo_id": "org/model", "revision": "main", "base_folder": None}
+    found = reload_worker.compare(**there, cache_dir=str(tmp_path), download={"token": False})
+    assert found["difference"] == 0
+    assert asked == [{"token": False}] * 2
+
+
+def test_it_is_written_nowhere(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub() as server:
+        server.repos["org/adapter"] = adapter_repo(world.adapters["q_and_v"])
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        said = ask("check", f"org/adapter@{COMMIT}", "--token-for", "org", "--home", tmp_path)
+        assert {token for _, _, token in server.requests} == {"Bearer hf_saved"}
+    assert said.returncode == 0, said.stdout
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"hf_saved" in text for text in (*written, (said.stdout + said.stderr).encode()))

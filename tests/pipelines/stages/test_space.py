@@ -1,0 +1,48 @@
+"""A stage without room on the disk does not begin, and says what is there and what is needed."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from meteora.checkpoint.stack import stacked_bytes
+from pipelines.stages import build
+from pipelines.workspace.faults import NoSpaceError
+from tests.pipelines.conftest import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
+
+
+def test_stack_and_gates_ask_for_their_room_first(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workplace()
+    planned, built = plan_of(work)
+
+    def leave(num_bytes: float) -> None:
+        left = shutil.disk_usage(work.home)._replace(free=int(num_bytes))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+
+    specs = [expert.adapter.spec for expert in planned.experts]
+    leave(stacked_bytes(specs) - 1)
+    with pytest.raises(NoSpaceError, match=r"the stack of 2 experts needs 0\.0 MB, and the disk"):
+        build.stack(work, planned)
+    leave(stacked_bytes(specs))
+    fused = build.stack(work, planned)
+    size = work.ledger.blobs.path_of(fused.weights_sha256).stat().st_size
+    assert 0 <= size - stacked_bytes(specs) < 10_000  # the rest is the header
+
+    needed = build._bytes_of_fit(planned)
+    leave(needed - 1)
+    with pytest.raises(NoSpaceError, match="a fit of these gates needs"):
+        build.fit_gates(work, planned, built, fused)
+    assert work.ledger.built(planned.router.id) is None
+    leave(needed)
+    made = build.fit_gates(work, planned, built, fused)
+    tensors = sum(work.ledger.blobs.path_of(blob).stat().st_size for blob in made.blobs)
+    assert tensors < needed + 20_000  # two headers

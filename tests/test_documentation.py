@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import PurePath
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.pages import DOCS, ROOT
+
 PAGES = (
     "README.md",
     "meteora/README.md",
@@ -15,23 +16,34 @@ PAGES = (
     "pipelines/README.md",
     ".github/CONTRIBUTING.md",
     ".github/CHANGELOG.md",
+    *(page.relative_to(ROOT).as_posix() for page in DOCS),
 )
 PATH = re.compile(r"(?:meteora|pipelines|store|tests|\.github)/[\w./-]*|\w+\.toml")
-LINK = re.compile(r"\]\(((?!https?:)[^)#]+)\)")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
 
 
 def named(page: str) -> list[str]:
-    """The paths of our own that a page names, in code or as the target of a link."""
+    """The paths of our own that a page names in code."""
     text = (ROOT / page).read_text()
     quoted = re.findall(r"`([^`\n]+)`", text)
     words = [word for code in quoted for word in code.split() if PATH.fullmatch(word)]
     commands = re.findall(r"\btests/[\w./-]+\b", text)
-    return sorted({*words, *commands, *LINK.findall(text)})
+    return sorted({*words, *commands})
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_that_a_page_names_exists(page: str) -> None:
     assert [path for path in named(page) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_page_and_a_heading(page: str) -> None:
+    for target, heading in LINK.findall((ROOT / page).read_text()):
+        path = ROOT / page if not target else ROOT / PurePath(page).parent / target
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if heading else []
+        anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+        assert not heading or heading in anchors
 
 
 @pytest.mark.parametrize("package", ["meteora", "pipelines"])

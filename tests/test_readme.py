@@ -1,25 +1,25 @@
-"""What the README says is true: its commands exist, and its recipe is shipped."""
+"""What the README and its pages say is true: commands exist, and the first recipe is shipped."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.pages import PAGES, ROOT
 from tests.pipelines.cli.command_line import ask
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"\bmeteora ((?:store )?[a-z]+)\b(?= |$|`)", README)))
+NAME = re.compile(r"\bmeteora ((?:(?:store|recipe) )?[a-z]+(?:-[a-z]+)?)\b(?= |$|`)", re.MULTILINE)
+COMMANDS = sorted(set(NAME.findall("\n".join(page.read_text() for page in PAGES))))
 
 
-def test_the_readme_names_commands() -> None:
+def test_the_pages_name_commands() -> None:
     assert {"run", "check", "generate", "sql", "verify"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_in_the_readme_exists(command: str) -> None:
+def test_every_command_in_the_pages_exists(command: str) -> None:
     assert ask(*command.split(), "--help").returncode == 0
 
 

@@ -3,7 +3,8 @@
 Measuring a large model takes hours. When a run is stopped, the next one continues at the first row
 without an answer: rows go through the model in portions of whole batches, and each portion is
 written to the log as soon as it is answered. A stopped measurement has the same portions, and so
-the same batches, as one that was never stopped; its answers are equal to the last bit.
+the same batches, as one that was never stopped; its answers are equal to the last bit. (Batches are
+smaller where memory runs out.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ import fcntl
 import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from pipelines.workspace.console import say
+from pipelines.workspace.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -99,6 +105,8 @@ def answer_in_portions(
 ) -> list[Any]:
     """One answer for each item of `asked`, from the log where it has one.
 
+    Where the memory is too little for so many at once, half as many are asked at once from then on.
+
     Args:
         ask: answers the items of one portion, in order
         phase: a name for this use of the log; others on the same rows have other names
@@ -109,8 +117,24 @@ def answer_in_portions(
     if answers:
         advance(sum(map(parts_of, asked[: len(answers)])))
     step = BATCHES * batch_size
-    for start in range(len(answers), len(asked), step):
-        portion = list(ask(asked[start : start + step]))
+    while len(answers) < len(asked):
+        portion = _ask(ask, asked[len(answers) : len(answers) + step])
+        if portion is None:
+            # a portion has several batches, so less than a batch is what takes less memory
+            step = max(1, min(step, batch_size) // 2)
+            say(f"no memory for so many prompts at once; {step} from here on", "note")
+            torch.cuda.empty_cache()
+            continue
         log.append(phase, portion)
         answers += portion
     return answers
+
+
+def _ask(ask: Callable[[Any], Sequence[Any]], portion: Sequence[Any]) -> list[Any] | None:
+    """The answers of a portion; None where several items take more memory than there is."""
+    try:
+        return list(ask(portion))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(portion) == 1:
+            raise
+        return None

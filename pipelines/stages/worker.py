@@ -20,7 +20,7 @@ from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.machine import memory_bytes
+from pipelines.workspace.machine import is_out_of_memory, memory_bytes
 from pipelines.workspace.processes import parent
 from store.ledger import Ledger
 
@@ -111,10 +111,6 @@ SMALLER = {
 """What a recipe can ask for less of, by the stage that has no memory left."""
 
 
-NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
-
-
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
     """`send`, but at most once in `PROGRESS_SECONDS`."""
     last = 0.0
@@ -130,7 +126,7 @@ def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], 
 
 def _portable(stage: str, error: Exception) -> Exception:
     """An error that can be pickled; one that is not ours gets its traceback as a note."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error):
+    if is_out_of_memory(error):
         first = str(error).partition("\n")[0]
         smaller = f"a smaller {SMALLER[stage]} or " if stage in SMALLER else ""
         return StageError(

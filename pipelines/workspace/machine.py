@@ -19,6 +19,8 @@ SECONDS = 0.15
 """For each of the measurements."""
 SIZE = 2048
 """Rows and columns of the matrices."""
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
 
 
 class DeviceError(MeteoraError):
@@ -96,6 +98,11 @@ def choose_device(name: str = "auto") -> str:
 def _devices() -> list[str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little memory for what was asked."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 def memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""`import meteora` gives exactly the names that the README uses, and loads nothing heavy."""
+"""`import meteora` gives exactly the names that the pages use, and loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tomllib
 from importlib import resources
-from pathlib import Path
 
 import pytest
 
 import meteora
+from tests.pages import PAGES, ROOT, fences
 
-ROOT = Path(__file__).parents[2]
 PUBLIC = [
     "__version__",
     "expert_cache",
@@ -77,10 +76,19 @@ def test_a_package_says_that_it_is_typed(package: str) -> None:
     assert resources.files(package).joinpath("py.typed").is_file()
 
 
-def test_the_readme_uses_public_names_only() -> None:
-    used = re.findall(r"\bmeteora\.(\w+)\(", (ROOT / "README.md").read_text())
-    assert used
-    assert set(used) <= set(FUNCTIONS)
+def test_the_pages_use_public_names_only() -> None:
+    used = {name for page in PAGES for name in re.findall(r"\bmeteora\.(\w+)\(", page.read_text())}
+    assert used == set(FUNCTIONS)
+
+
+def test_the_python_of_the_page_on_use_works(
+    world, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = fences(ROOT / "pipelines/docs/use.md", "python")
+    model = world.load()
+    monkeypatch.setattr(meteora, "load", lambda _name: (model, tokenizer))
+    exec(code.replace("iso_dates", "q_and_v"), {})  # noqa: S102
+    assert str(meteora.expert_names(model)) in capsys.readouterr().out
 
 
 def test_answers_and_traces_are_of_the_same_text(world, tokenizer) -> None:

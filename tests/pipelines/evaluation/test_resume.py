@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import Harness
 from pipelines.evaluation.resume import BATCHES, NoLog, answer_in_portions, open_log
 from pipelines.evaluation.tasks import Task
+from pipelines.workspace.machine import NO_MEMORY
 from tests.pipelines.conftest import letters
 
 if TYPE_CHECKING:
@@ -88,3 +90,42 @@ def test_two_processes_do_not_write_into_one_file(tmp_path: Path) -> None:
         assert answer_in_portions(
             [0, 0, 5], list, phase="generate", batch_size=1, log=later, advance=lambda _rows: None
         ) == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(f"x: {NO_MEMORY}")],
+    ids=["GPU", "Python", "CPU"],
+)
+def test_where_memory_is_too_little_fewer_are_asked_at_once(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: list[int] = []
+
+    def ask(rows: Sequence[int]) -> list[int]:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise error
+        return [10 * row for row in rows]
+
+    found = answer_in_portions(
+        range(10), ask, phase="x", batch_size=8, log=NoLog(), advance=lambda _rows: None
+    )
+    assert found == [10 * row for row in range(10)]
+    assert sizes == [10, 4, 2, 2, 2, 2, 2]
+    assert "no memory for so many prompts at once; 2 from here on" in capsys.readouterr().err
+
+
+def test_one_row_that_does_not_fit_and_other_errors_end_it() -> None:
+    def refuse(error: Exception) -> Callable[[Sequence[int]], list[int]]:
+        def ask(_rows: Sequence[int]) -> list[int]:
+            raise error
+
+        return ask
+
+    for error in (torch.OutOfMemoryError("no"), RuntimeError("another")):
+        with pytest.raises(RuntimeError, match=str(error)):
+            answer_in_portions(
+                range(3), refuse(error), phase="x", batch_size=2, log=NoLog(),
+                advance=lambda _rows: None,
+            )  # fmt: skip

@@ -14,6 +14,7 @@ from pipelines.planning.estimate import Experts, Rows, assumed_experts, estimate
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
+from tests.pages import ROOT, fences
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, print_steps
 
@@ -102,6 +103,36 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     assert "28 of 28 adapters are not here: taken as rank 8" in said
     assert "56 of 56 sources of rows are not here" in said
     assert f"top_k {2 if name.endswith('top2') else 1}" in said
+
+
+def test_the_page_on_hardware_shows_what_is_estimated(
+    offline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All but the times of the CPU that it was measured on, and what is free on a disk."""
+    page = ROOT / "pipelines/docs/hardware.md"
+    on_cpu, on_card = fences(page, "text")
+    recipe = tmp_path / "eight.yaml"
+    recipe.write_text(fences(page, "yaml")[0])
+    keep_config(offline, "llama3-8b")
+
+    def estimated(machine: Machine) -> str:
+        monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: machine)
+        print_steps(RunContext.open(str(recipe), tmp_path / "home"))
+        return capsys.readouterr().out
+
+    def plain(text: str) -> str:
+        return re.sub(r"of [\d,.]+ GB that are free", "", " ".join(text.split()))
+
+    card = Machine("a card of 24 GB, assumed", 100e12, 0.9e12, 6e-6, 1e9, 24e9)
+    assert plain(on_card) in plain(estimated(card))
+    said = estimated(Machine("cpu", 201e9, 7.6e9, 2.5e-6, 1.8e9, 64e9))
+    for stage in ("base", "check", "stack", "gates", "benchmark"):
+        assert gigabytes(said, stage) == gigabytes(on_cpu, stage)
+    (large,) = re.findall("on one H100.*", said)
+    assert large in on_cpu
 
 
 def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from meteora.artifacts import MeteoraError
 from meteora.model.trace import Token
 from pipelines.serving import server
+from tests.pages import ROOT, fences
 from tests.pipelines.serving.conftest import serving
 
 HALF = [{"role": "user", "content": "\ud800"}]
@@ -97,6 +99,14 @@ def test_a_trace_gives_the_expert_of_each_token_whole_and_streamed(client) -> No
     assert [(t["text"], t["expert"]) for t in streamed] == (
         [(t["text"], t["expert"]) for t in whole.trace]
     )
+
+
+def test_the_python_of_the_page_on_serving_works(url, chat, capsys) -> None:
+    (code,) = fences(ROOT / "pipelines/docs/serving.md", "python")
+    here = code.replace("http://127.0.0.1:8000/v1", url).replace('"quick"', '"tiny"')
+    exec(here, {})  # noqa: S102
+    *_, trace = capsys.readouterr().out.splitlines()
+    assert {token["expert"] for token in ast.literal_eval(trace)} <= {*chat.routed}
 
 
 def test_a_trace_of_layers_gives_the_expert_of_each(client, chat) -> None:

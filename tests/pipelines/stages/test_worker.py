@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from pipelines.stages.worker import NO_MEMORY, STAGES, _portable
+from pipelines.stages.worker import STAGES, _portable
+from pipelines.workspace.machine import NO_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable

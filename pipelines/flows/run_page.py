@@ -37,7 +37,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from meteora.artifacts import COMMIT
+from meteora.artifacts import COMMIT, canonical_sha256
 from meteora.checkpoint.manifest import CARD
 from pipelines.admission.sources import hub_of
 from pipelines.recipe.stage import Stage
@@ -75,8 +75,9 @@ def tags_of(context: RunContext) -> list[str]:
 
 
 def _lock_tag(context: RunContext) -> str:
-    # homes on several machines may have one path, and one server
-    return f"lock:{socket.gethostname()}:{context.home}:{context.key}"
+    # Homes on several machines may have one path, and one server. A page shows few tags, in order.
+    digest = canonical_sha256([socket.gethostname(), str(context.home), context.key])
+    return f"run-lock:{digest[:12]}"
 
 
 def introduce(context: RunContext) -> None:

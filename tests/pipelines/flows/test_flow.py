@@ -221,7 +221,7 @@ def test_killed_runs_are_closed_by_the_next_in_the_ledger_and_on_the_server(
     kill_after("stack", work)
     kill_after("start", work)
     (run_id,) = [one.run_id for one in work.ledger.unended_runs()]
-    (lock,) = [tag for tag in tags_of(work) if tag.startswith("lock:")]
+    (lock,) = [tag for tag in tags_of(work) if tag.startswith("run-lock:")]
     all_runs = filters.FlowRunFilter(tags=filters.FlowRunFilterTags(all_=[lock]))
     with get_client(sync_client=True) as client:
         wait_until(lambda: len(client.read_task_runs(flow_run_filter=all_runs)) > 2, seconds=20)

@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, canonical_sha256
 from meteora.base.sources import SourceError
+from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -71,9 +72,11 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
                 folder, trust_remote_code=False, gguf_file=gguf_file
             )
     except (ValueError, KeyError) as error:
+        reason = shortened(str(error).partition("\n")[0])
         raise SourceError(
             f"{folder}: transformers does not know this architecture without code of the base's"
-            " own, which is never run; take a base that it knows"
+            f" own, which is never run, or its config is damaged ({reason}); take a base that it"
+            " knows"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SourceError(

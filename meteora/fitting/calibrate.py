@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora import __version__
 from meteora.artifacts import NULL, canonical_sha256
 from meteora.artifacts.routers import POINT_GATES
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
@@ -205,7 +206,7 @@ def _asked_sha256(
     model: PreTrainedModel, sequences: Sequence[LabelledSequence], asked: list[Any]
 ) -> str:
     """A hash of what every bit of a gate depends on, but for the weights of base and experts."""
-    machine = [str(torch.__version__), torch.get_num_threads(), str(model.device)]
+    machine = [__version__, str(torch.__version__), torch.get_num_threads(), str(model.device)]
     return canonical_sha256(
         [*asked, *machine, str(model.dtype), expert_names(model), list(routed_layers(model))]
         + [[s.input_ids, s.experts, s.openings] for s in sequences]

@@ -194,7 +194,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about.get(DIGEST, _sha256(tensors)) != _sha256(tensors):
+    if DIGEST in about and about[DIGEST] != _sha256(tensors):
         raise ValueError("its tensors have changed since they were written")
     return tensors, about
 

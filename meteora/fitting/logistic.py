@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
 """The candidates of a gate's scale."""
 PULL = 2e-4
-"""How much a gate is held back to where the search starts. 1e-4 and 3e-4 are about as good; with 1e-3
-fewer tokens of low layers go to their expert."""
+"""How much a gate is held back to where the search starts. 1e-4 and 3e-4 are about as good; with
+1e-3 fewer tokens of low layers go to their expert."""
 ROUNDS = (15, 15)
 """Iterations of L-BFGS, of each round."""
 ONE_ROUND = (8,)

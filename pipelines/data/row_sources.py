@@ -40,7 +40,12 @@ def no_token(_repo_id: str) -> str | None:
 
 
 def read_rows(
-    source: str, folder: Path, limit: int, token_of: Callable[[str], str | None] = no_token
+    source: str,
+    folder: Path,
+    limit: int,
+    token_of: Callable[[str], str | None] = no_token,
+    *,
+    answered: bool = True,
 ) -> list[Row]:
     """The first `limit` rows of a source.
 
@@ -48,6 +53,7 @@ def read_rows(
         source: as in this module's docstring
         folder: paths are relative to it
         token_of: the token that is sent for a repository of the Hub
+        answered: whether rows of a file need a response; a pool of prompts has none
 
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
@@ -65,14 +71,18 @@ def read_rows(
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
     if kind == "hf":
         read = partial(read, token=token_of(name))
+    if kind == "jsonl":
+        read = partial(read, answered=answered)
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
 
 
-def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) -> Iterator[Row]:
-    return (_row(line, place) for line, place in json_lines(folder / name))
+def _jsonl(
+    name: str, folder: Path, _options: Mapping[str, str], _limit: int, *, answered: bool
+) -> Iterator[Row]:
+    return (_row(line, place, answered=answered) for line, place in json_lines(folder / name))
 
 
 def place_of(source: str, folder: Path, number: int) -> str:
@@ -115,19 +125,19 @@ def _refuse_pipe(path: Path) -> None:
         raise ExamplesError(f"{path}: a pipe, which may never end; rows are read from a file")
 
 
-def _row(line: str, place: str) -> Row:
+def _row(line: str, place: str, *, answered: bool) -> Row:
     try:
         body = json.loads(line)
         row = Row(
             body["prompt"],
-            body["response"],
+            body["response"] if answered else body.get("response", ""),
             tuple(body.get("choices") or ()),
             tuple(body.get("references") or ()),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        needed = '{"prompt": "…", "response": "…"}' if answered else '{"prompt": "…"}'
         raise ExamplesError(
-            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed, and it is'
-            f" {_described(line)}"
+            f"{place}: not a row; {needed} is needed, and it is {_described(line)}"
         ) from error
     return check_row(row, place)
 

@@ -1,7 +1,7 @@
 """What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
 
     resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ plan
-        ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
+        ─▶ stack ─▶ (deal the pool, plan again) ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
 
 A decorator says only how a stage runs: passing faults are tried again, and Prefect caches nothing,
 since the ledger knows what is done already. What computes does so in a child process that can be
@@ -29,7 +29,7 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look
-from pipelines.planning.resolve import Steps, recording, resolve
+from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import FoundExpert
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
@@ -123,6 +123,14 @@ def build_base(run: Run, base: BaseSpec) -> BuiltBase:
 @task(cache_policy=NO_CACHE)
 def stack(run: Run, plan: Plan) -> FusedCheckpoint:
     return run.child.call("stack", plan, deadline_seconds=run.context.recipe.deadlines.stack)
+
+
+@task(cache_policy=NO_CACHE)
+def deal_pool(run: Run, plan: Plan, built: BuiltBase) -> Plan:
+    """The plan as it is when the pool's prompts were dealt to the experts."""
+    context = run.context
+    run.child.call("deal_pool", plan, built, deadline_seconds=context.recipe.deadlines.gates)
+    return complete(context, built, plan)
 
 
 @task(cache_policy=NO_CACHE)
@@ -286,6 +294,8 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     deadline = context.recipe.deadlines.base
     with device_lock.held(*run.child.call("slots", deadline_seconds=deadline)):
         with run.stage(Stage.gates):
+            if plan.to_deal:
+                plan = deal_pool(run, plan, built)
             gates = fit_gates(run, plan, built, fused)
         if until is Stage.gates:
             return None

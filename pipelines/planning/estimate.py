@@ -11,14 +11,16 @@ full, so times are rather too long. Estimates are good to a factor of two or so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
-from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
+from meteora.model.generate import PROMPTS_PER_BATCH
+from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
+from pipelines.data.pool import CLUSTERS_PER_EXPERT, OUTSIDERS, VOTER_TOKENS, VOTERS
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,
@@ -128,12 +130,15 @@ def estimate(
     machine: Machine,
     examples: Mapping[str, Rows],
     tests: Mapping[str, Rows],
+    pool: Rows | None = None,
 ) -> list[Need]:
     """What each stage needs, in order.
 
     Args:
-        examples: the rows that gates are fitted to, by expert
+        examples: the rows that gates are fitted to, by expert; of those that get theirs from the
+            pool, as many as they may get
         tests: the test rows, by task
+        pool: the prompts that are dealt to experts, if any are
     """
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
@@ -156,9 +161,29 @@ def estimate(
     if gates:
         work = _fitting_work(recipe, list(examples.values()))
         disk = gate_bytes + (kept_bytes if work.kept else 0)
-        needs.append(_gates(shape, experts, machine, loaded, disk, work))
+        fitted = _gates(shape, experts, machine, loaded, disk, work)
+        if pool is not None:
+            dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
+            parts = {"dealing the pool": dealing, "fitting": fitted.seconds}
+            fitted = replace(fitted, seconds=dealing + fitted.seconds, parts=parts)
+        needs.append(fitted)
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
+
+
+def _dealing_seconds(
+    recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
+) -> float:
+    """The time of `data.pool.deal`."""
+    voters = min(pool.count, CLUSTERS_PER_EXPERT * experts.count * VOTERS) + OUTSIDERS
+    given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
+    tokens = (pool.count + voters * experts.count + given) * pool.prompt_tokens
+    seconds = _reading(shape, machine, tokens, routed=True)
+    for answers, length in ((voters * experts.count, VOTER_TOKENS), (given, MAX_NEW_TOKENS)):
+        batches = -(-answers // PROMPTS_PER_BATCH)
+        once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, length, routed=True)
+        seconds += batches * once
+    return seconds
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:

@@ -269,22 +269,31 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_pool_is_used(self) -> Self:
+        if self.gates.pool and self.discover is None and all(one.examples for one in self.experts):
+            raise ValueError(
+                "gates.pool is for experts without examples, and every expert has some; take it"
+                " out, or take out the examples of those that are to get theirs from it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gates_have_examples(self) -> Self:
-        if self.router.kind == "gate":
+        if self.router.kind == "gate" and not self.gates.pool:
             if self.router.without_examples != "refuse":
                 return self._some_have_examples()
             if self.discover is not None:
                 raise ValueError(
                     "adapters that `discover` finds bring no examples, and a gate is fitted to"
-                    " them; choose a router that needs none (arrow, norm, uniform), or say"
-                    " router.without_examples: arrow"
+                    " them; name a pool of prompts (gates.pool), choose a router that needs none"
+                    " (arrow, norm, uniform), or say router.without_examples: arrow"
                 )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(
                         f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
-                        " name some, choose a router that needs none (arrow, norm, uniform), or"
-                        " say router.without_examples: arrow"
+                        " name some, or a pool of prompts (gates.pool), choose a router that needs"
+                        " none (arrow, norm, uniform), or say router.without_examples: arrow"
                     )
         return self
 

@@ -15,7 +15,7 @@ import torch
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from pipelines.publishing import publish
-from pipelines.stages import build, measure
+from pipelines.stages import build, measure, pool
 from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
@@ -71,6 +71,7 @@ STAGES = {
     "slots": slots,
     "build_base": build.build_base,
     "stack": build.stack,
+    "deal_pool": pool.deal_pool,
     "fit_gates": build.fit_gates,
     "measure": measure.measure,
     "write_checkpoint": build.write_checkpoint,
@@ -105,6 +106,7 @@ def _serve(work: RunContext, run: Channel) -> None:
 
 
 SMALLER = {
+    "deal_pool": "`gates.examples_per_expert`",
     "fit_gates": "`gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
     "measure": "`benchmark.batch_size`",
 }

@@ -165,6 +165,8 @@ class RouterBuild(Noun):
     device: str
     statistics_sha256: str = ""
     """Of `statistics.safetensors`; empty if there is none."""
+    card_examples: tuple[str, ...] = ()
+    """`expert: source` of those whose examples are of a data set that their own card names."""
 
     @property
     def blobs(self) -> list[str]:

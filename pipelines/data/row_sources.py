@@ -5,9 +5,10 @@ bigbench:<task.json>[?split=train|test]      or the folder of a task with subtas
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
 
-For rows of the Hub: `a.b` names a column inside another (`translation.de`), and `a,b` joins two
-columns. More options: `ask` is a text in front of every prompt; `part` is train or test, for data
-without a split for tests; `longest` leaves out prompts with more characters.
+For rows of the Hub: `a.b` names a column inside another (`translation.de`), `a.0` the first entry
+of a list (`messages.0.content`), and `a,b` joins two columns. More options: `ask` is a text in
+front of every prompt; `part` is train or test, for data without a split for tests; `longest` leaves
+out prompts with more characters.
 """
 
 from __future__ import annotations
@@ -293,15 +294,33 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
 def _hub(
     name: str, _folder: Path, options: Mapping[str, str], _limit: int, token: str | None
 ) -> Iterator[Row]:
-    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
-
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
     longest = options.get("longest", str(MAX_ROW_BYTES))
     if not longest.isdecimal() or len(longest) > 9:
         raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
+    for number, item in enumerate(hub_items(name, options, token)):
+        row = Row(
+            options.get("ask", "") + _columns(item, prompt, name),
+            _columns(item, response, name),
+            tuple(item.get("choices") or ()),
+        )
+        if len(row.prompt) <= int(longest) and _belongs(row, part):
+            yield check_row(row, f"hf:{name}, row {number}")
+
+
+def hub_items(
+    name: str, options: Mapping[str, str], token: str | None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set of the Hub, as the Hub has them; none is read before it is needed.
+
+    Args:
+        options: `config`, `split` (default: test) and `revision`
+    """
+    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
+
     try:
-        table = datasets.load_dataset(
+        yield from datasets.load_dataset(
             name,
             options.get("config"),
             split=options.get("split", "test"),
@@ -309,14 +328,6 @@ def _hub(
             streaming=True,
             token=token or False,
         )
-        for number, item in enumerate(table):
-            row = Row(
-                options.get("ask", "") + _columns(item, prompt, name),
-                _columns(item, response, name),
-                tuple(item.get("choices") or ()),
-            )
-            if len(row.prompt) <= int(longest) and _belongs(row, part):
-                yield check_row(row, f"hf:{name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
@@ -330,12 +341,16 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
     """The text of a column, or of several joined with an empty line; empty texts are left out.
 
     Args:
-        names: `a`; `a.b` for the column b inside a; `a,b` for two columns
+        names: `a`; `a.b` for the column b inside a; `a.0` for the first of a list; `a,b` for two
+            columns
     """
     texts = []
     for name in names.split(","):
         value: Any = item
         for step in name.split("."):
+            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+                continue
             if not isinstance(value, dict) or step not in value:
                 raise ExamplesError(
                     f"hf:{source} has no column {name!r}, it has {', '.join(item)}; name the"

@@ -27,6 +27,7 @@ from pipelines.planning.estimate import (
 )
 from pipelines.planning.plan import check_overlaps, most_prompts
 from pipelines.planning.resolve import at_hand, read_adapters
+from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
@@ -119,7 +120,7 @@ def _faults_of_rows(context: RunContext) -> list[str]:
     recipe, folder = context.recipe, context.folder
 
     def read(source: str | None, limit: int, *, answered: bool = True) -> list[Row]:
-        if not source or source.startswith("hf:"):
+        if not source or source == AUTO or source.startswith("hf:"):
             return []
         return read_rows(source, folder, limit, answered=answered)
 
@@ -330,7 +331,7 @@ def _rows(
         source: None for a task of lm-eval, which has rows of its own
         answered: as `read_rows` takes it
     """
-    if source is None or source.startswith("hf:"):
+    if source is None or source == AUTO or source.startswith("hf:"):
         return Rows(limit)
     try:
         rows = read_rows(source, context.folder, limit, answered=answered)

@@ -5,7 +5,7 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.artifacts.routers import OPENING_SHARE
+from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import examples_of, nobodys, prompts_of
@@ -38,6 +39,7 @@ from pipelines.evaluation.measurements import (
 )
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.recipe.gates import CalibrateSection, JointSection
+from pipelines.recipe.recipe import AUTO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from pipelines.admission.experts import Expert
     from pipelines.data.claims import Claim
     from pipelines.recipe.benchmark import BenchmarkSection
-    from pipelines.recipe.recipe import ExpertSection, Recipe
+    from pipelines.recipe.recipe import Recipe
 
 
 MAX_PROMPTS = 8192
@@ -82,6 +84,8 @@ class Plan:
     comparisons: tuple[ComparisonSpec, ...]
     routing: RoutingSpec
     speed: SpeedSpec | None
+    card_examples: Mapping[str, str] = field(default_factory=dict)
+    """Where the examples of an expert come from that its card names, by expert."""
     pool: PoolSpec | None = None
     """Prompts without labels that experts without examples take theirs from."""
     to_deal: tuple[str, ...] = ()
@@ -109,8 +113,8 @@ def make_plan(
     """
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
-    chosen = [sections[name] for name in names if name in sections]  # what is found has no rows
-    examples = _examples(recipe, folder, chosen)
+    chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
+    examples, sources = _examples(recipe, folder, experts)
     fused = stack_of(base, experts)
     pool, prompts = _pool(recipe, folder, fused, examples)
     claims = claims_of(pool) if pool else None
@@ -158,6 +162,7 @@ def make_plan(
         spans=tuple(spans),
         pool=pool,
         to_deal=to_deal,
+        card_examples=sources,
     )
 
 
@@ -258,7 +263,7 @@ def check_overlaps(
     """
     asked = {section.name: section.test for section in recipe.experts}
     asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    fitted = {section.name: section.examples for section in recipe.experts}
+    fitted = {s.name: s.examples for s in recipe.experts if s.examples != AUTO}
     test_place = partial(_place, asked, folder)
     refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
     spans_place = f"in {recipe.gates.spans}"
@@ -304,13 +309,37 @@ def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | 
 
 
 def _examples(
-    recipe: Recipe, folder: Path, sections: Sequence[ExpertSection]
-) -> dict[str, list[Row]]:
+    recipe: Recipe, folder: Path, experts: Sequence[Expert]
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """The examples by expert, and where those come from that cards name.
+
+    Raises:
+        NoCardExamplesError: a card names none that can be used, and the recipe has neither a pool
+            nor another way to route to that expert.
+    """
     if recipe.router.kind != "gate":
-        return {}
+        return {}, {}
     limit = recipe.gates.examples_per_expert
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
-    return {s.name: read_rows(s.examples, folder, limit, token_of) for s in sections if s.examples}
+    asked = {section.name: section.examples for section in recipe.experts}
+    found: dict[str, list[Row]] = {}
+    sources: dict[str, str] = {}
+    for expert in experts:
+        source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
+        if source == AUTO:
+            try:
+                of_card = read_card_examples(expert.datasets, folder, limit, token_of)
+            except NoCardExamplesError as error:
+                if recipe.gates.pool or recipe.router.without_examples != "refuse":
+                    continue
+                raise NoCardExamplesError(
+                    f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
+                    " (gates.pool), or say router.without_examples: arrow"
+                ) from error
+            found[expert.name], sources[expert.name] = of_card.rows, of_card.source
+        elif source:
+            found[expert.name] = read_rows(source, folder, limit, token_of)
+    return found, sources
 
 
 def _asks_for_spans(recipe: Recipe) -> bool:

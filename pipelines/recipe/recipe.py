@@ -30,6 +30,8 @@ NUMBERS = ("int_type", "float_type", "bool_type")
 """Faults of pydantic's where another type is needed, which a text in quotes is not."""
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
+AUTO = "auto"
+"""Examples that the adapter's own card names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
@@ -50,7 +52,8 @@ class ExpertSection(Section):
     subfolder: str = ""
     """Of the repository or the folder, where the adapter is not all of it."""
     examples: str | None = None
-    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
+    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
+    the adapter's card names."""
     test: str | None = None
     """Held-out rows; a benchmark task of this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
@@ -67,6 +70,8 @@ class ExpertSection(Section):
 
 class FoundExpert(ExpertSection):
     """An expert that `discover` found; a refused one is left out."""
+
+    examples: str | None = AUTO
 
 
 class DiscoverSection(Section):

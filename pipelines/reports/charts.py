@@ -42,8 +42,11 @@ MARKS = {
     "fused": Mark(ACCENT, "o", 7, filled=True),
     "oracle": Mark(SECOND, "D", 6, filled=False),
     "base": Mark(INK, "|", 9, filled=True),
+    "A": Mark(SECOND, "D", 6, filled=False),
+    "B": Mark(ACCENT, "o", 7, filled=True),
+    "B minus A": Mark(ACCENT, "o", 7, filled=True),
 }
-"""Systems with a mark of their own."""
+"""Systems with a mark of their own, and the two checkpoints of a page on both."""
 DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 """Of thin lines, in their order, so that those of one colour can be told apart."""
 FEW = 5
@@ -92,17 +95,13 @@ def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup
                 axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
             if width == NARROW:
                 axes.text(
-                    0.0,
-                    top - 0.42,
-                    shorten(task, 40),
-                    fontsize=11.5,
-                    fontweight="bold",
-                    va="center",
-                )
+                    0.02, top - 0.42, shorten(task, 40), fontsize=11.5, fontweight="bold",
+                    va="center", transform=axes.get_yaxis_transform(),
+                )  # fmt: skip
             for interval in intervals:
                 if interval.task == task:
                     mark, y = drawn[interval.system], top + systems.index(interval.system) + 0.35
-                    thick = 2.4 if interval.system == "fused" else 1.2
+                    thick = 2.4 if mark.colour == ACCENT else 1.2
                     axes.plot(
                         [interval.low, interval.high], [y, y],
                         color=mark.colour, linewidth=thick, solid_capstyle="butt",
@@ -120,6 +119,8 @@ def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup
         if low >= 0 and high <= 1:
             axes.set_xlim(-0.02, 1.02)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        elif low < 0 < high:
+            axes.axvline(0, color=SOFT, linewidth=1)
         axes.grid(axis="x", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel(xlabel)

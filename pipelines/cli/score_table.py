@@ -221,7 +221,8 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def _shown(value: object) -> str:
     """A value of an option, short enough for a column."""
-    return "" if value is None else shortened(str(value), LONGEST)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else shortened(text, LONGEST)
 
 
 def print_trace(found: Trace, *, as_json: bool = False) -> None:
@@ -236,5 +237,5 @@ def print_trace(found: Trace, *, as_json: bool = False) -> None:
         print(json.dumps(texts | {"tokens": parts}))
         return
     out = plain_console()
-    for text in terminal_texts(found):
+    for text in terminal_texts(found, out.color_system):
         out.print(text, soft_wrap=True, end="\n\n")

@@ -72,11 +72,14 @@ def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
     return {system: MARKS.get(system) or next(others) for system in systems}
 
 
-def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
+def forest_plot(
+    intervals: Sequence[Interval], xlabel: str, name: str, *, signed: bool = False
+) -> Markup:
     """Scores with their intervals: a block for each task, in it a line for each system.
 
     Args:
         name: the start of the HTML ids in the drawing; unique on a page
+        signed: whether they are differences, so that a line stands at zero
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
@@ -116,11 +119,11 @@ def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup
             middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
             axes.set_yticks(middle, [shorten(task) for task in tasks])
         low, high = min(i.low for i in intervals), max(i.high for i in intervals)
-        if low >= 0 and high <= 1:
+        if signed:
+            axes.axvline(0, color=SOFT, linewidth=1)
+        elif low >= 0 and high <= 1:
             axes.set_xlim(-0.02, 1.02)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-        elif low < 0 < high:
-            axes.axvline(0, color=SOFT, linewidth=1)
         axes.grid(axis="x", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel(xlabel)

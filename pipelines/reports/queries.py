@@ -103,9 +103,13 @@ def ask_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
 
 def page_title(results: Mapping[str, QueryResult]) -> str:
     """The number of experts, and the base's name."""
+    return f"{len(results['experts'].rows)} experts on {base_name(results)}"
+
+
+def base_name(results: Mapping[str, QueryResult]) -> str:
+    """The base's name without its owner, package or kind."""
     base = str(results["base"].rows[0]["base_model"])
-    name = re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
-    return f"{len(results['experts'].rows)} experts on {name}"
+    return re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
 
 
 def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import COMMIT
 from pipelines.reports import charts
 from pipelines.reports.html import render
+from pipelines.reports.lineage import lineage_graph
 from pipelines.reports.queries import by_turn, compare_systems, page_title
 from pipelines.reports.side_by_side import LABELS
 from pipelines.reports.trace import expert_styles
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FIGURES = (
     "scores", "conversations", "matrix", "confusion", "load", "layers", "details", "switches",
+    "lineage",
 )  # fmt: skip
 """Queries that have a chart."""
 COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "lineage")
@@ -78,6 +80,7 @@ def comparison_page(found: SideBySide) -> str:
                 for one in [row.difference]
             ],
             "differences",
+            signed=True,
         ),
         "conversations": turn_charts(conversations, strong=LABELS[1]),
         "routing": charts.dumbbell_plot(
@@ -172,6 +175,7 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
             strong="answer",
             step=True,
         )
+    drawn["lineage"] = lineage_graph(results)
     return drawn
 
 
@@ -201,12 +205,13 @@ def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> list
     ]
 
 
-def forests(rows: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
+def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = False) -> list[Markup]:
     """One chart for each metric, since their units differ.
 
     Args:
         rows: task, system, metric, value, low and high of each score
         name: the start of the HTML ids in the drawings; unique on a page
+        signed: whether they are differences
     """
     by_metric: dict[str, list[charts.Interval]] = {}
     for row in rows:
@@ -216,7 +221,7 @@ def forests(rows: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
             charts.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
         )
     return [
-        charts.forest_plot(intervals, metric.replace("_", " "), f"{name}-{number}")
+        charts.forest_plot(intervals, metric.replace("_", " "), f"{name}-{number}", signed=signed)
         for number, (metric, intervals) in enumerate(by_metric.items())
     ]
 

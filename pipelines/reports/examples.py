@@ -74,7 +74,7 @@ def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Exam
         dialogue, reference = None, str(asked.get("reference", ""))
         if row["is_conversation"]:
             dialogue = Dialogue.from_dict(json.loads(asked["asked"]))
-            reference = " | ".join(one.row.response for one in dialogue.questions)
+            reference = ", then ".join(one.row.response for one in dialogue.questions)
         found.append(
             Example(
                 task=row["task"],

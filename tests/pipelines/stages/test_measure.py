@@ -187,7 +187,7 @@ def trace_a_conversation_as_it_was_asked(
     first, second = find_examples(work.ledger, results["outputs"], 2)
     assert first.dialogue is not None
     assert second.dialogue is None
-    expected = " | ".join(question.row.response for question in first.dialogue.questions)
+    expected = ", then ".join(question.row.response for question in first.dialogue.questions)
     assert first.caption.startswith(f"conversation-3; expected: {expected}; ")
     with opened(work, planned, built, gates) as (model, tokenizer):
         drawn, single = trace_examples(model, tokenizer, [first, second])

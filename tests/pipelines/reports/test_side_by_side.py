@@ -254,6 +254,7 @@ def test_a_checkpoint_that_was_not_measured_is_compared_all_the_same(
     text = " ".join(lxml.html.fromstring(comparison_page(found)).text_content().split())
     assert "There is no task that both were asked with the same rows." in text
     assert "not recorded here" in text
+    assert "The routing of neither was measured." in text
     assert ("kind", "gate", "norm") in found.options
 
 

@@ -10,7 +10,6 @@ stopped; no model library is loaded here.
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +33,7 @@ from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.recorded_run import recorded, timed
+from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
 
 if TYPE_CHECKING:
@@ -180,13 +179,12 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
         # tasks need no tags: each would ask the server for a slot of every tag
         held.enter_context(TagsContext(current_tags=frozenset()))
         try:
-            killed = held.enter_context(context.ledger.running(context.key))
+            killed = held.enter_context(alone(context.ledger, context.key))
         except BusyError as error:
             if missed_runs.is_scheduled():
                 return missed_runs.skip_overlap(context, str(error))
             raise
         for before in killed:
-            shutil.rmtree(context.home / "runs" / before.run_id, ignore_errors=True)
             say(f"the run {before.run_id} was killed; what it had finished is kept")
         run_page.introduce(context)
         run_page.close_killed(context)

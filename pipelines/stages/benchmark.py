@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from pipelines.stages.open_model import stack_in
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device
-from pipelines.workspace.recorded_run import recorded, timed
+from pipelines.workspace.recorded_run import one_stage
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
@@ -115,15 +114,8 @@ def _measure(work: RunContext, plan: Plan, found: FoundCheckpoint) -> None:
     name = f"benchmark of {short(plan.router.id)}"
     asked = canonical_sha256([one.spec.id for one in plan.measurements])
     device = device_name(torch.device(choose_device(found.device)))
-    seconds: dict[str, float] = {}
-    with work.ledger.running(name) as killed:
-        for before in killed:
-            shutil.rmtree(work.home / "runs" / before.run_id, ignore_errors=True)
-        with (
-            recorded(work.ledger, work.run_id, name, asked, device, seconds),
-            timed(seconds, Stage.benchmark),
-        ):
-            measure_model(work, plan, lambda: nullcontext(found.load()))
+    with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
+        measure_model(work, plan, lambda: nullcontext(found.load()))
 
 
 def _choose_tasks(

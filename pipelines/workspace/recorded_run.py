@@ -13,11 +13,38 @@ from meteora.untrusted.findings import AdapterError
 from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from store.ledger import Ledger
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
+
+
+@contextmanager
+def alone(ledger: Ledger, name: str) -> Generator[Sequence[RunStarted]]:
+    """Hold the locks of a run; yields those of its name that were killed, which are closed here.
+
+    Raises:
+        BusyError: another process is at it.
+    """
+    with ledger.running(name) as killed:
+        for before in killed:
+            shutil.rmtree(ledger.home / "runs" / before.run_id, ignore_errors=True)
+        yield killed
+
+
+@contextmanager
+def one_stage(
+    ledger: Ledger, run_id: str, name: str, asked_sha256: str, device: str, stage: str
+) -> Generator[None]:
+    """A run with one stage, alone and recorded; arguments are those of `recorded`."""
+    seconds: dict[str, float] = {}
+    with (
+        alone(ledger, name),
+        recorded(ledger, run_id, name, asked_sha256, device, seconds),
+        timed(seconds, stage),
+    ):
+        yield
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from pipelines.reports.examples import Example
 from pipelines.reports.lineage import lineage_graph
 from store.ledger import Ledger
 from tests.pipelines.reports import report_ledger
-from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.reports.html_reader import Elements, drawings_at
 from tests.pipelines.reports.report_ledger import COUNTS, GATE, HOSTILE, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from selenium import webdriver
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +369,15 @@ def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None
     assert "DejaVu Sans'" not in page
     assert "rotate(-0" not in page
     assert not re.search(r"<path d=[^>]*\d\.\d{4}", page)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "kind"), [(1400, "wide"), (390, "narrow")])
+def test_the_page_fits_a_desk_and_a_phone(
+    browser: webdriver.Chrome, page: str, tmp_path: Path, width: int, kind: str
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    shown = drawings_at(browser, path, width)
+    assert set(shown) == {kind}
+    assert len(shown) == page.count(f'<svg class="{kind}"')

@@ -65,7 +65,7 @@ def print_steps(
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
     recipe = context.recipe
-    text = _describe_base(context, base) if base else f"{recipe.base}, not here: {reason}"
+    text = _describe_base(context, base) if base else _not_here(recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
     steps = replace(
         at_hand(
@@ -158,7 +158,9 @@ def _describe_base(context: RunContext, base: BaseSpec) -> str:
 
 def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missing) -> str:
     if isinstance(outcome, Missing):
-        state = outcome.reason if outcome.ref else f"not here: {outcome.reason}"
+        if outcome.ref is None or _begins_with(outcome.reason, section.adapter):
+            return f"{section.name}: {_not_here(section.adapter, outcome.reason)}"
+        state = outcome.reason
     elif isinstance(outcome, Refusal):
         state = f"refused: {outcome.error}"
     else:
@@ -171,6 +173,16 @@ def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missin
         here = "here already, " if isinstance(outcome, Expert) else ""
         return f"{section.name}: {where} at {ref.revision[:12]}, {here}{state}"
     return f"{section.name}: {section.adapter}, {state}"
+
+
+def _not_here(name: str, reason: str) -> str:
+    """That something is not here, with its name once."""
+    return f"not here: {reason}" if _begins_with(reason, name) else f"{name}, not here: {reason}"
+
+
+def _begins_with(sentence: str, name: str) -> bool:
+    """Whether a sentence names what it is about, as those on the Hub do."""
+    return sentence.startswith(name.partition("@")[0])
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -329,6 +329,14 @@ def import_adapters(
             " and NAME.test.jsonl. Default: beside each adapter.",
         ),
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Prompts without labels, {"prompt"} a line: adapters without rows get their'
+            " examples from it.",
+        ),
+    ] = None,
     drop_overlaps: Annotated[
         bool, typer.Option("--drop-overlaps", help="Leave examples out that are also test rows.")
     ] = False,
@@ -343,6 +351,7 @@ def import_adapters(
         output,
         base,
         examples,
+        pool,
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
     tested = sum(bool(one.test) for one in recipe.experts)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.findings import brief, listed
 from pipelines.data.row_sources import hub_items, read_rows
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from pipelines.data.rows import Row
 
@@ -41,6 +41,8 @@ COLUMNS = (
 """Pairs of columns that hold a prompt and its answer, the most certain first."""
 CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
 """Columns with turns, and the keys of a turn."""
+LONGEST_PROMPT = 8_000
+"""Characters. Longer prompts are left out: fitting to them takes memory that nobody asked for."""
 ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
 
 
@@ -78,17 +80,30 @@ def read_card_examples(
             source = f"hf:{name}?{urlencode(_options(name, token_of(name)), safe=',.')}"
             return CardExamples(read_rows(source, folder, limit, token_of), source)
         except ExamplesError as error:
-            if isinstance(error.__cause__, ConnectionError):
+            if _may_pass(error.__cause__):
                 raise
             reasons.append(str(error))
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the Hub was not reached, or had a fault of its own: no verdict on a data set."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if isinstance(error, (ConnectionError, TimeoutError)) or status == 429 or status >= 500:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _options(name: str, token: str | None) -> dict[str, str]:
     """Config, split and columns of a data set, as `hf:` takes them."""
     import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
-    from datasets.exceptions import DatasetsError  # noqa: PLC0415
 
+    if Path(name).exists():  # `datasets` prefers it; a stranger is not to name folders of ours
+        raise NoCardExamplesError(
+            f"{name} is also a folder in the working folder, which would be read in its place"
+        )
     asked: Any = {"token": token or False}
     try:
         configs = hub.get_dataset_config_names(name, **asked)
@@ -96,17 +111,21 @@ def _options(name: str, token: str | None) -> dict[str, str]:
         if config not in configs:
             raise NoCardExamplesError(f"{name} has several configs ({listed(configs, 4)})")
         splits = hub.get_dataset_split_names(name, config, **asked)
-    except ConnectionError as error:
-        raise ExamplesError(
-            f"the Hub cannot be reached for {name}, a data set that an adapter's card names; try"
-            " again, or name examples in the recipe"
-        ) from error
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except NoCardExamplesError:
+        raise
+    except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
+        if _may_pass(error):
+            raise ExamplesError(
+                f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
+                " try again, or name examples in the recipe"
+            ) from error
         raise NoCardExamplesError(
-            f"{name} cannot be read ({shortened(first) or type(error).__name__})"
+            f"{name} cannot be read ({brief(error) or type(error).__name__})"
         ) from error
+    if not splits:
+        raise NoCardExamplesError(f"{name} has no rows")
     options = {"config": config, "split": "train" if "train" in splits else splits[0]}
+    options["longest"] = str(LONGEST_PROMPT)
     item = next(iter(hub_items(name, options, token)), {})
     columns = columns_of(item)
     if columns is None:

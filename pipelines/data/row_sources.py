@@ -54,7 +54,7 @@ def read_rows(
         source: as in this module's docstring
         folder: paths are relative to it
         token_of: the token that is sent for a repository of the Hub
-        answered: whether rows of a file need a response; a pool of prompts has none
+        answered: whether rows of a file or of the Hub need a response; a pool of prompts has none
 
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
@@ -72,7 +72,7 @@ def read_rows(
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
     if kind == "hf":
         read = partial(read, token=token_of(name))
-    if kind == "jsonl":
+    if kind in {"jsonl", "hf"}:
         read = partial(read, answered=answered)
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
@@ -129,12 +129,10 @@ def _refuse_pipe(path: Path) -> None:
 def _row(line: str, place: str, *, answered: bool) -> Row:
     try:
         body = json.loads(line)
-        row = Row(
-            body["prompt"],
-            body["response"] if answered else body.get("response", ""),
-            tuple(body.get("choices") or ()),
-            tuple(body.get("references") or ()),
-        )
+        row = Row(body["prompt"], "")
+        if answered:
+            choices, references = body.get("choices") or (), body.get("references") or ()
+            row = Row(row.prompt, body["response"], tuple(choices), tuple(references))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         needed = '{"prompt": "…", "response": "…"}' if answered else '{"prompt": "…"}'
         raise ExamplesError(
@@ -163,6 +161,12 @@ def check_row(row: Row, place: str) -> Row:
     texts = (row.prompt, *row.answers, *row.choices)
     if not all(isinstance(text, str) for text in texts) or not row.prompt.strip():
         raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ExamplesError(
+            f"{place}: it has half of a surrogate pair, which is no character; take that out"
+        ) from error
     if row.choices and (strange := set(row.answers) - set(row.choices)):
         raise ExamplesError(f"{place}: the answer {strange.pop()!r} is not one of its choices")
     return row
@@ -292,7 +296,13 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
 
 
 def _hub(
-    name: str, _folder: Path, options: Mapping[str, str], _limit: int, token: str | None
+    name: str,
+    _folder: Path,
+    options: Mapping[str, str],
+    _limit: int,
+    token: str | None,
+    *,
+    answered: bool,
 ) -> Iterator[Row]:
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
@@ -300,11 +310,9 @@ def _hub(
     if not longest.isdecimal() or len(longest) > 9:
         raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
     for number, item in enumerate(hub_items(name, options, token)):
-        row = Row(
-            options.get("ask", "") + _columns(item, prompt, name),
-            _columns(item, response, name),
-            tuple(item.get("choices") or ()),
-        )
+        row = Row(options.get("ask", "") + _columns(item, prompt, name), "")
+        if answered:
+            row = Row(row.prompt, _columns(item, response, name), _choices(item, name))
         if len(row.prompt) <= int(longest) and _belongs(row, part):
             yield check_row(row, f"hf:{name}, row {number}")
 
@@ -328,13 +336,20 @@ def hub_items(
             streaming=True,
             token=token or False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
+        first = shortened(str(error).strip().partition("\n")[0], 300)
         raise ExamplesError(
             f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
             " name, config and split, and whether the Hub can be reached; for a private one, name"
             " its owner in the recipe under hub, token_for, or to the command with --token-for"
         ) from error
+
+
+def _choices(item: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    try:
+        return tuple(item.get("choices") or ())
+    except TypeError as error:
+        raise ExamplesError(f"hf:{source}: its column 'choices' is no list") from error
 
 
 def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
@@ -353,7 +368,7 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
                 continue
             if not isinstance(value, dict) or step not in value:
                 raise ExamplesError(
-                    f"hf:{source} has no column {name!r}, it has {', '.join(item)}; name the"
+                    f"hf:{source} has no column {name!r}, it has {listed(list(item), 20)}; name the"
                     " columns with ?prompt=…&response=…"
                 )
             value = value[step]

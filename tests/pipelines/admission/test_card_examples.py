@@ -6,20 +6,20 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from datasets.exceptions import DatasetNotFoundError
 
 from pipelines.admission.card_examples import (
     NoCardExamplesError,
     columns_of,
     read_card_examples,
 )
-from pipelines.data.row_sources import no_token
+from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
 from tests.pipelines.conftest import letters, plan_of
+from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from pipelines.workspace.context import RunContext
@@ -29,20 +29,24 @@ def turns(*said: tuple[str, str], role: str = "role", content: str = "content") 
     return [{role: who, content: text} for who, text in said]
 
 
+class Rows(Repo):
+    """A data set, which is asked for by its branch."""
+
+    def at(self, revision: str) -> Repo | None:
+        return super().at(self.commit if revision == "main" else revision)
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that puts a data set where `datasets` finds it by its name: in this folder."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with running_hub() as server:
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.endpoint)
+        yield server
 
-    def put(name: str, rows: list[dict[str, Any]], split: str = "train") -> None:
-        (tmp_path / name).mkdir(parents=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / f"{split}.jsonl").write_text(lines)
 
-    return put
+def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "train.jsonl") -> None:
+    hub.repos[name] = Rows({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
 
 
 @pytest.mark.parametrize(
@@ -79,46 +83,85 @@ def test_columns_are_taken_where_their_names_leave_no_doubt(
 
 
 def test_rows_are_those_of_the_first_data_set_that_can_be_read(
-    hub: Callable[..., None], tmp_path: Path
+    hub: HubServer, tmp_path: Path
 ) -> None:
-    hub("somebody/pictures", [{"image": 1}])
-    hub(
-        "somebody/chats",
-        [{"messages": turns(("user", f"q{i}"), ("assistant", "a"))} for i in range(9)],
-    )
-    names = ["somebody/pictures", "somebody/chats"]
+    put(hub, "somebody/pictures", [{"image": 1, "\x1b[2J": 2}])
+    chats = [turns(("user", f"q{i}"), ("assistant", "a")) for i in range(8)]
+    endless = turns(("user", "q" * 8_001), ("assistant", "a"))
+    put(hub, "somebody/chats", [{"messages": said} for said in (chats[0], endless, *chats[1:])])
+    names = ["somebody/none", "somebody/pictures", "somebody/chats"]
     found = read_card_examples(names, tmp_path, 4, no_token)
     assert found.rows == [Row(f"q{i}", "a") for i in range(4)]
-    assert found.source.startswith("hf:somebody/chats?config=default&split=train&prompt=messages.0")
-    with pytest.raises(NoCardExamplesError, match="pictures has the columns image, which are none"):
-        read_card_examples(names[:1], tmp_path, 4, no_token)
+    assert found.source == (
+        "hf:somebody/chats?config=default&split=train&longest=8000"
+        "&prompt=messages.0.content&response=messages.1.content"
+    )
+    assert read_rows(found.source, tmp_path, 4) == found.rows
+    with pytest.raises(
+        NoCardExamplesError,
+        match=r"none cannot be read \(.*\); somebody/pictures has the columns image, �\[2J, which",
+    ):
+        read_card_examples(names[:2], tmp_path, 4, no_token)
     with pytest.raises(NoCardExamplesError, match="its card names no data set"):
         read_card_examples([], tmp_path, 4, no_token)
+
+
+def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    rows = [{"question": "q", "answer": "a"}]
+    put(hub, "tasks/sums", rows)
+    (tmp_path / "tasks" / "sums").mkdir(parents=True)
+    (tmp_path / "tasks" / "sums" / "train.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(NoCardExamplesError, match="tasks/sums is also a folder in the working"):
+        read_card_examples(["tasks/sums"], tmp_path, 4, no_token)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "said"),
+    [
+        (
+            "train.jsonl",
+            b'{"question": "q", "answer": "a", "choices": 3}\n',
+            "'choices' is no list",
+        ),
+        ("train.jsonl", b'{"question": "q"}\n{"question', "a/b cannot be read from the Hub"),
+        ("train.zip", b"PK\x03\x04", "a/b cannot be read"),
+        ("train.jsonl.gz", b"\x1f\x8b\x08", "a/b cannot be read"),
+        ("train.parquet", b"PAR1", "a/b cannot be read"),
+        ("notes.txt", b"", "a/b"),
+    ],
+    ids=["choices", "JSON", "zip", "gzip", "parquet", "empty"],
+)
+def test_a_damaged_data_set_is_a_reason_and_no_crash(
+    hub: HubServer, tmp_path: Path, file: str, data: bytes, said: str
+) -> None:
+    hub.repos["a/b"] = Rows({file: data})
+    with pytest.raises(NoCardExamplesError, match=said):
+        read_card_examples(["a/b"], tmp_path, 4, no_token)
+
+
+@pytest.mark.parametrize("kind", ["head", "tree", "get"])
+def test_a_fault_of_the_hub_is_no_verdict_on_a_data_set(
+    hub: HubServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    put(hub, "a/b", [{"question": "q", "answer": "a"}])
+    hub.faults[kind] = Fault(status=500)
+    with pytest.raises(ExamplesError, match="a/b") as caught:
+        read_card_examples(["a/b"], tmp_path, 4, no_token)
+    assert not isinstance(caught.value, NoCardExamplesError)
 
 
 def test_a_hub_that_cannot_be_reached_is_no_missing_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_args: object, **_asked: object) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.get_dataset_config_names", away)
-    with pytest.raises(
-        ExamplesError, match="the Hub cannot be reached for somebody/chats"
-    ) as caught:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ExamplesError, match="the Hub cannot be reached for somebody/c") as caught:
         read_card_examples(["somebody/chats"], tmp_path, 4, no_token)
     assert not isinstance(caught.value, NoCardExamplesError)
-
-
-def test_a_data_set_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_args: object, **_asked: object) -> None:
-        raise DatasetNotFoundError("it doesn't exist on the Hub or cannot be accessed")
-
-    monkeypatch.setattr("datasets.get_dataset_config_names", none)
-    with pytest.raises(NoCardExamplesError, match=r"a/b cannot be read \(it doesn't.*; c/d cannot"):
-        read_card_examples(["a/b", "c/d"], tmp_path, 4, no_token)
 
 
 def test_a_card_names_data_sets_of_the_hub(tmp_path: Path) -> None:
@@ -137,7 +180,7 @@ def test_a_card_names_data_sets_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_recipe_takes_the_examples_of_a_card(
-    workplace: Callable[..., RunContext], hub: Callable[..., None], tmp_path: Path
+    workplace: Callable[..., RunContext], hub: HubServer, tmp_path: Path
 ) -> None:
     plain = workplace()
     (tmp_path / "adapter").mkdir()
@@ -154,7 +197,8 @@ def test_a_recipe_takes_the_examples_of_a_card(
         plan_of(workplace(**asked))
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")
     rows = letters("attention", 0, 8)
-    hub("somebody/letters", [{"question": r["prompt"], "answer": r["response"]} for r in rows])
+    asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]
+    put(hub, "somebody/letters", asked_rows)
     plan, _ = plan_of(workplace(**asked))
     assert [row.prompt for row in plan.examples["attention"]] == [row["prompt"] for row in rows]
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")

@@ -32,6 +32,9 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
         pytest.param(GOOD + "{", "and it is no JSON", id="cut"),
         pytest.param('{"prompt": 1, "response": "r"}', "must be text", id="a number"),
         pytest.param('{"prompt": " ", "response": "r"}', "not empty", id="no prompt"),
+        pytest.param(
+            r'{"prompt": "a \ud800", "response": "r"}', "half of a surrogate pair", id="surrogate"
+        ),
         pytest.param("\n\n", "no rows in it", id="empty"),
         pytest.param("[" * 100_000, "line 1: not a row", id="deep"),
     ],
@@ -244,6 +247,17 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     ):
         with pytest.raises(ExamplesError, match=said):
             read(*options)
+    pool = read_rows("hf:somebody/news?split=train&prompt=said.de", tmp_path, 2, answered=False)
+    assert pool == [Row("Satz 0", ""), Row("Satz 1!", "")]
+
+
+def test_a_prompt_of_a_pool_needs_no_response(tmp_path: Path) -> None:
+    lines = '{"prompt": "a", "response": null, "choices": ["x", "y"]}\n{"prompt": "b"}\n'
+    (tmp_path / "pool.jsonl").write_text(lines)
+    found = read_rows("jsonl:pool.jsonl", tmp_path, 9, answered=False)
+    assert found == [Row("a", ""), Row("b", "")]
+    with pytest.raises(ExamplesError, match="must be text"):
+        read_rows("jsonl:pool.jsonl", tmp_path, 9)
 
 
 @pytest.mark.network

@@ -158,7 +158,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self, kind: str) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "datasets":  # their files; else they are asked as models are
+            del parts[0]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             kind = parts[4] if len(parts) > 4 else "revision" if len(parts) > 3 else "search"
         authorization = self.headers.get("Authorization", "")
         self.server.requests.append((kind, self.path, authorization))

@@ -10,6 +10,7 @@ from meteora.base.chat_template import Template
 from meteora.model.fused import without_experts
 from meteora.model.generate import (
     PROMPTS_PER_BATCH,
+    end_tokens,
     generate_in_batches,
     padding_token,
     until_end,
@@ -35,13 +36,13 @@ def answer_margins(
         For each prompt how far the best logit is above the second best, in nats, as the mean over
         the answer's first `max_new_tokens` tokens, its end included.
     """
-    margins = [0.0] * len(prompts)
+    margins, ends = [0.0] * len(prompts), end_tokens(model, tokenizer)
     batches = generate_in_batches(model, tokenizer, prompts, max_new_tokens, logits=True)
     for chosen, width, out in batches:
         best = torch.stack(out.logits or (), dim=1).float().topk(2, dim=-1).values  # [B, T, 2]
         gaps = best[..., 0] - best[..., 1]
         for row, i in enumerate(chosen):
-            length = len(until_end(tokenizer, out.sequences[row, width:].tolist()))
+            length = len(until_end(ends, out.sequences[row, width:].tolist()))
             margins[i] = gaps[row, :length].mean().item()
         advance(len(chosen))
     return margins
@@ -80,6 +81,8 @@ def prompt_means(
                 logits_to_keep=1,
             ).hidden_states
         halfway = states[len(states) // 2].float()  # [B, L, H]
+        if halfway.dim() > 3:  # Gemma 3n has four states of each token, its layers read the first
+            halfway = halfway[0]
         for row, i in enumerate(chosen):
             own = slice(start, max(start + 1, len(prompts[i]) - end))
             means[i] = halfway[row, own].mean(0).cpu()

@@ -12,7 +12,7 @@ from meteora.base.chat_template import encode_prompt
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
@@ -97,15 +97,15 @@ def answer_all(
     answers: list[list[int]] = [[] for _ in prompts]
     for chosen, width, out in generate_in_batches(model, tokenizer, prompts, max_new_tokens):
         for row, i in enumerate(chosen):
-            answers[i] = until_end(tokenizer, out.sequences[row, width:].tolist())
+            answers[i] = until_end([tokenizer.eos_token_id], out.sequences[row, width:].tolist())
         advance(len(chosen))
     return answers
 
 
-def until_end(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+def until_end(ends: Collection[int | None], tokens: list[int]) -> list[int]:
     """The tokens of an answer without what fills up its batch; its end included."""
-    end = tokenizer.eos_token_id
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+    first = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: first + 1]
 
 
 def generate_in_batches(

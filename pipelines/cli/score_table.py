@@ -13,6 +13,7 @@ from meteora.artifacts import short
 from meteora.untrusted.findings import for_terminal, shortened
 from pipelines.reports.card import (
     cell,
+    example_lines,
     loss_lines,
     method_lines,
     routing_lines,
@@ -73,6 +74,7 @@ def print_scores(
     lines = (
         *method_lines(summary),
         *routing_lines(summary),
+        *example_lines(summary.gates),
         *stand_in_lines(summary.gates.spec.stand_ins, summary.gates.spec.stand_in),
         *loss_lines(summary),
     )

@@ -21,6 +21,7 @@ class Claim(Noun):
     expert: str
     """Empty for nobody."""
     cluster: int
+    """Negative where it was not read, since it does not fit into the base's context."""
     score: float
     """By how many standard deviations the expert is surer here than elsewhere; its cluster's."""
     lead: float
@@ -34,11 +35,12 @@ def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare,
     found = []
     for name in (*names, ""):
         own = [claim for claim in claims if claim.expert == name]
+        read = [claim for claim in own if claim.cluster >= 0]
         score, lead = (
-            round(sum(values) / len(own), 3) if own else 0.0
-            for values in ([claim.score for claim in own], [claim.lead for claim in own])
+            round(sum(values) / len(read), 3) if read else 0.0
+            for values in ([claim.score for claim in read], [claim.lead for claim in read])
         )
-        found.append(PoolShare(name, len(own), len({c.cluster for c in own}), score, lead))
+        found.append(PoolShare(name, len(own), len({c.cluster for c in read}), score, lead))
     return tuple(found)
 
 
@@ -52,8 +54,8 @@ def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:
 
 
 def nobodys(claims: Iterable[Claim]) -> list[Row]:
-    """The prompts that no expert knows, without an answer."""
-    return [Row(claim.prompt, "") for claim in claims if not claim.expert]
+    """The prompts that no expert knows, without an answer; of those that were read."""
+    return [Row(claim.prompt, "") for claim in claims if not claim.expert and claim.cluster >= 0]
 
 
 def write_claims(claims: Sequence[Claim]) -> str:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.claims import Claim
 from pipelines.data.labels import MAX_NEW_TOKENS
+from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,9 +74,21 @@ def deal(
 
     Returns:
         one claim for each prompt, in order, and the number of short answers that were asked for.
+        Prompts that do not fit into the base's context, with an answer, are nobody's.
+
+    Raises:
+        ExamplesError: none of them fits.
     """
     rng = random.Random(seed)  # noqa: S311  (a draw, no secret)
-    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    most = most_tokens(model)
+    ids_of = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
+    texts = [prompt for prompt, ids in ids_of.items() if 0 < len(ids) <= most]
+    if not texts:
+        raise ExamplesError(
+            f"gates.pool: none of its {len(prompts):,} prompts has 1 to {most:,} tokens, which are"
+            " what fits into the base's context; name shorter ones"
+        )
+    asked = [ids_of[prompt] for prompt in texts]
     with bar("reading the pool", len(asked), "prompts") as advance:
         means = prompt_means(model, tokenizer, asked, advance)
     clusters = clusters_of(means.numpy(), CLUSTERS_PER_EXPERT * len(names))
@@ -88,7 +102,7 @@ def deal(
             with force_expert(model, name):
                 margins[:, e] = answer_margins(model, tokenizer, ballot, VOTER_TOKENS, advance)
     scores = votes(margins, clusters[voters])
-    claims = _claims(prompts, clusters, scores, names)
+    claims = _claims(texts, clusters, scores, names)
     chosen = {name: _draw(claims, name, limit, rng) for name in names}
     total = sum(map(len, chosen.values()))
     with bar("answering as the expert", total, "answers") as advance:
@@ -99,7 +113,15 @@ def deal(
             for i, answer in zip(own, said, strict=True):
                 text = str(tokenizer.decode(answer, skip_special_tokens=True))
                 claims[i] = replace(claims[i], response=text)
-    return claims, margins.size
+    found = {claim.prompt: claim for claim in claims}
+    unread = Claim("", "", -1, 0.0, 0.0)
+    return [found.get(text) or replace(unread, prompt=text) for text in prompts], margins.size
+
+
+def most_tokens(model: PreTrainedModel) -> float:
+    """The greatest length of a prompt of a pool: it is to fit into the context with its answer."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if context is None else context - MAX_NEW_TOKENS
 
 
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:

@@ -134,7 +134,8 @@ def _faults_of_rows(context: RunContext) -> list[str]:
         tests = {one.name: read(one.test, settings.limit) for one in recipe.experts}
         for task in settings.tasks:
             tests[task.called] = read(task.rows, task.limit or settings.limit)
-        pool = read(recipe.gates.pool, most_prompts(recipe, len(recipe.experts)), answered=False)
+        source = recipe.gates.pool if recipe.router.kind == "gate" else ""
+        pool = read(source, most_prompts(recipe, len(recipe.experts)), answered=False)
         check_overlaps(recipe, folder, examples, (), tests, prompts_of(pool, examples))
     except ExamplesError as error:
         return [str(error)]

@@ -202,11 +202,9 @@ def _with_claims(
 ) -> dict[str, list[Row]]:
     """The examples of all experts, where those without any have what the pool gives them."""
     given = examples_of(claims)
-    found = {
-        name: list(rows)
-        for name in names
-        if (rows := examples.get(name) or given.get(name, ())) and len(rows) >= LEAST_EXAMPLES
-    }
+    enough = {name: rows for name, rows in given.items() if len(rows) >= LEAST_EXAMPLES}
+    known = {**enough, **examples}
+    found = {name: list(known[name]) for name in names if name in known}
     if recipe.router.without_examples == "refuse" or not found:
         for name in names:
             if name not in found:

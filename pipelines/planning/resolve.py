@@ -15,6 +15,7 @@ from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
 from pipelines.data.claims import read_claims
+from pipelines.data.rows import ExamplesError
 from pipelines.planning.plan import make_plan, stack_of
 
 if TYPE_CHECKING:
@@ -121,8 +122,18 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
 
 
 def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
-    """The plan of a recipe whose pool was dealt after the plan was made."""
-    return _plan_of(context, built, plan.experts)
+    """The plan of a recipe whose pool was dealt after the plan was made.
+
+    Raises:
+        ExamplesError: The pool, or the examples beside it, were changed meanwhile.
+    """
+    whole = _plan_of(context, built, plan.experts)
+    if whole.to_deal:
+        raise ExamplesError(
+            f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were dealt;"
+            " run again, with a copy of it if it is still written to"
+        )
+    return whole
 
 
 def _plan_of(context: RunContext, built: BuiltBase, experts: Sequence[Expert]) -> Plan:

@@ -275,7 +275,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_pool_is_used(self) -> Self:
-        if self.gates.pool and self.discover is None and all(one.examples for one in self.experts):
+        surely = [one.examples not in {None, "", AUTO} for one in self.experts]  # a card may fail
+        if self.gates.pool and self.discover is None and all(surely):
             raise ValueError(
                 "gates.pool is for experts without examples, and every expert has some; take it"
                 " out, or take out the examples of those that are to get theirs from it"
@@ -289,8 +290,8 @@ class Recipe(Section):
                 return self._some_have_examples()
             if self.discover is not None:
                 raise ValueError(
-                    "adapters that `discover` finds bring no examples, and a gate is fitted to"
-                    " them; name a pool of prompts (gates.pool), choose a router that needs none"
+                    "adapters that `discover` finds may bring no examples, and a gate is fitted"
+                    " to them; name a pool of prompts (gates.pool), choose a router that needs none"
                     " (arrow, norm, uniform), or say router.without_examples: arrow"
                 )
             for expert in self.experts:

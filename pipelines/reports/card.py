@@ -12,6 +12,7 @@ from pipelines.reports.hub_metadata import card_metadata
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from meteora.artifacts import RouterBuild
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
 
@@ -48,7 +49,12 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
         "## Scores",
         *_measured(summary),
         "## Routing",
-        " ".join([f"Router: {_router(manifest)}.", *(routing_lines(summary) if summary else [])]),
+        " ".join(
+            [
+                f"Router: {_router(manifest)}.",
+                *([*routing_lines(summary), *example_lines(summary.gates)] if summary else []),
+            ]
+        ),
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(manifest)),
         "## Lineage",
@@ -263,6 +269,23 @@ def routing_lines(summary: Summary) -> list[str]:
             else []
         ),
     ]
+
+
+def example_lines(gates: RouterBuild) -> list[str]:
+    """Where examples come from that nobody gave, in sentences; empty if all were given."""
+    lines = []
+    if gates.card_examples:
+        lines.append(
+            "Examples of data sets that the adapters' own cards name:"
+            f" {', '.join(map(_code, gates.card_examples))}."
+        )
+    if gates.spec.pool_id:
+        lines.append(
+            "Experts without examples were given prompts that nobody had labelled, by how sure they"
+            f" are of their answers ({_code(short(gates.spec.pool_id))}), and answered them"
+            " themselves."
+        )
+    return lines
 
 
 def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:

@@ -45,6 +45,10 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             "num_tokens": gates.num_tokens,
             "heldout_accuracy": gates.heldout_accuracy,
         }
+        if plan.router.pool_id:
+            made["pool_id"] = plan.router.pool_id
+        if gates.card_examples:
+            made["card_examples"] = gates.card_examples
         if plan.router.composites:
             made["composites"] = plan.router.composites
         if plan.router.conversations:

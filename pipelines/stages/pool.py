@@ -13,7 +13,10 @@ from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from meteora.artifacts import BuiltBase
+    from pipelines.data.claims import Claim
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
@@ -46,9 +49,11 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     work.ledger.record_artifact(
         spec, weights_sha256=labels, built=made, blobs=[labels], run_id=work.run_id
     )
-    _say(made, len(claims))
+    _say(made, claims)
 
 
-def _say(made: PoolBuild, num_prompts: int) -> None:
+def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
     given = ", ".join(f"{share.num_prompts} to {share.expert or 'nobody'}" for share in made.shares)
-    say(f"of {num_prompts:,} prompts of the pool: {given}")
+    say(f"of {len(claims):,} prompts of the pool: {given}")
+    if unread := sum(claim.cluster < 0 for claim in claims):
+        say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

@@ -106,11 +106,11 @@ def _serve(work: RunContext, run: Channel) -> None:
 
 
 SMALLER = {
-    "deal_pool": "`gates.examples_per_expert`",
-    "fit_gates": "`gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
-    "measure": "`benchmark.batch_size`",
+    "deal_pool": "a pool (`gates.pool`) without its longest prompts",
+    "fit_gates": "a smaller `gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
+    "measure": "a smaller `benchmark.batch_size`",
 }
-"""What a recipe can ask for less of, by the stage that has no memory left."""
+"""What a recipe can ask for in place of that, by the stage that has no memory left."""
 
 
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
@@ -130,7 +130,7 @@ def _portable(stage: str, error: Exception) -> Exception:
     """An error that can be pickled; one that is not ours gets its traceback as a note."""
     if is_out_of_memory(error):
         first = str(error).partition("\n")[0]
-        smaller = f"a smaller {SMALLER[stage]} or " if stage in SMALLER else ""
+        smaller = f"{SMALLER[stage]} or " if stage in SMALLER else ""
         return StageError(
             f"{stage}: out of memory{first and f' ({first})'}; {smaller}a larger machine helps;"
             " what was finished is kept"

@@ -20,6 +20,7 @@ from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
+from meteora.model.confidence import answer_margins, prompt_means
 from meteora.model.fused import EXPERTS, force_expert, insert_layer
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
@@ -98,6 +99,22 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
     with recorded_logits(model) as recorded:
         model(ids)
     assert recorded.keys() == routed_layers(model).keys()
+
+
+def test_a_prompt_has_its_mean_and_its_margin_in_any_batch(made, tokenizer):
+    _, _, model = made
+    prompts = [[*range(5, 5 + length)] for length in (9, 2, 14)]
+    together, one_by_one = (
+        torch.cat([prompt_means(model, tokenizer, batch) for batch in batches])
+        for batches in ([prompts], [[prompt] for prompt in prompts])
+    )
+    assert together.shape[0] == len(prompts)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
+    with force_expert(model, "wide"):
+        margins = answer_margins(model, tokenizer, prompts, 3)
+        alone = [answer_margins(model, tokenizer, [prompt], 3)[0] for prompt in prompts]
+    assert min(margins) > 0
+    assert margins == pytest.approx(alone, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

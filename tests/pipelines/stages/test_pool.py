@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from meteora.artifacts import NULL
+from meteora.checkpoint.manifest import CARD, read_manifest
 from pipelines.data.claims import Claim
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.flows.up_to_date import look
@@ -85,6 +86,9 @@ def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
     assert ask("SELECT sum(num_prompts), count(*) FROM pool_shares").rows == [(48, 3)]
     made_from = "SELECT kind FROM lineage WHERE artifact_id = ? AND relation = 'made from'"
     assert ("pool",) in ask(made_from.replace("?", f"'{plan.router.id}'")).rows
+    folder = work.checkpoint_folder(plan.router.id)
+    assert "prompts that nobody had labelled" in (folder / CARD).read_text()
+    assert read_manifest(folder).gates["pool_id"] == plan.pool.id
     ((fused, oracle),) = ask("SELECT avg(value), avg(oracle_value) FROM leaderboard").rows
     assert fused >= oracle - 0.25 > 0  # of eight rows two are another expert's at most
 
@@ -135,17 +139,52 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     assert whole.router.examples_sha256
 
 
-def test_an_expert_with_examples_keeps_them(
-    open_recipe: Callable[..., RunContext],
+@pytest.mark.parametrize("changed", [[], ["one more"]], ids=["none left", "one more"])
+def test_a_pool_that_changes_while_it_is_dealt_ends_the_run(
+    open_recipe: Callable[..., RunContext], changed: list[str]
 ) -> None:
     work = open_recipe()
-    own = prompts_in(ALPHABETS["low"], 0, 24)[:3]
+    planned, built = plan_of(work)
+    build.stack(work, planned)
+    deal_pool(work, planned, built)
+    write(work.folder / "pool.jsonl", [{"prompt": t} for t in (*planned.to_deal[5:], *changed)])
+    with pytest.raises(ExamplesError, match=r"jsonl:pool.jsonl: it was changed while"):
+        complete(work, built, planned)
+
+
+def test_a_dealing_that_is_killed_leaves_no_record_and_begins_again(
+    open_recipe: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = open_recipe()
+    planned, built = plan_of(work)
+    build.stack(work, planned)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.data.pool.answer_all", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            deal_pool(work, planned, built)
+    assert planned.pool is not None
+    assert not work.holds(planned.pool.id)
+    deal_pool(work, planned, built)
+    assert not complete(work, built, planned).to_deal
+    assert not work.ledger.verify().findings
+
+
+def stopped(*_arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_expert_with_examples_keeps_them(
+    open_recipe: Callable[..., RunContext], count: int
+) -> None:
+    work = open_recipe()
+    own = prompts_in(ALPHABETS["low"], 0, 24)[:count]
     write(work.folder / "own.jsonl", [{"prompt": p, "response": "x"} for p in own])
     experts = [section.model_dump(exclude_none=True) for section in work.recipe.experts]
     experts[0]["examples"] = "jsonl:own.jsonl"
     work = open_recipe(experts=experts)
     planned, built = plan_of(work)
-    assert len(planned.to_deal) == 45
+    assert len(planned.to_deal) == 48 - count
     build.stack(work, planned)
     deal_pool(work, planned, built)
     whole = complete(work, built, planned)
@@ -170,6 +209,26 @@ def test_a_pool_that_cannot_be_used_is_refused_before_any_work(
     write(work.folder / "bad.jsonl", [{"question": "a"}])
     with pytest.raises(ExamplesError, match=said):
         plan_of(work)
+
+
+def test_a_pool_is_for_those_whose_cards_may_name_nothing(
+    open_recipe: Callable[..., RunContext],
+) -> None:
+    sections = [s.model_dump(exclude_none=True) for s in open_recipe().recipe.experts]
+    work = open_recipe(experts=[{**section, "examples": "auto"} for section in sections])
+    assert len(plan_of(work)[0].to_deal) == 48
+
+
+def test_a_dry_run_names_a_pool_that_is_not_there_where_a_run_would_read_it(
+    open_recipe: Callable[..., RunContext], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pool = {"pool": "jsonl:none.jsonl"}
+    print_steps(open_recipe(gates=pool))
+    said = capfd.readouterr().out
+    assert said.count("the run would stop: ") == 1
+    assert "none.jsonl: No such file" in said
+    print_steps(open_recipe(gates=pool, router={"kind": "arrow"}))
+    assert "the run would stop" not in capfd.readouterr().out
 
 
 def test_a_pool_that_nobody_needs_is_refused(open_recipe: Callable[..., RunContext]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from meteora.artifacts import PoolShare
 from pipelines.data.claims import (
@@ -21,7 +22,7 @@ from pipelines.data.claims import (
     write_claims,
 )
 from pipelines.data.rows import ExamplesError, Row
-from tests.pipelines.conftest import ALPHABETS, prompts_in
+from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, prompts_in
 
 if TYPE_CHECKING:
     from tests.pipelines.conftest import Knowing
@@ -65,6 +66,27 @@ def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     claims, _ = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
     assert [claim.expert in {"low", ""} for claim in claims] == [True, True]
+
+
+def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
+    knowing: Knowing,
+) -> None:
+    import meteora
+    from meteora.base.chat_template import encode_prompt
+    from meteora.model.confidence import prompt_means
+    from meteora.model.fused import without_experts
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ids = encode_prompt(tokenizer, "abcd")
+    own = tokenizer("abcd", add_special_tokens=False).input_ids
+    start = next(i for i in range(len(ids)) if ids[i : i + len(own)] == own)
+    assert 0 < start < len(ids) - len(own)
+    with torch.inference_mode(), without_experts(model):
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    mean = states[len(states) // 2][0, start : start + len(own)].mean(0)
+    longer = encode_prompt(tokenizer, "stuvwxyz")
+    torch.testing.assert_close(prompt_means(model, tokenizer, [longer, ids])[1], mean)
 
 
 def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Knowing) -> None:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 MAX_PROMPTS = 8192
-"""Of a pool: the distances between all pairs are kept in memory, 270 MB for so many."""
+"""Of a pool: the distances between all pairs are in memory twice, 0.53 GB for so many."""
 PROMPTS_PER_EXAMPLE = 2
 """Prompts of a pool that are read for each example that experts may have: some are nobody's."""
 LEAST_EXAMPLES = 2

@@ -105,23 +105,8 @@ class Harness:
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])
 
     def check_room(self, task: str, lengths: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse a task with a prompt that, with its answer, is too long for the model.
-
-        Args:
-            task: its name
-            lengths: of the prompts, in tokens
-
-        Raises:
-            BenchmarkError: the longest prompt does not fit.
-        """
-        longest = max(lengths)
-        room = self.model.max_length - max_new_tokens
-        if longest > room:
-            raise BenchmarkError(
-                f"task {task}: its longest prompt has {longest} tokens, but with an answer of"
-                f" {max_new_tokens} the model has room for {max(0, room)}; shorten the prompt or"
-                " lower `max_new_tokens`"
-            )
+        """Refuse a task with a prompt that is too long for the model; see `refuse_too_long`."""
+        refuse_too_long(task, lengths, max_new_tokens, self.model.max_length)
 
     @staticmethod
     def check_choices(task: str, rows: Sequence[Row]) -> None:
@@ -163,6 +148,29 @@ class Harness:
         set_seed(self.seed)
         found = iter(self.model.loglikelihood(asked))
         return [[next(found)[0] for _ in row.choices] for row in rows]
+
+
+def refuse_too_long(
+    task: str, lengths: Sequence[int], max_new_tokens: int, context_length: int
+) -> None:
+    """Refuse a task with a prompt that, with its answer, is longer than the model's context.
+
+    Args:
+        task: its name
+        lengths: of the prompts, in tokens
+        context_length: of the model, in tokens
+
+    Raises:
+        BenchmarkError: the longest prompt does not fit.
+    """
+    room = context_length - max_new_tokens
+    if too_long := [length for length in lengths if length > room]:
+        raise BenchmarkError(
+            f"task {task}: {len(too_long)} of {len(lengths)} prompts are too long: the longest has"
+            f" {max(too_long)} tokens, but with an answer of {max_new_tokens} the model has room"
+            f" for {max(0, room)}; take out the longest rows, ask fewer questions in one prompt, or"
+            " lower `max_new_tokens`"
+        )
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:

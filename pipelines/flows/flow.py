@@ -277,6 +277,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
         return None
     with run.stage(Stage.check):
         plan = resolve(context, built, _steps(run, built), looked.plan)
+        run.child.call("check_prompts", plan, deadline_seconds=context.recipe.deadlines.stack)
     if until is Stage.check:
         return None
     with run.stage(Stage.stack):

@@ -7,23 +7,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import COMMIT, BaseSpec
-from meteora.base.loading import Shape, load_tokenizer, shape_of
+from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
+from pipelines.evaluation.harness import BenchmarkError
+from pipelines.evaluation.tasks import make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached_config
 from pipelines.planning.estimate import ASSUMED_RANK, Experts, Rows, assumed_experts, estimate
 from pipelines.planning.plan import check_overlaps
 from pipelines.planning.resolve import at_hand, read_adapters
+from pipelines.planning.room import check_room
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from rich.console import Console
@@ -98,7 +101,7 @@ def print_steps(
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
     faults += _print_estimates(out, context, found, known)
-    faults += _faults_of_rows(context)
+    faults += _faults_of_rows(context) or _faults_of_prompts(context, base, set(found))
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -123,6 +126,37 @@ def _faults_of_rows(context: RunContext) -> list[str]:
             tests[task.called] = read(task.rows, task.limit or settings.limit)
         check_overlaps(recipe, folder, examples, (), tests)
     except ExamplesError as error:
+        return [str(error)]
+    return []
+
+
+def _faults_of_prompts(
+    context: RunContext, base: BaseSpec | None, accepted: Collection[str]
+) -> list[str]:
+    """Why a run would refuse the prompts of the tasks whose rows are on this disk.
+
+    Args:
+        base: Prompts are measured where it lies on this disk.
+        accepted: The experts whose adapters are here; the tasks of the others may fall away.
+    """
+    if base is None or not (context.base_folder(base) / "tokenizer.json").is_file():
+        return []
+    recipe, settings = context.recipe, context.recipe.benchmark
+    own = [e for e in recipe.experts if e.test and not e.test.startswith("hf:")]
+    own = [e for e in own if e.name in accepted]
+    further = tuple(task for task in settings.tasks if not task.rows.startswith("hf:"))
+    here = {e.name for e in own} | {task.called for task in further}
+    every = {e.name for e in recipe.experts if e.test} | {t.called for t in settings.tasks}
+    mixed: dict[str, Any] = {
+        kind: tuple(s for s in getattr(settings, kind) if here >= (set(s.tasks) or every))
+        for kind in ("composite", "conversation")
+    }
+    try:
+        known = settings.model_copy(update={"tasks": further, **mixed})
+        tasks = make_tasks(own, known, context.folder)
+        folder = context.base_folder(base)
+        check_room(tasks.values(), load_config(folder), load_tokenizer(folder))
+    except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []
 

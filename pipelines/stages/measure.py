@@ -13,6 +13,7 @@ from meteora.artifacts import (
     RoutingShare,
     canonical_sha256,
 )
+from meteora.base import loading
 from meteora.model.fused import expert_names
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
@@ -20,6 +21,7 @@ from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
+from pipelines.planning.room import check_room
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.open_model import opened, tokenizer_of_gates
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
     from pipelines.evaluation.measurements import Measurement
+    from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
@@ -50,6 +53,21 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
             asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})
             asking.setdefault(one.spec.id, one)  # the oracle is one of the experts, too
     return [list(asking.values()) for asking in askings.values()]
+
+
+def check_prompts(work: RunContext, plan: Plan) -> None:
+    """Refuse a benchmark with a prompt that is too long for the base, before any work is done.
+
+    Raises:
+        BenchmarkError: a prompt of a measurement that is missing is too long.
+    """
+    if tasks := _tasks_of(missing(work, plan), plan):
+        folder = work.base_folder(plan.base)
+        check_room(tasks, loading.load_config(folder), loading.load_tokenizer(folder))
+
+
+def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:
+    return [plan.tasks[name] for name in dict.fromkeys(one[0].spec.task for one in askings)]
 
 
 def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
@@ -79,6 +97,7 @@ def measure_model(
     if to_do or watch or timing:
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
+            check_room(_tasks_of(to_do, plan), model.config, tokenizer)
             silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with use_system(

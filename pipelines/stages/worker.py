@@ -70,6 +70,7 @@ STAGES = {
     "proportion": proportion,
     "slots": slots,
     "build_base": build.build_base,
+    "check_prompts": measure.check_prompts,
     "stack": build.stack,
     "fit_gates": build.fit_gates,
     "measure": measure.measure,

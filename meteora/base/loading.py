@@ -5,6 +5,7 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.base.placement import spreading
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import shortened
 
@@ -38,9 +40,13 @@ def _quiet() -> Generator[None]:
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    offloads = logging.getLogger("accelerate.big_modeling")  # says that there is no number in them
+    before = offloads.level
+    offloads.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        offloads.setLevel(before)
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
@@ -86,12 +92,21 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
     return config
 
 
-def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards."""
-    with _quiet():
+def load_gguf(
+    file: Path, *, options: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards.
+
+    Args:
+        options: for the model alone: where it is to lie
+
+    Raises:
+        PlacementError: It cannot be spread as a `device_map` among the options says.
+    """
+    with _quiet(), spreading(options or {}):
         tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+            file.parent, gguf_file=file.name, dtype=torch.float32, **(options or {})
         )
     # it is a plain model now; what the quantizer left behind would stop save_pretrained
     facts = model.config.to_dict()
@@ -114,9 +129,10 @@ def load_folder(
     Raises:
         SourceError: It is no base for us, or needs a package that is not installed; a quantised
             base may.
+        PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     load_config(folder)
-    with _quiet():
+    with _quiet(), spreading(options or {}):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,

@@ -140,12 +140,12 @@ def load_base(
     source = _find_base(manifest, folder, download)
     if not source.is_file():
         return loading.load_folder(source, dtype, options=options)
-    if options:
+    if "quantization_config" in (options or {}):
         raise SourceError(
             f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
-            f" {', '.join(options)}; give the base as safetensors with base_folder="
+            " quantization_config; give the base as safetensors with base_folder="
         )
-    return loading.load_gguf(source)
+    return loading.load_gguf(source, options=options)
 
 
 def find_base_files(manifest: Manifest, folder: Path | None) -> Path:

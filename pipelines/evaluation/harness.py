@@ -18,6 +18,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
+from meteora.base.placement import input_device
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Harness:
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
-            device=str(model.device),
+            device=str(input_device(model)),
         )
         self.model.answer_hook.advance = advance
         self.model.system_prompt = system_prompt
@@ -202,6 +203,7 @@ class _Model(HFLM):
 
     def __init__(self, **asked: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
         super().__init__(**asked)
+        self._device = input_device(self.model)  # of an offloaded model `device` says nothing
         self.cache_hook = self.answer_hook = _AnswerHook()
 
     def apply_chat_template(

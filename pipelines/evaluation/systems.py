@@ -107,7 +107,7 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     """
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
-    device, stack = layer.weight.device, layer.stack
+    device, stack = layer.device, layer.stack
     parts = zip(
         stack.a.split(stack.ranks), stack.b.split(stack.ranks, dim=1), stack.scaling, strict=True
     )

@@ -14,6 +14,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.base import loading
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
@@ -153,7 +154,7 @@ def _ask(
     """Ask the model as it is now one task, and record a score for each metric."""
     first = asking[0]
     task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
-    device = speed.device_name(model.device)
+    device = speed.device_name(input_device(model))
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
     control = control_of(first.system, task)
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)

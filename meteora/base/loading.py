@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.base import placement
 from meteora.base.placement import spreading
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import shortened
@@ -118,6 +119,18 @@ def load_gguf(
     return cast("PreTrainedModel", model.eval()), tokenizer
 
 
+def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
+    """A device map for `load_folder` by which one layer at a time is on a device."""
+    return placement.layers_on_disk(_without_weights(folder), device)
+
+
+def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
+    """A base as its config describes it, of shapes alone."""
+    config = load_config(folder, gguf_file)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_folder(
     folder: Path, dtype: torch.dtype | str = "auto", *, options: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -180,9 +193,7 @@ def fingerprint_of(folder: Path) -> Fingerprint:
 
 def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (IN, OUT) of every linear layer of a base, by module path. No weights are read."""
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _without_weights(folder)
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
 
 
@@ -212,9 +223,8 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
     A GGUF file is dequantised to float32 when it is used.
     """
-    config = load_config(folder, gguf_file)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _without_weights(folder, gguf_file)
+    config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -8,6 +8,8 @@ them to the device for the time of one call.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
+"""The path of a numbered layer, at the start of the path of a module in it."""
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """What Accelerate makes a map of by itself."""
 
@@ -66,6 +70,33 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         raise PlacementError(
             f"the model cannot be spread as device_map says: {shortened(error)}"
         ) from error
+
+
+def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
+    """A map by which each numbered layer is read for each call, and all else lies on a device.
+
+    So does the head, if it has weights of its own: only whole answers need it.
+
+    Args:
+        model: may have no weights
+    """
+    inside = Counter(m[1] for path, _ in model.named_modules() if (m := LAYER.match(f"{path}.")))
+    ((layers, _),) = inside.most_common(1)
+    head = model.get_output_embeddings()
+    apart = [] if model.config.get_text_config().tie_word_embeddings else [head]
+    found: dict[str, str] = {}
+
+    def lay(path: str, module: nn.Module) -> None:
+        if path == layers or module in apart:
+            found[path] = "disk"
+        elif layers.startswith(f"{path}.") or not path:
+            for name, child in module.named_children():
+                lay(f"{path}.{name}".lstrip("."), child)
+        else:
+            found[path] = device
+
+    lay("", model)
+    return found
 
 
 def device_of(module: nn.Module) -> torch.device:

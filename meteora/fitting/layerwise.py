@@ -7,7 +7,6 @@ they receive the same tensor.
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the hidden states."""
-LAYER = re.compile(r"(.*?)\.(\d+)\.")
-"""The path of a numbered layer, at the start of the path of a module in it."""
 MAX_HIDDEN_BYTES = 2 << 30
 """Hidden states beyond this size are all mapped from files, so that the system can page them."""
 MAX_OUTPUT_BYTES = 1 << 30
@@ -81,7 +78,7 @@ class Sweep:
         self._routed = routed_layers(model)
         prefixes = set()
         for path in self._routed:
-            match = LAYER.match(path)
+            match = placement.LAYER.match(path)
             if match is None:
                 raise SweepError(
                     f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"

@@ -285,7 +285,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     if until is Stage.stack:
         return None
     deadline = context.recipe.deadlines.base
-    with device_lock.held(*run.child.call("slots", deadline_seconds=deadline)):
+    with device_lock.held(*run.child.call("slots", plan, deadline_seconds=deadline)):
         with run.stage(Stage.gates):
             gates = fit_gates(run, plan, built, fused)
         if until is Stage.gates:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BuiltBase
     from pipelines.data.rows import Row
+    from pipelines.planning.estimate import Need
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
@@ -247,12 +248,7 @@ def _print_estimates(
     needs = estimate(recipe, shape, machine=machine, **asked)
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
-        out.print(
-            f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
-            f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
-        )
-        for part, seconds in need.parts.items():
-            out.print(f"{'':45}{part}, {duration(seconds)}")
+        _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
         there = estimate(recipe, shape, machine=LARGE, **asked)
@@ -279,6 +275,17 @@ def _print_estimates(
     if wanted > free:
         return [f"{context.home}: {wanted / 1e9:,.1f} GB are needed there; free some space"]
     return []
+
+
+def _print_need(out: Console, need: Need) -> None:
+    out.print(
+        f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
+        f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
+    )
+    if need.note:
+        out.print(f"{'':13}{need.note}")
+    for part, seconds in need.parts.items():
+        out.print(f"{'':45}{part}, {duration(seconds)}")
 
 
 def free_bytes(folder: Path) -> int:

@@ -11,9 +11,10 @@ full, so times are rather too long. Estimates are good to a factor of two or so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from meteora.base.placement import LAYER
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import ONE_ROUND, ROUNDS
@@ -34,8 +35,9 @@ from pipelines.evaluation.routing_stats import COMPOSITES, QUESTIONS
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import OF_CONVERSATIONS, ConversationSection
-from pipelines.recipe.gates import JointSection
+from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
+from pipelines.workspace.machine import is_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +59,9 @@ SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
 can be kept, for the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
+READINGS = 4
+"""Times that a base is read for a fit one layer at a time: loaded, tried twice, and swept. Each
+expert is tried, too."""
 PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
@@ -99,6 +104,8 @@ class Need:
     seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
     """The seconds of its parts, by name, where it has several that take long."""
+    note: str = ""
+    """How it is done, where that is not the usual way."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,41 @@ def estimate(
     if gates:
         work = _fitting_work(recipe, list(examples.values()))
         disk = gate_bytes + (kept_bytes if work.kept else 0)
-        needs.append(_gates(shape, experts, machine, loaded, disk, work))
+        if reads_by_layer(recipe, shape.num_bytes + expert_bytes, machine.memory_bytes):
+            held = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
+            need = _gates(shape, experts, machine, held, disk, work)
+            readings = READINGS + experts.count + 1
+            need = replace(
+                need,
+                seconds=need.seconds + readings * shape.num_bytes * hash_seconds,
+                note="the base is read from the disk one layer at a time",
+            )
+        else:
+            need = _gates(shape, experts, machine, loaded, disk, work)
+        needs.append(need)
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
+
+
+def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
+    """Whether gates are fitted with one layer of the base in memory at a time.
+
+    Args:
+        num_bytes: of base and experts
+        memory_bytes: of the device
+    """
+    if not isinstance(recipe.gates, CalibrateSection):
+        return False
+    if recipe.gates.by_layer is not None:
+        return recipe.gates.by_layer
+    return is_too_large(num_bytes, memory_bytes)
+
+
+def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
+    """Of a base and its experts, one layer, and what lies in none."""
+    inside = sum(size[0] * size[1] for path, size in shape.linears.items() if LAYER.match(path))
+    outside = (shape.num_parameters - inside) * shape.dtype.itemsize
+    return outside + (inside * shape.dtype.itemsize + expert_bytes) / shape.num_layers
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:

@@ -43,6 +43,9 @@ class CalibrateSection(Section):
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
+    by_layer: bool | None = None
+    """Read the base from the disk one layer at a time, with the same gates. Default: where base and
+    experts take more than 0.6 of the memory."""
 
 
 class JointSection(Section):

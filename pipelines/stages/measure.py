@@ -25,7 +25,7 @@ from pipelines.evaluation.systems import use_system
 from pipelines.planning.room import check_room
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.open_model import opened, tokenizer_of_gates
+from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -73,7 +73,11 @@ def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task
 
 def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
     """Take every measurement that is missing, with the model from the store."""
-    measure_model(work, plan, lambda: opened(work, plan, built, gates))
+    measure_model(
+        work,
+        plan,
+        lambda: opened(work, plan, built, gates, "auto" if is_spread(work, plan) else None),
+    )
 
 
 def measure_model(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -317,6 +318,25 @@ def test_estimates_grow_with_what_they_are_of() -> None:
     for stage, need in needs(machine=slow).items():
         assert need.seconds > 50 * plain[stage].seconds
         assert need.memory_bytes == plain[stage].memory_bytes
+
+
+def test_a_base_that_does_not_fit_is_fitted_layer_by_layer_and_the_estimate_says_so() -> None:
+    small = replace(GPU, memory_bytes=3e9)  # the base has 2 GB
+    whole, by_layer = (
+        needs(machine=small, gates=gates)["gates"] for gates in ({"by_layer": False}, {})
+    )
+    assert whole.note == ""
+    assert "one layer at a time" in by_layer.note
+    inside = 2 * (64 * 64 + 64 * 256) + 4 * 8 * (64 + 64 + 64 + 256)  # weights, and experts
+    freed = whole.memory_bytes - by_layer.memory_bytes
+    assert freed == pytest.approx(inside * 19 / 20)  # of twenty layers one is held
+    read = (4 + 2) * 2e9 / small.hash_bytes_per_second
+    assert by_layer.seconds == pytest.approx(whole.seconds + read)
+    assert needs()["gates"].note == ""
+    assert "one layer" in needs(gates={"by_layer": True})["gates"].note
+    joint = needs(machine=small, gates={"method": "joint"})["gates"]
+    assert joint.note == ""
+    assert joint.memory_bytes > 2e9
 
 
 def test_a_machine_is_measured_in_the_bases_own_numbers() -> None:

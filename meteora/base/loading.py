@@ -223,13 +223,21 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
     A GGUF file is dequantised to float32 when it is used.
     """
-    model = _without_weights(folder, gguf_file)
+    return shape_of_model(_without_weights(folder, gguf_file), dequantised=bool(gguf_file))
+
+
+def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shape:
+    """The same of a model, which may have no weights.
+
+    Args:
+        dequantised: whether its weights have 32 bits, whatever its config says
+    """
     config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dtype = torch.float32 if gguf_file else getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
     linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
     return Shape(
         num_parameters=sum(p.numel() for p in model.parameters()),

@@ -34,7 +34,11 @@ from pipelines.evaluation.measurements import (
 from pipelines.evaluation.routing_stats import COMPOSITES, QUESTIONS
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
-from pipelines.recipe.benchmark import OF_CONVERSATIONS, ConversationSection
+from pipelines.recipe.benchmark import (
+    OF_CONVERSATIONS,
+    BenchmarkSection,
+    ConversationSection,
+)
 from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import is_too_large
@@ -66,6 +70,10 @@ PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
 """Passes over all experts' products B A in float32 for one merge, such as TIES."""
+AT_ONCE = (64, 32, 16, 8, 4, 2)
+"""Prompts that `batch_size: auto` tries to answer together."""
+FILLED = 0.9
+"""Share of the memory that it fills; drivers need some of the rest."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
 
@@ -206,6 +214,39 @@ def _widths(inputs: Mapping[str, int]) -> list[int]:
     return [width for _, width in points]
 
 
+def working_bytes(shape: Shape, num_rows: int, num_tokens: float) -> float:
+    """What the answers to prompts take beside the model: caches, states and logits.
+
+    Args:
+        num_tokens: of the longest prompt, with its answer
+    """
+    itemsize = shape.dtype.itemsize
+    a_token = shape.cache_bytes_per_token
+    a_token += (4 * shape.hidden_size + 2 * shape.intermediate_size) * itemsize
+    return num_rows * (num_tokens * a_token + 4 * shape.vocab_size)
+
+
+def rows_at_once(
+    settings: BenchmarkSection,
+    shape: Shape,
+    num_tokens: float,
+    *,
+    held_bytes: float,
+    memory_bytes: float,
+) -> int:
+    """How many prompts are answered together.
+
+    Args:
+        num_tokens: of the longest prompt, with its answer
+        held_bytes: what the model takes
+        memory_bytes: of the device
+    """
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    free = FILLED * memory_bytes - held_bytes
+    return next((n for n in AT_ONCE if working_bytes(shape, n, num_tokens) <= free), 1)
+
+
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
     """The largest size of gates, and of the statistics that they were fitted to, in files.
 
@@ -288,25 +329,22 @@ def _benchmark(
     tests: Mapping[str, Rows],
 ) -> Need:
     settings = recipe.benchmark
-    askings = list(_askings(recipe, tests, experts.count))
-    parts = {
-        "asking": sum(
-            _asking_seconds(shape, experts, machine, a, settings.batch_size) for a in askings
+    sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
+    seconds, peak, numbers = 0.0, 0.0, set()
+    for asking in _askings(recipe, tests, experts.count):
+        rows = asking.rows
+        tokens = rows.prompt_tokens + max(asking.new_tokens, rows.answer_tokens)
+        held = sum(sizes) * shape.dtype.itemsize if asking.system in MERGES else 0
+        number = rows_at_once(
+            settings, shape, tokens, held_bytes=loaded + held, memory_bytes=machine.memory_bytes
         )
-    }
-    longest = max(
-        (a.rows.prompt_tokens + max(a.new_tokens, a.rows.answer_tokens) for a in askings), default=0
-    )
-    most = min(settings.batch_size, max((a.rows.count for a in askings), default=1))
-    tokens = most * longest
-    working = tokens * (shape.cache_bytes_per_token + 4 * shape.hidden_size * shape.dtype.itemsize)
-    working += tokens * 2 * shape.intermediate_size * shape.dtype.itemsize
-    working += most * shape.vocab_size * 4
-    merged = 0.0
+        seconds += _asking_seconds(shape, experts, machine, asking, number)
+        peak = max(peak, held + working_bytes(shape, min(number, rows.count), tokens))
+        numbers.add(number)
+    parts = {"asking": seconds}
     if merges := [system for system in settings.compare if system in MERGES]:
-        sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
-        held = sum(sizes) * shape.dtype.itemsize
-        merged = held + 3 * 4 * experts.count * max(sizes, default=0)
+        making = 3 * 4 * experts.count * max(sizes, default=0)
+        peak = max(peak, sum(sizes) * shape.dtype.itemsize + making)
         passes = len(merges) * MERGE_PASSES * 4 * experts.count * sum(sizes)
         parts["merging"] = passes / machine.read_bytes_per_second
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
@@ -324,8 +362,11 @@ def _benchmark(
         written = _writing(shape, experts, machine, speed.batch_size, speed.new_tokens, routed=True)
         read = _reading(shape, machine, speed.batch_size * speed.prompt_tokens, routed=True)
         parts["timing"] = 2 * (speed.rounds + 1) * (written + read)
-    memory = loaded + max(working, merged)
-    return Need("benchmark", memory, 0, sum(parts.values()), parts)
+    note = ""
+    if settings.batch_size == "auto" and numbers:
+        shown = "" if len(numbers) == 1 else f"{min(numbers)} to "
+        note = f"{shown}{max(numbers)} prompts are answered together, by this memory"
+    return Need("benchmark", loaded + peak, 0, sum(parts.values()), parts, note)
 
 
 def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:

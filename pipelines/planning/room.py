@@ -38,6 +38,17 @@ def check_room(
             refuse_too_long(task.name, lengths, task.max_new_tokens, room)
 
 
+def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a prompt of a task has, with its answer or answers.
+
+    Of tasks that cannot be measured so, what the base has room for.
+    """
+    answers = max((len(dialogue.questions) for dialogue in task.dialogues), default=1)
+    if task.lm_eval or not (lengths := _lengths(task, tokenizer)):
+        return resolve_max_length(config, tokenizer)
+    return max(lengths) + answers * task.max_new_tokens
+
+
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of each prompt, as the harness counts them; none where it cannot be asked."""
     messages: list[list[dict[str, str]]] = [

@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from pipelines.planning import dry_run
-from pipelines.planning.estimate import Experts, Rows, assumed_experts, estimate
+from pipelines.planning.estimate import (
+    Experts,
+    Rows,
+    assumed_experts,
+    estimate,
+    rows_at_once,
+    working_bytes,
+)
+from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
@@ -99,8 +107,9 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     assert gigabytes(said, "base")[1] == pytest.approx(16.1 if small else 26.0, abs=0.05)
     assert gigabytes(said, "stack")[1] == pytest.approx(2.3 if small else 3.5, abs=0.051)
     assert gigabytes(said, "gates")[1] == pytest.approx(0.59 if small else 0.80, abs=0.051)
-    assert gigabytes(said, "benchmark")[0] > (35 if small else 55)  # it merges, too
-    assert ("needed for: benchmark" in said) == (not small)
+    assert 80 > gigabytes(said, "benchmark")[0] > (35 if small else 55)  # it merges, too
+    assert "needed for: benchmark" not in said
+    assert re.search("[0-9]+ to 64 prompts are answered together, by this memory", said)
     assert "28 of 28 adapters are not here: taken as rank 8" in said
     assert "56 of 56 sources of rows are not here" in said
     assert f"top_k {2 if name.endswith('top2') else 1}" in said
@@ -337,6 +346,29 @@ def test_a_base_that_does_not_fit_is_fitted_layer_by_layer_and_the_estimate_says
     joint = needs(machine=small, gates={"method": "joint"})["gates"]
     assert joint.note == ""
     assert joint.memory_bytes > 2e9
+
+
+def test_as_many_prompts_are_answered_together_as_the_memory_holds() -> None:
+    def number(memory_bytes: float, tokens: float = 1000, size: int | str = "auto") -> int:
+        settings = BenchmarkSection.model_validate({"batch_size": size})
+        return rows_at_once(settings, shape(), tokens, held_bytes=2e9, memory_bytes=memory_bytes)
+
+    assert number(1e9, size=5) == 5  # what a person says stands
+    row = working_bytes(shape(), 1, 1000)
+    assert 1000 * 10_000 < row < 1000 * 12_000  # the cache is most of it
+    for rows, expected in ((0.5, 1), (1.5, 1), (2.1, 2), (15, 8), (17, 16), (1000, 64)):
+        assert number((2e9 + rows * row) / 0.9) == expected
+    assert number(80e9, tokens=1e6) < number(80e9, tokens=1e5)
+
+    mixed = {"composite": ({"n": 10, "count": 40},)}
+    said = needs({"batch_size": "auto"} | mixed)
+    assert said["benchmark"].note.endswith("64 prompts are answered together, by this memory")
+    small = replace(GPU, memory_bytes=3.3e9)
+    auto, fixed = (needs({"batch_size": n} | mixed, machine=small) for n in ("auto", 32))
+    assert re.match("[0-9]+ to [0-9]+ prompts", auto["benchmark"].note)
+    assert auto["benchmark"].memory_bytes < small.memory_bytes < fixed["benchmark"].memory_bytes
+    assert auto["benchmark"].seconds > fixed["benchmark"].seconds
+    assert fixed["benchmark"].note == ""
 
 
 def test_a_machine_is_measured_in_the_bases_own_numbers() -> None:

@@ -12,7 +12,7 @@ from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import Row
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_room
+from pipelines.planning.room import _lengths, check_room, longest
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import run
@@ -85,6 +85,17 @@ def test_conversations_are_refused_where_their_questions_alone_are_too_long(
     check_room([short], config, tokenizer)
     with pytest.raises(BenchmarkError, match=r"task any: 2 of 2 prompts are too long"):
         check_room([short, long], config, tokenizer)
+
+
+def test_the_longest_prompt_counts_with_its_answers(world: World, chat_base: Path) -> None:
+    config, tokenizer = load_config(world.base), load_tokenizer(world.base)
+    rows = [Row("a" * n, "x") for n in (5, 30, 7)]
+    assert longest(task(rows=rows), config, tokenizer) == 30 + 8
+    asked = Task("any", ("acc",), "auto", 8, lm_eval="any", limit=3)
+    assert longest(asked, config, tokenizer) == config.max_position_embeddings
+    chat = load_tokenizer(chat_base)
+    talks = task(dialogues=draw_dialogues(ROWS, 3, 2, seed=0))
+    assert longest(talks, config, chat) == max(_lengths(talks, chat)) + 3 * 8
 
 
 def test_what_is_not_answered_freely_is_not_counted(world: World) -> None:

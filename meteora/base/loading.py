@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+BITS = {"8bit": 8.0, "4bit": 4.5}
+"""Of a number in a quantised layer, with the scales of 64 numbers of 4 bits."""
 
 
 @contextmanager
@@ -131,28 +136,63 @@ def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedMo
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+def refuse_quantised(folder: Path) -> None:
+    """Refuse a base that is to be quantised, and is so already, with a `SourceError`."""
+    if getattr(load_config(folder), "quantization_config", None) is not None:
+        raise SourceError(
+            f"{folder}: this base is quantised already; use it as it is, without `quantise`"
+        )
+
+
+def quantisation(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers makes the linear layers of a base smaller, all but the head.
+
+    Args:
+        name: `8bit` (LLM.int8) or `4bit` (NF4)
+        dtype: that layers of 4 bits are computed in
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
 def load_folder(
-    folder: Path, dtype: torch.dtype | str = "auto", *, options: Mapping[str, Any] | None = None
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    options: Mapping[str, Any] | None = None,
+    quantise: str = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base from a folder. No remote code, no pickle.
 
     Args:
         options: further options for the model alone, such as `quantization_config`
+        quantise: see `BaseSpec.quantise`
 
     Raises:
         SourceError: It is no base for us, or needs a package that is not installed; a quantised
             base may.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    load_config(folder)
-    with _quiet(), spreading(options or {}):
+    config, asked = load_config(folder), dict(options or {})
+    with _quiet(), spreading(asked):
         try:
+            if quantise:
+                refuse_quantised(folder)
+                named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+                wide = cast("torch.dtype", named or config.dtype or torch.float32)
+                asked["quantization_config"] = quantisation(quantise, wide)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
-                **(options or {}),
+                **asked,
             )
         except ImportError as error:
             raise SourceError(f"{folder} cannot be loaded here: {error}") from error
@@ -212,10 +252,27 @@ class Shape:
     """Of keys and values in all layers."""
     linears: dict[str, tuple[int, int]]
     """(IN, OUT) by module path."""
+    quantise: str = ""
+    """See `BaseSpec.quantise`."""
 
     @property
     def num_bytes(self) -> int:
+        """Of its files."""
         return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def num_in_layers(self) -> int:
+        """Parameters of the linear layers that lie in numbered layers."""
+        inside = (size for path, size in self.linears.items() if placement.LAYER.match(path))
+        return sum(num_in * num_out for num_in, num_out in inside)
+
+    @property
+    def loaded_bytes(self) -> float:
+        """Of the model in memory."""
+        if not self.quantise:
+            return self.num_bytes
+        kept = self.num_parameters - self.num_in_layers
+        return kept * self.dtype.itemsize + self.num_in_layers * BITS[self.quantise] / 8
 
 
 def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:

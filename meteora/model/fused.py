@@ -97,7 +97,8 @@ def load(
         expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
-            the experts keep their precision
+            the experts keep their precision. Without it, the base is as it was when the gates were
+            fitted
         download: arguments of transformers about downloads, such as `token` or `cache_dir`. A
             token, given or saved, that is sent for a Hub id is sent for its base only if one owner
             has both; for a folder, only a given one is
@@ -113,8 +114,8 @@ def load(
     options: dict[str, Any] = {}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-        if device is not None:  # what is quantised is made where it is to lie
-            options["device_map"] = {"": device}
+    if device is not None and (quantization_config is not None or manifest.base.quantise):
+        options["device_map"] = {"": device}  # what is quantised is made where it is to lie
     if device_map is not None:
         if device is not None:
             raise PlacementError(

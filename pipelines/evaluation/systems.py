@@ -83,7 +83,8 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
     with ExitStack() as hooks, torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # DARE drops at random
         for layer in routed_layers(model).values():
-            delta = merge_deltas(layer, spec).to(layer.weight.dtype)
+            narrow = not layer.weight.is_floating_point()  # quantised: it computes in more
+            delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
             hook = layer.projection.register_forward_hook(_adding(delta))
             hooks.callback(hook.remove)
         with without_experts(model):

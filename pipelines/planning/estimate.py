@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from meteora.base.placement import LAYER
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import ONE_ROUND, ROUNDS
@@ -150,12 +149,13 @@ def estimate(
         examples: the rows that gates are fitted to, by expert
         tests: the test rows, by task
     """
+    shape = replace(shape, quantise=recipe.quantise or "")
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}
     gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
-    loaded = PROGRAM_BYTES + shape.num_bytes + expert_bytes + gate_bytes
+    loaded = PROGRAM_BYTES + shape.loaded_bytes + expert_bytes + gate_bytes
     stacked = max(
         (experts.itemsize * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
     )
@@ -194,7 +194,7 @@ def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> boo
         num_bytes: of base and experts
         memory_bytes: of the device
     """
-    if not isinstance(recipe.gates, CalibrateSection):
+    if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:
         return False
     if recipe.gates.by_layer is not None:
         return recipe.gates.by_layer
@@ -203,9 +203,8 @@ def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> boo
 
 def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
     """Of a base and its experts, one layer, and what lies in none."""
-    inside = sum(size[0] * size[1] for path, size in shape.linears.items() if LAYER.match(path))
-    outside = (shape.num_parameters - inside) * shape.dtype.itemsize
-    return outside + (inside * shape.dtype.itemsize + expert_bytes) / shape.num_layers
+    inside = shape.num_in_layers * shape.dtype.itemsize
+    return shape.num_bytes - inside + (inside + expert_bytes) / shape.num_layers
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:
@@ -453,7 +452,7 @@ def _writing(
     shape: Shape, experts: Experts, machine: Machine, rows: int, tokens: int, *, routed: bool
 ) -> float:
     """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
-    weights = shape.num_bytes / (EFFICIENCY * machine.read_bytes_per_second)
+    weights = shape.loaded_bytes / (EFFICIENCY * machine.read_bytes_per_second)
     work = 2 * shape.num_parameters * rows / (EFFICIENCY * machine.flops_per_second)
     calls = CALLS_A_LAYER * shape.num_layers
     calls += CALLS_A_ROUTED_MODULE * len(experts.ranks) if routed else 0

@@ -77,6 +77,13 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     known = work.ledger.built(spec.id)
     if known is not None and folder.is_dir():
         return BuiltBase.from_dict(known)
+    if spec.quantise:  # its files are those of the base that it is made of
+        built = replace(build_base(work, spec.stored), spec=spec)
+        loading.refuse_quantised(folder)
+        work.ledger.record_artifact(
+            spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
+        )
+        return built
     if not folder.is_dir():
         _bring_base(work, spec, folder)
     require_sound(work.ledger, spec)

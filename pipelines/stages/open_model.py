@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec
+from meteora.artifacts import ArtifactId, FusedSpec
 from meteora.base import loading
 from meteora.base.placement import placed
 from meteora.checkpoint.manifest import (
@@ -60,7 +60,11 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
         base=BaseEntry(
-            plan.base.base_model, plan.base.base_revision, built.fingerprint, built.licence
+            plan.base.base_model,
+            plan.base.base_revision,
+            built.fingerprint,
+            built.licence,
+            plan.base.quantise,
         ),
         experts=tuple(map(entry_of, plan.experts)),
         modules=module_entries([expert.adapter.spec for expert in plan.experts]),
@@ -86,7 +90,7 @@ def entry_of(expert: Expert) -> ExpertEntry:
 
 def stack_in(manifest: Manifest) -> FusedSpec:
     """The stack that a manifest describes."""
-    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    base_id = manifest.base.spec.id
     adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
     return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
@@ -111,6 +115,8 @@ def opened(
         device_map: how it is spread; without it, it lies on one device
     """
     require_sound(work.ledger, plan.base)
+    if device_map is None and plan.base.quantise:  # what is quantised is made where it is to lie
+        device_map = {"": choose_device()}
     options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
         parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
@@ -119,7 +125,9 @@ def opened(
         for name, sha256 in parts.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
         manifest = replace(describe(plan, built, gates), files=parts)
-        model, tokenizer = loading.load_folder(work.base_folder(plan.base), options=options)
+        model, tokenizer = loading.load_folder(
+            work.base_folder(plan.base), options=options, quantise=plan.base.quantise
+        )
         check_base(manifest, model, tokenizer, scratch)
         insert_experts(model, scratch, manifest)
         if gates is not None:
@@ -142,8 +150,8 @@ def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:
 
 
 def is_spread(work: RunContext, plan: Plan) -> bool:
-    """Whether base and experts are too large for one device."""
-    return is_too_large(_num_bytes(work, plan), memory_bytes())
+    """Whether base and experts are too large for one device; a quantised base is never spread."""
+    return not plan.base.quantise and is_too_large(_num_bytes(work, plan), memory_bytes())
 
 
 def _num_bytes(work: RunContext, plan: Plan) -> int:

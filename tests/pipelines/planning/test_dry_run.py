@@ -241,10 +241,12 @@ def needs(
     *,
     gates: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
+    quantise: str | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
     text = {
         "base": "a/b",
+        "quantise": quantise,
         "experts": ({"name": "x", "adapter": "path:x", "examples": "jsonl:x", "test": "jsonl:x"},),
         "benchmark": {"compare": ("base",), "batch_size": 4, **(changes or {})},
         "gates": gates or {},
@@ -346,6 +348,18 @@ def test_a_base_that_does_not_fit_is_fitted_layer_by_layer_and_the_estimate_says
     joint = needs(machine=small, gates={"method": "joint"})["gates"]
     assert joint.note == ""
     assert joint.memory_bytes > 2e9
+
+
+def test_a_quantised_base_takes_less_memory_and_the_same_disk() -> None:
+    inside = 64 * 64 + 64 * 256
+    found = {quantise: needs(quantise=quantise) for quantise in (None, "8bit", "4bit")}
+    for quantise, saved in ((None, 0), ("8bit", inside), ("4bit", inside * (2 - 4.5 / 8))):
+        assert found[quantise]["base"] == found[None]["base"]
+        for stage in ("gates", "benchmark"):
+            less = found[None][stage].memory_bytes - found[quantise][stage].memory_bytes
+            assert less == pytest.approx(saved)
+    small = replace(GPU, memory_bytes=3e9)  # it is never read by layer
+    assert needs(machine=small, quantise="4bit")["gates"].note == ""
 
 
 def test_as_many_prompts_are_answered_together_as_the_memory_holds() -> None:

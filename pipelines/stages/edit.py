@@ -125,7 +125,9 @@ def add(
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
-    model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
+    # what is quantised is made where it is to lie
+    where = {"device_map": {"": device}} if manifest.base.quantise else {}
+    model, tokenizer = load_base(manifest, base_folder, "auto", download=download, options=where)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     what = f"add {candidate.name} to"

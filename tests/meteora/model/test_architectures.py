@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import meteora
-from meteora.base.loading import fingerprint_of, linear_sizes, load_folder
+from meteora.base.loading import fingerprint_of, layers_on_disk, linear_sizes, load_folder
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
 from meteora.model.fused import EXPERTS, force_expert, insert_layer
+from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from tests.conftest import peft_is_behind
@@ -98,6 +99,20 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
     with recorded_logits(model) as recorded:
         model(ids)
     assert recorded.keys() == routed_layers(model).keys()
+
+
+def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
+    base, _, whole = made
+    layers = layers_on_disk(base, "cpu")
+    read, _ = meteora.load(tmp_path / "fused", base_folder=base, device_map=layers)
+    on_disk = {path for path, tensor in read.named_parameters() if tensor.is_meta}
+    inside = {path for path, layer in routed_layers(read).items() if layer.weight.is_meta}
+    assert inside == routed_layers(read).keys()
+    for model in (whole, read):
+        calibrate(model, sequences(4))
+    for path, gate in gates_of(whole).own.items():
+        assert all(map(torch.equal, gate, gates_of(read).own[path]))
+    assert on_disk == {path for path, tensor in read.named_parameters() if tensor.is_meta}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

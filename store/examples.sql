@@ -40,6 +40,11 @@ WHERE relation = 'made from'
   AND artifact_id = (SELECT id FROM artifacts WHERE kind = 'router' ORDER BY recorded_at DESC LIMIT 1)
 ORDER BY depth, kind, source;
 
+-- Whose prompts was a pool, and how sure is that?
+SELECT short(pool_id) AS pool, expert, num_prompts, num_clusters, round(score, 2) AS score,
+       round(lead, 2) AS lead
+FROM pool_shares ORDER BY pool, num_prompts DESC, expert;
+
 -- Which models contain an adapter, so that I know what to withdraw when its licence changes?
 SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
 FROM adapters JOIN lineage ON artifact_id = adapter_id

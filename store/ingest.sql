@@ -70,6 +70,16 @@ SELECT id, record_sha256, (spec->'composites')::INTEGER[] AS composites,
        unnest(fields(built, ['num_tokens', 'heldout_accuracy', 'wall_seconds', 'device']))
 FROM made WHERE kind = 'router';
 
+INSERT INTO pools BY NAME
+SELECT id, record_sha256, unnest(fields(spec, ['fused_id', 'prompts_sha256'])),
+       unnest(fields(built, ['labels_sha256', 'num_answers', 'wall_seconds', 'device']))
+FROM made WHERE kind = 'pool';
+
+INSERT INTO pool_shares BY NAME
+SELECT id AS pool_id, record_sha256,
+       unnest(fields(one, ['expert', 'num_prompts', 'num_clusters', 'score', 'lead']))
+FROM (SELECT *, unnest((built->'shares')::JSON[]) AS one FROM made WHERE kind = 'pool');
+
 INSERT INTO merges BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['fused_id', 'method', 'weight', 'density', 'seed']))
 FROM made WHERE kind = 'merge';
@@ -242,6 +252,8 @@ DELETE FROM routers WHERE record_sha256 IN (FROM overruled);
 DELETE FROM scores WHERE record_sha256 IN (FROM overruled);
 DELETE FROM score_parts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM score_turns WHERE record_sha256 IN (FROM overruled);
+DELETE FROM pools WHERE record_sha256 IN (FROM overruled);
+DELETE FROM pool_shares WHERE record_sha256 IN (FROM overruled);
 DELETE FROM merges WHERE record_sha256 IN (FROM overruled);
 DELETE FROM comparisons WHERE record_sha256 IN (FROM overruled);
 DELETE FROM speeds WHERE record_sha256 IN (FROM overruled);

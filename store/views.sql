@@ -267,7 +267,7 @@ LEFT JOIN stages USING (run_id)
 ORDER BY coalesce(started_at, ended_at) DESC, run_id;
 COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
 COMMENT ON COLUMN runs.run_id IS 'Id of the run';
-COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe; NULL like started_at';
+COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe, or what was done to a checkpoint, such as ''benchmark of router:…''; NULL like started_at';
 COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL where only its end is recorded, as of a run that was skipped';
 COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL where it still runs or nobody has closed it';
 COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused, stopped, killed, skipped_late or skipped_overlap; NULL like ended_at';
@@ -276,7 +276,7 @@ COMMENT ON COLUMN runs.wall_seconds IS 'Time from beginning to end, in seconds';
 COMMENT ON COLUMN runs.stage_seconds IS 'Time of each stage, in seconds';
 COMMENT ON COLUMN runs.device IS 'What it ran on';
 COMMENT ON COLUMN runs.versions IS 'Version of each package that the result depends on';
-COMMENT ON COLUMN runs.recipe_sha256 IS 'SHA-256 of the recipe as it was resolved, 64 hex digits';
+COMMENT ON COLUMN runs.recipe_sha256 IS 'SHA-256 of the recipe as it was resolved, or of what else was asked for, 64 hex digits';
 
 CREATE OR REPLACE VIEW routing AS
 WITH arrived AS (

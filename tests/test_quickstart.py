@@ -108,7 +108,10 @@ def test_the_report_shows_the_answers_token_by_token(
     assert len(html) < 1_000_000
     traces = [data for data in Elements(html).json() if "pieces" in data]
     assert len(traces) == 2
-    assert "in ISO notation?" in "".join(traces[0]["pieces"])
+    conversation, single = ("".join(one["pieces"]) for one in traces)
+    assert conversation.count("<|im_start|>user") == 3  # one of the conversations, whole
+    assert single.count("<|im_start|>user") == 1
+    assert "in ISO notation?" in single
     assert traces[0]["experts"] == [*EXPERTS, SHARED]
 
 

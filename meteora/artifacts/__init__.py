@@ -10,6 +10,7 @@ is the hash of the bytes that were made. A spec's `parents` are the ids that it 
     specs     bases, adapters, stacks and merges
     identity  base classes: JSON and back, and the id
     routers   how a fused model routes, and the result of fitting its gates
+    pool      prompts without labels, and to whom they are given
     scores    what is measured: benchmarks, comparisons, routing, speed
     reasons   why an adapter is refused, or taken with a warning
 """
@@ -28,6 +29,7 @@ from meteora.artifacts.identity import (
     canonical_sha256,
     short,
 )
+from meteora.artifacts.pool import PoolBuild, PoolShare, PoolSpec
 from meteora.artifacts.reasons import Reason
 from meteora.artifacts.routers import (
     NULL,
@@ -77,7 +79,8 @@ __all__ = [
     "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase",
     "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint",
     "FusedSpec", "JointSettings",
-    "LinearSize", "MergeSpec", "MeteoraError", "Noun", "Publication", "Rate", "Reason",
+    "LinearSize", "MergeSpec", "MeteoraError", "Noun", "PoolBuild", "PoolShare",
+    "PoolSpec", "Publication", "Rate", "Reason",
     "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail", "RoutingScore",
     "RoutingShare",
     "RoutingSpec", "RoutingSwitch", "Score", "ScorePair", "ScorePart", "ScoreTurn", "Spec",

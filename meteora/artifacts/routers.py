@@ -129,6 +129,8 @@ class RouterSpec(Spec):
     grown_from: str = ""
     """The router that this one is made from by adding or dropping one expert; `examples_sha256` is
     then of the new expert's examples alone."""
+    pool_id: str = ""
+    """The pool that examples are taken from, for experts that bring none."""
 
     @classmethod
     def of(cls, fused_id: ArtifactId, options: RouterOptions, **made: Any) -> Self:  # noqa: ANN401
@@ -143,7 +145,8 @@ class RouterSpec(Spec):
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.fused_id, *([ArtifactId(self.grown_from)] if self.grown_from else []))
+        further = (self.grown_from, self.pool_id)
+        return (self.fused_id, *(ArtifactId(one) for one in further if one))
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ class RouterBuild(Noun):
     device: str
     statistics_sha256: str = ""
     """Of `statistics.safetensors`; empty if there is none."""
+    card_examples: tuple[str, ...] = ()
+    """`expert: source` of those whose examples are of a data set that their own card names."""
 
     @property
     def blobs(self) -> list[str]:

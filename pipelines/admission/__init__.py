@@ -6,6 +6,7 @@ verdicts        verdicts on adapters, printed and recorded
 base_identity   is the base that an adapter names the base of the recipe?
 silent_experts  experts that change nothing on a probe prompt, recorded
 checkpoints     the checkpoint that a person names, and its base
+card_examples   examples from a data set that an adapter's card names
 candidate       an adapter that is to join a checkpoint
 check           `meteora check`: the verdict without a base
 """

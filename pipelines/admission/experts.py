@@ -12,7 +12,7 @@ from meteora.artifacts import Reason
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import identify_base
 from pipelines.admission.sources import NotHereError
-from pipelines.hub.card import licence_of
+from pipelines.hub.card import datasets_of, licence_of
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import FoundExpert
 
@@ -44,6 +44,8 @@ class Expert:
     """As its card or repository states; empty where they state none."""
     about: HubSource | None = None
     """What the Hub knows of its repository; None for a local folder."""
+    datasets: tuple[str, ...] = ()
+    """The data sets of the Hub that its card names."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def read_expert(
     if requirements.in_layers:
         _require_layers(adapter, folder)
     adapter = replace(adapter, reasons=(*adapter.reasons, *reasons))
-    return Expert(name, source, ref, adapter, licence_of(folder))
+    return Expert(name, source, ref, adapter, licence_of(folder), datasets=datasets_of(folder))
 
 
 def _require_layers(adapter: Adapter, folder: Path) -> None:

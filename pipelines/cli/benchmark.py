@@ -19,7 +19,7 @@ app = typer.Typer()
 
 @app.command()
 def benchmark(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     tasks: Annotated[
         list[str] | None,
         typer.Option(

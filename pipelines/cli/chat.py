@@ -217,7 +217,9 @@ class Conversation:
             tokens.append(token)
             if self._out.is_terminal:
                 before = tokens[-2] if len(tokens) > 1 else None
-                self._out.print(token_text(token, before), end="", soft_wrap=True)
+                self._out.print(
+                    token_text(token, before, self._out.color_system), end="", soft_wrap=True
+                )
 
         try:
             answer = self.chat.answer(
@@ -231,7 +233,11 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": text}]
         if self._out.is_terminal:
             self._out.print("…" if cut else "")
-            self._out.print(legend(self.chat.experts, tokens), soft_wrap=True, end="\n\n")
+            self._out.print(
+                legend(self.chat.experts, tokens, self._out.color_system),
+                soft_wrap=True,
+                end="\n\n",
+            )
         else:
             print(for_terminal(text).replace("\n", "\\n"), flush=True)
 

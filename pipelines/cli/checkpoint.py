@@ -6,7 +6,7 @@ import json
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from pipelines.cli.options import (
     text_or_input,
 )
 from pipelines.workspace.console import say
+
+if TYPE_CHECKING:
+    from store.ledger import Ledger
 
 app = typer.Typer()
 
@@ -132,19 +135,32 @@ def publish(
 @app.command()
 def report(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
-        "report.html"
-    ),
+    other: Annotated[
+        str, typer.Argument(metavar="[OTHER]", help="A second one: the report compares the two.")
+    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write. Default: report.html, of two comparison.html.",
+        ),
+    ] = None,
     traces: Annotated[
         int, typer.Option(min=0, help="How many test prompts to show with answers.")
     ] = 3,
+    as_json: AsJson = False,
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
     dtype: Dtype = Precision.AUTO,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write one page with scores, routing, cost and lineage, each with its SQL; works offline."""
+    """Write one page with scores, routing, cost and lineage, each with its SQL; works offline.
+
+    Of two checkpoints it shows what differs: in experts, router and scores on the same rows. No
+    model is loaded for that.
+    """
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
@@ -154,17 +170,41 @@ def report(
     from pipelines.reports.report import report_page
     from store.ledger import Ledger
 
+    output = output or Path("comparison.html" if other else "report.html")
     check_writable(output)
     home = existing_home(home)
     ledger = Ledger(home)
+    if other:
+        folders = [
+            checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
+        ]
+        _compare(ledger, *folders, output, as_json=as_json)
+        return
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
     drawn = []
     if chosen := find_examples(ledger, results["outputs"], traces):
         drawn = trace_examples(*found.load(), chosen)
     write_page(output, report_page(results, drawn))
-    print(output)
+    if as_json:
+        rows = {name: result.rows for name, result in results.items()}
+        print(json.dumps({"page": str(output), "results": rows}, default=str))
+    else:
+        print(output)
     say("open it in a browser; beside each result is the query that it comes from")
+
+
+def _compare(ledger: Ledger, a: Path, b: Path, output: Path, *, as_json: bool) -> None:
+    """Write the page on two checkpoints, and print what differs."""
+    from pipelines.cli.score_table import print_comparison
+    from pipelines.reports.html import write_page
+    from pipelines.reports.report import comparison_page
+    from pipelines.reports.side_by_side import compare_checkpoints
+
+    found = compare_checkpoints(ledger, a, b)
+    write_page(output, comparison_page(found))
+    print_comparison(found, output, as_json=as_json)
+    say("open it in a browser; the tests are paired, over the rows that both were asked")
 
 
 @app.command()
@@ -289,6 +329,14 @@ def import_adapters(
             " and NAME.test.jsonl. Default: beside each adapter.",
         ),
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='Prompts without labels, {"prompt"} a line: adapters without rows get their'
+            " examples from it.",
+        ),
+    ] = None,
     drop_overlaps: Annotated[
         bool, typer.Option("--drop-overlaps", help="Leave examples out that are also test rows.")
     ] = False,
@@ -303,6 +351,7 @@ def import_adapters(
         output,
         base,
         examples,
+        pool,
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
     tested = sum(bool(one.test) for one in recipe.experts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import astuple, fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.cli import output
 from pipelines.cli.options import AsJson  # noqa: TC001  (typer reads annotations)
 
 if TYPE_CHECKING:
@@ -34,16 +34,23 @@ def show(
 
 
 @recipe.command()
-def reference(as_json: AsJson = False) -> None:
+def reference(
+    form: Annotated[
+        output.Format | None, typer.Option("--format", help="Default: a paragraph for each key.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print every key of a recipe: its type, default and range, and what it means."""
-    from pipelines.recipe.keys import keys_of
+    from pipelines.recipe.keys import Key, keys_of
     from pipelines.recipe.recipe import Recipe
+    from store.query import Answer
 
     keys = keys_of(Recipe)
-    if as_json:
-        print(json.dumps([asdict(key) for key in keys], indent=1))
-    else:
+    if form is None and not as_json:
         print("\n\n".join(map(_described, keys)))
+        return
+    answer = Answer(tuple(field.name for field in fields(Key)), [astuple(key) for key in keys])
+    output.print_answer(answer, output.Format.json if as_json or form is None else form)
 
 
 def _described(key: Key) -> str:

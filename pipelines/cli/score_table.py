@@ -1,4 +1,4 @@
-"""What the command line prints of a model: its scores, and the expert of each token."""
+"""What the command line prints of a model: its scores, another's beside them, its trace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from meteora.artifacts import short
+from meteora.untrusted.findings import for_terminal, shortened
 from pipelines.reports.card import (
     cell,
     loss_lines,
@@ -19,16 +20,21 @@ from pipelines.reports.card import (
     stand_in_lines,
     turn_tables,
 )
+from pipelines.reports.queries import by_turn
 from pipelines.reports.trace import terminal_texts
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from meteora.model.trace import Trace
     from pipelines.planning.plan import Plan
+    from pipelines.reports.side_by_side import SideBySide
     from pipelines.reports.summary import Summary
+
+LONGEST = 24
+"""Characters of a value in a column."""
 
 
 def print_scores(
@@ -62,12 +68,7 @@ def print_scores(
         out.print(f"{name}: scores; the last line has their 95 % intervals", soft_wrap=True)
         out.print(_score_table(summary, interval=False))
     for headings, rows, line in turn_tables(summary):
-        turns = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        for heading in headings:
-            turns.add_column(heading, justify="left" if heading == headings[0] else "right")
-        for row in rows:
-            turns.add_row(*row)
-        out.print(turns)
+        out.print(_table(headings, rows))
         out.print(line, soft_wrap=True)
     lines = (
         *method_lines(summary),
@@ -142,6 +143,88 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     return table
 
 
+def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) -> None:
+    """Print what differs between two checkpoints, and where the page on them is."""
+    if as_json:
+        print(json.dumps({"page": str(page), **found.to_dict()}, default=str))
+        return
+    out = plain_console()
+    for side in found.sides:
+        names = ", ".join(side.manifest.names)
+        out.print(f"{side.label}: {side.name}, {len(side.manifest.experts)} experts: {names}")
+    for table in _comparison_tables(found):
+        if table.row_count:
+            out.print(table)
+    if found.build:
+        low, high = found.build.low, found.build.high
+        out.print(
+            f"Mean difference {found.build.mean_difference:+.3f} [{low:+.3f}, {high:+.3f}] over"
+            f" {len(found.rows)} tasks. Marked with + is where B is better, with - where it is"
+            " worse, by a paired test on the same rows (p < 0.05 after Holm's correction, as p is"
+            " shown). Elsewhere the difference may be chance.",
+            soft_wrap=True,
+        )
+    else:
+        out.print("no task was asked of both with the same rows; `meteora benchmark` measures them")
+    for label, tasks in found.unmeasured.items():
+        out.print(f"{label} was not asked, on the other's rows: {', '.join(tasks)}", soft_wrap=True)
+    out.print(str(page), soft_wrap=True)
+
+
+def _comparison_tables(found: SideBySide) -> Iterator[Table]:
+    """Scores, turns, experts, options, costs; the last three with what differs alone."""
+    yield _table(
+        ("task", "n", "A", "B", "B - A", "p"),
+        [
+            (
+                row.a.spec.task, str(row.a.num_samples), f"{row.a.value:.3f}", f"{row.b.value:.3f}",
+                f"{row.difference.difference:+.3f} {row.mark or ' '}",
+                f"{row.difference.p_holm:.3g}",
+            )
+            for row in found.rows
+        ],
+    )  # fmt: skip
+    for one in by_turn(found.turns):
+        turns = [f"turn {number + 1}" for number in range(len(one["lines"][0]["values"]))]
+        yield _table(
+            (one["task"], *turns, "computed", "seconds"),
+            [
+                (
+                    line["system"], *(f"{value:.2f}" for value in line["values"]),
+                    f"{line['computed_tokens']:,.0f}", f"{line['seconds']:.2f}",
+                )
+                for line in one["lines"]
+            ],
+        )  # fmt: skip
+    yield _table(
+        ("expert", "differs"), [(one.name, one.change) for one in found.experts if one.change]
+    )
+    yield _table(
+        ("option", "A", "B"),
+        [(name, *(_shown(value) for value in values)) for name, *values in found.options],
+    )
+    yield _table(
+        ("cost", "A", "B"), [(name, *cells) for name, cells in found.costs if len({*cells}) > 1]
+    )
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for heading in headings:
+        table.add_column(
+            heading, justify="left" if heading in {headings[0], "differs"} else "right"
+        )
+    for row in rows:
+        table.add_row(*map(for_terminal, row))
+    return table
+
+
+def _shown(value: object) -> str:
+    """A value of an option, short enough for a column."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else shortened(text, LONGEST)
+
+
 def print_trace(found: Trace, *, as_json: bool = False) -> None:
     """Print prompt and answer in the colours of their experts, and a legend."""
     if as_json:
@@ -154,5 +237,5 @@ def print_trace(found: Trace, *, as_json: bool = False) -> None:
         print(json.dumps(texts | {"tokens": parts}))
         return
     out = plain_console()
-    for text in terminal_texts(found):
+    for text in terminal_texts(found, out.color_system):
         out.print(text, soft_wrap=True, end="\n\n")

@@ -8,4 +8,6 @@ dialogues      questions for conversations in a benchmark
 composites     several questions in one prompt
 background     texts that belong to no expert
 labels         rows as token ids, each with its expert
+pool           prompts without labels, dealt to the experts that know them
+claims         whose each prompt of a pool is
 """

@@ -14,17 +14,15 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from meteora.artifacts import Noun
 from pipelines.data.composites import Question
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from pipelines.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,12 @@ class Dialogue(Noun):
         """The questions and their tasks, and the system prompt where there is one."""
         body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
         return body if self.system is None else body | {"system": self.system}
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Self:
+        """The dialogue of a `to_dict`."""
+        asked = (Question(task, Row.from_dict(row)) for task, row in body["questions"])
+        return cls(tuple(asked), body.get("system"))
 
     def with_answers(self, answers: Sequence[str]) -> Conversation:
         """As far as these answers go, and the next question with an empty answer."""

@@ -5,9 +5,10 @@ bigbench:<task.json>[?split=train|test]      or the folder of a task with subtas
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
 
-For rows of the Hub: `a.b` names a column inside another (`translation.de`), and `a,b` joins two
-columns. More options: `ask` is a text in front of every prompt; `part` is train or test, for data
-without a split for tests; `longest` leaves out prompts with more characters.
+For rows of the Hub: `a.b` names a column inside another (`translation.de`), `a.0` the first entry
+of a list (`messages.0.content`), and `a,b` joins two columns. More options: `ask` is a text in
+front of every prompt; `part` is train or test, for data without a split for tests; `longest` leaves
+out prompts with more characters.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ def no_token(_repo_id: str) -> str | None:
 
 
 def read_rows(
-    source: str, folder: Path, limit: int, token_of: Callable[[str], str | None] = no_token
+    source: str,
+    folder: Path,
+    limit: int,
+    token_of: Callable[[str], str | None] = no_token,
+    *,
+    answered: bool = True,
 ) -> list[Row]:
     """The first `limit` rows of a source.
 
@@ -48,6 +54,7 @@ def read_rows(
         source: as in this module's docstring
         folder: paths are relative to it
         token_of: the token that is sent for a repository of the Hub
+        answered: whether rows of a file need a response; a pool of prompts has none
 
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
@@ -65,14 +72,18 @@ def read_rows(
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
     if kind == "hf":
         read = partial(read, token=token_of(name))
+    if kind == "jsonl":
+        read = partial(read, answered=answered)
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
 
 
-def _jsonl(name: str, folder: Path, _options: Mapping[str, str], _limit: int) -> Iterator[Row]:
-    return (_row(line, place) for line, place in json_lines(folder / name))
+def _jsonl(
+    name: str, folder: Path, _options: Mapping[str, str], _limit: int, *, answered: bool
+) -> Iterator[Row]:
+    return (_row(line, place, answered=answered) for line, place in json_lines(folder / name))
 
 
 def place_of(source: str, folder: Path, number: int) -> str:
@@ -115,19 +126,19 @@ def _refuse_pipe(path: Path) -> None:
         raise ExamplesError(f"{path}: a pipe, which may never end; rows are read from a file")
 
 
-def _row(line: str, place: str) -> Row:
+def _row(line: str, place: str, *, answered: bool) -> Row:
     try:
         body = json.loads(line)
         row = Row(
             body["prompt"],
-            body["response"],
+            body["response"] if answered else body.get("response", ""),
             tuple(body.get("choices") or ()),
             tuple(body.get("references") or ()),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        needed = '{"prompt": "…", "response": "…"}' if answered else '{"prompt": "…"}'
         raise ExamplesError(
-            f'{place}: not a row; {{"prompt": "…", "response": "…"}} is needed, and it is'
-            f" {_described(line)}"
+            f"{place}: not a row; {needed} is needed, and it is {_described(line)}"
         ) from error
     return check_row(row, place)
 
@@ -283,15 +294,33 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
 def _hub(
     name: str, _folder: Path, options: Mapping[str, str], _limit: int, token: str | None
 ) -> Iterator[Row]:
-    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
-
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
     longest = options.get("longest", str(MAX_ROW_BYTES))
     if not longest.isdecimal() or len(longest) > 9:
         raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
+    for number, item in enumerate(hub_items(name, options, token)):
+        row = Row(
+            options.get("ask", "") + _columns(item, prompt, name),
+            _columns(item, response, name),
+            tuple(item.get("choices") or ()),
+        )
+        if len(row.prompt) <= int(longest) and _belongs(row, part):
+            yield check_row(row, f"hf:{name}, row {number}")
+
+
+def hub_items(
+    name: str, options: Mapping[str, str], token: str | None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set of the Hub, as the Hub has them; none is read before it is needed.
+
+    Args:
+        options: `config`, `split` (default: test) and `revision`
+    """
+    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
+
     try:
-        table = datasets.load_dataset(
+        yield from datasets.load_dataset(
             name,
             options.get("config"),
             split=options.get("split", "test"),
@@ -299,14 +328,6 @@ def _hub(
             streaming=True,
             token=token or False,
         )
-        for number, item in enumerate(table):
-            row = Row(
-                options.get("ask", "") + _columns(item, prompt, name),
-                _columns(item, response, name),
-                tuple(item.get("choices") or ()),
-            )
-            if len(row.prompt) <= int(longest) and _belongs(row, part):
-                yield check_row(row, f"hf:{name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ExamplesError(
@@ -320,12 +341,16 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
     """The text of a column, or of several joined with an empty line; empty texts are left out.
 
     Args:
-        names: `a`; `a.b` for the column b inside a; `a,b` for two columns
+        names: `a`; `a.b` for the column b inside a; `a.0` for the first of a list; `a,b` for two
+            columns
     """
     texts = []
     for name in names.split(","):
         value: Any = item
         for step in name.split("."):
+            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+                continue
             if not isinstance(value, dict) or step not in value:
                 raise ExamplesError(
                     f"hf:{source} has no column {name!r}, it has {', '.join(item)}; name the"

@@ -95,6 +95,7 @@ def refuse_overlap(
     example_place: Callable[[str, int], str] = lambda _name, number: f"row {number + 1}",
     test_place: Callable[[str, int], str] = lambda _name, number: f"row {number + 1}",
     advice: str = "take it out of one of the two",
+    kind: str = "an example of expert {expert}",
 ) -> None:
     """Refuse test rows whose prompts are also examples: they would measure memory.
 
@@ -104,6 +105,7 @@ def refuse_overlap(
         example_place: from an expert and the number of an example to where it stands
         test_place: the same for a task and one of its rows
         advice: what to do
+        kind: what the examples are
 
     Raises:
         ExamplesError: a prompt is in both.
@@ -117,7 +119,7 @@ def refuse_overlap(
     count = f"; there are {len(found):,} such test rows" if len(found) > 1 else ""
     raise ExamplesError(
         f"task {first.task}: {test_place(first.task, first.test)} with the prompt {shown!r} is also"
-        f" an example of expert {first.expert}, {example_place(first.expert, first.example)};"
+        f" {kind.format(expert=first.expert)}, {example_place(first.expert, first.example)};"
         f" {advice}{count}"
     )
 

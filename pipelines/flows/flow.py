@@ -1,7 +1,7 @@
 """What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
 
     resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ plan
-        ─▶ stack ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
+        ─▶ stack ─▶ (deal the pool, plan again) ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
 
 A decorator says only how a stage runs: passing faults are tried again, and Prefect caches nothing,
 since the ledger knows what is done already. What computes does so in a child process that can be
@@ -10,12 +10,9 @@ stopped; no model library is loaded here.
 
 from __future__ import annotations
 
-import shutil
-import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +22,10 @@ from prefect.context import TagsContext
 from prefect.states import Completed
 
 from meteora.artifacts import MeteoraError
-from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look
-from pipelines.planning.resolve import Steps, recording, resolve
+from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import FoundExpert
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
@@ -37,8 +33,8 @@ from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext
+from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
-from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -49,8 +45,6 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, RouterBuild
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
-
-VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -100,12 +94,9 @@ class Run:
 
     @contextmanager
     def stage(self, name: Stage) -> Generator[None]:
-        started = time.perf_counter()
         self.progress.begin(name)
-        try:
+        with timed(self.seconds, name):
             yield
-        finally:
-            self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 resolve_base = at_the_network(sources.resolve_base)
@@ -123,6 +114,14 @@ def build_base(run: Run, base: BaseSpec) -> BuiltBase:
 @task(cache_policy=NO_CACHE)
 def stack(run: Run, plan: Plan) -> FusedCheckpoint:
     return run.child.call("stack", plan, deadline_seconds=run.context.recipe.deadlines.stack)
+
+
+@task(cache_policy=NO_CACHE)
+def deal_pool(run: Run, plan: Plan, built: BuiltBase) -> Plan:
+    """The plan as it is when the pool's prompts were dealt to the experts."""
+    context = run.context
+    run.child.call("deal_pool", plan, built, deadline_seconds=context.recipe.deadlines.gates)
+    return complete(context, built, plan)
 
 
 @task(cache_policy=NO_CACHE)
@@ -188,13 +187,12 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
         # tasks need no tags: each would ask the server for a slot of every tag
         held.enter_context(TagsContext(current_tags=frozenset()))
         try:
-            killed = held.enter_context(context.ledger.running(context.key))
+            killed = held.enter_context(alone(context.ledger, context.key))
         except BusyError as error:
             if missed_runs.is_scheduled():
                 return missed_runs.skip_overlap(context, str(error))
             raise
         for before in killed:
-            shutil.rmtree(context.home / "runs" / before.run_id, ignore_errors=True)
             say(f"the run {before.run_id} was killed; what it had finished is kept")
         run_page.introduce(context)
         run_page.close_killed(context)
@@ -220,27 +218,19 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     progress = run_page.Progress(context, until)
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
-        context.ledger.record_run(_started(run))
-        began = time.perf_counter()
-        outcome, reason = "stopped", "interrupted or cancelled"
-        try:
+        device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
+        with (
+            recorded(
+                context.ledger,
+                context.run_id,
+                context.key,
+                context.recipe_sha256,
+                device,
+                run.seconds,
+            ),
+            closing(child),
+        ):
             plan = _stages(run, until, looked)
-            outcome, reason = "ok", ""
-        except MeteoraError as error:
-            outcome = "refused" if isinstance(error, AdapterError) else "failed"
-            reason = str(error)
-            raise
-        except Exception as error:
-            outcome, reason = "failed", f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            child.close()
-            wall_seconds = time.perf_counter() - began
-            context.ledger.record_run(
-                RunEnded(context.run_id, outcome, reason, wall_seconds, run.seconds)
-            )
-            context.ledger.ingest()
-            shutil.rmtree(context.home / "runs" / context.run_id, ignore_errors=True)
     return Made(run.seconds, _show(context, plan) if plan else None)
 
 
@@ -254,17 +244,6 @@ def _show(context: RunContext, plan: Plan) -> Finished | None:
         return None
     run_page.show_results(context, plan, summary, found)
     return Finished(plan, summary)
-
-
-def _started(run: Run) -> RunStarted:
-    context = run.context
-    return RunStarted(
-        context.run_id,
-        recipe_name=context.key,
-        recipe_sha256=context.recipe_sha256,
-        versions={name: version(name) for name in VERSIONS},
-        device=run.child.call("device", deadline_seconds=context.recipe.deadlines.base),
-    )
 
 
 def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
@@ -287,6 +266,8 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     deadline = context.recipe.deadlines.base
     with device_lock.held(*run.child.call("slots", plan, deadline_seconds=deadline)):
         with run.stage(Stage.gates):
+            if plan.to_deal:
+                plan = deal_pool(run, plan, built)
             gates = fit_gates(run, plan, built, fused)
         if until is Stage.gates:
             return None

@@ -1,9 +1,10 @@
-"""Licence and base in the metadata of a model card: its owner's words, which nobody checks."""
+"""Licence, base and data sets in a model card: its owner's words, which nobody checks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import REPO_ID
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 MAX_CARD_BYTES = 1 << 20
 MAX_VALUE = 200
 """Characters of a name or a licence."""
+MAX_DATASETS = 4
+"""Data sets of a card that are looked at."""
 
 
 def licence_of(folder: Path) -> str:
@@ -22,6 +25,14 @@ def licence_of(folder: Path) -> str:
 def base_of(folder: Path) -> str:
     """Return the one base that the card in a folder names; empty for none, or several."""
     return _only_value(folder, "base_model")
+
+
+def datasets_of(folder: Path) -> tuple[str, ...]:
+    """Return the `owner/name` of the first data sets that the card in a folder names."""
+    value = _metadata(folder).get("datasets")
+    values = value if isinstance(value, list) else [value]
+    names = [name for name in values if isinstance(name, str) and REPO_ID.fullmatch(name)]
+    return tuple(dict.fromkeys(names))[:MAX_DATASETS]
 
 
 def _only_value(folder: Path, key: str) -> str:

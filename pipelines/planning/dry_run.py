@@ -11,6 +11,7 @@ from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
+from pipelines.data.claims import prompts_of
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.harness import BenchmarkError
@@ -18,10 +19,18 @@ from pipelines.evaluation.tasks import make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached_config
-from pipelines.planning.estimate import ASSUMED_RANK, Experts, Rows, assumed_experts, estimate
-from pipelines.planning.plan import check_overlaps
+from pipelines.planning.estimate import (
+    ASSUMED_ANSWER_TOKENS,
+    ASSUMED_RANK,
+    Experts,
+    Rows,
+    assumed_experts,
+    estimate,
+)
+from pipelines.planning.plan import check_overlaps, most_prompts
 from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.planning.room import check_room
+from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
@@ -60,7 +69,7 @@ def print_steps(
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
     recipe = context.recipe
-    text = _describe_base(context, base) if base else f"{recipe.base}, not here: {reason}"
+    text = _describe_base(context, base) if base else _not_here(recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
     steps = replace(
         at_hand(
@@ -88,9 +97,11 @@ def print_steps(
         faults.append("no adapter can be used")
     out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if recipe.router.kind == "gate":
+        source = f", of {recipe.gates.pool}" if recipe.gates.pool else ""
         out.print(
             f"gates      {recipe.gates.method},"
-            f" {recipe.gates.examples_per_expert} examples an expert at most"
+            f" {recipe.gates.examples_per_expert} examples an expert at most{source}",
+            soft_wrap=True,
         )
     systems = ", ".join(("fused", *recipe.benchmark.compare))
     tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
@@ -112,8 +123,10 @@ def _faults_of_rows(context: RunContext) -> list[str]:
     """Why a run would refuse the rows that are on this disk; empty if it would not."""
     recipe, folder = context.recipe, context.folder
 
-    def read(source: str | None, limit: int) -> list[Row]:
-        return [] if not source or source.startswith("hf:") else read_rows(source, folder, limit)
+    def read(source: str | None, limit: int, *, answered: bool = True) -> list[Row]:
+        if not source or source == AUTO or source.startswith("hf:"):
+            return []
+        return read_rows(source, folder, limit, answered=answered)
 
     settings = recipe.benchmark
     try:
@@ -125,7 +138,8 @@ def _faults_of_rows(context: RunContext) -> list[str]:
         tests = {one.name: read(one.test, settings.limit) for one in recipe.experts}
         for task in settings.tasks:
             tests[task.called] = read(task.rows, task.limit or settings.limit)
-        check_overlaps(recipe, folder, examples, (), tests)
+        pool = read(recipe.gates.pool, most_prompts(recipe, len(recipe.experts)), answered=False)
+        check_overlaps(recipe, folder, examples, (), tests, prompts_of(pool, examples))
     except ExamplesError as error:
         return [str(error)]
     return []
@@ -179,7 +193,9 @@ def _describe_base(context: RunContext, base: BaseSpec) -> str:
 
 def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missing) -> str:
     if isinstance(outcome, Missing):
-        state = outcome.reason if outcome.ref else f"not here: {outcome.reason}"
+        if outcome.ref is None or _begins_with(outcome.reason, section.adapter):
+            return f"{section.name}: {_not_here(section.adapter, outcome.reason)}"
+        state = outcome.reason
     elif isinstance(outcome, Refusal):
         state = f"refused: {outcome.error}"
     else:
@@ -192,6 +208,16 @@ def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missin
         here = "here already, " if isinstance(outcome, Expert) else ""
         return f"{section.name}: {where} at {ref.revision[:12]}, {here}{state}"
     return f"{section.name}: {section.adapter}, {state}"
+
+
+def _not_here(name: str, reason: str) -> str:
+    """That something is not here, with its name once."""
+    return f"not here: {reason}" if _begins_with(reason, name) else f"{name}, not here: {reason}"
+
+
+def _begins_with(sentence: str, name: str) -> bool:
+    """Whether a sentence names what it is about, as those on the Hub do."""
+    return sentence.startswith(name.partition("@")[0])
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,21 +256,14 @@ def _print_estimates(
         return []
     shape, tokenizer = known
     experts, num_assumed = _experts(recipe, shape, found)
-    limit = recipe.gates.examples_per_expert
-    settings = recipe.benchmark
-    examples = {
-        e.name: _rows(e.examples, limit, context, tokenizer) for e in recipe.experts if e.examples
-    }
-    tests = {
-        e.name: _rows(e.test, settings.limit, context, tokenizer) for e in recipe.experts if e.test
-    }
-    for task in settings.tasks:
-        count = task.limit or settings.limit
-        tests[task.called] = (
-            _rows(task.rows, count, context, tokenizer) if task.rows else Rows(count)
-        )
+    examples, tests, pool = _all_rows(context, tokenizer)
     machine = measure_machine(shape.dtype)
-    asked: dict[str, Any] = {"experts": experts, "examples": examples, "tests": tests}
+    asked: dict[str, Any] = {
+        "experts": experts,
+        "examples": examples,
+        "tests": tests,
+        "pool": pool,
+    }
     needs = estimate(recipe, shape, machine=machine, **asked)
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
@@ -286,6 +305,27 @@ def _print_need(out: Console, need: Need) -> None:
         out.print(f"{'':13}{need.note}")
     for part, seconds in need.parts.items():
         out.print(f"{'':45}{part}, {duration(seconds)}")
+
+
+def _all_rows(
+    context: RunContext, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
+    """The examples by expert, the tests by task, and the pool, if there is one."""
+    recipe, settings = context.recipe, context.recipe.benchmark
+
+    def rows(source: str | None, limit: int, *, answered: bool = True) -> Rows:
+        return _rows(source, limit, context, tokenizer, answered=answered)
+
+    limit, pool = recipe.gates.examples_per_expert, None
+    examples = {e.name: rows(e.examples, limit) for e in recipe.experts if e.examples}
+    if recipe.router.kind == "gate" and recipe.gates.pool:
+        most = most_prompts(recipe, len(recipe.experts))
+        pool = rows(recipe.gates.pool, most, answered=False)
+        given = replace(pool, count=limit, answer_tokens=ASSUMED_ANSWER_TOKENS)
+        examples |= {e.name: given for e in recipe.experts if not e.examples}
+    tests = {e.name: rows(e.test, settings.limit) for e in recipe.experts if e.test}
+    tests |= {t.called: rows(t.rows, t.limit or settings.limit) for t in settings.tasks}
+    return examples, tests, pool
 
 
 def free_bytes(folder: Path) -> int:
@@ -331,13 +371,23 @@ def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple
 
 
 def _rows(
-    source: str, limit: int, context: RunContext, tokenizer: PreTrainedTokenizerBase | None
+    source: str | None,
+    limit: int,
+    context: RunContext,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    answered: bool,
 ) -> Rows:
-    """The rows of a source: their number and length. Nothing is read from the Hub."""
-    if source.startswith("hf:"):
+    """The rows of a source: their number and length. Nothing is read from the Hub.
+
+    Args:
+        source: None for a task of lm-eval, which has rows of its own
+        answered: as `read_rows` takes it
+    """
+    if source is None or source == AUTO or source.startswith("hf:"):
         return Rows(limit)
     try:
-        rows = read_rows(source, context.folder, limit)
+        rows = read_rows(source, context.folder, limit, answered=answered)
     except ExamplesError:
         return Rows(limit)
 

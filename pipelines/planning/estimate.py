@@ -18,7 +18,9 @@ from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
-from pipelines.data.labels import QUESTIONS_IN_COMPOSITES
+from meteora.model.generate import PROMPTS_PER_BATCH
+from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
+from pipelines.data.pool import CLUSTERS_PER_EXPERT, OUTSIDERS, VOTER_TOKENS, VOTERS
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,
@@ -142,12 +144,15 @@ def estimate(
     machine: Machine,
     examples: Mapping[str, Rows],
     tests: Mapping[str, Rows],
+    pool: Rows | None = None,
 ) -> list[Need]:
     """What each stage needs, in order.
 
     Args:
-        examples: the rows that gates are fitted to, by expert
+        examples: the rows that gates are fitted to, by expert; of those that get theirs from the
+            pool, as many as they may get
         tests: the test rows, by task
+        pool: the prompts that are dealt to experts, if any are
     """
     shape = replace(shape, quantise=recipe.quantise or "")
     hash_seconds = 1 / machine.hash_bytes_per_second
@@ -173,16 +178,20 @@ def estimate(
         disk = gate_bytes + (kept_bytes if work.kept else 0)
         if reads_by_layer(recipe, shape.num_bytes + expert_bytes, machine.memory_bytes):
             held = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
-            need = _gates(shape, experts, machine, held, disk, work)
+            fitted = _gates(shape, experts, machine, held, disk, work)
             readings = READINGS + experts.count + 1
-            need = replace(
-                need,
-                seconds=need.seconds + readings * shape.num_bytes * hash_seconds,
+            fitted = replace(
+                fitted,
+                seconds=fitted.seconds + readings * shape.num_bytes * hash_seconds,
                 note="the base is read from the disk one layer at a time",
             )
         else:
-            need = _gates(shape, experts, machine, loaded, disk, work)
-        needs.append(need)
+            fitted = _gates(shape, experts, machine, loaded, disk, work)
+        if pool is not None:
+            dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
+            parts = {"dealing the pool": dealing, "fitting": fitted.seconds}
+            fitted = replace(fitted, seconds=dealing + fitted.seconds, parts=parts)
+        needs.append(fitted)
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
 
@@ -205,6 +214,21 @@ def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
     """Of a base and its experts, one layer, and what lies in none."""
     inside = shape.num_in_layers * shape.dtype.itemsize
     return shape.num_bytes - inside + (inside + expert_bytes) / shape.num_layers
+
+
+def _dealing_seconds(
+    recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
+) -> float:
+    """The time of `data.pool.deal`."""
+    voters = min(pool.count, CLUSTERS_PER_EXPERT * experts.count * VOTERS) + OUTSIDERS
+    given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
+    tokens = (pool.count + voters * experts.count + given) * pool.prompt_tokens
+    seconds = _reading(shape, machine, tokens, routed=True)
+    for answers, length in ((voters * experts.count, VOTER_TOKENS), (given, MAX_NEW_TOKENS)):
+        batches = -(-answers // PROMPTS_PER_BATCH)
+        once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, length, routed=True)
+        seconds += batches * once
+    return seconds
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:

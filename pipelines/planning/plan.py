@@ -5,7 +5,7 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,17 +15,20 @@ from meteora.artifacts import (
     FusedSpec,
     JointSettings,
     MergeSpec,
+    PoolSpec,
     RouterSpec,
     RoutingSpec,
     SpeedSpec,
     canonical_sha256,
 )
 from meteora.artifacts.routers import OPENING_SHARE
+from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
+from pipelines.data.claims import examples_of, nobodys, prompts_of
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import place_of, read_rows
-from pipelines.data.rows import Row, refuse_overlap
+from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
@@ -36,15 +39,25 @@ from pipelines.evaluation.measurements import (
 )
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.recipe.gates import CalibrateSection, JointSection
+from pipelines.recipe.recipe import AUTO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from meteora.artifacts import BaseSpec
     from pipelines.admission.experts import Expert
+    from pipelines.data.claims import Claim
     from pipelines.recipe.benchmark import BenchmarkSection
-    from pipelines.recipe.recipe import ExpertSection, Recipe
+    from pipelines.recipe.recipe import Recipe
+
+
+MAX_PROMPTS = 8192
+"""Of a pool: the distances between all pairs are kept in memory, 270 MB for so many."""
+PROMPTS_PER_EXAMPLE = 2
+"""Prompts of a pool that are read for each example that experts may have: some are nobody's."""
+LEAST_EXAMPLES = 2
+"""One to fit, one to check."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +84,47 @@ class Plan:
     comparisons: tuple[ComparisonSpec, ...]
     routing: RoutingSpec
     speed: SpeedSpec | None
+    card_examples: Mapping[str, str] = field(default_factory=dict)
+    """Where the examples of an expert come from that its card names, by expert."""
+    pool: PoolSpec | None = None
+    """Prompts without labels that experts without examples take theirs from."""
+    to_deal: tuple[str, ...] = ()
+    """The pool's prompts, if it was not dealt yet. The plan is then made again when it was: what
+    comes after the stack depends on the examples."""
 
 
-def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    folder: Path,
+    base: BaseSpec,
+    experts: Sequence[Expert],
+    claims_of: Callable[[PoolSpec], Sequence[Claim] | None] = lambda _pool: None,
+) -> Plan:
     """Every spec of a run.
 
     Args:
         folder: What the recipe's paths are relative to.
         experts: In the order of the stack.
+        claims_of: Returns how a pool was dealt; None if it was not.
 
     Raises:
-        ExamplesError: rows are missing or malformed, or a test row is also an example.
+        ExamplesError: rows are missing or malformed, a test row is also an example, or an expert
+            has no examples.
     """
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
-    chosen = [sections[name] for name in names]
-    examples = _examples(recipe, folder, chosen)
+    chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
+    examples, sources = _examples(recipe, folder, experts)
+    fused = stack_of(base, experts)
+    pool, prompts = _pool(recipe, folder, fused, examples)
+    claims = claims_of(pool) if pool else None
+    to_deal = prompts if pool and claims is None else ()
+    if pool and claims is not None:
+        examples = _with_claims(recipe, names, examples, claims)
     if recipe.router.null:
-        examples[NULL] = background_rows()
-    with_own = [name for name in names if name in examples]
+        outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
+        examples[NULL] = [*background_rows(), *outside]
+    with_own = names if to_deal else [name for name in names if name in examples]
     spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
     tasks = make_tasks(
         chosen,
@@ -98,9 +133,8 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http),
     )
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    check_overlaps(recipe, folder, examples, spans, tests)
+    check_overlaps(recipe, folder, examples, spans, tests, prompts)
 
-    fused = stack_of(base, experts)
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
     conversations, system_prompts = prompt_shapes(recipe) if examples else ((), ())
@@ -119,13 +153,70 @@ def make_plan(recipe: Recipe, folder: Path, base: BaseSpec, experts: Sequence[Ex
         openings_apart=bool(composites),
         refined=bool(examples) and recipe.gates.method == "calibrate",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
+        pool_id=pool.id if pool else "",
     )
     return replace(
         plan_benchmark(base, fused, router, tasks, recipe.benchmark),
         experts=tuple(experts),
         examples=examples,
         spans=tuple(spans),
+        pool=pool,
+        to_deal=to_deal,
+        card_examples=sources,
     )
+
+
+def most_prompts(recipe: Recipe, num_experts: int) -> int:
+    """How many rows of a recipe's pool are read."""
+    wanted = PROMPTS_PER_EXAMPLE * recipe.gates.examples_per_expert * num_experts
+    return min(MAX_PROMPTS, wanted)
+
+
+def _pool(
+    recipe: Recipe, folder: Path, fused: FusedSpec, examples: Mapping[str, Sequence[Row]]
+) -> tuple[PoolSpec | None, tuple[str, ...]]:
+    """The pool that the recipe names, if any expert needs it, and its prompts."""
+    source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
+    if recipe.router.kind != "gate" or not source or set(fused.names) <= examples.keys():
+        return None, ()
+    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
+    rows = read_rows(
+        source, folder, most_prompts(recipe, len(fused.names)), token_of, answered=False
+    )
+    prompts = prompts_of(rows, examples)
+    if len(prompts) < 2:
+        raise ExamplesError(
+            f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
+            " needs many of each expert's task"
+        )
+    template = "plain" if recipe.benchmark.template == "plain" else "auto"
+    sha256 = canonical_sha256(prompts)
+    return PoolSpec(fused.id, sha256, limit, recipe.gates.seed, template), tuple(prompts)
+
+
+def _with_claims(
+    recipe: Recipe,
+    names: Sequence[str],
+    examples: Mapping[str, Sequence[Row]],
+    claims: Sequence[Claim],
+) -> dict[str, list[Row]]:
+    """The examples of all experts, where those without any have what the pool gives them."""
+    given = examples_of(claims)
+    found = {
+        name: list(rows)
+        for name in names
+        if (rows := examples.get(name) or given.get(name, ())) and len(rows) >= LEAST_EXAMPLES
+    }
+    if recipe.router.without_examples == "refuse" or not found:
+        for name in names:
+            if name not in found:
+                raise ExamplesError(
+                    f"expert {name}: of the {len(claims):,} prompts of gates.pool"
+                    f" {len(given.get(name, ()))} are surely its own, and a gate needs"
+                    f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or say"
+                    " router.without_examples: arrow"
+                )
+    return found
 
 
 def plan_benchmark(
@@ -163,15 +254,23 @@ def check_overlaps(
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
     tests: Mapping[str, Sequence[Row]],
+    prompts: Sequence[str] = (),
 ) -> None:
-    """Refuse test rows that gates would be fitted to; an `ExamplesError` says where both stand."""
+    """Refuse test rows that gates would be fitted to; an `ExamplesError` says where both stand.
+
+    Args:
+        prompts: Those of the recipe's pool.
+    """
     asked = {section.name: section.test for section in recipe.experts}
     asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    fitted = {section.name: section.examples for section in recipe.experts}
+    fitted = {s.name: s.examples for s in recipe.experts if s.examples != AUTO}
     test_place = partial(_place, asked, folder)
     refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
     spans_place = f"in {recipe.gates.spans}"
     refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
+    pool = {"": [Row(prompt, "") for prompt in prompts]}
+    pool_place = f"in {recipe.gates.pool}"
+    refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
 
 
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
@@ -210,13 +309,37 @@ def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | 
 
 
 def _examples(
-    recipe: Recipe, folder: Path, sections: Sequence[ExpertSection]
-) -> dict[str, list[Row]]:
+    recipe: Recipe, folder: Path, experts: Sequence[Expert]
+) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """The examples by expert, and where those come from that cards name.
+
+    Raises:
+        NoCardExamplesError: a card names none that can be used, and the recipe has neither a pool
+            nor another way to route to that expert.
+    """
     if recipe.router.kind != "gate":
-        return {}
+        return {}, {}
     limit = recipe.gates.examples_per_expert
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
-    return {s.name: read_rows(s.examples, folder, limit, token_of) for s in sections if s.examples}
+    asked = {section.name: section.examples for section in recipe.experts}
+    found: dict[str, list[Row]] = {}
+    sources: dict[str, str] = {}
+    for expert in experts:
+        source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
+        if source == AUTO:
+            try:
+                of_card = read_card_examples(expert.datasets, folder, limit, token_of)
+            except NoCardExamplesError as error:
+                if recipe.gates.pool or recipe.router.without_examples != "refuse":
+                    continue
+                raise NoCardExamplesError(
+                    f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
+                    " (gates.pool), or say router.without_examples: arrow"
+                ) from error
+            found[expert.name], sources[expert.name] = of_card.rows, of_card.source
+        elif source:
+            found[expert.name] = read_rows(source, folder, limit, token_of)
+    return found, sources
 
 
 def _asks_for_spans(recipe: Recipe) -> bool:

@@ -14,18 +14,21 @@ from meteora.artifacts import MeteoraError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
+from pipelines.data.claims import read_claims
 from pipelines.planning.plan import make_plan, stack_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from meteora.artifacts import BaseSpec, BuiltBase
+    from meteora.artifacts import BaseSpec, BuiltBase, PoolSpec
     from pipelines.admission.base_identity import LookUp
     from pipelines.admission.experts import Expert, Fetch, Resolve
     from pipelines.admission.verdicts import Proportion
+    from pipelines.data.claims import Claim
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
+    from store.ledger import Ledger
 
 
 class NoExpertsError(MeteoraError):
@@ -114,7 +117,25 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     steps.check_stack(experts)
     if made is not None and made.fused == stack_of(built.spec, experts):
         return replace(made, experts=tuple(experts))
-    return make_plan(context.recipe, context.folder, built.spec, experts)
+    return _plan_of(context, built, experts)
+
+
+def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
+    """The plan of a recipe whose pool was dealt after the plan was made."""
+    return _plan_of(context, built, plan.experts)
+
+
+def _plan_of(context: RunContext, built: BuiltBase, experts: Sequence[Expert]) -> Plan:
+    how_dealt = partial(dealt, context.ledger)
+    return make_plan(context.recipe, context.folder, built.spec, experts, how_dealt)
+
+
+def dealt(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
+    """How a pool was dealt, from the store; None if it was not."""
+    sha256 = ledger.weights_of(pool.id)
+    if sha256 is None or sha256 not in ledger.blobs:
+        return None
+    return read_claims(ledger.blobs.path_of(sha256).read_text(encoding="utf-8"))
 
 
 def read_adapters(

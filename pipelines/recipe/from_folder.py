@@ -46,6 +46,7 @@ def write_recipe(
     out: Path,
     base: str = "",
     examples: Path | None = None,
+    pool: Path | None = None,
     prepare: Callable[[Sequence[Found]], Sequence[Found]] = tuple,
 ) -> Recipe:
     """Write a recipe of every adapter under `folder` that can be an expert.
@@ -54,12 +55,15 @@ def write_recipe(
         out: The recipe's file, a new one; paths in it are relative to its folder.
         base: As in a recipe. Default: the base that most adapters' configs name.
         examples: A folder with rows for the adapters; see `find_rows`. Default: beside each.
+        pool: A file of prompts without labels, for adapters without examples.
         prepare: Called with the adapters that can be experts; may change their rows.
 
     Raises:
         ImportingError: There are no adapters, no base is named, `examples` has rows for none of
-            them, or the file is there already.
+            them, there is no file `pool`, or the recipe is there already.
     """
+    if pool is not None and not pool.is_file():
+        raise ImportingError(f"{pool}: there is no such file of prompts")
     if out.exists():
         raise ImportingError(f"{out} is there already; give another name with -o")
     found = [find_rows(one, examples) for one in find_adapters(folder)]
@@ -79,7 +83,7 @@ def write_recipe(
         base = _base_of(usable, folder, out.parent)
     prepared = iter(prepare(usable))
     found = [one if one.refusal else next(prepared) for one in found]
-    text = recipe_text(found, base, out.parent)
+    text = recipe_text(found, base, out.parent, pool)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -130,10 +134,13 @@ def find_rows(adapter: Found, folder: Path | None = None) -> Found:
     return replace(adapter, examples=first(EXAMPLES), test=first(TESTS))
 
 
-def recipe_text(found: Sequence[Found], base: str, folder: Path) -> str:
+def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | None = None) -> str:
     """The recipe as YAML, with comments where a person has to decide."""
     usable = [adapter for adapter in found if not adapter.refusal]
     with_examples = all(one.examples for one in usable)
+    without = 'no examples were found: a file of {"prompt", "response"} a line, for a gate'
+    if pool:
+        without = "its examples come from the pool"
     lines = [f"base: {_text(base)}", "experts:"]
     for one in found:
         if one.refusal:
@@ -150,7 +157,7 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path) -> str:
         lines.append(
             f"    examples: {_text('jsonl:' + _path(one.examples, folder))}"
             if one.examples
-            else '    # no examples were found: a file of {"prompt", "response"} a line, for a gate'
+            else f"    # {without}"
         )
         lines.append(
             f"    test: {_text('jsonl:' + _path(one.test, folder))}"
@@ -160,6 +167,9 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path) -> str:
     router = "router: {kind: gate, top_k: 1}"
     if with_examples:
         return "\n".join([*lines, router, ""])
+    if pool:
+        gates = f"gates:\n  pool: {_text('jsonl:' + _path(pool, folder))}"
+        return "\n".join([*lines, router, gates, ""])
     return "\n".join(
         [
             *lines,

@@ -20,6 +20,9 @@ SystemPrompts = Annotated[
 ]
 """What stands in front of every other prompt that gates are fitted to; an empty one is none."""
 
+Pool = Annotated[str, Field(max_length=4096)]
+"""A source of prompts, with or without answers; see `data.pool`."""
+
 Spans = Annotated[str, Field(max_length=4096)]
 """`jsonl:<file>` of examples whose parts belong to different experts; see `data.spans`."""
 
@@ -41,6 +44,9 @@ class CalibrateSection(Section):
     `shared`, and none elsewhere."""
     spans: Spans = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
+    pool: Pool = ""
+    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
+    know: each expert says by its answers how sure it is."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
     by_layer: bool | None = None
@@ -65,6 +71,9 @@ class JointSection(Section):
     `shared`, and none elsewhere."""
     spans: Spans = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
+    pool: Pool = ""
+    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
+    know: each expert says by its answers how sure it is."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
     start: Literal["calibrate", "zeros"] = "calibrate"

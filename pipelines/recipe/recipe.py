@@ -30,6 +30,8 @@ NUMBERS = ("int_type", "float_type", "bool_type")
 """Faults of pydantic's where another type is needed, which a text in quotes is not."""
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
+AUTO = "auto"
+"""Examples that the adapter's own card names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
@@ -50,7 +52,8 @@ class ExpertSection(Section):
     subfolder: str = ""
     """Of the repository or the folder, where the adapter is not all of it."""
     examples: str | None = None
-    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them."""
+    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
+    the adapter's card names."""
     test: str | None = None
     """Held-out rows; a benchmark task of this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
@@ -67,6 +70,8 @@ class ExpertSection(Section):
 
 class FoundExpert(ExpertSection):
     """An expert that `discover` found; a refused one is left out."""
+
+    examples: str | None = AUTO
 
 
 class DiscoverSection(Section):
@@ -282,22 +287,31 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_pool_is_used(self) -> Self:
+        if self.gates.pool and self.discover is None and all(one.examples for one in self.experts):
+            raise ValueError(
+                "gates.pool is for experts without examples, and every expert has some; take it"
+                " out, or take out the examples of those that are to get theirs from it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gates_have_examples(self) -> Self:
-        if self.router.kind == "gate":
+        if self.router.kind == "gate" and not self.gates.pool:
             if self.router.without_examples != "refuse":
                 return self._some_have_examples()
             if self.discover is not None:
                 raise ValueError(
                     "adapters that `discover` finds bring no examples, and a gate is fitted to"
-                    " them; choose a router that needs none (arrow, norm, uniform), or say"
-                    " router.without_examples: arrow"
+                    " them; name a pool of prompts (gates.pool), choose a router that needs none"
+                    " (arrow, norm, uniform), or say router.without_examples: arrow"
                 )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(
                         f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
-                        " name some, choose a router that needs none (arrow, norm, uniform), or"
-                        " say router.without_examples: arrow"
+                        " name some, or a pool of prompts (gates.pool), choose a router that needs"
+                        " none (arrow, norm, uniform), or say router.without_examples: arrow"
                     )
         return self
 

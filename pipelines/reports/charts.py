@@ -42,8 +42,11 @@ MARKS = {
     "fused": Mark(ACCENT, "o", 7, filled=True),
     "oracle": Mark(SECOND, "D", 6, filled=False),
     "base": Mark(INK, "|", 9, filled=True),
+    "A": Mark(SECOND, "D", 6, filled=False),
+    "B": Mark(ACCENT, "o", 7, filled=True),
+    "B minus A": Mark(ACCENT, "o", 7, filled=True),
 }
-"""Systems with a mark of their own."""
+"""Systems with a mark of their own, and the two checkpoints of a page on both."""
 DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
 """Of thin lines, in their order, so that those of one colour can be told apart."""
 FEW = 5
@@ -69,11 +72,14 @@ def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
     return {system: MARKS.get(system) or next(others) for system in systems}
 
 
-def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup:
+def forest_plot(
+    intervals: Sequence[Interval], xlabel: str, name: str, *, signed: bool = False
+) -> Markup:
     """Scores with their intervals: a block for each task, in it a line for each system.
 
     Args:
         name: the start of the HTML ids in the drawing; unique on a page
+        signed: whether they are differences, so that a line stands at zero
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
@@ -92,17 +98,13 @@ def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup
                 axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
             if width == NARROW:
                 axes.text(
-                    0.0,
-                    top - 0.42,
-                    shorten(task, 40),
-                    fontsize=11.5,
-                    fontweight="bold",
-                    va="center",
-                )
+                    0.02, top - 0.42, shorten(task, 40), fontsize=11.5, fontweight="bold",
+                    va="center", transform=axes.get_yaxis_transform(),
+                )  # fmt: skip
             for interval in intervals:
                 if interval.task == task:
                     mark, y = drawn[interval.system], top + systems.index(interval.system) + 0.35
-                    thick = 2.4 if interval.system == "fused" else 1.2
+                    thick = 2.4 if mark.colour == ACCENT else 1.2
                     axes.plot(
                         [interval.low, interval.high], [y, y],
                         color=mark.colour, linewidth=thick, solid_capstyle="butt",
@@ -117,7 +119,9 @@ def forest_plot(intervals: Sequence[Interval], xlabel: str, name: str) -> Markup
             middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
             axes.set_yticks(middle, [shorten(task) for task in tasks])
         low, high = min(i.low for i in intervals), max(i.high for i in intervals)
-        if low >= 0 and high <= 1:
+        if signed:
+            axes.axvline(0, color=SOFT, linewidth=1)
+        elif low >= 0 and high <= 1:
             axes.set_xlim(-0.02, 1.02)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         axes.grid(axis="x", color=RULE, linewidth=0.8)

@@ -1,16 +1,19 @@
-"""Test prompts that a report shows with their answers and traces."""
+"""Test prompts, and a conversation, that a report shows with their answers and traces."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
 from meteora.base.chat_template import encode_prompt
+from meteora.model.chat import Chat
 from meteora.model.trace import trace
+from pipelines.data.dialogues import Dialogue
 from pipelines.reports.trace import trace_figure
-from pipelines.scoring.metrics import METRICS, RIGHT
+from pipelines.scoring.metrics import METRICS, RIGHT, TURNS_RIGHT
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.model.trace import Trace
     from pipelines.reports.queries import QueryResult
     from store.ledger import Ledger
 
@@ -36,6 +40,9 @@ class Example:
     templated: bool
     """Whether it was put into the tokenizer's chat template, if there is one."""
     max_new_tokens: int
+    """Of each answer."""
+    dialogue: Dialogue | None = None
+    """Of a conversation: its questions; the prompt is then the last of them."""
     value: float | None = None
     """Of the recorded answer, by the task's first metric; None where none is recorded."""
 
@@ -53,23 +60,32 @@ class Example:
 
 
 def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Example]:
-    """The first row of each of `count` tasks, composites first.
+    """The first row of each of `count` tasks: one conversation, then composites, then the others.
 
     Args:
         outputs: the result of the query `outputs`
     """
+    conversations = [row for row in outputs.rows if row["is_conversation"]]
+    others = [row for row in outputs.rows if not row["is_conversation"]]
     found = []
-    for row in outputs.rows[:count]:
+    for row in [*conversations[:1], *others][:count]:
         path = ledger.blobs.path_of(row["outputs_sha256"])
         asked = pq.read_table(path).slice(0, 1).to_pylist()[0]
+        dialogue, reference = None, str(asked.get("reference", ""))
+        if row["is_conversation"]:
+            dialogue = Dialogue.from_dict(json.loads(asked["asked"]))
+            reference = ", then ".join(one.row.response for one in dialogue.questions)
         found.append(
             Example(
                 task=row["task"],
                 prompt=str(asked["prompt"]),
-                reference=str(asked.get("reference", "")),
+                reference=reference,
                 templated=row["templated"] is not False,
                 max_new_tokens=min(MAX_NEW_TOKENS, row["max_new_tokens"]),
-                value=next((asked[name] for name in (*METRICS, RIGHT) if name in asked), None),
+                dialogue=dialogue,
+                value=next(
+                    (asked[name] for name in (*METRICS, RIGHT, TURNS_RIGHT) if name in asked), None
+                ),
             )
         )
     return found
@@ -82,12 +98,23 @@ def trace_examples(
     drawn = []
     with bar("tracing examples", len(examples), "prompts") as advance:
         for number, example in enumerate(examples):
-            ids = (
-                encode_prompt(tokenizer, example.prompt)
-                if example.templated
-                else list(tokenizer(example.prompt).input_ids)
-            )
-            found = trace(model, tokenizer, ids, max_new_tokens=example.max_new_tokens)
+            found = _trace(model, tokenizer, example)
             drawn.append(trace_figure(found, f"trace-{number}", example.caption))
             advance(1)
     return drawn
+
+
+def _trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> Trace:
+    if example.dialogue is None:
+        ids = (
+            encode_prompt(tokenizer, example.prompt)
+            if example.templated
+            else list(tokenizer(example.prompt).input_ids)
+        )
+        return trace(model, tokenizer, ids, max_new_tokens=example.max_new_tokens)
+    chat = Chat(model, tokenizer)
+    answers: list[str] = []
+    for _ in example.dialogue.questions:
+        messages = example.dialogue.with_answers(answers).messages()
+        answers.append(chat.answer(messages, max_new_tokens=example.max_new_tokens).text)
+    return chat.trace()

@@ -83,10 +83,7 @@ def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
             f"{short(router_id)} is not a routed model; give the id of one, as `meteora run` prints"
         )
     ledger.ingest()
-    results = {}
-    for name, title, sql in load_queries():
-        literal = sql.replace("$router", f"'{router_id}'")
-        results[name] = QueryResult(name, title, literal, ledger.query(literal))
+    results = ask_queries(ledger, router_id)
     if not results["scores"].rows:
         raise ReportError(
             f"the ledger in {ledger.home} holds no scores of {short(router_id)}; measure it with"
@@ -95,11 +92,24 @@ def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
     return results
 
 
+def ask_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]:
+    """The result of every query, by its name; without rows where nothing is recorded."""
+    results = {}
+    for name, title, sql in load_queries():
+        literal = sql.replace("$router", f"'{router_id}'")
+        results[name] = QueryResult(name, title, literal, ledger.query(literal))
+    return results
+
+
 def page_title(results: Mapping[str, QueryResult]) -> str:
     """The number of experts, and the base's name."""
+    return f"{len(results['experts'].rows)} experts on {base_name(results)}"
+
+
+def base_name(results: Mapping[str, QueryResult]) -> str:
+    """The base's name without its owner, package or kind."""
     base = str(results["base"].rows[0]["base_model"])
-    name = re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
-    return f"{len(results['experts'].rows)} experts on {name}"
+    return re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
 
 
 def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison]:
@@ -126,3 +136,27 @@ def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison
             )
         )
     return found
+
+
+def by_turn(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the query `conversations` by task, and in each task a line for each system."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["task"], {}).setdefault(row["system"], []).append(row)
+    return [
+        {
+            "task": task,
+            "num_conversations": rows[0]["num_conversations"],
+            "lines": [
+                {
+                    "system": system,
+                    "values": [turn["value"] for turn in turns],
+                    "computed_tokens": sum(turn["computed_tokens"] for turn in turns),
+                    "seconds": sum(turn["seconds"] for turn in turns),
+                }
+                for system, turns in systems.items()
+            ],
+        }
+        for task, systems in found.items()
+        for rows in [next(iter(systems.values()))]
+    ]

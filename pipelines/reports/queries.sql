@@ -192,7 +192,8 @@ FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 
 -- outputs: Where the answers are stored
 SELECT task, outputs_sha256, max_new_tokens, templated,
-       id IN (SELECT score_id FROM score_parts) AS is_composite
-FROM scores
-WHERE subject_id = $router AND id NOT IN (SELECT score_id FROM score_turns)
-ORDER BY is_composite DESC, task;
+       id IN (SELECT score_id FROM score_parts) AS is_composite,
+       id IN (SELECT score_id FROM score_turns) AS is_conversation
+FROM scores WHERE subject_id = $router
+ORDER BY is_conversation DESC, is_composite DESC,
+         TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST, task;

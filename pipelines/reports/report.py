@@ -1,4 +1,4 @@
-"""The report of a checkpoint: one page that opens offline, with charts of the query results."""
+"""Reports on one checkpoint and on two: a page that opens offline, with charts of the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import COMMIT
 from pipelines.reports import charts
 from pipelines.reports.html import render
-from pipelines.reports.queries import compare_systems, page_title
+from pipelines.reports.lineage import lineage_graph
+from pipelines.reports.queries import by_turn, compare_systems, page_title
+from pipelines.reports.side_by_side import LABELS
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
 
@@ -18,11 +20,15 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
     from pipelines.reports.queries import QueryResult
+    from pipelines.reports.side_by_side import SideBySide
 
 FIGURES = (
     "scores", "conversations", "matrix", "confusion", "load", "layers", "details", "switches",
+    "lineage",
 )  # fmt: skip
 """Queries that have a chart."""
+COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "lineage")
+"""Queries whose results a page on two checkpoints shows for each."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,6 +57,57 @@ def report_page(
     return render("report.html", context)
 
 
+def comparison_page(found: SideBySide) -> str:
+    """One self-contained HTML page on two checkpoints."""
+    conversations = by_turn(found.turns)
+    both = found.a.by_expert.keys() & found.b.by_expert.keys()
+    change = " minus ".join(reversed(LABELS))
+    figures = {
+        "scores": forests(
+            [
+                {"task": row.a.spec.task, "system": label, "metric": row.a.spec.metric,
+                 "value": score.value, "low": score.low, "high": score.high}
+                for row in found.rows
+                for label, score in zip(LABELS, (row.a, row.b), strict=True)
+            ],
+            "scores",
+        ),
+        "differences": forests(
+            [
+                {"task": row.a.spec.task, "system": change, "metric": row.a.spec.metric,
+                 "value": one.difference, "low": one.low, "high": one.high}
+                for row in found.rows
+                for one in [row.difference]
+            ],
+            "differences",
+            signed=True,
+        ),
+        "conversations": turn_charts(conversations, strong=LABELS[1]),
+        "routing": charts.dumbbell_plot(
+            [
+                (name, found.a.by_expert[name], found.b.by_expert[name])
+                for name in found.b.manifest.names
+                if name in both
+            ],
+            "routing",
+            labels=LABELS,
+            xlabel="share of its tokens that reach it",
+        )
+        if both
+        else None,
+    }  # fmt: skip
+    context = {
+        "title": f"{found.a.name} and {found.b.name}",
+        "found": found,
+        "figures": figures,
+        "conversations": conversations,
+        "queries": [name for name in COMPARED if any(s.results[name].rows for s in found.sides)],
+        "expert_styles": (),
+        "scripts": ["report.js"],
+    }
+    return render("comparison.html", context)
+
+
 def hub_link(source: str | None, revision: str | None) -> str:
     """The address of a commit on the Hub; empty for sources that are not on the Hub."""
     if source and revision and HUB_ID.fullmatch(source) and COMMIT.fullmatch(revision):
@@ -61,17 +118,8 @@ def hub_link(source: str | None, revision: str | None) -> str:
 def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
     """The charts by the name of their query; None where there is no data."""
     drawn: dict[str, Any] = dict.fromkeys(FIGURES)
-    drawn["scores"] = _forests(results["scores"].rows)
-    drawn["conversations"] = [
-        charts.line_chart(
-            {line["system"]: list(enumerate(line["values"], 1)) for line in one["lines"]},
-            f"conversations-{number}",
-            xlabel=f"turn of {one['task']}",
-            ylabel="mean score",
-            strong="fused",
-        )
-        for number, one in enumerate(by_turn(results["conversations"].rows))
-    ]
+    drawn["scores"] = forests(results["scores"].rows, "forest")
+    drawn["conversations"] = turn_charts(by_turn(results["conversations"].rows), strong="fused")
     experts = [row["name"] for row in results["experts"].rows]
     matrix = results["matrix"].rows
     pairs = {(row["task"], row["expert"]) for row in matrix}
@@ -127,31 +175,8 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
             strong="answer",
             step=True,
         )
+    drawn["lineage"] = lineage_graph(results)
     return drawn
-
-
-def by_turn(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the query `conversations` by task, and in each task a line for each system."""
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for row in rows:
-        found.setdefault(row["task"], {}).setdefault(row["system"], []).append(row)
-    return [
-        {
-            "task": task,
-            "num_conversations": rows[0]["num_conversations"],
-            "lines": [
-                {
-                    "system": system,
-                    "values": [turn["value"] for turn in turns],
-                    "computed_tokens": sum(turn["computed_tokens"] for turn in turns),
-                    "seconds": sum(turn["seconds"] for turn in turns),
-                }
-                for system, turns in systems.items()
-            ],
-        }
-        for task, systems in found.items()
-        for rows in [next(iter(systems.values()))]
-    ]
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -166,8 +191,28 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
     return {", ".join(names): list(points) for points, names in kinds.items()}
 
 
-def _forests(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """One chart for each metric, since their units differ."""
+def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> list[Markup]:
+    """A line for each system over the turns; a chart for each task of `by_turn`."""
+    return [
+        charts.line_chart(
+            {line["system"]: list(enumerate(line["values"], 1)) for line in one["lines"]},
+            f"conversations-{number}",
+            xlabel=f"turn of {one['task']}",
+            ylabel="mean score",
+            strong=strong,
+        )
+        for number, one in enumerate(conversations)
+    ]
+
+
+def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = False) -> list[Markup]:
+    """One chart for each metric, since their units differ.
+
+    Args:
+        rows: task, system, metric, value, low and high of each score
+        name: the start of the HTML ids in the drawings; unique on a page
+        signed: whether they are differences
+    """
     by_metric: dict[str, list[charts.Interval]] = {}
     for row in rows:
         if row["metric"] == ATTEMPTED:  # shown in a table, beside the shares that are right
@@ -176,7 +221,7 @@ def _forests(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
             charts.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
         )
     return [
-        charts.forest_plot(intervals, metric.replace("_", " "), f"forest-{number}")
+        charts.forest_plot(intervals, metric.replace("_", " "), f"{name}-{number}", signed=signed)
         for number, (metric, intervals) in enumerate(by_metric.items())
     ]
 

@@ -144,7 +144,8 @@ def _svg(figure: Figure, name: str, kind: str) -> Markup:
     text = text[text.index("<svg") :]
     for placeholder, variable in VARIABLES.items():
         text = text.replace(placeholder, f"var({variable})")
-    text = FONT.sub(lambda font: f"font: {font[1] or font[2]} var(--sans)", text)
+    # not `font`, which would take back the weight that stands before it
+    text = FONT.sub(lambda font: f"font-size: {font[1] or font[2]}; font-family: var(--sans)", text)
     text = NUMBERED_ID.sub("", text)
     for waste, kept in ((NO_TURN, ""), (LONG_NUMBER, r"\1"), (EMPTY, ""), (INDENT, "\n")):
         text = waste.sub(kept, text)

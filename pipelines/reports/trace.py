@@ -1,7 +1,8 @@
 """Which expert each token went to: as coloured text in a terminal, and as a page of HTML.
 
-Each expert has a colour, the same in a terminal and on a page. Colour is never the only sign: a
-number stands where another expert begins, and on a page the line below the text differs, too.
+Each expert has a colour, the same in a terminal and on a page; after eight they begin again, with
+another emphasis in a terminal and another line below the text on a page. Colour is never the only
+sign: a number stands where another expert begins.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ COLOURS = (
 """Colours that people with any colour vision tell apart (Okabe and Ito 2008; grey for black)."""
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 """CSS line styles: the ninth expert has the first colour again, with the next line."""
+EMPHASES = ("", "underline ", "italic ", "bold ", "bold underline ")
+"""The same in a terminal."""
+NAMED = (
+    "bright_blue", "yellow", "green", "magenta", "cyan", "red", "white", "bright_yellow",
+)  # fmt: skip
+"""The nearest colours that a terminal with few colours has."""
+DEPTH = 0.8
+"""The share of a token whose colour stands for all, where a terminal has too few for depths."""
 
 
 def expert_style(expert: int) -> tuple[str, str]:
@@ -50,37 +59,58 @@ def tint(expert: int, weight: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
-def terminal_texts(trace: Trace) -> list[Text]:
-    """Prompt, answer and legend. A number stands where another expert begins."""
+def terminal_style(expert: int, share: float, colours: str | None) -> str:
+    """An expert's style, as rich reads it; one for all its tokens unless all tints can be shown.
+
+    Args:
+        share: of a token, 0 to 1; the larger, the deeper the colour
+        colours: what the terminal can show, as `Console.color_system` names it
+    """
+    emphasis = EMPHASES[expert // len(COLOURS) % len(EMPHASES)]
+    if colours in {"standard", "windows"}:
+        return f"{emphasis}black on {NAMED[expert % len(NAMED)]}"
+    return f"{emphasis}black on {tint(expert, share if colours == 'truecolor' else DEPTH)}"
+
+
+def terminal_texts(trace: Trace, colours: str | None) -> list[Text]:
+    """Prompt, answer and legend. A number stands where another expert begins.
+
+    Args:
+        colours: as `terminal_style` takes them
+    """
     tokens = trace.tokens()
     parts = tokens[: trace.num_prompt], tokens[trace.num_prompt :]
-    texts = [_coloured(part) for part in parts if part]
-    return [*texts, legend(trace.experts, tokens)]
+    texts = [_coloured(part, colours) for part in parts if part]
+    return [*texts, legend(trace.experts, tokens, colours)]
 
 
-def _coloured(part: Sequence[Token]) -> Text:
+def _coloured(part: Sequence[Token], colours: str | None) -> Text:
     pairs = zip(part, (None, *part), strict=False)
-    return Text().join(token_text(token, before) for token, before in pairs)
+    return Text().join(token_text(token, before, colours) for token, before in pairs)
 
 
-def token_text(token: Token, before: Token | None) -> Text:
+def token_text(token: Token, before: Token | None, colours: str | None) -> Text:
     """A token in its expert's colour; behind the expert's number, if the one before had another."""
     out = Text()
     if before is None or token.expert != before.expert:
         out.append(f"[{token.expert + 1}]", style="dim")
     text = for_terminal(token.text)
-    return out.append(text, style=f"black on {tint(token.expert, token.share)}")
+    return out.append(text, style=terminal_style(token.expert, token.share, colours))
 
 
-def legend(experts: Sequence[str], tokens: Sequence[Token]) -> Text:
-    """Number, colour and name of each expert that has tokens, and how many; the most first."""
+def legend(experts: Sequence[str], tokens: Sequence[Token], colours: str | None) -> Text:
+    """Number, colour and name of each expert that has tokens, and how many; the most first.
+
+    The colour has the mean depth of its tokens.
+    """
     won = _num_won(experts, tokens)
     out = Text()
     for e in sorted(range(len(won)), key=lambda e: -won[e]):
         if won[e]:
             out.append(f"[{e + 1}]", style="dim")
             name = for_terminal(experts[e])
-            out.append(f" {name} ", style=f"black on {tint(e, 0.8)}")
+            share = sum(token.share for token in tokens if token.expert == e) / won[e]
+            out.append(f" {name} ", style=terminal_style(e, share, colours))
             out.append(f" {won[e] / len(tokens):.0%} of {len(tokens)} tokens\n")
     out.rstrip()
     return out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ComparisonBuild, Difference
+from meteora.artifacts import ArtifactId, ComparisonBuild, Difference
 from pipelines.scoring import intervals
+from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
@@ -61,3 +63,34 @@ def values_of(ledger: Ledger, score: Score) -> list[float]:
     """The value of each row of a score, from its recorded outputs."""
     rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256), [score.spec.metric])
     return [float(row[score.spec.metric]) for row in rows]
+
+
+def scores_in_common(
+    ledger: Ledger, subject_id: ArtifactId, other_id: ArtifactId, other_base_id: ArtifactId
+) -> list[tuple[Score, Score]]:
+    """The scores of two subjects that were asked the same rows in the same way: one pair a task.
+
+    Of several metrics the first is taken, and of several askings the last.
+
+    Args:
+        other_base_id: of the other subject; it may have another base
+    """
+    ours = recorded_scores(ledger, subject_id)
+    twins = [replace(one.spec, subject_id=other_id, base_id=other_base_id).id for one in ours]
+    theirs = ledger.scores_of(twins)
+    askings: dict[ArtifactId, tuple[Score, Score]] = {}
+    for one, twin in zip(ours, twins, strict=True):
+        if twin in theirs:
+            askings.setdefault(replace(one.spec, metric="").id, (one, theirs[twin]))
+    return list({pair[0].spec.task: pair for pair in askings.values()}.values())
+
+
+def recorded_scores(ledger: Ledger, subject_id: ArtifactId) -> list[Score]:
+    """All scores of a subject, earliest first; without shares of attempts, which judge nothing."""
+    answer = ledger.query(
+        f"SELECT id FROM scores WHERE subject_id = '{subject_id}'"  # noqa: S608  (an id)
+        f" AND metric <> '{ATTEMPTED}' ORDER BY recorded_at, record_sha256"
+    )
+    ids = [ArtifactId(row[0]) for row in answer.rows]
+    found = ledger.scores_of(ids)
+    return [found[one] for one in ids if one in found]

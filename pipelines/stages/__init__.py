@@ -1,6 +1,7 @@
 """The stages of a run as plain functions, and the process that runs them.
 
 build            base, stack, gates, checkpoint
+pool             prompts without labels, dealt to experts without examples
 measure          the benchmark
 benchmark        the benchmark of a checkpoint without its recipe
 checkpoint       the texts of a checkpoint's folder

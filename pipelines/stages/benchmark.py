@@ -7,24 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import ValidationError
 
-from meteora.artifacts import ArtifactId, MeteoraError, RouterSpec
+from meteora.artifacts import (
+    ArtifactId,
+    MeteoraError,
+    RouterSpec,
+    canonical_sha256,
+    short,
+)
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.untrusted.findings import did_you_mean
 from pipelines.admission.sources import token_of_rows
+from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.plan import plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
 from pipelines.recipe.recipe import ExpertSection, Recipe, explain
+from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.measure import measure_model
 from pipelines.stages.open_model import stack_in
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
+from pipelines.workspace.machine import choose_device
+from pipelines.workspace.recorded_run import one_stage
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
@@ -72,7 +83,9 @@ def benchmark(
     if router is None:
         raise UnknownError(
             f"{found.folder}: this checkpoint is not in the ledger in {ledger.home}, which would"
-            " hold its scores; give the --home in which it was made, or run its recipe here"
+            " hold its scores; give the --home in which it was made, or run its recipe here; or"
+            " measure it without a record, with `python -m pipelines.lm_eval_model --model meteora"
+            f" --model_args pretrained={found.folder} --tasks TASK`"
         )
     ledger.ingest()
     settings, tasks = _choose_tasks(ledger, manifest, request)
@@ -84,15 +97,24 @@ def benchmark(
     # measuring reads nothing of a recipe but its section `benchmark`
     recipe = Recipe.model_construct(base=manifest.base.repo_id, benchmark=settings)
     work = RunContext(ledger, recipe, found.folder / MANIFEST, new_run_id())
-    with ledger.running(f"the benchmark of {plan.router.id}"):
-        measure_model(work, plan, lambda: nullcontext(found.load()))
-    ledger.ingest()
     summary = summarise(ledger, plan, found.base_folder)
-    assert summary is not None  # noqa: S101  (all of it was measured)
+    if summary is None:
+        _measure(work, plan, found)
+        summary = summarise(ledger, plan, found.base_folder)
+        assert summary is not None  # noqa: S101  (all of it was measured)
     whole = all("=" in task for task in request.tasks)  # not some of the tasks only
     if "grown_from" in manifest.gates and whole:  # other cards show what their recipe asks for
         _write_card(found.folder, manifest, summary)
     return plan, summary
+
+
+def _measure(work: RunContext, plan: Plan, found: FoundCheckpoint) -> None:
+    """Measure what is missing, as a run of its own; one at a time of one checkpoint."""
+    name = f"benchmark of {short(plan.router.id)}"
+    asked = canonical_sha256([one.spec.id for one in plan.measurements])
+    device = device_name(torch.device(choose_device(found.device)))
+    with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
+        measure_model(work, plan, lambda: nullcontext(found.load()))
 
 
 def _choose_tasks(

@@ -184,6 +184,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             wall_seconds=found.wall_seconds,
             device=choose_device(),
             statistics_sha256=statistics_sha256,
+            card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
         )
 
 
@@ -234,6 +235,9 @@ def _labelled(
 ) -> tuple[list[LabelledSequence], Template | None]:
     """The sequences that the gates are fitted to, and the template around their prompts."""
     router = plan.router
+    for name, source in plan.card_examples.items():
+        num = len(plan.examples[name])
+        say(f"{name}: {num} examples of the data set that its card names, {source}")
     silent_experts.probe(work, plan.experts, model, tokenizer)
     tokenizer = tokenizer_of_gates(tokenizer, router.template)
     names = plan.fused.names

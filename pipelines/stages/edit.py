@@ -6,7 +6,6 @@ recipe, the examples and the adapters of its other experts are not needed.
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from meteora.artifacts import (
     MeteoraError,
     RouterBuild,
     RouterSpec,
+    canonical_sha256,
+    short,
 )
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.loading import layers_on_disk, shape_of
@@ -46,12 +47,14 @@ from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
+from pipelines.evaluation.speed import device_name
 from pipelines.recipe.gates import Composites
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 from pipelines.workspace.machine import is_too_large, memory_bytes
+from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -128,8 +131,9 @@ def add(
     model, tokenizer = load_base(manifest, base_folder, "auto", download=download, options=where)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
-    expert = admission.read(candidate, model, tokenizer)
-    with _scratch(ledger, manifest) as scratch:
+    what = f"add {candidate.name} to"
+    with _scratch(ledger, manifest, admission.run_id, what, device) as scratch:
+        expert = admission.read(candidate, model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
@@ -176,7 +180,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     """
     manifest = _read_editable(folder)
     gates = tensors.read_gates(folder, manifest)
-    with _scratch(ledger, manifest) as scratch:
+    run_id = new_run_id()
+    with _scratch(ledger, manifest, run_id, f"drop {name} from", "cpu") as scratch:
         smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep={*gates.follows.values()})
         kept, statistics = add_expert.drop(
             gates,
@@ -186,7 +191,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         )
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        edited = EditedCheckpoint(new_run_id(), scratch, smaller, _router(manifest, smaller, ""))
+        edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, ""))
         return _finish(ledger, manifest, edited)
 
 
@@ -238,15 +243,21 @@ def _statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, Poi
 
 
 @contextmanager
-def _scratch(ledger: Ledger, manifest: Manifest) -> Generator[Path]:
-    """A temporary folder on the store's disk; `gc` does not run meanwhile."""
-    parent = ledger.home / "runs"
-    with ledger.running(f"changing {manifest.router_id}"):
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as scratch:
-            made = Path(scratch) / "checkpoint"
-            made.mkdir()
-            yield made
+def _scratch(
+    ledger: Ledger, manifest: Manifest, run_id: str, what: str, device: str
+) -> Generator[Path]:
+    """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
+
+    Args:
+        what: is done to the checkpoint, such as `drop sums from`
+        device: where it is made
+    """
+    name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
+    at = device_name(torch.device(device))
+    with one_stage(ledger, run_id, name, canonical_sha256(name), at, stage):
+        made = ledger.home / "runs" / run_id / "checkpoint"
+        made.mkdir(parents=True)
+        yield made
 
 
 def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from pipelines.publishing import publish
-from pipelines.stages import build, measure
+from pipelines.stages import build, measure, pool
 from pipelines.stages.open_model import is_spread
 from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
@@ -77,6 +77,7 @@ STAGES = {
     "build_base": build.build_base,
     "check_prompts": measure.check_prompts,
     "stack": build.stack,
+    "deal_pool": pool.deal_pool,
     "fit_gates": build.fit_gates,
     "measure": measure.measure,
     "write_checkpoint": build.write_checkpoint,
@@ -111,6 +112,7 @@ def _serve(work: RunContext, run: Channel) -> None:
 
 
 SMALLER = {
+    "deal_pool": "`gates.examples_per_expert`",
     "fit_gates": "`gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
     "measure": "`benchmark.batch_size`",
 }

@@ -1,11 +1,12 @@
 """Where a run works: home, recipe, console, environment, machine, child processes.
 
-context      the ledger, the recipe and the run's id in one object
-bases        the bases of a home: read-only, and checked before they are used
-console      lines and bars on stderr
-environment  settings that other libraries read at import
-faults       what a machine refuses, in one sentence
-processes    a child process that can be stopped
-machine      how fast this machine computes
-checkpoints  the folder of a checkpoint that a person names
+context       the ledger, the recipe and the run's id in one object
+bases         the bases of a home: read-only, and checked before they are used
+console       lines and bars on stderr
+environment   settings that other libraries read at import
+faults        what a machine refuses, in one sentence
+processes     a child process that can be stopped
+machine       how fast this machine computes
+recorded_run  the record of a run, from its beginning to its end
+checkpoints   the folder of a checkpoint that a person names
 """

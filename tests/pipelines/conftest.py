@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -118,8 +119,8 @@ def recipe_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Pat
     experts = []
     for name in ("q_and_v", "attention"):
         (folder / name).symlink_to(world.adapters[name])
-        for split, seed, count in (("train", 0, 8), ("test", 1, 4)):
-            lines = [json.dumps(row) + "\n" for row in letters(name, seed, count)]
+        for split, seed, size in (("train", 0, 8), ("test", 1, 4)):
+            lines = [json.dumps(row) + "\n" for row in letters(name, seed, size)]
             (folder / f"{name}.{split}.jsonl").write_text("".join(lines))
         experts.append(
             {
@@ -140,6 +141,55 @@ def recipe_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Pat
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
     return folder
+
+
+ALPHABETS = {"low": "abcdefgh", "high": "stuvwxyz"}
+
+
+def prompts_in(alphabet: str, seed: int, count: int) -> list[str]:
+    rng = random.Random(f"{alphabet}/{seed}")
+    return ["".join(rng.choices(alphabet, k=10)) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Knowing:
+    """Two experts, each of which knows one alphabet: it says a prompt's last letter three times."""
+
+    base: Path
+    adapters: dict[str, Path]
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session")
+def knowing(
+    tmp_path_factory: pytest.TempPathFactory,
+    build_base: Callable[[str], Path],
+    fuse_adapters: Callable[..., object],
+) -> Knowing:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from meteora.base.loading import load_tokenizer
+    from tests.conftest import ATTENTION, MLP, peft_is_behind
+    from tests.quickstart.make import fit
+
+    base, folder = build_base("llama_64"), tmp_path_factory.mktemp("knowing")
+    for name, alphabet in ALPHABETS.items():
+        torch.manual_seed(0)
+        with peft_is_behind():
+            model = get_peft_model(
+                AutoModelForCausalLM.from_pretrained(base),
+                LoraConfig(r=16, lora_alpha=32, target_modules=[*ATTENTION, *MLP]),
+            )
+        prompts = (text for seed in count(1) for text in prompts_in(alphabet, seed, 64))
+        rows = ({"prompt": text, "response": text[-1] * 3} for text in prompts)
+        tokenizer = load_tokenizer(base)
+        fit(model, tokenizer, rows, steps=150, peak=1e-2, what=name, batch_size=32)
+        model.save_pretrained(str(folder / name))
+    adapters = {name: folder / name for name in ALPHABETS}
+    fuse_adapters(base, adapters, folder / "fused")
+    return Knowing(base, adapters, folder / "fused")
 
 
 CHAT_TEMPLATE = (

@@ -26,6 +26,9 @@ from meteora.artifacts import (
     Difference,
     FusedSpec,
     MergeSpec,
+    PoolBuild,
+    PoolShare,
+    PoolSpec,
     Publication,
     Rate,
     Reason,
@@ -219,6 +222,7 @@ def fill(shelf: Shelf) -> None:
             turns = TURNS if (task, night) == ("sorting", 2) else ()
             shelf.measure(gates, task, routed, run_id, turns)
         compare(shelf, gates, experts[1], run_id)
+        deal(shelf, gates, run_id)
         ledger.record_routing(
             [
                 RoutingScore(
@@ -241,6 +245,17 @@ def fill(shelf: Shelf) -> None:
     )
     ledger.record_run(RunStarted("r3", "nightly", "9" * 64, {}, "cpu"))
     ledger.record_failure(Failure("check", HOSTILE, "AdapterError", "it uses DoRA"), run_id="r3")
+
+
+def deal(shelf: Shelf, gates: RouterSpec, run_id: str) -> None:
+    """A pool of prompts, dealt to the experts of a stack."""
+    pool = PoolSpec(gates.fused_id, "7" * 64, 64)
+    labels = shelf.ledger.blobs.put_bytes(b"labels")
+    shares = PoolShare("expert-0", 30, 2, 1.5, 0.7), PoolShare("", 12, 3, 0.1, 0.2)
+    made = PoolBuild(pool, labels, shares, 800, 60.0, "cpu")
+    shelf.ledger.record_artifact(
+        pool, weights_sha256=labels, built=made, blobs=[labels], run_id=run_id
+    )
 
 
 def compare(shelf: Shelf, gates: RouterSpec, oracle: AdapterSpec, run_id: str) -> None:

@@ -45,7 +45,9 @@ def test_a_flipped_byte_in_a_blob_is_found_with_all_that_rests_on_it(filled: She
         touched.partition(":")[0]
         for touched in set(finding.touches) - {expert.id, stack.id, *models, *measured}
     )
-    assert beside == ["benchmark", "comparison", "comparison", "merge", "speed", "speed"]
+    assert beside == [
+        "benchmark", "comparison", "comparison", "merge", "pool", "speed", "speed",
+    ]  # fmt: skip
 
 
 def test_a_missing_blob_is_found(filled: Shelf) -> None:

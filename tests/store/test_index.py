@@ -248,7 +248,7 @@ def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:
         filled.ledger.index.snapshot.unlink(missing_ok=True)
         ledger = filled.ledger = Ledger(filled.home)
         assert ledger.ingest().reason == ""
-        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(14,)]
+        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(15,)]
         assert not log.exists()
         assert not ledger.verify().findings
     assert len(filled.views()["scores"]) == len(before["scores"])
@@ -504,9 +504,9 @@ def test_readers_are_never_behind_an_index_that_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(filled.ledger.index, "_publish", lambda: None)
         filled.ledger.ingest()
-    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(11,)]
-    filled.ledger.ingest()
     assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(12,)]
+    filled.ledger.ingest()
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(13,)]
 
 
 def test_a_score_of_an_older_release_is_the_same_before_and_after_a_migration(

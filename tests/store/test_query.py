@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.artifacts import PoolSpec
 from store.errors import QueryError, StoreError
 from store.index import Index
 from store.ledger import Ledger
@@ -63,6 +64,10 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
         "How does a model do at each turn": [
             (models[1], "sorting", "fused", 1, 0.9, 40.0, 0.25),
             (models[1], "sorting", "fused", 2, 0.5, 35.0, 0.5),
+        ],
+        "Whose prompts was a pool": [
+            (brief(PoolSpec(stack.id, "7" * 64, 64).id), "expert-0", 30, 2, 1.5, 0.7),
+            (brief(PoolSpec(stack.id, "7" * 64, 64).id), "", 12, 3, 0.1, 0.2),
         ],
         "What is the latest model made from": [
             (1, "fused", None, None, None, weights(stack.id)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -122,6 +123,10 @@ def test_recipes_are_shown_and_explained() -> None:
     assert max(map(len, text.splitlines())) <= 80
     keys = json.loads(ask("recipe", "reference", "--json").stdout)
     assert len(keys) == text.count("\n\n") + 1
+    head, line, *rows = ask("recipe", "reference", "--format", "markdown").stdout.splitlines()
+    assert (head, line) == ("| path | type | needed | default | range | text |", "|" + " - |" * 6)
+    assert [row.split(" ")[1] for row in rows] == [key["path"] for key in keys]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {8}  # a bar in a cell is none
 
 
 @pytest.mark.parametrize(("colour", "there"), [("", True), ("1", False)])

@@ -157,6 +157,23 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
     assert "cannot be estimated: the base's config is not here" in said
 
 
+@pytest.mark.parametrize("revision", ["main", "0" * 40])
+def test_where_the_hub_is_away_each_name_is_told_once(
+    revision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    recipe = tmp_path / "away.yaml"
+    expert = f"{{name: one, adapter: someone/lora@{revision}}}"
+    recipe.write_text(f"base: someone/base@main\nexperts: [{expert}]\nrouter: {{kind: arrow}}\n")
+    said = ask("run", recipe, "--dry-run", "--home", tmp_path / "home")
+    base, expert, *_ = said.stdout.splitlines()
+    for line, name in ((base, "someone/base"), (expert, "someone/lora")):
+        assert line.count(name) == 1, line
+        assert "not here: " in line
+        assert "http://127.0.0.1:9 cannot be reached" in line
+
+
 def test_what_is_here_is_looked_at(
     recipe_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,26 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     assert said.returncode == 0, said.stderr
 
 
+def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(folder / "patterns")
+    (folder / "q_and_v" / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
+    pool, out = tmp_path / "asked.jsonl", tmp_path / "recipe.yaml"
+    pool.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))
+    made = ask("import", folder, "--pool", pool, "-o", out)
+    assert made.returncode == 0, made.stderr
+    recipe = Recipe.load(out)
+    assert recipe.router.kind == "gate"
+    assert recipe.gates.pool == "jsonl:asked.jsonl"
+    assert [bool(one.examples) for one in recipe.experts] == [False, True]
+    said = meteora("run", out, "--dry-run", home=tmp_path / "home")
+    assert said.returncode == 0, said.stderr
+    assert "of jsonl:asked.jsonl" in said.stdout
+    out.unlink()
+    missing = ask("import", folder, "--pool", tmp_path / "none.jsonl", "-o", out)
+    assert "none.jsonl: there is no such file of prompts" in missing.stderr
+    assert not out.exists()
+
+
 def test_nothing_is_suggested_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     write_recipe(folder, tmp_path / "one.yaml")
     assert "jsonl" not in (tmp_path / "one.yaml").read_text()

@@ -1,10 +1,15 @@
-"""HTML as a browser's parser sees it: which elements there are, and what they hold."""
+"""HTML as a browser's parser sees it, and as a browser shows it."""
 
 from __future__ import annotations
 
 import json
 from html.parser import HTMLParser
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from selenium import webdriver
 
 
 class Elements(HTMLParser):
@@ -57,3 +62,19 @@ class Elements(HTMLParser):
             for tag, text in self.texts
             if tag == "script" and text.lstrip().startswith("{")
         ]
+
+
+def drawings_at(browser: webdriver.Chrome, page: Path, width: int) -> list[str]:
+    """The kind of every drawing that is seen on a screen of this width, which the page fits."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+    found: list[str] = browser.execute_script(
+        "return [...document.querySelectorAll('svg')].filter((svg) => svg.clientWidth)"
+        ".map((svg) => svg.classList[0])"
+    )
+    return found

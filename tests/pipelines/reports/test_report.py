@@ -14,13 +14,16 @@ import pytest
 from meteora.artifacts import ArtifactId
 from pipelines.reports import charts, queries, report
 from pipelines.reports.examples import Example
+from pipelines.reports.lineage import lineage_graph
 from store.ledger import Ledger
 from tests.pipelines.reports import report_ledger
-from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.reports.html_reader import Elements, drawings_at
 from tests.pipelines.reports.report_ledger import COUNTS, GATE, HOSTILE, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from selenium import webdriver
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,7 @@ def test_experts_without_examples_are_named(
 
 def test_no_two_elements_of_the_page_share_an_id(tree: Any) -> None:
     """But for a figure's marks, which the wide and the narrow drawing both have."""
-    marks = re.compile(r"(point|interval|cell|line)-")
+    marks = re.compile(r"(point|interval|cell|line|node|edge)-")
     ids = [found for found in tree.xpath("//@id") if not marks.match(found)]
     assert len(ids) == len(set(ids))
 
@@ -256,6 +259,50 @@ def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledge
         queries.run_queries(Ledger(tmp_path / "empty"), GATE.id)
 
 
+@pytest.mark.parametrize("kind", ["wide", "narrow"])
+def test_the_lineage_s_arrows_lead_from_all_that_it_was_made_of(tree: Any, kind: str) -> None:
+    """Base and adapters to the stack, and from there to router, checkpoint and scores."""
+    (svg,) = tree.xpath(f"//figure[@id='lineage']//svg[@class='{kind}']")
+    text = " ".join(svg.text_content().split())
+    for shown in ("base", "1 dates", "3 sums", "stack", "router", GATE.id[7:19], "checkpoint"):
+        assert shown in text
+    boxes = []
+    for number in range(8):
+        (path,) = svg.xpath(f".//g[@id='node-{number}']/path/@d")
+        corners = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path)]
+        boxes.append((*min(corners), *max(corners)))
+    ends = []
+    for number in range(7):
+        line, *_ = svg.xpath(f".//g[@id='edge-{number}']/path/@d")
+        points = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", line)]
+        ends.append((touched(boxes, points[0]), touched(boxes, points[-1])))
+    assert ends == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 5), (5, 6), (6, 7)]
+
+
+def touched(boxes: list[tuple[float, float, float, float]], point: tuple[float, float]) -> int:
+    """The box whose edge a point is on, within the arrow's tip."""
+    x, y = point
+    (found,) = [
+        number
+        for number, (left, top, right, bottom) in enumerate(boxes)
+        if left - 4 <= x <= right + 4 and top - 4 <= y <= bottom + 4
+    ]
+    return found
+
+
+def test_of_many_adapters_the_first_are_drawn_and_the_others_counted(
+    results: dict[str, queries.QueryResult],
+) -> None:
+    answer = results["experts"].answer
+    rows = [(n + 1, f"expert_{n}", *answer.rows[0][2:]) for n in range(40)]
+    many = replace(results["experts"], answer=replace(answer, rows=rows))
+    drawn = str(lineage_graph({**results, "experts": many}))
+    assert ">13  expert_12<" in drawn
+    assert "expert_13" not in drawn
+    assert ">and 27 more<" in drawn
+    assert ">40 experts<" in drawn
+
+
 def test_modules_that_share_a_gate_share_a_line() -> None:
     rows = [
         {"layer": layer, "module_kind": kind, "accuracy": share}
@@ -322,3 +369,15 @@ def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None
     assert "DejaVu Sans'" not in page
     assert "rotate(-0" not in page
     assert not re.search(r"<path d=[^>]*\d\.\d{4}", page)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "kind"), [(1400, "wide"), (390, "narrow")])
+def test_the_page_fits_a_desk_and_a_phone(
+    browser: webdriver.Chrome, page: str, tmp_path: Path, width: int, kind: str
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    shown = drawings_at(browser, path, width)
+    assert set(shown) == {kind}
+    assert len(shown) == page.count(f'<svg class="{kind}"')

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from meteora.artifacts import BaseSpec
 from meteora.model.trace import Trace
@@ -60,6 +64,14 @@ def test_each_token_stands_in_the_colour_of_its_winner_without_any_script(trace:
     ]
 
 
+def test_a_page_with_more_than_eight_experts_says_how_they_differ(trace: Trace) -> None:
+    sentence = "From the ninth expert on, the colours come again with another line"
+    assert sentence not in trace_view.trace_page(trace, "")
+    assert sentence in trace_view.trace_page(
+        replace(trace, experts=(*trace.experts, *(f"e{n}" for n in range(5)))), ""
+    )
+
+
 def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None:
     html = trace_view.trace_page(trace, HOSTILE)
     page = Elements(html)
@@ -73,7 +85,7 @@ def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None
 def test_a_terminal_shows_numbers_where_experts_change_and_no_control_character(
     trace: Trace,
 ) -> None:
-    asked, answered, legend = (text.plain for text in trace_view.terminal_texts(trace))
+    asked, answered, legend = (text.plain for text in trace_view.terminal_texts(trace, None))
     winners = trace.shares().argmax(dim=1).tolist()
     expected, before = "", -1
     for piece, winner in zip(PIECES[:4], winners[:4], strict=True):
@@ -89,6 +101,34 @@ def test_a_terminal_shows_numbers_where_experts_change_and_no_control_character(
 def test_forty_experts_look_different() -> None:
     assert len(set(trace_view.expert_styles(40))) == 40
     assert trace_view.tint(0, 0.0) > trace_view.tint(0, 1.0)  # deeper is darker
+
+
+@pytest.mark.parametrize("system", ["standard", "256", "truecolor"])
+def test_in_any_terminal_the_legend_has_the_colours_of_tokens(trace: Trace, system: Any) -> None:
+    """Of forty experts, each with three tokens of one depth; eight colours come five times."""
+    names = tuple(f"expert_{n}" for n in range(40))
+    order = torch.arange(120) // 3
+    weights = torch.full((3, 120, 1), 0.75)
+    chosen = order.expand(3, -1)[..., None]
+    many = replace(
+        trace,
+        ids=tuple(range(120)),
+        pieces=("x",) * 120,
+        num_prompt=60,
+        experts=names,
+        chosen=torch.cat([chosen, (chosen + 1) % 40], 2),
+        weights=torch.cat([weights, 1 - weights], 2),
+    )
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system=system, width=400)
+    *parts, legend = trace_view.terminal_texts(many, console.color_system)
+    for text in (*parts, legend):
+        console.print(text, soft_wrap=True)
+    painted = re.findall(r"\x1b\[([\d;]+)m( expert_\d+ |x+)\x1b", file.getvalue())
+    tokens = [style for style, text in painted if text[0] == "x"]
+    by_name = {text.strip(): style for style, text in painted if text[0] == " "}
+    assert list(dict.fromkeys(tokens)) == [by_name[name] for name in names]
+    assert len(set(by_name.values())) == 40  # the second eight are underlined, and so on
 
 
 def test_more_experts_than_a_byte_counts_keep_their_numbers(trace: Trace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 from meteora.artifacts import ArtifactId
 from meteora.checkpoint.manifest import CARD, read_manifest
 from pipelines.planning.recorded_tasks import recorded_tasks
+from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, letters, run
@@ -57,6 +59,10 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     said = ask(*report)
     assert f"`meteora benchmark {router[:19]}`" in said.stderr
     before = len(work.ledger.query("FROM scores").rows)
+    name = f"benchmark of {router[:19]}"
+    work.ledger.record_run(RunStarted("20261126T000000-killed", name, "0" * 64))
+    left = work.home / "runs" / "20261126T000000-killed" / "scratch"
+    left.mkdir(parents=True)
 
     said = benchmark(work, folder, recipe_folder)
     assert said.returncode == 0, said.stderr
@@ -68,12 +74,21 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     assert ask(*report).returncode == 0
     assert page.is_file()
     assert not work.ledger.verify().findings
+    runs = "SELECT outcome, device, map_keys(stage_seconds), run_id FROM runs WHERE recipe_name ="
+    done, killed = work.ledger.query(f"{runs} '{name}'").rows
+    assert done[:3] == ("ok", "cpu", ["benchmark"])
+    assert killed[0] == "killed"
+    assert not left.exists()
+    assert not (work.home / "runs" / done[3]).exists()
+    found = f"FROM scores WHERE run_id = '{done[3]}' AND subject_id = '{router}'"
+    assert len(work.ledger.query(found).rows) == 1
 
     again = benchmark(work, folder, recipe_folder)
     assert again.stdout == said.stdout  # nothing is asked twice
-    found = json.loads(benchmark(work, folder, recipe_folder, "--json").stdout)
-    assert found["router_id"] == router
-    assert {(one["task"], one["system"], one["num_samples"]) for one in found["scores"]} == {
+    assert len(work.ledger.query(f"{runs} '{name}'").rows) == 2  # and that is no run
+    scored = json.loads(benchmark(work, folder, recipe_folder, "--json").stdout)
+    assert scored["router_id"] == router
+    assert {(one["task"], one["system"], one["num_samples"]) for one in scored["scores"]} == {
         ("q_and_v", system, 2) for system in ("fused", "base", "oracle")
     }
     assert len(work.ledger.query("FROM scores").rows) == before + 1
@@ -143,6 +158,9 @@ def test_what_is_not_in_the_ledger_is_not_measured(
     said = ask("benchmark", folder, "--base", recipe_folder / "base", "--home", tmp_path / "other")
     assert said.returncode == 1
     assert "this checkpoint is not in the ledger in" in said.stderr
+    asked = re.search(r"`(python -m pipelines.lm_eval_model .*) --tasks TASK`", said.stderr)
+    assert asked is not None
+    assert f"pretrained={folder}" in asked[1]
     manifest = read_manifest(folder)
     strange = {"q_and_v": ArtifactId("adapter:" + "0" * 64)}
     base = work.ledger.spec_of(ArtifactId(manifest.fused_id))

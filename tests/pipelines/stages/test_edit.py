@@ -130,6 +130,14 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
 
     known = {row[0] for row in work.ledger.query("SELECT id FROM artifacts").rows}
     assert {before.router_id, fewer.router_id, more.router_id} <= known
+    runs = work.ledger.query(
+        "SELECT recipe_name, outcome, map_keys(stage_seconds), id FROM runs"
+        " JOIN artifacts USING (run_id) WHERE kind = 'router' ORDER BY started_at DESC LIMIT 2"
+    ).rows
+    assert runs == [
+        (f"add attention to {fewer.router_id[:19]}", "ok", ["add"], more.router_id),
+        (f"drop attention from {before.router_id[:19]}", "ok", ["drop"], fewer.router_id),
+    ]
     assert not work.ledger.verify().findings
 
 
@@ -185,6 +193,11 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
         assert not any("a/dora" in p and ".safetensors" in p for _, p, _ in server.requests)
         assert [*work.ledger.home.joinpath("checkpoints").iterdir()] == before
         assert not [*work.home.joinpath("runs").iterdir()]
+        work.ledger.ingest()
+        ends = dict(work.ledger.query("SELECT recipe_name, outcome FROM runs").rows)
+        router = read_manifest(folder).router_id[:19]
+        assert {ends[f"add {code} to {router}"] for code in refused} == {"refused"}
+        assert ends[f"add hub to {router}"] == "failed"
         out = join("copy", "a/copy")
 
     assert read_manifest(out).names == ["q_and_v", "attention", "copy"]
@@ -201,7 +214,7 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     assert "note: copy: what it adds to" in capfd.readouterr().err
 
 
-def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
+def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     made: tuple[RunContext, Path],
     recipe_folder: Path,
     world: World,
@@ -210,7 +223,13 @@ def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
 ) -> None:
     """By the measure of a run's check: the stacked factors, against all memory of the device."""
     work, folder = made
-    before = sorted(path for path in work.home.rglob("*") if path.is_file())
+
+    def written() -> list[Path]:
+        """All but the records, of which a refusal has some."""
+        parts = ("adapters", "blobs", "checkpoints", "runs")
+        return sorted(path for part in parts for path in (work.home / part).rglob("*"))
+
+    before = written()
     adapter = world.adapters["all_seven"]
     rows = recipe_folder / "q_and_v.train.jsonl"
     command = ["meteora", "add", folder, "third", adapter, f"jsonl:{rows}"]
@@ -226,7 +245,10 @@ def test_who_would_not_fit_in_memory_is_refused_before_anything_is_written(
     assert f"3 experts take {needs / 1e6:,.0f} MB stacked" in said
     assert said.endswith("[memory]")
     assert "`meteora drop`" in said
-    assert sorted(path for path in work.home.rglob("*") if path.is_file()) == before
+    assert written() == before
+    outcome, reason = work.ledger.query("SELECT outcome, reason FROM runs LIMIT 1").rows[0]
+    assert outcome == "refused"
+    assert reason.endswith("[memory]")
 
     monkeypatch.setattr(candidate, "memory_bytes", lambda: needs)
     asked = Candidate("third", str(adapter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -13,9 +14,13 @@ from rich.console import Console
 from pipelines.cli import score_table
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.reports import card
+from pipelines.reports.examples import find_examples, trace_examples
+from pipelines.reports.queries import run_queries
 from pipelines.reports.summary import Summary, summarise
+from pipelines.scoring.outputs import read_outputs
 from pipelines.scoring.recompute import recompute_scores
 from pipelines.stages import build, measure
+from pipelines.stages.open_model import opened
 from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
@@ -155,6 +160,8 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert "under the system prompt 'Be brief.'" in shown
     assert f"FROM leaderboard WHERE subject_id LIKE '{router}%'" in shown
 
+    trace_a_conversation_as_it_was_asked(work, planned, built, gates)
+
     narrow = Console(width=50, file=sys.stdout, markup=False)
     monkeypatch.setattr(score_table, "plain_console", lambda: narrow)
     score_table.print_scores("x", work.home, planned, summary, {})
@@ -196,6 +203,28 @@ def test_a_base_without_a_chat_template_is_asked_no_conversations(
     planned, built, gates = go(work)
     with pytest.raises(BenchmarkError, match="conversations need the roles of a chat template"):
         measure.measure(work, planned, built, gates)
+
+
+def trace_a_conversation_as_it_was_asked(
+    work: RunContext, planned: Plan, built: Any, gates: Any
+) -> None:
+    results = run_queries(work.ledger, planned.router.id)
+    first, second = find_examples(work.ledger, results["outputs"], 2)
+    assert first.dialogue is not None
+    assert second.dialogue is None
+    expected = ", then ".join(question.row.response for question in first.dialogue.questions)
+    assert first.caption.startswith(f"conversation-3; expected: {expected}; ")
+    with opened(work, planned, built, gates) as (model, tokenizer):
+        drawn, single = trace_examples(model, tokenizer, [first, second])
+    text = "".join(drawn["data"]["pieces"])
+    row = results["outputs"].rows[0]
+    asked = read_outputs(work.ledger.blobs.path_of(row["outputs_sha256"]))[0]
+    assert "Be brief." in text
+    place = 0
+    for question, turn in zip(first.dialogue.questions, json.loads(asked["turns"]), strict=True):
+        for part in (question.row.prompt, turn["output"].strip()):  # the recorded answers
+            place = text.index(part, place)
+    assert "".join(single["data"]["pieces"]).count("<user>") == 1
 
 
 def mark_only_what_differs_beyond_chance(summary: Summary) -> None:

@@ -1,0 +1,59 @@
+"""Pools: prompts that nobody has labelled, and which expert each of them is given to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from meteora.artifacts.identity import ArtifactId, Noun, Spec
+
+
+@dataclass(frozen=True)
+class PoolSpec(Spec):
+    """Prompts without labels that are to be dealt to the experts of a stack."""
+
+    kind: ClassVar[str] = "pool"
+
+    fused_id: ArtifactId
+    prompts_sha256: str
+    """Of the canonical JSON of all prompts, in order."""
+    examples_per_expert: int
+    """Greatest number of prompts that an expert is given, and answers."""
+    seed: int = 0
+    template: str = "auto"
+    """As in `RouterSpec`."""
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.fused_id,)
+
+
+@dataclass(frozen=True)
+class PoolShare(Noun):
+    """What one expert was given of a pool."""
+
+    expert: str
+    """Empty for the prompts that are nobody's."""
+    num_prompts: int
+    num_clusters: int
+    score: float
+    """How much surer the expert is of its own answers to these prompts than of those to the whole
+    pool, in standard deviations; of nobody's prompts, that of the surest expert."""
+    lead: float
+    """How far that is above the next expert's."""
+
+
+@dataclass(frozen=True)
+class PoolBuild(Noun):
+    """The result of dealing a pool."""
+
+    spec: PoolSpec
+    labels_sha256: str
+    """Of a file with a line of JSON for each prompt: prompt, expert, score, lead, and its answer if
+    it is an example."""
+    shares: tuple[PoolShare, ...]
+    """One for each expert in order, and one for nobody."""
+    num_answers: int
+    """Short answers that were asked for."""
+    wall_seconds: float
+    device: str

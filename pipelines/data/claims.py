@@ -1,0 +1,81 @@
+"""Claims: whose each prompt of a pool is. `pool` makes them; a plan takes examples from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import Noun, PoolShare, canonical_json
+from pipelines.data.rows import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Claim(Noun):
+    """A prompt of a pool, and whose it is."""
+
+    prompt: str
+    expert: str
+    """Empty for nobody."""
+    cluster: int
+    score: float
+    """By how many standard deviations the expert is surer here than elsewhere; its cluster's."""
+    lead: float
+    """How far that is above the next expert's."""
+    response: str | None = None
+    """The expert's own answer, if the prompt is an example."""
+
+
+def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare, ...]:
+    """What each expert was dealt, in the order of `names`, and what is nobody's."""
+    found = []
+    for name in (*names, ""):
+        own = [claim for claim in claims if claim.expert == name]
+        score, lead = (
+            round(sum(values) / len(own), 3) if own else 0.0
+            for values in ([claim.score for claim in own], [claim.lead for claim in own])
+        )
+        found.append(PoolShare(name, len(own), len({c.cluster for c in own}), score, lead))
+    return tuple(found)
+
+
+def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:
+    """The prompts that experts have answered, as examples, by expert."""
+    found: dict[str, list[Row]] = {}
+    for claim in claims:
+        if claim.response is not None:
+            found.setdefault(claim.expert, []).append(Row(claim.prompt, claim.response))
+    return found
+
+
+def nobodys(claims: Iterable[Claim]) -> list[Row]:
+    """The prompts that no expert knows, without an answer."""
+    return [Row(claim.prompt, "") for claim in claims if not claim.expert]
+
+
+def write_claims(claims: Sequence[Claim]) -> str:
+    """A line of JSON for each claim."""
+    return "".join(canonical_json(claim.to_dict()) + "\n" for claim in claims)
+
+
+def read_claims(text: str) -> list[Claim]:
+    """The claims of `write_claims`."""
+    lines = text.split("\n")  # `splitlines` also splits at characters that JSON may hold
+    return [Claim.from_dict(json.loads(line)) for line in lines if line]
+
+
+def prompts_of(rows: Iterable[Row], others: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The prompts of rows, each once, without those that are examples already.
+
+    Args:
+        others: examples, by expert
+    """
+    known = {row.sha256 for own in others.values() for row in own}
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.sha256 not in known:
+            found.setdefault(row.sha256, row.prompt)
+    return [*found.values()]

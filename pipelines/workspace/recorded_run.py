@@ -1,0 +1,95 @@
+"""The record of a run: when it began, with what, how it ended, and how long each stage took."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+from meteora.untrusted.findings import AdapterError
+from store.events import RunEnded, RunStarted
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from store.ledger import Ledger
+
+VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
+
+
+@contextmanager
+def alone(ledger: Ledger, name: str) -> Generator[Sequence[RunStarted]]:
+    """Hold the locks of a run; yields those of its name that were killed, which are closed here.
+
+    Raises:
+        BusyError: another process is at it.
+    """
+    with ledger.running(name) as killed:
+        for before in killed:
+            shutil.rmtree(ledger.home / "runs" / before.run_id, ignore_errors=True)
+        yield killed
+
+
+@contextmanager
+def one_stage(
+    ledger: Ledger, run_id: str, name: str, asked_sha256: str, device: str, stage: str
+) -> Generator[None]:
+    """A run with one stage, alone and recorded; arguments are those of `recorded`."""
+    seconds: dict[str, float] = {}
+    with (
+        alone(ledger, name),
+        recorded(ledger, run_id, name, asked_sha256, device, seconds),
+        timed(seconds, stage),
+    ):
+        yield
+
+
+@contextmanager
+def recorded(
+    ledger: Ledger,
+    run_id: str,
+    name: str,
+    asked_sha256: str,
+    device: str,
+    seconds: dict[str, float],
+) -> Generator[None]:
+    """Record the beginning of a run and, however it ends, its end; remove what it leaves behind.
+
+    Args:
+        name: of the recipe, or what else was asked for
+        asked_sha256: of the recipe, or of what else was asked for
+        device: its name
+        seconds: the time of each stage, filled while it runs
+    """
+    versions = {package: version(package) for package in VERSIONS}
+    ledger.record_run(RunStarted(run_id, name, asked_sha256, versions, device))
+    began = time.perf_counter()
+    outcome, reason = "stopped", "interrupted or cancelled"
+    try:
+        yield
+        outcome, reason = "ok", ""
+    except MeteoraError as error:
+        outcome = "refused" if isinstance(error, AdapterError) else "failed"
+        reason = str(error)
+        raise
+    except Exception as error:
+        outcome, reason = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        wall_seconds = time.perf_counter() - began
+        ledger.record_run(RunEnded(run_id, outcome, reason, wall_seconds, seconds))
+        ledger.ingest()
+        shutil.rmtree(ledger.home / "runs" / run_id, ignore_errors=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Generator[None]:
+    """Note how long a stage took, also where it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(time.perf_counter() - started, 3)

@@ -1,0 +1,118 @@
+"""Take the labels off a recipe's examples, and see who gets which prompt.
+
+    python -m tests.benchmarks.pool make RECIPE OUT [--nobodys ROWS.jsonl ...] [--each 48] [--null]
+    meteora run OUT/recipe.yaml --home HOME
+    python -m tests.benchmarks.pool judge RECIPE OUT HOME
+
+`make` writes a recipe without examples, and a pool of their prompts in a random order; with
+`--nobodys` also the first prompts of files that belong to no expert. `judge` compares what each
+expert was dealt with whose the prompts are, and its own answers with the right ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from pipelines.data.claims import Claim, read_claims
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import Row
+from pipelines.recipe.recipe import locate
+from store.ledger import Ledger
+from tests.benchmarks.timing import table
+
+ALL = 1_000_000
+SYSTEMS = ["oracle"]
+
+
+def examples_in(recipe: Path) -> dict[str, list[Row]]:
+    """The examples of a recipe, by expert, as its gates would be fitted to them."""
+    body = yaml.safe_load(recipe.read_text())
+    limit = body.get("gates", {}).get("examples_per_expert", 64)
+    return {e["name"]: read_rows(e["examples"], recipe.parent, limit) for e in body["experts"]}
+
+
+def make(recipe: Path, out: Path, nobodys: list[Path], each: int, *, null: bool) -> None:
+    """Write OUT/recipe.yaml and OUT/pool.jsonl."""
+    body = yaml.safe_load(recipe.read_text())
+    prompts = [row.prompt for rows in examples_in(recipe).values() for row in rows]
+    for path in nobodys:
+        rows = read_rows(f"jsonl:{path.absolute()}", path.parent, each, answered=False)
+        prompts += [row.prompt for row in rows]
+    random.Random(0).shuffle(prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    (out / "pool.jsonl").write_text("".join(lines))
+    for expert in body["experts"]:
+        del expert["examples"]
+        for key in ("adapter", "test"):
+            kind, _, path = expert[key].partition(":")
+            expert[key] = f"{kind}:{(recipe.parent / path).absolute()}"
+    body.setdefault("gates", {})["pool"] = "jsonl:pool.jsonl"
+    if null:
+        body.setdefault("router", {})["null"] = True
+    body["benchmark"]["compare"] = SYSTEMS
+    (out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+
+
+def judge(recipe: Path, out: Path, home: Path) -> None:
+    """Print how the pool of OUT was dealt in HOME."""
+    examples = examples_in(recipe)
+    owner = {row.sha256: name for name, rows in examples.items() for row in rows}
+    right = {row.sha256: row.answers for rows in examples.values() for row in rows}
+    claims = _claims(out / "pool.jsonl", home)
+    counts = Counter((owner.get(Row(c.prompt, "").sha256, ""), c.expert) for c in claims)
+    answered = [c for c in claims if c.response is not None]
+    rows = []
+    for name in (*examples, ""):
+        own = sum(n for (whose, _), n in counts.items() if whose == name)
+        others = sum(n for (whose, to), n in counts.items() if whose and whose != name == to)
+        nobodys = counts[("", name)] if name else 0
+        said = [c for c in answered if c.expert == name == owner.get(Row(c.prompt, "").sha256)]
+        good = sum(c.response in right[Row(c.prompt, "").sha256] for c in said)
+        rows.append(
+            [name or "nobody", own, counts[(name, name)], others, nobodys, f"{good} of {len(said)}"]
+        )
+    print(table(["whose", "prompts", "dealt rightly", "others'", "nobody's", "own answers"], rows))
+    agreed = sum(n for (whose, to), n in counts.items() if whose == to)
+    print(f"\n{agreed} of {len(claims)} prompts have their owner, or nobody where they have none")
+
+
+def _claims(pool: Path, home: Path) -> list[Claim]:
+    """The claims of the pool that has these prompts."""
+    ledger = Ledger(home)
+    ledger.ingest()
+    prompts = {Row(json.loads(line)["prompt"], "").sha256 for line in pool.open()}
+    for (sha256,) in ledger.query("SELECT labels_sha256 FROM pools").rows:
+        claims = read_claims(ledger.blobs.path_of(sha256).read_text())
+        if {Row(claim.prompt, "").sha256 for claim in claims} <= prompts:
+            return claims
+    raise SystemExit(f"no pool of {home} has the prompts of {pool}; run its recipe first")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    making = commands.add_parser("make")
+    making.add_argument("recipe", type=locate)
+    making.add_argument("out", type=Path)
+    making.add_argument("--nobodys", type=Path, nargs="*", default=[])
+    making.add_argument("--each", type=int, default=48)
+    making.add_argument("--null", action="store_true")
+    making.set_defaults(do=make)
+    judging = commands.add_parser("judge")
+    judging.add_argument("recipe", type=locate)
+    judging.add_argument("out", type=Path)
+    judging.add_argument("home", type=Path)
+    judging.set_defaults(do=judge)
+    asked = vars(parser.parse_args())
+    asked.pop("do")(**asked)
+
+
+if __name__ == "__main__":
+    main()

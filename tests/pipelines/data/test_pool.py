@@ -1,0 +1,103 @@
+"""A pool of prompts without labels, dealt to tiny experts that were trained on some of them."""
+
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meteora.artifacts import PoolShare
+from pipelines.data.claims import (
+    Claim,
+    examples_of,
+    nobodys,
+    prompts_of,
+    read_claims,
+    shares_of,
+    write_claims,
+)
+from pipelines.data.rows import Row
+from tests.pipelines.conftest import ALPHABETS, prompts_in
+
+if TYPE_CHECKING:
+    from tests.pipelines.conftest import Knowing
+
+NOBODYS = "0123456789"
+
+
+def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
+    import meteora
+    from pipelines.data.pool import deal
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    of = {text: name for name, letters in ALPHABETS.items() for text in prompts_in(letters, 0, 24)}
+    of |= dict.fromkeys(prompts_in(NOBODYS, 0, 24), "")
+    prompts = random.Random(0).sample([*of], len(of))
+    claims, num_answers = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    assert [(claim.prompt, claim.expert) for claim in claims] == [(p, of[p]) for p in prompts]
+    assert num_answers < len(prompts) * len(ALPHABETS) + 2 * 16 + 1
+
+    examples = examples_of(claims)
+    assert {name: len(rows) for name, rows in examples.items()} == dict.fromkeys(ALPHABETS, 10)
+    for name, rows in examples.items():
+        with meteora.force_expert(model, name):
+            said = meteora.generate(model, tokenizer, rows[0].prompt, max_new_tokens=8)
+        assert rows[0].response == said
+        assert sum(row.response == row.prompt[-1] * 3 for row in rows) >= 5
+    assert {row.prompt for row in nobodys(claims)} == {p for p in prompts if not of[p]}
+    assert [(s.expert, s.num_prompts) for s in shares_of(claims, [*ALPHABETS])] == [
+        ("low", 24),
+        ("high", 24),
+        ("", 24),
+    ]
+    again, _ = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    assert again == claims
+
+
+def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:
+    import meteora
+    from pipelines.data.pool import deal
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    claims, _ = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
+    assert [claim.expert in {"low", ""} for claim in claims] == [True, True]
+
+
+def test_an_expert_is_compared_with_itself_and_not_with_surer_ones() -> None:
+    from pipelines.data.pool import votes
+
+    # the second expert is surer of everything; each stands out in its own cluster
+    margins = np.array([[3.0, 5.0], [3.2, 5.2], [1.0, 9.0], [1.2, 9.2], [0.9, 5.1]])
+    scores = votes(margins, np.array([0, 0, 1, 1]))  # the last one is an outsider
+    assert scores.argmax(1).tolist() == [0, 1]
+    assert (scores.min(1) < 0).all()
+
+
+def test_similar_points_share_a_cluster() -> None:
+    from pipelines.data.pool import clusters_of
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 16))
+    points = np.repeat(centres, 20, axis=0) + 0.1 * rng.normal(size=(60, 16))
+    found = clusters_of(points.astype(np.float32), 3)
+    assert [len(set(found[i : i + 20])) for i in (0, 20, 40)] == [1, 1, 1]
+    assert len(set(found)) == 3
+    assert clusters_of(points[:2].astype(np.float32), 3).tolist() == [0, 1]
+
+
+def test_claims_are_the_same_from_their_file() -> None:
+    claims = [Claim("a\nb\u2028c", "low", 0, 1.5, 0.5, "x"), Claim("d", "", 1, 0.0, 0.0)]
+    assert read_claims(write_claims(claims)) == claims
+    assert shares_of(claims, ["low", "high"]) == (
+        PoolShare("low", 1, 1, 1.5, 0.5),
+        PoolShare("high", 0, 0, 0.0, 0.0),
+        PoolShare("", 1, 1, 0.0, 0.0),
+    )
+
+
+def test_prompts_are_taken_once_and_not_where_they_are_examples() -> None:
+    rows = [Row("a  b", ""), Row("a b", ""), Row("c", "x"), Row("d", "")]
+    assert prompts_of(rows, {"low": [Row("c", "y")]}) == ["a  b", "d"]

@@ -1,0 +1,180 @@
+"""Experts without examples get theirs from a pool: from the recipe to the ledger."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from meteora.artifacts import NULL
+from pipelines.data.claims import Claim
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.flows.up_to_date import look
+from pipelines.planning.plan import make_plan
+from pipelines.planning.resolve import complete
+from pipelines.recipe.recipe import Recipe, RecipeError
+from pipelines.stages import build
+from pipelines.stages.pool import deal_pool
+from pipelines.workspace.context import RunContext, new_run_id
+from store.ledger import Ledger
+from tests.pipelines.conftest import ALPHABETS, finished, plan_of, print_steps, prompts_in, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from meteora.artifacts import PoolSpec
+    from tests.pipelines.conftest import Knowing
+
+
+@pytest.fixture
+def open_recipe(knowing: Knowing, tmp_path: Path) -> Callable[..., RunContext]:
+    """A function that opens a recipe over the two experts, without examples, and a pool."""
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "base").symlink_to(knowing.base)
+    (folder / "adapters").symlink_to(knowing.checkpoint.parent)
+    pool = [text for letters in ALPHABETS.values() for text in prompts_in(letters, 0, 24)]
+    random.Random(0).shuffle(pool)
+    experts = []
+    for name, letters in ALPHABETS.items():
+        tests = [{"prompt": text, "response": text[-1] * 3} for text in prompts_in(letters, 9, 4)]
+        write(folder / f"{name}.jsonl", tests)
+        experts.append(
+            {"name": name, "adapter": f"path:adapters/{name}", "test": f"jsonl:{name}.jsonl"}
+        )
+    write(folder / "pool.jsonl", [{"prompt": text} for text in pool])
+    body = {
+        "base": "path:base",
+        "experts": experts,
+        "gates": {"pool": "jsonl:pool.jsonl", "examples_per_expert": 12},
+        "benchmark": {"limit": 4, "compare": ["oracle"], "max_new_tokens": 6},
+    }
+
+    def open_it(**changed: Any) -> RunContext:
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(body | changed, sort_keys=False))
+        return RunContext(Ledger(tmp_path / "home"), Recipe.load(path), path, new_run_id())
+
+    return open_it
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
+    open_recipe: Callable[..., RunContext], capfd: pytest.CaptureFixture[str]
+) -> None:
+    work = open_recipe()
+    print_steps(work)
+    assert "12 examples an expert at most, of jsonl:pool.jsonl" in capfd.readouterr().out
+    run(work)
+    assert "of 48 prompts of the pool: " in capfd.readouterr().err
+    plan = finished(work)
+    assert plan is not None
+    assert plan.pool is not None
+    for name, rows in plan.examples.items():
+        assert 2 <= len(rows) <= 12
+        assert {letter for row in rows for letter in row.prompt} <= {*ALPHABETS[name]}
+    ask = work.ledger.query
+    assert ask("SELECT sum(num_prompts), count(*) FROM pool_shares").rows == [(48, 3)]
+    made_from = "SELECT kind FROM lineage WHERE artifact_id = ? AND relation = 'made from'"
+    assert ("pool",) in ask(made_from.replace("?", f"'{plan.router.id}'")).rows
+    ((fused, oracle),) = ask("SELECT avg(value), avg(oracle_value) FROM leaderboard").rows
+    assert fused >= oracle - 0.25 > 0  # of eight rows two are another expert's at most
+
+    other = open_recipe(router={"top_k": 2})  # the same pool and stack: the prompts are dealt
+    capfd.readouterr()
+    run(other)
+    assert "asking every expert" not in capfd.readouterr().err
+    assert finished(other)
+
+
+def test_an_expert_that_no_prompt_belongs_to_is_named(
+    open_recipe: Callable[..., RunContext],
+) -> None:
+    def lows(_pool: PoolSpec) -> list[Claim]:
+        texts = prompts_in(ALPHABETS["low"], 0, 5)
+        return [Claim(text, "low", 0, 1.0, 1.0, "x") for text in texts]
+
+    work = open_recipe()
+    planned, built = plan_of(work)
+    asked = work.folder, built.spec, planned.experts, lows
+    with pytest.raises(ExamplesError, match=r"expert high: of the 5 prompts of gates.pool 0 are"):
+        make_plan(work.recipe, *asked)
+    lenient = open_recipe(router={"without_examples": "arrow"})
+    whole = make_plan(lenient.recipe, *asked)
+    assert whole.router.stand_ins == ("high",)
+    assert not whole.to_deal
+    with_base = open_recipe(router={"without_examples": "arrow", "null": True})
+    nobodys = [*lows(planned.pool), Claim("0 1 2", "", 1, 0.0, 0.0)] if planned.pool else []
+    whole = make_plan(with_base.recipe, *asked[:3], lambda _pool: nobodys)
+    assert Row("0 1 2", "") in whole.examples[NULL]
+
+
+def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> None:
+    work = open_recipe()
+    planned, built = plan_of(work)
+    assert len(planned.to_deal) == 48
+    assert not planned.examples
+    found = look(work)
+    assert found.finished is None
+    assert found.plan is not None
+    assert found.plan.to_deal == planned.to_deal
+    build.stack(work, planned)
+    deal_pool(work, planned, built)
+    deal_pool(work, planned, built)  # it was done
+    whole = complete(work, built, planned)
+    assert not whole.to_deal
+    assert whole.router.pool_id == planned.pool.id if planned.pool else False
+    assert whole.router.examples_sha256
+
+
+def test_an_expert_with_examples_keeps_them(
+    open_recipe: Callable[..., RunContext],
+) -> None:
+    work = open_recipe()
+    own = prompts_in(ALPHABETS["low"], 0, 24)[:3]
+    write(work.folder / "own.jsonl", [{"prompt": p, "response": "x"} for p in own])
+    experts = [section.model_dump(exclude_none=True) for section in work.recipe.experts]
+    experts[0]["examples"] = "jsonl:own.jsonl"
+    work = open_recipe(experts=experts)
+    planned, built = plan_of(work)
+    assert len(planned.to_deal) == 45
+    build.stack(work, planned)
+    deal_pool(work, planned, built)
+    whole = complete(work, built, planned)
+    assert [row.prompt for row in whole.examples["low"]] == own
+    assert len(whole.examples["high"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        pytest.param({"pool": "jsonl:none.jsonl"}, "No such file", id="no file"),
+        pytest.param({"pool": "jsonl:low.jsonl"}, "task low: .* is also a prompt of", id="tests"),
+        pytest.param({"pool": "jsonl:one.jsonl"}, "1 prompts that are no examples", id="too few"),
+        pytest.param({"pool": "jsonl:bad.jsonl"}, r'{"prompt": "…"} is needed', id="no prompt"),
+    ],
+)
+def test_a_pool_that_cannot_be_used_is_refused_before_any_work(
+    open_recipe: Callable[..., RunContext], changed: dict[str, str], said: str
+) -> None:
+    work = open_recipe(gates=changed)
+    write(work.folder / "one.jsonl", [{"prompt": "a b"}, {"prompt": "a  b"}])
+    write(work.folder / "bad.jsonl", [{"question": "a"}])
+    with pytest.raises(ExamplesError, match=said):
+        plan_of(work)
+
+
+def test_a_pool_that_nobody_needs_is_refused(open_recipe: Callable[..., RunContext]) -> None:
+    sections = [s.model_dump(exclude_none=True) for s in open_recipe().recipe.experts]
+    for section in sections:
+        section["examples"] = "jsonl:low.jsonl"
+    with pytest.raises(RecipeError, match="every expert has some; take it out"):
+        open_recipe(experts=sections)

@@ -296,17 +296,6 @@ def _print_estimates(
     return []
 
 
-def _print_need(out: Console, need: Need) -> None:
-    out.print(
-        f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
-        f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
-    )
-    if need.note:
-        out.print(f"{'':13}{need.note}")
-    for part, seconds in need.parts.items():
-        out.print(f"{'':45}{part}, {duration(seconds)}")
-
-
 def _all_rows(
     context: RunContext, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
@@ -326,6 +315,17 @@ def _all_rows(
     tests = {e.name: rows(e.test, settings.limit) for e in recipe.experts if e.test}
     tests |= {t.called: rows(t.rows, t.limit or settings.limit) for t in settings.tasks}
     return examples, tests, pool
+
+
+def _print_need(out: Console, need: Need) -> None:
+    out.print(
+        f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
+        f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
+    )
+    if need.note:
+        out.print(f"{'':13}{need.note}")
+    for part, seconds in need.parts.items():
+        out.print(f"{'':45}{part}, {duration(seconds)}")
 
 
 def free_bytes(folder: Path) -> int:

@@ -178,22 +178,37 @@ def estimate(
         disk = gate_bytes + (kept_bytes if work.kept else 0)
         if reads_by_layer(recipe, shape.num_bytes + expert_bytes, machine.memory_bytes):
             held = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
-            fitted = _gates(shape, experts, machine, held, disk, work)
+            need = _gates(shape, experts, machine, held, disk, work)
             readings = READINGS + experts.count + 1
-            fitted = replace(
-                fitted,
-                seconds=fitted.seconds + readings * shape.num_bytes * hash_seconds,
+            need = replace(
+                need,
+                seconds=need.seconds + readings * shape.num_bytes * hash_seconds,
                 note="the base is read from the disk one layer at a time",
             )
         else:
-            fitted = _gates(shape, experts, machine, loaded, disk, work)
+            need = _gates(shape, experts, machine, loaded, disk, work)
         if pool is not None:
             dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
-            parts = {"dealing the pool": dealing, "fitting": fitted.seconds}
-            fitted = replace(fitted, seconds=dealing + fitted.seconds, parts=parts)
-        needs.append(fitted)
+            parts = {"dealing the pool": dealing, "fitting": need.seconds}
+            need = replace(need, seconds=dealing + need.seconds, parts=parts)
+        needs.append(need)
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
+
+
+def _dealing_seconds(
+    recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
+) -> float:
+    """The time of `data.pool.deal`."""
+    voters = min(pool.count, CLUSTERS_PER_EXPERT * experts.count * VOTERS) + OUTSIDERS
+    given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
+    tokens = (pool.count + voters * experts.count + given) * pool.prompt_tokens
+    seconds = _reading(shape, machine, tokens, routed=True)
+    for answers, length in ((voters * experts.count, VOTER_TOKENS), (given, MAX_NEW_TOKENS)):
+        batches = -(-answers // PROMPTS_PER_BATCH)
+        once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, length, routed=True)
+        seconds += batches * once
+    return seconds
 
 
 def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
@@ -214,21 +229,6 @@ def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
     """Of a base and its experts, one layer, and what lies in none."""
     inside = shape.num_in_layers * shape.dtype.itemsize
     return shape.num_bytes - inside + (inside + expert_bytes) / shape.num_layers
-
-
-def _dealing_seconds(
-    recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
-) -> float:
-    """The time of `data.pool.deal`."""
-    voters = min(pool.count, CLUSTERS_PER_EXPERT * experts.count * VOTERS) + OUTSIDERS
-    given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
-    tokens = (pool.count + voters * experts.count + given) * pool.prompt_tokens
-    seconds = _reading(shape, machine, tokens, routed=True)
-    for answers, length in ((voters * experts.count, VOTER_TOKENS), (given, MAX_NEW_TOKENS)):
-        batches = -(-answers // PROMPTS_PER_BATCH)
-        once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, length, routed=True)
-        seconds += batches * once
-    return seconds
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:

@@ -331,9 +331,13 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """Return the same for linear layers of a loaded model; packed weights are left out."""
+    """Return the same for linear layers of a loaded model; without packed and offloaded weights."""
     weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
-    return {path: _norm(weight) for path, weight in weights.items() if weight.is_floating_point()}
+    return {
+        path: _norm(weight)
+        for path, weight in weights.items()
+        if weight.is_floating_point() and not weight.is_meta
+    }
 
 
 def _norm(weight: torch.Tensor) -> float:

@@ -88,6 +88,8 @@ def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
     work.ledger.ingest()
     found = work.ledger.query("SELECT descendant_id, ancestor_id FROM ancestors").rows
     assert (planned.router.id, plain.base.id) in found
+    bases = work.ledger.query("SELECT id, quantise FROM base_models").rows
+    assert dict(bases) == {plain.base.id: "", planned.base.id: quantise}
     summary = summarise(work.ledger, planned, work.base_folder(planned.base))
     assert summary is not None
 

@@ -43,7 +43,7 @@ SELECT id AS child_id, unnest(parents) AS parent_id, unnest(range(len(parents)))
 FROM made;
 
 INSERT INTO base_models BY NAME
-SELECT id, record_sha256, unnest(fields(spec, ['base_model', 'base_revision'])),
+SELECT id, record_sha256, unnest(fields(spec, ['base_model', 'base_revision', 'quantise'])),
        unnest(fields(built->'fingerprint', ['architecture', 'hidden_size', 'num_hidden_layers',
                                             'vocab_size']))
 FROM made WHERE kind = 'base';

@@ -60,6 +60,7 @@ from meteora.artifacts.scores import (
     SpeedSpec,
 )
 from meteora.artifacts.specs import (
+    QUANTISED,
     AdapterModule,
     AdapterRef,
     AdapterSpec,
@@ -74,7 +75,7 @@ from meteora.artifacts.specs import (
 )
 
 __all__ = [
-    "COMMIT", "NULL", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "AdapterModule",
+    "COMMIT", "NULL", "QUANTISED", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "AdapterModule",
     "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase",
     "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint",
     "FusedSpec", "JointSettings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
@@ -35,6 +35,10 @@ def _brief(value: object) -> str:
     return str(value)[:16]
 
 
+QUANTISED = ("", "4bit", "8bit")
+"""What the linear layers of a base can become when it is loaded; empty for as they are."""
+
+
 @dataclass(frozen=True)
 class BaseSpec(Spec):
     """A frozen base model, at one revision."""
@@ -45,6 +49,17 @@ class BaseSpec(Spec):
     """A Hub id, `gguf:<package>/<file>`, or `path:<folder name>`."""
     base_revision: str
     """The commit; for a file or a folder `sha256:` and the hash of its weights."""
+    quantise: str = ""
+    """One of `QUANTISED`."""
+
+    @property
+    def stored(self) -> BaseSpec:
+        """The base as its files are."""
+        return replace(self, quantise="")
+
+    @property
+    def parents(self) -> tuple[ArtifactId, ...]:
+        return (self.stored.id,) if self.quantise else ()
 
 
 @dataclass(frozen=True)

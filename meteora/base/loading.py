@@ -5,6 +5,7 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -17,11 +18,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.base import placement
+from meteora.base.placement import spreading
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import shortened
 
@@ -32,15 +36,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+BITS = {"8bit": 8.0, "4bit": 4.5}
+"""Of a number in a quantised layer, with the scales of 64 numbers of 4 bits."""
+
+
 @contextmanager
 def _quiet() -> Generator[None]:
     """Keep transformers' loading messages and bars, which users cannot act on, off the terminal."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    offloads = logging.getLogger("accelerate.big_modeling")  # says that there is no number in them
+    before = offloads.level
+    offloads.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        offloads.setLevel(before)
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
@@ -86,12 +98,21 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
     return config
 
 
-def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards."""
-    with _quiet():
+def load_gguf(
+    file: Path, *, options: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a GGUF file and dequantise it to float32; the model can be saved afterwards.
+
+    Args:
+        options: for the model alone: where it is to lie
+
+    Raises:
+        PlacementError: It cannot be spread as a `device_map` among the options says.
+    """
+    with _quiet(), spreading(options or {}):
         tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+            file.parent, gguf_file=file.name, dtype=torch.float32, **(options or {})
         )
     # it is a plain model now; what the quantizer left behind would stop save_pretrained
     facts = model.config.to_dict()
@@ -103,27 +124,75 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return cast("PreTrainedModel", model.eval()), tokenizer
 
 
+def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
+    """A device map for `load_folder` by which one layer at a time is on a device."""
+    return placement.layers_on_disk(_without_weights(folder), device)
+
+
+def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
+    """A base as its config describes it, of shapes alone."""
+    config = load_config(folder, gguf_file)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def refuse_quantised(folder: Path) -> None:
+    """Refuse a base that is to be quantised, and is so already, with a `SourceError`."""
+    if getattr(load_config(folder), "quantization_config", None) is not None:
+        raise SourceError(
+            f"{folder}: this base is quantised already; use it as it is, without `quantise`"
+        )
+
+
+def quantisation(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers makes the linear layers of a base smaller, all but the head.
+
+    Args:
+        name: `8bit` (LLM.int8) or `4bit` (NF4)
+        dtype: that layers of 4 bits are computed in
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
 def load_folder(
-    folder: Path, dtype: torch.dtype | str = "auto", *, options: Mapping[str, Any] | None = None
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    options: Mapping[str, Any] | None = None,
+    quantise: str = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base from a folder. No remote code, no pickle.
 
     Args:
         options: further options for the model alone, such as `quantization_config`
+        quantise: see `BaseSpec.quantise`
 
     Raises:
         SourceError: It is no base for us, or needs a package that is not installed; a quantised
             base may.
+        PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    load_config(folder)
-    with _quiet():
+    config, asked = load_config(folder), dict(options or {})
+    with _quiet(), spreading(asked):
         try:
+            if quantise:
+                refuse_quantised(folder)
+                named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+                wide = cast("torch.dtype", named or config.dtype or torch.float32)
+                asked["quantization_config"] = quantisation(quantise, wide)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
-                **(options or {}),
+                **asked,
             )
         except ImportError as error:
             raise SourceError(f"{folder} cannot be loaded here: {error}") from error
@@ -164,9 +233,7 @@ def fingerprint_of(folder: Path) -> Fingerprint:
 
 def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (IN, OUT) of every linear layer of a base, by module path. No weights are read."""
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _without_weights(folder)
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
 
 
@@ -185,10 +252,27 @@ class Shape:
     """Of keys and values in all layers."""
     linears: dict[str, tuple[int, int]]
     """(IN, OUT) by module path."""
+    quantise: str = ""
+    """See `BaseSpec.quantise`."""
 
     @property
     def num_bytes(self) -> int:
+        """Of its files."""
         return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def num_in_layers(self) -> int:
+        """Parameters of the linear layers that lie in numbered layers."""
+        inside = (size for path, size in self.linears.items() if placement.LAYER.match(path))
+        return sum(num_in * num_out for num_in, num_out in inside)
+
+    @property
+    def loaded_bytes(self) -> float:
+        """Of the model in memory."""
+        if not self.quantise:
+            return self.num_bytes
+        kept = self.num_parameters - self.num_in_layers
+        return kept * self.dtype.itemsize + self.num_in_layers * BITS[self.quantise] / 8
 
 
 def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
@@ -196,14 +280,21 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
     A GGUF file is dequantised to float32 when it is used.
     """
-    config = load_config(folder, gguf_file)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return shape_of_model(_without_weights(folder, gguf_file), dequantised=bool(gguf_file))
+
+
+def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shape:
+    """The same of a model, which may have no weights.
+
+    Args:
+        dequantised: whether its weights have 32 bits, whatever its config says
+    """
+    config = model.config
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dtype = torch.float32 if gguf_file else getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
     linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
     return Shape(
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -240,9 +331,13 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """Return the same for linear layers of a loaded model; packed weights are left out."""
+    """Return the same for linear layers of a loaded model; without packed and offloaded weights."""
     weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
-    return {path: _norm(weight) for path, weight in weights.items() if weight.is_floating_point()}
+    return {
+        path: _norm(weight)
+        for path, weight in weights.items()
+        if weight.is_floating_point() and not weight.is_meta
+    }
 
 
 def _norm(weight: torch.Tensor) -> float:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from meteora.artifacts import (
     NULL,
+    QUANTISED,
     REPO_ID,
     ROUTER_KINDS,
     SHA256,
     SHARED,
+    BaseSpec,
     Fingerprint,
     MeteoraError,
     Noun,
@@ -95,6 +97,13 @@ class BaseEntry(Noun):
     revision: str
     fingerprint: Fingerprint
     licence: str = ""
+    quantise: str = ""
+    """See `BaseSpec.quantise`; the base is loaded so, unless another way is asked for."""
+
+    @property
+    def spec(self) -> BaseSpec:
+        """The base as a noun of the store."""
+        return BaseSpec(self.repo_id, self.revision, self.quantise)
 
     @classmethod
     def read(cls, body: Mapping[str, Any], found: Findings) -> Self:
@@ -125,6 +134,7 @@ class BaseEntry(Noun):
                 },
             ),
             config_fields.text(body, "licence", found),
+            config_fields.one_of(body.get("quantise", ""), "quantise", QUANTISED, found),
         )
 
 
@@ -239,6 +249,9 @@ class Manifest:
             for path, entry in self.modules.items()
         }
         body = {"format_version": FORMAT_VERSION, **asdict(self), "modules": modules}
+        if not self.base.quantise:  # as older versions write it
+            base = self.base.to_dict()
+            body["base"] = {key: value for key, value in base.items() if key != "quantise"}
         return json.dumps(body, indent=1) + "\n"
 
     @classmethod

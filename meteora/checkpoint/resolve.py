@@ -134,18 +134,22 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base that a checkpoint refers to, from `folder` if one is given.
 
+    It is quantised as the checkpoint says, or by a `quantization_config` among the options.
+
     Raises:
         SourceError: there is no such folder, or the base does not come from where it is.
     """
     source = _find_base(manifest, folder, download)
+    given = "quantization_config" in (options or {})
+    quantise = "" if given else manifest.base.quantise
     if not source.is_file():
-        return loading.load_folder(source, dtype, options=options)
-    if options:
+        return loading.load_folder(source, dtype, options=options, quantise=quantise)
+    if given or quantise:
         raise SourceError(
             f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
-            f" {', '.join(options)}; give the base as safetensors with base_folder="
+            " quantization_config; give the base as safetensors with base_folder="
         )
-    return loading.load_gguf(source)
+    return loading.load_gguf(source, options=options)
 
 
 def find_base_files(manifest: Manifest, folder: Path | None) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
 from meteora.fitting.lda import SingularError
@@ -96,7 +97,7 @@ def grow(
         for s in sequences
     ]
     heldout = hold_out(alone, [expert_names(model)[expert]], seed)
-    batches = list(batched(alone, heldout, model.device))
+    batches = list(batched(alone, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
     accuracies: list[float] = []
 
@@ -105,12 +106,12 @@ def grow(
         if before is None:  # no adapter changed this point before: it uses the gate before it
             return None
         fitted, checked = _apart(inputs, batches)
-        known = statistics[before].to(model.device)
+        known = statistics[before].to(input_device(model))
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
         point, covariance = known.grown(kinds, expert)
         grown[paths[0]] = point
         own = gates.own[before]
-        others = own[0].to(model.device), own[1].to(model.device)
+        others = own[0].to(input_device(model)), own[1].to(input_device(model))
         gate = _with_one_more(others, known, point, covariance, kinds, expert)
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
         shares = [share for share, _ in checked]

@@ -19,6 +19,7 @@ import torch
 from meteora import __version__
 from meteora.artifacts import NULL, canonical_sha256
 from meteora.artifacts.routers import POINT_GATES
+from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
@@ -117,7 +118,7 @@ def calibrate(
     names = [every[e] for e in fitted]
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
-    batches = sampled(list(batched(sequences, heldout, model.device)), len(names))
+    batches = sampled(list(batched(sequences, heldout, input_device(model))), len(names))
     weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
@@ -206,7 +207,12 @@ def _asked_sha256(
     model: PreTrainedModel, sequences: Sequence[LabelledSequence], asked: list[Any]
 ) -> str:
     """A hash of what every bit of a gate depends on, but for the weights of base and experts."""
-    machine = [__version__, str(torch.__version__), torch.get_num_threads(), str(model.device)]
+    machine = [
+        __version__,
+        str(torch.__version__),
+        torch.get_num_threads(),
+        str(input_device(model)),
+    ]
     return canonical_sha256(
         [*asked, *machine, str(model.dtype), expert_names(model), list(routed_layers(model))]
         + [[s.input_ids, s.experts, s.openings] for s in sequences]
@@ -238,7 +244,8 @@ def sweep_gates(
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, prefill, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))
-        for index in range(len(sweep.layers)):
+
+        def fit_layer(index: int) -> None:
             for paths in sweep.points(index):
                 point = [layers[path] for path in paths]
                 decided = sharing.decided(index)
@@ -260,7 +267,11 @@ def sweep_gates(
                         point = point[len(leaders) :]
                 for layer in point:
                     give_follower(layer, decided, options)
-            sweep.advance(index)
+
+        for index in range(len(sweep.layers)):
+            with sweep.held(index):
+                fit_layer(index)
+                sweep.advance(index)
             progress(index + 1, len(sweep.layers))
 
 

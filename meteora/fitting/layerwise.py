@@ -7,7 +7,6 @@ they receive the same tensor.
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.base import placement
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the hidden states."""
-LAYER = re.compile(r"(.*?)\.(\d+)\.")
-"""The path of a numbered layer, at the start of the path of a module in it."""
 MAX_HIDDEN_BYTES = 2 << 30
 """Hidden states beyond this size are all mapped from files, so that the system can page them."""
 MAX_OUTPUT_BYTES = 1 << 30
@@ -53,7 +51,7 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
 class Sweep:
     """The hidden states of all sequences at the input of one layer; `advance` runs that layer.
 
-    Use in order: for each layer, for each of its points, `inputs`; then `advance`.
+    Use in order: for each layer, inside `held`: for each of its points, `inputs`; then `advance`.
     """
 
     def __init__(
@@ -80,7 +78,7 @@ class Sweep:
         self._routed = routed_layers(model)
         prefixes = set()
         for path in self._routed:
-            match = LAYER.match(path)
+            match = placement.LAYER.match(path)
             if match is None:
                 raise SweepError(
                     f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
@@ -132,7 +130,8 @@ class Sweep:
         hidden, self._calls[0] = self._record(ids, mask)
         self._hidden.append(hidden)
         for index in range(len(self.layers)):
-            self.advance(index)
+            with self.held(index):
+                self.advance(index)
         if not torch.allclose(self._hidden.pop(), ends[0], 1e-3, 1e-3, equal_nan=True):
             raise SweepError(
                 f"the layers of {type(self.model).__name__} hand each other more than hidden"
@@ -219,6 +218,18 @@ class Sweep:
                 replaced.enter_context(_replaced_forward(layer, forward))
             return self._run(index, batch)
 
+    @contextmanager
+    def held(self, index: int) -> Generator[None]:
+        """Keep a layer and its experts on its device; one that is offloaded goes again at the end.
+
+        So a base that does not fit on a device is read once, and not once for each call.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(placement.held(self.layers[index]))
+            for path in self.paths_of.get(index, []):
+                stack.enter_context(self._routed[path].whole())
+            yield
+
     def follow(self, decision: Decision) -> None:
         """Remember what a gate decides for each batch, for the layers above that follow it."""
         self._decision = decision
@@ -266,8 +277,9 @@ class Sweep:
                     with torch.inference_mode():
                         self._run_once(index, batch)
                 except _Reached as reached:
+                    x = reached.x.to(self._device)  # its layer may be on another one
                     # OPT's layers work on tokens [B × L, IN]
-                    yield reached.x.reshape(*self._batches[batch][0].shape, -1)
+                    yield x.reshape(*self._batches[batch][0].shape, -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
         finally:

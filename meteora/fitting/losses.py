@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from meteora.fitting.layerwise import LAYER
+from meteora.base.placement import LAYER
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers

@@ -148,6 +148,11 @@ class ExpertStack(nn.Module):
         self._scale()
         return self
 
+    def whole(self, device: torch.device, dtype: torch.dtype) -> ExpertStack:
+        """The same experts, all of them on a device."""
+        a, b = self.a.to(device, dtype), self.b.to(device, dtype)
+        return ExpertStack(a, b, self.ranks, self.scaling, self.choices)
+
     @property
     def num_choices(self) -> int:
         """C, the width of the router's logits."""

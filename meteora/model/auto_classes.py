@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 MODEL_TYPE = "meteora"
 DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments about downloads, used for the checkpoint and for its base."""
-OURS = ("base_folder", "expert_cache_bytes", "dtype", "quantization_config")
+OURS = (
+    "base_folder", "expert_cache_bytes", "dtype", "quantization_config",
+    "device_map", "max_memory", "offload_folder",
+)  # fmt: skip
 IDLE = {
     "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "state_dict", "subfolder",
     "trust_remote_code", "use_fast", "use_safetensors", "weights_only",
@@ -54,7 +57,6 @@ class MeteoraForCausalLM:
         *,
         config: MeteoraConfig,
         revision: str | None = None,
-        device_map: Any = None,  # noqa: ANN401  (as transformers takes it)
         **asked: Any,  # noqa: ANN401
     ) -> PreTrainedModel:
         """Load what `meteora.load` loads, from the arguments of transformers.
@@ -79,7 +81,7 @@ class MeteoraForCausalLM:
                 f"{name}: a fused model is not loaded with {', '.join(unknown)}; load the base with"
                 " it and insert the experts with meteora.model, or leave it out"
             )
-        model, _ = load(name, revision=revision, device=_one(device_map), download=download, **ours)
+        model, _ = load(name, revision=revision, download=download, **ours)
         if attention is not None:
             model.set_attn_implementation(attention)
         return model
@@ -111,22 +113,6 @@ class MeteoraTokenizer:
                 if not key.startswith("_") and key not in {*IDLE, *OURS}
             },
         )
-
-
-def _one(device_map: Any) -> Any:  # noqa: ANN401
-    """The one device of a map; a fused model is not spread over several."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map == "auto":
-        import torch  # noqa: PLC0415
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device_map, dict) or device_map in {"balanced", "balanced_low_0", "sequential"}:
-        raise UnsupportedArgumentError(
-            f"a fused model lies on one device, and device_map is {device_map!r}; name one, such"
-            ' as "cuda:0"'
-        )
-    return device_map
 
 
 def register_config(module: ModuleType) -> None:

@@ -21,6 +21,7 @@ from transformers import StoppingCriteriaList
 
 from meteora.artifacts import NULL
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import end_tokens, padding_token, whole_layers
 from meteora.model.trace import (
@@ -165,7 +166,7 @@ class Chat:
             self._routing(expert),
             torch.inference_mode(),
             every_pass(self.model) as passes,
-            _seeded(sampling, self.model.device),
+            _seeded(sampling, input_device(self.model)),
         ):
             before = self._take(ids, expert)
             listener = _Listener(self, passes, ends, stop, on_token)
@@ -242,7 +243,7 @@ class Chat:
         ends: list[int],
         listener: _Listener,
     ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
-        prompt = torch.tensor([ids], device=self.model.device)
+        prompt = torch.tensor([ids], device=input_device(self.model))
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             chosen = {

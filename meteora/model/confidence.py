@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.base.chat_template import Template
+from meteora.base.placement import input_device
 from meteora.model.fused import without_experts
 from meteora.model.generate import (
     PROMPTS_PER_BATCH,
@@ -74,8 +75,8 @@ def prompt_means(
             mask[row, : len(prompts[i])] = 1
         with without_experts(model):
             states = model(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                ids.to(input_device(model)),
+                attention_mask=mask.to(input_device(model)),
                 use_cache=False,
                 output_hidden_states=True,
                 logits_to_keep=1,

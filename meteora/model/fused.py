@@ -16,6 +16,7 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base import loading
+from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
@@ -42,7 +43,7 @@ EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""
 
 CACHE = "meteora_expert_cache"
-"""The attribute that holds its `ExpertCache`; None where all experts are on the device."""
+"""The attribute that holds its `ExpertCache`; None where it was loaded without."""
 
 
 class WrongBaseError(MeteoraError):
@@ -67,6 +68,9 @@ def load(
     base_folder: str | Path | None = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
+    device_map: Any = None,  # noqa: ANN401  (as transformers takes it)
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     expert_cache_bytes: int | None = None,
     quantization_config: Any = None,  # noqa: ANN401  (transformers has one of each library)
@@ -82,11 +86,19 @@ def load(
         base_folder: where the base lies; without it the checkpoint's own reference is followed
         revision: of the Hub id
         device: where to put it; where the base loads by default without it
+        device_map: in place of `device`, to spread it: `auto`, `balanced`, or a mapping from the
+            base's modules to devices, `cpu` and `disk`, as transformers takes it. Gates lie where
+            their layer computes. So do experts, but those of an offloaded layer stay in the mapped
+            file, and the chosen ones pass through the device
+        max_memory: with a map that is made by itself: the most bytes for each device
+        offload_folder: where modules on `disk` are written whose weights do not lie in the base's
+            files as they are used
         dtype: of the base; the experts keep their precision
         expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
             the device than this, those that were used last; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
-            the experts keep their precision
+            the experts keep their precision. Without it, the base is as it was when the gates were
+            fitted
         download: arguments of transformers about downloads, such as `token` or `cache_dir`. A
             token, given or saved, that is sent for a Hub id is sent for its base only if one owner
             has both; for a folder, only a given one is
@@ -95,14 +107,22 @@ def load(
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
         SourceError: the base does not come from where the checkpoint says.
         WrongBaseError: the base is not the one that the checkpoint was made for.
+        PlacementError: it cannot be laid where it was asked to be.
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = read_manifest(folder)
     options: dict[str, Any] = {}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-        if device is not None:  # what is quantised is made where it is to lie
-            options["device_map"] = {"": device}
+    if device is not None and (quantization_config is not None or manifest.base.quantise):
+        options["device_map"] = {"": device}  # what is quantised is made where it is to lie
+    if device_map is not None:
+        if device is not None:
+            raise PlacementError(
+                f"device={str(device)!r} and device_map={device_map!r} both say where the model is"
+                " to lie; give one of them"
+            )
+        options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
     asked = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=asked, options=options)
     check_base(manifest, model, tokenizer, folder)
@@ -187,6 +207,8 @@ def insert_layer(
         raise WrongBaseError(
             f"{path}: this base has no such module; load the base the experts were made for"
         ) from error
+    if cache is None and is_offloaded(projection):
+        cache = ExpertCache(0)
     sizes = loading.sizes_of(projection)
     if sizes != (entry.in_features, entry.out_features):
         raise WrongBaseError(
@@ -265,7 +287,7 @@ def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
     """The cache of a model that was loaded with `expert_cache_bytes`: bytes held, hits and misses.
 
-    None if all experts are on the device.
+    None of one that was loaded without.
 
     Raises:
         AttributeError: the model is not a fused one.
@@ -321,7 +343,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
     check_expert(name, names)
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
-    with routed_by(model, lambda layer: Fixed(one.to(layer.weight.device))):
+    with routed_by(model, lambda layer: Fixed(one.to(layer.device))):
         yield
 
 

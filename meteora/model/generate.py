@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.base.chat_template import encode_prompt
+from meteora.base.placement import input_device
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def generate(
         max_new_tokens: the answer is cut at this many tokens
         stream: also print the text on stdout while it is generated, without control characters
     """
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=input_device(model))
     streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         out = cast("GenerativePreTrainedModel", model).generate(
@@ -137,8 +138,8 @@ def generate_in_batches(
             mask[row, width - len(prompts[i]) :] = 1
         with torch.inference_mode():
             out = cast("GenerativePreTrainedModel", model).generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                ids.to(input_device(model)),
+                attention_mask=mask.to(input_device(model)),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.base.chat_template import encode_prompt
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def changes(
     Returns:
         The largest change of any logit as a share of the base's largest logit, by expert.
     """
-    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)], device=model.device)
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)], device=input_device(model))
     with without_experts(model):
         base = model(ids, use_cache=False).logits.float()
     found = {}

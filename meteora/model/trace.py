@@ -15,6 +15,7 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.generate import padding_token
 from meteora.routing.hooks import recorded_routes
@@ -141,7 +142,7 @@ def trace(
     """
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)
-    ids = torch.tensor([list(prompt)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=input_device(model))
     with torch.inference_mode(), every_pass(model) as passes:
         if max_new_tokens:
             out: Any = cast("GenerativePreTrainedModel", model).generate(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.base.placement import input_device
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def recorded_routes(model: PreTrainedModel) -> Generator[dict[str, tuple[Tensor,
 def _watched(
     model: PreTrainedModel, keep: Callable[[str, Router, Tensor], None]
 ) -> Generator[None]:
-    """Hand the logits of every router, as they come, to `keep`."""
+    """Hand the logits of every router, as they come, to `keep`; all on the device of the input."""
+    device = input_device(model)
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -65,7 +67,7 @@ def _watched(
             if layer.router is not None:
 
                 def hook(router: Router, _args: object, found: Tensor, path: str = path) -> None:
-                    keep(path, router, found)
+                    keep(path, router, found.to(device))
 
                 hooks.callback(layer.router.register_forward_hook(hook).remove)
         yield

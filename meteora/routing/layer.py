@@ -11,18 +11,19 @@ runs unchanged: caches, padding, batches and beams included. Hooks show what a r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from meteora.base.placement import device_of
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, weight_of
 from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -181,12 +182,23 @@ class MoELoRALinear(RoutedExperts):
         super().__init__(stack, router, kernel=kernel, cache=cache)
         self.projection = projection
         if cache is not None:
-            self.stack = stack.to(self.weight.device)
+            self.stack = stack.to(device_of(projection))
 
     @property
     def weight(self) -> Tensor:
         """The projection's own weight: base models ask for its dtype and device."""
         return weight_of(self.projection)
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Within, all experts are on the device, not only those that a cache has room for."""
+        cache, stack = self.cache, self.stack
+        if cache is not None:
+            self.cache, self.stack = None, stack.whole(self.device, self._dtype)
+        try:
+            yield
+        finally:
+            self.cache, self.stack = cache, stack
 
     def forward(self, x: Tensor) -> Tensor:
         projection, router = self.projection, self.router
@@ -227,7 +239,7 @@ class MoELoRALinear(RoutedExperts):
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:
     """Where autocast is on, gates and experts keep their dtypes: it leaves in-place sums alone."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which has shapes alone
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

@@ -68,6 +68,7 @@ class Prefill:
         opening, evidence = self.opening, self.evidence
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits
+        opening, evidence = opening.to(logits.device), evidence.to(logits.device)
         own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, E]
         pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, E]
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)

@@ -144,13 +144,17 @@ class Follower(Router):
         self.decision = decision
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.decision.logits_of(len(tokens))
+        logits = self.decision.logits_of(len(tokens))
+        return logits if logits.device == tokens.device else logits.to(tokens.device)
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits, decision = self(tokens), self.decision
-        if decision.routes is not None and decision.options == self.options:
-            return decision.routes
-        return self.route(logits)
+        if decision.routes is None or decision.options != self.options:
+            return self.route(logits)
+        weights, experts = routes = decision.routes
+        if weights.device == tokens.device:
+            return routes  # the very ones: by them a shared matmul knows its layers
+        return weights.to(tokens.device), experts.to(tokens.device)
 
 
 class Fixed(Router):

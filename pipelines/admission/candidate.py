@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
-from meteora.artifacts import BaseSpec
 from meteora.base import loading
 from meteora.base.sources import PATH
 from meteora.checkpoint import edit
@@ -88,7 +87,7 @@ class Admission:
         """
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
         cache = self.ledger.home / "adapters"
-        spec = BaseSpec(self.manifest.base.repo_id, self.manifest.base.revision)
+        spec = self.manifest.base.spec
         policy = PolicySection(modules_to_save=candidate.modules_to_save)
         ref, fetch = _resolve(candidate, cache)
         with tempfile.TemporaryDirectory() as ours:

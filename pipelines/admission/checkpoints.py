@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import meteora
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import EXPERTS, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
-from pipelines.workspace.machine import choose_device
+from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -36,16 +36,25 @@ class FoundCheckpoint:
     """Where the model is moved, as torch names it."""
     dtype: str = "auto"
     """Of the base; `auto`: as it lies on the disk."""
+    may_spread: bool = False
+    """Whether it may be spread over all devices where this one does not hold it."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The fused model and its tokenizer; raises what `meteora.load` raises."""
+        spread = self.may_spread and is_too_large(self._num_bytes(), memory_bytes())
         return meteora.load(
             self.folder,
             base_folder=self.base_folder,
-            device=self.device,
+            device=None if spread else self.device,
+            device_map="auto" if spread else None,
             dtype=self.dtype,
             download=self.download,
         )
+
+    def _num_bytes(self) -> int:
+        """Of experts and base; of a base that is not on this disk nothing is known."""
+        bases = [] if self.base_folder is None else self.base_folder.glob("*.safetensors")
+        return sum(path.stat().st_size for path in (self.folder / EXPERTS, *bases))
 
 
 def find_folder(
@@ -90,9 +99,10 @@ def find(
         CheckpointError: It is not sound.
         DamagedBaseError: The base in this home is damaged.
     """
-    device = choose_device(device)
+    chosen = choose_device(device)
     folder = find_folder(name, home, token_for, statistics=statistics)
-    return replace(find_base(folder, home, base, token_for), device=device, dtype=dtype)
+    found = find_base(folder, home, base, token_for)
+    return replace(found, device=chosen, dtype=dtype, may_spread=device == "auto")
 
 
 def find_base(

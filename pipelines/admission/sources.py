@@ -56,14 +56,14 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
         SourceError: There are no such weights.
         HubError: The Hub does not answer, or has no such repository.
     """
-    source = recipe.base
+    source, quantise = recipe.base, recipe.quantise or ""
     if source.startswith(GGUF):
-        return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}")
+        return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}", quantise)
     if source.startswith(PATH):
         local = folder / source.removeprefix(PATH)
-        return BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}")
+        return BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
     ref = repositories.resolve(source, hub=hub_of(recipe, source.partition("@")[0]))
-    return BaseSpec(ref.repo_id, ref.revision)
+    return BaseSpec(ref.repo_id, ref.revision, quantise)
 
 
 def discover(recipe: Recipe) -> Recipe:

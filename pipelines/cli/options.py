@@ -27,7 +27,11 @@ TokenFor = Annotated[
     typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where. auto: the GPU, if any.")
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        help="Where. auto: the GPU, if any; all, if one is too small.",
+    ),
 ]
 
 

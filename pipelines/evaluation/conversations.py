@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from meteora.artifacts import NULL
 from meteora.artifacts.routers import SHARED
 from meteora.base.chat_template import common_beginning
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.generate import end_tokens, padding_token, whole_layers
 from pipelines.data.conversations import encode_conversation
@@ -228,8 +229,8 @@ class Conversing:
             self._next.append(padding + one.experts[n:])
         ends = end_tokens(self.model, self.tokenizer)
         out = cast("GenerativePreTrainedModel", self.model).generate(
-            ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            ids.to(input_device(self.model)),
+            attention_mask=mask.to(input_device(self.model)),
             past_key_values=past,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,

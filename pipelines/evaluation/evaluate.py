@@ -151,7 +151,7 @@ def _ask_rows(
     outputs: list[dict[str, Any]] = [
         {"prompt": one.prompt, "prompt_tokens": n} for one, n in zip(asked, lengths, strict=True)
     ]
-    if task.composites or any(not METRICS[metric].of_choices for metric in task.metrics):
+    if task.generates:
         harness.check_room(task.name, lengths, task.max_new_tokens)
         generate = partial(harness.generate, max_new_tokens=task.max_new_tokens)
         prompts = [one.prompt for one in asked]

@@ -18,6 +18,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
+from meteora.base.placement import input_device
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Harness:
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
-            device=str(model.device),
+            device=str(input_device(model)),
         )
         self.model.answer_hook.advance = advance
         self.model.system_prompt = system_prompt
@@ -105,23 +106,8 @@ class Harness:
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])
 
     def check_room(self, task: str, lengths: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse a task with a prompt that, with its answer, is too long for the model.
-
-        Args:
-            task: its name
-            lengths: of the prompts, in tokens
-
-        Raises:
-            BenchmarkError: the longest prompt does not fit.
-        """
-        longest = max(lengths)
-        room = self.model.max_length - max_new_tokens
-        if longest > room:
-            raise BenchmarkError(
-                f"task {task}: its longest prompt has {longest} tokens, but with an answer of"
-                f" {max_new_tokens} the model has room for {max(0, room)}; shorten the prompt or"
-                " lower `max_new_tokens`"
-            )
+        """Refuse a task with a prompt that is too long for the model; see `refuse_too_long`."""
+        refuse_too_long(task, lengths, max_new_tokens, self.model.max_length)
 
     @staticmethod
     def check_choices(task: str, rows: Sequence[Row]) -> None:
@@ -165,6 +151,29 @@ class Harness:
         return [[next(found)[0] for _ in row.choices] for row in rows]
 
 
+def refuse_too_long(
+    task: str, lengths: Sequence[int], max_new_tokens: int, context_length: int
+) -> None:
+    """Refuse a task with a prompt that, with its answer, is longer than the model's context.
+
+    Args:
+        task: its name
+        lengths: of the prompts, in tokens
+        context_length: of the model, in tokens
+
+    Raises:
+        BenchmarkError: the longest prompt does not fit.
+    """
+    room = context_length - max_new_tokens
+    if too_long := [length for length in lengths if length > room]:
+        raise BenchmarkError(
+            f"task {task}: {len(too_long)} of {len(lengths)} prompts are too long: the longest has"
+            f" {max(too_long)} tokens, but with an answer of {max_new_tokens} the model has room"
+            f" for {max(0, room)}; take out the longest rows, ask fewer questions in one prompt, or"
+            " lower `max_new_tokens`"
+        )
+
+
 def _is_unexpected(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in EXPECTED)
 
@@ -194,6 +203,7 @@ class _Model(HFLM):
 
     def __init__(self, **asked: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
         super().__init__(**asked)
+        self._device = input_device(self.model)  # of an offloaded model `device` says nothing
         self.cache_hook = self.answer_hook = _AnswerHook()
 
     def apply_chat_template(

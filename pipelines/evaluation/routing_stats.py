@@ -14,6 +14,7 @@ import torch
 
 from meteora.artifacts import RoutingDetail, RoutingSwitch
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
@@ -111,8 +112,8 @@ def _sums(
         recorded_routes(model) as routes,
     ):
         model(
-            input_ids=ids.to(model.device),
-            attention_mask=there.long().to(model.device),
+            input_ids=ids.to(input_device(model)),
+            attention_mask=there.long().to(input_device(model)),
             logits_to_keep=1,
         )
     num_experts = len(expert_names(model))
@@ -121,7 +122,7 @@ def _sums(
         for path, layer in routed_layers(model).items()
         if layer.router is not None
     }
-    counted = counted.to(model.device)
+    counted = counted.to(input_device(model))
     chosen = {path: experts[counted, 0] for path, (_, experts) in routes.items()}
     votes = sum(torch.nn.functional.one_hot(own, num_experts) for own in chosen.values())
     majority = torch.as_tensor(votes).argmax(-1)
@@ -165,8 +166,8 @@ def measure_switches(
     for composite in compose(rows, min(QUESTIONS, len(rows)), COMPOSITES, SEED):
         ids, owners = encode_composite(tokenizer, composite)
         with torch.inference_mode(), recorded_routes(model) as routes:
-            model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
-        shares = torch.zeros(len(ids), len(names), device=model.device)
+            model(input_ids=torch.tensor([ids], device=input_device(model)), logits_to_keep=1)
+        shares = torch.zeros(len(ids), len(names), device=input_device(model))
         for weights, experts in routes.values():
             shares.scatter_add_(1, experts, weights.float())
         winners = [names[e] for e in shares.argmax(-1).tolist()]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from meteora.artifacts import Rate, SpeedBuild
+from meteora.base.placement import input_device
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
 from pipelines.evaluation.measurements import BASE, FUSED
@@ -50,7 +51,7 @@ def time_model(
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     shape = (spec.batch_size, spec.prompt_tokens + spec.new_tokens)
-    ids = torch.randint(vocab_size, shape, generator=generator).to(model.device)
+    ids = torch.randint(vocab_size, shape, generator=generator).to(input_device(model))
     seconds: dict[tuple[str, str], list[float]] = {
         (system, phase): [] for system in (BASE, FUSED) for phase in PHASES
     }
@@ -74,7 +75,7 @@ def time_model(
         base_working_bytes=base_working,
         fused_working_bytes=working_bytes(model, prompt),
         stored_bytes=stored_bytes,
-        device=device_name(model.device),
+        device=device_name(input_device(model)),
         num_threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         wall_seconds=time.perf_counter() - started,
@@ -88,16 +89,16 @@ def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple
         ids: [B, prompt_tokens + new_tokens]
     """
     with torch.inference_mode():
-        begun = _now(model.device)
+        begun = _now(input_device(model))
         out = model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
-        filled = _now(model.device)
+        filled = _now(input_device(model))
         for place in range(prompt_tokens, ids.shape[1]):
             out = model(
                 input_ids=ids[:, place : place + 1],
                 past_key_values=out.past_key_values,
                 use_cache=True,
             )
-        return filled - begun, _now(model.device) - filled
+        return filled - begun, _now(input_device(model)) - filled
 
 
 def _now(device: torch.device) -> float:
@@ -142,11 +143,11 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
         prompt: ids [B, L]
     """
     with torch.inference_mode():
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-            before = torch.cuda.memory_allocated(model.device)
+        if prompt.is_cuda:
+            torch.cuda.reset_peak_memory_stats(prompt.device)
+            before = torch.cuda.memory_allocated(prompt.device)
             model(input_ids=prompt, logits_to_keep=1)
-            return torch.cuda.max_memory_allocated(model.device) - before
+            return torch.cuda.max_memory_allocated(prompt.device) - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             model(input_ids=prompt, logits_to_keep=1)
     with tempfile.TemporaryDirectory() as folder:

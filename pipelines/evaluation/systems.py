@@ -83,7 +83,8 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
     with ExitStack() as hooks, torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # DARE drops at random
         for layer in routed_layers(model).values():
-            delta = merge_deltas(layer, spec).to(layer.weight.dtype)
+            narrow = not layer.weight.is_floating_point()  # quantised: it computes in more
+            delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
             hook = layer.projection.register_forward_hook(_adding(delta))
             hooks.callback(hook.remove)
         with without_experts(model):
@@ -107,7 +108,7 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     """
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
-    device, stack = layer.weight.device, layer.stack
+    device, stack = layer.device, layer.stack
     parts = zip(
         stack.a.split(stack.ranks), stack.b.split(stack.ranks, dim=1), stack.scaling, strict=True
     )

@@ -76,6 +76,12 @@ class Task:
         return canonical_sha256({"rows": asked, "system_prompt": self.system_prompt})
 
     @property
+    def generates(self) -> bool:
+        """Whether its prompts are answered freely; a task of lm-eval's own asks as it likes."""
+        own = [METRICS[m] for m in self.metrics if m in METRICS]
+        return not self.lm_eval and (bool(self.mixed) or not all(m.of_choices for m in own))
+
+    @property
     def num_questions(self) -> int:
         """The number of prompts to answer, and of pairs of prompt and choice to compare."""
         if self.lm_eval:
@@ -83,9 +89,8 @@ class Task:
         if self.dialogues:
             return sum(len(dialogue.questions) for dialogue in self.dialogues)
         of_choices = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
-        generated = any(m not in METRICS or not METRICS[m].of_choices for m in self.metrics)
         choices = sum(len(row.choices) for row in self.rows) if of_choices else 0
-        return choices + (len(self.composites or self.rows) if generated else 0)
+        return choices + (len(self.composites or self.rows) if self.generates else 0)
 
 
 def make_tasks(

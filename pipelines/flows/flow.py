@@ -256,6 +256,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
         return None
     with run.stage(Stage.check):
         plan = resolve(context, built, _steps(run, built), looked.plan)
+        run.child.call("check_prompts", plan, deadline_seconds=context.recipe.deadlines.stack)
     if until is Stage.check:
         return None
     with run.stage(Stage.stack):
@@ -263,7 +264,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     if until is Stage.stack:
         return None
     deadline = context.recipe.deadlines.base
-    with device_lock.held(*run.child.call("slots", deadline_seconds=deadline)):
+    with device_lock.held(*run.child.call("slots", plan, deadline_seconds=deadline)):
         with run.stage(Stage.gates):
             if plan.to_deal:
                 plan = deal_pool(run, plan, built)

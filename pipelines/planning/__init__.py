@@ -3,6 +3,7 @@
 resolve         from a recipe to its plan, for a run, a look and `--dry-run`
 plan            the plan: every spec of a run, and so every id
 recorded_tasks  tasks from the ledger, where a checkpoint is measured without a recipe
+room            whether every prompt of the benchmark has room in the base
 overlaps        rows of an import that are both examples and tests
 dry_run         `--dry-run`: what a run would do
 estimate        its memory, disk and time

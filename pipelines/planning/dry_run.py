@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import COMMIT, BaseSpec
-from meteora.base.loading import Shape, load_tokenizer, shape_of
+from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.claims import prompts_of
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
+from pipelines.evaluation.harness import BenchmarkError
+from pipelines.evaluation.tasks import make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached_config
@@ -27,12 +29,13 @@ from pipelines.planning.estimate import (
 )
 from pipelines.planning.plan import check_overlaps, most_prompts
 from pipelines.planning.resolve import at_hand, read_adapters
+from pipelines.planning.room import check_room
 from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from rich.console import Console
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BuiltBase
     from pipelines.data.rows import Row
+    from pipelines.planning.estimate import Need
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
@@ -109,7 +113,7 @@ def print_steps(
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
     faults += _print_estimates(out, context, found, known)
-    faults += _faults_of_rows(context)
+    faults += _faults_of_rows(context) or _faults_of_prompts(context, base, set(found))
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -138,6 +142,37 @@ def _faults_of_rows(context: RunContext) -> list[str]:
         pool = read(source, most_prompts(recipe, len(recipe.experts)), answered=False)
         check_overlaps(recipe, folder, examples, (), tests, prompts_of(pool, examples))
     except ExamplesError as error:
+        return [str(error)]
+    return []
+
+
+def _faults_of_prompts(
+    context: RunContext, base: BaseSpec | None, accepted: Collection[str]
+) -> list[str]:
+    """Why a run would refuse the prompts of the tasks whose rows are on this disk.
+
+    Args:
+        base: Prompts are measured where it lies on this disk.
+        accepted: The experts whose adapters are here; the tasks of the others may fall away.
+    """
+    if base is None or not (context.base_folder(base) / "tokenizer.json").is_file():
+        return []
+    recipe, settings = context.recipe, context.recipe.benchmark
+    own = [e for e in recipe.experts if e.test and not e.test.startswith("hf:")]
+    own = [e for e in own if e.name in accepted]
+    further = tuple(task for task in settings.tasks if not task.rows.startswith("hf:"))
+    here = {e.name for e in own} | {task.called for task in further}
+    every = {e.name for e in recipe.experts if e.test} | {t.called for t in settings.tasks}
+    mixed: dict[str, Any] = {
+        kind: tuple(s for s in getattr(settings, kind) if here >= (set(s.tasks) or every))
+        for kind in ("composite", "conversation")
+    }
+    try:
+        known = settings.model_copy(update={"tasks": further, **mixed})
+        tasks = make_tasks(own, known, context.folder)
+        folder = context.base_folder(base)
+        check_room(tasks.values(), load_config(folder), load_tokenizer(folder))
+    except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []
 
@@ -233,12 +268,7 @@ def _print_estimates(
     needs = estimate(recipe, shape, machine=machine, **asked)
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
-        out.print(
-            f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
-            f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
-        )
-        for part, seconds in need.parts.items():
-            out.print(f"{'':45}{part}, {duration(seconds)}")
+        _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
         there = estimate(recipe, shape, machine=LARGE, **asked)
@@ -286,6 +316,17 @@ def _all_rows(
     tests = {e.name: rows(e.test, settings.limit) for e in recipe.experts if e.test}
     tests |= {t.called: rows(t.rows, t.limit or settings.limit) for t in settings.tasks}
     return examples, tests, pool
+
+
+def _print_need(out: Console, need: Need) -> None:
+    out.print(
+        f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
+        f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
+    )
+    if need.note:
+        out.print(f"{'':13}{need.note}")
+    for part, seconds in need.parts.items():
+        out.print(f"{'':45}{part}, {duration(seconds)}")
 
 
 def free_bytes(folder: Path) -> int:

@@ -35,9 +35,14 @@ from pipelines.evaluation.measurements import (
 from pipelines.evaluation.routing_stats import COMPOSITES, QUESTIONS
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
-from pipelines.recipe.benchmark import OF_CONVERSATIONS, ConversationSection
-from pipelines.recipe.gates import JointSection
+from pipelines.recipe.benchmark import (
+    OF_CONVERSATIONS,
+    BenchmarkSection,
+    ConversationSection,
+)
+from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
+from pipelines.workspace.machine import is_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +64,17 @@ SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
 can be kept, for the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
+READINGS = 4
+"""Times that a base is read for a fit one layer at a time: loaded, tried twice, and swept. Each
+expert is tried, too."""
 PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
 """Passes over all experts' products B A in float32 for one merge, such as TIES."""
+AT_ONCE = (64, 32, 16, 8, 4, 2)
+"""Prompts that `batch_size: auto` tries to answer together."""
+FILLED = 0.9
+"""Share of the memory that it fills; drivers need some of the rest."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
 
@@ -101,6 +113,8 @@ class Need:
     seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
     """The seconds of its parts, by name, where it has several that take long."""
+    note: str = ""
+    """How it is done, where that is not the usual way."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +154,13 @@ def estimate(
         tests: the test rows, by task
         pool: the prompts that are dealt to experts, if any are
     """
+    shape = replace(shape, quantise=recipe.quantise or "")
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}
     gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
-    loaded = PROGRAM_BYTES + shape.num_bytes + expert_bytes + gate_bytes
+    loaded = PROGRAM_BYTES + shape.loaded_bytes + expert_bytes + gate_bytes
     stacked = max(
         (experts.itemsize * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
     )
@@ -161,12 +176,22 @@ def estimate(
     if gates:
         work = _fitting_work(recipe, list(examples.values()))
         disk = gate_bytes + (kept_bytes if work.kept else 0)
-        fitted = _gates(shape, experts, machine, loaded, disk, work)
+        if reads_by_layer(recipe, shape.num_bytes + expert_bytes, machine.memory_bytes):
+            held = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
+            need = _gates(shape, experts, machine, held, disk, work)
+            readings = READINGS + experts.count + 1
+            need = replace(
+                need,
+                seconds=need.seconds + readings * shape.num_bytes * hash_seconds,
+                note="the base is read from the disk one layer at a time",
+            )
+        else:
+            need = _gates(shape, experts, machine, loaded, disk, work)
         if pool is not None:
             dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
-            parts = {"dealing the pool": dealing, "fitting": fitted.seconds}
-            fitted = replace(fitted, seconds=dealing + fitted.seconds, parts=parts)
-        needs.append(fitted)
+            parts = {"dealing the pool": dealing, "fitting": need.seconds}
+            need = replace(need, seconds=dealing + need.seconds, parts=parts)
+        needs.append(need)
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
 
@@ -186,10 +211,63 @@ def _dealing_seconds(
     return seconds
 
 
+def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
+    """Whether gates are fitted with one layer of the base in memory at a time.
+
+    Args:
+        num_bytes: of base and experts
+        memory_bytes: of the device
+    """
+    if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:
+        return False
+    if recipe.gates.by_layer is not None:
+        return recipe.gates.by_layer
+    return is_too_large(num_bytes, memory_bytes)
+
+
+def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
+    """Of a base and its experts, one layer, and what lies in none."""
+    inside = shape.num_in_layers * shape.dtype.itemsize
+    return shape.num_bytes - inside + (inside + expert_bytes) / shape.num_layers
+
+
 def _widths(inputs: Mapping[str, int]) -> list[int]:
     """The width of each input point; modules of one parent and width share a point."""
     points = dict.fromkeys((path.rpartition(".")[0], width) for path, width in inputs.items())
     return [width for _, width in points]
+
+
+def working_bytes(shape: Shape, num_rows: int, num_tokens: float) -> float:
+    """What the answers to prompts take beside the model: caches, states and logits.
+
+    Args:
+        num_tokens: of the longest prompt, with its answer
+    """
+    itemsize = shape.dtype.itemsize
+    a_token = shape.cache_bytes_per_token
+    a_token += (4 * shape.hidden_size + 2 * shape.intermediate_size) * itemsize
+    return num_rows * (num_tokens * a_token + 4 * shape.vocab_size)
+
+
+def rows_at_once(
+    settings: BenchmarkSection,
+    shape: Shape,
+    num_tokens: float,
+    *,
+    held_bytes: float,
+    memory_bytes: float,
+) -> int:
+    """How many prompts are answered together.
+
+    Args:
+        num_tokens: of the longest prompt, with its answer
+        held_bytes: what the model takes
+        memory_bytes: of the device
+    """
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    free = FILLED * memory_bytes - held_bytes
+    return next((n for n in AT_ONCE if working_bytes(shape, n, num_tokens) <= free), 1)
 
 
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
@@ -274,25 +352,22 @@ def _benchmark(
     tests: Mapping[str, Rows],
 ) -> Need:
     settings = recipe.benchmark
-    askings = list(_askings(recipe, tests, experts.count))
-    parts = {
-        "asking": sum(
-            _asking_seconds(shape, experts, machine, a, settings.batch_size) for a in askings
+    sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
+    seconds, peak, numbers = 0.0, 0.0, set()
+    for asking in _askings(recipe, tests, experts.count):
+        rows = asking.rows
+        tokens = rows.prompt_tokens + max(asking.new_tokens, rows.answer_tokens)
+        held = sum(sizes) * shape.dtype.itemsize if asking.system in MERGES else 0
+        number = rows_at_once(
+            settings, shape, tokens, held_bytes=loaded + held, memory_bytes=machine.memory_bytes
         )
-    }
-    longest = max(
-        (a.rows.prompt_tokens + max(a.new_tokens, a.rows.answer_tokens) for a in askings), default=0
-    )
-    most = min(settings.batch_size, max((a.rows.count for a in askings), default=1))
-    tokens = most * longest
-    working = tokens * (shape.cache_bytes_per_token + 4 * shape.hidden_size * shape.dtype.itemsize)
-    working += tokens * 2 * shape.intermediate_size * shape.dtype.itemsize
-    working += most * shape.vocab_size * 4
-    merged = 0.0
+        seconds += _asking_seconds(shape, experts, machine, asking, number)
+        peak = max(peak, held + working_bytes(shape, min(number, rows.count), tokens))
+        numbers.add(number)
+    parts = {"asking": seconds}
     if merges := [system for system in settings.compare if system in MERGES]:
-        sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
-        held = sum(sizes) * shape.dtype.itemsize
-        merged = held + 3 * 4 * experts.count * max(sizes, default=0)
+        making = 3 * 4 * experts.count * max(sizes, default=0)
+        peak = max(peak, sum(sizes) * shape.dtype.itemsize + making)
         passes = len(merges) * MERGE_PASSES * 4 * experts.count * sum(sizes)
         parts["merging"] = passes / machine.read_bytes_per_second
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
@@ -310,8 +385,11 @@ def _benchmark(
         written = _writing(shape, experts, machine, speed.batch_size, speed.new_tokens, routed=True)
         read = _reading(shape, machine, speed.batch_size * speed.prompt_tokens, routed=True)
         parts["timing"] = 2 * (speed.rounds + 1) * (written + read)
-    memory = loaded + max(working, merged)
-    return Need("benchmark", memory, 0, sum(parts.values()), parts)
+    note = ""
+    if settings.batch_size == "auto" and numbers:
+        shown = "" if len(numbers) == 1 else f"{min(numbers)} to "
+        note = f"{shown}{max(numbers)} prompts are answered together, by this memory"
+    return Need("benchmark", loaded + peak, 0, sum(parts.values()), parts, note)
 
 
 def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:
@@ -398,7 +476,7 @@ def _writing(
     shape: Shape, experts: Experts, machine: Machine, rows: int, tokens: int, *, routed: bool
 ) -> float:
     """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
-    weights = shape.num_bytes / (EFFICIENCY * machine.read_bytes_per_second)
+    weights = shape.loaded_bytes / (EFFICIENCY * machine.read_bytes_per_second)
     work = 2 * shape.num_parameters * rows / (EFFICIENCY * machine.flops_per_second)
     calls = CALLS_A_LAYER * shape.num_layers
     calls += CALLS_A_ROUTED_MODULE * len(experts.ranks) if routed else 0

@@ -121,8 +121,9 @@ class BenchmarkSection(Section):
     """In front of every question; an empty one stands for none. Default: the chat template's."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Greatest length of an answer; for composites, of the answer to each question."""
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Prompts that are answered together; fewer take less memory."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 16
+    """Prompts that are answered together; fewer take less memory. `auto`: for each task as many as
+    the memory of the device holds, 64 at most."""
     seed: int = 0
     """Decides composites and conversations, the random router, and what DARE drops."""
     speed: SpeedSection | None = None

@@ -49,6 +49,9 @@ class CalibrateSection(Section):
     know: each expert says by its answers how sure it is."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
+    by_layer: bool | None = None
+    """Read the base from the disk one layer at a time, with the same gates. Default: where base and
+    experts take more than 0.6 of the memory."""
 
 
 class JointSection(Section):

@@ -186,6 +186,9 @@ class Recipe(Section):
 
     base: str
     """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
+    quantise: Literal["4bit", "8bit"] | None = None
+    """Load the base with linear layers of 4 or 8 bits, by bitsandbytes: gates are fitted to it, and
+    it is measured so. Default: as its files are."""
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
     """The experts, in the order of the stack."""
     discover: DiscoverSection | None = None
@@ -259,6 +262,16 @@ class Recipe(Section):
                 raise ValueError(
                     f"gates.{key} needs a chat template, and `benchmark.template: plain` means that"
                     " gates are fitted to plain text; take one of them out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_bases_are_whole(self) -> Self:
+        for key in ("by_layer", "sharded"):
+            if self.quantise and getattr(self.gates, key, None):
+                raise ValueError(
+                    f"gates.{key} takes a base as its files are, and `quantise: {self.quantise}`"
+                    " asks for another; take one of them out"
                 )
         return self
 

@@ -109,7 +109,13 @@ def _sources(manifest: Manifest) -> list[str]:
         "",
         "The base is not copied here: it is loaded at that commit, and another base is refused."
         + (f" It comes with the Python package {_code(package)}." if gguf else "")
-        + (" It is a folder where this model was made." if base.repo_id.startswith(PATH) else ""),
+        + (" It is a folder where this model was made." if base.repo_id.startswith(PATH) else "")
+        + (
+            f" It is loaded with linear layers of {base.quantise.removesuffix('bit')} bits by"
+            " bitsandbytes, as it was when the gates were fitted and the scores measured."
+            if base.quantise
+            else ""
+        ),
     ]
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meteora.artifacts import (
     ArtifactId,
-    BaseSpec,
     ComparisonBuild,
     ComparisonSpec,
     ScorePair,
@@ -233,7 +232,7 @@ def compare_checkpoints(ledger: Ledger, a: Path, b: Path) -> SideBySide:
         )
         for label, manifest, folder, router_id in zip(LABELS, manifests, (a, b), ids, strict=True)
     ]
-    base = BaseSpec(manifests[1].base.repo_id, manifests[1].base.revision)
+    base = manifests[1].base.spec
     pairs = scores_in_common(ledger, *ids, base.id)
     if not pairs:
         return SideBySide(*sides, (), None)

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from meteora.artifacts import (
     ArtifactId,
-    BaseSpec,
     MeteoraError,
     RouterSpec,
     canonical_sha256,
@@ -93,7 +92,7 @@ def benchmark(
     for name in manifest.names:
         if name not in tasks and not request.tasks:
             say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
-    base = BaseSpec(manifest.base.repo_id, manifest.base.revision)
+    base = manifest.base.spec
     plan = plan_benchmark(base, stack_in(manifest), RouterSpec.from_dict(router), tasks, settings)
     # measuring reads nothing of a recipe but its section `benchmark`
     recipe = Recipe.model_construct(base=manifest.base.repo_id, benchmark=settings)

@@ -49,7 +49,7 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import write_texts
-from pipelines.stages.open_model import describe, opened, tokenizer_of_gates
+from pipelines.stages.open_model import describe, map_to_fit, opened, tokenizer_of_gates
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
@@ -77,6 +77,13 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     known = work.ledger.built(spec.id)
     if known is not None and folder.is_dir():
         return BuiltBase.from_dict(known)
+    if spec.quantise:  # its files are those of the base that it is made of
+        built = replace(build_base(work, spec.stored), spec=spec)
+        loading.refuse_quantised(folder)
+        work.ledger.record_artifact(
+            spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
+        )
+        return built
     if not folder.is_dir():
         _bring_base(work, spec, folder)
     require_sound(work.ledger, spec)
@@ -195,7 +202,8 @@ def _fit_here(
     work: RunContext, plan: Plan, built: BuiltBase, out: Path
 ) -> calibrate.Calibration | joint.Training:
     router = plan.router
-    with opened(work, plan, built, gates=None) as (model, tokenizer), work.scratch() as scratch:
+    model_of = opened(work, plan, built, None, map_to_fit(work, plan))
+    with model_of as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
             found = _calibrate(work, router, model, sequences, template, scratch)

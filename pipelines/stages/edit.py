@@ -24,6 +24,7 @@ from meteora.artifacts import (
     short,
 )
 from meteora.artifacts.routers import OPENING_SHARE
+from meteora.base.loading import layers_on_disk, shape_of
 from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
@@ -52,6 +53,7 @@ from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
+from pipelines.workspace.machine import is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -125,7 +127,8 @@ def add(
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
-    model, tokenizer = load_base(manifest, base_folder, "auto", download=download)
+    where = _map_of(manifest, base_folder, device)
+    model, tokenizer = load_base(manifest, base_folder, "auto", download=download, options=where)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     what = f"add {candidate.name} to"
@@ -134,8 +137,9 @@ def add(
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(candidate, expert, model, tokenizer)
-        # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-        torch.nn.Module.to(model, device)
+        if not where:
+            # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+            torch.nn.Module.to(model, device)
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
@@ -189,6 +193,16 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         write_statistics(scratch / STATISTICS, statistics)
         edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, ""))
         return _finish(ledger, manifest, edited)
+
+
+def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[str, Any]:
+    """How the base is laid out while it is loaded; empty where it is moved afterwards."""
+    if manifest.base.quantise:  # what is quantised is made where it is to lie
+        return {"device_map": {"": device}}
+    if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, memory_bytes()):
+        return {}
+    say("the base is read from the disk one layer at a time")
+    return {"device_map": layers_on_disk(base_folder, device)}
 
 
 def _read_editable(folder: Path) -> Manifest:

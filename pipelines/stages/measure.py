@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -13,17 +14,23 @@ from meteora.artifacts import (
     RoutingShare,
     canonical_sha256,
 )
+from meteora.base import loading
+from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
+from meteora.routing.layer import routed_layers
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
+from pipelines.planning.estimate import rows_at_once
+from pipelines.planning.room import check_room, longest
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.open_model import opened, tokenizer_of_gates
-from pipelines.workspace.console import bar
+from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
+from pipelines.workspace.console import bar, say
+from pipelines.workspace.machine import memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +40,13 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
     from pipelines.evaluation.measurements import Measurement
+    from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
+    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.workspace.context import RunContext
+
+WATCHED = 16
+"""Rows in a batch whose routes are watched, where the memory decides how many are answered."""
 
 
 def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
@@ -52,9 +64,28 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
     return [list(asking.values()) for asking in askings.values()]
 
 
+def check_prompts(work: RunContext, plan: Plan) -> None:
+    """Refuse a benchmark with a prompt that is too long for the base, before any work is done.
+
+    Raises:
+        BenchmarkError: a prompt of a measurement that is missing is too long.
+    """
+    if tasks := _tasks_of(missing(work, plan), plan):
+        folder = work.base_folder(plan.base)
+        check_room(tasks, loading.load_config(folder), loading.load_tokenizer(folder))
+
+
+def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:
+    return [plan.tasks[name] for name in dict.fromkeys(one[0].spec.task for one in askings)]
+
+
 def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
     """Take every measurement that is missing, with the model from the store."""
-    measure_model(work, plan, lambda: opened(work, plan, built, gates))
+    measure_model(
+        work,
+        plan,
+        lambda: opened(work, plan, built, gates, "auto" if is_spread(work, plan) else None),
+    )
 
 
 def measure_model(
@@ -72,25 +103,60 @@ def measure_model(
     Args:
         open_model: the fused model and its tokenizer, loaded only if anything is missing
     """
-    to_do = missing(work, plan)
+    to_do, sizes = missing(work, plan), _BatchSizes(work.recipe.benchmark)
     owns_tests = any(name in plan.tests for name in plan.fused.names)
     watch = owns_tests and work.ledger.built(plan.routing.id) is None
     timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
     if to_do or watch or timing:
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
+            check_room(_tasks_of(to_do, plan), model.config, tokenizer)
             silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with use_system(
                     model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
                 ):
                     for asking in askings:
-                        _ask(work, plan, asking, model, tokenizer)
+                        number = sizes.of(plan, asking[0], model, tokenizer)
+                        _ask(work, plan, asking, model, tokenizer, number)
             if watch:
                 _watch_routing(work, plan, model, tokenizer)
             if timing:
                 _time(work, plan, model)
     _compare(work, plan)
+
+
+@dataclass
+class _BatchSizes:
+    """How many prompts are answered together, task by task; what `auto` comes to is said once."""
+
+    settings: BenchmarkSection
+    said: set[str] = field(default_factory=set)
+
+    def of(
+        self,
+        plan: Plan,
+        asked: Measurement,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> int:
+        """The number for a task, and for the system that the model is now."""
+        if self.settings.batch_size != "auto":
+            return self.settings.batch_size
+        task, shape = plan.tasks[asked.spec.task], loading.shape_of_model(model)
+        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+        if asked.system in plan.merges:
+            routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
+            held += sum(a * b for a, b in routed) * shape.dtype.itemsize
+        tokens = longest(task, model.config, tokenizer)
+        found = rows_at_once(
+            self.settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes()
+        )
+        text = f"{task.name}: {found} prompts are answered together"
+        if text not in self.said:
+            say(text)
+            self.said.add(text)
+        return found
 
 
 def _of_one_system(
@@ -130,11 +196,12 @@ def _ask(
     asking: Sequence[Measurement],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
 ) -> None:
     """Ask the model as it is now one task, and record a score for each metric."""
     first = asking[0]
-    task, batch_size = plan.tasks[first.spec.task], work.recipe.benchmark.batch_size
-    device = speed.device_name(model.device)
+    task = plan.tasks[first.spec.task]
+    device = speed.device_name(input_device(model))
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
     control = control_of(first.system, task)
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
@@ -195,6 +262,7 @@ def _watch_routing(
     tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
     names = expert_names(model)
     own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
+    number = work.recipe.benchmark.batch_size
     scores: list[RoutingScore] = []
     total: dict[str, routing_stats.RoutingSums] = {}
     with bar("watching the routes", sum(map(len, own.values())), "rows") as advance:
@@ -203,7 +271,7 @@ def _watch_routing(
                 model,
                 tokenizer,
                 rows,
-                batch_size=work.recipe.benchmark.batch_size,
+                batch_size=WATCHED if number == "auto" else number,
                 advance=advance,
             )
             scores.extend(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import ArtifactId, BaseSpec, FusedSpec
+from meteora.artifacts import ArtifactId, FusedSpec
 from meteora.base import loading
+from meteora.base.placement import placed
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -20,8 +21,10 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
+from pipelines.planning.estimate import reads_by_layer
 from pipelines.workspace.bases import require_sound
-from pipelines.workspace.machine import choose_device
+from pipelines.workspace.console import say
+from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -61,7 +64,11 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["joint"] = plan.router.joint.to_dict()
     return Manifest(
         base=BaseEntry(
-            plan.base.base_model, plan.base.base_revision, built.fingerprint, built.licence
+            plan.base.base_model,
+            plan.base.base_revision,
+            built.fingerprint,
+            built.licence,
+            plan.base.quantise,
         ),
         experts=tuple(map(entry_of, plan.experts)),
         modules=module_entries([expert.adapter.spec for expert in plan.experts]),
@@ -87,7 +94,7 @@ def entry_of(expert: Expert) -> ExpertEntry:
 
 def stack_in(manifest: Manifest) -> FusedSpec:
     """The stack that a manifest describes."""
-    base_id = BaseSpec(manifest.base.repo_id, manifest.base.revision).id
+    base_id = manifest.base.spec.id
     adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
     return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
 
@@ -100,10 +107,21 @@ def _ranks(spec: AdapterSpec) -> str:
 
 @contextmanager
 def opened(
-    work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None
+    work: RunContext,
+    plan: Plan,
+    built: BuiltBase,
+    gates: RouterBuild | None,
+    device_map: dict[str, str] | str | None = None,
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    """The base with the plan's experts in it, and with its router where `gates` are given."""
+    """The base with the plan's experts in it, and with its router where `gates` are given.
+
+    Args:
+        device_map: how it is spread; without it, it lies on one device
+    """
     require_sound(work.ledger, plan.base)
+    if device_map is None and plan.base.quantise:  # what is quantised is made where it is to lie
+        device_map = {"": choose_device()}
+    options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
         parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
         if gates is not None and plan.router.router == "gate":
@@ -111,14 +129,39 @@ def opened(
         for name, sha256 in parts.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
         manifest = replace(describe(plan, built, gates), files=parts)
-        model, tokenizer = loading.load_folder(work.base_folder(plan.base))
+        model, tokenizer = loading.load_folder(
+            work.base_folder(plan.base), options=options, quantise=plan.base.quantise
+        )
         check_base(manifest, model, tokenizer, scratch)
         insert_experts(model, scratch, manifest)
         if gates is not None:
             insert_routers(model, scratch, manifest)
-    # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-    torch.nn.Module.to(model, choose_device())
+    if device_map is None:
+        # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+        torch.nn.Module.to(model, choose_device())
     yield model, tokenizer
+
+
+def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:
+    """How a model is spread while its gates are fitted; None where it lies on one device.
+
+    A fit goes through the model layer by layer, so one of them at a time is enough.
+    """
+    if not reads_by_layer(work.recipe, _num_bytes(work, plan), memory_bytes()):
+        return None
+    say("the base is read from the disk one layer at a time")
+    return loading.layers_on_disk(work.base_folder(plan.base), choose_device())
+
+
+def is_spread(work: RunContext, plan: Plan) -> bool:
+    """Whether base and experts are too large for one device; a quantised base is never spread."""
+    return not plan.base.quantise and is_too_large(_num_bytes(work, plan), memory_bytes())
+
+
+def _num_bytes(work: RunContext, plan: Plan) -> int:
+    """Of base and experts."""
+    experts = work.ledger.blobs.path_of(str(work.ledger.weights_of(plan.fused.id))).stat().st_size
+    return loading.shape_of(work.base_folder(plan.base)).num_bytes + experts
 
 
 def tokenizer_of_gates(

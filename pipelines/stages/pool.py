@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import PoolBuild
 from pipelines.data.claims import shares_of, write_claims
 from pipelines.data.pool import deal
-from pipelines.stages.open_model import opened, tokenizer_of_gates
+from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import choose_device
 
@@ -27,7 +27,8 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     if spec is None or work.holds(spec.id):
         return
     started = time.perf_counter()
-    with opened(work, plan, built, gates=None) as (model, tokenizer):
+    device_map = "auto" if is_spread(work, plan) else None
+    with opened(work, plan, built, None, device_map) as (model, tokenizer):
         claims, num_answers = deal(
             model,
             tokenizer_of_gates(tokenizer, spec.template),

@@ -16,6 +16,7 @@ from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from pipelines.publishing import publish
 from pipelines.stages import build, measure, pool
+from pipelines.stages.open_model import is_spread
 from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import Reason
+    from pipelines.planning.plan import Plan
     from pipelines.workspace.processes import Channel
 
 PROGRESS_SECONDS = 2.0
@@ -51,15 +53,18 @@ def proportion(
     return check_proportion(adapter, base_norms)
 
 
-def slots(work: RunContext) -> list[str]:
+def slots(work: RunContext, plan: Plan) -> list[str]:
     """The names of the devices that this run locks for itself; none on a CPU.
+
+    A model that one device does not hold is spread over all.
 
     They are sorted: runs that lock several in the same order never wait for each other in a circle.
     """
     if not torch.cuda.is_available():
         return []
     first, count = torch.cuda.current_device(), torch.cuda.device_count()
-    wanted = [(first + i) % count for i in range(min(num_processes(work.recipe), count))]
+    number = count if is_spread(work, plan) else min(num_processes(work.recipe), count)
+    wanted = [(first + i) % count for i in range(number)]
     devices = map(torch.cuda.get_device_properties, wanted)
     return sorted(f"gpu-{getattr(about, 'uuid', about.name)}" for about in devices)
 
@@ -70,6 +75,7 @@ STAGES = {
     "proportion": proportion,
     "slots": slots,
     "build_base": build.build_base,
+    "check_prompts": measure.check_prompts,
     "stack": build.stack,
     "deal_pool": pool.deal_pool,
     "fit_gates": build.fit_gates,

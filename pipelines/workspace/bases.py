@@ -86,7 +86,7 @@ def require_sound(ledger: Ledger, spec: BaseSpec) -> None:
     Raises:
         DamagedBaseError: A file is missing, was added, or has other bytes.
     """
-    folder = base_at(ledger.home, spec.id)
+    folder = base_at(ledger.home, spec.stored.id)
     if not folder.is_dir() or folder.is_symlink():
         return
     noted, weights = _read_note(folder), ledger.weights_of(spec.id)

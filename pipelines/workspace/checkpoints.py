@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from meteora.artifacts import BaseSpec
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
@@ -42,9 +41,8 @@ def base_at_hand(folder: str | Path, home: Path) -> Path | None:
     """
     if not (Path(folder) / MANIFEST).is_file():
         return None
-    entry = read_manifest(Path(folder)).base
-    spec = BaseSpec(entry.repo_id, entry.revision)
-    base = base_at(home, spec.id)
+    spec = read_manifest(Path(folder)).base.spec
+    base = base_at(home, spec.stored.id)
     if not base.is_dir():
         return None
     require_sound(Ledger(home), spec)

@@ -86,7 +86,7 @@ class RunContext:
         source = self.recipe.base
         if source.startswith(PATH):
             return self.folder / source.removeprefix(PATH)
-        return base_at(self.home, spec.id)
+        return base_at(self.home, spec.stored.id)
 
     def checkpoint_folder(self, router_id: ArtifactId) -> Path:
         """The folder of the checkpoint with this router; it may not exist yet."""

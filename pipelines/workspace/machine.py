@@ -19,6 +19,8 @@ SECONDS = 0.15
 """For each of the measurements."""
 SIZE = 2048
 """Rows and columns of the matrices."""
+MOST = 0.6
+"""Share of the memory that the weights of a model may take."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """What a RuntimeError of torch's says where the memory of a CPU is not enough."""
 
@@ -98,6 +100,11 @@ def choose_device(name: str = "auto") -> str:
 def _devices() -> list[str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def is_too_large(num_bytes: float, memory_bytes: float) -> bool:
+    """Whether weights of this size leave too little memory to work with them."""
+    return num_bytes > MOST * memory_bytes
 
 
 def is_out_of_memory(error: Exception) -> bool:

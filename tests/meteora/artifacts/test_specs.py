@@ -64,6 +64,13 @@ def test_ids_are_stable_across_releases(spec: Spec) -> None:
     assert spec.id == GOLDEN[spec]
 
 
+def test_a_quantised_base_is_another_base_and_was_made_of_the_stored_one() -> None:
+    narrow = BaseSpec(BASE.base_model, BASE.base_revision, "4bit")
+    assert narrow.id == "base:283c37fd6424163126a4f7265b3858fb46bac768174855afbd7f4726366ddfdc"
+    assert narrow.stored == BASE
+    assert (narrow.parents, BASE.parents) == ((BASE.id,), ())
+
+
 def test_a_field_that_is_added_with_a_default_leaves_old_ids_and_records_alone() -> None:
     @dataclass(frozen=True)
     class Asked(Spec):

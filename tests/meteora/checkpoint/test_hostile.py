@@ -166,6 +166,18 @@ def test_bases_of_our_own_checkpoints_are_read(folder: Path, repo_id: str, revis
     assert read_all(folder).base.repo_id == repo_id
 
 
+def test_how_a_base_is_loaded_is_one_of_our_ways(folder: Path) -> None:
+    as_written = (folder / MANIFEST).read_text()
+    assert "quantise" not in as_written  # older versions read it
+    for quantise in ("2bit", 4, None, ["4bit"]):
+        edit_manifest(folder, lambda body, q=quantise: body["base"].update(quantise=q))
+        refused(folder, "quantise is")
+    for quantise in ("4bit", "8bit", ""):
+        edit_manifest(folder, lambda body, q=quantise: body["base"].update(quantise=q))
+        assert read_all(folder).base.spec.quantise == quantise
+        assert ("quantise" in read_all(folder).to_json()) == bool(quantise)
+
+
 def test_nobody_is_told_to_install_a_package_that_a_checkpoint_names(folder: Path) -> None:
     base = {"repo_id": "gguf:surely-not-installed/x.gguf", "revision": "sha256:" + "0" * 64}
     edit_manifest(folder, lambda body: body["base"].update(base))

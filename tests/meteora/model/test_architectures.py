@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import meteora
-from meteora.base.loading import fingerprint_of, linear_sizes, load_folder
+from meteora.base.loading import fingerprint_of, layers_on_disk, linear_sizes, load_folder
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.calibrate import calibrate
@@ -22,6 +22,7 @@ from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
 from meteora.model.confidence import answer_margins, prompt_means
 from meteora.model.fused import EXPERTS, force_expert, insert_layer
+from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from tests.conftest import peft_is_behind
@@ -115,6 +116,20 @@ def test_a_prompt_has_its_mean_and_its_margin_in_any_batch(made, tokenizer):
         alone = [answer_margins(model, tokenizer, [prompt], 3)[0] for prompt in prompts]
     assert min(margins) > 0
     assert margins == pytest.approx(alone, rel=1e-3, abs=1e-4)
+
+
+def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
+    base, _, whole = made
+    layers = layers_on_disk(base, "cpu")
+    read, _ = meteora.load(tmp_path / "fused", base_folder=base, device_map=layers)
+    on_disk = {path for path, tensor in read.named_parameters() if tensor.is_meta}
+    inside = {path for path, layer in routed_layers(read).items() if layer.weight.is_meta}
+    assert inside == routed_layers(read).keys()
+    for model in (whole, read):
+        calibrate(model, sequences(4))
+    for path, gate in gates_of(whole).own.items():
+        assert all(map(torch.equal, gate, gates_of(read).own[path]))
+    assert on_disk == {path for path, tensor in read.named_parameters() if tensor.is_meta}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -80,10 +80,6 @@ def test_arguments_of_transformers_mean_what_they_mean_there(world: World, folde
     assert tokenizer.padding_side == "right"
     with pytest.raises(UnsupportedArgumentError, match="tp_plan"):
         AutoModelForCausalLM.from_pretrained(folder, base_folder=world.base, tp_plan="auto")
-    with pytest.raises(UnsupportedArgumentError, match="one device"):
-        AutoModelForCausalLM.from_pretrained(
-            folder, base_folder=world.base, device_map={"model": "cpu", "lm_head": "cpu"}
-        )
 
 
 def test_pipeline_takes_a_folder(world: World, folder: Path) -> None:

@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import meteora
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry
 from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
 from pipelines.hub.errors import InsecureEndpointError
+from pipelines.workspace import machine
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
@@ -134,3 +136,22 @@ def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
     assert (failed.returncode, failed.stdout) == (1, "")
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("error: org/fused: ")
+
+
+def test_a_model_that_one_device_does_not_hold_is_spread_where_nothing_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Accelerate makes of it is its own; here the whole machine is one device."""
+    asked: list[dict[str, Any]] = []
+    own = meteora.load
+
+    def watched(*given: Any, **more: Any) -> Any:
+        asked.append({key: more[key] for key in ("device", "device_map")})
+        return own(*given, **more)
+
+    monkeypatch.setattr(meteora, "load", watched)
+    for most, device in ((0.6, "auto"), (0, "auto"), (0, "cpu")):
+        monkeypatch.setattr(machine, "MOST", most)
+        checkpoints.find(str(world.checkpoint), tmp_path, world.base, device=device).load()
+    on_cpu = {"device": "cpu", "device_map": None}
+    assert asked == [on_cpu, {"device": None, "device_map": "auto"}, on_cpu]

@@ -70,7 +70,7 @@ def test_a_key_of_one_method_says_of_which() -> None:
         ("routers", " (did you mean router?)"),
         ("benchmark.limits", " (did you mean benchmark.limit?)"),
         ("hub.limit", " (did you mean discover.limit or benchmark.limit?)"),
-        ("quantum", ""),
+        ("zebra", ""),
     ],
 )
 def test_an_unknown_key_is_told_what_is_like_it(unknown: str, clause: str) -> None:

@@ -174,10 +174,11 @@ def test_a_small_twin_runs_from_end_to_end(folder: tuple[str, Path]) -> None:
         "SELECT task, count(DISTINCT subject_id) FROM scores WHERE metric NOT IN"
         " ('rougeL', 'composite_attempted') OR task IN ('alpaca', 'cnn_dailymail') GROUP BY task"
     ).rows
-    # fused, and routers: each once with top_k 1 and once with 2; base, merges and oracle once
+    # fused, and routers: each once with top_k 1 and once with 2; base, merges and oracle once; in
+    # composites the oracle and the one expert for everything are routers, too
     assert dict(counted) == {
         **{expert["name"]: 2 * 5 + 1 + 3 + 1 for expert in twin(name)["experts"]},
-        **{f"composite-{n}": 2 * 5 + 1 + 3 for n in (3, 5, 10)},
+        **{f"composite-{n}": 2 * 7 + 1 + 3 for n in (3, 5, 10)},
     }
     kinds = dict(ledger.query("SELECT kind, count(*) FROM artifacts GROUP BY kind").rows)
     assert kinds["fused"] == 1

@@ -116,6 +116,16 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
             "publish.repo: 'model' is not owner/name",
             id="published nowhere",
         ),
+        pytest.param(
+            f"base: a/b\nquantise: 4bit\nexperts: [{EXPERT}]\ngates: {{by_layer: true}}",
+            "gates.by_layer takes a base as its files are, and `quantise: 4bit` asks for another",
+            id="quantised and read by layer",
+        ),
+        pytest.param(
+            f"base: a/b\nquantise: 2bit\nexperts: [{EXPERT}]",
+            "quantise: Input should be '4bit' or '8bit'",
+            id="no such bits",
+        ),
         pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
         pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
         pytest.param("base: " + "[" * 99 + "]" * 99, "nested more than 50", id="deep"),

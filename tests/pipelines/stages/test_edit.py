@@ -28,6 +28,7 @@ from meteora.checkpoint.manifest import (
     read_manifest,
 )
 from meteora.checkpoint.tensors import read_experts, read_gates
+from meteora.fitting import add_expert
 from meteora.routing.hooks import recorded_routes
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import candidate
@@ -36,6 +37,7 @@ from pipelines.cli import app
 from pipelines.hub.errors import HubFilesError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
+from pipelines.workspace import machine
 from store.ledger import Ledger
 from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
@@ -252,6 +254,33 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     asked = Candidate("third", str(adapter))
     out = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
     assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
+
+
+def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(
+    made: tuple[RunContext, Path],
+    recipe_folder: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work, folder = made
+    rows = f"jsonl:{recipe_folder / 'q_and_v.train.jsonl'}"
+    on_disk: list[set[str]] = []
+    own = add_expert.grow
+
+    def watched(model: Any, *given: Any, **more: Any) -> Any:
+        on_disk.append({path for path, tensor in model.named_parameters() if tensor.is_meta})
+        return own(model, *given, **more)
+
+    monkeypatch.setattr(add_expert, "grow", watched)
+    made_of = []
+    for most in (0.6, 0):
+        monkeypatch.setattr(machine, "MOST", most)
+        asked = Candidate("third", str(world.adapters["all_seven"]))
+        out = edit.add(work.ledger, folder, asked, rows, base_folder=recipe_folder / "base")
+        made_of.append([file_sha256(out / name) for name in (EXPERTS, GATES, STATISTICS)])
+    assert made_of[0] == made_of[1]
+    assert on_disk[0] == set()
+    assert any("layers.1." in path for path in on_disk[1])
 
 
 def tensor_bytes(factors: tuple[str, torch.Tensor, torch.Tensor]) -> int:

@@ -170,6 +170,31 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert f"low, high FROM standings WHERE router_id LIKE '{router}%'" in shown
 
 
+def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(
+    workplace: Callable[..., RunContext],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: dict[str, Any] = {"limit": 4, "compare": ["base", "linear"], "max_new_tokens": 4}
+    asked |= {"composite": [{"n": 8, "count": 4}]}
+    values = []
+    for size in (4, "auto"):
+        work = workplace(benchmark=asked | {"batch_size": size})
+        planned, built, gates = go(work)
+        held = sum(path.stat().st_size for path in work.base_folder(planned.base).iterdir())
+        monkeypatch.setattr(measure, "memory_bytes", lambda held=held: 4 * held)
+        measure.measure(work, planned, built, gates)
+        scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
+        values.append({spec_id: score.value for spec_id, score in scores.items()})
+        (tmp_path / "home").rename(tmp_path / str(size))
+    assert values[0] == values[1]
+    said = capsys.readouterr().err
+    found = dict(re.findall(r"(\S+): (\d+) prompts are answered together", said))
+    assert found.keys() == {*TASKS, "composite-8"}
+    assert int(found["composite-8"]) < int(found["q_and_v"]) <= 64
+
+
 def test_a_base_without_a_chat_template_is_asked_no_conversations(
     workplace: Callable[..., RunContext],
 ) -> None:

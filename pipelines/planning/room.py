@@ -1,0 +1,77 @@
+"""Whether every prompt of a benchmark, with its answer, has room in the base.
+
+A prompt that is too long ends a benchmark, and to cut it would change what is asked. So it is
+refused before any gate is fitted. How long a conversation becomes is known only when it is asked:
+here its questions count, and of the answers the last alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+
+from pipelines.evaluation.harness import refuse_too_long
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from pipelines.evaluation.tasks import Task
+
+
+def check_room(
+    tasks: Iterable[Task], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse the first task with a prompt that is too long for the base.
+
+    Tasks of lm-eval pass, which cuts their prompts itself.
+
+    Raises:
+        BenchmarkError: a prompt is too long.
+    """
+    room = resolve_max_length(config, tokenizer)
+    for task in tasks:
+        if task.generates and (lengths := _lengths(task, tokenizer)):
+            refuse_too_long(task.name, lengths, task.max_new_tokens, room)
+
+
+def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens that a prompt of a task has, with its answer or answers.
+
+    Of tasks that cannot be measured so, what the base has room for.
+    """
+    answers = max((len(dialogue.questions) for dialogue in task.dialogues), default=1)
+    if task.lm_eval or not (lengths := _lengths(task, tokenizer)):
+        return resolve_max_length(config, tokenizer)
+    return max(lengths) + answers * task.max_new_tokens
+
+
+def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of each prompt, as the harness counts them; none where it cannot be asked."""
+    messages: list[list[dict[str, str]]] = [
+        dialogue.with_answers([""] * (len(dialogue.questions) - 1)).messages()
+        for dialogue in task.dialogues
+    ]
+    system = task.system_prompt
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages += [
+        [*opening, {"role": "user", "content": one.prompt}] for one in task.composites or task.rows
+    ]
+    if tokenizer.chat_template and task.template != "plain":
+        try:
+            texts = [
+                str(tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True))
+                for m in messages
+            ]
+        except TemplateError:
+            return []  # what the template does not take is said where it is asked
+    else:
+        texts = [own[-1]["content"] for own in messages]
+    return [
+        len(tokenizer(text, add_special_tokens=not has_bos_prefix(text, begin)).input_ids)
+        for begin in [tokenizer.bos_token]
+        for text in texts
+    ]

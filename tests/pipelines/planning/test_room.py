@@ -1,0 +1,106 @@
+"""A prompt that is too long for the base is refused before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from meteora.base.loading import load_config, load_tokenizer
+from pipelines.data.composites import compose
+from pipelines.data.dialogues import draw_dialogues
+from pipelines.data.rows import Row
+from pipelines.evaluation.harness import BenchmarkError, Harness
+from pipelines.evaluation.tasks import Task
+from pipelines.planning.room import _lengths, check_room, longest
+from pipelines.stages import measure
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.conftest import run
+from tests.pipelines.stages.test_measure import go
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pipelines.workspace.context import RunContext
+    from tests.conftest import World
+
+ROWS = {name: [Row(f"{name} {i}?", name) for i in range(3)] for name in ("red", "blue")}
+LONG = {"limit": 2, "compare": ["base"], "max_new_tokens": 4, "composite": [{"n": 30}]}
+SENTENCE = r"task composite-30: 2 of 2 prompts are too long: the longest has \d+ tokens, but with"
+
+
+def task(**given: Any) -> Task:
+    return Task("any", ("exact_match",), "auto", 8, **given)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_an_over_long_composite_ends_a_run_before_its_first_work(
+    workplace: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    work = workplace(benchmark=LONG)
+    said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert said.returncode == 1
+    assert "the run would stop: task composite-30: 2 of 2 prompts are too long" in said.stdout
+    with pytest.raises(BenchmarkError, match=SENTENCE):
+        run(work)
+    work.ledger.ingest()
+    assert work.ledger.query("FROM experts").rows == []
+
+
+def test_a_benchmark_asks_nothing_where_one_task_is_too_long(
+    workplace: Callable[..., RunContext],
+) -> None:
+    work = workplace(benchmark=LONG)
+    planned, built, gates = go(work)
+    for refuse in (
+        lambda: measure.check_prompts(work, planned),
+        lambda: measure.measure(work, planned, built, gates),
+    ):
+        with pytest.raises(BenchmarkError, match=SENTENCE):
+            refuse()
+    assert not work.ledger.scores_of(one.spec.id for one in planned.measurements)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_prompts_are_as_long_as_the_harness_finds_them(
+    world: World, chat_base: Path, system: str | None
+) -> None:
+    model = world.load_base()
+    for folder, template in ((chat_base, "auto"), (chat_base, "plain"), (world.base, "auto")):
+        if system and (folder != chat_base or template == "plain"):
+            continue
+        tokenizer = load_tokenizer(folder)
+        composites = compose(ROWS, 3, 2, seed=0)
+        asked = Task("any", ("rouge1",), template, 8, composites=composites, system_prompt=system)
+        harness = Harness(model, tokenizer, batch_size=1, template=template, system_prompt=system)
+        assert _lengths(asked, tokenizer) == harness.prompt_tokens([c.prompt for c in composites])
+
+
+def test_conversations_are_refused_where_their_questions_alone_are_too_long(
+    chat_base: Path,
+) -> None:
+    config, tokenizer = load_config(chat_base), load_tokenizer(chat_base)
+    short, long = (task(dialogues=draw_dialogues(ROWS, turns, 2, seed=0)) for turns in (3, 40))
+    check_room([short], config, tokenizer)
+    with pytest.raises(BenchmarkError, match=r"task any: 2 of 2 prompts are too long"):
+        check_room([short, long], config, tokenizer)
+
+
+def test_the_longest_prompt_counts_with_its_answers(world: World, chat_base: Path) -> None:
+    config, tokenizer = load_config(world.base), load_tokenizer(world.base)
+    rows = [Row("a" * n, "x") for n in (5, 30, 7)]
+    assert longest(task(rows=rows), config, tokenizer) == 30 + 8
+    asked = Task("any", ("acc",), "auto", 8, lm_eval="any", limit=3)
+    assert longest(asked, config, tokenizer) == config.max_position_embeddings
+    chat = load_tokenizer(chat_base)
+    talks = task(dialogues=draw_dialogues(ROWS, 3, 2, seed=0))
+    assert longest(talks, config, chat) == max(_lengths(talks, chat)) + 3 * 8
+
+
+def test_what_is_not_answered_freely_is_not_counted(world: World) -> None:
+    config, tokenizer = load_config(world.base), load_tokenizer(world.base)
+    rows = [Row("a" * 600, "x", ("x", "y"))]
+    check_room([Task("any", ("acc",), "auto", 8, rows=rows)], config, tokenizer)
+    with pytest.raises(BenchmarkError, match=r"1 of 1 prompts .* has 600 tokens"):
+        check_room([task(rows=rows)], config, tokenizer)

@@ -1,0 +1,86 @@
+"""A base that one device does not hold: its gates and scores are those of one that lies whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from meteora.fitting import calibrate
+from pipelines.stages import build, measure, open_model
+from pipelines.stages.open_model import is_spread, map_to_fit
+from pipelines.workspace import machine
+from tests.pipelines.conftest import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
+
+
+def fit(work: RunContext) -> tuple[Any, Any, Any]:
+    planned, built = plan_of(work)
+    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+
+
+@pytest.mark.parametrize("how", ["asked", "too large"])
+def test_gates_that_are_fitted_one_layer_at_a_time_are_the_same_artifact(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch, tmp_path: Any, how: str
+) -> None:
+    """The way is not part of an id: what it gives are the same bytes."""
+    planned, _, whole = fit(workplace())
+    (tmp_path / "home").rename(tmp_path / "first")
+    if how == "asked":
+        work = workplace(gates={"by_layer": True})
+    else:
+        work = workplace()
+        monkeypatch.setattr(machine, "MOST", 0)
+    seen: list[set[str]] = []
+    own = calibrate.calibrate
+
+    def watched(model: Any, *given: Any, **more: Any) -> Any:
+        seen.append({path for path, tensor in model.named_parameters() if tensor.is_meta})
+        return own(model, *given, **more)
+
+    monkeypatch.setattr(calibrate, "calibrate", watched)
+    again, _, by_layer = fit(work)
+    assert again.router.id == planned.router.id
+    assert by_layer.weights_sha256 == whole.weights_sha256
+    assert by_layer.statistics_sha256 == whole.statistics_sha256
+    (on_disk,) = seen
+    assert {path.split(".")[1] for path in on_disk if path.startswith("model")} == {"layers"}
+
+
+def test_a_recipe_may_say_that_a_base_is_not_read_by_layer(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workplace(gates={"by_layer": False})
+    planned, _ = plan_of(work)
+    build.stack(work, planned)
+    assert not is_spread(work, planned)
+    monkeypatch.setattr(machine, "MOST", 0)
+    assert is_spread(work, planned)
+    assert map_to_fit(work, planned) is None
+    work = workplace(gates={"method": "joint"})
+    assert map_to_fit(work, plan_of(work)[0]) is None
+
+
+def test_a_benchmark_of_a_base_that_is_spread_gives_the_same_answers(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """What Accelerate would do by itself on a small machine is asked for here by hand."""
+    asked = {"limit": 3, "compare": ["base", "oracle", "ties"], "max_new_tokens": 4}
+    values, routes = [], []
+    for on_disk in (False, True):
+        work = workplace(benchmark=asked)
+        planned, built, gates = fit(work)
+        if on_disk:
+            monkeypatch.setattr(machine, "MOST", 0)
+            monkeypatch.setattr(open_model, "placed", lambda _auto: {"device_map": {"": "disk"}})
+        measure.measure(work, planned, built, gates)
+        scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
+        values.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})
+        routes.append((work.ledger.built(planned.routing.id) or {})["accuracy"])
+        (tmp_path / "home").rename(tmp_path / str(on_disk))
+    assert values[0] == values[1]
+    assert routes[0] == routes[1]

@@ -40,7 +40,7 @@ WHERE relation = 'made from'
   AND artifact_id = (SELECT id FROM artifacts WHERE kind = 'router' ORDER BY recorded_at DESC LIMIT 1)
 ORDER BY depth, kind, source;
 
--- Whose prompts was a pool, and how sure is that?
+-- Whose are the prompts of a pool, and how far does each expert stand out on its own?
 SELECT short(pool_id) AS pool, expert, num_prompts, num_clusters, round(score, 2) AS score,
        round(lead, 2) AS lead
 FROM pool_shares ORDER BY pool, num_prompts DESC, expert;

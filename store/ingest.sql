@@ -72,7 +72,7 @@ FROM made WHERE kind = 'router';
 
 INSERT INTO pools BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['fused_id', 'prompts_sha256'])),
-       unnest(fields(built, ['labels_sha256', 'num_answers', 'wall_seconds', 'device']))
+       unnest(fields(built, ['labels_sha256', 'wall_seconds', 'device']))
 FROM made WHERE kind = 'pool';
 
 INSERT INTO pool_shares BY NAME

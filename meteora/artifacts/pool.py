@@ -37,8 +37,8 @@ class PoolShare(Noun):
     num_prompts: int
     num_clusters: int
     score: float
-    """How much surer the expert is of its own answers to these prompts than of those to the whole
-    pool, in standard deviations; of nobody's prompts, that of the surest expert."""
+    """How much larger the expert's updates are on these prompts than on the whole pool, in standard
+    deviations; of nobody's prompts, that of the expert with the most."""
     lead: float
     """How far that is above the next expert's."""
 
@@ -53,7 +53,5 @@ class PoolBuild(Noun):
     it is an example."""
     shares: tuple[PoolShare, ...]
     """One for each expert in order, and one for nobody."""
-    num_answers: int
-    """Short answers that were asked for."""
     wall_seconds: float
     device: str

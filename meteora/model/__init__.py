@@ -5,7 +5,7 @@ generate        an answer to a prompt
 chat            a conversation: answers that stream, each token with its expert
 trace           which expert had which token, layer by layer
 silent_experts  experts that change nothing on a probe
-confidence      how sure an expert is of its answers, and which prompts are alike
+update_sizes    how strongly each expert acts on prompts, and which prompts are alike
 auto_classes    transformers' auto classes for fused checkpoints
 registration    how transformers learns of them, without importing it
 """

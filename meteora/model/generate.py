@@ -13,11 +13,10 @@ from meteora.base.placement import input_device
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
-    from transformers.generation import GenerateDecoderOnlyOutput
 
 PROMPTS_PER_BATCH = 16
 
@@ -95,38 +94,8 @@ def answer_all(
     Args:
         advance: called with the number of prompts that were just answered
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    for chosen, width, out in generate_in_batches(model, tokenizer, prompts, max_new_tokens):
-        for row, i in enumerate(chosen):
-            answers[i] = until_end([tokenizer.eos_token_id], out.sequences[row, width:].tolist())
-        advance(len(chosen))
-    return answers
-
-
-def until_end(ends: Collection[int | None], tokens: list[int]) -> list[int]:
-    """The tokens of an answer without what fills up its batch; its end included."""
-    first = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: first + 1]
-
-
-def generate_in_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    logits: bool = False,
-) -> Iterator[tuple[list[int], int, GenerateDecoderOnlyOutput]]:
-    """Answer prompts greedily, the shortest first, `PROMPTS_PER_BATCH` at a time.
-
-    Args:
-        logits: whether the result has those of each new token
-
-    Yields:
-        which prompts are in the batch, the length that they are filled up to on the left, and what
-        transformers returns.
-    """
     pad = padding_token(tokenizer)
+    answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
         chosen = by_length[start : start + PROMPTS_PER_BATCH]
@@ -143,7 +112,10 @@ def generate_in_batches(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
-                return_dict_in_generate=True,
-                output_logits=logits,
             )
-        yield chosen, width, cast("GenerateDecoderOnlyOutput", out)
+        for row, i in enumerate(chosen):
+            tokens = out[row, width:].tolist()
+            end = tokenizer.eos_token_id
+            answers[i] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        advance(len(chosen))
+    return answers

@@ -23,7 +23,8 @@ class Claim(Noun):
     cluster: int
     """Negative where it was not read, since it does not fit into the base's context."""
     score: float
-    """By how many standard deviations the expert is surer here than elsewhere; its cluster's."""
+    """By how many standard deviations the expert's updates are larger here than elsewhere; its
+    cluster's."""
     lead: float
     """How far that is above the next expert's."""
     response: str | None = None

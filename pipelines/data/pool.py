@@ -1,9 +1,10 @@
 """A pool: prompts that nobody has labelled, each dealt to the expert that knows its answer.
 
-1. Prompts of one task lie together in the base's hidden states: they are put into clusters.
-2. Every expert answers some prompts of each cluster. It is surer of its answers to its own task
-   than of others: the best token is further above the second best. That is standardised for each
-   expert by itself, since some are sure of everything.
+1. The base reads every prompt once. Prompts of one task lie together in its hidden states: they are
+   put into clusters.
+2. An expert's updates are larger on prompts like those that it was trained on. That is standardised
+   for each expert by itself, since some have large updates everywhere, and compared with the middle
+   one of all experts, since some prompts have large updates from everybody.
 3. A cluster belongs to the expert that stands out most there, or to nobody.
 4. Each expert answers the prompts that it was dealt. With its answers they are its examples.
 """
@@ -20,9 +21,9 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from meteora.base.chat_template import encode_prompt
-from meteora.model.confidence import answer_margins, prompt_means
 from meteora.model.fused import force_expert
 from meteora.model.generate import answer_all
+from meteora.model.update_sizes import read_prompts
 from pipelines.data.background import background_rows
 from pipelines.data.claims import Claim
 from pipelines.data.labels import MAX_NEW_TOKENS
@@ -39,16 +40,12 @@ if TYPE_CHECKING:
 
 CLUSTERS_PER_EXPERT = 4
 """A task has several kinds of prompts, and some prompts are nobody's."""
-VOTERS = 8
-"""Prompts of a cluster that every expert answers."""
-VOTER_TOKENS = 8
-"""How much of these answers is generated."""
 OUTSIDERS = 16
-"""Background prompts that every expert answers, too: it is not to be sure of them."""
-LEAST_SCORE, LEAST_SHARE = 0.4, 0.4
+"""Background prompts that are read, too: no expert is to stand out on them."""
+LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
 """In standard deviations, and as a share of the expert's best cluster: where none stands out so
-much, a cluster is nobody's. In two dealings of the pool of `tests/benchmarks/pool.py` clusters that
-were an expert's had 1.07 and a share of 0.48 at least, and the others 0.52 and a share of 0.34 at
+much, a cluster is nobody's. In the two pools of `tests/benchmarks/results/pool.md` clusters that
+were an expert's had 1.24 and a share of 0.49 at least, and the others 0.68 and a share of 0.31 at
 most."""
 
 
@@ -61,7 +58,7 @@ def deal(
     limit: int,
     seed: int = 0,
     bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
-) -> tuple[list[Claim], int]:
+) -> list[Claim]:
     """Deal prompts to experts.
 
     Args:
@@ -69,12 +66,12 @@ def deal(
         prompts: different ones, in any order
         names: of all experts, in order
         limit: the greatest number of examples of an expert, drawn from its prompts
-        seed: of that draw, and of which prompts are voters
+        seed: of that draw
         bar: shows progress, as `console.bar` does
 
     Returns:
-        one claim for each prompt, in order, and the number of short answers that were asked for.
-        Prompts that do not fit into the base's context, with an answer, are nobody's.
+        one claim for each prompt, in order. Prompts that do not fit into the base's context, with
+        an answer, are nobody's.
 
     Raises:
         ExamplesError: none of them fits.
@@ -89,19 +86,12 @@ def deal(
             " what fits into the base's context; name shorter ones"
         )
     asked = [ids_of[prompt] for prompt in texts]
-    with bar("reading the pool", len(asked), "prompts") as advance:
-        means = prompt_means(model, tokenizer, asked, advance)
-    clusters = clusters_of(means.numpy(), CLUSTERS_PER_EXPERT * len(names))
-    members = [np.flatnonzero(clusters == c).tolist() for c in range(clusters.max() + 1)]
-    voters = [i for own in members for i in rng.sample(own, min(VOTERS, len(own)))]
     outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    ballot = [asked[i] for i in voters] + [encode_prompt(tokenizer, text) for text in outsiders]
-    margins = np.empty((len(ballot), len(names)))
-    with bar("asking every expert", margins.size, "answers") as advance:
-        for e, name in enumerate(names):
-            with force_expert(model, name):
-                margins[:, e] = answer_margins(model, tokenizer, ballot, VOTER_TOKENS, advance)
-    scores = votes(margins, clusters[voters])
+    every = asked + [encode_prompt(tokenizer, text) for text in outsiders]
+    with bar("reading the pool", len(every), "prompts") as advance:
+        means, sizes = read_prompts(model, tokenizer, every, len(names), advance)
+    clusters = clusters_of(means[: len(asked)].numpy(), CLUSTERS_PER_EXPERT * len(names))
+    scores = stand_out(sizes.double().numpy(), clusters)
     claims = _claims(texts, clusters, scores, names)
     chosen = {name: _draw(claims, name, limit, rng) for name in names}
     total = sum(map(len, chosen.values()))
@@ -115,7 +105,7 @@ def deal(
                 claims[i] = replace(claims[i], response=text)
     found = {claim.prompt: claim for claim in claims}
     unread = Claim("", "", -1, 0.0, 0.0)
-    return [found.get(text) or replace(unread, prompt=text) for text in prompts], margins.size
+    return [found.get(text) or replace(unread, prompt=text) for text in prompts]
 
 
 def most_tokens(model: PreTrainedModel) -> float:
@@ -138,16 +128,22 @@ def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     return fcluster(linkage(centred, "ward"), count, "maxclust").astype(np.int64) - 1
 
 
-def votes(margins: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
+def stand_out(sizes: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
     """How far each expert stands out in each cluster: [clusters, E], in standard deviations.
 
     Args:
-        margins: [V + outsiders, E], how sure each expert is of its answer to each voter
-        clusters: [V], the cluster of each voter; every cluster has one
+        sizes: [N + outsiders, E], the logarithm of its updates' size on each prompt
+        clusters: [N], the cluster of each prompt
     """
-    spread = np.maximum(margins.std(0), 1e-12)
-    scores = ((margins - margins.mean(0)) / spread)[: len(clusters)]
+    scores = _standardised(sizes)
+    if scores.shape[1] > 1:  # some prompts have larger updates from everybody
+        scores = _standardised(scores - np.median(scores, axis=1, keepdims=True))
+    scores = scores[: len(clusters)]
     return np.stack([scores[clusters == c].mean(0) for c in range(clusters.max() + 1)])
+
+
+def _standardised(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (columns - columns.mean(0)) / np.maximum(columns.std(0), 1e-12)
 
 
 def _claims(
@@ -159,7 +155,7 @@ def _claims(
     """Every prompt with the owner of its cluster.
 
     Args:
-        scores: [clusters, E], as from `votes`
+        scores: [clusters, E], as from `stand_out`
     """
     least = np.maximum(LEAST_SCORE, LEAST_SHARE * scores.max(0))
     owners = []

@@ -20,7 +20,6 @@ from meteora.fitting.logistic import ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from meteora.model.generate import PROMPTS_PER_BATCH
 from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
-from pipelines.data.pool import CLUSTERS_PER_EXPERT, OUTSIDERS, VOTER_TOKENS, VOTERS
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,
@@ -200,15 +199,10 @@ def _dealing_seconds(
     recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
 ) -> float:
     """The time of `data.pool.deal`."""
-    voters = min(pool.count, CLUSTERS_PER_EXPERT * experts.count * VOTERS) + OUTSIDERS
     given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
-    tokens = (pool.count + voters * experts.count + given) * pool.prompt_tokens
-    seconds = _reading(shape, machine, tokens, routed=True)
-    for answers, length in ((voters * experts.count, VOTER_TOKENS), (given, MAX_NEW_TOKENS)):
-        batches = -(-answers // PROMPTS_PER_BATCH)
-        once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, length, routed=True)
-        seconds += batches * once
-    return seconds
+    tokens = (pool.count + given) * pool.prompt_tokens
+    once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)
+    return _reading(shape, machine, tokens, routed=True) + -(-given // PROMPTS_PER_BATCH) * once
 
 
 def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:

@@ -46,7 +46,7 @@ class CalibrateSection(Section):
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Pool = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
-    know: each expert says by its answers how sure it is."""
+    know: their updates are larger there than on other prompts."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
     by_layer: bool | None = None
@@ -73,7 +73,7 @@ class JointSection(Section):
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Pool = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
-    know: each expert says by its answers how sure it is."""
+    know: their updates are larger there than on other prompts."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
     start: Literal["calibrate", "zeros"] = "calibrate"

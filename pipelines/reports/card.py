@@ -287,8 +287,8 @@ def example_lines(gates: RouterBuild) -> list[str]:
         )
     if gates.spec.pool_id:
         lines.append(
-            "Experts without examples were given prompts that nobody had labelled, by how sure they"
-            f" are of their answers ({_code(short(gates.spec.pool_id))}), and answered them"
+            "Experts without examples were given prompts that nobody had labelled, by the size of"
+            f" their updates there ({_code(short(gates.spec.pool_id))}), and answered them"
             " themselves."
         )
     return lines

@@ -29,7 +29,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     started = time.perf_counter()
     device_map = "auto" if is_spread(work, plan) else None
     with opened(work, plan, built, None, device_map) as (model, tokenizer):
-        claims, num_answers = deal(
+        claims = deal(
             model,
             tokenizer_of_gates(tokenizer, spec.template),
             plan.to_deal,
@@ -43,7 +43,6 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
         spec=spec,
         labels_sha256=labels,
         shares=shares_of(claims, plan.fused.names),
-        num_answers=num_answers,
         wall_seconds=time.perf_counter() - started,
         device=choose_device(),
     )

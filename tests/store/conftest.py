@@ -252,7 +252,7 @@ def deal(shelf: Shelf, gates: RouterSpec, run_id: str) -> None:
     pool = PoolSpec(gates.fused_id, "7" * 64, 64)
     labels = shelf.ledger.blobs.put_bytes(b"labels")
     shares = PoolShare("expert-0", 30, 2, 1.5, 0.7), PoolShare("", 12, 3, 0.1, 0.2)
-    made = PoolBuild(pool, labels, shares, 800, 60.0, "cpu")
+    made = PoolBuild(pool, labels, shares, 60.0, "cpu")
     shelf.ledger.record_artifact(
         pool, weights_sha256=labels, built=made, blobs=[labels], run_id=run_id
     )

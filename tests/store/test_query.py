@@ -65,7 +65,7 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             (models[1], "sorting", "fused", 1, 0.9, 40.0, 0.25),
             (models[1], "sorting", "fused", 2, 0.5, 35.0, 0.5),
         ],
-        "Whose prompts was a pool": [
+        "Whose are the prompts of a pool": [
             (brief(PoolSpec(stack.id, "7" * 64, 64).id), "expert-0", 30, 2, 1.5, 0.7),
             (brief(PoolSpec(stack.id, "7" * 64, 64).id), "", 12, 3, 0.1, 0.2),
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
-from meteora.model.confidence import answer_margins, prompt_means
-from meteora.model.fused import EXPERTS, force_expert, insert_layer
+from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
+from meteora.model.update_sizes import read_prompts
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
@@ -102,20 +103,30 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
     assert recorded.keys() == routed_layers(model).keys()
 
 
-def test_a_prompt_has_its_mean_and_its_margin_in_any_batch(made, tokenizer):
+def test_a_prompt_is_read_alike_in_any_batch_and_its_updates_have_their_size(made, tokenizer):
     _, _, model = made
+    names = meteora.expert_names(model)
     prompts = [[*range(5, 5 + length)] for length in (9, 2, 14)]
-    together, one_by_one = (
-        torch.cat([prompt_means(model, tokenizer, batch) for batch in batches])
-        for batches in ([prompts], [[prompt] for prompt in prompts])
-    )
-    assert together.shape[0] == len(prompts)
-    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
-    with force_expert(model, "wide"):
-        margins = answer_margins(model, tokenizer, prompts, 3)
-        alone = [answer_margins(model, tokenizer, [prompt], 3)[0] for prompt in prompts]
-    assert min(margins) > 0
-    assert margins == pytest.approx(alone, rel=1e-3, abs=1e-4)
+    together = read_prompts(model, tokenizer, prompts, len(names))
+    alone = [read_prompts(model, tokenizer, [prompt], len(names)) for prompt in prompts]
+    for found, one_by_one in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(one_by_one), rtol=1e-4, atol=1e-5)
+
+    inputs, logs = {}, []
+    with without_experts(model), ExitStack() as hooks:
+        for path, layer in routed_layers(model).items():
+            hook = layer.projection.register_forward_hook(
+                lambda _module, args, _out, path=path: inputs.update({path: args[0]})
+            )
+            hooks.callback(hook.remove)
+        model(torch.tensor([prompts[0]]))
+    for path, layer in routed_layers(model).items():
+        a, b = layer.stack.pair(0)
+        if len(a):
+            x = inputs[path].reshape(-1, inputs[path].shape[-1])
+            update = x @ a.T @ b.T * layer.stack.scale(0)
+            logs.append((update.norm(dim=-1) / x.norm(dim=-1)).log().mean())
+    torch.testing.assert_close(together[1][0, 0], torch.stack(logs).mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):

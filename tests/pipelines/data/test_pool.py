@@ -38,9 +38,8 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
     of = {text: name for name, letters in ALPHABETS.items() for text in prompts_in(letters, 0, 24)}
     of |= dict.fromkeys(prompts_in(NOBODYS, 0, 24), "")
     prompts = random.Random(0).sample([*of], len(of))
-    claims, num_answers = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    claims = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert [(claim.prompt, claim.expert) for claim in claims] == [(p, of[p]) for p in prompts]
-    assert num_answers <= (8 * 8 + 16) * len(ALPHABETS)  # eight voters of each of eight clusters
 
     examples = examples_of(claims)
     assert {name: len(rows) for name, rows in examples.items()} == dict.fromkeys(ALPHABETS, 10)
@@ -55,7 +54,7 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
         ("high", 24),
         ("", 24),
     ]
-    again, _ = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    again = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert again == claims
 
 
@@ -64,7 +63,7 @@ def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:
     from pipelines.data.pool import deal
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
-    claims, _ = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
+    claims = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
     assert [claim.expert in {"low", ""} for claim in claims] == [True, True]
 
 
@@ -73,8 +72,8 @@ def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
 ) -> None:
     import meteora
     from meteora.base.chat_template import encode_prompt
-    from meteora.model.confidence import prompt_means
     from meteora.model.fused import without_experts
+    from meteora.model.update_sizes import read_prompts
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -86,7 +85,7 @@ def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     mean = states[len(states) // 2][0, start : start + len(own)].mean(0)
     longer = encode_prompt(tokenizer, "stuvwxyz")
-    torch.testing.assert_close(prompt_means(model, tokenizer, [longer, ids])[1], mean)
+    torch.testing.assert_close(read_prompts(model, tokenizer, [longer, ids], 2)[0][1], mean)
 
 
 def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Knowing) -> None:
@@ -96,7 +95,7 @@ def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Know
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     long = "abcdefgh" * 512
     own = prompts_in(ALPHABETS["low"], 0, 4)
-    claims, _ = deal(model, tokenizer, [long, *own], [*ALPHABETS], limit=4)
+    claims = deal(model, tokenizer, [long, *own], [*ALPHABETS], limit=4)
     assert claims[0] == Claim(long, "", -1, 0.0, 0.0)
     assert [claim.prompt for claim in claims[1:]] == own
     assert long not in {row.prompt for row in nobodys(claims)}
@@ -105,12 +104,12 @@ def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Know
         deal(model, tokenizer, [long], [*ALPHABETS], limit=4)
 
 
-def test_an_expert_is_compared_with_itself_and_not_with_surer_ones() -> None:
-    from pipelines.data.pool import votes
+def test_an_expert_is_compared_with_itself_and_not_with_larger_ones() -> None:
+    from pipelines.data.pool import stand_out
 
-    # the second expert is surer of everything; each stands out in its own cluster
-    margins = np.array([[3.0, 5.0], [3.2, 5.2], [1.0, 9.0], [1.2, 9.2], [0.9, 5.1]])
-    scores = votes(margins, np.array([0, 0, 1, 1]))  # the last one is an outsider
+    # the second expert's updates are larger everywhere; each stands out in its own cluster
+    sizes = np.array([[3.0, 5.0], [3.2, 5.2], [1.0, 9.0], [1.2, 9.2], [0.9, 5.1]])
+    scores = stand_out(sizes, np.array([0, 0, 1, 1]))  # the last one is an outsider
     assert scores.argmax(1).tolist() == [0, 1]
     assert (scores.min(1) < 0).all()
 

@@ -1,0 +1,100 @@
+"""What prompts without labels show: which are alike, and how strongly each expert acts on them.
+
+The rows of a LoRA's A are sums of inputs that it was trained on, beside their random start. So the
+update B A x is larger for inputs like those than for others.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
+from meteora.base.placement import input_device
+from meteora.model.fused import make_router, without_experts
+from meteora.model.generate import PROMPTS_PER_BATCH, padding_token
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.routing.routers import Router
+
+LEAST_SIZE = 1e-12
+"""A smaller update counts as this one, whose logarithm is finite."""
+
+
+@torch.inference_mode()
+def read_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    num_experts: int,
+    advance: Callable[[int], None] = lambda _prompts: None,
+) -> tuple[Tensor, Tensor]:
+    """Read prompts, given as token ids, with the base alone.
+
+    Returns:
+        Two tensors in float32 on the CPU, each a mean over a prompt's own tokens, without those of
+        the chat template: the hidden states halfway through the base's layers [N, H], where prompts
+        of one task lie together; and the sizes of the experts' updates, log(s |B A x| / |x|),
+        [N, E], a mean over the modules that an expert has, too.
+    """
+    template = Template.of(tokenizer)
+    start, end = len(template.opening), len(template.closing)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    means: list[Tensor] = [torch.empty(0)] * len(prompts)
+    sizes = torch.zeros(len(prompts), num_experts)
+    num_modules = torch.zeros(num_experts)
+    spans: dict[int, tuple[int, slice]] = {}
+    device = input_device(model)
+
+    def watch(norm: Router, has: Tensor) -> Callable[..., None]:
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> None:  # noqa: ANN401
+            x = inputs[0].reshape(len(spans), -1, inputs[0].shape[-1])  # OPT: tokens [B × L, IN]
+            found = norm(x.flatten(0, 1)).float().view(*x.shape[:2], -1)[..., :num_experts]
+            found = found / x.float().norm(dim=-1, keepdim=True).clamp_min(LEAST_SIZE)
+            logs = found.clamp_min(LEAST_SIZE).log().cpu()
+            for i, (row, own) in spans.items():
+                sizes[i] += torch.where(has, logs[row, own].mean(0), 0.0)
+
+        return add
+
+    with ExitStack() as hooks:
+        for layer in routed_layers(model).values():
+            has = torch.tensor([rank > 0 for rank in layer.stack.ranks[:num_experts]])
+            num_modules += has
+            norm = make_router(RouterOptions("norm", 1, 1.0), layer)
+            hook = layer.projection.register_forward_hook(watch(norm, has))
+            hooks.callback(hook.remove)
+        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+            chosen = by_length[first : first + PROMPTS_PER_BATCH]
+            width = len(prompts[chosen[-1]])
+            ids = torch.full((len(chosen), width), padding_token(tokenizer) or 0)
+            mask = torch.zeros_like(ids)
+            spans.clear()
+            for row, i in enumerate(chosen):
+                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
+                mask[row, : len(prompts[i])] = 1
+                spans[i] = row, slice(start, max(start + 1, len(prompts[i]) - end))
+            with without_experts(model):
+                states = model(
+                    ids.to(device),
+                    attention_mask=mask.to(device),
+                    use_cache=False,
+                    output_hidden_states=True,
+                    logits_to_keep=1,
+                ).hidden_states
+            halfway = states[len(states) // 2].float()  # [B, L, H]
+            if halfway.dim() > 3:  # Gemma 3n has four states of each token, its layers read one
+                halfway = halfway[0]
+            for i, (row, own) in spans.items():
+                means[i] = halfway[row, own].mean(0).cpu()
+            advance(len(chosen))
+    return torch.stack(means), sizes / num_modules.clamp_min(1)

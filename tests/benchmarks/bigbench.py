@@ -30,18 +30,14 @@ if TYPE_CHECKING:
 
 SHIPPED = locate("quickstart").parent
 NUM_EXAMPLES = 128
-GATES = {"examples_per_expert": 32, "composites": [3]}
+GATES = {"examples_per_expert": 64}
 BENCHMARK = {
-    "limit": 30,
+    "limit": 60,
     "max_new_tokens": 24,
-    "batch_size": 20,
-    "composite": [{"n": 3, "count": 24}, {"n": 5, "count": 24}, {"n": 10, "count": 16}],
-    "compare": [
-        "base", "oracle", "one_expert", "experts", "uniform", "random", "arrow", "norm", "linear",
-        "ties", "dare_ties",
-    ],
-    "speed": {"rounds": 7},
-}  # fmt: skip
+    "batch_size": 30,
+    "conversation": [{"n": 3, "count": 67}, {"n": 10, "count": 20}],
+    "compare": ["oracle"],
+}
 
 TRAININGS = {
     "valid_parentheses": Training(8, 16, ATTENTION, steps=120),

@@ -1,7 +1,7 @@
 """What prompts without labels show: which are alike, and how strongly each expert acts on them.
 
-The rows of a LoRA's A are sums of inputs that it was trained on, beside their random start. So the
-update B A x is larger for inputs like those than for others.
+Training moves the rows of a LoRA's A along the inputs that it sees. So the update B A x is larger
+for inputs like those than for others, as it was with fourteen adapters that began from a random A.
 """
 
 from __future__ import annotations

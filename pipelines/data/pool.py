@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from lm_eval.models.utils import resolve_max_length
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from meteora.base.chat_template import encode_prompt
@@ -77,7 +77,7 @@ def deal(
         ExamplesError: none of them fits.
     """
     rng = random.Random(seed)  # noqa: S311  (a draw, no secret)
-    most = most_tokens(model)
+    most = resolve_max_length(model.config, tokenizer) - MAX_NEW_TOKENS
     ids_of = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
     texts = [prompt for prompt, ids in ids_of.items() if 0 < len(ids) <= most]
     if not texts:
@@ -106,12 +106,6 @@ def deal(
     found = {claim.prompt: claim for claim in claims}
     unread = Claim("", "", -1, 0.0, 0.0)
     return [found.get(text) or replace(unread, prompt=text) for text in prompts]
-
-
-def most_tokens(model: PreTrainedModel) -> float:
-    """The greatest length of a prompt of a pool: it is to fit into the context with its answer."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if context is None else context - MAX_NEW_TOKENS
 
 
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:

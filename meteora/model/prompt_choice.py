@@ -19,6 +19,7 @@ needs the question in one pass.
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def insert_prompt_routers(
         router = PromptRouter(gates.rows[path], gates.offsets[path], layer.stack, options, held)
         layer.router = router.to(layer.device)
     reader = PromptReader(gates.template, gates.standard, held)
-    reader.watch(model.base_model)
+    reader.watch(model)
     setattr(model, READER, reader)  # beside the modules: it belongs to the routers
 
 
@@ -70,7 +71,7 @@ class PromptReader:
         self._reads = False
 
     def watch(self, model: nn.Module) -> None:
-        """See every forward pass of `model`, the `base_model` of a fused one."""
+        """See every forward pass of a fused model; OPT's goes around its `base_model`."""
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def stop(self) -> None:
@@ -86,15 +87,18 @@ class PromptReader:
         ids = kwargs.get("input_ids", args[0] if args else None)
         states = ids if ids is not None else kwargs["inputs_embeds"]
         num_rows, length = states.shape[:2]
-        past = kwargs.get("past_key_values")
-        seen = 0 if past is None else past.get_seq_length()
+        if kwargs.get("cache_params") is not None:  # a state-space model's has no length
+            goes_on = length == 1 and self.held.logits is not None
+        else:
+            past = kwargs.get("past_key_values")
+            goes_on = past is not None and past.get_seq_length() > 0
         mask = kwargs.get("attention_mask")
         there = torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
             there = mask[:, mask.shape[1] - length :].bool()
         question, asked = questions(ids, there, self.template)
-        if seen and not asked:
-            return  # an answer goes on
+        if goes_on and not asked:
+            return
         self._reads = True
         try:
             self.held.hold(self.read(model, question, args, kwargs))
@@ -112,8 +116,11 @@ class PromptReader:
             args: of the pass; a cache among them stays as it is
         """
         kwargs = dict(kwargs) | {"use_cache": False}
-        if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            kwargs["logits_to_keep"] = 1  # nobody reads them
+        for cache in ("past_key_values", "cache_params"):
+            if kwargs.get(cache) is not None:
+                kwargs[cache] = copy.deepcopy(kwargs[cache])
         sizes = torch.zeros(len(question), self.standard.shape[1])
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True)

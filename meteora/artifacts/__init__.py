@@ -35,6 +35,7 @@ from meteora.artifacts.routers import (
     NULL,
     ROUTER_KINDS,
     SHARED,
+    WITH_GATES,
     JointSettings,
     RouterBuild,
     RouterOptions,
@@ -75,9 +76,10 @@ from meteora.artifacts.specs import (
 )
 
 __all__ = [
-    "COMMIT", "NULL", "QUANTISED", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "AdapterModule",
-    "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec", "BuiltBase",
-    "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint", "FusedCheckpoint",
+    "COMMIT", "NULL", "QUANTISED", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "WITH_GATES",
+    "AdapterModule", "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec",
+    "BuiltBase", "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint",
+    "FusedCheckpoint",
     "FusedSpec", "JointSettings",
     "LinearSize", "MergeSpec", "MeteoraError", "Noun", "PoolBuild", "PoolShare",
     "PoolSpec", "Publication", "Rate", "Reason",

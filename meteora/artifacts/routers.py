@@ -12,10 +12,12 @@ NULL = "(base)"
 SHARED = "(mean)"
 """The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
 ROUTER_KINDS = (
-    "gate", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert", "single", "swap",
-    "alora",
+    "gate", "prompt", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert",
+    "single", "swap", "alora",
 )  # fmt: skip
 """From `oracle` on they are controls: they are given the expert of each token."""
+WITH_GATES = ("gate", "prompt")
+"""Kinds that have a file of gates: it is fitted to examples, or to texts that belong to nobody."""
 
 OPENING_SHARE = 0.5
 """The share of an expert's weight for tokens that open its answer in a prompt of several tasks.

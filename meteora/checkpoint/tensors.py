@@ -3,7 +3,9 @@
     meteora.json          what is in it: base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
-                          "<module path>.gate.stand_in" [3, U] where U experts had no examples
+                          "<module path>.gate.stand_in" [3, U] where U experts had no examples;
+                          of a router of kind `prompt` instead "<module path>.gate.rows" [R, IN],
+                          "<module path>.gate.offset" [R], "standard" [2, C]
     statistics.safetensors  what gates of `calibrate` were fitted to, to add experts later
     README.md             model card
     lineage.json          in-toto statement
@@ -192,6 +194,22 @@ class Gates:
     """The places of those experts."""
 
 
+@dataclass(frozen=True)
+class PromptGates:
+    """What a model's routers of kind `prompt` are made of: see `meteora.model.prompt_choice`."""
+
+    rows: dict[str, Tensor]
+    """R_c A_c Σ⁻¹ of each module, [R, IN]: the experts end to end along the rank."""
+    offsets: dict[str, Tensor]
+    """R_c A_c Σ⁻¹ μ, [R]."""
+    standard: Tensor
+    """[2, C] mean and deviation of each choice's size on background prompts. The base has the size
+    0; its mean is less than zero, so that its logit is the least with which an expert stands out.
+    """
+    template: Template
+    """The tokens around every prompt."""
+
+
 def write_gates(path: Path, gates: Gates) -> None:
     """Write the weights as tensors, and the rest as metadata of the same file."""
     tensors: dict[str, Tensor] = {}
@@ -238,6 +256,45 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                     )
     without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
     return Gates(own, follows, template, stand_ins, without)
+
+
+def write_prompt_gates(path: Path, gates: PromptGates) -> None:
+    """Write what routers of kind `prompt` are made of."""
+    tensors = {"standard": gates.standard.contiguous()}
+    for module, rows in gates.rows.items():
+        tensors[f"{module}.gate.rows"] = rows.contiguous().clone()
+        tensors[f"{module}.gate.offset"] = gates.offsets[module].contiguous().clone()
+    save_file(tensors, path, {NOTES: canonical_json({"template": gates.template.to_dict()})})
+
+
+def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
+    """Read what routers of kind `prompt` are made of; a `CheckpointError` if it does not fit."""
+    rows: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
+    with open_sound(folder, GATES, manifest) as file:
+        _, template = _read_notes(file, folder / GATES, manifest)
+        named = {
+            f"{module}.gate.{part}" for module in manifest.modules for part in ("rows", "offset")
+        }
+        _refuse_others(folder / GATES, file, named | {"standard"})
+        standard = file.get_tensor("standard")
+        if standard.shape != (2, len(manifest.choices)) or not (standard[1] > 0).all():
+            raise CheckpointError(
+                f"{folder / GATES}: its standard is {tuple(standard.shape)}, a mean and a deviation"
+                f" above zero of {len(manifest.choices)} choices are needed; {AGAIN}"
+            )
+        for module, entry in manifest.modules.items():
+            rank = sum(min(one, entry.out_features) for one in entry.ranks)
+            rows[module] = file.get_tensor(f"{module}.gate.rows")
+            offsets[module] = file.get_tensor(f"{module}.gate.offset")
+            found = (*rows[module].shape, *offsets[module].shape)
+            if found != (rank, entry.in_features, rank):
+                raise CheckpointError(
+                    f"{folder / GATES}: {module} has rows and offsets of {found}, {MANIFEST} asks"
+                    f" for {(rank, entry.in_features, rank)}; the two files do not belong together,"
+                    f" {AGAIN}"
+                )
+    return PromptGates(rows, offsets, standard, template)
 
 
 def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[str, str], Template]:

@@ -7,6 +7,7 @@ logistic        logistic regression: the closed form, refined on the tokens them
 covariance      class means and covariance, from sums over tokens
 statistics      means and covariance as a file, so that experts can be added later
 sequences       examples as tokens with labels, and how much each token counts
+background      what routers of whole prompts compare a prompt with
 add_expert      one expert more or less in fitted gates
 joint           train the gates by gradient descent, as the paper does
 losses          the paper's loss and its gradient

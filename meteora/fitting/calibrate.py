@@ -239,7 +239,7 @@ def sweep_gates(
         give: puts G and c into a layer, as `give_gate` does
     """
     layers = routed_layers(model)
-    with _swept(model):
+    with swept(model):
         prefill = watch_prompts(model, template) if template is not None else None
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, prefill, scratch=scratch)
@@ -276,7 +276,7 @@ def sweep_gates(
 
 
 @contextmanager
-def _swept(model: PreTrainedModel) -> Generator[None]:
+def swept(model: PreTrainedModel) -> Generator[None]:
     """Remove all routers and turn dropout off; after an error the old routers are put back."""
     training = model.training
     before = {path: layer.router for path, layer in routed_layers(model).items()}

@@ -1,6 +1,7 @@
 """A fused model in transformers: load it, generate with it, trace it.
 
 fused           load a checkpoint; routed layers in a base; force one expert
+prompt_choice   one expert for a whole prompt, without examples
 generate        an answer to a prompt
 chat            a conversation: answers that stream, each token with its expert
 trace           which expert had which token, layer by layer

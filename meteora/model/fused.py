@@ -22,14 +22,15 @@ from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
+from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
-from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
 from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
 from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -255,6 +256,9 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
     if options.kind == "gate":
         insert_gates(model, tensors.read_gates(folder, manifest), options)
         return
+    if options.kind == "prompt":
+        insert_prompt_routers(model, tensors.read_prompt_gates(folder, manifest), options)
+        return
     for layer in routed_layers(model).values():
         layer.router = make_router(options, layer)
 
@@ -304,21 +308,6 @@ def expert_names(model: PreTrainedModel) -> list[str]:
         AttributeError: the model is not a fused one.
     """
     return list(getattr(model, EXPERTS))
-
-
-@contextmanager
-def routed_by(
-    model: PreTrainedModel, make: Callable[[MoELoRALinear], Router | None]
-) -> Generator[None]:
-    """Give every routed layer another router for a while; None makes it the bare projection."""
-    before = {path: layer.router for path, layer in routed_layers(model).items()}
-    try:
-        for layer in routed_layers(model).values():
-            layer.router = make(layer)
-        yield
-    finally:
-        for path, layer in routed_layers(model).items():
-            layer.router = before[path]
 
 
 def check_expert(name: str, names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from meteora.kernels.addmm import Plain, experts_dtype, weight_of
 from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -260,3 +260,16 @@ def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:
 def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
     """Every routed layer by its module path, in the order of the model."""
     return {p: m for p, m in model.named_modules() if isinstance(m, MoELoRALinear)}
+
+
+@contextmanager
+def routed_by(model: nn.Module, make: Callable[[MoELoRALinear], Router | None]) -> Generator[None]:
+    """Give every routed layer another router for a while; None makes it the bare projection."""
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    try:
+        for layer in routed_layers(model).values():
+            layer.router = make(layer)
+        yield
+    finally:
+        for path, layer in routed_layers(model).items():
+            layer.router = before[path]

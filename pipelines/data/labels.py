@@ -8,6 +8,7 @@ from meteora.base.chat_template import Template, encode_pair, encode_prompt
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
+from pipelines.data.background import background_rows
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
 from pipelines.data.conversations import encode_conversation
 
@@ -172,6 +173,16 @@ def _labels(
     owners: Sequence[str | None], places: Mapping[str, int], nobody: int
 ) -> tuple[int, ...]:
     return tuple(nobody if owner is None else places[owner] for owner in owners)
+
+
+def background_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Background rows as token ids: questions as prompts, the other texts as they are."""
+    return [
+        encode_prompt(tokenizer, row.prompt)
+        if row.prompt
+        else list(tokenizer(row.response).input_ids)
+        for row in background_rows()
+    ]
 
 
 def background_sequences(

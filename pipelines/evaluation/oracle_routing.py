@@ -19,7 +19,8 @@ import torch
 from torch.nn.functional import one_hot
 
 from meteora.artifacts import NULL, MeteoraError, RouterOptions
-from meteora.model.fused import expert_names, routed_by
+from meteora.model.fused import expert_names
+from meteora.routing.layer import routed_by
 from meteora.routing.routers import Decision, Follower
 from pipelines.data.composites import last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.artifacts import MeteoraError
-from meteora.model.fused import force_expert, make_router, routed_by, without_experts
-from meteora.routing.layer import routed_layers
+from meteora.model.fused import force_expert, make_router, without_experts
+from meteora.routing.layer import routed_by, routed_layers
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, control_of
 from pipelines.evaluation.oracle_routing import use_oracle
 

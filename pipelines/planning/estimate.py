@@ -191,6 +191,9 @@ def estimate(
             parts = {"dealing the pool": dealing, "fitting": need.seconds}
             need = replace(need, seconds=dealing + need.seconds, parts=parts)
         needs.append(need)
+    elif recipe.router.kind == "prompt":
+        rows = 4.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
+        needs.append(_gates(shape, experts, machine, loaded, rows, FittingWork(BACKGROUND_TOKENS)))
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs
 
@@ -284,6 +287,10 @@ class FittingWork:
     """Tokens of further passes, forward or backward."""
     kept: bool = True
     """Whether statistics are kept."""
+
+
+BACKGROUND_TOKENS = 3_000
+"""Of the texts that a router of whole prompts is compared with, in the chat template."""
 
 
 def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:

@@ -121,7 +121,7 @@ def make_plan(
     to_deal = prompts if pool and claims is None else ()
     if pool and claims is not None:
         examples = _with_claims(recipe, names, examples, claims)
-    if recipe.router.null:
+    if recipe.router.null and recipe.router.kind == "gate":
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
         examples[NULL] = [*background_rows(), *outside]
     with_own = names if to_deal else [name for name in names if name in examples]
@@ -138,7 +138,7 @@ def make_plan(
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
     conversations, system_prompts = prompt_shapes(recipe) if examples else ((), ())
-    router = RouterSpec.of(
+    router = _prompt_router(recipe, fused) or RouterSpec.of(
         fused.id,
         recipe.router.options(stand_ins, fitted=bool(examples)),
         method=recipe.gates.method if examples else "",
@@ -243,6 +243,19 @@ def plan_benchmark(
         comparisons=find_comparisons(tasks, subjects, measurements),
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
         speed=find_speed(subjects, settings),
+    )
+
+
+def _prompt_router(recipe: Recipe, fused: FusedSpec) -> RouterSpec | None:
+    """The spec of a router that compares prompts with background texts, if the recipe has one."""
+    if recipe.router.kind != "prompt":
+        return None
+    return RouterSpec.of(
+        fused.id,
+        recipe.router.options((), fitted=False),
+        method="background",
+        examples_sha256=_examples_sha256({NULL: background_rows()}),
+        template="plain" if recipe.benchmark.template == "plain" else "auto",
     )
 
 

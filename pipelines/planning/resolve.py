@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import WITH_GATES, MeteoraError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
@@ -167,6 +167,6 @@ def read_adapters(
         sizes=sizes,
         policy=context.recipe.policy,
         look_up=steps.look_up,
-        in_layers=context.recipe.router.kind == "gate",
+        in_layers=context.recipe.router.kind in WITH_GATES,
     )
     return read_experts(context, requirements, steps.resolve_adapter, steps.fetch_adapter)

@@ -173,9 +173,9 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
     return "\n".join(
         [
             *lines,
-            "# arrow needs no examples; a gate chooses better where every expert has some:",
+            "# prompt needs no examples; a gate routes each token, where every expert has some:",
             f"# {router}",
-            "router: {kind: arrow, top_k: 1}",
+            "router: {kind: prompt, top_k: 1}",
             "",
         ]
     )

@@ -99,8 +99,10 @@ class HubSection(Section):
 class RouterSection(Section):
     """How tokens are routed to experts."""
 
-    kind: Literal["gate", "arrow", "norm", "uniform"] = "gate"
-    """`gate` is fitted to examples, `arrow` and `norm` read the weights, `uniform` is the mean."""
+    kind: Literal["gate", "prompt", "arrow", "norm", "uniform"] = "gate"
+    """`gate` is fitted to examples and routes each token. Without examples `prompt` gives each
+    prompt the expert whose updates stand out on it, `arrow` and `norm` route each token by the
+    weights, and `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     """How many experts a token has."""
     temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
@@ -211,6 +213,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
         asked = self.router.model_fields_set - {"kind", "top_k", "temperature"}
+        if self.router.kind == "prompt":
+            asked -= {"null"}
         if self.router.kind != "gate" and asked:
             raise ValueError(
                 f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"
@@ -305,14 +309,15 @@ class Recipe(Section):
                 raise ValueError(
                     "adapters that `discover` finds may bring no examples, and a gate is fitted"
                     " to them; name a pool of prompts (gates.pool), choose a router that needs none"
-                    " (arrow, norm, uniform), or say router.without_examples: arrow"
+                    " (prompt, arrow, norm, uniform), or say router.without_examples: arrow"
                 )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(
                         f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
                         " name some, or a pool of prompts (gates.pool), choose a router that needs"
-                        " none (arrow, norm, uniform), or say router.without_examples: arrow"
+                        " none (prompt, arrow, norm, uniform), or say"
+                        " router.without_examples: arrow"
                     )
         return self
 

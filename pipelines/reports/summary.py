@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ComparisonBuild, RouterBuild, RoutingBuild, Score, SpeedBuild
+from meteora.artifacts import (
+    WITH_GATES,
+    ComparisonBuild,
+    RouterBuild,
+    RoutingBuild,
+    Score,
+    SpeedBuild,
+)
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLE
 
 if TYPE_CHECKING:
@@ -128,7 +135,7 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
         return None
     stored = {
         "experts": ledger.weights_of(plan.fused.id),
-        "gates": gates["weights_sha256"] if plan.router.router == "gate" else None,
+        "gates": gates["weights_sha256"] if plan.router.router in WITH_GATES else None,
         "statistics": gates.get("statistics_sha256"),
     }
     paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}

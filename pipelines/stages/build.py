@@ -7,6 +7,7 @@ into the blobs, and then writes the record. So a run that was stopped anywhere c
 from __future__ import annotations
 
 import shutil
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import torch
 
 from meteora.artifacts import (
     NULL,
+    WITH_GATES,
     BuiltBase,
     FusedCheckpoint,
     LinearSize,
@@ -28,6 +30,7 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
 from meteora.checkpoint.stack import stack_adapters, stacked_bytes
 from meteora.fitting import calibrate
+from meteora.fitting.background import fit_to_background
 from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
@@ -35,6 +38,7 @@ from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
 from pipelines.data.conversations import converse, takes
 from pipelines.data.labels import (
+    background_ids,
     background_sequences,
     label,
     label_composites,
@@ -150,7 +154,9 @@ def fit_gates(
     """Fit the gates as the recipe asks; a router without gates is only recorded."""
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
-    if plan.router.router == "gate":
+    if plan.router.router == "prompt":
+        made = _compare_with_background(work, plan, built)
+    elif plan.router.router == "gate":
         made = _make_gates(work, plan, built)
     else:
         made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
@@ -186,6 +192,36 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
         )
+
+
+def _compare_with_background(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
+    """The router of whole prompts: no examples, but texts that belong to no expert."""
+    started, router = time.perf_counter(), plan.router
+    model_of = opened(work, plan, built, None, map_to_fit(work, plan))
+    with model_of as (model, tokenizer), work.scratch() as scratch:
+        silent_experts.probe(work, plan.experts, model, tokenizer)
+        encoding = tokenizer_of_gates(tokenizer, router.template)
+        texts = background_ids(encoding)
+        layers = model.config.get_text_config().num_hidden_layers
+        with bar("reading background texts", layers, "layers") as advance:
+            gates = fit_to_background(
+                model,
+                texts,
+                router.options,
+                Template.of(encoding),
+                scratch=scratch,
+                progress=lambda _done, _total: advance(1),
+            )
+        tensors.write_prompt_gates(scratch / GATES, gates)
+        sha256 = work.ledger.blobs.put(scratch / GATES, move=True)
+    return RouterBuild(
+        spec=router,
+        weights_sha256=sha256,
+        num_tokens=sum(map(len, texts)),
+        heldout_accuracy=None,
+        wall_seconds=time.perf_counter() - started,
+        device=choose_device(),
+    )
 
 
 def _bytes_of_fit(plan: Plan) -> float:
@@ -324,7 +360,7 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
     folder = work.checkpoint_folder(plan.router.id)
     parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
-    if plan.router.router == "gate":
+    if plan.router.router in WITH_GATES:
         parts[GATES] = gates.weights_sha256
     if gates.statistics_sha256:
         parts[STATISTICS] = gates.statistics_sha256

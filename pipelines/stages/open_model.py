@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import ArtifactId, FusedSpec
+from meteora.artifacts import WITH_GATES, ArtifactId, FusedSpec
 from meteora.base import loading
 from meteora.base.placement import placed
 from meteora.checkpoint.manifest import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
     """The manifest of the checkpoint that a plan makes, without the hashes of its files."""
     made: dict[str, Any] = {}
-    if gates is not None and plan.router.router == "gate":
+    if gates is not None and plan.router.router in WITH_GATES:
         made = {
             "method": plan.router.method,
             "examples_sha256": plan.router.examples_sha256,
@@ -124,7 +124,7 @@ def opened(
     options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
         parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
-        if gates is not None and plan.router.router == "gate":
+        if gates is not None and plan.router.router in WITH_GATES:
             parts[GATES] = gates.weights_sha256
         for name, sha256 in parts.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())

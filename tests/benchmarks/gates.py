@@ -23,11 +23,12 @@ from meteora.base.chat_template import encode_prompt
 from meteora.fitting.add_expert import grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.joint import train_jointly
-from meteora.model.fused import expert_names, force_expert, routed_by, without_experts
+from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.fused import make_router as untrained
 from meteora.model.generate import answer_all
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits
+from meteora.routing.layer import routed_by
 from pipelines.data.background import background_rows
 from pipelines.data.composites import answer_openings, compose, encode_composite
 from pipelines.data.labels import background_sequences, label_composites

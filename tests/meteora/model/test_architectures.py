@@ -15,13 +15,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import meteora
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
 from meteora.base.loading import fingerprint_of, layers_on_disk, linear_sizes, load_folder
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
+from meteora.fitting.background import fit_to_background
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
 from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
+from meteora.model.prompt_choice import READER
 from meteora.model.update_sizes import read_prompts
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits
@@ -127,6 +131,22 @@ def test_a_prompt_is_read_alike_in_any_batch_and_its_updates_have_their_size(mad
             update = x @ a.T @ b.T * layer.stack.scale(0)
             logs.append((update.norm(dim=-1) / x.norm(dim=-1)).log().mean())
     torch.testing.assert_close(together[1][0, 0], torch.stack(logs).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_is_read_and_its_answer_is_that_of_one_expert(made):
+    _, _, model = made
+    dice = random.Random(0)
+    texts = [[dice.randrange(5, 250) for _ in range(12)] for _ in range(12)]
+    fit_to_background(model, texts, RouterOptions("prompt", 1, 1.0), Template())
+    ids = torch.tensor([texts[0][:7], texts[1][2:9]])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(ids, **options)
+    choices = getattr(model, READER).held.logits.argmax(-1).tolist()
+    assert len(choices) == len(ids)
+    for row, choice in enumerate(choices):
+        with force_expert(model, meteora.expert_names(model)[choice]):
+            alone = model.generate(ids, **options)
+        assert found[row].tolist() == alone[row].tolist()
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):

@@ -15,9 +15,10 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
-from meteora.model.fused import expert_names, force_expert, insert_experts, make_router, routed_by
+from meteora.model.fused import expert_names, force_expert, insert_experts, make_router
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_routes
+from meteora.routing.layer import routed_by
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 NEW = 12

@@ -11,10 +11,10 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template, encode_messages
 from meteora.checkpoint.tensors import Gates
 from meteora.model.chat import Chat, Sampling
-from meteora.model.fused import UnknownExpertError, force_expert, make_router, routed_by
+from meteora.model.fused import UnknownExpertError, force_expert, make_router
 from meteora.model.trace import trace
 from meteora.routing.gates import insert_gates, watch_prompts
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import routed_by, routed_layers
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 QUESTIONS = ("what is this?", "and that?", "no")

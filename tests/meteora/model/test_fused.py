@@ -20,10 +20,9 @@ from meteora.model.fused import (
     force_expert,
     insert_layer,
     make_router,
-    routed_by,
     without_experts,
 )
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import routed_by, routed_layers
 
 EXPERTS = ["all_seven", "attention", "q_and_v", "patterns"]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from meteora.artifacts import RouterOptions
-from meteora.model.fused import make_router, routed_by
+from meteora.model.fused import make_router
 from meteora.model.generate import _TerminalStreamer
+from meteora.routing.layer import routed_by
 
 PROMPTS = ["a", "some words", "rather more words than that"]
 

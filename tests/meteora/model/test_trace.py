@@ -7,10 +7,10 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
-from meteora.model.fused import force_expert, load, make_router, routed_by, without_experts
+from meteora.model.fused import force_expert, load, make_router, without_experts
 from meteora.model.trace import TraceError, trace
 from meteora.routing.hooks import recorded_logits
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import routed_by, routed_layers
 
 TEXT = "where do these go?"
 

@@ -16,9 +16,9 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
 from meteora.kernels.stack import Choice, ExpertStack, own_choices
-from meteora.model.fused import expert_cache, force_expert, make_router, routed_by
+from meteora.model.fused import expert_cache, force_expert, make_router
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Gate
 from tests.meteora.routing.test_layer import Allocations
 

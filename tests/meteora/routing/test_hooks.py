@@ -11,9 +11,9 @@ from torch import nn
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
-from meteora.model.fused import make_router, routed_by, without_experts
+from meteora.model.fused import make_router, without_experts
 from meteora.routing.hooks import recorded_logits, recorded_routes
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import routed_by, routed_layers
 from tests.meteora.routing.test_layer import Allocations, make
 
 

@@ -10,8 +10,9 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import encode_pair
-from meteora.model.fused import force_expert, make_router, routed_by
+from meteora.model.fused import force_expert, make_router
 from meteora.model.trace import trace
+from meteora.routing.layer import routed_by
 from pipelines.data.rows import Row
 from pipelines.evaluation import routing_stats
 

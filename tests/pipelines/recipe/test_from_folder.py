@@ -34,7 +34,7 @@ def configure(folder: Path, **change: object) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-def test_a_dry_run_takes_it_and_arrow_needs_no_examples(
+def test_a_dry_run_takes_it_and_no_examples_are_needed(
     world: World, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "recipes" / "mine.yaml"
@@ -42,12 +42,12 @@ def test_a_dry_run_takes_it_and_arrow_needs_no_examples(
     assert made.stdout == f"{out}\n", made.stderr
     recipe = Recipe.load(out)
     assert {one.name for one in recipe.experts} == {"at-tention", "q_and_v"}
-    assert recipe.router.kind == "arrow"
+    assert recipe.router.kind == "prompt"
     assert "# left out, ../adapters/patterns: adapter_model.safetensors is empty" in out.read_text()
     said = meteora("run", out, "--dry-run", home=tmp_path / "home")
     assert said.returncode == 0, said.stderr
     assert "q_and_v: path:../adapters/q_and_v" in said.stdout
-    assert "router     arrow" in said.stdout
+    assert "router     prompt" in said.stdout
     assert str(world.base) not in said.stderr
 
 
@@ -143,7 +143,7 @@ def test_strangers_text_stays_in_its_comment(folder: Path, tmp_path: Path) -> No
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = "other/base\nrouter: {kind: norm}"
     path.write_text(json.dumps(config))
-    assert write_recipe(folder, tmp_path / "one.yaml", "owner/base").router.kind == "arrow"
+    assert write_recipe(folder, tmp_path / "one.yaml", "owner/base").router.kind == "prompt"
 
 
 def test_nothing_is_overwritten_and_nothing_is_made_of_nothing(

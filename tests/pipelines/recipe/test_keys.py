@@ -43,7 +43,7 @@ def test_every_key_is_there_with_its_type_and_its_meaning() -> None:
     ("path", "facts"),
     [
         ("base", ("text", True, "", "")),
-        ("router.kind", ("name", False, "gate", "gate, arrow, norm, uniform")),
+        ("router.kind", ("name", False, "gate", "gate, prompt, arrow, norm, uniform")),
         ("router.margin", ("number", False, "", ">= 0, <= 1,000")),
         ("router.null", ("true or false", False, "false", "")),
         ("gates.method", ("name", False, "calibrate", "calibrate, joint")),

@@ -1,0 +1,161 @@
+"""What routers of kind `prompt` compare a prompt with: texts that belong to no expert.
+
+One sweep over them gives, at each input, the mean μ and the covariance Σ of the base's own tokens,
+and each expert's size on each text; see `meteora.model.prompt_choice`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.artifacts import RouterOptions
+from meteora.base.placement import input_device
+from meteora.checkpoint.tensors import PromptGates
+from meteora.fitting.calibrate import swept
+from meteora.fitting.layerwise import Sweep
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError, batched
+from meteora.model.prompt_choice import insert_prompt_routers
+from meteora.routing.layer import routed_layers
+from meteora.routing.prompt_router import HeldChoice, PromptRouter
+from meteora.routing.routers import Norm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from meteora.base.chat_template import Template
+
+RIDGE = 0.03
+"""Added to the diagonal of the covariance, as a share of its mean: fewer tokens than inputs give no
+inverse. With six adapters 0.03 and 0.1 choose as well, 1 and the diagonal alone worse."""
+LEAST_TEXTS = 8
+"""Fewer have no deviation to speak of."""
+
+
+def fit_to_background(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    options: RouterOptions,
+    template: Template,
+    *,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> PromptGates:
+    """Give every routed layer a router of kind `prompt`, in place.
+
+    Args:
+        model: with its experts inserted; routers that it has are replaced
+        texts: token ids of texts that belong to no expert, in the chat template or not
+        options: how it routes; with `null`, the base has a prompt on which no expert stands out
+            more than on any of the texts
+        template: the tokens around every prompt, which are no evidence
+        scratch: a folder for hidden states that do not fit in memory
+        progress: called with (layers done, layers in all)
+
+    Raises:
+        TrainingError: there are too few texts, or an input holds NaN or infinity.
+        SweepError: the model cannot be run layer by layer.
+    """
+    if len(texts) < LEAST_TEXTS:
+        raise TrainingError(
+            f"{len(texts)} background texts are too few to compare prompts with; give"
+            f" {LEAST_TEXTS} or more"
+        )
+    sequences = [_labelled(tuple(ids), template) for ids in texts]
+    batches = list(batched(sequences, set(), input_device(model)))
+    chosen = [batch.labels != UNLABELLED for batch in batches]
+    text_of = _places([mask.sum(1) for mask in chosen])  # [T]
+    layers = routed_layers(model)
+    num_experts = len(next(iter(layers.values())).stack.ranks)
+    rows: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
+    sizes = torch.zeros(len(texts), num_experts)
+    num_modules = torch.zeros(num_experts)
+    with swept(model):
+        sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
+        for index in range(len(sweep.layers)):
+            with sweep.held(index):
+                for paths in sweep.points(index):
+                    inputs = zip(sweep.inputs(index, paths[0]), chosen, strict=True)
+                    x = torch.cat([part[mask].float() for part, mask in inputs])  # [T, IN]
+                    if not x.isfinite().all():
+                        raise TrainingError(
+                            f"{paths[0]}: its inputs hold NaN or infinity; the base overflows in"
+                            f" {model.dtype}, load it in another dtype"
+                        )
+                    mean = x.mean(0)
+                    for path in paths:
+                        norm = Norm(layers[path].stack, RouterOptions("norm", 1, 1.0))
+                        folded: Tensor = norm.folded  # ty: ignore[invalid-assignment]
+                        folded = whitened(folded, x - mean)
+                        rows[path], offsets[path] = folded.cpu(), (folded @ mean).cpu()
+                        router = PromptRouter(
+                            folded, folded @ mean, layers[path].stack, options, HeldChoice()
+                        )
+                        found = router.sizes(x).cpu()
+                        sizes += _means(found, text_of, len(texts))
+                        num_modules += torch.tensor(router.has)
+                sweep.advance(index)
+            progress(index + 1, len(sweep.layers))
+    standard = standard_of(sizes / num_modules.clamp_min(1), null=options.null)
+    gates = PromptGates(rows, offsets, standard, template)
+    insert_prompt_routers(model, gates, options)
+    return gates
+
+
+def whitened(rows: Tensor, centred: Tensor) -> Tensor:
+    """Rows (Σ + λ I)⁻¹, [R, IN], with Σ the covariance of `centred` [T, IN].
+
+    λ is `RIDGE` times the mean of Σ's diagonal. Solved with the smaller of both Gram matrices.
+    """
+    x, rows64 = centred.double(), rows.double()
+    num_tokens, num_inputs = x.shape
+    x = x / max(1, num_tokens - 1) ** 0.5
+    ridge = RIDGE * (x.square().sum() / num_inputs).clamp_min(1e-12)
+    if num_inputs <= num_tokens:
+        gram = x.T @ x + ridge * torch.eye(num_inputs, dtype=x.dtype, device=x.device)
+        found = torch.linalg.solve(gram, rows64.T).T
+    else:  # (XᵀX + λ I)⁻¹ = (I - Xᵀ (X Xᵀ + λ I)⁻¹ X) / λ
+        gram = x @ x.T + ridge * torch.eye(num_tokens, dtype=x.dtype, device=x.device)
+        found = (rows64 - torch.linalg.solve(gram, x @ rows64.T).T @ x) / ridge
+    return found.to(rows.dtype)
+
+
+def standard_of(sizes: Tensor, *, null: bool) -> Tensor:
+    """The mean and the deviation of each expert's size on background texts [N, E], [2, C].
+
+    With `null` the last choice is the base: its mean is less than zero by the largest logit that
+    an expert has on any of the texts.
+    """
+    mean, deviation = sizes.mean(0), sizes.std(0).clamp_min(1e-6)
+    found = torch.stack([mean, deviation])
+    if not null:
+        return found
+    largest = ((sizes - mean) / deviation).max()
+    return torch.cat([found, torch.stack([-largest, torch.ones(())]).unsqueeze(1)], 1)
+
+
+def _labelled(ids: tuple[int, ...], template: Template) -> LabelledSequence:
+    """The ids with the label 0 of those between opening and closing of the template."""
+    start, end = len(template.opening), len(template.closing)
+    if ids[:start] != template.opening or ids[len(ids) - end :] != template.closing:
+        start = end = 0
+    own = range(start, max(start + 1, len(ids) - end))
+    return LabelledSequence(ids, tuple(0 if i in own else UNLABELLED for i in range(len(ids))))
+
+
+def _places(counts: Sequence[Tensor]) -> Tensor:
+    """The number of the text of each labelled token, in the order of the batches, [T]."""
+    every = torch.cat(list(counts)).cpu()
+    return torch.repeat_interleave(torch.arange(len(every)), every)
+
+
+def _means(sizes: Tensor, text_of: Tensor, num_texts: int) -> Tensor:
+    """The mean of sizes [T, E] over the tokens of each text, [N, E]."""
+    sums = torch.zeros(num_texts, sizes.shape[1]).index_add(0, text_of, sizes.float())
+    return sums / torch.bincount(text_of, minlength=num_texts).unsqueeze(1)

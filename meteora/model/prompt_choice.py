@@ -1,0 +1,185 @@
+"""One expert for a whole prompt: the one whose updates stand out on it. Nobody needs examples.
+
+Before a pass that holds a prompt, the base alone reads that pass. At each module an expert's update
+of a token x has the size
+
+    size_c(x) = log ‖R_c A_c Σ⁻¹ (x - μ)‖,   s_c B_c = Q_c R_c
+
+with the mean μ and the covariance Σ of the base's own inputs there, on background texts. Training
+moves the rows of A along the inputs that it sees; Σ⁻¹ takes away what all texts share, as in linear
+discriminant analysis. The mean over the prompt's tokens and the expert's modules is compared with
+its mean m and deviation d on background prompts:
+
+    logit_c = (size_c(prompt) - m_c) / d_c
+
+All tokens of the turn have these logits, those of the answer, too. So this router is not causal: it
+needs the question in one pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.prompt_router import HeldChoice, PromptRouter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from meteora.artifacts import RouterOptions
+    from meteora.base.chat_template import Template
+    from meteora.checkpoint.tensors import PromptGates
+
+READER = "meteora_prompt_reader"
+"""The attribute of a model that holds its `PromptReader`."""
+HEADER = 3
+"""So many tokens at the end of the template's opening show where a question begins: in a later turn
+and behind another system prompt, too."""
+
+
+def insert_prompt_routers(
+    model: PreTrainedModel, gates: PromptGates, options: RouterOptions
+) -> None:
+    """Give every routed layer a router that takes over what is decided for a whole prompt."""
+    if (before := getattr(model, READER, None)) is not None:
+        before.stop()
+    held = HeldChoice()
+    for path, layer in routed_layers(model).items():
+        router = PromptRouter(gates.rows[path], gates.offsets[path], layer.stack, options, held)
+        layer.router = router.to(layer.device)
+    reader = PromptReader(gates.template, gates.standard, held)
+    reader.watch(model)
+    setattr(model, READER, reader)  # beside the modules: it belongs to the routers
+
+
+class PromptReader:
+    """Reads each prompt with the base before it is routed, and decides for its sequence."""
+
+    def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
+        self.template, self.standard, self.held = template, standard, held
+        self._hook: RemovableHandle | None = None
+        self._reads = False
+
+    def watch(self, model: nn.Module) -> None:
+        """See every forward pass of a fused model; OPT's goes around its `base_model`."""
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def stop(self) -> None:
+        """See no more."""
+        self.held.hold(None)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routers = [layer.router for layer in routed_layers(model).values()]
+        if self._reads or not any(isinstance(router, PromptRouter) for router in routers):
+            return  # it is reading, or an expert is forced
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        states = ids if ids is not None else kwargs["inputs_embeds"]
+        num_rows, length = states.shape[:2]
+        if kwargs.get("cache_params") is not None:  # a state-space model's has no length
+            goes_on = length == 1 and self.held.logits is not None
+        else:
+            past = kwargs.get("past_key_values")
+            goes_on = past is not None and past.get_seq_length() > 0
+        mask = kwargs.get("attention_mask")
+        there = torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+            there = mask[:, mask.shape[1] - length :].bool()
+        question, asked = questions(ids, there, self.template)
+        if goes_on and not asked:
+            return
+        self._reads = True
+        try:
+            self.held.hold(self.read(model, question, args, kwargs))
+        finally:
+            self._reads = False
+
+    @torch.no_grad()
+    def read(
+        self, model: nn.Module, question: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Run a pass with the base alone; the logits of each sequence, [B, C].
+
+        Args:
+            question: [B, L] bool: the tokens that decide
+            args: of the pass; a cache among them stays as it is
+        """
+        kwargs = dict(kwargs) | {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            kwargs["logits_to_keep"] = 1  # nobody reads them
+        for cache in ("past_key_values", "cache_params"):
+            if kwargs.get(cache) is not None:
+                kwargs[cache] = copy.deepcopy(kwargs[cache])
+        sizes = torch.zeros(len(question), self.standard.shape[1])
+        num_modules = torch.zeros(self.standard.shape[1])
+        num_tokens = question.sum(1, keepdim=True)
+
+        def measure(router: PromptRouter, x: Tensor) -> None:
+            nonlocal num_modules
+            tokens = router.sizes(x.reshape(question.numel(), -1)).float()
+            tokens = tokens.view(*question.shape, -1)  # [B, L, E]
+            asked = question.to(tokens.device).unsqueeze(-1)
+            mean = (tokens * asked).sum(1).cpu() / num_tokens.cpu()
+            sizes[:, : mean.shape[1]] += mean
+            num_modules[: mean.shape[1]] += torch.tensor(router.has)
+
+        with ExitStack() as hooks:
+            for layer in routed_layers(model).values():
+                if isinstance(router := layer.router, PromptRouter):
+
+                    def hook(
+                        _module: nn.Module, inputs: tuple[Tensor, ...], by: PromptRouter = router
+                    ) -> None:
+                        measure(by, inputs[0])
+
+                    hooks.callback(layer.register_forward_pre_hook(hook).remove)
+            hooks.enter_context(routed_by(model, lambda _: None))
+            model(*args, **kwargs)
+        mean, deviation = self.standard.cpu()
+        return (sizes / num_modules.clamp_min(1) - mean) / deviation
+
+
+def questions(input_ids: Tensor | None, there: Tensor, template: Template) -> tuple[Tensor, bool]:
+    """Which tokens of a pass are a question that is to be answered, [B, L] bool.
+
+    They are those between the last header of the template and the last closing behind it. Without
+    both they are all that are there.
+
+    Args:
+        input_ids: [B, L]; None where only embeddings are known
+        there: [B, L] bool, without padding
+
+    Returns:
+        the tokens, and whether the template's closing stands in the pass
+    """
+    if input_ids is None or not template.closing:
+        return there, False
+    place = torch.arange(there.shape[1], device=there.device)
+    closing = _ends(input_ids, template.closing) & there
+    header = _ends(input_ids, template.opening[-HEADER:]) & there
+    closed = closing.any(1)
+    end = torch.where(closing, place, -1).max(1, keepdim=True).values - len(template.closing)
+    end = torch.where(closed.unsqueeze(1), end, there.shape[1])  # [B, 1] the last of the question
+    begin = torch.where(header & (place <= end), place, -1).max(1, keepdim=True).values
+    found = there & (place > begin) & (place <= end)
+    return torch.where(found.any(1, keepdim=True), found, there), bool(closed.any())
+
+
+def _ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where these tokens end in ids [B, L], [B, L] bool."""
+    size, (_, length) = len(tokens), input_ids.shape
+    if not 0 < size <= length:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
+    return torch.nn.functional.pad(found, (size - 1, 0))

@@ -1,0 +1,92 @@
+"""A router that gives a whole prompt one choice, by how large each expert's update of it is.
+
+The router of a module measures tokens, and takes over what all modules together have decided.
+`meteora.model.prompt_choice` reads the prompt and decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora.artifacts import MeteoraError
+from meteora.routing.routers import Router
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from meteora.artifacts import RouterOptions
+    from meteora.kernels.stack import ExpertStack
+
+LEAST_SIZE = 1e-12
+"""A smaller update counts as this one, whose logarithm is finite."""
+
+
+class UnreadPromptError(MeteoraError, RuntimeError):
+    """Tokens are to be routed, and no prompt of theirs was read."""
+
+
+@dataclass
+class HeldChoice:
+    """What was decided for the sequences of a batch; the routers of a model hold one together."""
+
+    logits: Tensor | None = None
+    """[B, C]"""
+    on: dict[torch.device, Tensor] = field(default_factory=dict)
+    """The same on each device where a router lies."""
+
+    def hold(self, logits: Tensor | None) -> None:
+        """Take the logits of other sequences."""
+        self.logits, self.on = logits, {}
+
+    def logits_of(self, num_tokens: int, device: torch.device) -> Tensor:
+        """The logits of tokens [B × L], each those of its sequence: [T, C].
+
+        Raises:
+            UnreadPromptError: no prompt was read, or as many sequences were not.
+        """
+        if self.logits is None or num_tokens % len(self.logits):
+            read = 0 if self.logits is None else len(self.logits)
+            raise UnreadPromptError(
+                f"{num_tokens} tokens are to be routed by their prompts, and {read} prompts were"
+                " read; start with a pass over the whole prompts"
+            )
+        found = self.on.setdefault(device, self.logits.to(device))
+        return found.repeat_interleave(num_tokens // len(found), 0)
+
+
+class PromptRouter(Router):
+    """All tokens of a sequence have the logits of its prompt."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        offset: Tensor,
+        stack: ExpertStack,
+        options: RouterOptions,
+        held: HeldChoice,
+    ) -> None:
+        """Take R_c A_c Σ⁻¹ [R, IN] of a stack's experts, and its product with μ [R]."""
+        super().__init__(stack.num_choices, options)
+        self.held = held
+        ranks = [min(rank, len(stack.b)) for rank in stack.ranks]  # so many rows R_c has
+        self.has = [rank > 0 for rank in ranks]
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self.register_buffer("owner", owner.to(rows.device), persistent=False)
+
+    def sizes(self, tokens: Tensor) -> Tensor:
+        """Log ‖R_c A_c Σ⁻¹ (x - μ)‖ of tokens [T, IN], [T, E]; 0 of an expert that lacks it."""
+        rows: Tensor = self.rows  # ty: ignore[invalid-assignment]
+        offset: Tensor = self.offset  # ty: ignore[invalid-assignment]
+        owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
+        squares = (tokens.to(rows.dtype) @ rows.T - offset).square()  # [T, R]
+        sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, owner, squares)
+        logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
+        return logs * torch.tensor(self.has, device=logs.device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.held.logits_of(len(tokens), tokens.device)

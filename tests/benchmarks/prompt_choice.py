@@ -1,0 +1,116 @@
+"""Whose prompts are whose without any example: the rule of the router `prompt`, and others.
+
+    python -m tests.benchmarks.prompt_choice RECIPE HOME [--rows 30] [--nobodys ROWS.jsonl ...]
+
+RECIPE has experts with tests and `router: {kind: prompt}`; HOME is where it was run. Each rule is
+set up on the same background texts, and reads the first test prompts of every expert once:
+
+    σ⁻¹ of x          the router's: (Σ + λI)⁻¹ with λ of 0.03 of the mean variance
+    other λ           0.001, 0.1, 1
+    variances alone   the diagonal of Σ
+    x as it is        sizes of B A x, standardised on the background texts (as LoGo takes them,
+                      arXiv 2511.07129, but standardised by expert)
+
+"none fits" is the area under the curve of the largest logit: prompts of the experts against those
+of `--nobodys`, files of other tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from scipy.stats import rankdata
+
+import meteora
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template, encode_prompt
+from meteora.fitting import background
+from meteora.model.prompt_choice import READER
+from pipelines.data.labels import background_ids
+from pipelines.data.row_sources import read_rows
+from pipelines.flows.up_to_date import look
+from pipelines.workspace.context import RunContext
+from tests.benchmarks.timing import table, tell
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OPTIONS = RouterOptions("prompt", 1, 1.0)
+SOLVED = background.whitened
+
+
+def by_variance(rows: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
+    """Rows by the inverse of the diagonal of Σ + λI."""
+    variance = centred.var(0)
+    return rows / (variance + background.RIDGE * variance.mean())
+
+
+def as_it_is(rows: torch.Tensor, _centred: torch.Tensor) -> torch.Tensor:
+    """The rows themselves."""
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("home", type=Path)
+    parser.add_argument("--rows", type=int, default=30)
+    parser.add_argument("--nobodys", type=Path, nargs="*", default=[])
+    arguments = parser.parse_args()
+    work = RunContext.open(arguments.recipe, arguments.home)
+    finished = look(work).finished
+    if finished is None:
+        raise SystemExit("run the recipe in this home first")
+    plan = finished.plan
+    folder = work.checkpoint_folder(plan.router.id)
+    model, tokenizer = meteora.load(folder, base_folder=work.base_folder(plan.base))
+    names, texts = list(plan.fused.names), background_ids(tokenizer)
+    own = [(names.index(n), r) for n in names for r in plan.tests.get(n, [])[: arguments.rows]]
+    others = [
+        row
+        for path in arguments.nobodys
+        for row in read_rows(f"jsonl:{path.absolute()}", path.parent, arguments.rows)
+    ]
+    labels = torch.tensor([owner for owner, _ in own])
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in [*(r for _, r in own), *others]]
+    rules: dict[str, tuple[Rule, float]] = {"Σ⁻¹, λ 0.03 (the router)": (SOLVED, 0.03)}
+    rules |= {f"Σ⁻¹, λ {ridge}": (SOLVED, ridge) for ridge in (0.001, 0.1, 1.0)}
+    rules |= {"variances alone": (by_variance, 0.03), "x as it is": (as_it_is, 0.0)}
+    lines = []
+    for rule, (whitened, ridge) in rules.items():
+        logits = read(model, prompts, texts, Template.of(tokenizer), whitened, ridge)
+        mine = logits[: len(own)]
+        right = (mine.argmax(-1) == labels).float()
+        lowest = min(names, key=lambda n: right[labels == names.index(n)].mean().nan_to_num(1.0))
+        share = right[labels == names.index(lowest)].mean()
+        apart = auroc(mine.amax(-1), logits[len(own) :].amax(-1)) if others else float("nan")
+        lines.append((rule, f"{right.mean():.3f}", f"{lowest} {share:.2f}", f"{apart:.3f}"))
+    said = f"{len(own)} prompts of {len(names)} experts, {len(others)} of nobody\n\n"
+    tell(said + table(("rule", "right", "lowest", "none fits, AUROC"), lines), "cpu")
+
+
+def read(model, prompts, texts, template, whitened, ridge) -> torch.Tensor:
+    """The logits of each prompt by one rule, [N, E]."""
+    with (
+        mock.patch.object(background, "whitened", whitened),
+        mock.patch.object(background, "RIDGE", ridge),
+    ):
+        background.fit_to_background(model, texts, OPTIONS, template)
+    found = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            model(torch.tensor([prompt]), use_cache=False, logits_to_keep=1)
+            found.append(getattr(model, READER).held.logits[0])
+    return torch.stack(found)
+
+
+def auroc(high: torch.Tensor, low: torch.Tensor) -> float:
+    """How often one of `high` is above one of `low`."""
+    ranks = rankdata(torch.cat([high, low]).numpy())[: len(high)]
+    return float((ranks.sum() - len(high) * (len(high) + 1) / 2) / (len(high) * len(low)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""One expert for a prompt: found without examples, held for the answer, chosen anew each turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+import meteora
+from meteora.artifacts import NULL, RouterOptions
+from meteora.base.chat_template import Template
+from meteora.checkpoint import tensors
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
+from meteora.fitting.background import fit_to_background, standard_of, whitened
+from meteora.fitting.sequences import TrainingError
+from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
+from meteora.model.prompt_choice import READER, questions
+from meteora.routing.layer import routed_layers
+from meteora.routing.prompt_router import UnreadPromptError
+from tests.meteora.fitting.test_calibrate import task_tokens
+
+OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
+TEMPLATE = Template(OPENING, CLOSING)
+OPTIONS = RouterOptions("prompt", top_k=1, temperature=1.0, null=True)
+NEW = 6
+
+
+def asked(e, seed=0, length=24):
+    """A question about task e, in the template."""
+    return [*OPENING, *task_tokens(e, length, random.Random(seed)), *CLOSING]
+
+
+def background(num=24):
+    """Questions that speak with tokens that no task has, and with all tasks' tokens mixed."""
+    dice = random.Random(1)
+    texts = [[*OPENING, *[dice.randrange(20, 48) for _ in range(12)], *CLOSING] for _ in range(num)]
+    return texts + [[dice.randrange(3, 48) for _ in range(12)] for _ in range(num)]
+
+
+@torch.no_grad()
+def learn(model):
+    """Turn each expert's A towards the inputs of its own task, as training does."""
+    layers = routed_layers(model)
+    inputs, hooks = {}, []
+    for path, layer in layers.items():
+
+        def keep(_layer, args, path=path):
+            inputs[path] = args[0].flatten(0, 1)
+
+        hooks.append(layer.register_forward_pre_hook(keep))
+    for e in range(4):
+        own = torch.tensor([asked(e, seed, 30)[len(OPENING) : -2] for seed in range(50, 54)])
+        model(own)
+        for path, layer in layers.items():
+            starts = [0, *torch.tensor(layer.stack.ranks).cumsum(0).tolist()]
+            direction = torch.nn.functional.normalize(inputs[path].mean(0), dim=0)
+            layer.stack.a[starts[e] : starts[e + 1]] += 6 * direction
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    """A checkpoint with such a router, whose experts know their tasks."""
+    folder = tmp_path_factory.mktemp("prompt")
+    manifest = dataclasses.replace(world.manifest, router=OPTIONS, files={})
+    model = world.load_base()
+    insert_experts(model, world.checkpoint, manifest)
+    learn(model)
+    parts = load_file(world.checkpoint / EXPERTS)
+    for path, layer in routed_layers(model).items():
+        parts[f"{path}.lora_A"] = layer.stack.a.contiguous()
+    save_file(parts, folder / EXPERTS)
+    gates = fit_to_background(model, background(), OPTIONS, TEMPLATE)
+    tensors.write_prompt_gates(folder / GATES, gates)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, world):
+    return meteora.load(checkpoint, base_folder=world.base)[0]
+
+
+@torch.no_grad()
+def chosen(model, prompt):
+    """The names of what the prompts of a pass are given to."""
+    model(torch.tensor([prompt]))
+    logits = getattr(model, READER).held.logits
+    return expert_names(model)[int(logits.argmax(-1))]
+
+
+def answer(model, prompt, **options):
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **options}
+    return model.generate(ids, **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("e", range(4))
+def test_a_prompt_goes_to_the_expert_that_learnt_from_its_like(model, e):
+    names = expert_names(model)
+    assert [chosen(model, asked(e, seed)) for seed in range(6)] == [names[e]] * 6
+
+
+def test_a_prompt_on_which_nobody_stands_out_goes_to_the_base(model):
+    unknown = [*OPENING, *[20 + 3 * i for i in range(9)], *CLOSING]
+    assert chosen(model, unknown) == NULL
+    with without_experts(model):
+        base = answer(model, unknown)
+    assert answer(model, unknown) == base
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])
+def test_the_whole_answer_is_that_of_the_chosen_expert(model, options):
+    for e, name in enumerate(expert_names(model)[:4]):
+        with force_expert(model, name):
+            expected = answer(model, asked(e), **options)
+        assert answer(model, asked(e), **options) == expected
+
+
+def test_prompts_of_one_batch_have_experts_of_their_own(model):
+    prompts = [asked(e, length=5 + 2 * e) for e in range(4)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(ids, attention_mask=mask, **options)[:, width:]
+    for e, name in enumerate(expert_names(model)[:4]):
+        with force_expert(model, name):
+            assert found[e].tolist() == answer(model, prompts[e])
+
+
+@torch.no_grad()
+def test_a_later_turn_is_chosen_anew_and_the_cache_keeps_the_first(model):
+    names = expert_names(model)
+    first = torch.tensor([asked(1)])
+    second = torch.tensor([asked(2)[1:]])  # a later turn has no first token of all
+    routed, by_hand = DynamicCache(), DynamicCache()
+    model(first, past_key_values=routed)
+    with force_expert(model, names[1]):
+        model(first, past_key_values=by_hand)
+    found = model(second, past_key_values=routed).logits
+    with force_expert(model, names[2]):
+        expected = model(second, past_key_values=by_hand).logits
+    torch.testing.assert_close(found, expected)
+    assert routed.get_seq_length() == first.shape[1] + second.shape[1]
+
+
+@torch.no_grad()
+def test_tokens_that_go_on_with_an_answer_change_nothing(model):
+    """A draft of an assistant model, for example: several tokens, and no question among them."""
+    cache = DynamicCache()
+    model(torch.tensor([asked(0)]), past_key_values=cache)
+    before = getattr(model, READER).held.logits
+    model(torch.tensor([task_tokens(3, 6, random.Random(4))]), past_key_values=cache)
+    assert getattr(model, READER).held.logits is before
+
+
+@torch.no_grad()
+def test_a_system_prompt_and_an_answer_behind_the_question_decide_nothing(model):
+    names = expert_names(model)
+    system = [1, *task_tokens(1, 4, random.Random(0)), *OPENING[1:]]
+    said = task_tokens(0, 12, random.Random(0))
+    prompt = [*system, *task_tokens(2, 24, random.Random(2)), *CLOSING]
+    assert chosen(model, prompt) == names[2]
+    assert chosen(model, [*prompt, *said]) == names[2]
+
+
+def test_the_question_stands_between_the_last_header_and_the_closing():
+    ids = torch.tensor([[*OPENING, 7, 8, *CLOSING, 9, *OPENING[1:], 5, 6, *CLOSING, 4]])
+    there = torch.ones_like(ids, dtype=torch.bool)
+    found, closed = questions(ids, there, TEMPLATE)
+    assert ids[found].tolist() == [5, 6]
+    assert closed
+    everything, closed = questions(ids, there, Template())
+    assert everything.all()
+    assert not closed
+
+
+def test_a_forced_expert_is_not_read_for(model):
+    before = getattr(model, READER).held.logits
+    with force_expert(model, "attention"):
+        answer(model, asked(0))
+    assert getattr(model, READER).held.logits is before
+
+
+@torch.no_grad()
+def test_routing_without_a_prompt_is_refused(checkpoint, world):
+    model = meteora.load(checkpoint, base_folder=world.base)[0]
+    router = next(iter(routed_layers(model).values())).router
+    assert router is not None
+    with pytest.raises(
+        UnreadPromptError, match=r"5 tokens are to be routed .* 0 prompts were read"
+    ):
+        router(torch.zeros(5, 64))
+
+
+@pytest.mark.parametrize("num_tokens", [200, 20], ids=["more tokens", "more inputs"])
+def test_whitened_rows_are_rows_by_the_inverse_of_the_covariance(num_tokens):
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, 50) * torch.linspace(0.1, 3, 50)
+    x, rows = x - x.mean(0), torch.randn(4, 50)
+    cov = x.T.double() @ x.double() / (num_tokens - 1)
+    inverse = (cov + 0.03 * cov.diagonal().mean() * torch.eye(50)).inverse()
+    torch.testing.assert_close(whitened(rows, x), (rows.double() @ inverse).float())
+
+
+def test_the_base_has_what_stands_out_less_than_any_background_text():
+    sizes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [5.0, 0.5]])
+    standard = standard_of(sizes, null=True)
+    largest = ((sizes - sizes.mean(0)) / sizes.std(0)).max()
+    base = (0.0 - standard[0, 2]) / standard[1, 2]
+    torch.testing.assert_close(base, largest)
+
+
+def test_a_few_texts_are_too_few(world):
+    model = world.load_base()
+    manifest = dataclasses.replace(world.manifest, router=OPTIONS)
+    insert_experts(model, world.checkpoint, manifest)
+    with pytest.raises(TrainingError, match="3 background texts are too few"):
+        fit_to_background(model, background()[:3], OPTIONS, TEMPLATE)
+
+
+def test_the_file_gives_back_what_was_written(checkpoint, tmp_path):
+    manifest = dataclasses.replace(read_manifest(checkpoint), files={})
+    gates = tensors.read_prompt_gates(checkpoint, manifest)
+    tensors.write_prompt_gates(tmp_path / GATES, gates)
+    assert (tmp_path / GATES).read_bytes() == (checkpoint / GATES).read_bytes()
+    assert gates.template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts["standard"][1].zero_(), "a mean and a deviation above zero"),
+        (lambda parts: parts.update(standard=torch.ones(2, 3)), r"its standard is \(2, 3\)"),
+        (lambda parts: parts.update(further=torch.ones(2)), "it holds further"),
+        (
+            lambda parts: parts.update(
+                {next(k for k in parts if k.endswith("rows")): torch.ones(1, 64)}
+            ),
+            r"rows and offsets of \(1, 64",
+        ),
+        (lambda parts: parts["standard"].fill_(float("nan")), "NaN"),
+    ],
+    ids=["deviation", "choices", "more", "rank", "nan"],
+)
+def test_a_damaged_file_is_refused(checkpoint, tmp_path, change, message):
+    for name in (EXPERTS, MANIFEST):
+        (tmp_path / name).hardlink_to(checkpoint / name)
+    parts = load_file(checkpoint / GATES)
+    change(parts)
+    save_file(parts, tmp_path / GATES)
+    manifest = read_manifest(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        tensors.read_prompt_gates(tmp_path, manifest)

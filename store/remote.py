@@ -52,7 +52,7 @@ class Remote:
         }
         try:
             self._store = from_url(url, client_options=client, retry_config=retries)
-        except obstore.exceptions.BaseError as error:
+        except (obstore.exceptions.BaseError, ValueError) as error:  # ValueError: it is no URL
             raise StoreError(f"{url} cannot be used as shared storage: {_brief(error)}") from None
 
     def prove(self) -> None:

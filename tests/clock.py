@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ LITTLE = 100
 one that stalls a reader takes minutes or for ever."""
 SURELY_LITTLE = 0.1
 """Seconds below which nobody takes the yardstick."""
+STALLED = 600
+"""Seconds after which a piece of work counts as one without an end."""
 
 
 def yardstick() -> float:
@@ -34,3 +37,19 @@ def little_work() -> Generator[None]:
     taken = time.process_time() - begin
     if taken > SURELY_LITTLE:
         assert taken < LITTLE * max(yardstick() for _ in range(3))
+
+
+@contextmanager
+def no_stall() -> Generator[None]:
+    """The block ends in time, or with an error: one that waits for ever would end no test."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {STALLED} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(STALLED)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -17,6 +17,7 @@ import torch
 
 from meteora.checkpoint.export import ExportError, make_folder
 from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import read_experts
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
     names = {path: known.get_name(path) for path in manifest.modules}
     if unknown := [path for path, found in names.items() if found is None]:
         raise ExportError(f"{folder}: llama.cpp has no name for {unknown[0]}; drop its experts")
+    for path, entry in manifest.modules.items():
+        heads = _heads(path, base)
+        if heads is not None and (heads < 1 or entry.out_features % (2 * heads)):
+            raise ExportError(
+                f"{folder}: {path} has {entry.out_features} outputs, which are not those of {heads}"
+                f" heads; {AGAIN}"
+            )
     return {path: f"{found}.weight" for path, found in names.items()}
 
 
@@ -121,7 +129,12 @@ def _factors(
 
 def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:
     """B with the rows of each head of q and k as llama.cpp has them: those of a pair together."""
-    heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
-    if (count := heads.get(path.rpartition(".")[2])) is None:
+    if (heads := _heads(path, base)) is None:
         return b
-    return b.unflatten(0, (count, 2, -1)).swapaxes(1, 2).flatten(0, 2)
+    return b.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
+
+
+def _heads(path: str, base: Fingerprint) -> int | None:
+    """How many heads the outputs of q or k are; None of another module."""
+    heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
+    return heads.get(path.rpartition(".")[2])

@@ -55,9 +55,9 @@ MAX_QUOTES = 2_000_000
 MAX_EXPERTS = 4_096
 MAX_MODULES = 10_000
 MAX_NAME = 128
-"""Characters of an expert's name; a recipe takes 64."""
-MARKUP = frozenset("`|<>[]\\")
-"""Characters that a name does not have, so that it is text on a model card, too."""
+"""Bytes of an expert's name in UTF-8; a recipe takes 64, and a file system 255."""
+UNSAFE = frozenset("`|<>[]\\/")
+"""Characters that a name does not have: on a model card it is text, and in a folder one file."""
 MIN_FACTOR = 1e-30
 """Of a scaling or a temperature: dividing by it stays finite in float32."""
 MAX_TEMPERATURE = 1_000.0
@@ -82,9 +82,13 @@ class CheckpointError(MeteoraError):
 
 def check_name(name: object) -> str:
     """Return what is wrong with the name of an expert; empty if nothing is."""
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
-        return f"{shortened(name)!r} is not a printable name of 1 to {MAX_NAME} characters"
-    if name in (NULL, SHARED) or name != name.strip() or not MARKUP.isdisjoint(name):
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or not 1 <= len(name.encode()) <= MAX_NAME
+    ):
+        return f"{shortened(name)!r} is not a printable name of 1 to {MAX_NAME} bytes"
+    if name in (NULL, SHARED) or name != name.strip() or not UNSAFE.isdisjoint(name):
         return f"{name!r} cannot be the name of an expert; letters, digits, spaces, _ . - can"
     return ""
 
@@ -292,15 +296,19 @@ class Manifest:
         if len(modules) > MAX_MODULES:
             found.refuse("modules", f"it has {len(modules)} modules, more than {MAX_MODULES}")
             modules = {}
+        entries = {
+            config_fields.matching(path, "the path of a module", NAME, found): ModuleEntry.read(
+                path, entry, len(experts), found
+            )
+            for path, entry in modules.items()
+        }
+        used = {e for entry in entries.values() for e, rank in enumerate(entry.ranks) if rank}
+        if idle := [name for e, name in enumerate(names) if e not in used]:
+            found.refuse("experts", f"no module has a rank of {listed(idle)}")
         return cls(
             base=BaseEntry.read(config_fields.table(body, "base", found), found),
             experts=experts,
-            modules={
-                config_fields.matching(path, "the path of a module", NAME, found): ModuleEntry.read(
-                    path, entry, len(experts), found
-                )
-                for path, entry in modules.items()
-            },
+            modules=entries,
             router=read_router(config_fields.table(body, "router", found), names, found),
             gates=_read_gates(body, found),
             fused_id=_text_of(body, "fused_id", FUSED_ID, found),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError
+from meteora.checkpoint.sound_file import AGAIN, open_sound
 from meteora.fitting.covariance import Rows
+from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.tensors import Gates
     from meteora.fitting.covariance import Covariance, Sums
 
 MAX_DIRECTIONS = 256
@@ -112,14 +116,29 @@ def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> N
     save_file(tensors, path)
 
 
-def read_statistics(path: Path) -> dict[str, PointStatistics]:
-    """The statistics of each module that has a gate, by module path."""
-    with safe_open(path, framework="pt") as file:
+def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
+    """What the gates of a checkpoint were fitted to, by the path of each point's first module.
+
+    Raises:
+        CheckpointError: the file is damaged, or does not fit the gates.
+    """
+    with open_sound(folder, STATISTICS, manifest) as file:
         keys: list[str] = file.keys()
         modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}
-        return {
+        found = {
             module: PointStatistics(
                 *(file.get_tensor(f"{module}.gate.{f.name}") for f in fields(PointStatistics))
             )
             for module in sorted(modules)
         }
+    for module, point in found.items():
+        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
+        shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
+        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
+        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
+        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
+            raise CheckpointError(
+                f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
+                f" gate in {GATES}; {AGAIN}"
+            )
+    return found

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused or failed (with one sentence), 2 wrong usage, 130 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from importlib.metadata import version
@@ -28,6 +29,8 @@ for part in (run, benchmark, experts, recipe, checkpoint, chat, store):
     app.add_typer(part.app)
 EVERYWHERE = ("--quiet", "--verbose")
 """Options of the program itself, which may also stand behind a command."""
+LONG_WORD = re.compile(r"\S{400,}")
+"""What only a mistake or a stranger writes, such as a number of 5,000 digits."""
 
 
 def _print_version(asked: bool) -> None:
@@ -75,5 +78,5 @@ def main() -> None:
             raise
         if "--verbose" in first:
             traceback.print_exc()
-        say(sentence, "error")
+        say(LONG_WORD.sub(lambda word: f"{word[0][:100]}…{word[0][-100:]}", sentence), "error")
         sys.exit(1)

@@ -14,18 +14,31 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import DEFAULT_HOME, Base, Device, Dtype, Home, Precision, TokenFor
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    MOST,
+    Base,
+    Device,
+    Dtype,
+    Home,
+    Precision,
+    TokenFor,
+)
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Collection, Generator, Sequence
 
     from meteora.model.chat import Chat
     from meteora.model.trace import Token
 
 app = typer.Typer()
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Answer under this name, too; such as a proxy's. Repeat it."),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")]
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 COMMANDS = "/expert NAME, /expert, /trace FILE.html, /reset, /help, /quit"
@@ -40,10 +53,11 @@ HELP = (
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Of each answer.")] = 512,
     web: Annotated[bool, typer.Option("--web", help="On a page, at --host and --port.")] = False,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
+    allow_host: AllowHost = None,
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
@@ -62,9 +76,9 @@ def chat(
         from pipelines.serving.page import chat_page
 
         page = partial(chat_page, expert=expert, max_new_tokens=max_new_tokens)
-        _serve(load, _last_part(checkpoint), host, port, page)
-    elif (host, port) != (DEFAULT_HOST, DEFAULT_PORT):
-        raise MeteoraError("--host and --port are for the page; give --web, too")
+        _serve(load, _last_part(checkpoint), host, port, allow_host or (), page)
+    elif (host, port, allow_host) != (DEFAULT_HOST, DEFAULT_PORT, None):
+        raise MeteoraError("--host, --port and --allow-host are for the page; give --web, too")
     else:
         Conversation(load(), max_new_tokens, expert).run()
 
@@ -77,6 +91,7 @@ def chat_server(
     ] = "",
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
+    allow_host: AllowHost = None,
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
@@ -89,7 +104,7 @@ def chat_server(
     otherwise, and asks for no key.
     """
     load = partial(_load, checkpoint, home, base, token_for, device, dtype)
-    _serve(load, name or _last_part(checkpoint), host, port)
+    _serve(load, name or _last_part(checkpoint), host, port, allow_host or ())
 
 
 def _serve(
@@ -97,27 +112,34 @@ def _serve(
     name: str,
     host: str,
     port: int,
+    allowed: Collection[str],
     page: Callable[[str, Sequence[str]], str] | None = None,
 ) -> None:
     """Serve a model until a person ends it.
 
     Args:
+        allowed: further names by which clients reach it
         page: makes the HTML of a page of the model's name and experts, if there is to be one
     """
-    from pipelines.serving import server
+    from pipelines.serving import host_names, server
 
+    names = host_names.names_of(host, allowed)
     with server.listen(host, port) as listening:
         chat = load()
         html = page(name, chat.experts) if page else ""
         shown = f"[{host}]" if ":" in host else host
         if not server.is_loopback(host):
-            say(f"anyone who can reach {shown} can use this server; it asks for no key", "note")
+            say(
+                f"anyone who can reach {shown} can use this server; it asks for no key, and answers"
+                f" to addresses and to {', '.join(names)}; --allow-host adds names",
+                "note",
+            )
         url = f"http://{shown}:{listening.getsockname()[1]}"
         if html:
             say(f"chat with {name} at {url}/ until Ctrl-C ends it")
         else:
             say(f"serving {name} at {url}/v1, and each expert as {name}:EXPERT")
-        server.make_server(chat, name, host, html).run(sockets=[listening])
+        server.make_server(chat, name, names, html).run(sockets=[listening])
 
 
 def _last_part(checkpoint: str) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from pipelines.cli.options import (
     DEFAULT_HOME,
+    MOST,
     AsJson,
     Base,
     Device,
@@ -35,7 +36,7 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
     prompt: Annotated[str, typer.Argument(help="`-` reads it from the input.")],
     expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 256,
     trace: Annotated[
         str,
         typer.Option(
@@ -147,7 +148,7 @@ def report(
         ),
     ] = None,
     traces: Annotated[
-        int, typer.Option(min=0, help="How many test prompts to show with answers.")
+        int, typer.Option(min=0, max=MOST, help="How many test prompts to show with answers.")
     ] = 3,
     as_json: AsJson = False,
     base: Base = None,

@@ -35,6 +35,10 @@ Device = Annotated[
 ]
 
 
+MOST = 1_000_000
+"""Of anything that an option counts: larger numbers are typing errors, and overflow further on."""
+
+
 class Precision(StrEnum):
     """The dtype of a base; its experts keep theirs."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli.options import DEFAULT_HOME, AsJson, Home
+from pipelines.cli.options import DEFAULT_HOME, MOST, AsJson, Home
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
 from pipelines.workspace.environment import has_server, prepare
@@ -66,7 +66,9 @@ def schedule(
     recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
-    limit: Annotated[int, typer.Option(min=1, help="How many runs at the same time.")] = 1,
+    limit: Annotated[
+        int, typer.Option(min=1, max=MOST, help="How many runs at the same time.")
+    ] = 1,
     on_failure: Annotated[
         str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
     ] = "",

@@ -13,6 +13,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.cli import output
 from pipelines.cli.options import (
     DEFAULT_HOME,
+    MOST,
     AsJson,
     Home,
     TokenFor,
@@ -68,13 +69,14 @@ def verify(
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
-        int, typer.Option(min=0, help="How many scores to compute again, drawn at random.")
+        int,
+        typer.Option(min=0, max=MOST, help="How many scores to compute again, drawn at random."),
     ] = 20,
     served: Annotated[
         str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to be asked.")
     ] = "",
     answers: Annotated[
-        int, typer.Option(min=1, help="How many recorded answers to ask for again.")
+        int, typer.Option(min=1, max=MOST, help="How many recorded answers to ask for again.")
     ] = 24,
     model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
     token_for: TokenFor = None,

@@ -14,12 +14,14 @@ from __future__ import annotations
 import random
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from lm_eval.models.utils import resolve_max_length
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from meteora.artifacts import canonical_sha256
 from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import force_expert
 from meteora.model.generate import answer_all
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+    Answers = list[list[int]]
 
 CLUSTERS_PER_EXPERT = 4
 """A task has several kinds of prompts, and some prompts are nobody's."""
@@ -58,6 +61,7 @@ def deal(
     limit: int,
     seed: int = 0,
     bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
+    once: Callable[[str, Callable[[], Answers]], Answers] = lambda _key, ask: ask(),
 ) -> list[Claim]:
     """Deal prompts to experts.
 
@@ -68,6 +72,8 @@ def deal(
         limit: the greatest number of examples of an expert, drawn from its prompts
         seed: of that draw
         bar: shows progress, as `console.bar` does
+        once: called with a key of an expert's prompts and a function that has it answer them; may
+            give answers, as token ids, that a dealing which was stopped has kept under that key
 
     Returns:
         one claim for each prompt, in order. Prompts that do not fit into the base's context, with
@@ -99,7 +105,8 @@ def deal(
         for name, own in chosen.items():
             ids = [asked[i] for i in own]
             with force_expert(model, name):
-                said = answer_all(model, tokenizer, ids, MAX_NEW_TOKENS, advance)
+                ask = partial(answer_all, model, tokenizer, ids, MAX_NEW_TOKENS, advance)
+                said = once(canonical_sha256([name, ids]), ask)
             for i, answer in zip(own, said, strict=True):
                 text = str(tokenizer.decode(answer, skip_special_tokens=True))
                 claims[i] = replace(claims[i], response=text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import MANIFEST
+from meteora.untrusted.findings import listed, shortened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,14 +97,14 @@ def _difference(error: Exception) -> str:
         for name in names.split(", ")
     ]
     if found:
-        return ", ".join(found)
+        return listed(found)
     if "Key mismatch" in text:
         return "another key signed it"
     return f"{SIGNATURE} is no signature of that key ({_brief(error)})"
 
 
 def _brief(error: Exception) -> str:
-    return (str(error).partition("\n")[0] or type(error).__name__)[:200]
+    return shortened(str(error).partition("\n")[0] or type(error).__name__, 200)
 
 
 def _require_checkpoint(folder: Path) -> None:

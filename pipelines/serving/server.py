@@ -1,9 +1,7 @@
 """The app, and how it is served.
 
 A request names the model, one of its experts (`NAME:iso_dates`), or the base without experts
-(`NAME:(base)`). Browsers get nothing for
-the pages of other sites: no such page may send JSON here or read an answer, and on loopback the
-server has no other name than loopback's.
+(`NAME:(base)`). Browsers get nothing for the pages of other sites: `host_names` says why.
 """
 
 from __future__ import annotations
@@ -19,19 +17,19 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer
 from meteora.untrusted.findings import brief, shortened
 from pipelines.serving.answers import Reply, error_body, event
+from pipelines.serving.host_names import KnownHostsOnly, is_address
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
 from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Collection
 
     from meteora.model.chat import Chat
     from meteora.model.trace import Token
@@ -40,16 +38,16 @@ GOODBYE_SECONDS = 5
 """How long answers may go on after the server is asked to stop."""
 
 
-def make_app(thread: ModelThread, name: str, *, hosts: list[str], page: str = "") -> FastAPI:
+def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
     """The app: `/v1/models` and `/v1/chat/completions`, and a page at `/` if there is one.
 
     Args:
         name: of the model; each of its experts is a model `name:expert`, too, and so is its base
-        hosts: that clients may name in their requests; `*` is any
+        names: by which clients reach it, besides its addresses
         page: what `chat_page` gives; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(KnownHostsOnly, names=names)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(AnyHTTPException, _refuse)
     app.add_exception_handler(MeteoraError, _refuse_request)
@@ -158,18 +156,17 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_server(chat: Chat, name: str, host: str, page: str = "") -> uvicorn.Server:
+def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -> uvicorn.Server:
     """The server, to be run on what `listen` gives.
 
     Args:
         name: of the model in requests
-        host: by which clients reach it; those on loopback may also say `localhost`
+        names: by which clients reach it, as `names_of` gives them
         page: what `chat_page` gives, to be shown at `/`; empty for none
     """
-    hosts = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
     thread = ModelThread(chat)
     config = uvicorn.Config(
-        make_app(thread, name, hosts=hosts, page=page),
+        make_app(thread, name, names=names, page=page),
         log_level="warning",
         lifespan="off",
         ws="none",
@@ -193,7 +190,4 @@ class _Server(uvicorn.Server):
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return ip_address(host).is_loopback if is_address(host) else host == "localhost"

@@ -32,16 +32,13 @@ from meteora.checkpoint.manifest import (
     GATES,
     MANIFEST,
     STATISTICS,
-    CheckpointError,
     read_manifest,
 )
 from meteora.checkpoint.resolve import load_base
-from meteora.checkpoint.sound_file import AGAIN, open_sound
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
-from meteora.untrusted.findings import shortened
 from pipelines.admission.candidate import Admission
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
@@ -61,9 +58,7 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import Manifest
-    from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth
-    from meteora.fitting.statistics import PointStatistics
     from pipelines.admission.candidate import Candidate
     from store.ledger import Ledger
 
@@ -151,7 +146,7 @@ def add(
                 model,
                 sequences,
                 gates,
-                _statistics(folder, manifest, gates),
+                read_statistics(folder, manifest, gates),
                 larger.router,
                 progress=lambda _done, _total: advance(1),
             )
@@ -185,7 +180,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep={*gates.follows.values()})
         kept, statistics = add_expert.drop(
             gates,
-            _statistics(folder, manifest, gates),
+            read_statistics(folder, manifest, gates),
             manifest.names.index(name),
             smaller.modules,
         )
@@ -219,27 +214,6 @@ def _read_editable(folder: Path) -> Manifest:
             f" come with (it has {made}); build it with them, or change the recipe and run that"
         )
     return manifest
-
-
-def _statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
-    """What the gates were fitted to, checked as experts and gates are.
-
-    Raises:
-        CheckpointError: the file is damaged, or does not fit the manifest.
-    """
-    with open_sound(folder, STATISTICS, manifest):
-        found = read_statistics(folder / STATISTICS)
-    for module, point in found.items():
-        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
-        shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
-        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
-        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
-        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
-            raise CheckpointError(
-                f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
-                f" gate in {GATES}; {AGAIN}"
-            )
-    return found
 
 
 @contextmanager

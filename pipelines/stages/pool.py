@@ -5,30 +5,49 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import PoolBuild
+from meteora import __version__
+from meteora.artifacts import PoolBuild, canonical_sha256
 from pipelines.data.claims import shares_of, write_claims
 from pipelines.data.pool import deal
+from pipelines.evaluation.resume import open_log
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from meteora.artifacts import BuiltBase
     from pipelines.data.claims import Claim
+    from pipelines.data.pool import Answers
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
 
 def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
-    """Deal the plan's pool, and record how; say what each expert got."""
+    """Deal the plan's pool, and record how; say what each expert got.
+
+    A run that was stopped asks the experts again that had not answered all their prompts.
+    """
     spec = plan.pool
     if spec is None or work.holds(spec.id):
         return
     started = time.perf_counter()
     device_map = "auto" if is_spread(work, plan) else None
-    with opened(work, plan, built, None, device_map) as (model, tokenizer):
+    device = choose_device()
+    kept = work.answers_file(canonical_sha256([spec.id, __version__, device]))
+    with (
+        opened(work, plan, built, None, device_map) as (model, tokenizer),
+        open_log(kept) as log,
+    ):
+
+        def once(key: str, ask: Callable[[], Answers]) -> Answers:
+            answers = log.read(key)
+            if not answers:
+                answers = ask()
+                log.append(key, answers)
+            return answers
+
         claims = deal(
             model,
             tokenizer_of_gates(tokenizer, spec.template),
@@ -37,6 +56,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
             limit=spec.examples_per_expert,
             seed=spec.seed,
             bar=bar,
+            once=once,
         )
     labels = work.ledger.blobs.put_bytes(write_claims(claims).encode())
     made = PoolBuild(
@@ -44,11 +64,12 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
         labels_sha256=labels,
         shares=shares_of(claims, plan.fused.names),
         wall_seconds=time.perf_counter() - started,
-        device=choose_device(),
+        device=device,
     )
     work.ledger.record_artifact(
         spec, weights_sha256=labels, built=made, blobs=[labels], run_id=work.run_id
     )
+    kept.unlink(missing_ok=True)
     _say(made, claims)
 
 

@@ -221,6 +221,8 @@ def test_a_run_of_another_home_is_not_taken_for_killed(homes: tuple[Shelf, Shelf
 def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
     with pytest.raises(StoreError, match="cannot be used as shared storage"):
         connect(shelf.home, "shed://somewhere")
+    with pytest.raises(StoreError, match="no-url cannot be used as shared storage"):
+        connect(shelf.home, "no-url")
     with pytest.raises(UnreachableError, match="cannot be used now"):
         connect(shelf.home, "s3://no-such-bucket/x")
     assert not (shelf.home / SETTING).exists()

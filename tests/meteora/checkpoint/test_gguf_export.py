@@ -70,11 +70,17 @@ def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -
     with pytest.raises(ExportError, match="there is no expert 'no_such'"):
         export_gguf(world.checkpoint, tmp_path / "out", "no_such")
     base = world.manifest.base
-    other = dataclasses.replace(base.fingerprint, architecture="BloomForCausalLM")
-    manifest = dataclasses.replace(
-        world.manifest, base=dataclasses.replace(base, fingerprint=other)
-    )
-    (tmp_path / MANIFEST).write_text(manifest.to_json())
     (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
-    with pytest.raises(ExportError, match="its base is a BloomForCausalLM"):
-        export_gguf(tmp_path, tmp_path / "out")
+    for change, said in (
+        ({"architecture": "BloomForCausalLM"}, "its base is a BloomForCausalLM"),
+        ({"num_attention_heads": 0}, "q_proj has 32 outputs, which are not those of 0 heads"),
+        ({"num_key_value_heads": 24}, "k_proj has 16 outputs, which are not those of 24 heads"),
+    ):
+        other = dataclasses.replace(base.fingerprint, **change)
+        manifest = dataclasses.replace(
+            world.manifest, base=dataclasses.replace(base, fingerprint=other)
+        )
+        (tmp_path / MANIFEST).write_text(manifest.to_json())
+        with pytest.raises(ExportError, match=said):
+            export_gguf(tmp_path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

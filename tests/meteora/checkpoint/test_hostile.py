@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 MOST_MEMORY = 200 << 20
 """Bytes that Python may take to refuse a checkpoint, whatever its size."""
-NAMES = ["\x1b[31mred", "a\nb", "a\x00", "\u202eleft", "", " ", "x" * 129, 7, None, ["a"], "(base)"]
+NAMES = [
+    "\x1b[31mred", "a\nb", "a\x00", "\u202eleft", "", " ", "x" * 129, "é" * 65, 7, None, ["a"],
+    "(base)", "../x", "/abs", "a/b",
+]  # fmt: skip
 NUMBERS = [-1, 0, "1", 1.5, None, True, 2**70, [], {}]
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -116,8 +119,18 @@ def test_how_to_route(folder: Path, key: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_of_experts(folder: Path, name: object) -> None:
+    """Such a name could also leave the folder that `export_gguf` writes a file for each into."""
     edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
     refused(folder)
+
+
+def test_an_expert_in_no_module(folder: Path) -> None:
+    def idle(body: dict[str, Any]) -> None:
+        for module in body["modules"].values():
+            module["ranks"][1] = 0
+
+    edit_manifest(folder, idle)
+    refused(folder, "no module has a rank of attention; download")
 
 
 @pytest.mark.parametrize("key", ["source", "revision", "licence", "r", "adapter_id"])

@@ -68,7 +68,10 @@ def test_tensors_of_another_shape_or_number_than_promised_are_not_written(tmp_pa
 def test_a_manifest_comes_back_equal(world):
     full = dataclasses.replace(
         world.manifest,
-        modules={"m": ModuleEntry(3, 5, (1, 2, 0, 4), (0.5, 2.0, 0.0, 1 / 3))},
+        modules={
+            "m": ModuleEntry(3, 5, (1, 2, 0, 4), (0.5, 2.0, 0.0, 1 / 3)),
+            "n": ModuleEntry(5, 3, (0, 0, 6, 0), (0.0, 0.0, 1.0, 0.0)),
+        },
         gates={"method": "calibrate", "seed": 3, "num_tokens": 7},
         fused_id="fused:" + "1" * 64,
         router_id="router:" + "2" * 64,

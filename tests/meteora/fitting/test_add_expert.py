@@ -9,6 +9,8 @@ import torch
 
 from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
+from meteora.checkpoint.manifest import STATISTICS
+from meteora.checkpoint.tensors import Gates
 from meteora.fitting.add_expert import drop, grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Scatter
@@ -92,10 +94,11 @@ def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatc
     )
 
 
-def test_statistics_come_back_equal(tmp_path):
+def test_statistics_come_back_equal(world, tmp_path):
     written = {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.03)}
-    write_statistics(tmp_path / "file", written)
-    (read,) = read_statistics(tmp_path / "file").values()
+    write_statistics(tmp_path / STATISTICS, written)
+    gates = Gates({"a.b": (written["a.b"].means, torch.zeros(4))})
+    (read,) = read_statistics(tmp_path, world.manifest, gates).values()
     assert read.shrinkage == 0.03
     for field in dataclasses.fields(read):
         assert torch.equal(getattr(read, field.name), getattr(written["a.b"], field.name))

@@ -221,7 +221,7 @@ def test_a_conversation_runs_on_the_device_and_in_the_dtype_that_are_named(talk)
 def test_an_address_without_a_page_is_refused(talk) -> None:
     said = talk("hello", port="8001")
     assert said.returncode == 1
-    assert "--host and --port are for the page; give --web, too" in said.stderr
+    assert "--host, --port and --allow-host are for the page; give --web, too" in said.stderr
 
 
 def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(

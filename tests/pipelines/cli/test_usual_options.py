@@ -112,6 +112,31 @@ def test_the_old_name_of_schedule_works_and_says_so(tmp_path: Path) -> None:
     assert "serve " not in ask("--help").stdout.replace("chat-server", "")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "verify --scores", "verify --answers", "report x --traces", "generate x y --max-new-tokens",
+        "chat x --max-new-tokens", "chat-server x --port", "schedule x --limit",
+    ],
+)  # fmt: skip
+def test_a_number_that_nobody_means_is_one_short_sentence(words: str) -> None:
+    for number in ("9" * 5_000, "9" * 4_000, 2**63):  # the first is more than Python reads
+        said = ask(*words.split(), number)
+        assert said.returncode == 2
+        assert f"Invalid value for '{words.rpartition(' ')[2]}'" in said.stderr
+        assert len(said.stderr) < 1_000
+
+
+def test_a_message_does_not_repeat_a_number_of_five_thousand_digits(tmp_path: Path) -> None:
+    expert = "{name: x, adapter: a/b, examples: 'jsonl:x'}"
+    (tmp_path / "recipe.yaml").write_text(f"base: {'9' * 5_000}x\nexperts: [{expert}]\n")
+    for words in (["run", tmp_path / "recipe.yaml", "--dry-run"], ["recipe", "show", "9" * 5_000]):
+        said = meteora(*words, home=tmp_path) if words[0] == "run" else ask(*words)
+        assert said.returncode == 1
+        assert len(said.stderr.splitlines()) == 1
+        assert len(said.stderr) < 500
+
+
 def test_recipes_are_shown_and_explained() -> None:
     assert "quickstart" in ask("recipe", "show").stdout.split()
     assert "name: reverse_words" in ask("recipe", "show", "quickstart").stdout

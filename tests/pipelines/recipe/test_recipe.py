@@ -271,10 +271,13 @@ def test_what_decides_the_gates_is_in_their_id_and_what_does_not_is_not(tmp_path
     [
         f"benchmark: {{limit: {'9' * 5_000}}}",
         f"benchmark: {{limit: 0x{'f' * 5_000}}}",
+        f"benchmark: {{limit: '{'9' * 5_000}'}}",
+        f"router: {{temperature: 1{'0' * 5_000}.5}}",
+        f"gates: {{{'9' * 300}: 1}}",
         "\n".join(f"key{i}: 1" for i in range(8_000)),
         f"{'k' * 100_000}: 1",
     ],
-    ids=["digits", "hex digits", "unknown keys", "a long key"],
+    ids=["digits", "hex", "a text", "a fraction", "a key of digits", "unknown keys", "a long key"],
 )
 def test_an_absurd_recipe_gets_a_short_message(tmp_path: Path, more: str) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -12,10 +12,11 @@ import pytest
 import meteora
 from meteora.model.chat import Chat
 from pipelines.serving import server
+from pipelines.serving.host_names import names_of
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,10 @@ def chat(world, tmp_path_factory):
 
 
 @contextmanager
-def serving(chat: Chat, page: str = "") -> Generator[str]:
+def serving(chat: Chat, page: str = "", allowed: Sequence[str] = ()) -> Generator[str]:
     """Serve the model as `tiny`; yields the server's address."""
     with server.listen("127.0.0.1", 0) as listening:
-        running = server.make_server(chat, "tiny", "127.0.0.1", page)
+        running = server.make_server(chat, "tiny", names_of("127.0.0.1", allowed), page)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -61,7 +61,7 @@ def test_an_unknown_expert_has_no_page(chat) -> None:
 
 
 def test_a_page_of_another_name_or_in_a_frame_gets_nothing(url: str) -> None:
-    assert httpx.get(url, headers={"host": "evil.example"}).status_code == 400
+    assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
     assert httpx.get(url).headers["x-frame-options"] == "DENY"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
@@ -15,6 +16,7 @@ import pytest
 from meteora.artifacts import MeteoraError
 from meteora.model.trace import Token
 from pipelines.serving import server
+from pipelines.serving.host_names import names_of
 from tests.pages import ROOT, fences
 from tests.pipelines.serving.conftest import serving
 
@@ -211,10 +213,42 @@ def test_an_unknown_path_and_method_have_their_status(url) -> None:
 def test_a_page_of_another_site_gets_nothing(url) -> None:
     port = url.split(":")[2].partition("/")[0]
     rebound = httpx.get(f"{url}/models", headers={"host": f"evil.example:{port}"})
-    assert rebound.status_code == 400
+    assert rebound.status_code == 403
+    assert "not known as 'evil.example:" in rebound.json()["error"]["message"]
     asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
     allowed = httpx.options(f"{url}/chat/completions", headers=asked).headers
     assert "access-control-allow-origin" not in allowed
+
+
+def test_it_answers_under_addresses_and_names_that_are_its_own(chat) -> None:
+    """An address cannot be rebound to another one; a name of a stranger's can."""
+    known = [
+        "127.0.0.1", "127.0.0.1:1", "10.1.2.3:8000", "[::1]:8000", "[fe80::1]", "LOCALHOST:8000",
+        "localhost.", socket.gethostname(), "chat.example", "Chat.Example:443",
+    ]  # fmt: skip
+    strange = [
+        "evil.example", "", ":8000", "evil.example:8000", "127.0.0.1.evil.example",
+        "chat.example.evil", "x.chat.example", "evil.example@chat.example", "chat.example/x",
+        "chat.example:80:80", "[::1", "[chat.example]", "\u00b2.0.0.1", "chat.example,evil",
+    ]  # fmt: skip
+    with serving(chat, allowed=["chat.example"]) as address:
+        for host in known + strange:
+            asked = {b"host": host.encode("latin-1")}
+            status = httpx.get(f"{address}/v1/models", headers=asked).status_code
+            assert status == (200 if host in known else 403), host
+
+
+@pytest.mark.parametrize(
+    "name", ["", "*", "http://chat.example", "chat.example:80", "a b", "[::1]"]
+)
+def test_what_is_no_name_is_not_allowed_as_one(name: str) -> None:
+    with pytest.raises(MeteoraError, match="a name is needed, without scheme, port and wildcard"):
+        names_of("0.0.0.0", [name])  # noqa: S104
+
+
+def test_a_name_to_listen_on_is_one_of_its_own_and_an_address_is_none() -> None:
+    assert names_of("::", []) == ["localhost", socket.gethostname()]
+    assert names_of("chat.lan", ["chat.example"])[2:] == ["chat.lan", "chat.example"]
 
 
 def test_a_client_that_leaves_ends_its_answer(client, url) -> None:

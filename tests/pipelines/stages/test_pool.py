@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from meteora.artifacts import NULL
 from meteora.checkpoint.manifest import CARD, read_manifest
+from meteora.model.generate import answer_all
 from pipelines.data.claims import Claim
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.flows.up_to_date import look
@@ -21,7 +23,14 @@ from pipelines.stages import build
 from pipelines.stages.pool import deal_pool
 from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
-from tests.pipelines.conftest import ALPHABETS, finished, plan_of, print_steps, prompts_in, run
+from tests.pipelines.conftest import (
+    ALPHABETS,
+    finished,
+    plan_of,
+    print_steps,
+    prompts_in,
+    run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,25 +161,39 @@ def test_a_pool_that_changes_while_it_is_dealt_ends_the_run(
         complete(work, built, planned)
 
 
-def test_a_dealing_that_is_killed_leaves_no_record_and_begins_again(
-    open_recipe: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
+    open_recipe: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     work = open_recipe()
     planned, built = plan_of(work)
     build.stack(work, planned)
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.data.pool.answer_all", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            deal_pool(work, planned, built)
     assert planned.pool is not None
+    asked: list[int] = []
+
+    def answer(*arguments: Any) -> list[list[int]]:
+        asked.append(len(arguments[2]))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer_all(*arguments)
+
+    monkeypatch.setattr("pipelines.data.pool.answer_all", answer)
+    with pytest.raises(KeyboardInterrupt):
+        deal_pool(work, planned, built)
     assert not work.holds(planned.pool.id)
+    assert len([*(work.home / "answers").iterdir()]) == 1
     deal_pool(work, planned, built)
-    assert not complete(work, built, planned).to_deal
+    assert asked == [12] * 3  # of two experts, the first is not asked again
+    assert not [*(work.home / "answers").iterdir()]
+    whole = complete(work, built, planned)
+    assert not whole.to_deal
     assert not work.ledger.verify().findings
 
-
-def stopped(*_arguments: object) -> None:
-    raise KeyboardInterrupt
+    monkeypatch.undo()
+    at_once = replace(work, ledger=Ledger(tmp_path / "other"))
+    planned, built = plan_of(at_once)
+    build.stack(at_once, planned)
+    deal_pool(at_once, planned, built)
+    assert complete(at_once, built, planned).examples == whole.examples
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -1,0 +1,83 @@
+"""By which names a server is reached: no page of another site is one of its own.
+
+A browser lets a page read what comes from the page's own name. So a stranger's page would read the
+answers of a server in a network that the stranger cannot reach, once its name is rebound to that
+server's address; the header `Host` has that name then. An address is no name, and cannot be
+rebound. A page under its own name gets nothing either: the server allows no other origin to read,
+and JSON is sent across origins only with leave.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from starlette.responses import JSONResponse
+
+from meteora.artifacts import MeteoraError
+from meteora.untrusted.findings import shortened
+from pipelines.serving.answers import error_body
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d*)?", re.ASCII)
+NAME = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+class KnownHostsOnly:
+    """An app that answers under any address, and under the names that it is given."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if not self._is_known(host):
+                app = JSONResponse(
+                    error_body(
+                        f"this server is not known as {shortened(host)!r}; ask it by its address,"
+                        " or start it with --allow-host and that name"
+                    ),
+                    403,
+                )
+        await app(scope, receive, send)
+
+    def _is_known(self, host: str) -> bool:
+        found = HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = (found[1] or found[2]).removesuffix(".").lower()
+        return name in self._names or is_address(name)
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an address of IPv4 or IPv6, and no name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def names_of(host: str, allowed: Collection[str]) -> list[str]:
+    """The names of a server that listens on `host`, with those that a person allows.
+
+    Raises:
+        MeteoraError: What is allowed is no name, such as a URL.
+    """
+    for name in allowed:
+        if not NAME.fullmatch(name):
+            raise MeteoraError(
+                f"--allow-host {shortened(name)!r}: a name is needed, without scheme, port and"
+                " wildcard, such as chat.example.org"
+            )
+    own = [] if is_address(host) else [host]
+    return list(dict.fromkeys(["localhost", socket.gethostname(), *own, *allowed]))

@@ -133,6 +133,9 @@ class RouterSpec(Spec):
     then of the new expert's examples alone."""
     pool_id: str = ""
     """The pool that examples are taken from, for experts that bring none."""
+    found_in: str = ""
+    """SHA-256 of the gates, if they are known from a checkpoint of elsewhere alone. `method` and
+    `template` are then as it states, and nothing else is known of how they were made."""
 
     @classmethod
     def of(cls, fused_id: ArtifactId, options: RouterOptions, **made: Any) -> Self:  # noqa: ANN401

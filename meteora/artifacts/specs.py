@@ -141,6 +141,10 @@ class AdapterSpec(Spec):
     """Sorted by path."""
     stripped: tuple[str, ...] = ()
     """Tensors of the file that are left out by policy, sorted."""
+    found_in: str = ""
+    """`<SHA-256 of a stack>/<name>`, if it is known from that stack alone. The hash of its weights
+    is then as its checkpoint states, `base_model` and `dtype` are empty, and `lora_alpha` is what
+    gives the scaling without rsLoRA."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.artifacts import BaseSpec
     from meteora.checkpoint.manifest import Manifest
 
 
@@ -181,7 +182,7 @@ def _find_base(
             raise SourceError(f"{folder}: there is no such folder; give the one that holds {name}")
         return Path(folder)
     if name.startswith(GGUF):
-        return _find_packaged(manifest)
+        return find_packaged(manifest.base.spec)
     if name.startswith(PATH):
         raise SourceError(
             f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
@@ -190,12 +191,15 @@ def _find_base(
     return download_base(name, manifest.base.revision, download, weights=weights)
 
 
-def _find_packaged(manifest: Manifest) -> Path:
-    """Return a GGUF file in an installed package, if it is the file that the manifest means.
+def find_packaged(base: BaseSpec) -> Path:
+    """Return a GGUF file in an installed package, if it is the file that a checkpoint means.
 
     No advice is given to install a package that only a checkpoint names: it may be a stranger's.
+
+    Raises:
+        SourceError: it is not installed, or has another hash.
     """
-    name = manifest.base.repo_id
+    name = base.base_model
     package = name.removeprefix(GGUF).partition("/")[0]
     try:
         file = find_gguf(name)
@@ -206,9 +210,9 @@ def _find_packaged(manifest: Manifest) -> Path:
             f"{name}: the Python package {package}, which the checkpoint names, is not installed"
             " here; give the folder of the base with base_folder="
         ) from error
-    if f"sha256:{file_sha256(file)}" != manifest.base.revision:
+    if f"sha256:{file_sha256(file)}" != base.base_revision:
         raise SourceError(
             f"{file}: it is not the file that the checkpoint was made with, which has the hash"
-            f" {manifest.base.revision}; install the version of {package} that has it"
+            f" {base.base_revision}; install the version of {package} that has it"
         )
     return file

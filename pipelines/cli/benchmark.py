@@ -44,7 +44,8 @@ def benchmark(
     """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
 
     Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
-    ledger already, such as the base's, are not taken again.
+    ledger already, such as the base's, are not taken again. A checkpoint that was made elsewhere
+    is taken into the ledger under an id of its own.
     """
     from pipelines.admission import checkpoints
 
@@ -74,5 +75,5 @@ def run_benchmark(
 
     path = locate(recipe) if recipe else None
     request = BenchmarkRequest(tuple(tasks), tuple(compare), path, tuple(token_for))
-    plan, summary = measure(Ledger(home), found, request)
-    print_scores(" + ".join(plan.fused.names), found.folder, plan, summary, {}, as_json=as_json)
+    folder, plan, summary = measure(Ledger(home), found, request)
+    print_scores(" + ".join(plan.fused.names), folder, plan, summary, {}, as_json=as_json)

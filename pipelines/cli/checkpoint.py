@@ -169,6 +169,7 @@ def report(
     from pipelines.reports.html import check_writable, write_page
     from pipelines.reports.queries import run_queries
     from pipelines.reports.report import report_page
+    from pipelines.stages.adopt import as_recorded
     from store.ledger import Ledger
 
     output = output or Path("comparison.html" if other else "report.html")
@@ -179,10 +180,13 @@ def report(
         folders = [
             checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
         ]
-        _compare(ledger, *folders, output, as_json=as_json)
+        both = [as_recorded(ledger, checkpoints.find_base(one, home, base)) for one in folders]
+        _compare(ledger, both[0].folder, both[1].folder, output, as_json=as_json)
         return
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
-    results = run_queries(ledger, ArtifactId(read_manifest(found.folder).router_id))
+    found = as_recorded(ledger, found)
+    router_id = ArtifactId(read_manifest(found.folder).router_id)
+    results = run_queries(ledger, router_id, checkpoint)
     drawn = []
     if chosen := find_examples(ledger, results["outputs"], traces):
         drawn = trace_examples(*found.load(), chosen)

@@ -161,9 +161,10 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         low, high = found.build.low, found.build.high
         out.print(
             f"Mean difference {found.build.mean_difference:+.3f} [{low:+.3f}, {high:+.3f}] over"
-            f" {len(found.rows)} tasks. Marked with + is where B is better, with - where it is"
-            " worse, by a paired test on the same rows (p < 0.05 after Holm's correction, as p is"
-            " shown). Elsewhere the difference may be chance.",
+            f" {len(found.build.differences)} tasks, each by its first metric. Marked with + is"
+            " where B is better, with - where it is worse, by a paired test on the same rows (p <"
+            " 0.05 after Holm's correction over all lines, as p is shown). Elsewhere the difference"
+            " may be chance.",
             soft_wrap=True,
         )
     else:
@@ -179,7 +180,7 @@ def _comparison_tables(found: SideBySide) -> Iterator[Table]:
         ("task", "n", "A", "B", "B - A", "p"),
         [
             (
-                row.a.spec.task, str(row.a.num_samples), f"{row.a.value:.3f}", f"{row.b.value:.3f}",
+                row.name, str(row.a.num_samples), f"{row.a.value:.3f}", f"{row.b.value:.3f}",
                 f"{row.difference.difference:+.3f} {row.mark or ' '}",
                 f"{row.difference.p_holm:.3g}",
             )

@@ -72,8 +72,11 @@ def load_queries() -> list[tuple[str, str, str]]:
     return found
 
 
-def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]:
+def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict[str, QueryResult]:
     """The result of every query, by its name.
+
+    Args:
+        called: What a person calls the checkpoint, which the ledger may not know.
 
     Raises:
         ReportError: the id is not a router's, or the ledger has no scores of this router.
@@ -87,7 +90,8 @@ def run_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
     if not results["scores"].rows:
         raise ReportError(
             f"the ledger in {ledger.home} holds no scores of {short(router_id)}; measure it with"
-            f" `meteora benchmark {short(router_id)}`, or give the --home in which it was measured"
+            f" `meteora benchmark {called or short(router_id)}`, or give the --home in which it was"
+            " measured"
         )
     return results
 

@@ -20,7 +20,7 @@ from pipelines.reports.queries import ROUTER_ID, QueryResult, ReportError, ask_q
 from pipelines.scoring.compare import compare, recorded_scores, scores_in_common
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from meteora.artifacts import Difference, Score
@@ -90,7 +90,10 @@ class ExpertChange(NamedTuple):
 
 
 class ScoreRow(NamedTuple):
-    """One task on which both were measured."""
+    """One task and metric in which both were measured."""
+
+    name: str
+    """The task, with the metric if that is not its first, as in `Summary`."""
 
     a: Score
     b: Score
@@ -108,7 +111,7 @@ class SideBySide:
     b: Side
     rows: tuple[ScoreRow, ...]
     build: ComparisonBuild | None
-    """The paired tests; None without a task in common."""
+    """Over the first metric of each task, with the mean; None without a task in common."""
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -170,6 +173,7 @@ class SideBySide:
                 **turn.to_dict(),
             }
             for row in self.rows
+            if row.name == row.a.spec.task  # turns are alike in all metrics
             for label, score in zip(LABELS, (row.a, row.b), strict=True)
             for turn in score.turns
         ]
@@ -233,18 +237,27 @@ def compare_checkpoints(ledger: Ledger, a: Path, b: Path) -> SideBySide:
         for label, manifest, folder, router_id in zip(LABELS, manifests, (a, b), ids, strict=True)
     ]
     base = manifests[1].base.spec
-    pairs = scores_in_common(ledger, *ids, base.id)
-    if not pairs:
+    by_task = scores_in_common(ledger, *ids, base.id)
+    if not by_task:
         return SideBySide(*sides, (), None)
-    spec = ComparisonSpec(
-        ids[1], LABELS[1], LABELS[0], tuple(ScorePair(b.spec.id, a.spec.id) for a, b in pairs)
-    )
-    build = compare(ledger, spec)
+    named = {
+        f"{task}: {pair[0].spec.metric}" if number else task: pair
+        for task, pairs in by_task.items()
+        for number, pair in enumerate(pairs)
+    }
+    tested = compare(ledger, _comparison(ids[1], named.values()))
     rows = (
-        ScoreRow(one, other, difference, _mark(difference, other))
-        for (one, other), difference in zip(pairs, build.differences, strict=True)
+        ScoreRow(name, *pair, difference, _mark(difference, pair[1]))
+        for (name, pair), difference in zip(named.items(), tested.differences, strict=True)
     )
-    return SideBySide(*sides, tuple(rows), build)
+    firsts = compare(ledger, _comparison(ids[1], [pairs[0] for pairs in by_task.values()]))
+    return SideBySide(*sides, tuple(rows), firsts)
+
+
+def _comparison(b: ArtifactId, pairs: Iterable[tuple[Score, Score]]) -> ComparisonSpec:
+    """B against A, over pairs of scores of A and B."""
+    chosen = tuple(ScorePair(other.spec.id, one.spec.id) for one, other in pairs)
+    return ComparisonSpec(b, LABELS[1], LABELS[0], chosen)
 
 
 def _place(name: str, experts: Mapping[str, ExpertEntry]) -> int | None:

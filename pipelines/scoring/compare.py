@@ -67,10 +67,10 @@ def values_of(ledger: Ledger, score: Score) -> list[float]:
 
 def scores_in_common(
     ledger: Ledger, subject_id: ArtifactId, other_id: ArtifactId, other_base_id: ArtifactId
-) -> list[tuple[Score, Score]]:
-    """The scores of two subjects that were asked the same rows in the same way: one pair a task.
+) -> dict[str, list[tuple[Score, Score]]]:
+    """The scores of two subjects that were asked the same rows in the same way, by task.
 
-    Of several metrics the first is taken, and of several askings the last.
+    A pair for each metric that both have; of several askings the last.
 
     Args:
         other_base_id: of the other subject; it may have another base
@@ -78,11 +78,11 @@ def scores_in_common(
     ours = recorded_scores(ledger, subject_id)
     twins = [replace(one.spec, subject_id=other_id, base_id=other_base_id).id for one in ours]
     theirs = ledger.scores_of(twins)
-    askings: dict[ArtifactId, tuple[Score, Score]] = {}
+    askings: dict[ArtifactId, list[tuple[Score, Score]]] = {}
     for one, twin in zip(ours, twins, strict=True):
         if twin in theirs:
-            askings.setdefault(replace(one.spec, metric="").id, (one, theirs[twin]))
-    return list({pair[0].spec.task: pair for pair in askings.values()}.values())
+            askings.setdefault(replace(one.spec, metric="").id, []).append((one, theirs[twin]))
+    return {pairs[0][0].spec.task: pairs for pairs in askings.values()}
 
 
 def recorded_scores(ledger: Ledger, subject_id: ArtifactId) -> list[Score]:

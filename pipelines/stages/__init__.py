@@ -4,6 +4,7 @@ build            base, stack, gates, checkpoint
 pool             prompts without labels, dealt to experts without examples
 measure          the benchmark
 benchmark        the benchmark of a checkpoint without its recipe
+adopt            a checkpoint of elsewhere, taken into the ledger
 checkpoint       the texts of a checkpoint's folder
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ValidationError
 
-from meteora.artifacts import (
-    ArtifactId,
-    MeteoraError,
-    RouterSpec,
-    canonical_sha256,
-    short,
-)
+from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
+from meteora.base.sources import PATH
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.untrusted.findings import did_you_mean
 from pipelines.admission.sources import token_of_rows
@@ -26,9 +21,16 @@ from pipelines.planning.plan import plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
-from pipelines.recipe.recipe import ExpertSection, Recipe, explain
+from pipelines.recipe.recipe import (
+    DeadlinesSection,
+    ExpertSection,
+    HubSection,
+    Recipe,
+    explain,
+)
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
+from pipelines.stages.adopt import adopt, plan_adoption, recorded_router
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.measure import measure_model
 from pipelines.stages.open_model import stack_in
@@ -36,7 +38,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device
 from pipelines.workspace.recorded_run import one_stage
-from store.errors import UnknownError
 
 if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
     from pipelines.reports.summary import Summary
+    from pipelines.stages.adopt import Adoption
     from store.ledger import Ledger
 
 COMPARE = ("base", "oracle")
@@ -70,51 +72,66 @@ class BenchmarkRequest:
 
 def benchmark(
     ledger: Ledger, found: FoundCheckpoint, request: BenchmarkRequest
-) -> tuple[Plan, Summary]:
+) -> tuple[Path, Plan, Summary]:
     """Measure a checkpoint, and record the scores as a run does; what is recorded is not repeated.
 
+    One that the ledger does not know is taken in first.
+
+    Returns:
+        Its folder, which is under the home if it was taken in; the plan, and what was measured.
+
     Raises:
-        UnknownError: The ledger does not know the checkpoint.
         BenchmarkRequestError: There is no task, or none of a given name.
         ExamplesError: Rows are missing or malformed.
+        CheckpointError: It is not sound.
     """
-    manifest = read_manifest(found.folder)
-    router = ledger.spec_of(ArtifactId(manifest.router_id))
+    manifest, adoption = read_manifest(found.folder), None
+    router = recorded_router(ledger, found, manifest)
     if router is None:
-        raise UnknownError(
-            f"{found.folder}: this checkpoint is not in the ledger in {ledger.home}, which would"
-            " hold its scores; give the --home in which it was made, or run its recipe here; or"
-            " measure it without a record, with `python -m pipelines.lm_eval_model --model meteora"
-            f" --model_args pretrained={found.folder} --tasks TASK`"
-        )
+        adoption = plan_adoption(ledger, found, manifest)
+        manifest, router = adoption.manifest, adoption.router
     ledger.ingest()
     settings, tasks = _choose_tasks(ledger, manifest, request)
     for name in manifest.names:
         if name not in tasks and not request.tasks:
             say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
     base = manifest.base.spec
-    plan = plan_benchmark(base, stack_in(manifest), RouterSpec.from_dict(router), tasks, settings)
-    # measuring reads nothing of a recipe but its section `benchmark`
-    recipe = Recipe.model_construct(base=manifest.base.repo_id, benchmark=settings)
+    plan = plan_benchmark(base, stack_in(manifest), router, tasks, settings)
+    at_hand = found.base_folder
+    recipe = Recipe.model_construct(  # what measuring reads of one, and bringing a base
+        base=f"{PATH}{at_hand.absolute()}" if at_hand else base.base_model,
+        benchmark=settings,
+        hub=HubSection(token_for=request.token_for),
+        deadlines=DeadlinesSection(),
+    )
     work = RunContext(ledger, recipe, found.folder / MANIFEST, new_run_id())
-    summary = summarise(ledger, plan, found.base_folder)
+    folder = work.checkpoint_folder(router.id) if adoption else found.folder
+    summary = summarise(ledger, plan, at_hand) if folder.is_dir() else None
     if summary is None:
-        _measure(work, plan, found)
+        found = _measure(work, plan, found, adoption)
         summary = summarise(ledger, plan, found.base_folder)
         assert summary is not None  # noqa: S101  (all of it was measured)
     whole = all("=" in task for task in request.tasks)  # not some of the tasks only
-    if "grown_from" in manifest.gates and whole:  # other cards show what their recipe asks for
-        _write_card(found.folder, manifest, summary)
-    return plan, summary
+    if manifest.gates.keys() & {"grown_from", "adopted_from"} and whole:
+        _write_card(folder, manifest, summary)  # other cards show what their recipe asks for
+    return folder, plan, summary
 
 
-def _measure(work: RunContext, plan: Plan, found: FoundCheckpoint) -> None:
-    """Measure what is missing, as a run of its own; one at a time of one checkpoint."""
+def _measure(
+    work: RunContext, plan: Plan, found: FoundCheckpoint, adoption: Adoption | None
+) -> FoundCheckpoint:
+    """Measure what is missing, as a run of its own; one at a time of one checkpoint.
+
+    Returns:
+        The checkpoint that was measured: where it was taken in, the one under the home.
+    """
     name = f"benchmark of {short(plan.router.id)}"
     asked = canonical_sha256([one.spec.id for one in plan.measurements])
     device = device_name(torch.device(choose_device(found.device)))
     with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
-        measure_model(work, plan, lambda: nullcontext(found.load()))
+        here = adopt(work, adoption) if adoption else found
+        measure_model(work, plan, lambda: nullcontext(here.load()))
+    return here
 
 
 def _choose_tasks(

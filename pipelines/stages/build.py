@@ -25,9 +25,10 @@ from meteora.artifacts import (
 )
 from meteora.base import loading
 from meteora.base.chat_template import Template
-from meteora.base.sources import GGUF, find_gguf, weights_sha256
+from meteora.base.sources import GGUF, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
+from meteora.checkpoint.resolve import find_packaged
 from meteora.checkpoint.stack import stack_adapters, stacked_bytes
 from meteora.fitting import calibrate
 from meteora.fitting.background import fit_to_background
@@ -124,7 +125,7 @@ def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
         repositories.download_base(spec, out, hub=hub_of(recipe, spec.base_model))
         return
     say(f"dequantising {source.removeprefix(GGUF)}, once")
-    model, tokenizer = loading.load_gguf(find_gguf(source))
+    model, tokenizer = loading.load_gguf(find_packaged(spec))
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_space(out.parent, num_bytes, f"the dequantised {source}")
     model.save_pretrained(out)

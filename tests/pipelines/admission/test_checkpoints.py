@@ -17,6 +17,7 @@ from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
 from pipelines.hub.errors import InsecureEndpointError
 from pipelines.workspace import machine
+from store.ledger import Ledger
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
@@ -54,13 +55,14 @@ def server(world: World) -> Generator[HubServer]:
 
 def generate(server: HubServer, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Answer a prompt with the checkpoint, in a process where a token is saved."""
+    return ask(server, tmp_path, "generate", "org/fused", "hello", "--max-new-tokens", "1", *words)
+
+
+def ask(server: HubServer, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     server.requests.clear()
     told = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_saved"}
     told |= {"HF_HOME": str(tmp_path / f"cache{len(words)}"), "HF_HUB_DISABLE_XET": "1"}
-    command = [
-        sys.executable, "-m", "pipelines.cli", "generate", "org/fused", "hello",
-        "--max-new-tokens", "1", "--home", str(tmp_path / "home"), *words,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "pipelines.cli", *words, "--home", str(tmp_path / "home")]
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env=os.environ | told
     )
@@ -118,6 +120,23 @@ def test_plain_http_is_refused_for_a_checkpoint_and_for_its_base(
         checkpoints.find(str(folder), tmp_path)
     found = checkpoints.find(str(folder), tmp_path, world.base)  # then nothing is downloaded
     assert (found.base_folder, found.download) == (world.base, {})
+
+
+def test_what_the_hub_has_is_measured_and_its_base_comes_into_the_home(
+    server: HubServer, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "ab", "response": "b"}\n')
+    asked = f"sums=jsonl:{rows}"
+    said = ask(server, tmp_path, "benchmark", "org/fused", "--tasks", asked, "--compare", "base")
+    assert said.returncode == 0, said.stderr
+    assert "it is taken in as router:" in said.stderr
+    assert [r for r in server.requests if r[2]] == []
+    ledger = Ledger(tmp_path / "home")
+    bases = ledger.query("SELECT base_model, base_revision FROM base_models").rows
+    assert bases == [("other/base", COMMIT)]
+    assert len(list((tmp_path / "home" / "bases").iterdir())) == 1
+    assert ledger.query("SELECT task, num_samples FROM leaderboard").rows == [("sums", 1)]
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> None:

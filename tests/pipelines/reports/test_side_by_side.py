@@ -86,7 +86,7 @@ def measure(
     ledger: Ledger, router: RouterSpec, task: str, values: list[float], rows: str = "f", **more: Any
 ) -> None:
     """Record a score with the value of every row, as a benchmark does."""
-    metric = "conversation_right" if "turns" in more else "exact_match"
+    metric = more.pop("metric", "conversation_right" if "turns" in more else "exact_match")
     spec = BenchmarkSpec(router.id, task, rows * 64, metric, 0, 64, 0, BASE.id)
     path = ledger.home / "outputs.parquet"
     write_outputs([{metric: value, "of": spec.id} for value in values], path)
@@ -115,6 +115,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, Path, Path]:
     for task, counts in RIGHT.items():
         for router, count in zip((a, b), counts, strict=True):
             measure(ledger, router, task, [1.0] * count + [0.0] * (40 - count))
+    for router, value in ((a, 0.25), (b, 0.75)):  # a second metric of the first task
+        measure(ledger, router, "dates", [value] * 40, metric="rougeL")
+    measure(ledger, a, "sums", [1.0] * 40, metric="rougeL")  # which B does not have
     for router, values in ((a, (0.25, 0.5)), (b, (0.75, 0.5))):
         turns = tuple(
             ScoreTurn(n, value, 60.0, 30.0, 8.0, 0.25) for n, value in enumerate(values, 1)
@@ -141,8 +144,8 @@ def page(found: SideBySide) -> str:
 
 
 def test_scores_on_the_same_rows_are_tested_against_each_other(found: SideBySide) -> None:
-    rows = {row.a.spec.task: row for row in found.rows}
-    assert list(rows) == ["dates", HOSTILE, "sums", "conversation-2"]
+    rows = {row.name: row for row in found.rows}
+    assert list(rows) == ["dates", "dates: rougeL", HOSTILE, "sums", "conversation-2"]
     raw = {}
     for task, (a, b) in RIGHT.items():
         one = rows[task].difference
@@ -153,10 +156,14 @@ def test_scores_on_the_same_rows_are_tested_against_each_other(found: SideBySide
         apart = abs(a - b)  # all of these rows go one way: the exact test is a coin's
         raw[task] = min(1.0, 2 * math.comb(apart, 0) / 2**apart)
         assert one.p_value == pytest.approx(raw[task])
-    assert rows["dates"].difference.p_holm == pytest.approx(2 * raw["dates"], rel=1e-6)
-    assert [row.mark for row in rows.values()] == ["+", "", "-", "+"]
+    p_values = sorted(row.difference.p_value for row in rows.values())
+    place = p_values.index(rows["dates"].difference.p_value)  # over all five lines
+    assert rows["dates"].difference.p_holm == pytest.approx((5 - place) * raw["dates"], rel=1e-6)
+    assert [row.mark for row in rows.values()] == ["+", "+", "", "-", "+"]
+    assert rows["dates: rougeL"].difference.difference == pytest.approx(0.5)
     assert found.build is not None
-    mean = sum(row.difference.difference for row in found.rows) / 4
+    del rows["dates: rougeL"]  # the mean is over tasks
+    mean = sum(row.difference.difference for row in rows.values()) / 4
     assert found.build.mean_difference == pytest.approx(mean)
     assert found.unmeasured == {"A": ["words"], "B": ["words", "gone"]}
 
@@ -176,7 +183,7 @@ def test_what_differs_in_experts_and_options_is_named(found: SideBySide) -> None
 def test_the_page_has_it_all_and_asks_for_nothing(found: SideBySide, page: str) -> None:
     tree = lxml.html.fromstring(page)
     text = " ".join(tree.text_content().split())
-    assert "B is better than A, beyond chance, on dates, conversation-2." in text
+    assert "B is better than A, beyond chance, on dates, dates: rougeL, conversation-2." in text
     assert "B is worse than A, beyond chance, on sums." in text
     assert "A was not asked the rows of words that the other one was asked." in text
     for row in found.rows:
@@ -219,8 +226,9 @@ def test_the_terminal_has_a_table_and_json(pair: tuple[Ledger, Path, Path], tmp_
     assert out.read_text().startswith("<!doctype html>")
     body = json.loads(ask("report", a, b, "-o", out, "--json", "--home", ledger.home).stdout)
     assert body["page"] == str(out)
-    assert {one["task"]: one["differs"] for one in body["scores"]} == {
-        "dates": "+", HOSTILE: "", "sums": "-", "conversation-2": "+",
+    assert {(one["task"], one["metric"]): one["differs"] for one in body["scores"]} == {
+        ("dates", "exact_match"): "+", ("dates", "rougeL"): "+", (HOSTILE, "exact_match"): "",
+        ("sums", "exact_match"): "-", ("conversation-2", "conversation_right"): "+",
     }  # fmt: skip
     assert body["a"]["experts"] == ["dates", "sums", "gone"]
     assert body["options"] == [{"name": "top_k", "a": 1, "b": 2}]
@@ -265,5 +273,5 @@ def test_the_page_fits_a_desk_and_a_phone(
 ) -> None:
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    # two metrics of scores and of differences, and the turns
-    assert drawings_at(browser, path, width) == [kind] * 5
+    # three metrics of scores and of differences, and the turns
+    assert drawings_at(browser, path, width) == [kind] * 7

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import ArtifactId
-from meteora.checkpoint.manifest import CARD, read_manifest
+from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.planning.recorded_tasks import recorded_tasks
 from store.events import RunStarted
 from store.ledger import Ledger
@@ -57,7 +58,7 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     page = tmp_path / "report.html"
     report = ("report", folder, "--base", recipe_folder / "base", "-o", page, "--home", work.home)
     said = ask(*report)
-    assert f"`meteora benchmark {router[:19]}`" in said.stderr
+    assert f"`meteora benchmark {folder}`" in said.stderr
     before = len(work.ledger.query("FROM scores").rows)
     name = f"benchmark of {router[:19]}"
     work.ledger.record_run(RunStarted("20261126T000000-killed", name, "0" * 64))
@@ -92,6 +93,8 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
         ("q_and_v", system, 2) for system in ("fused", "base", "oracle")
     }
     assert len(work.ledger.query("FROM scores").rows) == before + 1
+    base = read_manifest(folder).base.spec.id
+    assert recorded_tasks(work.ledger, base, {"q_and_v": ArtifactId("adapter:" + "0" * 64)}) == {}
 
 
 def test_new_rows_a_recipe_and_other_systems_can_be_given(
@@ -151,18 +154,95 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
 
 
-def test_what_is_not_in_the_ledger_is_not_measured(
+def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(
     dropped: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path
 ) -> None:
-    work, folder = dropped
-    said = ask("benchmark", folder, "--base", recipe_folder / "base", "--home", tmp_path / "other")
+    work, made = dropped
+    came, home = tmp_path / "came", tmp_path / "other"
+    shutil.copytree(made, came)
+    (came / STATISTICS).unlink()  # the Hub's are not downloaded to measure
+    theirs = read_manifest(came)
+    where = ("--base", recipe_folder / "base", "--home", home)
+    said = ask("benchmark", came, *where)
     assert said.returncode == 1
-    assert "this checkpoint is not in the ledger in" in said.stderr
-    asked = re.search(r"`(python -m pipelines.lm_eval_model .*) --tasks TASK`", said.stderr)
-    assert asked is not None
-    assert f"pretrained={folder}" in asked[1]
-    manifest = read_manifest(folder)
-    strange = {"q_and_v": ArtifactId("adapter:" + "0" * 64)}
-    base = work.ledger.spec_of(ArtifactId(manifest.fused_id))
-    assert base is not None
-    assert recorded_tasks(Ledger(work.home), base["base_id"], strange) == {}
+    assert "no task of its experts is in the ledger; give rows as --tasks" in said.stderr
+    assert not (home / "checkpoints").exists()
+    assert not (home / "records").exists()
+
+    rows = f"q_and_v=jsonl:{recipe_folder / 'q_and_v.test.jsonl'}"
+    said = ask("benchmark", came, "--tasks", rows, *where)
+    assert said.returncode == 0, said.stderr
+    assert f"{came} was not made here: it is taken in as router:" in said.stderr
+    ledger = Ledger(home)
+    (folder,) = (home / "checkpoints").iterdir()
+    assert f"checkpoint: {folder}" in said.stdout
+    ours = read_manifest(folder)
+    assert ours.gates["adopted_from"] == theirs.router_id
+    assert ours.base == theirs.base  # its bytes are the ones that the manifest names
+    assert not {ours.router_id, ours.fused_id, *(e.adapter_id for e in ours.experts)} & {
+        row[0] for row in work.ledger.query("SELECT id FROM artifacts").rows
+    }
+    assert ledger.query(f"{LEADERBOARD}'{ours.router_id}'").rows == [("q_and_v", 4, True)]
+    alone = ledger.query("SELECT value = oracle_value, oracle_name FROM leaderboard")
+    assert alone.rows == [(True, "q_and_v")]  # its one expert is all that it has
+    lineage = "SELECT source, revision, weights_sha256 FROM lineage WHERE kind = 'adapter'"
+    (expert,) = theirs.experts
+    assert ledger.query(f"{lineage} AND artifact_id = '{ours.router_id}'").rows == [
+        (expert.source, expert.revision, expert.weights_sha256)
+    ]
+    assert ledger.query("SELECT verdict, codes FROM adapters").rows == [("warn", ["adopted"])]
+    assert not ledger.verify().findings
+    assert "exact_match" in (folder / CARD).read_text()
+    assert "exact_match" not in (came / CARD).read_text()
+
+    for name in (came, ours.router_id[:19]):  # it is known now, by both names
+        again = ask("benchmark", name, *where)
+        assert again.returncode == 0, again.stderr
+        assert again.stdout == said.stdout
+    page = tmp_path / "report.html"
+    reported = ask("report", came, "-o", page, "--traces", "0", *where)
+    assert reported.returncode == 0, reported.stderr
+    assert "taken in from elsewhere on" in page.read_text()
+    recipe = ask("benchmark", came, "--recipe", work.path, *where)
+    assert recipe.returncode == 0, recipe.stderr
+    asked = ledger.query(f"{LEADERBOARD}'{ours.router_id}' ORDER BY num_samples").rows
+    assert asked == [("q_and_v", 2, True), ("q_and_v", 4, True)]
+
+
+def test_a_manifest_that_names_recorded_ids_is_not_believed(
+    dropped: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path
+) -> None:
+    """With another scaling it is another model, whatever ids it names."""
+    work, made = dropped
+    forged = tmp_path / "forged"
+    shutil.copytree(made, forged)
+    body = json.loads((forged / MANIFEST).read_text())
+    for module in body["modules"].values():
+        module["scaling"] = [2 * one for one in module["scaling"]]
+    (forged / MANIFEST).write_text(json.dumps(body))
+    ids = body["router_id"], body["experts"][0]["adapter_id"]
+    scores = f"FROM scores WHERE subject_id IN {ids}"
+    before = work.ledger.query(scores).rows
+    rows = f"new=jsonl:{recipe_folder / 'q_and_v.test.jsonl'}"
+    said = benchmark(work, forged, recipe_folder, "--tasks", rows)
+    assert said.returncode == 0, said.stderr
+    assert "it is taken in as router:" in said.stderr
+    assert work.ledger.query(scores).rows == before
+
+    body["files"][GATES] = "0" * 64
+    (forged / MANIFEST).write_text(json.dumps(body))
+    said = benchmark(work, forged, recipe_folder, "--tasks", rows)
+    assert said.returncode == 1
+    assert "its SHA-256 is not the one that is named there" in said.stderr
+    assert not work.ledger.verify().findings
+
+    tuned = tmp_path / "tuned"  # a base with other bytes than the one that the manifest names
+    shutil.copytree(recipe_folder / "base", tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file(
+        {k: w * 1.01 for k, w in weights.items()}, tuned / "model.safetensors", {"format": "pt"}
+    )
+    said = ask("benchmark", made, "--tasks", rows, "--base", tuned, "--home", work.home)
+    assert said.returncode == 0, said.stderr
+    bases = work.ledger.query("SELECT base_model FROM base_models ORDER BY ALL").rows
+    assert bases == [("path:base",), ("path:tuned",)]

@@ -1,0 +1,257 @@
+"""Take a checkpoint of elsewhere into the ledger, so that its scores have a subject.
+
+Its manifest may say anything, and nobody here saw how it was made. So its experts and its gates get
+ids of their own, which depend on the bytes of its files. Under the ids that the manifest names, a
+run of that recipe here would take a stranger's files for what it made itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import (
+    WITH_GATES,
+    AdapterModule,
+    AdapterSpec,
+    ArtifactId,
+    BaseSpec,
+    FusedCheckpoint,
+    FusedSpec,
+    Reason,
+    RouterBuild,
+    RouterSpec,
+    short,
+)
+from meteora.base.sources import PATH, file_sha256, weights_sha256
+from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS, read_manifest
+from meteora.checkpoint.sound_file import open_sound
+from pipelines.stages.build import build_base
+from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.open_model import stack_in
+from pipelines.workspace.bases import base_at
+from pipelines.workspace.console import say
+from pipelines.workspace.context import checkpoint_at, put_in_place
+from pipelines.workspace.faults import require_space
+from store.events import AdapterVerdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from meteora.checkpoint.manifest import ExpertEntry, Manifest
+    from pipelines.admission.checkpoints import FoundCheckpoint
+    from pipelines.workspace.context import RunContext
+    from store.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """A checkpoint of elsewhere, and what it is called here."""
+
+    found: FoundCheckpoint
+    manifest: Manifest
+    """Its own, with the ids that it has here."""
+    adapters: tuple[AdapterSpec, ...]
+    fused: FusedSpec
+    router: RouterSpec
+
+
+def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
+    """The checkpoint under the id that it has here: its copy if it was taken in, else itself."""
+    manifest = read_manifest(found.folder)
+    if recorded_router(ledger, found, manifest) is not None:
+        return found
+    router = plan_adoption(ledger, found, manifest).router
+    folder = checkpoint_at(ledger.home, router.id)
+    return replace(found, folder=folder) if folder.is_dir() else found
+
+
+def recorded_router(
+    ledger: Ledger, found: FoundCheckpoint, manifest: Manifest
+) -> RouterSpec | None:
+    """The router of a checkpoint, if the ledger has it: on this base, with these experts and files.
+
+    Without that look a manifest could name the ids of another model.
+    """
+    known = ledger.spec_of(ArtifactId(manifest.router_id))
+    if known is None:
+        return None
+    router, fused = RouterSpec.from_dict(known), stack_in(manifest)
+    files = _files(found.folder, manifest)
+    specs = [ledger.spec_of(one) for one in fused.adapter_ids]
+    recorded = [_placed(AdapterSpec.from_dict(spec).modules) for spec in specs if spec]
+    stated = [_placed(_modules(manifest, e)) for e in range(len(specs))]
+    same = (
+        (router.fused_id, router.options, recorded) == (fused.id, manifest.router, stated)
+        and ledger.weights_of(fused.id) == files[EXPERTS]
+        and ledger.weights_of(router.id) == files.get(GATES, files[EXPERTS])
+        and _base_of(ledger, manifest, found.base_folder) == manifest.base.spec
+    )
+    return router if same else None
+
+
+def plan_adoption(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> Adoption:
+    """What a checkpoint is called here; nothing is written."""
+    files = _files(found.folder, manifest)
+    adapters = tuple(
+        AdapterSpec(
+            weights_sha256=entry.weights_sha256,
+            base_model="",
+            use_rslora=False,
+            dtype="",
+            modules=_modules(manifest, e),
+            found_in=f"{files[EXPERTS]}/{entry.name}",
+        )
+        for e, entry in enumerate(manifest.experts)
+    )
+    base = _base_of(ledger, manifest, found.base_folder)
+    fused = FusedSpec(base.id, tuple(manifest.names), tuple(one.id for one in adapters))
+    gates = manifest.gates if GATES in files else {}
+    router = RouterSpec.of(
+        fused.id,
+        manifest.router,
+        method=gates.get("method", ""),
+        template="plain" if gates.get("template") == "plain" else "auto",
+        found_in=files.get(GATES, ""),
+    )
+    adopted = replace(
+        manifest,
+        base=replace(manifest.base, repo_id=base.base_model, revision=base.base_revision),
+        experts=tuple(
+            replace(entry, adapter_id=spec.id)
+            for entry, spec in zip(manifest.experts, adapters, strict=True)
+        ),
+        gates=gates | {"adopted_from": manifest.router_id} if gates else {},
+        fused_id=fused.id,
+        router_id=router.id,
+        files=files,
+    )
+    return Adoption(found, adopted, adapters, fused, router)
+
+
+def adopt(work: RunContext, adoption: Adoption) -> FoundCheckpoint:
+    """Record the base, the experts and the router, and write the checkpoint under its new id.
+
+    Args:
+        work: Its recipe names the base, as a folder if it is at hand.
+
+    Raises:
+        CheckpointError: A file of tensors is missing, damaged, or not the one of its manifest.
+        NoSpaceError: The disk has no room for them.
+        HubError, SourceError: The base cannot be brought.
+    """
+    found, manifest, ledger = adoption.found, adoption.manifest, work.ledger
+    built = build_base(work, manifest.base.spec)
+    folder = work.checkpoint_folder(adoption.router.id)
+    here = replace(found, folder=folder, base_folder=work.base_folder(built.spec))
+    if folder.is_dir() and work.holds(adoption.router.id):
+        return here
+    paths = {name: found.folder / name for name in manifest.files}
+    for name in paths:
+        with open_sound(found.folder, name, manifest):
+            pass
+    num_bytes = sum(path.stat().st_size for path in paths.values())
+    require_space(work.home, num_bytes, "a copy of this checkpoint")
+    for path in paths.values():
+        ledger.blobs.put(path)
+    _record(work, adoption)
+    with work.scratch() as scratch:
+        made = scratch / folder.name
+        made.mkdir()
+        for name, sha256 in manifest.files.items():
+            ledger.blobs.give(sha256, made / name)
+        write_texts(made, manifest, manifest.files, " + ".join(manifest.names))
+        put_in_place(made, folder)
+    say(
+        f"{found.folder} was not made here: it is taken in as {short(adoption.router.id)}. Its"
+        " files have the hashes that it names; how it was made is as it states",
+        "note",
+    )
+    return here
+
+
+def _record(work: RunContext, adoption: Adoption) -> None:
+    """Record experts, stack and router, and where the manifest says that the experts are from."""
+    ledger, manifest, run_id = work.ledger, adoption.manifest, work.run_id
+    experts = manifest.files[EXPERTS]
+    for spec, entry in zip(adoption.adapters, manifest.experts, strict=True):
+        if ledger.weights_of(spec.id) is None:
+            ledger.record_adapter(_verdict(entry), run_id=run_id)
+        ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
+    ledger.record_artifact(
+        adoption.fused,
+        weights_sha256=experts,
+        built=FusedCheckpoint(adoption.fused, experts),
+        blobs=[experts],
+        run_id=run_id,
+    )
+    gates, statistics = manifest.files.get(GATES, experts), manifest.files.get(STATISTICS, "")
+    num_tokens = manifest.gates.get("num_tokens", 0)
+    built = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
+    ledger.record_artifact(
+        adoption.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
+    )
+
+
+def _verdict(entry: ExpertEntry) -> AdapterVerdict:
+    parts = entry.source.split("/")
+    own = 1 if entry.source.startswith(PATH) else 2
+    message = "source, revision, licence and hash are as the checkpoint that it came in states them"
+    return AdapterVerdict(
+        name=entry.name,
+        source=entry.source,
+        repo_id="/".join(parts[:own]),
+        revision=entry.revision,
+        subfolder="/".join(parts[own:]),
+        verdict="warn",
+        reasons=(Reason("adopted", message),),
+        licence=entry.licence,
+        adapter_id=ArtifactId(entry.adapter_id),
+    )
+
+
+def _files(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """The SHA-256 of each file of tensors, as the manifest names it, else of the bytes.
+
+    Empty for one that is missing.
+    """
+    names = [EXPERTS, *([GATES] if manifest.router.kind in WITH_GATES else [])]
+    names += [STATISTICS] if (folder / STATISTICS).is_file() else []
+    paths = {name: folder / name for name in names}
+    return {
+        name: manifest.files.get(name) or (file_sha256(path) if path.is_file() else "")
+        for name, path in paths.items()
+    }
+
+
+def _modules(manifest: Manifest, e: int) -> tuple[AdapterModule, ...]:
+    """What expert `e` changes, sorted by path; alpha is the one that gives its scaling."""
+    return tuple(
+        AdapterModule(
+            path,
+            entry.in_features,
+            entry.out_features,
+            entry.ranks[e],
+            entry.scaling[e] * entry.ranks[e],
+            entry.scaling[e],
+        )
+        for path, entry in sorted(manifest.modules.items())
+        if entry.ranks[e]
+    )
+
+
+def _placed(modules: Sequence[AdapterModule]) -> list[tuple[str, int, float]]:
+    """What counts of them when a model computes."""
+    return [(one.path, one.r, one.scaling) for one in modules]
+
+
+def _base_of(ledger: Ledger, manifest: Manifest, folder: Path | None) -> BaseSpec:
+    """The base of the manifest; of another folder than its own, which has other bytes, that one."""
+    spec = manifest.base.spec
+    if folder is None or folder == base_at(ledger.home, spec.stored.id):
+        return spec
+    sha256 = weights_sha256(folder)
+    if sha256 == ledger.weights_of(spec.stored.id) or spec.base_revision == f"sha256:{sha256}":
+        return spec
+    return BaseSpec(PATH + folder.absolute().name, f"sha256:{sha256}", spec.quantise)

@@ -68,7 +68,6 @@ class PromptReader:
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
         self._hook: RemovableHandle | None = None
-        self._reads = False
 
     def watch(self, model: nn.Module) -> None:
         """See every forward pass of a fused model; OPT's goes around its `base_model`."""
@@ -82,8 +81,8 @@ class PromptReader:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routers = [layer.router for layer in routed_layers(model).values()]
-        if self._reads or not any(isinstance(router, PromptRouter) for router in routers):
-            return  # it is reading, or an expert is forced
+        if not any(isinstance(router, PromptRouter) for router in routers):
+            return  # an expert is forced
         ids = kwargs.get("input_ids", args[0] if args else None)
         states = ids if ids is not None else kwargs["inputs_embeds"]
         num_rows, length = states.shape[:2]
@@ -99,11 +98,7 @@ class PromptReader:
         question, asked = questions(ids, there, self.template)
         if goes_on and not asked:
             return
-        self._reads = True
-        try:
-            self.held.hold(self.read(model, question, args, kwargs))
-        finally:
-            self._reads = False
+        self.held.hold(self.read(model, question, args, kwargs))
 
     @torch.no_grad()
     def read(
@@ -145,7 +140,7 @@ class PromptReader:
 
                     hooks.callback(layer.register_forward_pre_hook(hook).remove)
             hooks.enter_context(routed_by(model, lambda _: None))
-            model(*args, **kwargs)
+            model.forward(*args, **kwargs)  # not a call: who watches passes sees one
         mean, deviation = self.standard.cpu()
         return (sizes / num_modules.clamp_min(1) - mean) / deviation
 

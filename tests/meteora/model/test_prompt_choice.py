@@ -19,6 +19,7 @@ from meteora.fitting.background import fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import READER, questions
+from meteora.model.trace import trace
 from meteora.routing.layer import routed_layers
 from meteora.routing.prompt_router import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
@@ -186,6 +187,13 @@ def test_a_forced_expert_is_not_read_for(model):
     with force_expert(model, "attention"):
         answer(model, asked(0))
     assert getattr(model, READER).held.logits is before
+
+
+def test_a_trace_has_one_expert_in_every_layer_from_the_first_token_on(model, tokenizer):
+    found = trace(model, tokenizer, asked(1), max_new_tokens=4)
+    assert len(found.ids) == len(asked(1)) + 4
+    assert {found.experts[e] for e in found.chosen.unique().tolist()} == {"attention"}
+    assert found.chosen.shape[1] == len(found.ids)
 
 
 @torch.no_grad()

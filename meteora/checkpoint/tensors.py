@@ -5,7 +5,7 @@
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples;
                           of a router of kind `prompt` instead "<module path>.gate.rows" [R, IN],
-                          "<module path>.gate.offset" [R], "standard" [2, C]
+                          "<module path>.gate.offset" [R], "standard" [3, C]
     statistics.safetensors  what gates of `calibrate` were fitted to, to add experts later
     README.md             model card
     lineage.json          in-toto statement
@@ -199,13 +199,12 @@ class PromptGates:
     """What a model's routers of kind `prompt` are made of: see `meteora.model.prompt_choice`."""
 
     rows: dict[str, Tensor]
-    """R_c A_c Σ⁻¹ of each module, [R, IN]: the experts end to end along the rank."""
+    """R_c A_c (Σ + λ I)^-½ of each module, [R, IN]: the experts end to end along the rank."""
     offsets: dict[str, Tensor]
-    """R_c A_c Σ⁻¹ μ, [R]."""
+    """Their products with μ, [R]."""
     standard: Tensor
-    """[2, C] mean and deviation of each choice's size on background prompts. The base has the size
-    0; its mean is less than zero, so that its logit is the least with which an expert stands out.
-    """
+    """[3, C] intercept, slope and deviation of each choice's size on background texts. The base has
+    the size 0, and an intercept below zero: so its logit is always the same."""
     template: Template
     """The tokens around every prompt."""
 
@@ -278,10 +277,10 @@ def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
         }
         _refuse_others(folder / GATES, file, named | {"standard"})
         standard = file.get_tensor("standard")
-        if standard.shape != (2, len(manifest.choices)) or not (standard[1] > 0).all():
+        if standard.shape != (3, len(manifest.choices)) or not (standard[2] > 0).all():
             raise CheckpointError(
-                f"{folder / GATES}: its standard is {tuple(standard.shape)}, a mean and a deviation"
-                f" above zero of {len(manifest.choices)} choices are needed; {AGAIN}"
+                f"{folder / GATES}: its standard is {tuple(standard.shape)}, and intercepts, slopes"
+                f" and deviations above zero of {len(manifest.choices)} choices are needed; {AGAIN}"
             )
         for module, entry in manifest.modules.items():
             rank = sum(min(one, entry.out_features) for one in entry.ranks)

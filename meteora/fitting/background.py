@@ -1,7 +1,7 @@
 """What routers of kind `prompt` compare a prompt with: texts that belong to no expert.
 
 One sweep over them gives, at each input, the mean μ and the covariance Σ of the base's own tokens,
-and each expert's size on each text; see `meteora.model.prompt_choice`.
+and the size of each expert's update on each text; see `meteora.model.prompt_choice`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from meteora.checkpoint.tensors import PromptGates
 from meteora.fitting.calibrate import swept
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError, batched
-from meteora.model.prompt_choice import insert_prompt_routers
+from meteora.model.prompt_choice import insert_prompt_routers, mean_of_others
 from meteora.routing.layer import routed_layers
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.routers import Norm
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
     from meteora.base.chat_template import Template
 
-RIDGE = 0.03
-"""Added to the diagonal of the covariance, as a share of its mean: fewer tokens than inputs give no
-inverse. With six adapters 0.03 and 0.1 choose as well, 1 and the diagonal alone worse."""
+RIDGE = 0.3
+"""Added to the diagonal of the covariance, as a share of its mean. With fourteen adapters 0.03 and
+1 choose nearly as well (`tests/benchmarks/results/prompt_choice.md`)."""
+LEAST = 1e-12
 LEAST_TEXTS = 8
 """Fewer have no deviation to speak of."""
 
@@ -109,35 +110,45 @@ def fit_to_background(
 
 
 def whitened(rows: Tensor, centred: Tensor) -> Tensor:
-    """Rows (Σ + λ I)⁻¹, [R, IN], with Σ the covariance of `centred` [T, IN].
+    """Rows (Σ + λ I)^-½, [R, IN], with Σ the covariance of `centred` [T, IN].
 
-    λ is `RIDGE` times the mean of Σ's diagonal. Solved with the smaller of both Gram matrices.
+    λ is `RIDGE` times the mean of Σ's diagonal. By the eigenvectors of the smaller Gram matrix.
     """
-    x, rows64 = centred.double(), rows.double()
+    x, wide = centred.double(), rows.double()
     num_tokens, num_inputs = x.shape
     x = x / max(1, num_tokens - 1) ** 0.5
-    ridge = RIDGE * (x.square().sum() / num_inputs).clamp_min(1e-12)
+    ridge = RIDGE * (x.square().sum() / num_inputs).clamp_min(LEAST)
     if num_inputs <= num_tokens:
-        gram = x.T @ x + ridge * torch.eye(num_inputs, dtype=x.dtype, device=x.device)
-        found = torch.linalg.solve(gram, rows64.T).T
-    else:  # (XᵀX + λ I)⁻¹ = (I - Xᵀ (X Xᵀ + λ I)⁻¹ X) / λ
-        gram = x @ x.T + ridge * torch.eye(num_tokens, dtype=x.dtype, device=x.device)
-        found = (rows64 - torch.linalg.solve(gram, x @ rows64.T).T @ x) / ridge
-    return found.to(rows.dtype)
+        variances, directions = torch.linalg.eigh(x.T @ x)
+    else:
+        variances, of_tokens = torch.linalg.eigh(x @ x.T)
+        lengths = torch.where(variances > LEAST * variances[-1], variances.rsqrt(), 0.0)
+        directions = x.T @ (of_tokens * lengths)
+    # outside these directions the texts do not vary, and the ridge is alone
+    outside = ridge.rsqrt()
+    inside = (variances.clamp_min(0) + ridge).rsqrt() - outside
+    return (wide * outside + (wide @ directions * inside) @ directions.T).to(rows.dtype)
 
 
 def standard_of(sizes: Tensor, *, null: bool) -> Tensor:
-    """The mean and the deviation of each expert's size on background texts [N, E], [2, C].
+    """Intercept, slope and deviation of each choice, from background texts, [3, C].
 
-    With `null` the last choice is the base: its mean is less than zero by the largest logit that
-    an expert has on any of the texts.
+    An expert's size is compared with what it has on texts on which the other experts' sizes are the
+    same: a line is fitted to its sizes [N, E] over their mean. With `null` the last choice is the
+    base, whose logit is always the largest that an expert has on any of the texts.
     """
-    mean, deviation = sizes.mean(0), sizes.std(0).clamp_min(1e-6)
-    found = torch.stack([mean, deviation])
+    others = mean_of_others(sizes)
+    centred, apart = sizes - sizes.mean(0), others - others.mean(0)
+    slope = (centred * apart).sum(0) / apart.square().sum(0).clamp_min(LEAST)
+    intercept = sizes.mean(0) - slope * others.mean(0)
+    residual = sizes - intercept - slope * others
+    deviation = residual.std(0).clamp_min(1e-6)
+    found = torch.stack([intercept, slope, deviation])
     if not null:
         return found
-    largest = ((sizes - mean) / deviation).max()
-    return torch.cat([found, torch.stack([-largest, torch.ones(())]).unsqueeze(1)], 1)
+    largest = (residual / deviation).max()
+    base = torch.stack([-largest, torch.zeros(()), torch.ones(())])
+    return torch.cat([found, base.unsqueeze(1)], 1)
 
 
 def _labelled(ids: tuple[int, ...], template: Template) -> LabelledSequence:

@@ -3,14 +3,14 @@
 Before a pass that holds a prompt, the base alone reads that pass. At each module an expert's update
 of a token x has the size
 
-    size_c(x) = log ‖R_c A_c Σ⁻¹ (x - μ)‖,   s_c B_c = Q_c R_c
+    size_c(x) = log ‖R_c A_c (Σ + λ I)^-½ (x - μ)‖,   s_c B_c = Q_c R_c
 
 with the mean μ and the covariance Σ of the base's own inputs there, on background texts. Training
-moves the rows of A along the inputs that it sees; Σ⁻¹ takes away what all texts share, as in linear
-discriminant analysis. The mean over the prompt's tokens and the expert's modules is compared with
-its mean m and deviation d on background prompts:
+moves the rows of A along the inputs that it sees; whitening makes what all texts share as small as
+the rest. The mean over the prompt's tokens and the expert's modules is compared with what that
+expert has on background texts on which the others have as much:
 
-    logit_c = (size_c(prompt) - m_c) / d_c
+    logit_c = (size_c - a_c - b_c · mean of the others' sizes) / d_c
 
 All tokens of the turn have these logits, those of the answer, too. So this router is not causal: it
 needs the question in one pass.
@@ -68,7 +68,6 @@ class PromptReader:
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
         self._hook: RemovableHandle | None = None
-        self._reads = False
 
     def watch(self, model: nn.Module) -> None:
         """See every forward pass of a fused model; OPT's goes around its `base_model`."""
@@ -82,8 +81,8 @@ class PromptReader:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routers = [layer.router for layer in routed_layers(model).values()]
-        if self._reads or not any(isinstance(router, PromptRouter) for router in routers):
-            return  # it is reading, or an expert is forced
+        if not any(isinstance(router, PromptRouter) for router in routers):
+            return  # an expert is forced
         ids = kwargs.get("input_ids", args[0] if args else None)
         states = ids if ids is not None else kwargs["inputs_embeds"]
         num_rows, length = states.shape[:2]
@@ -99,11 +98,7 @@ class PromptReader:
         question, asked = questions(ids, there, self.template)
         if goes_on and not asked:
             return
-        self._reads = True
-        try:
-            self.held.hold(self.read(model, question, args, kwargs))
-        finally:
-            self._reads = False
+        self.held.hold(self.read(model, question, args, kwargs))
 
     @torch.no_grad()
     def read(
@@ -145,9 +140,18 @@ class PromptReader:
 
                     hooks.callback(layer.register_forward_pre_hook(hook).remove)
             hooks.enter_context(routed_by(model, lambda _: None))
-            model(*args, **kwargs)
-        mean, deviation = self.standard.cpu()
-        return (sizes / num_modules.clamp_min(1) - mean) / deviation
+            model.forward(*args, **kwargs)  # not a call: who watches passes sees one
+        sizes /= num_modules.clamp_min(1)
+        others = torch.zeros_like(sizes)
+        num_experts = int(num_modules.count_nonzero())
+        others[:, :num_experts] = mean_of_others(sizes[:, :num_experts])
+        intercept, slope, deviation = self.standard.cpu()
+        return (sizes - intercept - slope * others) / deviation
+
+
+def mean_of_others(sizes: Tensor) -> Tensor:
+    """The mean of sizes [N, E] over the other experts, [N, E]; 0 where there is only one."""
+    return (sizes.sum(1, keepdim=True) - sizes) / max(1, sizes.shape[1] - 1)
 
 
 def questions(input_ids: Tensor | None, there: Tensor, template: Template) -> tuple[Tensor, bool]:

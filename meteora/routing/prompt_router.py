@@ -68,7 +68,7 @@ class PromptRouter(Router):
         options: RouterOptions,
         held: HeldChoice,
     ) -> None:
-        """Take R_c A_c Σ⁻¹ [R, IN] of a stack's experts, and its product with μ [R]."""
+        """Take R_c A_c (Σ + λ I)^-½ [R, IN] of a stack's experts, and its product with μ [R]."""
         super().__init__(stack.num_choices, options)
         self.held = held
         ranks = [min(rank, len(stack.b)) for rank in stack.ranks]  # so many rows R_c has

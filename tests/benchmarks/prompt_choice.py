@@ -5,11 +5,10 @@
 RECIPE has experts with tests and `router: {kind: prompt}`; HOME is where it was run. Each rule is
 set up on the same background texts, and reads the first test prompts of every expert once:
 
-    σ⁻¹ of x          the router's: (Σ + λI)⁻¹ with λ of 0.03 of the mean variance
-    other λ           0.001, 0.1, 1
+    whitened          the router's: (Σ + λI)^-½ with λ of 0.3 of the mean variance
+    other λ           0.03 and 1
     variances alone   the diagonal of Σ
-    x as it is        sizes of B A x, standardised on the background texts (as LoGo takes them,
-                      arXiv 2511.07129, but standardised by expert)
+    x as it is        sizes of B A x (the norms of LoGo, arXiv 2511.07129, but by background texts)
 
 "none fits" is the area under the curve of the largest logit: prompts of the experts against those
 of `--nobodys`, files of other tasks.
@@ -38,13 +37,13 @@ from tests.benchmarks.timing import table, tell
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OPTIONS = RouterOptions("prompt", 1, 1.0)
-SOLVED = background.whitened
+WHITENED = background.whitened
 
 
 def by_variance(rows: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
-    """Rows by the inverse of the diagonal of Σ + λI."""
+    """Rows by the root of the inverse of the diagonal of Σ + λI."""
     variance = centred.var(0)
-    return rows / (variance + background.RIDGE * variance.mean())
+    return rows * (variance + background.RIDGE * variance.mean()).rsqrt()
 
 
 def as_it_is(rows: torch.Tensor, _centred: torch.Tensor) -> torch.Tensor:
@@ -75,9 +74,9 @@ def main() -> None:
     ]
     labels = torch.tensor([owner for owner, _ in own])
     prompts = [encode_prompt(tokenizer, row.prompt) for row in [*(r for _, r in own), *others]]
-    rules: dict[str, tuple[Rule, float]] = {"Σ⁻¹, λ 0.03 (the router)": (SOLVED, 0.03)}
-    rules |= {f"Σ⁻¹, λ {ridge}": (SOLVED, ridge) for ridge in (0.001, 0.1, 1.0)}
-    rules |= {"variances alone": (by_variance, 0.03), "x as it is": (as_it_is, 0.0)}
+    rules: dict[str, tuple[Rule, float]] = {"whitened, λ 0.3 (the router)": (WHITENED, 0.3)}
+    rules |= {f"whitened, λ {ridge}": (WHITENED, ridge) for ridge in (0.03, 1.0)}
+    rules |= {"variances alone": (by_variance, 0.3), "x as it is": (as_it_is, 0.0)}
     lines = []
     for rule, (whitened, ridge) in rules.items():
         logits = read(model, prompts, texts, Template.of(tokenizer), whitened, ridge)

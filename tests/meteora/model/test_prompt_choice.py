@@ -15,10 +15,11 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
-from meteora.fitting.background import fit_to_background, standard_of, whitened
+from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
-from meteora.model.prompt_choice import READER, questions
+from meteora.model.prompt_choice import READER, mean_of_others, questions
+from meteora.model.trace import trace
 from meteora.routing.layer import routed_layers
 from meteora.routing.prompt_router import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
@@ -188,6 +189,13 @@ def test_a_forced_expert_is_not_read_for(model):
     assert getattr(model, READER).held.logits is before
 
 
+def test_a_trace_has_one_expert_in_every_layer_from_the_first_token_on(model, tokenizer):
+    found = trace(model, tokenizer, asked(1), max_new_tokens=4)
+    assert len(found.ids) == len(asked(1)) + 4
+    assert {found.experts[e] for e in found.chosen.unique().tolist()} == {"attention"}
+    assert found.chosen.shape[1] == len(found.ids)
+
+
 @torch.no_grad()
 def test_routing_without_a_prompt_is_refused(checkpoint, world):
     model = meteora.load(checkpoint, base_folder=world.base)[0]
@@ -200,21 +208,42 @@ def test_routing_without_a_prompt_is_refused(checkpoint, world):
 
 
 @pytest.mark.parametrize("num_tokens", [200, 20], ids=["more tokens", "more inputs"])
-def test_whitened_rows_are_rows_by_the_inverse_of_the_covariance(num_tokens):
+def test_whitened_rows_are_rows_by_the_root_of_the_inverse_of_the_covariance(num_tokens):
     torch.manual_seed(0)
     x = torch.randn(num_tokens, 50) * torch.linspace(0.1, 3, 50)
     x, rows = x - x.mean(0), torch.randn(4, 50)
     cov = x.T.double() @ x.double() / (num_tokens - 1)
-    inverse = (cov + 0.03 * cov.diagonal().mean() * torch.eye(50)).inverse()
-    torch.testing.assert_close(whitened(rows, x), (rows.double() @ inverse).float())
+    covariance = cov + RIDGE * cov.diagonal().mean() * torch.eye(50)
+    found = whitened(rows, x).double()
+    expected = rows.double() @ covariance.inverse() @ rows.double().T
+    torch.testing.assert_close(found @ found.T, expected, rtol=1e-5, atol=1e-5)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ values.rsqrt().diag() @ vectors.T
+    torch.testing.assert_close(found, rows.double() @ root, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_is_compared_with_texts_on_which_the_others_have_as_much():
+    torch.manual_seed(0)
+    shared = torch.randn(40, 1)
+    sizes = shared * torch.tensor([1.0, 2.0, 0.5]) + 0.1 * torch.randn(40, 3)
+    intercept, slope, deviation = standard_of(sizes, null=False)
+    residual = (sizes - intercept - slope * mean_of_others(sizes)) / deviation
+    torch.testing.assert_close(residual.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(residual.std(0), torch.ones(3))
+    assert abs(torch.corrcoef(torch.cat([residual[:, :1], shared], 1).T)[0, 1]) < 0.1
+    alone = standard_of(sizes[:, :1], null=False)
+    torch.testing.assert_close(
+        alone[:, 0], torch.stack([sizes[:, 0].mean(), alone[1, 0] * 0, sizes[:, 0].std()])
+    )
 
 
 def test_the_base_has_what_stands_out_less_than_any_background_text():
-    sizes = torch.tensor([[0.0, 1.0], [1.0, 0.0], [5.0, 0.5]])
-    standard = standard_of(sizes, null=True)
-    largest = ((sizes - sizes.mean(0)) / sizes.std(0)).max()
-    base = (0.0 - standard[0, 2]) / standard[1, 2]
-    torch.testing.assert_close(base, largest)
+    torch.manual_seed(0)
+    sizes = torch.randn(9, 2)
+    intercept, slope, deviation = standard_of(sizes, null=True)
+    others = torch.cat([mean_of_others(sizes), torch.zeros(9, 1)], 1)
+    logits = (torch.cat([sizes, torch.zeros(9, 1)], 1) - intercept - slope * others) / deviation
+    torch.testing.assert_close(logits[:, 2], logits[:, :2].max().expand(9))
 
 
 def test_a_few_texts_are_too_few(world):
@@ -236,8 +265,8 @@ def test_the_file_gives_back_what_was_written(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda parts: parts["standard"][1].zero_(), "a mean and a deviation above zero"),
-        (lambda parts: parts.update(standard=torch.ones(2, 3)), r"its standard is \(2, 3\)"),
+        (lambda parts: parts["standard"][2].zero_(), "deviations above zero of"),
+        (lambda parts: parts.update(standard=torch.ones(2, 5)), r"its standard is \(2, 5\)"),
         (lambda parts: parts.update(further=torch.ones(2)), "it holds further"),
         (
             lambda parts: parts.update(

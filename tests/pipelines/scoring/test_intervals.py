@@ -69,6 +69,7 @@ def test_flipping_signs_is_exact_for_few_rows() -> None:
     """Four rows that are all better: of 16 ways to give signs two are as far from zero."""
     assert intervals.sign_flip([0.5, 0.6, 0.7, 0.8], [0.1] * 4) == pytest.approx(2 / 16)
     assert intervals.sign_flip([0.3] * 9, [0.3] * 9) == 1
+    assert intervals.sign_flip([0.3] * 9, [*[0.3] * 8, 0.1]) == 1
 
 
 @pytest.mark.parametrize("test", ["mcnemar", "sign_flip"])

@@ -1,9 +1,11 @@
 """Whose prompts are whose without any example: the rule of the router `prompt`, and others.
 
-    python -m tests.benchmarks.prompt_choice RECIPE HOME [--rows 30] [--nobodys ROWS.jsonl ...]
+    python -m tests.benchmarks.prompt_choice alone RECIPE OUT.yaml [--null]
+    meteora run OUT.yaml --home HOME
+    python -m tests.benchmarks.prompt_choice rules OUT.yaml HOME [--rows 30] [--nobodys FILE ...]
 
-RECIPE has experts with tests and `router: {kind: prompt}`; HOME is where it was run. Each rule is
-set up on the same background texts, and reads the first test prompts of every expert once:
+`alone` takes the examples out of a recipe, and gives it the router `prompt`. `rules` sets each rule
+up on the same background texts, and reads the first test prompts of every expert once:
 
     whitened          the router's: (Σ + λI)^-½ with λ of 0.3 of the mean variance
     other λ           0.03 and 1
@@ -22,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import yaml
 from scipy.stats import rankdata
 
 import meteora
@@ -32,6 +35,7 @@ from meteora.model.prompt_choice import READER
 from pipelines.data.labels import background_ids
 from pipelines.data.row_sources import read_rows
 from pipelines.flows.up_to_date import look
+from pipelines.recipe.recipe import locate
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.timing import table, tell
 
@@ -53,11 +57,38 @@ def as_it_is(rows: torch.Tensor, _centred: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe")
-    parser.add_argument("home", type=Path)
-    parser.add_argument("--rows", type=int, default=30)
-    parser.add_argument("--nobodys", type=Path, nargs="*", default=[])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("alone")
+    making.add_argument("recipe", type=locate)
+    making.add_argument("out", type=Path)
+    making.add_argument("--null", action="store_true")
+    comparing = commands.add_parser("rules")
+    comparing.add_argument("recipe")
+    comparing.add_argument("home", type=Path)
+    comparing.add_argument("--rows", type=int, default=30)
+    comparing.add_argument("--nobodys", type=Path, nargs="*", default=[])
     arguments = parser.parse_args()
+    if arguments.command == "alone":
+        leave_alone(arguments.recipe, arguments.out, null=arguments.null)
+    else:
+        compare_rules(arguments)
+
+
+def leave_alone(recipe: Path, out: Path, *, null: bool) -> None:
+    """Write a recipe of adapters and tests alone."""
+    body = yaml.safe_load(recipe.read_text())
+    for expert in body["experts"]:
+        expert.pop("examples", None)
+        for key in ("adapter", "test"):
+            kind, _, path = expert[key].partition(":")
+            expert[key] = f"{kind}:{(recipe.parent / path).absolute()}"
+    body.pop("gates", None)
+    body["router"] = {"kind": "prompt", "null": null}
+    out.write_text(yaml.safe_dump(body, sort_keys=False))
+
+
+def compare_rules(arguments: argparse.Namespace) -> None:
+    """Print how many prompts each rule gives to their own expert."""
     work = RunContext.open(arguments.recipe, arguments.home)
     finished = look(work).finished
     if finished is None:

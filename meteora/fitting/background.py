@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from meteora.base.chat_template import Template
 
 RIDGE = 0.3
-"""Added to the diagonal of the covariance, as a share of its mean. With fourteen adapters 0.03 and
-1 choose nearly as well (`tests/benchmarks/results/prompt_choice.md`)."""
+"""Added to the diagonal of the covariance, as a share of its mean."""
 LEAST = 1e-12
 LEAST_TEXTS = 8
 """Fewer have no deviation to speak of."""

@@ -14,7 +14,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import DEFAULT_HOME, Base, Device, Dtype, Home, Precision, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, Base, Device, Dtype, Home, TokenFor
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
@@ -47,7 +47,7 @@ def chat(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
@@ -80,7 +80,7 @@ def chat_server(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
@@ -104,13 +104,14 @@ def _serve(
     Args:
         page: makes the HTML of a page of the model's name and experts, if there is to be one
     """
+    from pipelines.hub.client import is_loopback
     from pipelines.serving import server
 
     with server.listen(host, port) as listening:
         chat = load()
         html = page(name, chat.experts) if page else ""
         shown = f"[{host}]" if ":" in host else host
-        if not server.is_loopback(host):
+        if not is_loopback(host):
             say(f"anyone who can reach {shown} can use this server; it asks for no key", "note")
         url = f"http://{shown}:{listening.getsockname()[1]}"
         if html:
@@ -132,13 +133,12 @@ def _load(
     base: Path | None,
     token_for: list[str] | None,
     device: str,
-    dtype: Precision,
+    dtype: str,
 ) -> Chat:
     """The checkpoint that a person names, ready to answer."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
-    home = home.expanduser().absolute()
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     return Chat(*found.load())
 

@@ -241,7 +241,7 @@ def compare_checkpoints(ledger: Ledger, a: Path, b: Path) -> SideBySide:
     )
     build = compare(ledger, spec)
     rows = (
-        ScoreRow(one, other, difference, _mark(difference, other))
+        ScoreRow(one, other, difference, difference.mark(higher_is_better=other.higher_is_better))
         for (one, other), difference in zip(pairs, build.differences, strict=True)
     )
     return SideBySide(*sides, tuple(rows), build)
@@ -274,12 +274,6 @@ def _options(manifest: Manifest) -> dict[str, Any]:
     gates = {f"gates: {name}": value for name, value in manifest.gates.items()}
     found = base | asdict(manifest.router) | gates | {"routed modules": len(manifest.modules)}
     return {name: value for name, value in found.items() if value not in (None, "")}
-
-
-def _mark(one: Difference, score: Score) -> str:
-    if not one.significant or not one.difference:
-        return ""
-    return "+" if (one.difference > 0) == score.higher_is_better else "-"
 
 
 def _facts(side: Side) -> dict[str, Any]:

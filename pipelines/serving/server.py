@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -24,6 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer
 from meteora.untrusted.findings import brief, shortened
+from pipelines.hub.client import is_loopback
 from pipelines.serving.answers import Reply, error_body, event
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
@@ -189,11 +189,3 @@ class _Server(uvicorn.Server):
         """Wait for the answers until the goodbye is over."""
         asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
         await super().shutdown(sockets)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -92,8 +92,8 @@ class Ledger(Recording):
         self.sharing.prune()
         return num_records
 
-    def query(self, sql: str, *, limits: Limits | None = None, live: bool = False) -> Answer:
-        """Run one SELECT on the snapshot, or with `live` on the index itself.
+    def query(self, sql: str, *, limits: Limits | None = None) -> Answer:
+        """Run one SELECT on the snapshot of the index.
 
         Raises:
             QueryError: the query is wrong, or past its limits.
@@ -109,24 +109,12 @@ class Ledger(Recording):
                     " records and blobs are not harmed, run again when that is mended"
                 )
         try:
-            with self._opened(limits, live=live) as connection:
+            with reading(self.index.snapshot, limits) as connection:
                 return ask(connection, sql, limits)
         except duckdb.Error as error:
             raise DamagedError(
                 f"the index under {self.home} cannot be read ({error}); rebuild it from the records"
             ) from None
-
-    @contextmanager
-    def _opened(
-        self, limits: Limits, *, live: bool
-    ) -> Generator[duckdb.DuckDBPyConnection, None, None]:
-        if not live:
-            with reading(self.index.snapshot, limits) as connection:
-                yield connection
-            return
-        lock = locked(self.index.lock, deadline_seconds=INGEST_DEADLINE_SECONDS, shared=True)
-        with lock, reading(self.index.live, limits) as connection:
-            yield connection
 
     def verify(self) -> Verification:
         """Check every record, blob and row (`check`). Changes nothing.

@@ -78,6 +78,22 @@ SERVER = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")
 
 # Prefect reads its settings when it is imported
 PREFECT_HOME = shared_folder()
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one process of these tests fills for all; the others wait for it."""
+    folder = PREFECT_HOME / name
+    with (PREFECT_HOME / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = folder.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 for name in SERVER:
     os.environ.pop(name, None)
 prepare(PREFECT_HOME)

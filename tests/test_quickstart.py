@@ -6,7 +6,6 @@ The base comes out of the Python package that the README installs; nothing is do
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from meteora.artifacts import SHARED
 from pipelines.recipe.recipe import locate
 from tests.conftest import load_peft
 from tests.pipelines.cli.command_line import meteora as meteora_says
+from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
 from tests.pipelines.reports.html_reader import Elements
 
 README = Path(__file__).parent.parent / "README.md"
@@ -36,8 +36,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(home: Path, prefect_server: str) -> subprocess.CompletedProcess[str]:
-    """`meteora run` on a recipe like the quickstart's, with two experts and few rows."""
+def ran(home: Path) -> subprocess.CompletedProcess[str]:
+    """`meteora run` on a recipe like the quickstart's, with two experts and few rows.
+
+    Every process of it is watched, Prefect's own server among them.
+    """
     body = yaml.safe_load(locate("quickstart").read_text())
     body["experts"] = [expert for expert in body["experts"] if expert["name"] in EXPERTS]
     for expert in body["experts"]:
@@ -45,11 +48,11 @@ def ran(home: Path, prefect_server: str) -> subprocess.CompletedProcess[str]:
             kind, _, path = expert[key].partition(":")
             expert[key] = f"{kind}:{QUICKSTART / path}"
     body["gates"]["examples_per_expert"] = 8
-    body["benchmark"] |= {"limit": 6, "conversation": [{"n": 3, "count": 2}]}
+    body["benchmark"] |= {"limit": 6, "conversation": [{"n": 2, "count": 1}]}
     recipe = home / "two.yaml"
     recipe.write_text(yaml.safe_dump(body))
     command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--home", str(home)]
-    env = os.environ | {"PREFECT_API_URL": prefect_server}
+    env = watching(home / "watch")
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done
@@ -70,9 +73,9 @@ def test_the_run_ends_with_scores_routes_and_a_checkpoint(
     scores = json.loads(
         run(home, "sql", "FROM leaderboard WHERE router = 'gate'", "--format", "json").stdout
     )
-    assert {row["task"] for row in scores} == {*EXPERTS, "conversation-3"}
+    assert {row["task"] for row in scores} == {*EXPERTS, "conversation-2"}
     (conversations,) = (row for row in scores if row["task"] not in EXPERTS)
-    assert conversations["num_samples"] == 2
+    assert conversations["num_samples"] == 1
     for row in scores:
         if row is conversations:
             continue
@@ -80,6 +83,13 @@ def test_the_run_ends_with_scores_routes_and_a_checkpoint(
         assert row["base_value"] <= 0.34  # two of six: the base cannot do it
         assert row["oracle_value"] >= 0.66
         assert row["value"] >= row["oracle_value"] - 0.34
+
+
+def test_a_run_looks_up_no_name_but_this_machine_s(
+    home: Path, ran: subprocess.CompletedProcess[str]
+) -> None:
+    assert "nothing to do" not in ran.stderr
+    assert looked_up(home / "watch") <= THIS_MACHINE
 
 
 def test_run_again_finds_everything_in_the_ledger(
@@ -109,7 +119,7 @@ def test_the_report_shows_the_answers_token_by_token(
     traces = [data for data in Elements(html).json() if "pieces" in data]
     assert len(traces) == 2
     conversation, single = ("".join(one["pieces"]) for one in traces)
-    assert conversation.count("<|im_start|>user") == 3  # one of the conversations, whole
+    assert conversation.count("<|im_start|>user") == 2  # the conversation, whole
     assert single.count("<|im_start|>user") == 1
     assert "in ISO notation?" in single
     assert traces[0]["experts"] == [*EXPERTS, SHARED]

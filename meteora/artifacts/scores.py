@@ -157,10 +157,14 @@ class Difference(Noun):
     """`mcnemar` if every row is right or wrong, else `sign-flip`; exact, or with seeded draws."""
     num_samples: int
 
-    @property
-    def significant(self) -> bool:
-        """Whether the difference is significant at 5 %, after the correction."""
-        return self.p_holm < 0.05
+    def mark(self, *, higher_is_better: bool) -> str:
+        """`+` where the subject is better than the other beyond chance, `-` where worse, or empty.
+
+        That is at 5 %, after the correction.
+        """
+        if self.p_holm >= 0.05 or not self.difference:
+            return ""
+        return "+" if (self.difference > 0) == higher_is_better else "-"
 
 
 @dataclass(frozen=True)

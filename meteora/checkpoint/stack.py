@@ -21,7 +21,7 @@ from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import DTYPES, write_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -63,12 +63,7 @@ def stacked_bytes(specs: Sequence[AdapterSpec]) -> int:
     return numbers * DTYPES[common_dtype(specs)].itemsize
 
 
-def stack_adapters(
-    adapters: Sequence[Adapter],
-    out: Path,
-    *,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> None:
+def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
     """Write `experts.safetensors` from adapters that `check_stackable` accepted.
 
     The B's of one module are in memory at a time.
@@ -76,7 +71,6 @@ def stack_adapters(
     Args:
         adapters: expert e is adapters[e]
         out: the file to write; rename it when it is whole
-        progress: called with (modules done, modules in all)
 
     Raises:
         ChangedAdapterError: a file has changed since it was read and checked.
@@ -88,7 +82,6 @@ def stack_adapters(
         for path, entry in entries.items()
     }
     dtype = common_dtype(specs)
-
     wide = DTYPES[dtype]
 
     def rows() -> Iterator[tuple[Iterator[Tensor], Iterator[Tensor]]]:
@@ -108,14 +101,13 @@ def stack_adapters(
                 (files.enter_context(AdapterWeights(adapter)), adapter.tensors)
                 for adapter in adapters
             ]
-            for done, (path, entry) in enumerate(entries.items()):
+            for path, entry in entries.items():
                 ranks = _owned(entry)
                 sources = [(file, names[path]) for file, names in opened if path in names]
                 yield (
                     stacks_of_a[ranks, entry.in_features].rows(sources),
                     stacks_of_b[ranks, entry.out_features].rows(sources),
                 )
-                progress(done + 1, len(shapes))
 
     write_experts(out, shapes, dtype, rows())
 

@@ -70,7 +70,6 @@ def grow(
     statistics: Mapping[str, PointStatistics],
     options: RouterOptions,
     *,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Growth:
     """Give every gate a row for one more expert, from its examples and the others' statistics.
@@ -82,7 +81,6 @@ def grow(
         gates: without the new expert
         statistics: of these gates, by module path
         options: how the gates route, now and before
-        seed: chooses the held-out sequences
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -96,7 +94,7 @@ def grow(
         replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
         for s in sequences
     ]
-    heldout = hold_out(alone, [expert_names(model)[expert]], seed)
+    heldout = hold_out(alone, [expert_names(model)[expert]], seed=0)
     batches = list(batched(alone, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
     accuracies: list[float] = []

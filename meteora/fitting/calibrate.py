@@ -83,7 +83,6 @@ def calibrate(
     template: Template | None = None,
     refined: bool = True,
     seed: int = 0,
-    device: torch.device | str | None = None,
     scratch: Path | None = None,
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -99,7 +98,6 @@ def calibrate(
         template: the chat template's opening, if the whole prompt decides for these tokens
         refined: whether the closed form is where logistic regression starts, or is the gate
         seed: chooses the held-out sequences
-        device: where to run; the model moves there and stays there. None: where the model is
         scratch: a folder for hidden states that do not fit in memory
         folder: where each point is kept when it is fitted; those that a sweep of the same sequences
             has left there are not fitted again. Without effect where an expert has no sequences
@@ -110,8 +108,6 @@ def calibrate(
         SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
-    if device is not None:
-        model.to(device)
     every, owners = expert_names(model), {e for s in sequences for e in s.owners}
     without = [e for e in range(len(every)) if options.stand_in and e not in owners]
     fitted = [e for e in range(len(every)) if e not in without]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
-from torch.distributed.fsdp import fully_shard
 
 from meteora.artifacts import canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
@@ -272,6 +271,8 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 
 def shard(model: PreTrainedModel) -> None:
     """Divide the base among the processes, layer by layer; every process has all gates."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
+
     gates = {
         parameter
         for layer in routed_layers(model).values()

@@ -24,7 +24,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -171,8 +170,9 @@ def backward_apart(
         losses.append(loss.detach())
 
     hooks = [gate.register_forward_hook(teach) for gate in gates]
-    # no language-model head, unless sharded: only the whole model gathers its shards
-    run = model if isinstance(model, FSDPModule) else model.base_model
+    # no language-model head, unless sharded: only the whole model gathers its shards. Known by a
+    # method of FSDP's, whose import takes a second
+    run = model if hasattr(model, "unshard") else model.base_model
     try:
         with torch.no_grad():
             run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

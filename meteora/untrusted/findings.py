@@ -69,8 +69,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def brief(error: Exception) -> str:
-    """Return the first sentence of an error of another library, which can have a hundred lines."""
-    return shortened(" ".join(str(error).split()).partition(". ")[0], 300)
+    """Return the first sentence of an error of another library, which can have a hundred lines.
+
+    One that says nothing is named by its kind.
+    """
+    return shortened(" ".join(str(error).split()).partition(". ")[0], 300) or type(error).__name__
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:

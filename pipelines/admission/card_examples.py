@@ -119,9 +119,7 @@ def _options(name: str, token: str | None) -> dict[str, str]:
                 f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
                 " try again, or name examples in the recipe"
             ) from error
-        raise NoCardExamplesError(
-            f"{name} cannot be read ({brief(error) or type(error).__name__})"
-        ) from error
+        raise NoCardExamplesError(f"{name} cannot be read ({brief(error)})") from error
     if not splits:
         raise NoCardExamplesError(f"{name} has no rows")
     options = {"config": config, "split": "train" if "train" in splits else splits[0]}

@@ -49,7 +49,6 @@ def benchmark(
     """
     from pipelines.admission import checkpoints
 
-    home = home.expanduser().absolute()
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device)
     run_benchmark(
         found, home, tasks or (), compare or (), recipe, token_for=token_for or (), as_json=as_json

@@ -14,16 +14,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    MOST,
-    Base,
-    Device,
-    Dtype,
-    Home,
-    Precision,
-    TokenFor,
-)
+from pipelines.cli.options import DEFAULT_HOME, MOST, Base, Device, Dtype, Home, TokenFor
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
@@ -61,7 +52,7 @@ def chat(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
@@ -95,7 +86,7 @@ def chat_server(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
@@ -121,6 +112,7 @@ def _serve(
         allowed: further names by which clients reach it
         page: makes the HTML of a page of the model's name and experts, if there is to be one
     """
+    from pipelines.hub.client import is_loopback
     from pipelines.serving import host_names, server
 
     names = host_names.names_of(host, allowed)
@@ -128,7 +120,7 @@ def _serve(
         chat = load()
         html = page(name, chat.experts) if page else ""
         shown = f"[{host}]" if ":" in host else host
-        if not server.is_loopback(host):
+        if not is_loopback(host):
             say(
                 f"anyone who can reach {shown} can use this server; it asks for no key, and answers"
                 f" to addresses and to {', '.join(names)}; --allow-host adds names",
@@ -154,13 +146,12 @@ def _load(
     base: Path | None,
     token_for: list[str] | None,
     device: str,
-    dtype: Precision,
+    dtype: str,
 ) -> Chat:
     """The checkpoint that a person names, ready to answer."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
-    home = home.expanduser().absolute()
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     return Chat(*found.load())
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +17,6 @@ from pipelines.cli.options import (
     Device,
     Dtype,
     Home,
-    Precision,
     TokenFor,
     existing_home,
     text_or_input,
@@ -48,7 +46,7 @@ def generate(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Answer a prompt with a fused model."""
@@ -61,7 +59,6 @@ def generate(
     if trace not in {"", "-"}:
         check_writable(Path(trace))
     prompt = text_or_input(prompt)
-    home = home.expanduser().absolute()
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     model, tokenizer = found.load()
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
@@ -108,7 +105,6 @@ def publish(
     from pipelines.workspace.context import new_run_id
     from store.ledger import Ledger
 
-    home = home.expanduser().absolute()
     found = find_base(Path(checkpoint_folder(checkpoint, home)), home, base, token_for or ())
     to = Destination(
         repo,
@@ -154,7 +150,7 @@ def report(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
-    dtype: Dtype = Precision.AUTO,
+    dtype: Dtype = "auto",
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline.
@@ -222,7 +218,7 @@ def sign(
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
-    folder = Path(checkpoint_folder(checkpoint, home.expanduser().absolute()))
+    folder = Path(checkpoint_folder(checkpoint, home))
     print(sign_folder(folder, key))
     say(f"check it with `meteora verify {folder} --key PUBLIC`")
 
@@ -241,14 +237,6 @@ def attest(
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 
 
-class Target(StrEnum):
-    """The program that an export is for."""
-
-    PEFT = "peft"
-    VLLM = "vllm"
-    LLAMA_CPP = "llama.cpp"
-
-
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
@@ -256,13 +244,13 @@ def export(
         str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
     ] = "",
     target: Annotated[
-        Target,
+        Literal["peft", "vllm", "llama.cpp"],
         typer.Option(
             "--for",
             help="`peft`: one expert as an adapter. `vllm`: a folder to serve. `llama.cpp`: experts"
             " as GGUF, without gates.",
         ),
-    ] = Target.PEFT,
+    ] = "peft",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
@@ -281,20 +269,19 @@ def export(
     from pipelines.admission import checkpoints
     from pipelines.workspace.checkpoints import base_at_hand
 
-    home = home.expanduser().absolute()
     out = output or (Path(expert) if expert else None)
     if out is None:
         raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
-    if (target is Target.PEFT) != bool(expert) and target is not Target.LLAMA_CPP:
+    if (target == "peft") != bool(expert) and target != "llama.cpp":
         raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
     folder = checkpoints.find_folder(checkpoint, home, token_for or ())
-    if target is Target.VLLM:
+    if target == "vllm":
         from meteora.serving.served_folder import export_for_vllm
 
         base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
         export_for_vllm(folder, base, out, copy=copy)
         say(f"serve it with `vllm serve {out}`")
-    elif target is Target.LLAMA_CPP:
+    elif target == "llama.cpp":
         from meteora.checkpoint.gguf_export import export_gguf
 
         files = export_gguf(folder, out, expert)

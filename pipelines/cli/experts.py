@@ -36,7 +36,7 @@ def check(
     """Judge adapters: a verdict with coded reasons for each. No base is needed."""
     from pipelines.admission.check import describe, inspect
 
-    cache = home.expanduser().absolute() / "adapters"
+    cache = home / "adapters"
     verdicts = [
         inspect(
             name,
@@ -83,7 +83,6 @@ def add(
     from pipelines.stages import edit
     from store.ledger import Ledger
 
-    home = home.expanduser().absolute()
     if test:
         here, limit = Path.cwd(), BenchmarkSection().limit
         token_of = token_of_rows(token_for or ())
@@ -135,7 +134,6 @@ def drop(
     from pipelines.stages import edit
     from store.ledger import Ledger
 
-    home = home.expanduser().absolute()
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
     made = edit.drop(Ledger(home), folder, name)
     _print_made(made, f"dropped {name}", folder, as_json=as_json)

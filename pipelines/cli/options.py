@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from meteora.artifacts import MeteoraError
 
+
+def _absolute(folder: Path) -> Path:
+    return folder.expanduser().absolute()
+
+
 Home = Annotated[
-    Path, typer.Option("--home", envvar="METEORA_HOME", help="The folder of ledger and blobs.")
+    Path,
+    typer.Option(
+        "--home",
+        envvar="METEORA_HOME",
+        callback=_absolute,
+        help="The folder of ledger and blobs.",
+    ),
 ]
 DEFAULT_HOME = Path("~/.meteora")
 Base = Annotated[
@@ -39,17 +49,9 @@ MOST = 1_000_000
 """Of anything that an option counts: larger numbers are typing errors, and overflow further on."""
 
 
-class Precision(StrEnum):
-    """The dtype of a base; its experts keep theirs."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 Dtype = Annotated[
-    Precision, typer.Option(help="Of the base, while it computes. auto: as it lies on the disk.")
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the base, while it computes. auto: as it lies on the disk."),
 ]
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """What a home holds, some of it at least."""
@@ -73,7 +75,6 @@ def existing_home(home: Path) -> Path:
     Raises:
         MeteoraError: The folder is not there, or is full of other things.
     """
-    home = home.expanduser().absolute()
     there = {path.name for path in home.iterdir()} if home.is_dir() else None
     if there is None or (there and there.isdisjoint(PARTS)):
         raise MeteoraError(

@@ -7,9 +7,8 @@ import json
 import sys
 from bisect import bisect_right
 from dataclasses import asdict
-from enum import StrEnum
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
 from rich.table import Column, Table
@@ -27,19 +26,14 @@ if TYPE_CHECKING:
     from store.query import Answer
 
 
+Format = Literal["table", "json", "csv", "markdown"]
+"""The forms of an answer."""
 SHOWN = 100
 """How many artifacts are listed for one damaged file."""
 NARROW = 20
 """Characters of a column in a table that has more columns than a line can show."""
 BORDERS = 3
 """Characters beside each cell of a table."""
-
-
-class Format(StrEnum):
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
 
 
 def print_findings(
@@ -89,7 +83,7 @@ def print_served(server: Server, asked: Sequence[RecordedAnswer], found: Sequenc
 
 def print_answer(answer: Answer, form: Format) -> None:
     """Print the rows of a query."""
-    if form is Format.json:
+    if form == "json":
         if len(set(answer.columns)) < len(answer.columns):
             raise MeteoraError(
                 "two columns have one name, which JSON cannot tell apart"
@@ -97,11 +91,11 @@ def print_answer(answer: Answer, form: Format) -> None:
             )
         rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
         print(json.dumps(rows, indent=1, default=str))
-    elif form is Format.csv:
+    elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)
         writer.writerows(answer.rows)
-    elif form is Format.markdown:
+    elif form == "markdown":
         for row in (answer.columns, ["-"] * len(answer.columns), *answer.rows):
             print(f"| {' | '.join(_markdown(_cell(value)) for value in row)} |")
     else:

@@ -50,7 +50,7 @@ def reference(
         print("\n\n".join(map(_described, keys)))
         return
     answer = Answer(tuple(field.name for field in fields(Key)), [astuple(key) for key in keys])
-    output.print_answer(answer, output.Format.json if as_json or form is None else form)
+    output.print_answer(answer, "json" if as_json or form is None else form)
 
 
 def _described(key: Key) -> str:

@@ -44,7 +44,6 @@ def run(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
-    home = home.expanduser().absolute()
     prepare(home)
     from pipelines.flows.up_to_date import look
     from pipelines.workspace.context import RunContext
@@ -81,7 +80,6 @@ def schedule(
     """
     if context.info_name == "serve":
         say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")
-    home = home.expanduser().absolute()
     prepare(home)
     from pipelines.workspace.context import RunContext
 

@@ -37,9 +37,6 @@ def sql(
         typer.Option("--format", help="Default: a table in a terminal, else CSV."),
     ] = None,
     as_json: AsJson = False,
-    live: Annotated[
-        bool, typer.Option("--live", help="Query the index itself, not its snapshot.")
-    ] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Print example queries.")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -55,10 +52,10 @@ def sql(
     ledger.ingest(
         deadline_seconds=1.0
     )  # what a run recorded a moment ago; a busy index is not waited for
-    answer = ledger.query(text_or_input(query), live=live)
+    answer = ledger.query(text_or_input(query))
     if form is None:
-        form = output.Format.table if sys.stdout.isatty() else output.Format.csv
-    output.print_answer(answer, output.Format.json if as_json else form)
+        form = "table" if sys.stdout.isatty() else "csv"
+    output.print_answer(answer, "json" if as_json else form)
 
 
 @app.command()
@@ -93,7 +90,6 @@ def verify(
             raise typer.BadParameter("to ask a server, give CHECKPOINT and no --key")
         from pipelines.admission.checkpoints import find_folder
 
-        home = home.expanduser().absolute()
         folder = find_folder(str(checkpoint), home, token_for or ())
         if not _serves(folder, home, served, answers, model):
             raise typer.Exit(1)
@@ -160,7 +156,6 @@ def share(
     from store.ledger import Ledger
     from store.sharing import connect
 
-    home = home.expanduser().absolute()
     setting = connect(home, url)
     reason = Ledger(home).ingest().reason
     if reason:

@@ -92,6 +92,40 @@ class Conversation(Noun):
             found.append({"role": "assistant", "content": turn.response})
         return found[:-1]
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
+        """Token ids as the chat template lays them out, and each token's expert, or None.
+
+        The last answer follows the template's generation prompt, with the end of sequence.
+
+        Raises:
+            ExamplesError: the tokenizer's chat template does not take these roles, or changes what
+                the turns say.
+        """
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    self.messages(), tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise ExamplesError(
+                f"the base's chat template takes no such conversation ({error}); set"
+                " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
+            ) from error
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        owners: list[str | None] = [None] * len(encoded.input_ids)
+        for turn, (start, end) in zip(self.turns, _places(self, text), strict=True):
+            for token, (first, _) in enumerate(encoded["offset_mapping"]):
+                if first >= start:
+                    owners[token] = turn.expert
+                if first >= end:  # the token behind an answer ends the turn
+                    break
+        final = self.turns[-1]
+        answer = list(tokenizer(final.response, add_special_tokens=False).input_ids)
+        if tokenizer.eos_token_id is not None:
+            answer.append(tokenizer.eos_token_id)
+        return [*encoded.input_ids, *answer], [*owners, *[final.expert] * len(answer)]
+
 
 def converse(
     examples: Mapping[str, Sequence[Row]],
@@ -142,47 +176,10 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
     """Whether the chat template takes so many turns, and a system prompt."""
     probe = Conversation(tuple(Turn("", f"one {i}", f"two {i}") for i in range(turns)), system)
     try:
-        encode_conversation(tokenizer, probe)
+        probe.encode(tokenizer)
     except ExamplesError:
         return False
     return True
-
-
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
-) -> tuple[list[int], list[str | None]]:
-    """Token ids as the chat template lays them out, and each token's expert, or None.
-
-    The last answer follows the template's generation prompt, with the end of sequence.
-
-    Raises:
-        ExamplesError: the tokenizer's chat template does not take these roles, or changes what the
-            turns say.
-    """
-    try:
-        text = str(
-            tokenizer.apply_chat_template(
-                conversation.messages(), tokenize=False, add_generation_prompt=True
-            )
-        )
-    except TemplateError as error:
-        raise ExamplesError(
-            f"the base's chat template takes no such conversation ({error}); set"
-            " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
-        ) from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    owners: list[str | None] = [None] * len(encoded.input_ids)
-    for turn, (start, end) in zip(conversation.turns, _places(conversation, text), strict=True):
-        for token, (first, _) in enumerate(encoded["offset_mapping"]):
-            if first >= start:
-                owners[token] = turn.expert
-            if first >= end:  # the token behind an answer ends the turn
-                break
-    final = conversation.turns[-1]
-    answer = list(tokenizer(final.response, add_special_tokens=False).input_ids)
-    if tokenizer.eos_token_id is not None:
-        answer.append(tokenizer.eos_token_id)
-    return [*encoded.input_ids, *answer], [*owners, *[final.expert] * len(answer)]
 
 
 def _places(conversation: Conversation, text: str) -> list[tuple[int, int]]:

@@ -10,7 +10,6 @@ from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
-from pipelines.data.conversations import encode_conversation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +99,6 @@ def label_lists(
     *,
     sizes: Sequence[int],
     seed: int,
-    nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
@@ -113,47 +111,29 @@ def label_lists(
     if not any(map(fits, rows)):
         return []
     return [
-        _labelled(composite, {"": expert}, tokenizer, nobody)
+        _labelled(composite, {"": expert}, tokenizer, UNLABELLED)
         for n in sizes
         for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed)
     ]
 
 
 def label_spans(
-    rows: Sequence[SpannedRow | SpannedTurns],
+    rows: Sequence[SpannedRow | SpannedTurns | Conversation],
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows whose parts or turns are of different experts, each token with its expert.
+    """Rows and conversations, whose parts or turns have experts, as tokens with their experts.
 
     Args:
         names: of all experts in order
+        nobody: the label of system prompts, of what stands between two turns, and of other text
+            without an expert
     """
     places = {name: e for e, name in enumerate(names)}
     found = []
     for row in rows:
         ids, owners = row.encode(tokenizer)
-        found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
-    return found
-
-
-def label_conversations(
-    conversations: Sequence[Conversation],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Conversations as tokens, each with the expert of its turn.
-
-    Args:
-        names: of all experts in order
-        nobody: the label of system prompts and of what stands between two turns
-    """
-    places = {name: e for e, name in enumerate(names)}
-    found = []
-    for conversation in conversations:
-        ids, owners = encode_conversation(tokenizer, conversation)
         found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
     return found
 

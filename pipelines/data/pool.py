@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from lm_eval.models.utils import resolve_max_length
-from scipy.cluster.hierarchy import fcluster, linkage
 
 from meteora.artifacts import canonical_sha256
 from meteora.base.chat_template import encode_prompt
@@ -122,6 +121,8 @@ def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         points: [N, H]
         count: the greatest number of clusters
     """
+    from scipy.cluster.hierarchy import fcluster, linkage  # noqa: PLC0415  (slow to import; only pools need it)
+
     if len(points) <= count:
         return np.arange(len(points))
     centred = points - points.mean(0)

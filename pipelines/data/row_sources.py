@@ -19,7 +19,7 @@ from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from meteora.untrusted.findings import listed, not_utf8, shortened
+from meteora.untrusted.findings import brief, listed, not_utf8, shortened
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -337,11 +337,10 @@ def hub_items(
             token=token or False,
         )
     except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
-        first = shortened(str(error).strip().partition("\n")[0], 300)
         raise ExamplesError(
-            f"hf:{name} cannot be read from the Hub ({first or type(error).__name__}); check its"
-            " name, config and split, and whether the Hub can be reached; for a private one, name"
-            " its owner in the recipe under hub, token_for, or to the command with --token-for"
+            f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and"
+            " split, and whether the Hub can be reached; for a private one, name its owner in the"
+            " recipe under hub, token_for, or to the command with --token-for"
         ) from error
 
 

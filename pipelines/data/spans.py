@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
 from pipelines.data.composites import Composite, Span, encode_composite
-from pipelines.data.conversations import Conversation, Turn, encode_conversation
+from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.row_sources import json_lines
 from pipelines.data.rows import ExamplesError, Row
 
@@ -110,7 +110,7 @@ class SpannedTurns(Noun):
                 " write a `prompt` and a `response` in parts, or choose a base with a chat template"
             )
         try:
-            return encode_conversation(tokenizer, Conversation(self.turns))
+            return Conversation(self.turns).encode(tokenizer)
         except ExamplesError as error:
             raise ExamplesError(f"{self.place}: {error}") from error
 

@@ -29,7 +29,6 @@ from meteora.base.chat_template import common_beginning
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.generate import end_tokens, padding_token, whole_layers
-from pipelines.data.conversations import encode_conversation
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
@@ -180,7 +179,7 @@ class Conversing:
         """The next question of a dialogue, behind what was said so far."""
         if self.control == SINGLE:
             dialogue, answers = dialogue.alone(len(answers)), ()
-        ids, owners = encode_conversation(self.tokenizer, dialogue.with_answers(answers))
+        ids, owners = dialogue.with_answers(answers).encode(self.tokenizer)
         if self.tokenizer.eos_token_id is not None:  # of the answer, which is to come
             ids, owners = ids[:-1], owners[:-1]
         own = str(owners[-1])

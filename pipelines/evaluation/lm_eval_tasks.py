@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from meteora.untrusted.findings import brief
 from pipelines.evaluation.harness import HARNESS, BenchmarkError
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ def run_lm_eval_task(harness: Harness, name: str, folder: Path | None, limit: in
     try:
         report = _evaluate(harness, name, manager, limit)
     except (OSError, ConnectionError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
         raise BenchmarkError(
-            f"task {name}: {HARNESS} cannot get or read its rows ({first}); they come from the"
-            " Hub, so check that the Hub can be reached and run again; a private data set needs"
+            f"task {name}: {HARNESS} cannot get or read its rows ({brief(error)}); they come from"
+            " the Hub, so check that the Hub can be reached and run again; a private data set needs"
             " HF_HUB_DISABLE_IMPLICIT_TOKEN=0, with which the saved token goes to every owner"
         ) from error
     samples = report["samples"].get(name, [])

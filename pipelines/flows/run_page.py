@@ -160,12 +160,7 @@ def show_results(
     """
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
-    worse = [
-        f"**Worse than the last checkpoint** on {one.task}: {one.value:.3f}, it was"
-        f" {one.previous:.3f}."
-        for one in since_last
-        if one.worse
-    ]
+    worse = [f"**{one.describe()}**" for one in since_last if one.worse]
     card = (context.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
     sources = [(plan.base.base_model, plan.base.base_revision)]
     sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]

@@ -37,7 +37,6 @@ def download(
     cache_dir: Path,
     *,
     hub: Hub = DEFAULT,
-    limit_bytes: int = MAX_ADAPTER_BYTES,
     modules_to_save: OnExtras = "refuse",
 ) -> Path:
     """The folder that holds an adapter's config, weights and card; downloaded unless it is there.
@@ -50,7 +49,7 @@ def download(
     Raises:
         AdapterError: Its config alone is a refusal; its weights were left where they are.
         HubFilesError: No adapter lies there; the message says what does.
-        HubSizeError: It is larger than `limit_bytes`, or than the Hub lists it.
+        HubSizeError: It is larger than `MAX_ADAPTER_BYTES`, or than the Hub lists it.
         HubHashError: The bytes are not those that the repository lists.
         HubError: The Hub does not deliver; `retry` says whether waiting can help.
     """
@@ -59,7 +58,7 @@ def download(
         here = downloaded(ref, cache_dir, modules_to_save=modules_to_save)
         if here is not None:
             return here
-        weights, small = _adapter_files(hub, ref, limit_bytes)
+        weights, small = _adapter_files(hub, ref)
         with staging(folder) as staged:
             fetch_files(hub, ref, small, staged)
             try:
@@ -93,11 +92,9 @@ def downloaded(
     return None
 
 
-def adapter_bytes(
-    ref: AdapterRef, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_ADAPTER_BYTES
-) -> int:
+def adapter_bytes(ref: AdapterRef, *, hub: Hub = DEFAULT) -> int:
     """The size of what `download` would get; raises what it would raise before it begins."""
-    weights, small = _adapter_files(hub, ref, limit_bytes)
+    weights, small = _adapter_files(hub, ref)
     return weights.size + sum(file.size for file in small)
 
 
@@ -120,9 +117,7 @@ def _where(ref: AdapterRef) -> str:
     return f"{ref.repo_id} at {ref.revision[:12]}{folder}"
 
 
-def _adapter_files(
-    hub: Hub, ref: AdapterRef, limit_bytes: int
-) -> tuple[ListedFile, list[ListedFile]]:
+def _adapter_files(hub: Hub, ref: AdapterRef) -> tuple[ListedFile, list[ListedFile]]:
     """The weights, and the small files beside them, of which the first is the config."""
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     entries = list_folder(hub, ref, ref.subfolder)
@@ -134,7 +129,7 @@ def _adapter_files(
     if config.size > MAX_CONFIG_BYTES:
         raise HubSizeError(f"{ref.repo_id}: {CONFIG} has {config.size} bytes; it is no config")
     small = [config, card] if card is not None and card.size <= MAX_CARD_BYTES else [config]
-    check_sizes(ref, [*small, files[weights[0]]], limit_bytes)
+    check_sizes(ref, [*small, files[weights[0]]], MAX_ADAPTER_BYTES)
     return files[weights[0]], small
 
 

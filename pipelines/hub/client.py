@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
 
+from meteora.artifacts import COMMIT
 from pipelines.hub.errors import (
     HubError,
     HubOfflineError,
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 
 WORKER = "pipelines.hub.worker"
 PUBLIC = "https://huggingface.co"
+
+
+def page_of(source: str, revision: str = "") -> str:
+    """The address of a repository, or of a commit of it; empty for what is not on the Hub."""
+    owner, _, rest = source.partition("/")
+    if ":" in source or not rest or (revision and not COMMIT.fullmatch(revision)):
+        return ""
+    page = f"{PUBLIC}/{owner}/{rest.partition('/')[0]}"
+    return f"{page}/tree/{revision}" if revision else page
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Hub:
         parts = urlsplit(url)
         if parts.scheme == "https" and parts.hostname:
             return url
-        if parts.scheme == "http" and (self.allow_http or _is_loopback(parts.hostname or "")):
+        if parts.scheme == "http" and (self.allow_http or is_loopback(parts.hostname or "")):
             return url
         raise InsecureEndpointError(
             f"the endpoint {url} is not https, so anyone on the way may answer in its place; use"
@@ -125,7 +135,8 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

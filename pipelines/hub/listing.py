@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_ENTRIES = 2_000
 MIN_BYTES_PER_SECOND = 500_000
-"""A download with a lower average is given up."""
+"""A transfer with a lower average is given up."""
 
 
 def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
@@ -41,7 +41,7 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
     if total > limit_bytes:
         raise HubSizeError(
             f"{ref.repo_id} at {ref.revision[:12]} has {total} bytes of files that are needed, and"
-            f" {limit_bytes} are allowed; raise the limit if that is meant"
+            f" {limit_bytes} are taken from the Hub; download it yourself, and give its folder"
         )
 
 

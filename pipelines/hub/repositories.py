@@ -87,21 +87,19 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     return AdapterRef(repo_id, refs[wanted], subfolder)
 
 
-def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES) -> int:
+def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT) -> int:
     """The size of what `download_base` would get; raises what it would raise before it begins."""
     ref = AdapterRef(spec.base_model, spec.base_revision)
-    return sum(file.size for file in _base_files(hub, ref, limit_bytes))
+    return sum(file.size for file in _base_files(hub, ref))
 
 
-def download_base(
-    spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT, limit_bytes: int = MAX_BASE_BYTES
-) -> None:
+def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download a base's config, tokenizer and safetensors, at its commit, into a new folder `out`.
 
     Raises the same as `download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
-    files = _base_files(hub, ref, limit_bytes)
+    files = _base_files(hub, ref)
     with staging(out) as staged:
         fetch_files(hub, ref, files, staged)
         staged.rename(out)
@@ -122,7 +120,7 @@ def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
         staged.rename(out)
 
 
-def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]:
+def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
     files = [
         file
         for file in list_folder(hub, ref, "")
@@ -134,7 +132,7 @@ def _base_files(hub: Hub, ref: AdapterRef, limit_bytes: int) -> list[ListedFile]
             f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
             f" (config.json, model*.safetensors); it holds {some_names(names)}"
         )
-    check_sizes(ref, files, limit_bytes)
+    check_sizes(ref, files, MAX_BASE_BYTES)
     return files
 
 

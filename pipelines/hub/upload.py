@@ -25,6 +25,7 @@ from pipelines.hub.errors import (
     HubTokenError,
     TransientHubError,
 )
+from pipelines.hub.listing import MAX_ENTRIES, MIN_BYTES_PER_SECOND
 from pipelines.hub.snapshot import ListedFile
 from pipelines.workspace.console import say
 
@@ -41,9 +42,6 @@ STAGING = "meteora-staging-"
 """How the names of our own branches begin. A branch with such a name may be removed."""
 PAUSES = (2.0, 10.0, 60.0)
 """Average seconds before each new attempt after a transient error."""
-MIN_BYTES_PER_SECOND = 500_000
-"""An upload with a lower average is given up."""
-MAX_ENTRIES = 2_000
 RESULTS = ".eval_results"
 """The one folder that a publication has, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import MANIFEST
-from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.findings import brief, listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ def sign(folder: Path, private_key: Path) -> Path:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SignatureError(
-            f"{private_key} is no private key that can sign ({_brief(error)}); {HOW}"
+            f"{private_key} is no private key that can sign ({brief(error)}); {HOW}"
         ) from None
     config.set_hashing_config(_hashed(hashing, signature))
     config.sign(folder, signature)
@@ -70,7 +70,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, AttributeError) as error:
         raise SignatureError(
-            f"{public_key} is no public key that can verify ({_brief(error)}); {HOW}"
+            f"{public_key} is no public key that can verify ({brief(error)}); {HOW}"
         ) from None
     config.set_hashing_config(_hashed(hashing, signature))
     try:
@@ -100,11 +100,7 @@ def _difference(error: Exception) -> str:
         return listed(found)
     if "Key mismatch" in text:
         return "another key signed it"
-    return f"{SIGNATURE} is no signature of that key ({_brief(error)})"
-
-
-def _brief(error: Exception) -> str:
-    return shortened(str(error).partition("\n")[0] or type(error).__name__, 200)
+    return f"{SIGNATURE} is no signature of that key ({brief(error)})"
 
 
 def _require_checkpoint(folder: Path) -> None:

@@ -12,70 +12,49 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Composites = Annotated[tuple[Annotated[int, Field(ge=2, le=50)], ...], Field(max_length=8)]
 """Numbers of tasks in a prompt: gates learn to switch between experts inside such prompts."""
 
-Conversations = Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)]
-"""How many turns conversations have: gates learn to change the expert between turns, or not."""
 
-SystemPrompts = Annotated[
-    tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)
-]
-"""What stands in front of every other prompt that gates are fitted to; an empty one is none."""
+class _Common(Section):
+    """What both methods take: what gates are fitted to."""
 
-Pool = Annotated[str, Field(max_length=4096)]
-"""A source of prompts, with or without answers; see `data.pool`."""
-
-Spans = Annotated[str, Field(max_length=4096)]
-"""`jsonl:<file>` of examples whose parts belong to different experts; see `data.spans`."""
-
-
-class CalibrateSection(Section):
-    """Gates from one forward sweep: the closed form, refined by logistic regression."""
-
-    method: Literal["calibrate"] = "calibrate"
-    """`calibrate`: one forward sweep. `joint`: gradient descent."""
+    method: str
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     """Greatest number of examples of an expert."""
     composites: Composites = ()
     """Numbers of tasks in mixed prompts that gates are fitted to, such as `[2, 3]`."""
-    conversations: Conversations | None = None
+    conversations: (
+        Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)] | None
+    ) = None
     """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
     opening is `shared`, and none elsewhere."""
-    system_prompts: SystemPrompts | None = None
+    system_prompts: (
+        Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
+    ) = None
     """System prompts of every other example. Default: several of our own where the opening is
     `shared`, and none elsewhere."""
-    spans: Spans = ""
+    spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
-    pool: Pool = ""
+    pool: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
     know: their updates are larger there than on other prompts."""
     seed: int = 0
     """Decides the mixed prompts, and the order of training."""
+
+
+class CalibrateSection(_Common):
+    """Gates from one forward sweep: the closed form, refined by logistic regression."""
+
+    method: Literal["calibrate"] = "calibrate"
+    """`calibrate`: one forward sweep. `joint`: gradient descent."""
     by_layer: bool | None = None
     """Read the base from the disk one layer at a time, with the same gates. Default: where base and
     experts take more than 0.6 of the memory."""
 
 
-class JointSection(Section):
+class JointSection(_Common):
     """Gates by gradient descent, as in the paper; defaults as in its code, except for `steps`."""
 
     method: Literal["joint"]
     """`calibrate`: one forward sweep. `joint`: gradient descent."""
-    examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
-    """Greatest number of examples of an expert."""
-    composites: Composites = ()
-    """Numbers of tasks in mixed prompts that gates are fitted to, such as `[2, 3]`."""
-    conversations: Conversations | None = None
-    """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
-    opening is `shared`, and none elsewhere."""
-    system_prompts: SystemPrompts | None = None
-    """System prompts of every other example. Default: several of our own where the opening is
-    `shared`, and none elsewhere."""
-    spans: Spans = ""
-    """`jsonl:<file>` of examples whose parts belong to different experts."""
-    pool: Pool = ""
-    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
-    know: their updates are larger there than on other prompts."""
-    seed: int = 0
-    """Decides the mixed prompts, and the order of training."""
     start: Literal["calibrate", "zeros"] = "calibrate"
     """Start from gates in closed form, or zeros. The paper: 15,000 steps from small weights."""
     steps: Count = 1000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import COMMIT, short
+from meteora.artifacts import short
 from meteora.base.sources import GGUF, PATH
-from pipelines.hub.client import PUBLIC
+from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata
 
 if TYPE_CHECKING:
@@ -121,13 +121,10 @@ def _sources(manifest: Manifest) -> list[str]:
 
 def _linked(source: str, revision: str = "") -> str:
     """A Hub id, or a commit of it, as a link; other sources as inline code."""
-    parts = source.split("/")
-    url = f"{PUBLIC}/{'/'.join(parts[:2])}"
-    if ":" in source or len(parts) < 2 or (revision and not COMMIT.fullmatch(revision)):
+    page = page_of(source, revision)
+    if not page:
         return _code(revision[:19] if revision else source)
-    if revision:
-        return f"[{_code(revision[:12])}]({url}/tree/{revision})"
-    return f"[{_code(source)}]({url})"
+    return f"[{_code(revision[:12] or source)}]({page})"
 
 
 def _limits(manifest: Manifest) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import COMMIT
+from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
 from pipelines.reports.lineage import lineage_graph
@@ -31,7 +30,6 @@ COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "linea
 """Queries whose results a page on two checkpoints shows for each."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def report_page(
@@ -52,7 +50,7 @@ def report_page(
         "num_experts": len(results["experts"].rows),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
-        "hub_link": hub_link,
+        "page_of": page_of,
     }
     return render("report.html", context)
 
@@ -106,13 +104,6 @@ def comparison_page(found: SideBySide) -> str:
         "scripts": ["report.js"],
     }
     return render("comparison.html", context)
-
-
-def hub_link(source: str | None, revision: str | None) -> str:
-    """The address of a commit on the Hub; empty for sources that are not on the Hub."""
-    if source and revision and HUB_ID.fullmatch(source) and COMMIT.fullmatch(revision):
-        return f"https://huggingface.co/{source}/tree/{revision}"
-    return ""
 
 
 def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:

@@ -247,7 +247,12 @@ def compare_checkpoints(ledger: Ledger, a: Path, b: Path) -> SideBySide:
     }
     tested = compare(ledger, _comparison(ids[1], named.values()))
     rows = (
-        ScoreRow(name, *pair, difference, _mark(difference, pair[1]))
+        ScoreRow(
+            name,
+            *pair,
+            difference,
+            difference.mark(higher_is_better=pair[1].higher_is_better),
+        )
         for (name, pair), difference in zip(named.items(), tested.differences, strict=True)
     )
     firsts = compare(ledger, _comparison(ids[1], [pairs[0] for pairs in by_task.values()]))
@@ -287,12 +292,6 @@ def _options(manifest: Manifest) -> dict[str, Any]:
     gates = {f"gates: {name}": value for name, value in manifest.gates.items()}
     found = base | asdict(manifest.router) | gates | {"routed modules": len(manifest.modules)}
     return {name: value for name, value in found.items() if value not in (None, "")}
-
-
-def _mark(one: Difference, score: Score) -> str:
-    if not one.significant or not one.difference:
-        return ""
-    return "+" if (one.difference > 0) == score.higher_is_better else "-"
 
 
 def _facts(side: Side) -> dict[str, Any]:

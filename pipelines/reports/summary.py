@@ -72,18 +72,12 @@ class Summary:
         ]
         return sum(values) / len(values) if values and len(values) == len(self.own) else None
 
-    def difference(self, task: str, other: str) -> Difference | None:
-        """The fused model's difference from another system on a task; None if not tested."""
-        found = self.comparisons[other].differences if other in self.comparisons else ()
-        return next((one for one in found if one.task == task), None)
-
     def mark(self, task: str, other: str) -> str:
-        """`+` if the fused model is better than the other beyond chance, `-` if worse, or empty."""
-        one = self.difference(task, other)
-        if one is None or not one.significant:
-            return ""
-        better = (one.difference > 0) == self.scores[task][FUSED].higher_is_better
-        return "+" if better else "-"
+        """The mark of the fused model's difference from another system; empty if not tested."""
+        tested = self.comparisons[other].differences if other in self.comparisons else ()
+        higher_is_better = self.scores[task][FUSED].higher_is_better
+        marks = (one.mark(higher_is_better=higher_is_better) for one in tested if one.task == task)
+        return next(marks, "")
 
     def losses(self) -> list[tuple[str, str, Difference]]:
         """Task, other system and difference wherever the fused model is worse beyond chance."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,20 +37,18 @@ class Recomputed:
     """One for each score that differs, or whose answers cannot be read."""
 
 
-def recompute_scores(ledger: Ledger, count: int, seed: int | None = None) -> Recomputed:
+def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
     """Compute a sample of the scores again from the outputs that they were made from.
 
     Outputs that are missing or damaged are left out here: the check of blobs reports them.
 
     Args:
-        count: scores in the sample; all of them if there are fewer
-        seed: of the sample; None draws another sample each time
+        count: scores in the sample, another one each time; all of them if there are fewer
     """
     if not ledger.records.parts():
         return Recomputed(0, ())  # an empty home stays as it is: a query would create the index
-    drawn = random.getrandbits(32) if seed is None else seed
     chosen = ledger.query(
-        f"SELECT id FROM scores ORDER BY hash(id || '{drawn:d}'), id LIMIT {count:d}"  # noqa: S608
+        f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}"  # noqa: S608
     ).rows
     findings, num_scores = [], 0
     for (benchmark_id,) in chosen:

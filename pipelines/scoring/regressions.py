@@ -23,6 +23,10 @@ class Change:
     worse: bool
     """By more than 1.96 standard errors of the difference."""
 
+    def describe(self) -> str:
+        before = "Worse than the last checkpoint on " if self.worse else ""
+        return f"{before}{self.task}: {self.metric} {self.value:.3f}, it was {self.previous:.3f}."
+
 
 def since_last(ledger: Ledger, router_id: ArtifactId) -> list[Change]:
     """The scores that this router and the recipe's previous router both have, on the same rows."""
@@ -37,15 +41,6 @@ def describe(changes: Sequence[Change]) -> list[str]:
     """The changes as sentences, the worse ones first; empty if there is no previous checkpoint."""
     if not changes:
         return []
-    lines = [
-        f"Worse than the last checkpoint on {one.task}: {one.metric} {one.value:.3f}, it"
-        f" was {one.previous:.3f}."
-        for one in changes
-        if one.worse
-    ]
-    lines += [
-        f"{one.task}: {one.metric} {one.value:.3f}, it was {one.previous:.3f}"
-        for one in changes
-        if one.value != one.previous and not one.worse
-    ]
+    others = [one for one in changes if one.value != one.previous and not one.worse]
+    lines = [one.describe() for one in (*(one for one in changes if one.worse), *others)]
     return lines or [f"The last checkpoint scored the same on all {len(changes)} tasks."]

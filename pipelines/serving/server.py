@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import aclosing
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -22,7 +21,7 @@ from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer
 from meteora.untrusted.findings import brief, shortened
 from pipelines.serving.answers import Reply, error_body, event
-from pipelines.serving.host_names import KnownHostsOnly, is_address
+from pipelines.serving.host_names import KnownHostsOnly
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
 from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
@@ -186,8 +185,3 @@ class _Server(uvicorn.Server):
         """Wait for the answers until the goodbye is over."""
         asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
         await super().shutdown(sockets)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    return ip_address(host).is_loopback if is_address(host) else host == "localhost"

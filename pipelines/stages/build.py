@@ -43,7 +43,6 @@ from pipelines.data.labels import (
     background_sequences,
     label,
     label_composites,
-    label_conversations,
     label_spans,
 )
 from pipelines.hub import repositories
@@ -280,9 +279,8 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
-    sequences = label_conversations(
-        _conversations(plan, tokenizer), names, tokenizer, nobody
-    ) or label(plan.examples, names, tokenizer, nobody)
+    talks = label_spans(_conversations(plan, tokenizer), names, tokenizer, nobody)
+    sequences = talks or label(plan.examples, names, tokenizer, nobody)
     sequences += label_composites(
         plan.examples, names, tokenizer, sizes=router.composites, seed=router.seed, nobody=nobody
     )

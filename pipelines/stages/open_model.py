@@ -48,20 +48,16 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             "num_tokens": gates.num_tokens,
             "heldout_accuracy": gates.heldout_accuracy,
         }
-        if plan.router.pool_id:
-            made["pool_id"] = plan.router.pool_id
-        if gates.card_examples:
-            made["card_examples"] = gates.card_examples
-        if plan.router.composites:
-            made["composites"] = plan.router.composites
-        if plan.router.conversations:
-            made["conversations"] = plan.router.conversations
-        if plan.router.system_prompts:
-            made["system_prompts"] = plan.router.system_prompts
-        if plan.router.template == "plain":
-            made["template"] = plan.router.template
-        if plan.router.joint is not None:
-            made["joint"] = plan.router.joint.to_dict()
+        further = {
+            "pool_id": plan.router.pool_id,
+            "card_examples": gates.card_examples,
+            "composites": plan.router.composites,
+            "conversations": plan.router.conversations,
+            "system_prompts": plan.router.system_prompts,
+            "template": "plain" if plan.router.template == "plain" else "",
+            "joint": plan.router.joint and plan.router.joint.to_dict(),
+        }
+        made |= {name: value for name, value in further.items() if value}
     return Manifest(
         base=BaseEntry(
             plan.base.base_model,

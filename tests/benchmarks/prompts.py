@@ -27,7 +27,7 @@ from meteora.fitting.calibrate import calibrate
 from pipelines.data.composites import Question
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
 from pipelines.data.dialogues import Dialogue, draw_dialogues
-from pipelines.data.labels import label_conversations
+from pipelines.data.labels import label_spans
 from pipelines.evaluation.conversations import Conversing
 from pipelines.scoring.intervals import wilson
 from pipelines.scoring.metrics import exact_match
@@ -101,7 +101,7 @@ def fitted(world: World, fit: str) -> PreTrainedModel:
     examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
     talks = converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
     nobody = len(world.names)
-    calibrate(model, label_conversations(talks, world.names, world.tokenizer, nobody), options)
+    calibrate(model, label_spans(talks, world.names, world.tokenizer, nobody), options)
     return model
 
 

@@ -161,11 +161,23 @@ class Knowing:
 
 
 @pytest.fixture(scope="session")
-def knowing(
-    tmp_path_factory: pytest.TempPathFactory,
-    build_base: Callable[[str], Path],
-    fuse_adapters: Callable[..., object],
-) -> Knowing:
+def knowing(build_base: Callable[[str], Path], fuse_adapters: Callable[..., object]) -> Knowing:
+    from tests.conftest import made_once
+
+    def make(folder: Path) -> None:
+        shutil.copytree(build_base("llama_64"), folder / "base")
+        train_experts(folder / "base", folder)
+        fuse_adapters(folder / "base", adapters_in(folder), folder / "fused")
+
+    def adapters_in(folder: Path) -> dict[str, Path]:
+        return {name: folder / name for name in ALPHABETS}
+
+    folder = made_once("knowing", make)
+    return Knowing(folder / "base", adapters_in(folder), folder / "fused")
+
+
+def train_experts(base: Path, folder: Path) -> None:
+    """Train an expert for each alphabet, which takes seconds."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -174,7 +186,6 @@ def knowing(
     from tests.conftest import ATTENTION, MLP, peft_is_behind
     from tests.quickstart.make import fit
 
-    base, folder = build_base("llama_64"), tmp_path_factory.mktemp("knowing")
     for name, alphabet in ALPHABETS.items():
         torch.manual_seed(0)
         with peft_is_behind():
@@ -187,9 +198,6 @@ def knowing(
         tokenizer = load_tokenizer(base)
         fit(model, tokenizer, rows, steps=150, peak=1e-2, what=name, batch_size=32)
         model.save_pretrained(str(folder / name))
-    adapters = {name: folder / name for name in ALPHABETS}
-    fuse_adapters(base, adapters, folder / "fused")
-    return Knowing(base, adapters, folder / "fused")
 
 
 CHAT_TEMPLATE = (

@@ -147,7 +147,7 @@ def test_scores_and_comparisons_come_back_equal_and_old_scores_are_read() -> Non
     )
     made = ComparisonBuild(COMPARISON, (apart,), 0.1, 0.0, 0.2)
     assert ComparisonBuild.from_dict(made.to_dict()) == made
-    assert not apart.significant  # it is the corrected p that counts
+    assert not apart.mark(higher_is_better=True)  # it is the corrected p that counts
 
 
 def test_fingerprints_say_where_they_differ() -> None:

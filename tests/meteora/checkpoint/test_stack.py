@@ -201,13 +201,6 @@ def test_rows_of_the_stack_are_those_of_the_adapters_side_by_side(
         assert torch.equal(found_b, torch.cat(b, dim=1).to(wide))
 
 
-def test_progress_is_reported_for_each_module(world, tmp_path):
-    reported = []
-    adapter = reader.read(world.adapters["q_and_v"])
-    stack_adapters([adapter], tmp_path / "out", progress=lambda *step: reported.append(step))
-    assert reported == [(done, 4) for done in range(1, 5)]
-
-
 def test_a_disk_that_is_full_at_any_byte_is_an_error_and_the_next_try_is_whole(world, tmp_path):
     """The largest size that a file may have stands for the room on the disk."""
     adapters = [reader.read(folder) for folder in world.adapters.values()]

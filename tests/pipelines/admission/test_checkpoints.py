@@ -38,7 +38,7 @@ class Main(Repo):
         return self if revision in ("main", self.commit) else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(world: World) -> Generator[HubServer]:
     """A Hub with a checkpoint of `org`, whose base is of `other`."""
     fingerprint = world.manifest.base.fingerprint
@@ -53,16 +53,32 @@ def server(world: World) -> Generator[HubServer]:
         yield server
 
 
-def generate(server: HubServer, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of a home, and of the Hub's cache."""
+    return tmp_path_factory.mktemp("asked")
+
+
+@pytest.fixture(scope="module")
+def answer(server: HubServer, folder: Path) -> str:
+    """What is answered without a token; checkpoint and base are in the cache then."""
+    said = generate(server, folder)
+    assert said.returncode == 0, said.stderr
+    assert {"/other/base" in path for _, path, _ in server.requests} == {True, False}
+    assert [r for r in server.requests if r[2]] == []
+    return said.stdout
+
+
+def generate(server: HubServer, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Answer a prompt with the checkpoint, in a process where a token is saved."""
-    return ask(server, tmp_path, "generate", "org/fused", "hello", "--max-new-tokens", "1", *words)
+    return ask(server, folder, "generate", "org/fused", "hello", "--max-new-tokens", "1", *words)
 
 
-def ask(server: HubServer, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def ask(server: HubServer, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     server.requests.clear()
     told = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_saved"}
-    told |= {"HF_HOME": str(tmp_path / f"cache{len(words)}"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "pipelines.cli", *words, "--home", str(tmp_path / "home")]
+    told |= {"HF_HOME": str(folder / f"cache{hash(words)}"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "pipelines.cli", *words, "--home", str(folder / "home")]
     return subprocess.run(
         command, check=False, capture_output=True, text=True, env=os.environ | told
     )
@@ -74,14 +90,11 @@ def owners_with_token(server: HubServer) -> set[str]:
     return {owner for owner in ("org", "other") for path in paths if f"/{owner}/" in path}
 
 
+@pytest.mark.usefixtures("answer")  # for which no token was sent
 def test_the_saved_token_goes_only_to_owners_that_are_named(
-    server: HubServer, tmp_path: Path
+    server: HubServer, folder: Path
 ) -> None:
-    said = generate(server, tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert {"/other/base" in path for _, path, _ in server.requests} == {True, False}
-    assert [r for r in server.requests if r[2]] == []
-    said = generate(server, tmp_path, "--token-for", "org")
+    said = generate(server, folder, "--token-for", "org")
     assert said.returncode == 0, said.stderr
     assert owners_with_token(server) == {"org"}
 
@@ -145,13 +158,11 @@ def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> No
 
 
 def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
-    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, folder: Path, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = generate(server, tmp_path)  # both are in the cache now
-    assert said.returncode == 0, said.stderr
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert generate(server, tmp_path).stdout == said.stdout
-    failed = generate(server, tmp_path, "--token-for", "nobody")  # another cache, which is empty
+    assert generate(server, folder).stdout == answer
+    failed = generate(server, folder, "--token-for", "nobody")  # another cache, which is empty
     assert (failed.returncode, failed.stdout) == (1, "")
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("error: org/fused: ")

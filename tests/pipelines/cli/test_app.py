@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.pipelines.cli.command_line import ask, meteora
+from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,59 +70,9 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     assert not (tmp_path / "home").exists()
 
 
-WATCH = """
-import socket
-from pathlib import Path
-
-real = socket.getaddrinfo
-
-def watched(host, *rest, **more):
-    with Path({log!r}).open("a") as log:
-        print(host, file=log)
-    return real(host, *rest, **more)
-
-socket.getaddrinfo = watched
-"""
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> dict[str, str]:
-    """An environment in which every Python writes down the names that it looks up.
-
-    It is bare: Prefect counts nobody where variables say that no person is there.
-    """
-    (tmp_path / "watch").mkdir()
-    code = WATCH.format(log=str(tmp_path / "names"))
-    (tmp_path / "watch" / "sitecustomize.py").write_text(code)
-    paths = [str(tmp_path / "watch"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}
-    return kept | {"PYTHONPATH": os.pathsep.join(paths), "TERM": "xterm"}
-
-
-def only_this_machine(tmp_path: Path) -> bool:
-    names = set((tmp_path / "names").read_text().split())
-    return names <= {"127.0.0.1", "localhost", "::1", "None"}
-
-
-def test_a_run_looks_up_no_name_but_this_machine_s(
-    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
-) -> None:
-    """Every process of a run is watched, Prefect's own server among them."""
-    said = subprocess.run(
-        [
-            sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
-            "--home", str(tmp_path / "home"),
-        ],
-        check=False, capture_output=True, text=True, env=watched,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert "nothing to do" not in said.stderr
-    assert only_this_machine(tmp_path)
-
-
 @pytest.mark.slow
-def test_nor_does_one_in_a_terminal(
-    recipe_folder: Path, tmp_path: Path, watched: dict[str, str]
+def test_a_run_in_a_terminal_looks_up_no_name_but_this_machine_s(
+    recipe_folder: Path, tmp_path: Path
 ) -> None:
     """Where a person sits, programs draw bars, and Prefect's client counts its users."""
     ours, theirs = pty.openpty()
@@ -129,7 +80,9 @@ def test_nor_does_one_in_a_terminal(
         sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
         "--home", str(tmp_path / "home"), "--until", "stack",
     ]  # fmt: skip
-    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=watched)
+    running = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=watching(tmp_path / "w")
+    )
     os.close(theirs)
     shown = b""
     with suppress(OSError):  # so Linux says that nobody has the terminal any more
@@ -138,7 +91,7 @@ def test_nor_does_one_in_a_terminal(
     os.close(ours)
     assert running.wait(timeout=60) == 0, shown.decode()
     assert b"\x1b[" in shown  # it was a terminal, and was treated as one
-    assert only_this_machine(tmp_path)
+    assert looked_up(tmp_path / "w") <= THIS_MACHINE
 
 
 def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipelines.cli import output
-from pipelines.cli.output import Format, print_answer
+from pipelines.cli.output import print_answer
 from store.query import Answer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def printed(
         monkeypatch.setattr(
             output, "plain_console", lambda: Console(width=width, file=sys.stdout, markup=False)
         )
-        print_answer(answer, Format.table)
+        print_answer(answer, "table")
         return capsys.readouterr().out
 
     return show
@@ -63,7 +63,7 @@ def test_an_answer_that_fits_is_whole_and_long_text_takes_several_lines(
 
 
 def test_markdown_has_one_line_a_row_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
-    print_answer(Answer(("a", "b|c"), [("x\ny", 0.5), ("p|q\\", None)]), Format.markdown)
+    print_answer(Answer(("a", "b|c"), [("x\ny", 0.5), ("p|q\\", None)]), "markdown")
     assert capsys.readouterr().out.splitlines() == [
         "| a | b\\|c |",
         "| - | - |",

@@ -13,7 +13,6 @@ from pipelines.data.conversations import (
     Conversation,
     Turn,
     converse,
-    encode_conversation,
 )
 from pipelines.data.rows import ExamplesError, Row
 
@@ -41,7 +40,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch):
 def text_by_owner(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> list[tuple[str | None, str]]:
-    ids, owners = encode_conversation(tokenizer, conversation)
+    ids, owners = conversation.encode(tokenizer)
     pieces: list[tuple[str | None, str]] = []
     for token, owner in zip(ids, owners, strict=True):
         text = str(tokenizer.decode([token]))
@@ -63,7 +62,7 @@ def test_a_turn_owns_its_question_its_answer_and_the_token_that_ends_it(chat) ->
 
 
 def test_a_conversation_of_one_turn_is_encoded_as_a_pair(chat) -> None:
-    ids, _ = encode_conversation(chat, Conversation((Turn("red", "red?", "crimson"),)))
+    ids, _ = Conversation((Turn("red", "red?", "crimson"),)).encode(chat)
     assert ids == encode_pair(chat, "red?", "crimson")
 
 
@@ -92,4 +91,4 @@ def test_a_template_that_takes_no_conversation_is_refused_in_a_sentence(
 ) -> None:
     chat.chat_template = template
     with pytest.raises(ExamplesError, match=said):
-        encode_conversation(chat, Conversation((Turn("red", "red?", "crimson"),), "be brief"))
+        Conversation((Turn("red", "red?", "crimson"),), "be brief").encode(chat)

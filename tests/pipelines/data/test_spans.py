@@ -9,7 +9,7 @@ import pytest
 
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.labels import label_conversations, label_rows, label_spans
+from pipelines.data.labels import label_rows, label_spans
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
@@ -92,7 +92,7 @@ def test_each_token_of_a_turn_belongs_to_its_expert(
     assert rows[1].to_dict() == TURNS  # the file and the line are no part of what is fitted to
     _, sequence = label_spans(rows, NAMES, tokenizer)
     turns = tuple(Turn(**turn) for turn in TURNS["turns"])
-    (expected,) = label_conversations([Conversation(turns)], NAMES, tokenizer)
+    (expected,) = label_spans([Conversation(turns)], NAMES, tokenizer)
     assert sequence == expected
     assert prompt_parts(rows[1:]) == {
         turn["expert"]: [Row(turn["prompt"], "")] for turn in TURNS["turns"]

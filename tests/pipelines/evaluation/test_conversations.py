@@ -20,9 +20,9 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.generate import answer_all
 from meteora.routing.prompt_opening import Prefill
-from pipelines.data.conversations import converse, encode_conversation
+from pipelines.data.conversations import converse
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.labels import label_conversations
+from pipelines.data.labels import label_spans
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.oracle_routing import send_to
@@ -75,7 +75,7 @@ def again(
     for dialogue in dialogues:
         said: list[str] = []
         for _ in dialogue.questions:
-            ids, _ = encode_conversation(tokenizer, dialogue.with_answers(said))
+            ids, _ = dialogue.with_answers(said).encode(tokenizer)
             (answer,) = answer_all(model, tokenizer, [ids[:-1]], NEW)
             said.append(str(tokenizer.decode(answer, skip_special_tokens=True)))
         found.append(said)
@@ -135,7 +135,7 @@ def fused(
     talks = converse(ROWS, NAMES, (2, 3), (), seed=0) * 3
     shared = request.param == "shared"
     nobody = len(names) if shared else UNLABELLED
-    sequences = label_conversations(talks, names, chat, nobody)
+    sequences = label_spans(talks, names, chat, nobody)
     calibrate(model, sequences, options, template=None if shared else Template.of(chat))
     return model
 
@@ -149,7 +149,7 @@ def test_a_fused_model_answers_as_if_it_read_everything_again(
 
 def given(dialogue: Dialogue, said: list[str], control: str, chat: Any, names: list[str]) -> Any:
     """The tokens of a turn's prompt, and their experts as the definition of a control has it."""
-    ids, owners = encode_conversation(chat, dialogue.with_answers(said))
+    ids, owners = dialogue.with_answers(said).encode(chat)
     ids, owners = ids[:-1], owners[:-1]
     own = owners[-1]
     if control == "swap":

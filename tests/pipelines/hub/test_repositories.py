@@ -21,7 +21,7 @@ from pipelines.hub import adapter, repositories
 from pipelines.hub.about import HubSource
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
-from pipelines.hub.client import Hub
+from pipelines.hub.client import Hub, is_loopback
 from pipelines.hub.errors import (
     HubAccessError,
     HubConnectionError,
@@ -367,7 +367,7 @@ def test_what_is_too_large_is_refused_before_a_byte_comes(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
     server.repos["someone/adapter"].listed_sizes["adapter_model.safetensors"] = 1 << 50
-    with pytest.raises(HubSizeError, match="raise the limit"):
+    with pytest.raises(HubSizeError, match="give its folder"):
         download(REF, tmp_path, hub=asked)
     assert not server.count("get")
 
@@ -484,6 +484,14 @@ def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> 
 def test_an_endpoint_that_anyone_may_answer_for_is_refused(endpoint: str) -> None:
     with pytest.raises(InsecureEndpointError, match="use https"):
         repositories.resolve("someone/adapter", hub=Hub(endpoint))
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.7", False), ("me", False)],
+)
+def test_what_loopback_is(host: str, local: bool) -> None:
+    assert is_loopback(host) == local
 
 
 def test_plain_http_is_allowed_where_it_is_asked_for() -> None:

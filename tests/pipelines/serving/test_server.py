@@ -319,11 +319,3 @@ def test_an_address_that_is_taken_is_one_sentence() -> None:
         pytest.raises(MeteoraError, match=r"cannot be listened on \(Address already in use\); "),
     ):
         server.listen("127.0.0.1", taken.getsockname()[1])
-
-
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("10.0.0.7", False), ("me", False)],
-)
-def test_what_loopback_is(host: str, local: bool) -> None:
-    assert server.is_loopback(host) == local

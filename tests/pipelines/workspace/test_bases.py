@@ -26,25 +26,44 @@ if TYPE_CHECKING:
 
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
 
 COMMIT = "a" * 40
 SPEC = BaseSpec("org/base", COMMIT)
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture
-def work(
-    world: World, workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
-) -> Generator[RunContext]:
-    """A recipe whose base is on the Hub, in a home that has it."""
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture(scope="module")
+def hub(world: World) -> Generator[HubServer]:
     with running_hub() as server:
         files = {path.name: path.read_bytes() for path in world.base.iterdir()}
         server.repos["org/base"] = Repo(files, refs={"main": COMMIT})
-        work = workplace(base="org/base", hub={"endpoint": server.endpoint})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of the first test, with its base, for the others."""
+    return tmp_path_factory.mktemp("kept") / "home"
+
+
+@pytest.fixture
+def work(
+    hub: HubServer,
+    kept: Path,
+    workplace: Callable[..., RunContext],
+    monkeypatch: pytest.MonkeyPatch,
+) -> RunContext:
+    """A recipe whose base is on the Hub, in a home that has it."""
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    work = workplace(base="org/base", hub={"endpoint": hub.endpoint})
+    if kept.exists():
+        shutil.copytree(kept, work.home, dirs_exist_ok=True)
+    else:
         base_of(work)
-        yield work
+        shutil.copytree(work.home, kept)
+    return work
 
 
 @pytest.fixture

@@ -37,13 +37,20 @@ def run(
     dask: Annotated[
         str,
         typer.Option(
-            help="Run recipes in parallel on Dask: a number of processes, or a scheduler's address."
+            metavar="N|ADDRESS",
+            help="Run recipes in parallel on Dask: a number of processes, or a scheduler.",
         ),
+    ] = "",
+    ray: Annotated[
+        str,
+        typer.Option(metavar="N|ADDRESS", help="The same on Ray, such as ray://HOST:10001."),
     ] = "",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
+    if dask and ray:
+        raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
     prepare(home)
     from pipelines.flows.up_to_date import look
     from pipelines.workspace.context import RunContext
@@ -54,7 +61,7 @@ def run(
         whole = [print_steps(context, looks[context.key]) for context in contexts]
         if not all(whole):
             raise typer.Exit(1)
-    elif _run_all(contexts, looks, until, dask, as_json=as_json):
+    elif _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -110,14 +117,15 @@ def _run_all(
     contexts: Sequence[RunContext],
     looks: Mapping[str, Look],
     until: Stage,
-    dask: str,
+    workers: Mapping[str, str],
     *,
     as_json: bool,
 ) -> bool:
-    """Run what is not finished, one recipe after the other or on Dask, and show the scores.
+    """Run what is not finished, one recipe after the other or on workers, and show the scores.
 
     Args:
         looks: By each recipe's key.
+        workers: Where they are, by kind; one at most is not empty.
 
     Returns:
         Whether anything went wrong.
@@ -131,8 +139,8 @@ def _run_all(
     if to_do:
         _find_server(to_do[0].home)
         try:
-            if dask:
-                wrong = _run_on_dask(to_do, until, dask)
+            if any(workers.values()):
+                wrong = _run_on_workers(to_do, until, workers)
             else:
                 # a look is as old as the runs before it: only the first run starts from its own
                 first = looks[to_do[0].key]
@@ -199,12 +207,15 @@ def _run_in_turn(
     return made, wrong
 
 
-def _run_on_dask(contexts: Sequence[RunContext], until: Stage, dask: str) -> dict[str, str]:
-    """Run recipes on Dask; returns each error by its recipe's key."""
-    from pipelines.flows.dask import run_recipes
+def _run_on_workers(
+    contexts: Sequence[RunContext], until: Stage, workers: Mapping[str, str]
+) -> dict[str, str]:
+    """Run recipes on Dask or Ray; returns each error by its recipe's key."""
+    from pipelines.flows.parallel import Workers, run_recipes
 
+    (chosen,) = (Workers(kind, where) for kind, where in workers.items() if where)
     keys = {str(context.path.resolve()): context.key for context in contexts}
-    wrong = run_recipes(list(keys), str(contexts[0].home), until, dask)
+    wrong = run_recipes(list(keys), str(contexts[0].home), until, chosen)
     return {keys[path]: reason for path, reason in wrong.items()}
 
 

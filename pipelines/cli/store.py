@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path  # noqa: TC003  (typer reads annotations)
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,6 +57,23 @@ def sql(
     if form is None:
         form = "table" if sys.stdout.isatty() else "csv"
     output.print_answer(answer, "json" if as_json else form)
+
+
+@app.command()
+def notebook(
+    out: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
+        "notebook.py"
+    ),
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Write a notebook that asks the ledger, with plots; it is a Python file that marimo opens."""
+    from pipelines.reports.html import write_notebook
+
+    write_notebook(out, existing_home(home))
+    print(out)
+    if find_spec("marimo") is None:
+        say("marimo is not installed; run `pip install 'meteora-pipelines[notebook]'`", "note")
+    say(f"open it with `marimo edit --skip-update-check {out}`; `python {out}` runs all of it")
 
 
 @app.command()

@@ -10,7 +10,7 @@ missed_runs      runs that were missed, or that overlap
 run_page         what Prefect's page shows of a run
 failure_webhook  a webhook that is called when runs fail
 device_lock      one run on a GPU at a time
-dask             several recipes at once, on Dask
+parallel         several recipes at once, on Dask or Ray
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -48,6 +50,20 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise PageError(f"{path} cannot be written; give a file in a writable folder")
+
+
+def write_notebook(path: Path, home: Path) -> None:
+    """Write the notebook over the ledger of a home; a file that is there is left alone.
+
+    Raises:
+        PageError: there is a file already, or none can be written.
+    """
+    check_writable(path)
+    if path.exists():
+        raise PageError(f"{path} is there already, perhaps with your changes; give another name")
+    ours = resources.files("pipelines.reports").joinpath("templates", "notebook.py")
+    text = ours.read_text(encoding="utf-8")
+    write_page(path, text.replace('"~/.meteora"', json.dumps(str(home), ensure_ascii=False)))
 
 
 def write_page(path: Path, html: str) -> None:

@@ -1,0 +1,123 @@
+"""Several recipes in parallel, on Dask or on Ray: each is a run of its own, on a free worker.
+
+They hand out the runs, through Prefect's task runner for each: to processes on this machine, or to
+the workers of a cluster. Locks work as for other runs: one run of a recipe, one run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from meteora.artifacts import MeteoraError
+from pipelines.flows import flow as flows
+from pipelines.recipe.stage import Stage
+from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prefect.task_runners import TaskRunner
+
+
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would tell its makers
+    # a run asks Ray for no GPU, since runs wait for it themselves: it has to see it all the same
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Settings of a Ray that a command starts; those of the environment count more."""
+
+
+class Workers(NamedTuple):
+    """What runs are handed to."""
+
+    kind: str
+    """`dask` or `ray`."""
+    where: str
+    """A number of processes on this machine, or the address of a cluster."""
+
+
+class NoWorkersError(MeteoraError):
+    """Dask or Ray is asked for and not installed."""
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{recipe}")
+def run_recipe(recipe: str, home: str, until: Stage) -> str:
+    """Run one recipe in a worker; returns the error's text, empty if there was none."""
+    try:
+        # called through its module, which a worker imports: a pickled flow lacks the names in its
+        # annotations
+        flows.run_recipe(RunContext.open(recipe, Path(home)), until)
+    except MeteoraError as error:  # the others go on
+        return str(error)
+    return ""
+
+
+@flow(name="meteora-many", persist_result=False)
+def fuse_recipes(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
+    """Run every recipe, whether or not others fail.
+
+    Returns:
+        The error's text by recipe, for those that failed.
+    """
+    futures = {recipe: run_recipe.submit(recipe, home, until) for recipe in recipes}
+    wrong = {recipe: _outcome(future) for recipe, future in futures.items()}
+    return {recipe: reason for recipe, reason in wrong.items() if reason}
+
+
+def run_recipes(
+    recipes: Sequence[str], home: str, until: Stage, workers: Workers
+) -> dict[str, str]:
+    """Run recipes on Dask or Ray.
+
+    Raises:
+        NoWorkersError: The extra of that name is not installed.
+    """
+    on = fuse_recipes.with_options(task_runner=_task_runner(workers))
+    say(f"{len(recipes)} recipes on {workers.kind.title()}: {workers.where}")
+    return on(list(recipes), home, until)
+
+
+def _outcome(future: Any) -> str:  # noqa: ANN401  (each task runner has futures of its own)
+    try:
+        return future.result()
+    except (
+        Exception
+    ) as error:  # a worker that died, or a fault of ours: it ends one recipe, not all
+        return f"{type(error).__name__}: {error}"
+
+
+def _task_runner(workers: Workers) -> TaskRunner[Any]:
+    make = {"dask": _dask, "ray": _ray}[workers.kind]
+    try:
+        return make(workers.where)
+    except ImportError:
+        raise NoWorkersError(
+            f"{workers.kind.title()} is not installed; run"
+            f" `pip install 'meteora-pipelines[{workers.kind}]'`"
+        ) from None
+
+
+def _dask(where: str) -> TaskRunner[Any]:
+    from prefect_dask import DaskTaskRunner  # noqa: PLC0415  (an extra)
+
+    if where.isdecimal():
+        # one run a process: each computes in a child process of its own
+        return DaskTaskRunner(cluster_kwargs={"n_workers": int(where), "threads_per_worker": 1})
+    return DaskTaskRunner(address=where)
+
+
+def _ray(where: str) -> TaskRunner[Any]:
+    from prefect_ray import RayTaskRunner  # noqa: PLC0415  (an extra)
+
+    if not where.isdecimal():
+        return RayTaskRunner(address=where)
+    for name, value in RAY.items():
+        os.environ.setdefault(name, value)
+    local = {"include_dashboard": False, "logging_level": "ERROR"}
+    return RayTaskRunner(init_kwargs={"num_cpus": int(where), **local})

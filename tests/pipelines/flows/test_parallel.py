@@ -1,0 +1,141 @@
+"""Several recipes on two local workers, of Dask and of Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from store.ledger import Ledger
+from tests.pipelines.cli.command_line import ask
+from tests.pipelines.flows.test_local_server import wait_until
+from tests.pipelines.process_tree import descendants, ends, stat_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KINDS = ("dask", "ray")
+STEPS = {"first": 300, "second": 301}
+"""Of gates that are trained, so that a run is still there when it is killed."""
+
+
+@pytest.fixture
+def recipes(recipe_folder: Path, tmp_path: Path) -> dict[str, Path]:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    broken = [{**body["experts"][0], "adapter": "path:nowhere"}, body["experts"][1]]
+    changes = {name: {"gates": {"method": "joint", "steps": n}} for name, n in STEPS.items()}
+    made = {}
+    for name, change in {**changes, "broken": {"experts": broken}}.items():
+        made[name] = recipe_folder / f"{name}-{tmp_path.name}.yaml"
+        made[name].write_text(yaml.safe_dump(body | change))
+    return made
+
+
+def start(kind: str, server: str, home: Path, *recipes: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "pipelines.cli", "run", *map(str, recipes),
+            f"--{kind}", "2", "--until", "gates", "--home", str(home),
+        ],
+        env=os.environ | {"PREFECT_API_URL": server},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def stages(running: subprocess.Popen[str]) -> list[int]:
+    """The processes that compute the stages of its runs."""
+    return descendants(running.pid, "pipelines.stages.worker")
+
+
+def at_work(running: subprocess.Popen[str], home: Path) -> bool:
+    """Whether each of its runs that computes is recorded, and there is one."""
+    there = home.is_dir() and stages(running)
+    return bool(there) and len(there) == len(Ledger(home).unended_runs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_workers_share_the_recipes_and_one_that_fails_stops_no_other(
+    kind: str, prefect_server: str, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    running = start(kind, prefect_server, tmp_path / "home", *recipes.values())
+    _, said = running.communicate()
+    assert running.returncode == 1, said
+    assert "error: broken-" in said
+    assert "nowhere" in said
+    ledger = Ledger(tmp_path / "home")
+    rows = ledger.query("SELECT split_part(recipe_name, '-', 1), outcome FROM runs ORDER BY 1").rows
+    assert [row for row in rows if row[1] == "ok"] == [("first", "ok"), ("second", "ok")]
+    together = ledger.query(  # a run's name begins with its time
+        "SELECT max(run_id) < strftime(min(ended_at), '%Y%m%dT%H%M%S') FROM runs"
+        " WHERE outcome = 'ok'"
+    )
+    assert together.rows == [(True,)]
+    assert ledger.query("SELECT count(*) FROM artifacts WHERE kind = 'fused'").rows == [(1,)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_that_is_killed_loses_nothing(
+    kind: str, prefect_server: str, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its run is given to another worker, which closes the killed one and makes the same."""
+    home = tmp_path / "home"
+    running = start(kind, prefect_server, home, recipes["first"], recipes["second"])
+    wait_until(lambda: at_work(running, home), seconds=600)
+    victim = int(stat_of(stages(running)[0])[1])
+    os.kill(victim, signal.SIGKILL)
+    _, said = running.communicate()
+    assert running.returncode == 0, said
+    ledger = Ledger(home)
+    rows = ledger.query("SELECT outcome, count(*) FROM runs GROUP BY ALL ORDER BY 1").rows
+    assert rows == [("killed", 1), ("ok", 2)]
+    assert ledger.query("SELECT count(*) FROM artifacts WHERE kind = 'router'").rows == [(2,)]
+    assert not ledger.verify().findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_as_a_whole_it_leaves_no_process_and_the_next_goes_on(
+    kind: str, prefect_server: str, recipes: dict[str, Path], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    running = start(kind, prefect_server, home, recipes["first"], recipes["second"])
+    wait_until(lambda: at_work(running, home), seconds=600)
+    started = descendants(running.pid)
+    running.kill()
+    running.communicate()
+    assert all(ends(pid, 300) for pid in started)
+    again = start(kind, prefect_server, home, recipes["first"], recipes["second"])
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    ledger = Ledger(home)
+    outcomes = dict(ledger.query("SELECT outcome, count(*) FROM runs GROUP BY ALL").rows)
+    assert outcomes.keys() == {"killed", "ok"}
+    assert outcomes["ok"] == 2
+    assert not ledger.verify().findings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_them_a_sentence_says_what_to_install(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.flows import parallel  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, f"prefect_{kind}", None)
+    with pytest.raises(
+        parallel.NoWorkersError, match=rf"pip install 'meteora-pipelines\[{kind}\]'"
+    ):
+        parallel._task_runner(parallel.Workers(kind, "2"))
+
+
+def test_both_at_once_is_wrong_usage(recipe_folder: Path, tmp_path: Path) -> None:
+    both = ("--dask", "2", "--ray", "2", "--home", tmp_path)
+    said = ask("run", recipe_folder / "recipe.yaml", *both)
+    assert said.returncode == 2
+    assert "give one of --dask and --ray" in said.stderr

@@ -52,6 +52,8 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             made["pool_id"] = plan.router.pool_id
         if gates.card_examples:
             made["card_examples"] = gates.card_examples
+        if gates.hub_examples:
+            made["hub_examples"] = gates.hub_examples
         if plan.router.composites:
             made["composites"] = plan.router.composites
         if plan.router.conversations:

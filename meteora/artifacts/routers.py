@@ -172,6 +172,8 @@ class RouterBuild(Noun):
     """Of `statistics.safetensors`; empty if there is none."""
     card_examples: tuple[str, ...] = ()
     """`expert: source` of those whose examples are of a data set that their own card names."""
+    hub_examples: tuple[str, ...] = ()
+    """`expert: source`, with the commit, of those whose examples a recipe takes from the Hub."""
 
     @property
     def blobs(self) -> list[str]:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from httpx import TransportError
+
 from meteora.untrusted.findings import brief, listed
+from pipelines.data.pinned import kept, pin
 from pipelines.data.row_sources import hub_items, read_rows
 from pipelines.data.rows import ExamplesError
 
@@ -90,21 +93,31 @@ def _may_pass(error: BaseException | None) -> bool:
     """Whether the Hub was not reached, or had a fault of its own: no verdict on a data set."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        if isinstance(error, (ConnectionError, TimeoutError)) or status == 429 or status >= 500:
+        passing = (ConnectionError, TimeoutError, TransportError)
+        if isinstance(error, passing) or status == 429 or status >= 500:
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def _options(name: str, token: str | None) -> dict[str, str]:
-    """Config, split and columns of a data set, as `hf:` takes them."""
-    import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
-
+    """Config, split, columns and commit of a data set, as `hf:` takes them."""
     if Path(name).exists():  # `datasets` prefers it; a stranger is not to name folders of ours
         raise NoCardExamplesError(
             f"{name} is also a folder in the working folder, which would be read in its place"
         )
-    asked: Any = {"token": token or False}
+    try:
+        commit = pin(name, "", token)
+    except Exception as error:  # of HTTP, of names that are none, of answers that are none
+        raise _fault(name, error) from error
+    (options,) = kept(["options", name, commit], lambda: [_options_at(name, commit, token)], dict)
+    return options
+
+
+def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
+    import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
+
+    asked: Any = {"token": token or False, "revision": commit}
     try:
         configs = hub.get_dataset_config_names(name, **asked)
         config = configs[0] if len(configs) == 1 else "default"
@@ -114,16 +127,11 @@ def _options(name: str, token: str | None) -> dict[str, str]:
     except NoCardExamplesError:
         raise
     except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
-        if _may_pass(error):
-            raise ExamplesError(
-                f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
-                " try again, or name examples in the recipe"
-            ) from error
-        raise NoCardExamplesError(f"{name} cannot be read ({brief(error)})") from error
+        raise _fault(name, error) from error
     if not splits:
         raise NoCardExamplesError(f"{name} has no rows")
     options = {"config": config, "split": "train" if "train" in splits else splits[0]}
-    options["longest"] = str(LONGEST_PROMPT)
+    options |= {"longest": str(LONGEST_PROMPT), "revision": commit}
     item = next(iter(hub_items(name, options, token)), {})
     columns = columns_of(item)
     if columns is None:
@@ -132,6 +140,16 @@ def _options(name: str, token: str | None) -> dict[str, str]:
             " answer"
         )
     return options | dict(zip(("prompt", "response"), columns, strict=True))
+
+
+def _fault(name: str, error: Exception) -> ExamplesError:
+    """What is said of a data set that does not come: a fault of the Hub is no verdict on it."""
+    if _may_pass(error):
+        return ExamplesError(
+            f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
+            " try again, or name examples in the recipe"
+        )
+    return NoCardExamplesError(f"{name} cannot be read ({brief(error)})")
 
 
 def columns_of(item: Mapping[str, Any]) -> tuple[str, str] | None:

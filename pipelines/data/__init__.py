@@ -2,6 +2,7 @@
 
 rows           a row, its hash, and the check that no test is also an example
 row_sources    JSONL files, BIG-bench, reasoning-gym, the Hub
+pinned         data sets of the Hub at one commit, and what was read of them
 spans          rows whose parts belong to different experts
 conversations  several turns, made from single examples
 dialogues      questions for conversations in a benchmark

@@ -5,10 +5,10 @@ bigbench:<task.json>[?split=train|test]      or the folder of a task with subtas
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
 
-For rows of the Hub: `a.b` names a column inside another (`translation.de`), `a.0` the first entry
-of a list (`messages.0.content`), and `a,b` joins two columns. More options: `ask` is a text in
-front of every prompt; `part` is train or test, for data without a split for tests; `longest` leaves
-out prompts with more characters.
+Rows of the Hub are those of the commit that `revision` means now. `a.b` names a column inside
+another (`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins
+two columns. More options: `ask` is a text in front of every prompt; `part` is train or test, for
+data without a split for tests; `longest` leaves out prompts with more characters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import json
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from meteora.untrusted.findings import brief, listed, not_utf8, shortened
+from pipelines.data.pinned import kept, pin
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -70,14 +71,66 @@ def read_rows(
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed)) or "none"
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
-    if kind == "hf":
-        read = partial(read, token=token_of(name))
     if kind in {"jsonl", "hf"}:
         read = partial(read, answered=answered)
+    if kind == "hf":
+        token = token_of(name)
+        options["revision"] = _pin(name, options, token)
+        read = partial(_once, partial(read, token=token), answered)
     rows = list(islice(read(name, folder, options, limit), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
+
+
+def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
+    """A source of rows with its commit, if it is a data set of the Hub; else empty.
+
+    Args:
+        source: as in this module's docstring
+        token_of: the token that is sent for a repository of the Hub
+
+    Raises:
+        ExamplesError: the Hub has no such data set or revision, or does not answer.
+    """
+    kind, _, name = source.partition(":")
+    if kind != "hf":
+        return ""
+    name, _, query = name.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    commit = _pin(name, options, token_of(name))
+    return f"hf:{name}?{urlencode(options | {'revision': commit}, safe=',.')}" if commit else ""
+
+
+def _pin(name: str, options: Mapping[str, str], token: str | None) -> str:
+    try:
+        return pin(name, options.get("revision", ""), token)
+    except Exception as error:  # those of HTTP, of names that are none, of answers that are none
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> ExamplesError:
+    return ExamplesError(
+        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its"
+        " name, config and split, and whether the Hub can be reached; for a private one, name"
+        " its owner in the recipe under hub, token_for, or to the command with --token-for"
+    )
+
+
+def _once(
+    read: Callable[..., Iterator[Row]],
+    answered: bool,
+    name: str,
+    folder: Path,
+    options: Mapping[str, str],
+    limit: int,
+) -> list[Row]:
+    """Rows of the Hub; those of a commit that were read before are not read again."""
+    rows = islice(read(name, folder, options, limit), limit)
+    if not options["revision"]:
+        return list(rows)
+    asked = [name, dict(options), limit, answered]
+    return kept(asked, lambda: [row.to_dict() for row in rows], Row.from_dict)
 
 
 def _jsonl(
@@ -332,16 +385,12 @@ def hub_items(
             name,
             options.get("config"),
             split=options.get("split", "test"),
-            revision=options.get("revision"),
+            revision=options.get("revision") or None,
             streaming=True,
             token=token or False,
         )
     except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
-        raise ExamplesError(
-            f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and"
-            " split, and whether the Hub can be reached; for a private one, name its owner in the"
-            " recipe under hub, token_for, or to the command with --token-for"
-        ) from error
+        raise _unreadable(name, error) from error
 
 
 def _choices(item: Mapping[str, Any], source: str) -> tuple[str, ...]:

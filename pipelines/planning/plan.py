@@ -27,7 +27,7 @@ from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import examples_of, nobodys, prompts_of
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
-from pipelines.data.row_sources import place_of, read_rows
+from pipelines.data.row_sources import pin_source, place_of, read_rows
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
@@ -86,6 +86,8 @@ class Plan:
     speed: SpeedSpec | None
     card_examples: Mapping[str, str] = field(default_factory=dict)
     """Where the examples of an expert come from that its card names, by expert."""
+    hub_examples: Mapping[str, str] = field(default_factory=dict)
+    """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
     pool: PoolSpec | None = None
     """Prompts without labels that experts without examples take theirs from."""
     to_deal: tuple[str, ...] = ()
@@ -114,7 +116,7 @@ def make_plan(
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
     chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
-    examples, sources = _examples(recipe, folder, experts)
+    examples, of_cards, of_hub = _examples(recipe, folder, experts)
     fused = stack_of(base, experts)
     pool, prompts = _pool(recipe, folder, fused, examples)
     claims = claims_of(pool) if pool else None
@@ -162,7 +164,8 @@ def make_plan(
         spans=tuple(spans),
         pool=pool,
         to_deal=to_deal,
-        card_examples=sources,
+        card_examples=of_cards,
+        hub_examples=of_hub,
     )
 
 
@@ -321,20 +324,21 @@ def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | 
 
 def _examples(
     recipe: Recipe, folder: Path, experts: Sequence[Expert]
-) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """The examples by expert, and where those come from that cards name.
+) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str]]:
+    """The examples by expert, and where those come from that cards name, or that the Hub has.
 
     Raises:
         NoCardExamplesError: a card names none that can be used, and the recipe has neither a pool
             nor another way to route to that expert.
     """
     if recipe.router.kind != "gate":
-        return {}, {}
+        return {}, {}, {}
     limit = recipe.gates.examples_per_expert
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     asked = {section.name: section.examples for section in recipe.experts}
     found: dict[str, list[Row]] = {}
-    sources: dict[str, str] = {}
+    of_cards: dict[str, str] = {}
+    of_hub: dict[str, str] = {}
     for expert in experts:
         source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
         if source == AUTO:
@@ -347,10 +351,12 @@ def _examples(
                     f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
                     " (gates.pool), or say router.without_examples: arrow"
                 ) from error
-            found[expert.name], sources[expert.name] = of_card.rows, of_card.source
+            found[expert.name], of_cards[expert.name] = of_card.rows, of_card.source
         elif source:
+            if pinned := pin_source(source, token_of):
+                source = of_hub[expert.name] = pinned
             found[expert.name] = read_rows(source, folder, limit, token_of)
-    return found, sources
+    return found, of_cards, of_hub
 
 
 def _asks_for_spans(recipe: Recipe) -> bool:

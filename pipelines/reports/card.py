@@ -275,8 +275,10 @@ def routing_lines(summary: Summary) -> list[str]:
 
 
 def example_lines(gates: RouterBuild) -> list[str]:
-    """Where examples come from that nobody gave, in sentences; empty if all were given."""
+    """Where examples come from that are no files of a recipe's, in sentences."""
     lines = []
+    if gates.hub_examples:
+        lines.append(f"Examples of the Hub: {', '.join(map(_code, gates.hub_examples))}.")
     if gates.card_examples:
         lines.append(
             "Examples of data sets that the adapters' own cards name:"

@@ -191,6 +191,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             device=choose_device(),
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
+            hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
         )
 
 

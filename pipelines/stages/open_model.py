@@ -51,6 +51,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         further = {
             "pool_id": plan.router.pool_id,
             "card_examples": gates.card_examples,
+            "hub_examples": gates.hub_examples,
             "composites": plan.router.composites,
             "conversations": plan.router.conversations,
             "system_prompts": plan.router.system_prompts,

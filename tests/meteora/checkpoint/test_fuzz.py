@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 LONGEST = 3_000
 """Characters of a message."""
-MOST_MEMORY = 512 << 10
-"""kB that all of them together may take beyond what the first ones took."""
+MOST_MEMORY = 1 << 20
+"""kB that all together may take beyond what the first ones took. Of every load the libraries keep
+25 kB, and a fifth of them loads."""
 
 
 @dataclass

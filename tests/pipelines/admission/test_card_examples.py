@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
+    from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
 
@@ -40,8 +42,14 @@ class Rows(Repo):
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
     with running_hub() as server:
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
         yield server
 
 
@@ -92,11 +100,16 @@ def test_rows_are_those_of_the_first_data_set_that_can_be_read(
     names = ["somebody/none", "somebody/pictures", "somebody/chats"]
     found = read_card_examples(names, tmp_path, 4, no_token)
     assert found.rows == [Row(f"q{i}", "a") for i in range(4)]
+    commit = hub.repos["somebody/chats"].commit
     assert found.source == (
-        "hf:somebody/chats?config=default&split=train&longest=8000"
+        f"hf:somebody/chats?config=default&split=train&longest=8000&revision={commit}"
         "&prompt=messages.0.content&response=messages.1.content"
     )
+    hub.requests.clear()
     assert read_rows(found.source, tmp_path, 4) == found.rows
+    assert not hub.requests  # they are here, and a commit does not move
+    assert read_card_examples(names[2:], tmp_path, 4, no_token) == found
+    assert hub.count("revision") == len(hub.requests) == 1
     with pytest.raises(
         NoCardExamplesError,
         match=r"none cannot be read \(.*\); somebody/pictures has the columns image, �\[2J, which",
@@ -204,3 +217,50 @@ def test_a_recipe_takes_the_examples_of_a_card(
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")
     labelled, _ = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
+
+
+def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(
+    workplace: Callable[..., RunContext], hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = letters("attention", 0, 8)
+    put(hub, "somebody/letters", rows)
+    commit = hub.repos["somebody/letters"].commit
+    experts = [section.model_dump(exclude_none=True) for section in workplace().recipe.experts]
+
+    def plan(revision: str) -> Plan:
+        experts[1]["examples"] = f"hf:somebody/letters?split=train{revision}"
+        return plan_of(workplace(experts=experts))[0]
+
+    first = plan("")
+    assert first.hub_examples == {"attention": f"hf:somebody/letters?split=train&revision={commit}"}
+    lines = "".join(json.dumps(row) + "\n" for row in rows[:5])
+    hub.repos["somebody/letters"] = Rows({"train.jsonl": lines.encode()}, commit="b" * 40)
+    assert len(plan("").examples["attention"]) == 5
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert plan(f"&revision={commit}").router == first.router
+    with pytest.raises(ExamplesError, match="hf:somebody/letters cannot be read from the Hub"):
+        plan("")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("commit", ["", "main", "0" * 39, "../x", None])
+def test_what_is_no_commit_is_not_taken_for_one(
+    hub: HubServer, tmp_path: Path, commit: str | None
+) -> None:
+    put(hub, "a/b", [{"prompt": "a", "response": "b"}])
+    body = json.dumps({"id": "a/b", "sha": commit}).encode()
+    hub.faults["revision"] = Fault(status=200, body=body)
+    with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*it gave no commit"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+
+
+def test_rows_that_are_kept_and_damaged_are_read_again(hub: HubServer, tmp_path: Path) -> None:
+    put(hub, "a/b", [{"prompt": "a", "response": "b"}])
+    read = partial(read_rows, "hf:a/b?split=train", tmp_path, 1)
+    assert read() == [Row("a", "b")]
+    (kept,) = (tmp_path / "hf" / "meteora").iterdir()
+    for damage in (b"", b"[", b"\xff", b'[{"x": 1}]', b"[1]"):
+        kept.write_bytes(damage)
+        assert read() == [Row("a", "b")], damage

@@ -202,8 +202,7 @@ def test_reasoning_gym_makes_the_same_rows_of_a_name_and_a_seed(tmp_path: Path) 
 def test_a_hub_dataset_out_of_reach_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ExamplesError, match=r"hf:nobody/none cannot be read from the Hub \(.+\)"):
         read_rows("hf:nobody/none", tmp_path, 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from huggingface_hub import DatasetInfo, HfApi
 from typer.main import get_command
 
 from meteora.checkpoint.manifest import MANIFEST, BaseEntry
@@ -77,10 +78,16 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
     sent: dict[str, object] = {}
 
     def load_dataset(name: str, _config: object, **asked: Any) -> list[dict[str, str]]:
-        sent[name] = asked["token"]
+        assert sent[name] == asked["token"]
         return [{"prompt": "a", "response": "b"}]
 
+    def dataset_info(_api: HfApi, name: str, **asked: Any) -> DatasetInfo:
+        sent[name] = asked["token"]
+        return DatasetInfo(id=name, sha=f"{len(sent)}" * 40)
+
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     recipe = Recipe.load(recipe_folder / "recipe.yaml")
     named = recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"token_for": ("me",)})})
     for name in ("me/mine", "you/yours"):
@@ -96,10 +103,10 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
 def test_a_private_data_set_says_how_it_gets_the_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_dataset(*_args: object, **_asked: object) -> None:
+    def dataset_info(*_args: object, **_asked: object) -> None:
         raise FileNotFoundError("not there, or private")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
     with pytest.raises(ExamplesError, match="name its owner in the recipe under hub, token_for"):
         read_rows("hf:me/mine", tmp_path, 1)
 

@@ -19,6 +19,9 @@ ROUTER_KINDS = (
 WITH_GATES = ("gate", "prompt")
 """Kinds that have a file of gates: it is fitted to examples, or to texts that belong to nobody."""
 
+ONE_INPUT = ("point", "turn")
+"""Values of `share` by which a gate is followed by modules with its own input alone."""
+
 OPENING_SHARE = 0.5
 """The share of an expert's weight for tokens that open its answer in a prompt of several tasks.
 They are few, and alike for all experts, but the whole answer depends on where they are routed."""
@@ -43,7 +46,8 @@ class RouterOptions(Noun):
     """Whether one more choice, the last of every gate, is the base without any expert."""
     share: str = "module"
     """What one gate decides for: its `module`, the `point` where modules share an input, a `layer`,
-    or the whole `token`."""
+    or the whole `token`. With `turn` each point has a gate that decides once for a whole turn of a
+    conversation, by its question, which is not causal."""
     stand_in: str = ""
     """`arrow` or `norm`: how experts without examples are scored, from their weights."""
     stand_ins: tuple[str, ...] = ()

@@ -66,7 +66,7 @@ MOST_REASONS = 5
 """Faults that one message names."""
 
 OPENINGS = ("own", "prompt", "shared")
-SHARES = ("module", "point", "layer", "token")
+SHARES = ("module", "point", "layer", "token", "turn")
 STAND_INS = ("", "arrow", "norm")
 SOURCE = re.compile(rf"{REPO_ID.pattern}(/[A-Za-z0-9_.\-/]{{1,500}})?|{PATH}[^`|]{{0,500}}")
 RANKS = re.compile(r"(\d{1,5}(–\d{1,5})?)?")

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from meteora.adapters.tensors import place_of
 from meteora.artifacts import canonical_json
+from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from meteora.checkpoint.sound_file import AGAIN, open_sound
@@ -335,7 +336,7 @@ def _can_follow(
     modules = manifest.modules
     if not {module, leader} <= modules.keys():
         return False
-    one_input = manifest.router.share == "point"
+    one_input = manifest.router.share in ONE_INPUT
     if one_input and modules[module].in_features != modules[leader].in_features:
         return False
     first, second = place_of(leader), place_of(module)

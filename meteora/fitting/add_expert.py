@@ -116,7 +116,8 @@ def grow(
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
         return gate
 
-    template = gates.template if gates.template.opening else None
+    asks = bool(gates.template.opening) or options.share == "turn"
+    template = gates.template if asks else None
     sweep_gates(model, batches, options, template, fit, progress=progress)
     return Growth(
         statistics=grown,

@@ -148,7 +148,8 @@ def calibrate(
 
     others: dict[str, Tensor] = {}
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
-        options, folder = replace(options, share="module"), None
+        share = options.share if options.share == "turn" else "module"
+        options, folder = replace(options, share=share), None
     asked = [asdict(options), refined, seed, template and asdict(template)]
     once = _Once(fit, accuracy_of, statistics, folder, _asked_sha256(model, sequences, asked))
     sweep_gates(
@@ -236,7 +237,7 @@ def sweep_gates(
     """
     layers = routed_layers(model)
     with swept(model):
-        prefill = watch_prompts(model, template) if template is not None else None
+        prefill = watch_prompts(model, template, options) if template is not None else None
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, prefill, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))
@@ -254,7 +255,8 @@ def sweep_gates(
                         decided = sharing.last(paths[0])
                     else:
                         weight, bias = gate
-                        leaders = point if options.share == "module" else point[:1]
+                        alone = options.share == "module" or bool(options.stand_in)
+                        leaders = point if alone else point[:1]
                         decided = sharing.new(index)
                         if options.share == "token":
                             sweep.follow(decided)

@@ -16,6 +16,7 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
 from meteora.routing.layer import routed_layers
+from meteora.routing.passes import PassInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from meteora.routing.layer import MoELoRALinear
     from meteora.routing.prompt_opening import Prefill
     from meteora.routing.routers import Decision
+    from meteora.routing.turns import Turns
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the hidden states."""
@@ -58,7 +60,7 @@ class Sweep:
         self,
         model: PreTrainedModel,
         batches: Sequence[tuple[Tensor, Tensor]],
-        prefill: Prefill | None = None,
+        prefill: Prefill | Turns | None = None,
         *,
         scratch: Path | None = None,
     ) -> None:
@@ -187,7 +189,8 @@ class Sweep:
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
         if self._prefill is not None:
-            self._prefill.see(*self._batches[batch])
+            ids, mask = self._batches[batch]
+            self._prefill.see(PassInput(ids, mask.bool(), goes_on=False))
         if self._decision is not None and batch in self._decisions:
             self._decision.hold(self._decisions[batch])
         hidden = self._hidden[batch].to(self._device)

@@ -24,6 +24,7 @@ from meteora.base.chat_template import ConversationError, common_beginning, enco
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import end_tokens, padding_token, whole_layers
+from meteora.model.prompt_choice import READER
 from meteora.model.trace import (
     Pieces,
     Token,
@@ -38,6 +39,7 @@ from meteora.model.trace import (
     winners,
 )
 from meteora.routing.gates import PREFILL
+from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -227,12 +229,20 @@ class Chat:
         if found is None or found.cache is None or found.expert != expert:
             return None
         length = len(common_beginning(found.ids, ids[:-1]))
-        looks_ahead = getattr(self.model, PREFILL, None) is not None
-        # the routes of an opening hold for the prompt that decided them
-        if length < (found.num_first if looks_ahead else 1):
+        if length < self._least(found):
             return None
         found.cut(length)
         return found
+
+    def _least(self, found: _Reading) -> int:
+        """How many tokens a prompt has in common with what was read, for that to be of use.
+
+        Where routers look ahead, routes hold for the question that decided them.
+        """
+        watcher = getattr(self.model, PREFILL, None)
+        if isinstance(watcher, Turns) or getattr(self.model, READER, None) is not None:
+            return found.num_prompt
+        return 1 if watcher is None else found.num_first
 
     def _generate(
         self,

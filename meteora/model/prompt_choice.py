@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.passes import PassInput
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
+from meteora.routing.turns import questions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import nn
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 READER = "meteora_prompt_reader"
 """The attribute of a model that holds its `PromptReader`."""
-HEADER = 3
-"""So many tokens at the end of the template's opening show where a question begins: in a later turn
-and behind another system prompt, too."""
 
 
 def insert_prompt_routers(
@@ -83,21 +80,13 @@ class PromptReader:
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        states = ids if ids is not None else kwargs["inputs_embeds"]
-        num_rows, length = states.shape[:2]
-        if kwargs.get("cache_params") is not None:  # a state-space model's has no length
-            goes_on = length == 1 and self.held.logits is not None
-        else:
-            past = kwargs.get("past_key_values")
-            goes_on = past is not None and past.get_seq_length() > 0
-        mask = kwargs.get("attention_mask")
-        there = torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
-            there = mask[:, mask.shape[1] - length :].bool()
-        question, asked = questions(ids, there, self.template)
-        if goes_on and not asked:
+        seen = PassInput.of(args, kwargs)
+        found = questions(seen, self.template)
+        if seen.goes_on and self.held.logits is not None and not found.closed:
             return
+        last = found.turn.amax(1, keepdim=True)
+        question = found.asked & (found.turn == last)
+        question = torch.where(question.any(1, keepdim=True), question, seen.there)
         self.held.hold(self.read(model, question, args, kwargs))
 
     @torch.no_grad()
@@ -152,38 +141,3 @@ class PromptReader:
 def mean_of_others(sizes: Tensor) -> Tensor:
     """The mean of sizes [N, E] over the other experts, [N, E]; 0 where there is only one."""
     return (sizes.sum(1, keepdim=True) - sizes) / max(1, sizes.shape[1] - 1)
-
-
-def questions(input_ids: Tensor | None, there: Tensor, template: Template) -> tuple[Tensor, bool]:
-    """Which tokens of a pass are a question that is to be answered, [B, L] bool.
-
-    They are those between the last header of the template and the last closing behind it. Without
-    both they are all that are there.
-
-    Args:
-        input_ids: [B, L]; None where only embeddings are known
-        there: [B, L] bool, without padding
-
-    Returns:
-        the tokens, and whether the template's closing stands in the pass
-    """
-    if input_ids is None or not template.closing:
-        return there, False
-    place = torch.arange(there.shape[1], device=there.device)
-    closing = _ends(input_ids, template.closing) & there
-    header = _ends(input_ids, template.opening[-HEADER:]) & there
-    closed = closing.any(1)
-    end = torch.where(closing, place, -1).max(1, keepdim=True).values - len(template.closing)
-    end = torch.where(closed.unsqueeze(1), end, there.shape[1])  # [B, 1] the last of the question
-    begin = torch.where(header & (place <= end), place, -1).max(1, keepdim=True).values
-    found = there & (place > begin) & (place <= end)
-    return torch.where(found.any(1, keepdim=True), found, there), bool(closed.any())
-
-
-def _ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where these tokens end in ids [B, L], [B, L] bool."""
-    size, (_, length) = len(tokens), input_ids.shape
-    if not 0 < size <= length:
-        return torch.zeros_like(input_ids, dtype=torch.bool)
-    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
-    return torch.nn.functional.pad(found, (size - 1, 0))

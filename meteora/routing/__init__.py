@@ -6,6 +6,8 @@ prompt_router   one choice for all tokens of a prompt
 gates           put gates into a model; which modules share a decision
 weight_scores   routing by the adapters' weights, where there are no examples
 prompt_opening  who decides for the tokens that open every prompt
+turns           one decision for a whole turn of a conversation
+passes          what a forward pass is called with
 shared_input    modules that read one input share the first matmul
 expert_cache    many experts on the host, the hot ones on the device
 hooks           watch what routers decide, from outside

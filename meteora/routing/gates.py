@@ -4,6 +4,7 @@ share = module   every module has a gate (the paper's way)
 share = point    modules that read one input (q, k, v) follow the gate of the first
 share = layer    every module of a layer follows the gate of its first
 share = token    every module from a third of the depth on follows one gate
+share = turn     as `point`, and each gate decides once for a whole turn of a conversation
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import routed_layers, share_first_matmul
 from meteora.routing.prompt_opening import Prefill
 from meteora.routing.routers import Decision, Follower, Gate
+from meteora.routing.turns import Turns
 from meteora.routing.weight_scores import MixedGate, StandIn, scorer
 
 if TYPE_CHECKING:
@@ -38,11 +41,11 @@ PREFILL = "meteora_prefill"
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
-    prefill = watch_prompts(model, gates.template)
+    prefill = watch_prompts(model, gates.template, options)
     layers, decisions = routed_layers(model), new_decisions(gates)
     for path, layer in layers.items():
         give_router(layer, path, gates, options, decisions, prefill)
-    if options.share == "point":
+    if options.share in ONE_INPUT:
         share_first_matmuls(layers, gates.follows)
 
 
@@ -57,7 +60,7 @@ def give_router(
     gates: Gates,
     options: RouterOptions,
     decisions: Mapping[str, Decision],
-    prefill: Prefill | None = None,
+    prefill: Prefill | Turns | None = None,
 ) -> None:
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:
@@ -85,14 +88,19 @@ def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[st
         share_first_matmul(point)
 
 
-def watch_prompts(model: PreTrainedModel, template: Template) -> Prefill | None:
-    """Have the gates decide for a prompt's opening by the prompt; None where nothing opens it."""
+def watch_prompts(
+    model: PreTrainedModel, template: Template, options: RouterOptions
+) -> Prefill | Turns | None:
+    """Have the gates decide by whole questions: for their turns, or for the opening of a prompt.
+
+    None where each token decides for itself.
+    """
     if (before := getattr(model, PREFILL, None)) is not None:
         before.stop()
     prefill = None
-    if template.opening:
-        prefill = Prefill(template)
-        prefill.watch(model.base_model)
+    if options.share == "turn" or template.opening:
+        prefill = Turns(template) if options.share == "turn" else Prefill(template)
+        prefill.watch(model)
     setattr(model, PREFILL, prefill)  # beside the modules: it belongs to the gates
     return prefill
 
@@ -102,7 +110,7 @@ def give_gate(
     weight: Tensor,
     bias: Tensor,
     options: RouterOptions,
-    prefill: Prefill | None = None,
+    prefill: Prefill | Turns | None = None,
     decision: Decision | None = None,
     stand_in: StandIn | None = None,
 ) -> None:
@@ -114,11 +122,12 @@ def give_gate(
     """
     device = layer.device
     weight, bias = weight.to(device), bias.to(device)
+    before = None if prefill is None else prefill.at_gate()
     gate = (
-        Gate(weight, bias, options, prefill=prefill, decision=decision)
+        Gate(weight, bias, options, prefill=before, decision=decision)
         if stand_in is None
         else MixedGate(
-            weight, bias, options, stand_in.to(device), prefill=prefill, decision=decision
+            weight, bias, options, stand_in.to(device), prefill=before, decision=decision
         )
     )
     layer.router = gate.requires_grad_(requires_grad=False)

@@ -9,12 +9,16 @@ that generation with a cache equals generation without.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from meteora.routing.passes import PassInput, watch
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -35,16 +39,18 @@ class Prefill:
         """[B, L] bool: the tokens that decide for it."""
         self._hook: RemovableHandle | None = None
 
-    def see(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Look at a pass that starts sequences: its ids [B, L], and the model's mask [B, L]."""
-        template, (_, length) = self.template, input_ids.shape
+    def at_gate(self) -> Prefill:
+        """What one gate decides with: all gates of a model share it."""
+        return self
+
+    def see(self, seen: PassInput) -> None:
+        """Look at a pass before it runs; one that goes on opens nothing."""
+        template, input_ids, there = self.template, seen.ids, seen.there
         self.clear()
-        if length < 2 or not template.opening:
+        # one token is never an opening: decoding pays no more than this question
+        if input_ids is None or there.shape[1] < 2 or seen.goes_on or not template.opening:
             return
-        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if there.shape != input_ids.shape:
-            return
-        there = there.bool()
+        length = there.shape[1]
         place = there.cumsum(1) - 1  # [B, L] counted from the first token that is there
         expected = input_ids.new_tensor(template.opening)
         size = len(expected)
@@ -63,9 +69,13 @@ class Prefill:
     def clear(self) -> None:
         self.opening = self.evidence = None
 
-    def decide(self, logits: Tensor) -> Tensor:
-        """Logits [T, E]; the opening's are replaced by the evidence's summed log-likelihoods."""
-        opening, evidence = self.opening, self.evidence
+    def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """Logits [T, E]; the opening's are replaced by the evidence's summed log-likelihoods.
+
+        Args:
+            logits_of: the logits of each token by itself
+        """
+        opening, evidence, logits = self.opening, self.evidence, logits_of(tokens)
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits
         opening, evidence = opening.to(logits.device), evidence.to(logits.device)
@@ -74,21 +84,11 @@ class Prefill:
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)
 
     def watch(self, model: nn.Module) -> None:
-        """See every forward pass of `model` (its `base_model`, which gets the token ids)."""
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        """See every pass of a causal language model."""
+        self._hook = watch(model, self.see)
 
     def stop(self) -> None:
         """See no more."""
         self.clear()
         if self._hook is not None:
             self._hook.remove()
-
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        past = kwargs.get("past_key_values")
-        # one token is never an opening: decoding pays no more than this question
-        if ids is None or ids.shape[1] < 2 or (past is not None and past.get_seq_length() > 0):
-            self.clear()
-            return
-        mask = kwargs.get("attention_mask")
-        self.see(ids, mask if isinstance(mask, Tensor) else None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import MeteoraError
 from meteora.routing.routers import Router
+from meteora.routing.turns import UnreadPromptError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 LEAST_SIZE = 1e-12
 """A smaller update counts as this one, whose logarithm is finite."""
-
-
-class UnreadPromptError(MeteoraError, RuntimeError):
-    """Tokens are to be routed, and no prompt of theirs was read."""
 
 
 @dataclass

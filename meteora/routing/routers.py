@@ -7,7 +7,7 @@ options with which `reference.route` reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,12 @@ from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from meteora.base.chat_template import Template
     from meteora.kernels.stack import ExpertStack
-    from meteora.routing.prompt_opening import Prefill
 
 
 class OrderError(MeteoraError, RuntimeError):
@@ -55,6 +55,23 @@ class Router(nn.Module):
         return f"C={self.num_choices}, top_k={options.top_k}, temperature={options.temperature}"
 
 
+class ByQuestion(Protocol):
+    """Decides for tokens by a whole question: for what opens a prompt, or for a turn."""
+
+    @property
+    def template(self) -> Template:
+        """The tokens around a question."""
+        ...
+
+    def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """The logits [T, C] of tokens [T, IN].
+
+        Args:
+            logits_of: the gate's logits of each token by itself
+        """
+        ...
+
+
 class Gate(Router):
     """The trained kind: logits = G x + c, in the precision of the gate (MeteoRA, section 3)."""
 
@@ -64,13 +81,14 @@ class Gate(Router):
         bias: Tensor,
         options: RouterOptions,
         *,
-        prefill: Prefill | None = None,
+        prefill: ByQuestion | None = None,
         decision: Decision | None = None,
     ) -> None:
         """Take G [C, IN] and c [C] as parameters.
 
         Args:
-            prefill: decides for the opening of a prompt; without it each token for itself
+            prefill: decides for the opening of a prompt, or for a whole turn; without it each token
+                for itself
             decision: where to leave what it decides, for the layers that follow this one
         """
         super().__init__(len(weight), options)
@@ -84,9 +102,8 @@ class Gate(Router):
         return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.logits(tokens)
-        if self.prefill is not None:
-            logits = self.prefill.decide(logits)
+        prefill = self.prefill
+        logits = self.logits(tokens) if prefill is None else prefill.decide(self.logits, tokens)
         if self.decision is not None:
             self.decision.hold(logits)
         return logits

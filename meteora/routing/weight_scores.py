@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import RouterOptions
     from meteora.routing.layer import RoutedExperts
-    from meteora.routing.prompt_opening import Prefill
-    from meteora.routing.routers import Decision, Router
+    from meteora.routing.routers import ByQuestion, Decision, Router
 
 KINDS = ("arrow", "norm")
 
@@ -66,7 +65,7 @@ class MixedGate(Gate):
         options: RouterOptions,
         stand_in: StandIn,
         *,
-        prefill: Prefill | None = None,
+        prefill: ByQuestion | None = None,
         decision: Decision | None = None,
     ) -> None:
         super().__init__(weight, bias, options, prefill=prefill, decision=decision)

@@ -118,12 +118,16 @@ def _check_routes(folder: Path, manifest: Manifest) -> None:
             f"{folder}: its router is {kind!r}, and vLLM is given {', '.join(SERVABLE)}; set"
             " `router: {kind: gate}` in the recipe and run it again"
         )
-    if kind == "gate" and read_gates(folder, manifest).template.opening:
-        raise ExportError(
-            f"{folder}: its gates look ahead (`opening: prompt`), which no cache of prefixes and no"
-            " prefill in chunks can do; set `router: {opening: shared}` in the recipe and run it"
-            " again"
-        )
+    if manifest.router.share == "turn":
+        asked, instead = "`share: turn`", "`router: {share: point}`"
+    elif kind == "gate" and read_gates(folder, manifest).template.opening:
+        asked, instead = "`opening: prompt`", "`router: {opening: shared}`"
+    else:
+        return
+    raise ExportError(
+        f"{folder}: its gates look ahead ({asked}), which no cache of prefixes and no prefill in"
+        f" chunks can do; set {instead} in the recipe and run it again"
+    )
 
 
 def _check_fingerprint(base: Path, manifest: Manifest) -> None:

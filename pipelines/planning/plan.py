@@ -306,12 +306,13 @@ def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """
     if recipe.benchmark.template == "plain":
         return (), ()
-    gates, shared = recipe.gates, recipe.router.opening == "shared"
+    gates, router = recipe.gates, recipe.router
+    everywhere = router.opening == "shared" or router.share == "turn"
     turns, systems = gates.conversations, gates.system_prompts
     if turns is None:
-        turns = CONVERSATION_TURNS if shared else ()
+        turns = CONVERSATION_TURNS if everywhere else ()
     if systems is None:
-        systems = SYSTEM_PROMPTS if shared else ()
+        systems = SYSTEM_PROMPTS if everywhere else ()
     return turns, systems
 
 

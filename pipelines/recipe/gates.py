@@ -25,12 +25,12 @@ class _Common(Section):
         Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)] | None
     ) = None
     """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
-    opening is `shared`, and none elsewhere."""
+    opening is `shared`, or with `share: turn`, and none elsewhere."""
     system_prompts: (
         Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
     ) = None
     """System prompts of every other example. Default: several of our own where the opening is
-    `shared`, and none elsewhere."""
+    `shared`, or with `share: turn`, and none elsewhere."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Annotated[str, Field(max_length=4096)] = ""

@@ -116,8 +116,10 @@ class RouterSection(Section):
     prefix."""
     null: bool = False
     """Whether the base without an expert is one of the choices."""
-    share: Literal["module", "point", "layer", "token"] = "point"
-    """For what one gate decides: a module, modules with one input, a layer, or the whole model."""
+    share: Literal["module", "point", "layer", "token", "turn"] = "point"
+    """For what one gate decides: a module, modules with one input, a layer, or the whole model.
+    `turn`: each question as a whole decides for its turn of a conversation, its answer included; so
+    answers change with the chunks and the prefix."""
     without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
     """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
     as this router does."""
@@ -132,10 +134,22 @@ class RouterSection(Section):
         found = RouterOptions(**self.model_dump(exclude={"without_examples"}))
         if not fitted:
             return replace(found, opening="own", share="module")
+        if found.share == "turn":
+            found = replace(found, opening="prompt")
         if not stand_ins:
             return found
+        share = found.share if found.share == "turn" else "module"
         stand_in = self.without_examples
-        return replace(found, share="module", stand_in=stand_in, stand_ins=stand_ins)
+        return replace(found, share=share, stand_in=stand_in, stand_ins=stand_ins)
+
+    @model_validator(mode="after")
+    def _a_turn_has_its_opening(self) -> Self:
+        if self.share == "turn" and "opening" in self.model_fields_set and self.opening != "prompt":
+            raise ValueError(
+                f"router.opening is {self.opening!r}, and with `share: turn` a question decides for"
+                " what precedes it, too; take it out"
+            )
+        return self
 
 
 class PolicySection(Section):

@@ -10,6 +10,7 @@ and is not made again; the table is printed at the end.
     shared      gates fitted to single questions, system prompts and conversations; tokens that say
                 nothing about the task go to the mean of all experts
     shared, 2   the same with the two best experts of each token
+    turn        gates fitted to the same; each question decides for its turn
     oracle      one question: the right expert for every token. Conversations: the right expert for
                 every token of a turn, the mean of all for the others
 """
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterOptions
 from meteora.fitting.calibrate import calibrate
+from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.composites import Question
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
 from pipelines.data.dialogues import Dialogue, draw_dialogues
@@ -49,8 +51,13 @@ SYSTEMS = {
     "none": "",
     "other": "You are Pip, a cheerful pirate assistant who loves the sea.",
 }
-FITS = {"prompt": 1, "shared": 1, "shared, 2": 2}
-"""Experts of each token, by the name of the fit."""
+FITS = {
+    "prompt": RouterOptions("gate", 1, 1.0, share="point"),
+    "shared": RouterOptions("gate", 1, 1.0, share="point", opening="shared"),
+    "shared, 2": RouterOptions("gate", 2, 1.0, share="point", opening="shared"),
+    "turn": RouterOptions("gate", 1, 1.0, share="turn"),
+}
+"""How the model routes, by the name of the fit."""
 
 
 def shapes(world: World, rows: int, conversations: int) -> dict[str, list[Dialogue]]:
@@ -92,16 +99,17 @@ def values(
 
 def fitted(world: World, fit: str) -> PreTrainedModel:
     """The model with gates of this fit."""
-    options = RouterOptions("gate", FITS[fit], 1.0, share="point")
+    options = FITS[fit]
+    model = world.model(opening=options.opening)
     if fit == "prompt":
-        model = world.model()
         calibrate(model, world.sequences(EXAMPLES), options, template=world.template)
         return model
-    model = world.model(opening="shared")
     examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
     talks = converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
-    nobody = len(world.names)
-    calibrate(model, label_spans(talks, world.names, world.tokenizer, nobody), options)
+    shared = options.opening == "shared"
+    nobody = len(world.names) if shared else UNLABELLED
+    labelled = label_spans(talks, world.names, world.tokenizer, nobody)
+    calibrate(model, labelled, options, template=None if shared else world.template)
     return model
 
 

@@ -27,8 +27,8 @@ from meteora.fitting.sequences import LabelledSequence
 from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
 from meteora.model.prompt_choice import READER
 from meteora.model.update_sizes import read_prompts
-from meteora.routing.gates import gates_of
-from meteora.routing.hooks import recorded_logits
+from meteora.routing.gates import PREFILL, gates_of
+from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
 from tests.conftest import peft_is_behind
 
@@ -147,6 +147,29 @@ def test_a_prompt_is_read_and_its_answer_is_that_of_one_expert(made):
         with force_expert(model, meteora.expert_names(model)[choice]):
             alone = model.generate(ids, **options)
         assert found[row].tolist() == alone[row].tolist()
+
+
+def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
+    _, _, model = made
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share="turn")
+    template = Template((60, 61, 62), (63, 64))
+    calibrate(model, sequences(8), options, template=template)
+    asked = [s.input_ids[:5] for s in sequences(8, seed=1) if len(s.input_ids) >= 5]
+    rows = [[*template.opening, *question, *template.closing] for question in asked]
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(torch.tensor(rows), **greedy)
+    assert torch.equal(model.generate(torch.tensor(rows), use_cache=False, **greedy), found)
+    with recorded_routes(model) as routes:
+        model(found)
+    for _, chosen in routes.values():
+        experts = chosen.view(len(rows), -1)
+        assert (experts == experts[:, :1]).all()
+    # the rule for the opening alone sees the model's passes, too
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share="point")
+    calibrate(model, sequences(8), options, template=template)
+    with torch.no_grad():
+        model(found)
+    assert getattr(model, PREFILL).opening.shape == found.shape
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):

@@ -13,7 +13,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.model.chat import Chat, Sampling
 from meteora.model.fused import UnknownExpertError, force_expert, make_router
 from meteora.model.trace import trace
-from meteora.routing.gates import insert_gates, watch_prompts
+from meteora.routing.gates import PREFILL, insert_gates
 from meteora.routing.layer import routed_by, routed_layers
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
@@ -134,29 +134,34 @@ def test_a_token_knows_the_expert_of_each_layer(model, talking):
         assert [winner.share for winner in found] == pytest.approx(share.tolist()[: len(tokens)])
 
 
-def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(world, talking):
-    """The opening is decided by the first question, and by nothing after it."""
+@pytest.fixture(params=["module", "turn"])
+def looking_ahead(request, world, talking):
+    """A model whose gates decide by whole questions: for the opening, or for a turn."""
     model, generator = world.load(), torch.Generator().manual_seed(1)
-    options = RouterOptions("gate", 1, 1.0)
+    options = RouterOptions("gate", 1, 1.0, share=request.param)
     own = {
-        path: (
-            torch.randn(4, layer.weight.shape[1], generator=generator),
-            torch.zeros(4),
-        )
+        path: (torch.randn(4, layer.weight.shape[1], generator=generator), torch.zeros(4))
         for path, layer in routed_layers(model).items()
     }
     insert_gates(model, Gates(own=own, follows={}, template=Template.of(talking)), options)
-    try:
-        cached = converse(chat := Chat(model, talking))
-        assert [a.text for a in cached] == [
-            a.text for a in converse(Chat(model, talking), fresh=True)
-        ]
-        assert cached[1].num_cached > 0
-        # another first question decides the opening again, though the tokens are the same
-        other = chat.answer([user("what else is there?")], max_new_tokens=6)
-        assert other.num_cached == 0
-    finally:
-        watch_prompts(model, Template())
+    yield model
+    getattr(model, PREFILL).stop()
+
+
+def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead, talking):
+    """The opening is decided by the first question, a turn by its own, and neither by others."""
+    chat = Chat(looking_ahead, talking)
+    cached = converse(chat)
+    fresh = converse(Chat(looking_ahead, talking), fresh=True)
+    assert [a.text for a in cached] == [a.text for a in fresh]
+    assert 0 < cached[1].num_cached < cached[2].num_cached
+    # another question decides again, though its first tokens are the same
+    answered = {"role": "assistant", "content": cached[0].text}
+    messages = [user(QUESTIONS[0]), answered, user("and what?")]
+    again = chat.answer(messages, max_new_tokens=6)
+    chat.forget()
+    assert chat.answer(messages, max_new_tokens=6).text == again.text
+    assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
 
 
 def test_what_a_listener_raises_ends_the_answer_and_leaves_no_half_cache(model, talking):

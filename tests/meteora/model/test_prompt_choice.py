@@ -18,10 +18,10 @@ from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointErro
 from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
-from meteora.model.prompt_choice import READER, mean_of_others, questions
+from meteora.model.prompt_choice import READER, mean_of_others
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_layers
-from meteora.routing.prompt_router import UnreadPromptError
+from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
@@ -169,17 +169,6 @@ def test_a_system_prompt_and_an_answer_behind_the_question_decide_nothing(model)
     prompt = [*system, *task_tokens(2, 24, random.Random(2)), *CLOSING]
     assert chosen(model, prompt) == names[2]
     assert chosen(model, [*prompt, *said]) == names[2]
-
-
-def test_the_question_stands_between_the_last_header_and_the_closing():
-    ids = torch.tensor([[*OPENING, 7, 8, *CLOSING, 9, *OPENING[1:], 5, 6, *CLOSING, 4]])
-    there = torch.ones_like(ids, dtype=torch.bool)
-    found, closed = questions(ids, there, TEMPLATE)
-    assert ids[found].tolist() == [5, 6]
-    assert closed
-    everything, closed = questions(ids, there, Template())
-    assert everything.all()
-    assert not closed
 
 
 def test_a_forced_expert_is_not_read_for(model):

@@ -9,6 +9,7 @@ from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.gates import insert_gates
 from meteora.routing.hooks import recorded_logits
+from meteora.routing.passes import PassInput
 from meteora.routing.prompt_opening import Prefill
 
 OPENING, CLOSING = (5, 6, 5), (7, 8)
@@ -23,7 +24,7 @@ def seen(rows, width, left):
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    prefill.see(ids, mask)
+    prefill.see(PassInput(ids, mask.bool(), goes_on=False))
     assert prefill.opening is not None
     assert prefill.evidence is not None
     return [
@@ -53,9 +54,10 @@ def test_a_prompt_without_evidence_is_left_to_its_own_tokens():
 
 def test_the_opening_takes_the_sum_of_the_log_likelihoods_of_the_evidence():
     prefill = Prefill(TEMPLATE)
-    prefill.see(torch.tensor([ONE, [*OTHER]]))
+    rows = torch.tensor([ONE, OTHER])
+    prefill.see(PassInput(rows, torch.ones_like(rows, dtype=torch.bool), goes_on=False))
     logits = torch.randn(16, 3)
-    got = prefill.decide(logits).view(2, 8, 3).softmax(-1)
+    got = prefill.decide(lambda x: x, logits).view(2, 8, 3).softmax(-1)
     own = logits.view(2, 8, 3).log_softmax(-1)
     for row, evidence in ((0, [3, 4, 5]), (1, [3, 4])):
         expected = own[row, evidence].sum(0).softmax(-1)

@@ -65,12 +65,18 @@ def test_a_router_without_gates_has_no_file_of_gates(world, tmp_path):
     assert {path.name for path in (tmp_path / "out/meteora").iterdir()} == {MANIFEST, EXPERTS}
 
 
-def test_gates_that_look_ahead_are_refused_with_the_key_to_set(world, tmp_path):
-    options = RouterOptions("gate", 1, 1.0, opening="prompt")
+@pytest.mark.parametrize(
+    ("share", "opening", "instead"),
+    [("point", (3, 4), "opening: shared"), ("turn", (3, 4), "share: point"), ("turn", (), "share")],
+)
+def test_gates_that_look_ahead_are_refused_with_the_key_to_set(
+    share, opening, instead, world, tmp_path
+):
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share=share)
     folder = with_router(
-        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", opening=(3, 4)
+        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", opening=opening
     )
-    with pytest.raises(ExportError, match=r"set `router: \{opening: shared\}` in the recipe"):
+    with pytest.raises(ExportError, match=rf"set `router: \{{{instead}.*\}}` in the recipe"):
         export_for_vllm(folder, world.base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

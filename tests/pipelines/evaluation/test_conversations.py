@@ -19,7 +19,6 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.generate import answer_all
-from meteora.routing.prompt_opening import Prefill
 from pipelines.data.conversations import converse
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.labels import label_spans
@@ -121,12 +120,19 @@ def test_an_answer_is_read_from_the_cache_and_its_end_is_not_said_again(
     ]
 
 
-@pytest.fixture(scope="module", params=["prompt", "shared"])
+RULES = {
+    "prompt": replace(POINT_GATES, opening="prompt"),
+    "shared": replace(POINT_GATES, opening="shared"),
+    "turn": replace(POINT_GATES, opening="prompt", share="turn"),
+}
+
+
+@pytest.fixture(scope="module", params=RULES)
 def fused(
     request: pytest.FixtureRequest, world: World, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Gates fitted to conversations, with each rule for the opening."""
-    options = replace(POINT_GATES, opening=request.param)
+    """Gates fitted to conversations, with each rule for the opening, and for whole turns."""
+    options = RULES[request.param]
     model = world.load_base()
     insert_experts(model, world.checkpoint, replace(world.manifest, router=options))
     chat = copy.copy(tokenizer)
@@ -172,6 +178,7 @@ def test_a_control_routes_each_turn_as_its_definition_says(
     dialogues: list[Dialogue],
     control: str,
 ) -> None:
+    hooks = dict(fused._forward_pre_hooks)  # of the rule that looks ahead, which stays
     found = ask(fused, chat, dialogues, control=control)
     for dialogue, turns in zip(dialogues, found, strict=True):
         said: list[str] = []
@@ -188,16 +195,7 @@ def test_a_control_routes_each_turn_as_its_definition_says(
         assert (computed == total) == (control == "swap")
         if control == "alora":  # the base reads the turn before, which its expert has read
             assert computed[2] > total[2] - total[1]
-    assert not fused.base_model._forward_pre_hooks.keys() - hooks_of(fused)
-
-
-def hooks_of(model: PreTrainedModel) -> set[int]:
-    """The hook of the rule that looks ahead, which stays."""
-    return {
-        number
-        for number, hook in model.base_model._forward_pre_hooks.items()
-        if isinstance(getattr(hook, "__self__", None), Prefill)
-    }
+    assert fused._forward_pre_hooks == hooks
 
 
 def test_single_and_one_expert_are_the_expert_forced(

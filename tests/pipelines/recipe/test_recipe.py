@@ -242,6 +242,14 @@ def test_what_a_benchmark_cannot_be_asked_is_named(
         load(tmp_path, f"base: a/b\nexperts: [{EXPERT}]\nbenchmark:\n  {benchmark}\n")
 
 
+def test_a_question_that_decides_for_its_turn_decides_for_the_opening_too(tmp_path: Path) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{share: turn"
+    options = load(tmp_path, text + "}").router.options((), fitted=True)
+    assert (options.share, options.opening) == ("turn", "prompt")
+    with pytest.raises(RecipeError, match=r"router.opening is 'shared', and with `share: turn`"):
+        load(tmp_path, text + ", opening: shared}")
+
+
 @pytest.mark.parametrize("key", ["conversations: [3]", 'system_prompts: [""]'])
 def test_gates_on_plain_text_have_no_roles(tmp_path: Path, key: str) -> None:
     text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{{key}}}\nbenchmark: {{template: plain}}"

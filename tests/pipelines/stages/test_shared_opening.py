@@ -1,4 +1,7 @@
-"""Recipes whose gates share the tokens that say nothing, from YAML to a checkpoint that grows."""
+"""Recipes whose gates are fitted to conversations, from YAML to a checkpoint that grows.
+
+The tokens that say nothing have all experts together, or a question decides for its whole turn.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +27,31 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 QUICK = {"limit": 1, "compare": ["uniform", "arrow"], "max_new_tokens": 1}
 
 
+@pytest.mark.parametrize(
+    ("router", "more"), [({}, [SHARED]), ({"share": "turn"}, [])], ids=["shared", "turn"]
+)
 def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow(
-    workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
+    router: dict[str, str],
+    more: list[str],
+    workplace: Callable[..., RunContext],
+    chat_base: Path,
+    recipe_folder: Path,
 ) -> None:
-    work = workplace(base=f"path:{chat_base}", benchmark=QUICK)
+    work = workplace(base=f"path:{chat_base}", router=router, benchmark=QUICK)
     run(work)
     planned = finished(work)
     assert planned is not None
     folder = work.checkpoint_folder(planned.router.id)
     manifest = read_manifest(folder)
-    assert manifest.choices == ["q_and_v", "attention", SHARED]
+    assert manifest.choices == ["q_and_v", "attention", *more]
     assert manifest.gates["conversations"] == [1, 2, 3, 4]
     assert "" in manifest.gates["system_prompts"]
 
     model, tokenizer = meteora.load(folder, base_folder=chat_base)
     found = meteora.trace(model, tokenizer, "abcdabcd")
-    assert found.experts[-1] == SHARED
+    assert list(found.experts) == manifest.choices
+    if router:  # the prompt and its answer have one expert in each module
+        assert (found.chosen == found.chosen[:, :1]).all()
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
     dropped = ask("drop", folder, "attention", "--home", work.home)
@@ -52,7 +64,7 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
     assert added.returncode == 0, added.stderr
     again, _ = meteora.load(added.stdout.strip(), base_folder=chat_base)
     assert meteora.expert_names(again) == manifest.choices
-    assert {layer.num_choices for layer in routed_layers(again).values()} == {3}
+    assert {layer.num_choices for layer in routed_layers(again).values()} == {2 + len(more)}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +72,8 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
     [
         pytest.param({"null": True}, id="with the base as a choice"),
         pytest.param({"without_examples": "arrow"}, id="with an expert without examples"),
+        pytest.param({"share": "turn", "null": True}, id="a turn, with the base"),
+        pytest.param({"share": "turn", "without_examples": "norm"}, id="a turn, without examples"),
     ],
 )
 def test_it_goes_with_the_other_options_of_gates(
@@ -75,7 +89,7 @@ def test_it_goes_with_the_other_options_of_gates(
     planned = finished(work)
     assert planned is not None
     folder = work.checkpoint_folder(planned.router.id)
-    last = [SHARED, *([NULL] if "null" in router else [])]
+    last = [*([] if "share" in router else [SHARED]), *([NULL] if "null" in router else [])]
     assert read_manifest(folder).choices == ["q_and_v", "attention", *last]
     model, tokenizer = meteora.load(folder, base_folder=chat_base)
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)

@@ -1,0 +1,190 @@
+"""One decision for each turn of a conversation: its question decides for it, its answer included.
+
+    l_turn = the mean of log softmax(G x + c) over the tokens x of the turn's question
+
+at each gate, by that gate's own inputs. A question stands between a header of the chat template and
+its closing. A turn begins with its header; what precedes the first of all, such as a system prompt,
+is of the first turn. So a token's route depends on tokens behind it, up to the end of its own
+question: this is not causal. Without a chat template the whole first pass is a question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from meteora.artifacts import MeteoraError
+from meteora.routing.passes import PassInput, watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from meteora.base.chat_template import Template
+
+HEADER = 3
+"""So many tokens at the end of the template's opening show where a question begins: in a later turn
+and behind another system prompt, too."""
+
+
+class UnreadPromptError(MeteoraError, RuntimeError):
+    """Tokens are to be routed, and no prompt of theirs was read."""
+
+
+class Questions(NamedTuple):
+    """The turns of a pass [B, L], and the tokens that decide for them."""
+
+    turn: Tensor
+    """[B, L] long: the number of each token's turn. Where a cache holds what precedes, turn 0 is
+    the one that it ends with."""
+    asked: Tensor
+    """[B, L] bool: the tokens of questions."""
+    closed: bool
+    """Whether the template's closing stands in the pass."""
+
+
+def questions(seen: PassInput, template: Template) -> Questions:
+    """Find the turns of a pass, and the question of each; it may have none."""
+    ids, there = seen.ids, seen.there
+    none = torch.zeros_like(there)
+    short = seen.goes_on and there.shape[1] < len(template.closing)  # a token of an answer
+    if ids is None or not template.closing or short:
+        return Questions(none.long(), none if seen.goes_on else there, closed=False)
+    size = min(HEADER, len(template.opening))
+    header = _ends(ids, template.opening[-HEADER:]) & there
+    closing = _ends(ids, template.closing) & there
+    begins, closes = _earlier(header, size), _earlier(closing, len(template.closing))
+    turn = begins.cumsum(1)
+    behind = (header.cumsum(1) == turn) & ~header  # no token of a header
+    # how many closings have begun in the token's own turn
+    num_closed = closes.cumsum(1)
+    before = torch.where(begins, num_closed - closes.long(), 0).cummax(1).values
+    asked = there & behind & (num_closed == before)
+    begun = turn > 0
+    if seen.goes_on:  # before the first header an answer goes on, or a question that is closed here
+        asked &= begun | (closes & ~begun).any(1, keepdim=True)
+    else:
+        asked &= begun | ~begun.any(1, keepdim=True)
+        turn = (turn - 1).clamp_min(0)
+        first = turn == 0  # who asks nothing at first is judged by all that is there
+        asked |= there & first & ~(asked & first).any(1, keepdim=True)
+    return Questions(turn, asked, bool(closing.any()))
+
+
+class Turns:
+    """What the gates of a model know of the turns in the present pass; they have one together."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.found: Questions | None = None
+        self.goes_on = self.any_asks = self.all_ask = False
+        """Of the pass; whether any of its sequences has a question, and whether all have."""
+        self._hook: RemovableHandle | None = None
+
+    def at_gate(self) -> TurnChoice:
+        """What one gate decides with."""
+        return TurnChoice(self)
+
+    def see(self, seen: PassInput) -> None:
+        """Look at a pass before it runs."""
+        self.found = found = questions(seen, self.template)
+        asks = found.asked.any(1)
+        self.goes_on, self.any_asks, self.all_ask = seen.goes_on, bool(asks.any()), bool(asks.all())
+
+    def watch(self, model: nn.Module) -> None:
+        """See every pass of a causal language model."""
+        self._hook = watch(model, self.see)
+
+    def stop(self) -> None:
+        """See no more."""
+        self.found = None
+        if self._hook is not None:
+            self._hook.remove()
+
+
+class TurnChoice:
+    """What one gate has decided for the sequences of a batch."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.held: Tensor | None = None
+        """[B, C] log-probabilities of each sequence's last turn. A pass that goes on is taken for
+        one that goes on with these sequences."""
+
+    @property
+    def template(self) -> Template:
+        """Of the prompts."""
+        return self.turns.template
+
+    def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """The logits of tokens [T, IN], each those of its turn: [T, C].
+
+        Args:
+            logits_of: the gate's logits of each token by itself
+
+        Raises:
+            UnreadPromptError: no pass of so many tokens was seen, or it goes on with others.
+        """
+        found, held = self.turns.found, self.held
+        if found is None or found.turn.numel() != len(tokens):
+            raise UnreadPromptError(
+                f"{len(tokens)} tokens are to be routed by their turns, and a pass of"
+                f" {0 if found is None else found.turn.numel()} was seen; call the whole model"
+            )
+        num_rows, length = found.turn.shape
+        before = None
+        if self.turns.goes_on and held is not None and num_rows % len(held) == 0:
+            before = held.repeat_interleave(num_rows // len(held), 0)
+        if before is None and not self.turns.all_ask:
+            raise UnreadPromptError(
+                f"{num_rows} sequences go on, and the beginnings of"
+                f" {0 if held is None else len(held)} were read; start with whole prompts"
+            )
+        if before is not None and not self.turns.any_asks:
+            return before.repeat_interleave(length, 0)
+        own = logits_of(tokens).log_softmax(-1).view(num_rows, length, -1)  # [B, L, C]
+        turn, asked = found.turn.to(own.device), found.asked.to(own.device)
+        decided = _means(own, turn, asked, before)
+        self.held = decided[:, -1].detach()
+        return decided.gather(1, turn.unsqueeze(-1).expand_as(own)).flatten(0, 1)
+
+
+def _means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) -> Tensor:
+    """The mean of log-probabilities [B, L, C] over the question of each turn, [B, S, C].
+
+    A turn without a question has the decision of the turn before it.
+
+    Args:
+        before: [B, C] of the turns before; where it is not known, the first that asks decides
+    """
+    size = (len(own), int(turn.max()) + 1)
+    counted = asked.to(own.dtype)
+    counts = own.new_zeros(size).scatter_add(1, turn, counted)
+    sums = own.new_zeros(*size, own.shape[-1]).scatter_add(
+        1, turn.unsqueeze(-1).expand_as(own), own * counted.unsqueeze(-1)
+    )
+    means, asks = sums / counts.clamp_min(1).unsqueeze(-1), counts > 0
+    if before is None:
+        before = means[torch.arange(len(own), device=own.device), asks.long().argmax(1)]
+    found = [before]
+    for s in range(size[1]):
+        found.append(means[:, s].where(asks[:, s, None], found[-1]))
+    return torch.stack(found[1:], 1)
+
+
+def _ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where these tokens end in ids [B, L], [B, L] bool."""
+    size, (_, length) = len(tokens), input_ids.shape
+    if not 0 < size <= length:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
+    return torch.nn.functional.pad(found, (size - 1, 0))
+
+
+def _earlier(ends: Tensor, size: int) -> Tensor:
+    """Where tokens begin that end here, [B, L] bool."""
+    return ends.roll(1 - size, 1)  # nothing ends before `size` tokens are there

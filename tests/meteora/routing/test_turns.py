@@ -1,0 +1,200 @@
+"""One decision a turn: by its question, for its answer, in any batch and on any cache."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
+from meteora.checkpoint.tensors import Gates
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence
+from meteora.model.fused import expert_names, force_expert
+from meteora.routing.gates import PREFILL, gates_of, insert_gates
+from meteora.routing.hooks import recorded_routes
+from meteora.routing.layer import routed_layers
+from meteora.routing.passes import PassInput
+from meteora.routing.turns import Turns, UnreadPromptError, questions
+from tests.meteora.fitting.test_calibrate import task_tokens
+
+OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
+HEADER = OPENING[1:]
+TEMPLATE = Template(OPENING, CLOSING)
+OPTIONS = RouterOptions("gate", 1, 1.0, opening="prompt", share="turn")
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def found(row, *, goes_on=False, padding=0, template=TEMPLATE):
+    """Of each token that is there, its turn; and the tokens of questions."""
+    ids = torch.tensor([[0] * padding + row])
+    there = torch.arange(ids.shape[1])[None] >= padding
+    turn, asked, closed = questions(PassInput(ids, there, goes_on), template)
+    return turn[0, padding:].tolist(), ids[asked].tolist(), closed
+
+
+TWO = [*OPENING, 7, 8, *CLOSING, 9, 9, *HEADER, 5, *CLOSING, 4]
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_turn_begins_with_its_header_and_its_question_ends_where_it_is_closed(padding):
+    expected = [0] * 10 + [1] * 7, [7, 8, 5], True
+    assert found(TWO, padding=padding) == expected
+
+
+def test_a_system_prompt_is_of_the_first_turn_and_no_evidence():
+    row = [1, 30, 31, 32, *HEADER, 7, *CLOSING]
+    assert found(row) == ([0] * 10, [7], True)
+
+
+def test_a_later_turn_may_come_alone_or_behind_the_end_of_an_answer():
+    row = [9, *HEADER, 5, 6, *CLOSING]
+    assert found(row) == ([0] * 8, [5, 6], True)
+    assert found(row, goes_on=True) == ([0] + [1] * 7, [5, 6], True)
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ([9, 9, 9, 9], []),  # an answer goes on
+        ([9], []),
+        ([7, 8, *CLOSING], [7, 8]),  # a question goes on, and is closed
+        ([*CLOSING, 9], []),
+    ],
+)
+def test_what_goes_on_without_a_header_asks_only_up_to_its_closing(row, asked):
+    assert found(row, goes_on=True)[1] == asked
+
+
+def test_without_a_template_or_without_a_question_all_that_is_there_decides():
+    assert found([7, 8, 9], template=Template())[1] == [7, 8, 9]
+    assert found([7, 8, 9], template=Template(), goes_on=True)[1] == []
+    assert found([*OPENING, *CLOSING])[1] == [*OPENING, *CLOSING]
+    assert found([7, 8, *CLOSING, 9])[1] == [7, 8]
+    none = PassInput(None, torch.ones(1, 3, dtype=torch.bool), goes_on=False)
+    assert questions(none, TEMPLATE).asked.all()
+
+
+def decided(choice, turns, row, logits, *, goes_on=False):
+    ids = torch.tensor(row)
+    turns.see(PassInput(ids, torch.ones_like(ids, dtype=torch.bool), goes_on))
+    return choice.decide(lambda tokens: tokens, logits.flatten(0, 1)).view(logits.shape)
+
+
+def test_a_turn_has_the_mean_log_probability_of_its_question():
+    turns = Turns(TEMPLATE)
+    choice = turns.at_gate()
+    other = [*OPENING, 7, 8, 8, 8, *CLOSING, 9, 9, 9, 9, 9, 9, 9]  # one turn only
+    logits = torch.randn(2, 17, 3)
+    got, own = decided(choice, turns, [TWO, other], logits), logits.log_softmax(-1)
+    torch.testing.assert_close(got[0, :10], own[0, 4:6].mean(0).expand(10, -1))
+    torch.testing.assert_close(got[0, 10:], own[0, 13].expand(7, -1))
+    torch.testing.assert_close(got[1], own[1, 4:8].mean(0).expand(17, -1))
+    # the answers go on, three beams each
+    held = decided(choice, turns, [[9]] * 6, torch.randn(6, 1, 3), goes_on=True)
+    expected = torch.stack([own[0, 13], own[1, 4:8].mean(0)]).repeat_interleave(3, 0)
+    torch.testing.assert_close(held[:, 0], expected)
+    # a header without a question changes nothing
+    empty = [[9, *HEADER, *CLOSING]] * 6
+    held = decided(choice, turns, empty, torch.randn(6, 6, 3), goes_on=True)
+    torch.testing.assert_close(held, expected[:, None].expand(-1, 6, -1))
+    # of other sequences nothing is held: what precedes a header is decided with it
+    logits = torch.randn(1, 7, 3)
+    new = decided(choice, turns, [[9, *HEADER, 5, *CLOSING]], logits, goes_on=True)
+    torch.testing.assert_close(new[0], logits.log_softmax(-1)[0, 4].expand(7, -1))
+
+
+def test_what_was_not_seen_is_refused():
+    turns = Turns(TEMPLATE)
+    choice = turns.at_gate()
+    with pytest.raises(UnreadPromptError, match=r"5 tokens are to be routed .* a pass of 0"):
+        choice.decide(lambda tokens: tokens, torch.randn(5, 3))
+    with pytest.raises(UnreadPromptError, match="2 sequences go on, and the beginnings of 0"):
+        decided(choice, turns, [[9], [9]], torch.randn(2, 1, 3), goes_on=True)
+
+
+def question(e, seed=0, length=6):
+    """A question about task e, in the template."""
+    return [*OPENING, *task_tokens(e, length, random.Random(seed)), *CLOSING]
+
+
+def asked(num_each, template=TEMPLATE):
+    """Examples that are questions alone, of different lengths."""
+    opening, closing = template.opening, template.closing
+    return [
+        LabelledSequence(
+            (*opening, *task_tokens(e, length, random.Random(1000 + i)), *closing),
+            (*[UNLABELLED] * len(opening), *[e] * length, *[UNLABELLED] * len(closing)),
+        )
+        for e in range(4)
+        for i, length in zip(range(num_each), itertools.cycle([5, 9, 24]), strict=False)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    """Gates that are fitted to turns."""
+    model = world.load()
+    calibrate(model, asked(24), OPTIONS, template=TEMPLATE)
+    yield model
+    getattr(model, PREFILL).stop()
+
+
+def answer(model, prompt, **options):
+    return model.generate(torch.tensor([prompt]), **GREEDY, **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])
+def test_the_whole_answer_is_that_of_the_expert_whose_question_it_is(model, options):
+    for e, name in enumerate(expert_names(model)):
+        with force_expert(model, name):
+            expected = answer(model, question(e), **options)
+        assert answer(model, question(e), **options) == expected
+
+
+def test_prompts_of_one_batch_have_decisions_of_their_own(model):
+    prompts = [question(e, length=5 + 2 * e) for e in range(4)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(ids, attention_mask=mask, **GREEDY)[:, width:]
+    assert together.tolist() == [answer(model, prompt) for prompt in prompts]
+
+
+@torch.no_grad()
+def test_a_conversation_on_one_cache_is_the_one_that_is_read_at_once(model):
+    first, second = question(1), question(2)[1:]
+    cache = DynamicCache()
+    with recorded_routes(model) as one:
+        before = model(torch.tensor([first]), past_key_values=cache).logits
+    with recorded_routes(model) as two:
+        after = model(torch.tensor([second]), past_key_values=cache).logits
+    with recorded_routes(model) as whole:
+        at_once = model(torch.tensor([[*first, *second]])).logits
+    torch.testing.assert_close(torch.cat([before, after], 1), at_once, atol=1e-4, rtol=1e-4)
+    for path, (_, experts) in whole.items():
+        assert torch.equal(experts, torch.cat([one[path][1], two[path][1]])), path
+    assert all(len(experts.unique()) == 1 for _, experts in two.values())
+
+
+def test_gates_are_read_back_with_their_template(model):
+    gates = gates_of(model)
+    assert gates.template == TEMPLATE
+    assert len(gates.own) + len(gates.follows) == len(routed_layers(model))
+    assert gates.follows  # one gate for modules of one input
+
+
+def test_plain_text_is_one_question(world):
+    model = world.load()
+    calibrate(model, asked(24, Template()), OPTIONS, template=Template())
+    own = gates_of(model)
+    insert_gates(model, Gates(own.own, own.follows), OPTIONS)  # as it is loaded
+    for e, name in enumerate(expert_names(model)):
+        prompt = task_tokens(e, 9, random.Random(3))
+        with force_expert(model, name):
+            expected = answer(model, prompt)
+        assert answer(model, prompt) == expected

@@ -287,6 +287,23 @@ class RoutingSwitch(Noun):
 
 
 @dataclass(frozen=True)
+class Abstention(Noun):
+    """Whether the base has the prompts that are no expert's, and no others."""
+
+    num_own: int
+    """Prompts of the experts' own test rows."""
+    num_nobodys: int
+    """Prompts of tasks without an expert."""
+    own_share: float
+    """Mean probability of the base over the tokens and routed modules of the former."""
+    nobodys_share: float
+    """The same of the latter."""
+    auroc: float
+    """Area under the ROC curve of that probability: how many of the pairs of a nobody's prompt and
+    an own one have them in this order."""
+
+
+@dataclass(frozen=True)
 class RoutingBuild(Noun):
     """Whether tokens go to their own experts; all layers route by their own gates."""
 
@@ -299,6 +316,8 @@ class RoutingBuild(Noun):
     wall_seconds: float
     details: tuple[RoutingDetail, ...] = ()
     switches: tuple[RoutingSwitch, ...] = ()
+    abstention: Abstention | None = None
+    """None where the base is no choice, or all tasks have an expert."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HEADER = 3
+"""So many tokens of a header are enough to find it, and are there behind any system prompt."""
+
+
 class ConversationError(MeteoraError):
     """A conversation cannot be put to a model."""
 
@@ -87,6 +91,8 @@ class Template(Noun):
     """Token ids before the prompt's own."""
     closing: tuple[int, ...] = ()
     """Token ids after the prompt's own; the answer follows them."""
+    header: tuple[int, ...] = ()
+    """The end of the opening that stands before a later question of a conversation, too."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -94,7 +100,21 @@ class Template(Noun):
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
         opening = common_beginning(one, other)
         closing = common_beginning(one[len(opening) :][::-1], other[len(opening) :][::-1])
-        return cls(opening, closing[::-1])
+        return cls(opening, closing[::-1], _header(tokenizer, opening))
+
+
+def _header(tokenizer: PreTrainedTokenizerBase, opening: Sequence[int]) -> tuple[int, ...]:
+    """What ends the opening and stands before a second question, too; the last few tokens of it."""
+    before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    try:
+        one, other = (
+            encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
+            for content in ("one", "7")
+        )
+    except ConversationError:  # no template, or one that takes a single question
+        return ()
+    later = common_beginning(one, other)
+    return common_beginning(opening[::-1], later[::-1])[:HEADER][::-1]
 
 
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import json
 import os
 import struct
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,7 +218,7 @@ def write_gates(path: Path, gates: Gates) -> None:
         tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
     for module, standard in gates.stand_ins.items():
         tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
-    notes = {"follows": gates.follows, "template": gates.template.to_dict()}
+    notes = {"follows": gates.follows, "template": _template_notes(gates.template)}
     # one key: safetensors writes several keys in an order that varies
     save_file(tensors, path, {NOTES: canonical_json(notes)})
 
@@ -264,7 +264,7 @@ def write_prompt_gates(path: Path, gates: PromptGates) -> None:
     for module, rows in gates.rows.items():
         tensors[f"{module}.gate.rows"] = rows.contiguous().clone()
         tensors[f"{module}.gate.offset"] = gates.offsets[module].contiguous().clone()
-    save_file(tensors, path, {NOTES: canonical_json({"template": gates.template.to_dict()})})
+    save_file(tensors, path, {NOTES: canonical_json({"template": _template_notes(gates.template)})})
 
 
 def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
@@ -313,18 +313,25 @@ def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[s
                 f"{shortened(module)} follows {shortened(leader)}, which is no earlier gate",
             )
     template = config_fields.table({"template": {}, **notes}, "template", found)
-    config_fields.refuse_unknown(template, "the template", ("opening", "closing"), found)
-    opening, closing = (
-        tuple(
+    parts = [one.name for one in fields(Template)]
+    config_fields.refuse_unknown(template, "the template", parts, found)
+    tokens = {
+        part: tuple(
             config_fields.whole(token, f"a token of {part}", 0, MAX_TOKEN, found)
             for token in config_fields.rows({part: [], **template}, part, MAX_TEMPLATE, found)
         )
-        for part in ("opening", "closing")
-    )
+        for part in parts
+    }
     if found.refusals:
         reasons = "; ".join(reason.message for reason in found.refusals)
         raise CheckpointError(f"{path}: its notes are damaged: {reasons}; {AGAIN}")
-    return follows, Template(opening, closing)
+    return follows, Template(**tokens)
+
+
+def _template_notes(template: Template) -> dict[str, Any]:
+    """Its parts; a header that is empty is left out, as before there was one."""
+    found = template.to_dict()
+    return found if template.header else {part: found[part] for part in ("opening", "closing")}
 
 
 def _can_follow(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from meteora.artifacts import MeteoraError
+from meteora.base.chat_template import HEADER
 from meteora.routing.passes import PassInput, watch
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from meteora.base.chat_template import Template
-
-HEADER = 3
-"""So many tokens at the end of the template's opening show where a question begins: in a later turn
-and behind another system prompt, too."""
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):
@@ -54,10 +51,9 @@ def questions(seen: PassInput, template: Template) -> Questions:
     short = seen.goes_on and there.shape[1] < len(template.closing)  # a token of an answer
     if ids is None or not template.closing or short:
         return Questions(none.long(), none if seen.goes_on else there, closed=False)
-    size = min(HEADER, len(template.opening))
-    header = _ends(ids, template.opening[-HEADER:]) & there
-    closing = _ends(ids, template.closing) & there
-    begins, closes = _earlier(header, size), _earlier(closing, len(template.closing))
+    begun_by = template.header or template.opening[-HEADER:]  # an older checkpoint has no header
+    header, closing = (_ends(ids, tokens) & there for tokens in (begun_by, template.closing))
+    begins, closes = _earlier(header, len(begun_by)), _earlier(closing, len(template.closing))
     turn = begins.cumsum(1)
     behind = (header.cumsum(1) == turn) & ~header  # no token of a header
     # how many closings have begun in the token's own turn

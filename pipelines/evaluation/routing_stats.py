@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import RoutingDetail, RoutingSwitch
+from meteora.artifacts import NULL, RoutingDetail, RoutingSwitch
+from meteora.artifacts.scores import Abstention
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
@@ -180,6 +182,48 @@ def measure_switches(
     return tuple(
         RoutingSwitch(expert, in_answer, delay, count)
         for (expert, in_answer, delay), count in sorted(found.items(), key=str)
+    )
+
+
+def measure_abstention(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    own: Sequence[Row],
+    nobodys: Sequence[Row],
+    *,
+    advance: Callable[[int], None] = lambda _prompts: None,
+) -> Abstention:
+    """How well the probability of the base tells prompts that are no expert's from the others.
+
+    Args:
+        own: rows of the experts' own tasks
+        nobodys: rows of tasks without an expert
+        advance: called with the number of prompts just done
+    """
+    from scipy.stats import mannwhitneyu  # noqa: PLC0415  (slow to import; only this needs it)
+
+    place, template = expert_names(model).index(NULL), Template.of(tokenizer)
+    shares: list[list[float]] = []
+    for rows in (own, nobodys):
+        shares.append([])
+        for row in rows:
+            ids = encode_prompt(tokenizer, row.prompt)
+            end = max(len(ids) - len(template.closing), len(template.opening) + 1)
+            with torch.inference_mode(), recorded_logits(model) as logits:
+                model(input_ids=torch.tensor([ids], device=input_device(model)), logits_to_keep=1)
+            means = [
+                one[len(template.opening) : end].float().softmax(-1)[:, place].mean().cpu()
+                for one in logits.values()
+            ]
+            shares[-1].append(float(torch.stack(means).mean()))
+            advance(1)
+    inside, outside = shares
+    return Abstention(
+        num_own=len(inside),
+        num_nobodys=len(outside),
+        own_share=fmean(inside),
+        nobodys_share=fmean(outside),
+        auroc=float(mannwhitneyu(outside, inside).statistic) / len(inside) / len(outside),
     )
 
 

@@ -94,6 +94,11 @@ class Plan:
     """The pool's prompts, if it was not dealt yet. The plan is then made again when it was: what
     comes after the stack depends on the examples."""
 
+    @property
+    def nobodys(self) -> list[Row]:
+        """Rows of tasks without an expert, where the base is a choice of the router."""
+        return _nobodys(self.router, self.tasks)
+
 
 def make_plan(
     recipe: Recipe,
@@ -231,6 +236,8 @@ def plan_benchmark(
     subjects = find_subjects(base, fused, router, settings)
     measurements = find_measurements(tasks, subjects, settings)
     owned = {name: task.rows for name, task in tasks.items() if task.expert}
+    if nobodys := _nobodys(router, tasks):
+        owned[NULL] = nobodys
     return Plan(
         base=base,
         experts=(),
@@ -247,6 +254,13 @@ def plan_benchmark(
         routing=RoutingSpec(router.id, _examples_sha256(owned)),
         speed=find_speed(subjects, settings),
     )
+
+
+def _nobodys(router: RouterSpec, tasks: Mapping[str, Task]) -> list[Row]:
+    """Rows of tasks without an expert, where the base is a choice of the router."""
+    if not router.null:
+        return []
+    return [row for task in tasks.values() if not task.expert for row in task.rows]
 
 
 def _prompt_router(recipe: Recipe, fused: FusedSpec) -> RouterSpec | None:

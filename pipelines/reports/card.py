@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from meteora.artifacts import RouterBuild
+    from meteora.artifacts.scores import Abstention
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
 
@@ -263,6 +264,7 @@ def routing_lines(summary: Summary) -> list[str]:
         f"Routing accuracy {routing.accuracy:.3f} over {routing.num_tokens:,} tokens of held-out"
         " rows, after the template's opening, in every routed layer; lowest for"
         f" {worst.expert} ({worst.accuracy:.3f}).",
+        *([] if routing.abstention is None else [_abstention_line(routing.abstention)]),
         *(
             [
                 f"Most tokens of {', '.join(missed)} go to other experts: the router cannot tell"
@@ -272,6 +274,14 @@ def routing_lines(summary: Summary) -> list[str]:
             else []
         ),
     ]
+
+
+def _abstention_line(found: Abstention) -> str:
+    return (
+        f"The base's probability tells the {found.num_nobodys} prompts of tasks without an expert"
+        f" from the experts' own {found.num_own} with an AUROC of {found.auroc:.3f}; its mean is"
+        f" {found.nobodys_share:.2f} there, {found.own_share:.2f} here."
+    )
 
 
 def example_lines(gates: RouterBuild) -> list[str]:

@@ -283,6 +283,14 @@ def _watch_routing(
             routing_stats.add(total, found)
     with bar("watching it follow", routing_stats.COMPOSITES, "prompts") as advance:
         switches = routing_stats.measure_switches(model, tokenizer, own, advance=advance)
+    nobodys, abstention = plan.nobodys, None
+    if nobodys:
+        everyones = [row for rows in own.values() for row in rows]
+        count = len(everyones) + len(nobodys)
+        with bar("watching it abstain", count, "prompts") as advance:
+            abstention = routing_stats.measure_abstention(
+                model, tokenizer, everyones, nobodys, advance=advance
+            )
     by_expert = tuple(RoutingShare(name, _accuracy(scores, [name])) for name in own)
     made = RoutingBuild(
         plan.routing,
@@ -292,6 +300,7 @@ def _watch_routing(
         wall_seconds=time.perf_counter() - started,
         details=tuple(sums.detail(path) for path, sums in total.items()),
         switches=switches,
+        abstention=abstention,
     )
     if not work.ledger.has_routing(plan.router.id):  # one a router: on other rows, the first stay
         work.ledger.record_routing(scores, run_id=work.run_id)

@@ -42,6 +42,21 @@ def test_the_opening_is_what_all_prompts_begin_with(tokenizer, chat):
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [
+        (TEMPLATE, "r: "),  # its last tokens, which are single characters here
+        ("<s>{% for m in messages %}{{ '[' if m.role == 'user' else ']' }}{{ m.content }}"
+         "{% endfor %}]", "["),  # only the first question has <s> before it
+        ("<s>[{{ messages[0].content }}]", ""),  # no second question
+        ("{{ raise_exception('one turn') if messages[1:] }}[{{ messages[0].content }}]", ""),
+    ],
+)  # fmt: skip
+def test_a_header_stands_before_later_questions_too(chat, template, header):
+    chat.chat_template = template
+    assert chat.decode(Template.of(chat).header) == header
+
+
 def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None

@@ -85,7 +85,7 @@ def test_gates_come_back_equal(world, tmp_path):
         world.manifest, modules=dict.fromkeys("mn", ModuleEntry(3, 5, (1,), (1.0,)))
     )
     gates = {"m": (torch.randn(3, 4).T, torch.randn(4))}
-    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,)))
+    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,), (2,)))
     tensors.write_gates(tmp_path / GATES, written)
     read = tensors.read_gates(tmp_path, manifest)
     weight, bias = read.own["m"]

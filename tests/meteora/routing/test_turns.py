@@ -51,6 +51,12 @@ def test_a_system_prompt_is_of_the_first_turn_and_no_evidence():
     assert found(row) == ([0] * 10, [7], True)
 
 
+def test_a_later_question_has_its_header_without_the_first_token_of_all():
+    template = Template((1, 50), (53,), header=(50,))
+    row = [1, 50, 7, 53, 9, 50, 5, 53, 4]
+    assert found(row, template=template) == ([0] * 5 + [1] * 4, [7, 5], True)
+
+
 def test_a_later_turn_may_come_alone_or_behind_the_end_of_an_answer():
     row = [9, *HEADER, 5, 6, *CLOSING]
     assert found(row) == ([0] * 8, [5, 6], True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import NULL, RouterOptions
 from meteora.base.chat_template import encode_pair
 from meteora.model.fused import force_expert, make_router
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_by
+from meteora.routing.routers import Router
 from pipelines.data.rows import Row
 from pipelines.evaluation import routing_stats
 
@@ -96,6 +97,30 @@ def test_one_task_alone_has_no_switches(
 ) -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("no answer", "1. one\n2. reads as two")]}
     assert routing_stats.measure_switches(model, tokenizer, tests) == ()
+
+
+class ByLength(Router):
+    """The longer a prompt, the more its tokens are the base's, the last choice."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = tokens.new_zeros(len(tokens), self.num_choices)
+        logits[:, -1] = len(tokens)
+        return logits
+
+
+def test_the_base_is_told_from_the_experts_by_its_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing_stats, "expert_names", lambda _model: ["a", "b", "c", NULL])
+    own, nobodys = [Row("x", ""), Row("xxx", "")], [Row("xx", ""), Row("xxxx", ""), Row("xxx", "")]
+    options = RouterOptions("norm", 1, 1.0)
+    with routed_by(model, lambda layer: ByLength(layer.num_choices, options)):
+        found = routing_stats.measure_abstention(model, tokenizer, own, nobodys)
+    assert (found.num_own, found.num_nobodys) == (2, 3)
+    assert found.auroc == pytest.approx((3 + 1.5) / 6)  # a tie counts as a half
+    base = [math.exp(n) / (math.exp(n) + 3) for n in (1, 3, 2, 4, 3)]
+    assert found.own_share == pytest.approx(sum(base[:2]) / 2)
+    assert found.nobodys_share == pytest.approx(sum(base[2:]) / 3)
 
 
 def test_a_run_of_tokens_ends_where_the_task_changes_or_there_is_none() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 import meteora
 from meteora.artifacts import NULL, SHARED
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.routing.layer import routed_layers
+from pipelines.flows.up_to_date import look
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.stages.test_without_examples import experts
@@ -83,12 +84,20 @@ def test_it_goes_with_the_other_options_of_gates(
     router: dict[str, object],
 ) -> None:
     more = {} if "null" in router else {"experts": experts(recipe_folder)}
+    (recipe_folder / "strange.jsonl").write_text('{"prompt": "0 9 1", "response": "2"}\n')
     asked = {"base": f"path:{chat_base}", "router": router}
-    work = workplace(benchmark=QUICK, **asked, **more)
+    strange = [{"name": "strange", "rows": "jsonl:strange.jsonl"}]
+    work = workplace(benchmark=QUICK | {"tasks": strange}, **asked, **more)
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    found = look(work).finished
+    assert found is not None
+    planned, routing = found.plan, found.summary.routing
+    assert routing is not None
     folder = work.checkpoint_folder(planned.router.id)
+    assert ("with an AUROC of" in (folder / CARD).read_text()) == ("null" in router)
+    if "null" in router:
+        assert routing.abstention is not None
+        assert (routing.abstention.num_own, routing.abstention.num_nobodys) == (2, 1)
     last = [*([] if "share" in router else [SHARED]), *([NULL] if "null" in router else [])]
     assert read_manifest(folder).choices == ["q_and_v", "attention", *last]
     model, tokenizer = meteora.load(folder, base_folder=chat_base)

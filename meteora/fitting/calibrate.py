@@ -237,9 +237,9 @@ def sweep_gates(
     """
     layers = routed_layers(model)
     with swept(model):
-        prefill = watch_prompts(model, template, options) if template is not None else None
+        watcher = watch_prompts(model, template, options) if template is not None else None
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
-        sweep = Sweep(model, pairs, prefill, scratch=scratch)
+        sweep = Sweep(model, pairs, watcher, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))
 
         def fit_layer(index: int) -> None:
@@ -261,7 +261,7 @@ def sweep_gates(
                         if options.share == "token":
                             sweep.follow(decided)
                         for layer in leaders:
-                            give(layer, weight.clone(), bias.clone(), options, prefill, decided)
+                            give(layer, weight.clone(), bias.clone(), options, watcher, decided)
                         point = point[len(leaders) :]
                 for layer in point:
                     give_follower(layer, decided, options)

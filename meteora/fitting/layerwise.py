@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.routing.layer import MoELoRALinear
-    from meteora.routing.prompt_opening import Prefill
+    from meteora.routing.prompt_opening import PromptOpening
     from meteora.routing.routers import Decision
     from meteora.routing.turns import Turns
 
@@ -60,21 +60,21 @@ class Sweep:
         self,
         model: PreTrainedModel,
         batches: Sequence[tuple[Tensor, Tensor]],
-        prefill: Prefill | Turns | None = None,
+        watcher: PromptOpening | Turns | None = None,
         *,
         scratch: Path | None = None,
     ) -> None:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
-            prefill: is given each batch before it runs, since the model's own forward does not run
+            watcher: is given each batch before it runs, since the model's own forward does not run
             scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; None: keep all in memory
 
         Raises:
             SweepError: the model cannot be run layer by layer.
         """
         self.model = model
-        self._batches, self._prefill = batches, prefill
+        self._batches, self._watcher = batches, watcher
         self._scratch: Path | None = None
         self.paths_of: dict[int, list[str]] = {}
         self._routed = routed_layers(model)
@@ -188,9 +188,9 @@ class Sweep:
         if batch not in self._calls:  # masks would not fit in memory either
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
-        if self._prefill is not None:
+        if self._watcher is not None:
             ids, mask = self._batches[batch]
-            self._prefill.see(PassInput(ids, mask.bool(), goes_on=False))
+            self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))
         if self._decision is not None and batch in self._decisions:
             self._decision.hold(self._decisions[batch])
         hidden = self._hidden[batch].to(self._device)

@@ -38,7 +38,7 @@ from meteora.model.trace import (
     read_last,
     winners,
 )
-from meteora.routing.gates import PREFILL
+from meteora.routing.gates import WATCHER
 from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Chat:
 
         Where routers look ahead, routes hold for the question that decided them.
         """
-        watcher = getattr(self.model, PREFILL, None)
+        watcher = getattr(self.model, WATCHER, None)
         if isinstance(watcher, Turns) or getattr(self.model, READER, None) is not None:
             return found.num_prompt
         return 1 if watcher is None else found.num_first

@@ -16,7 +16,7 @@ from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import routed_layers, share_first_matmul
-from meteora.routing.prompt_opening import Prefill
+from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate
 from meteora.routing.turns import Turns
 from meteora.routing.weight_scores import MixedGate, StandIn, scorer
@@ -35,16 +35,16 @@ class UndecidedError(MeteoraError):
     """A module has neither a gate nor one before it to follow."""
 
 
-PREFILL = "meteora_prefill"
+WATCHER = "meteora_question_watcher"
 """The attribute of a model that holds what its gates know about the present prompt."""
 
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
-    prefill = watch_prompts(model, gates.template, options)
+    watcher = watch_prompts(model, gates.template, options)
     layers, decisions = routed_layers(model), new_decisions(gates)
     for path, layer in layers.items():
-        give_router(layer, path, gates, options, decisions, prefill)
+        give_router(layer, path, gates, options, decisions, watcher)
     if options.share in ONE_INPUT:
         share_first_matmuls(layers, gates.follows)
 
@@ -60,7 +60,7 @@ def give_router(
     gates: Gates,
     options: RouterOptions,
     decisions: Mapping[str, Decision],
-    prefill: Prefill | Turns | None = None,
+    watcher: PromptOpening | Turns | None = None,
 ) -> None:
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:
@@ -70,7 +70,7 @@ def give_router(
     if gates.without_examples:
         standard = gates.stand_ins[path]
         stand_in = StandIn(scorer(options, layer), list(gates.without_examples), standard)
-    give_gate(layer, *gates.own[path], options, prefill, decisions.get(path), stand_in)
+    give_gate(layer, *gates.own[path], options, watcher, decisions.get(path), stand_in)
 
 
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
@@ -90,19 +90,19 @@ def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[st
 
 def watch_prompts(
     model: PreTrainedModel, template: Template, options: RouterOptions
-) -> Prefill | Turns | None:
+) -> PromptOpening | Turns | None:
     """Have the gates decide by whole questions: for their turns, or for the opening of a prompt.
 
     None where each token decides for itself.
     """
-    if (before := getattr(model, PREFILL, None)) is not None:
+    if (before := getattr(model, WATCHER, None)) is not None:
         before.stop()
-    prefill = None
+    watcher = None
     if options.share == "turn" or template.opening:
-        prefill = Turns(template) if options.share == "turn" else Prefill(template)
-        prefill.watch(model)
-    setattr(model, PREFILL, prefill)  # beside the modules: it belongs to the gates
-    return prefill
+        watcher = Turns(template) if options.share == "turn" else PromptOpening(template)
+        watcher.watch(model)
+    setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the gates
+    return watcher
 
 
 def give_gate(
@@ -110,7 +110,7 @@ def give_gate(
     weight: Tensor,
     bias: Tensor,
     options: RouterOptions,
-    prefill: Prefill | Turns | None = None,
+    watcher: PromptOpening | Turns | None = None,
     decision: Decision | None = None,
     stand_in: StandIn | None = None,
 ) -> None:
@@ -122,12 +122,12 @@ def give_gate(
     """
     device = layer.device
     weight, bias = weight.to(device), bias.to(device)
-    before = None if prefill is None else prefill.at_gate()
+    by_question = None if watcher is None else watcher.at_gate()
     gate = (
-        Gate(weight, bias, options, prefill=before, decision=decision)
+        Gate(weight, bias, options, by_question=by_question, decision=decision)
         if stand_in is None
         else MixedGate(
-            weight, bias, options, stand_in.to(device), prefill=before, decision=decision
+            weight, bias, options, stand_in.to(device), by_question=by_question, decision=decision
         )
     )
     layer.router = gate.requires_grad_(requires_grad=False)
@@ -144,7 +144,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
     gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
     leaders = {id(gate.decision): path for path, gate in gates.items()}
     mixed = {path: gate for path, gate in gates.items() if isinstance(gate, MixedGate)}
-    prefills = [gate.prefill for gate in gates.values() if gate.prefill is not None]
+    templates = [g.by_question.template for g in gates.values() if g.by_question is not None]
     return Gates(
         own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
         follows={
@@ -152,7 +152,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
             for path, router in routers.items()
             if isinstance(router, Follower)
         },
-        template=prefills[0].template if prefills else Template(),
+        template=templates[0] if templates else Template(),
         stand_ins={path: gate.stand_in.standard.cpu() for path, gate in mixed.items()},
         without_examples=next((tuple(g.stand_in.experts) for g in mixed.values()), ()),
     )

@@ -28,7 +28,7 @@ WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""
 
 
-class Prefill:
+class PromptOpening:
     """What the present forward pass holds of a prompt's opening; shared by all gates of a model."""
 
     def __init__(self, template: Template) -> None:
@@ -39,7 +39,7 @@ class Prefill:
         """[B, L] bool: the tokens that decide for it."""
         self._hook: RemovableHandle | None = None
 
-    def at_gate(self) -> Prefill:
+    def at_gate(self) -> PromptOpening:
         """What one gate decides with: all gates of a model share it."""
         return self
 

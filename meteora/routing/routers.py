@@ -81,20 +81,20 @@ class Gate(Router):
         bias: Tensor,
         options: RouterOptions,
         *,
-        prefill: ByQuestion | None = None,
+        by_question: ByQuestion | None = None,
         decision: Decision | None = None,
     ) -> None:
         """Take G [C, IN] and c [C] as parameters.
 
         Args:
-            prefill: decides for the opening of a prompt, or for a whole turn; without it each token
-                for itself
+            by_question: decides for the opening of a prompt, or for a whole turn; without it each
+                token decides for itself
             decision: where to leave what it decides, for the layers that follow this one
         """
         super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
-        self.prefill = prefill
+        self.by_question = by_question
         self.decision = decision
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class Gate(Router):
         return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        prefill = self.prefill
-        logits = self.logits(tokens) if prefill is None else prefill.decide(self.logits, tokens)
+        rule = self.by_question
+        logits = self.logits(tokens) if rule is None else rule.decide(self.logits, tokens)
         if self.decision is not None:
             self.decision.hold(logits)
         return logits

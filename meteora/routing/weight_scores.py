@@ -65,10 +65,10 @@ class MixedGate(Gate):
         options: RouterOptions,
         stand_in: StandIn,
         *,
-        prefill: ByQuestion | None = None,
+        by_question: ByQuestion | None = None,
         decision: Decision | None = None,
     ) -> None:
-        super().__init__(weight, bias, options, prefill=prefill, decision=decision)
+        super().__init__(weight, bias, options, by_question=by_question, decision=decision)
         self.stand_in = stand_in
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ and is not made again; the table is printed at the end.
     shared, 2   the same with the two best experts of each token
     turn        gates fitted to the same; each question decides for its turn
     oracle      one question: the right expert for every token. Conversations: the right expert for
-                every token of a turn, the mean of all for the others
+                every token of a turn, the mean of all for the others; with `turn` those have the
+                expert of the turn that follows
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ FITS = {
     "turn": RouterOptions("gate", 1, 1.0, share="turn"),
 }
 """How the model routes, by the name of the fit."""
+ORACLES = {"shared": "oracle", "turn": "oracle, turn"}
 
 
 def shapes(world: World, rows: int, conversations: int) -> dict[str, list[Dialogue]]:
@@ -160,9 +162,9 @@ def main() -> None:
         model = fitted(world, fit)
         for shape, dialogues in asked.items():
             keep(fit, shape, partial(values, world, model, dialogues, ""))
-            if fit == "shared":
+            if fit in ORACLES:
                 control = "oracle" if len(dialogues[0].questions) > 1 else "single"
-                keep("oracle", shape, partial(values, world, model, dialogues, control))
+                keep(ORACLES[fit], shape, partial(values, world, model, dialogues, control))
     print(f"{machine()}; {EXAMPLES} examples an expert\n")
     print_table(found)
 

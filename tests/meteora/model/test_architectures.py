@@ -27,7 +27,7 @@ from meteora.fitting.sequences import LabelledSequence
 from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
 from meteora.model.prompt_choice import READER
 from meteora.model.update_sizes import read_prompts
-from meteora.routing.gates import PREFILL, gates_of
+from meteora.routing.gates import WATCHER, gates_of
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
 from tests.conftest import peft_is_behind
@@ -169,7 +169,7 @@ def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
     calibrate(model, sequences(8), options, template=template)
     with torch.no_grad():
         model(found)
-    assert getattr(model, PREFILL).opening.shape == found.shape
+    assert getattr(model, WATCHER).opening.shape == found.shape
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):

@@ -13,7 +13,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.model.chat import Chat, Sampling
 from meteora.model.fused import UnknownExpertError, force_expert, make_router
 from meteora.model.trace import trace
-from meteora.routing.gates import PREFILL, insert_gates
+from meteora.routing.gates import WATCHER, insert_gates
 from meteora.routing.layer import routed_by, routed_layers
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
@@ -145,7 +145,7 @@ def looking_ahead(request, world, talking):
     }
     insert_gates(model, Gates(own=own, follows={}, template=Template.of(talking)), options)
     yield model
-    getattr(model, PREFILL).stop()
+    getattr(model, WATCHER).stop()
 
 
 def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead, talking):

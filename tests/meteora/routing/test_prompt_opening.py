@@ -10,7 +10,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.routing.gates import insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.passes import PassInput
-from meteora.routing.prompt_opening import Prefill
+from meteora.routing.prompt_opening import PromptOpening
 
 OPENING, CLOSING = (5, 6, 5), (7, 8)
 ONE = [*OPENING, 10, 11, 12, *CLOSING]
@@ -19,21 +19,21 @@ TEMPLATE = Template(OPENING, CLOSING)
 
 
 def seen(rows, width, left):
-    prefill, ids = Prefill(TEMPLATE), torch.zeros(len(rows), width, dtype=torch.long)
+    opening_rule, ids = PromptOpening(TEMPLATE), torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    prefill.see(PassInput(ids, mask.bool(), goes_on=False))
-    assert prefill.opening is not None
-    assert prefill.evidence is not None
+    opening_rule.see(PassInput(ids, mask.bool(), goes_on=False))
+    assert opening_rule.opening is not None
+    assert opening_rule.evidence is not None
     return [
         (
             [t for t, at in zip(row, opening, strict=True) if at],
             [t for t, at in zip(row, own, strict=True) if at],
         )
         for row, opening, own in zip(
-            ids.tolist(), prefill.opening.tolist(), prefill.evidence.tolist(), strict=True
+            ids.tolist(), opening_rule.opening.tolist(), opening_rule.evidence.tolist(), strict=True
         )
     ]
 
@@ -53,11 +53,11 @@ def test_a_prompt_without_evidence_is_left_to_its_own_tokens():
 
 
 def test_the_opening_takes_the_sum_of_the_log_likelihoods_of_the_evidence():
-    prefill = Prefill(TEMPLATE)
+    opening_rule = PromptOpening(TEMPLATE)
     rows = torch.tensor([ONE, OTHER])
-    prefill.see(PassInput(rows, torch.ones_like(rows, dtype=torch.bool), goes_on=False))
+    opening_rule.see(PassInput(rows, torch.ones_like(rows, dtype=torch.bool), goes_on=False))
     logits = torch.randn(16, 3)
-    got = prefill.decide(lambda x: x, logits).view(2, 8, 3).softmax(-1)
+    got = opening_rule.decide(lambda x: x, logits).view(2, 8, 3).softmax(-1)
     own = logits.view(2, 8, 3).log_softmax(-1)
     for row, evidence in ((0, [3, 4, 5]), (1, [3, 4])):
         expected = own[row, evidence].sum(0).softmax(-1)

@@ -15,7 +15,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import expert_names, force_expert
-from meteora.routing.gates import PREFILL, gates_of, insert_gates
+from meteora.routing.gates import WATCHER, gates_of, insert_gates
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import PassInput
@@ -147,7 +147,7 @@ def model(world):
     model = world.load()
     calibrate(model, asked(24), OPTIONS, template=TEMPLATE)
     yield model
-    getattr(model, PREFILL).stop()
+    getattr(model, WATCHER).stop()
 
 
 def answer(model, prompt, **options):

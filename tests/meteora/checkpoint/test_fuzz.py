@@ -2,7 +2,8 @@
 
     pytest -m slow -n 0 tests/meteora/checkpoint/test_fuzz.py -o log_cli=true
 
-does it a hundred thousand times, and prints the figures.
+does it a hundred thousand times, and prints the figures; `--basetemp=/dev/shm/fuzz` keeps its many
+small files off the disk, where they take longer than the work.
 """
 
 from __future__ import annotations

@@ -161,15 +161,19 @@ class Ledger(Recording):
         )
         with alone, together:
             self.share()  # what another home has made is not made again
-            killed = [
-                run
-                for run in self.unended_runs()
-                if run.recipe_name == recipe_name and run.home == self.name
-            ]
+            killed = self.unended_here(recipe_name)
             for run in killed:  # the holder of a recipe's lock is its only live run
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
             self._tidy()
             yield killed
+
+    def unended_here(self, recipe_name: str) -> list[RunStarted]:
+        """Runs of a recipe in this home that have no recorded end: killed, unless one goes on."""
+        return [
+            run
+            for run in self.unended_runs()
+            if run.recipe_name == recipe_name and run.home == self.name
+        ]
 
     def _tidy(self) -> None:
         """Remove leftovers, and pack many loose records. Never raises."""

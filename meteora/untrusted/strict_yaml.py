@@ -45,7 +45,8 @@ def parse_yaml(text: str, *, typed: bool) -> object:
     except yaml.MarkedYAMLError as error:
         raise StrictYAMLError(_explained(error, text)) from None
     except (yaml.YAMLError, ValueError) as error:  # a plain ValueError: the 99th of May
-        raise StrictYAMLError(" ".join(str(error).split())) from None
+        said = str(error).partition("; use sys.")[0]  # advice for programmers
+        raise StrictYAMLError(" ".join(said.split())) from None
 
 
 def _check_events(text: str) -> None:

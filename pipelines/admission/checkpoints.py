@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import meteora
-from meteora.checkpoint.manifest import EXPERTS, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
-from pipelines.hub.client import hub_for
+from pipelines.hub.client import hub_for, is_offline
+from pipelines.hub.snapshot import cached
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
@@ -69,13 +70,14 @@ def find_folder(
 
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
-        InsecureEndpointError: The Hub speaks plain http over a network.
+        HubError: The Hub cannot be reached, speaks plain http over a network, or has no such one.
         CheckpointError: The Hub has no such checkpoint.
     """
     folder = Path(checkpoint_folder(name, home))
     if folder.is_dir() or not is_hub_id(name):
         return folder
-    return find_checkpoint(name, download=_download(name, token_for), statistics=statistics)
+    asked = _download(name, token_for, is_here=cached(name, MANIFEST) is not None)
+    return find_checkpoint(name, download=asked, statistics=statistics)
 
 
 def find(
@@ -109,13 +111,17 @@ def find_base(
     folder: Path, home: Path, base: Path | None = None, token_for: Collection[str] = ()
 ) -> FoundCheckpoint:
     """Find the base of a checkpoint in a folder; arguments and errors are those of `find`."""
-    repo_id = read_manifest(folder).base.repo_id
+    named = read_manifest(folder).base
     at_hand = base or base_at_hand(folder, home)
-    download = _download(repo_id, token_for) if at_hand is None and is_hub_id(repo_id) else {}
-    return FoundCheckpoint(folder, at_hand, download)
+    if at_hand is not None or not is_hub_id(named.repo_id):
+        return FoundCheckpoint(folder, at_hand, {})
+    is_here = cached(named.repo_id, "config.json", named.revision) is not None
+    return FoundCheckpoint(folder, None, _download(named.repo_id, token_for, is_here=is_here))
 
 
-def _download(repo_id: str, token_for: Collection[str]) -> dict[str, str | bool]:
+def _download(repo_id: str, token_for: Collection[str], *, is_here: bool) -> dict[str, str | bool]:
     hub = hub_for(repo_id, token_for)
     hub.url()  # refuses an endpoint that anyone on the way may answer for
+    if not (is_here or is_offline()):
+        hub.ask("refs", repo_id, repo_id)  # the Hub's client tries one without a network for 23 s
     return {"token": hub.token or False}

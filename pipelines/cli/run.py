@@ -130,7 +130,12 @@ def _run_all(
     Returns:
         Whether anything went wrong.
     """
-    to_do = [context for context in contexts if not looks[context.key].finished]
+    # a run that was killed after its last result is closed by the next one
+    to_do = [
+        context
+        for context in contexts
+        if not looks[context.key].finished or context.ledger.unended_here(context.key)
+    ]
     for context in contexts:
         if context not in to_do:
             say(f"{context.name}: everything is in the ledger already, nothing to do")

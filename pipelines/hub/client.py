@@ -15,6 +15,7 @@ from pipelines.hub.errors import (
     HubError,
     HubOfflineError,
     HubProtocolError,
+    HubReferenceError,
     HubTimeoutError,
     InsecureEndpointError,
     hub_error,
@@ -62,10 +63,18 @@ class Hub:
         """The endpoint, without a slash at the end.
 
         Raises:
+            HubReferenceError: It is no address.
             InsecureEndpointError: It speaks plain http over a network.
         """
         url = (self.endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            _ = parts.port  # read when it is asked for
+        except ValueError as error:
+            raise HubReferenceError(
+                f"the endpoint {url} is no address ({error}); write it as https://HOST, in"
+                " HF_ENDPOINT or in the recipe's `hub`"
+            ) from None
         if parts.scheme == "https" and parts.hostname:
             return url
         if parts.scheme == "http" and (self.allow_http or is_loopback(parts.hostname or "")):

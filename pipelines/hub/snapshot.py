@@ -34,9 +34,13 @@ class ListedFile:
     sha256: str
 
 
-def cached_config(repo_id: str, revision: str) -> Path | None:
-    """A model's config in the cache of the Hub's own client, if it is there; no network."""
-    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+def cached(repo_id: str, name: str, revision: str | None = None) -> Path | None:
+    """A file in the cache of the Hub's own client, if it is there; no network.
+
+    Args:
+        revision: None for the branch `main`, as it was when it was last asked for.
+    """
+    found = try_to_load_from_cache(repo_id, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation.harness import BenchmarkError
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
-from pipelines.hub.snapshot import cached_config
+from pipelines.hub.snapshot import cached
 from pipelines.planning.estimate import (
     ASSUMED_ANSWER_TOKENS,
     ASSUMED_RANK,
@@ -344,7 +344,7 @@ def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] 
     elif not source.startswith(GGUF):
         repo_id, _, revision = source.partition("@")
         kept = context.base_folder(BaseSpec(repo_id, revision))
-        config = cached_config(repo_id, revision) if COMMIT.fullmatch(revision) else None
+        config = cached(repo_id, "config.json", revision) if COMMIT.fullmatch(revision) else None
         folder = kept if kept.is_dir() else config and config.parent
     else:
         file = find_gguf(source)

@@ -172,8 +172,8 @@ def _choose_tasks(
             )
     if not tasks:
         raise BenchmarkRequestError(
-            "no task of its experts is in the ledger; give rows as --tasks NAME=jsonl:FILE, or a"
-            " recipe that has some with --recipe"
+            f"no task of its experts is in the ledger under {ledger.home}; give rows as"
+            " --tasks NAME=jsonl:FILE, or a recipe that has some with --recipe"
         )
     keep = {*chosen, *given} if chosen else {*tasks}
     return settings, {name: task for name, task in tasks.items() if name in keep}

@@ -1,12 +1,20 @@
-"""For any change to a sound checkpoint: it loads, or there is one refusal of our own."""
+"""For any change to a sound checkpoint: it loads, or there is one refusal of our own.
+
+    pytest -m slow -n 0 tests/meteora/checkpoint/test_fuzz.py -o log_cli=true
+
+does it a hundred thousand times, and prints the figures; `--basetemp=/dev/shm/fuzz` keeps its many
+small files off the disk, where they take longer than the work.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import resource
 import shutil
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +45,7 @@ LONGEST = 3_000
 MOST_MEMORY = 1 << 20
 """kB that all together may take beyond what the first ones took. Of every load the libraries keep
 25 kB, and a fifth of them loads."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -131,11 +140,18 @@ def refusal(door: Callable[..., Any], *given: Any) -> str:
     return ""
 
 
+def most_memory() -> int:
+    """The most that this process has had, in kB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def fuzz(sound: Sound, seeds: range) -> tuple[int, int]:
     """Read a changed checkpoint for each seed; returns how many were read, and how many loaded."""
     num_read = num_loaded = 0
-    for seed in seeds:
+    slowest = 0.0
+    for number, seed in enumerate(seeds, 1):
         mutator.lay(sound.folder, sound.files, random.Random(seed))
+        begin = time.process_time()
         try:
             with no_stall(), little_work():
                 manifest: list[Manifest] = []
@@ -148,6 +164,13 @@ def fuzz(sound: Sound, seeds: range) -> tuple[int, int]:
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
+        finally:
+            slowest = max(slowest, time.process_time() - begin)
+            if number % 10_000 == 0:
+                counts = f"{number} changed, {num_read} read, {num_loaded} loaded"
+                log.warning(
+                    "%s; slowest %.2f s, at most %d MB", counts, slowest, most_memory() // 1000
+                )
     return num_read, num_loaded
 
 
@@ -165,10 +188,10 @@ def test_a_changed_checkpoint_loads_or_is_refused(sound: Sound) -> None:
 @pytest.mark.slow
 def test_a_hundred_thousand_changed_checkpoints_load_or_are_refused(sound: Sound) -> None:
     fuzz(sound, range(2_000, 3_000))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
     num_read, num_loaded = fuzz(sound, range(3_000, 103_000))
     assert min(num_read, num_loaded) > 1_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
+    assert most_memory() - before < MOST_MEMORY
 
 
 def test_the_files_before_a_change_are_sound(sound: Sound) -> None:

@@ -15,7 +15,7 @@ from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry
 from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
-from pipelines.hub.errors import InsecureEndpointError
+from pipelines.hub.errors import HubConnectionError, InsecureEndpointError
 from pipelines.workspace import machine
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_server import Repo, running_hub
@@ -133,6 +133,25 @@ def test_plain_http_is_refused_for_a_checkpoint_and_for_its_base(
         checkpoints.find(str(folder), tmp_path)
     found = checkpoints.find(str(folder), tmp_path, world.base)  # then nothing is downloaded
     assert (found.base_folder, found.download) == (world.base, {})
+
+
+def test_without_a_network_a_checkpoint_and_its_base_are_a_sentence_at_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub() as gone:
+        monkeypatch.setenv("HF_ENDPOINT", gone.endpoint)
+    monkeypatch.setattr(checkpoints, "cached", lambda *_: None)
+    with pytest.raises(HubConnectionError, match=r"org/fused: .* cannot be reached"):
+        checkpoints.find("org/fused", tmp_path)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    fingerprint = world.manifest.base.fingerprint
+    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+    (folder / MANIFEST).write_text(manifest.to_json())
+    with pytest.raises(HubConnectionError, match=r"other/base: .* cannot be reached"):
+        checkpoints.find(str(folder), tmp_path)
+    monkeypatch.setattr(checkpoints, "cached", lambda *_: folder)  # then nobody is asked
+    assert checkpoints.find(str(folder), tmp_path).download == {"token": False}
 
 
 def test_what_the_hub_has_is_measured_and_its_base_comes_into_the_home(

@@ -237,6 +237,21 @@ def test_killed_runs_are_closed_by_the_next_in_the_ledger_and_on_the_server(
     assert stacked == (run_id,)  # and not a second time
 
 
+def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
+    workplace: Callable[..., RunContext],
+) -> None:
+    """Though nothing is left to do."""
+    from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
+
+    work = workplace()
+    kill_after("write_checkpoint", work)
+    assert finished(work) is not None
+    assert meteora("run", work.path, home=work.home).returncode == 0
+    assert work.ledger.unended_runs() == []
+    assert sorted(work.ledger.query("SELECT outcome FROM runs").rows) == [("killed",), ("ok",)]
+    assert "nothing to do" in meteora("run", work.path, home=work.home).stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["its own, started again", "the user's, gone"])
 def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: bool) -> None:

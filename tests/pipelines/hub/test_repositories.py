@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -335,12 +336,30 @@ def test_a_download_that_takes_a_while_shows_how_far_it_is(
     assert steps[-1] == ("downloading someone/adapter", 3_000, 3_000)
 
 
+LARGE = random.Random(0).randbytes(12 << 20)
+"""More than the client writes at once, 10 MB; a break before that makes it begin again."""
+
+
 def test_a_connection_that_breaks_once_is_taken_up_again(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
-    server.faults["get"] = Fault(drop_after=1_000, times=1, path=".safetensors")
+    server.repos["someone/adapter"].files["adapter_model.safetensors"] = LARGE
+    server.faults["get"] = Fault(drop_after=11 << 20, times=1, path=".safetensors")
     folder = download(REF, tmp_path, hub=asked)
-    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert (folder / "adapter_model.safetensors").read_bytes() == LARGE
+    assert server.num_bytes < 2 * len(LARGE) - (9 << 20)  # what had come was not sent again
+
+
+def test_a_file_that_changes_before_it_is_taken_up_again_is_refused(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    """Its beginning is of other bytes, the rest is right, and so is its size."""
+    server.repos["someone/adapter"].files["adapter_model.safetensors"] = LARGE
+    other = b"x" * len(LARGE)
+    server.faults["get"] = Fault(body=other, drop_after=11 << 20, times=1, path=".safetensors")
+    with pytest.raises(HubHashError, match="adapter_model"):
+        download(REF, tmp_path, hub=asked)
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
 
 
 def test_a_connection_that_always_breaks_is_given_up_for_now(
@@ -466,6 +485,12 @@ def test_nobody_waits_longer_than_the_limit(
     assert error.value.retry
 
 
+def test_a_name_that_the_hub_never_answers_is_given_up(server: HubServer, asked: Hub) -> None:
+    server.faults["refs"] = Fault(hang=True)
+    with pytest.raises(HubTimeoutError, match="did not finish within 2 s"):
+        repositories.resolve("someone/adapter", hub=replace(asked, timeout_seconds=2))
+
+
 def test_a_hub_that_is_not_there_may_come_back(asked: Hub) -> None:
     with running_hub() as gone:
         endpoint = gone.endpoint
@@ -480,10 +505,67 @@ def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> 
         repositories.resolve("someone/adapter", hub=asked)
 
 
+@pytest.mark.parametrize(
+    ("kind", "headers"),
+    [
+        ("head", {"ETag": '"../../../../escaped"', "X-Repo-Commit": COMMIT}),
+        ("head", {"ETag": '"/escaped"', "X-Repo-Commit": COMMIT}),
+        ("head", {"ETag": '"x"', "X-Repo-Commit": "../../escaped"}),
+        ("head", {"Location": "file:///etc/passwd", "X-Repo-Commit": COMMIT, "ETag": '"x"'}),
+        ("get", {"Content-Disposition": "attachment; filename=../../escaped"}),
+    ],
+)
+def test_a_hostile_endpoint_changes_nothing_outside_the_folder(
+    kind: str,
+    headers: dict[str, str],
+    server: HubServer,
+    asked: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Names of a path wherever a server may say one; whatever comes of it, the hash decides."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "of the client"))
+    status = 302 if "Location" in headers else 200
+    body = b"" if kind == "head" else b"x" * len(WEIGHTS)
+    sizes = {"Content-Length": str(len(WEIGHTS))}
+    server.faults[kind] = Fault(
+        status=status, headers=headers | sizes, body=body, path=".safetensors"
+    )
+    place = tmp_path / "a" / "b" / "c" / "cache"
+    with suppress(HubError):
+        folder = download(REF, place, hub=asked)
+        assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert server.count(kind)
+    outside = [path for path in tmp_path.rglob("*") if not path.is_relative_to(place)]
+    assert {path.name for path in outside if path.is_file()} <= {".check_for_update_done"}
+    assert not any(
+        path.suffix == ".safetensors" and path.read_bytes() != WEIGHTS for path in place.rglob("*")
+    )
+
+
 @pytest.mark.parametrize("endpoint", ["http://example.org", "ftp://example.org", "file:///etc"])
 def test_an_endpoint_that_anyone_may_answer_for_is_refused(endpoint: str) -> None:
     with pytest.raises(InsecureEndpointError, match="use https"):
         repositories.resolve("someone/adapter", hub=Hub(endpoint))
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "https://[::1",
+        "https://hub.example:no",
+        "http://127.0.0.1:99999",
+        "https://",
+        "nowhere",
+        "x y",
+    ],
+)
+def test_an_endpoint_that_is_no_address_is_one_sentence(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises((HubReferenceError, InsecureEndpointError), match="the endpoint "):
+        repositories.resolve("someone/adapter")
 
 
 @pytest.mark.parametrize(

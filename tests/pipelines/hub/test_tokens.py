@@ -14,6 +14,7 @@ from huggingface_hub import DatasetInfo, HfApi
 from typer.main import get_command
 
 from meteora.checkpoint.manifest import MANIFEST, BaseEntry
+from pipelines.admission import checkpoints
 from pipelines.admission.sources import token_of_rows
 from pipelines.cli.app import app
 from pipelines.data.row_sources import ExamplesError, read_rows
@@ -132,6 +133,7 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
         return publish.Published(to.repo_id, "c" * 40, "tag", recorded=True)
 
     monkeypatch.setattr(publish, "publish", take)
+    monkeypatch.setattr(checkpoints, "cached", lambda *_: tmp_path)  # the base is here
     said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     assert said.returncode == 0, said.stderr
     assert seen[0].hub.token == "hf_saved"  # noqa: S105

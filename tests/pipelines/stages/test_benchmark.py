@@ -176,7 +176,9 @@ def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(
     where = ("--base", recipe_folder / "base", "--home", home)
     said = ask("benchmark", came, *where)
     assert said.returncode == 1
-    assert "no task of its experts is in the ledger; give rows as --tasks" in said.stderr
+    assert (
+        f"no task of its experts is in the ledger under {home}; give rows as --tasks" in said.stderr
+    )
     assert not (home / "checkpoints").exists()
     assert not (home / "records").exists()
 

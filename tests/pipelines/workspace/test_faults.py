@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 READERS = [
     ["sql"],
+    ["notebook"],
     ["verify"],
+    ["chat", "abc"],
+    ["chat-server", "abc"],
+    ["publish", "abc", "me/mine"],
+    ["store", "serve"],
     ["attest", "router:abc"],
     ["store", "rebuild"],
     ["store", "pack"],

@@ -12,6 +12,7 @@ from meteora.artifacts import (
     RoutingBuild,
     RoutingScore,
     RoutingShare,
+    RoutingSwitch,
     canonical_sha256,
 )
 from meteora.base import loading
@@ -281,8 +282,10 @@ def _watch_routing(
                 if count
             )
             routing_stats.add(total, found)
-    with bar("watching it follow", routing_stats.COMPOSITES, "prompts") as advance:
-        switches = routing_stats.measure_switches(model, tokenizer, own, advance=advance)
+    switches: tuple[RoutingSwitch, ...] = ()
+    if composites := routing_stats.composites_of(own):
+        with bar("watching it follow", len(composites), "prompts") as advance:
+            switches = routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
     nobodys, abstention = plan.nobodys, None
     if nobodys:
         everyones = [row for rows in own.values() for row in rows]

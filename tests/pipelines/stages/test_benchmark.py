@@ -79,6 +79,8 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     said = benchmark(work, folder, recipe_folder)
     assert said.returncode == 0, said.stderr
     assert "q_and_v" in said.stdout
+    assert "watching the routes: 2 of 2 rows" in said.stderr
+    assert "watching it follow" not in said.stderr  # one task has no change of subject
     rows = work.ledger.query(f"{LEADERBOARD}'{router}'").rows
     assert rows == [("q_and_v", 2, True)]
     assert len(work.ledger.query("FROM scores").rows) == before + 1  # base and oracle are recorded

@@ -82,6 +82,7 @@ def print_steps(
     sizes = built.sizes if built else known[0].linears if known else {}
     found: dict[str, Expert] = {}
     faults: list[str] = []
+    absent: list[str] = []
     num_refused = 0
     for section, outcome in read_adapters(context, base if sizes else None, sizes, steps):
         out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
@@ -93,6 +94,11 @@ def print_steps(
             num_refused += 1
             if not outcome.left_out:
                 faults.append(f"{section.name} is refused")
+        elif isinstance(outcome, Missing) and section.adapter.startswith(PATH):
+            absent.append(outcome.reason)  # nothing would fetch it
+    if absent:
+        others = f" (and {len(absent) - 1} more adapters)" if len(absent) > 1 else ""
+        faults.append(f"{absent[0]}{others}")
     if num_refused == len(recipe.experts):
         faults.append("no adapter can be used")
     out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
@@ -218,7 +224,7 @@ def _not_here(name: str, reason: str) -> str:
 
 def _begins_with(sentence: str, name: str) -> bool:
     """Whether a sentence names what it is about, as those on the Hub do."""
-    return sentence.startswith(name.partition("@")[0])
+    return sentence.startswith(name.removeprefix(PATH).partition("@")[0])
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -55,7 +55,7 @@ def test_the_tables_of_scores_are_in_today_s_form_and_fit_into_80_columns() -> N
     for heading, body in tables:
         lines = [heading, *filter(None, body.split("\n"))]
         headings, *rows = [re.split(r" {2,}", line) for line in lines]
-        rows = [[row[0], "", *row[1:]] if row[0] == "mean" else row for row in rows]
+        rows = [[row[0], "", *row[1:]] if row[0].startswith("mean") else row for row in rows]
         terminal = Console(width=80, file=io.StringIO())
         with terminal.capture() as shown:
             terminal.print(score_table._table(headings, rows))

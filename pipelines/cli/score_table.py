@@ -141,7 +141,10 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     means = [summary.mean(system) for system in summary.systems]
     if any(mean is not None for mean in means):
         table.add_section()
-        table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+        number = len(summary.own)
+        of = f" of {number} task{'s' * (number > 1)}" if number < len(summary.scores) else ""
+        cells = ("" if mean is None else f"{mean:.3f}" for mean in means)
+        table.add_row(f"mean{of}", "", *cells)
     return table
 
 

@@ -92,13 +92,13 @@ class Console:
         with Progress(
             *columns, console=self._stderr, disable=self.quiet or not self._stderr.is_terminal
         ) as progress:
-            shown = progress.add_task(what, total=total)
+            shown = progress.add_task(what, total=total, at=0.0)
             done = 0
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
-                progress.advance(shown, count)
+                progress.update(shown, advance=count, at=time.perf_counter() - started)
                 if self._on_progress is not None:
                     self._on_progress(what, done, total)
 
@@ -167,9 +167,10 @@ class _HowFar(ProgressColumn):
         """
         done, total, seconds = task.completed, task.total or 0.0, task.elapsed or 0.0
         shown = f"{done:.0f} of {total:.0f} {self._unit}, {timedelta(seconds=int(seconds))}"
-        if done and seconds:
-            left = timedelta(seconds=round(seconds * (total - done) / done))
-            shown += f"{_rate(done / seconds)}, {left} left"
+        at = task.fields["at"]  # of the last step: between two the time left counts down
+        if done and at:
+            left = timedelta(seconds=max(0, round(at * total / done - seconds)))
+            shown += f"{_rate(done / at)}, {left} left"
         return Text(shown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,6 +166,18 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     router = change["router_id"]
     assert scores["router_id"] == router
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("attention", ""), ("other", " --tasks other=jsonl:FILE")]
+)
+def test_what_to_measure_next_asks_for_rows_only_where_none_are_recorded(
+    dropped: tuple[RunContext, Path], recipe_folder: Path, name: str, rows: str
+) -> None:
+    work, folder = dropped
+    words = (name, recipe_folder / "attention", f"jsonl:{recipe_folder / 'attention.train.jsonl'}")
+    said = ask("add", folder, *words, "--base", recipe_folder / "base", "--home", work.home)
+    assert re.search(rf"measure it with `meteora benchmark router:\w+{rows}`", said.stderr)
 
 
 def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(

@@ -105,8 +105,7 @@ def measure_model(
         open_model: the fused model and its tokenizer, loaded only if anything is missing
     """
     to_do, sizes = missing(work, plan), _BatchSizes(work.recipe.benchmark)
-    owns_tests = any(name in plan.tests for name in plan.fused.names)
-    watch = owns_tests and work.ledger.built(plan.routing.id) is None
+    watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
     timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
     if to_do or watch or timing:
         _record_controls(work, plan)

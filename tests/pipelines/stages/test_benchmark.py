@@ -168,6 +168,27 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
 
 
+def test_the_routes_of_some_tasks_alone_are_not_those_of_a_router(
+    dropped: tuple[RunContext, Path], recipe_folder: Path
+) -> None:
+    work, folder = dropped
+    words = ("attention", recipe_folder / "attention")
+    where = ("--base", recipe_folder / "base", "--home", work.home)
+    said = ask("add", folder, *words, f"jsonl:{recipe_folder / 'attention.train.jsonl'}", *where)
+    made = Path(said.stdout.strip())
+    counts = "SELECT DISTINCT truth FROM routing_counts WHERE router_id ="
+    counts = f"{counts} '{read_manifest(made).router_id}'"
+
+    said = benchmark(work, made, recipe_folder, "--tasks", "attention")
+    assert said.returncode == 0, said.stderr
+    assert "watching" not in said.stderr
+    assert "Routing accuracy" not in said.stdout
+    assert work.ledger.query(counts).rows == []
+    said = benchmark(work, made, recipe_folder)
+    assert "watching the routes: 4 of 4 rows" in said.stderr
+    assert {row[0] for row in work.ledger.query(counts).rows} == {"attention", "q_and_v"}
+
+
 @pytest.mark.parametrize(
     ("name", "rows"), [("attention", ""), ("other", " --tasks other=jsonl:FILE")]
 )

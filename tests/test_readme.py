@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from tests.pages import PAGES, ROOT
 from tests.pipelines.cli.command_line import ask
@@ -41,3 +43,21 @@ def test_every_expert_of_the_quickstart_stands_in_the_table_of_scores() -> None:
 
     for expert in Recipe.load(locate("quickstart")).experts:
         assert f"\n{expert.name} " in README
+
+
+def test_the_tables_of_scores_are_in_today_s_form_and_fit_into_80_columns() -> None:
+    from pipelines.cli import score_table  # noqa: PLC0415
+
+    tables = re.findall(
+        r"^((?:task|conversation-3) .+)\n─+\n((?:\w.*\n|\n(?=mean))+)", README, re.M
+    )
+    assert len(tables) == 2
+    for heading, body in tables:
+        lines = [heading, *filter(None, body.split("\n"))]
+        headings, *rows = [re.split(r" {2,}", line) for line in lines]
+        rows = [[row[0], "", *row[1:]] if row[0].startswith("mean") else row for row in rows]
+        terminal = Console(width=80, file=io.StringIO())
+        with terminal.capture() as shown:
+            terminal.print(score_table._table(headings, rows))
+        printed = map(str.strip, shown.get().splitlines())
+        assert [line for line in printed if line and "─" not in line] == lines

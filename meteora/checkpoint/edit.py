@@ -11,6 +11,7 @@ from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import ModuleEntry, check_name, read_manifest
 from meteora.checkpoint.tensors import DTYPES, open_experts, read_factors, write_experts
+from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,10 +112,15 @@ def drop_expert(
         EditError: there is no such expert, or no other.
     """
     manifest = read_manifest(folder)
-    if name not in manifest.names or len(manifest.experts) == 1:
+    if name not in manifest.names:
         raise EditError(
-            f"{folder}: {name!r} cannot be dropped from {', '.join(manifest.names)}; name one of"
-            " several experts"
+            f"there is no expert {name!r}{did_you_mean(name, manifest.names)}; {folder} has"
+            f" {', '.join(manifest.names)}"
+        )
+    if len(manifest.experts) == 1:
+        raise EditError(
+            f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"
+            " second one first"
         )
     gone = manifest.names.index(name)
     kept = [e for e in range(len(manifest.experts)) if e != gone]

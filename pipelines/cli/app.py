@@ -22,6 +22,7 @@ from pipelines.workspace.faults import describe
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # else brackets are markup, and lines of a docstring stay lines
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )

@@ -132,9 +132,7 @@ def publish(
 @app.command()
 def report(
     checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    other: Annotated[
-        str, typer.Argument(metavar="[OTHER]", help="A second one: the report compares the two.")
-    ] = "",
+    other: Annotated[str, typer.Argument(help="A second one: the report compares the two.")] = "",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -347,8 +345,9 @@ def import_adapters(
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
     tested = sum(bool(one.test) for one in recipe.experts)
+    number = len(recipe.experts)
     say(
-        f"{len(recipe.experts)} experts on {recipe.base}, {tested} of them with tests, router"
+        f"{number} expert{'s' * (number > 1)} on {recipe.base}, {tested} with tests, router"
         f" {recipe.router.kind}; `meteora run {output} --dry-run` shows what it does"
     )
     print(output)

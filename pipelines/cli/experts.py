@@ -74,11 +74,14 @@ def add(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
+    from meteora.artifacts import ArtifactId
+    from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
     from pipelines.admission.sources import token_of_rows
     from pipelines.data.row_sources import place_of, read_rows
     from pipelines.data.rows import refuse_overlap
+    from pipelines.planning.recorded_tasks import recorded_tasks
     from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
     from store.ledger import Ledger
@@ -113,7 +116,11 @@ def add(
         found = checkpoints.find(str(made), home, base, token_for or (), device=device)
         run_benchmark(found, home, tasks, token_for=token_for or (), as_json=as_json)
     else:
-        say(f"measure it with `meteora benchmark {_id(made)} --tasks {name}=jsonl:FILE`")
+        manifest = read_manifest(made)
+        newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
+        asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
+        rows = "" if asked else f" --tasks {name}=jsonl:FILE"
+        say(f"measure it with `meteora benchmark {_id(made)}{rows}`")
 
 
 @app.command()

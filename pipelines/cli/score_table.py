@@ -66,7 +66,7 @@ def print_scores(
         out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
         out.print(table)
     else:
-        out.print(f"{name}: scores; the last line has their 95 % intervals", soft_wrap=True)
+        out.print(f"{name}: scores; the query below has their 95 % intervals", soft_wrap=True)
         out.print(_score_table(summary, interval=False))
     for headings, rows, line in turn_tables(summary):
         out.print(_table(headings, rows))
@@ -132,7 +132,7 @@ def _scores(
 
 
 def _score_table(summary: Summary, *, interval: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = _bare_table()
     for heading in ("task", "n", *summary.systems):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task, row in summary.scores.items():
@@ -141,7 +141,10 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     means = [summary.mean(system) for system in summary.systems]
     if any(mean is not None for mean in means):
         table.add_section()
-        table.add_row("mean", "", *("" if mean is None else f"{mean:.3f}" for mean in means))
+        number = len(summary.own)
+        of = f" of {number} task{'s' * (number > 1)}" if number < len(summary.scores) else ""
+        cells = ("" if mean is None else f"{mean:.3f}" for mean in means)
+        table.add_row(f"mean{of}", "", *cells)
     return table
 
 
@@ -212,7 +215,7 @@ def _comparison_tables(found: SideBySide) -> Iterator[Table]:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = _bare_table()
     for heading in headings:
         table.add_column(
             heading, justify="left" if heading in {headings[0], "differs"} else "right"
@@ -220,6 +223,11 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*map(for_terminal, row))
     return table
+
+
+def _bare_table() -> Table:
+    """Two blanks between columns: three systems with intervals fit into 80."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _shown(value: object) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pipelines.data.composites import Composite
     from pipelines.data.rows import Row
 
 QUESTIONS, COMPOSITES, SEED = 3, 48, 0
@@ -141,10 +142,19 @@ def _sums(
     return found
 
 
+def composites_of(tests: Mapping[str, Sequence[Row]]) -> list[Composite]:
+    """The composites in which switches are measured, from rows by expert.
+
+    There are none if fewer than two experts have rows that fit into composites.
+    """
+    rows = {name: fit for name, own in tests.items() if (fit := [row for row in own if fits(row)])}
+    return compose(rows, min(QUESTIONS, len(rows)), COMPOSITES, SEED) if len(rows) > 1 else []
+
+
 def measure_switches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tests: Mapping[str, Sequence[Row]],
+    composites: Sequence[Composite],
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> tuple[RoutingSwitch, ...]:
@@ -154,18 +164,11 @@ def measure_switches(
     over all modules.
 
     Args:
-        tests: rows by expert, from which composites are made
         advance: called with the number of composites just done
-
-    Returns:
-        nothing if fewer than two experts have rows that fit into composites
     """
-    rows = {name: fit for name, own in tests.items() if (fit := [row for row in own if fits(row)])}
-    if len(rows) < 2:
-        return ()
     names = expert_names(model)
     found: Counter[tuple[str, bool, int | None]] = Counter()
-    for composite in compose(rows, min(QUESTIONS, len(rows)), COMPOSITES, SEED):
+    for composite in composites:
         ids, owners = encode_composite(tokenizer, composite)
         with torch.inference_mode(), recorded_routes(model) as routes:
             model(input_ids=torch.tensor([ids], device=input_device(model)), logits_to_keep=1)

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from meteora.artifacts import MeteoraError
 from pipelines.flows import flow as flows
+from pipelines.flows import local_server
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
@@ -43,7 +44,7 @@ class Workers(NamedTuple):
 
 
 class NoWorkersError(MeteoraError):
-    """Dask or Ray is asked for and not installed."""
+    """Dask or Ray is asked for, and is not installed or takes no runs."""
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{recipe}")
@@ -76,11 +77,22 @@ def run_recipes(
     """Run recipes on Dask or Ray.
 
     Raises:
-        NoWorkersError: The extra of that name is not installed.
+        NoWorkersError: The extra of that name is not installed, or the workers take no runs.
     """
     on = fuse_recipes.with_options(task_runner=_task_runner(workers))
     say(f"{len(recipes)} recipes on {workers.kind.title()}: {workers.where}")
-    return on(list(recipes), home, until)
+    try:
+        return on(list(recipes), home, until)
+    except Exception as error:  # what a run says is an outcome, so no run has begun
+        if not local_server.answers():
+            raise
+        local_server.raise_if_it_failed(error)
+        local = workers.where.isdecimal()
+        advice = "run again when this machine has less to do" if local else "check the address"
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise NoWorkersError(
+            f"{workers.kind.title()} at {workers.where} takes no runs ({reason}); {advice}"
+        ) from error
 
 
 def _outcome(future: Any) -> str:  # noqa: ANN401  (each task runner has futures of its own)

@@ -35,7 +35,7 @@ from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -80,21 +80,13 @@ def print_steps(
     )
     known = _shape(context)
     sizes = built.sizes if built else known[0].linears if known else {}
-    found: dict[str, Expert] = {}
-    faults: list[str] = []
-    num_refused = 0
-    for section, outcome in read_adapters(context, base if sizes else None, sizes, steps):
+    outcomes = list(read_adapters(context, base if sizes else None, sizes, steps))
+    for section, outcome in outcomes:
         out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
-        if isinstance(outcome, Expert):
-            found[section.name] = outcome
-            for warning in outcome.adapter.reasons:
-                out.print(f"           warning: {warning.message}", soft_wrap=True)
-        elif isinstance(outcome, Refusal):
-            num_refused += 1
-            if not outcome.left_out:
-                faults.append(f"{section.name} is refused")
-    if num_refused == len(recipe.experts):
-        faults.append("no adapter can be used")
+        for warning in outcome.adapter.reasons if isinstance(outcome, Expert) else ():
+            out.print(f"           warning: {warning.message}", soft_wrap=True)
+    found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
+    faults = _faults_of_adapters(outcomes)
     out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if recipe.router.kind == "gate":
         source = f", of {recipe.gates.pool}" if recipe.gates.pool else ""
@@ -117,6 +109,25 @@ def print_steps(
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
+
+
+def _faults_of_adapters(
+    outcomes: Sequence[tuple[ExpertSection, Expert | Refusal | Missing]],
+) -> list[str]:
+    """Why a run would end with these adapters; empty if it would not."""
+    refused = [(one, outcome) for one, outcome in outcomes if isinstance(outcome, Refusal)]
+    faults = [f"{one.name} is refused" for one, outcome in refused if not outcome.left_out]
+    absent = [  # nothing would fetch them
+        outcome.reason
+        for one, outcome in outcomes
+        if isinstance(outcome, Missing) and one.adapter.startswith(PATH)
+    ]
+    if absent:
+        others = f" (and {len(absent) - 1} more adapters)" if len(absent) > 1 else ""
+        faults.append(f"{absent[0]}{others}")
+    if len(refused) == len(outcomes):
+        faults.append("no adapter can be used")
+    return faults
 
 
 def _faults_of_rows(context: RunContext) -> list[str]:
@@ -218,7 +229,7 @@ def _not_here(name: str, reason: str) -> str:
 
 def _begins_with(sentence: str, name: str) -> bool:
     """Whether a sentence names what it is about, as those on the Hub do."""
-    return sentence.startswith(name.partition("@")[0])
+    return sentence.startswith(name.removeprefix(PATH).partition("@")[0])
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:

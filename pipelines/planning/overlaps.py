@@ -22,6 +22,8 @@ ALL_ROWS = 1_000_000
 def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
     """The adapters of an import, no example of which is a test row of any of them.
 
+    Says which of them are refused; their rows do not count.
+
     Args:
         out: The folder for files of examples with rows left out; made if it is needed.
         drop: Leave the examples out that are tests; else they are refused.
@@ -29,9 +31,12 @@ def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
     Raises:
         ExamplesError: A row is in both. Or rows cannot be read.
     """
-    examples = {one.name: _read(one.examples) for one in found if one.examples}
-    tests = {one.name: _read(one.test) for one in found if one.test}
-    paths = {one.name: one for one in found}
+    for one in found:
+        if one.refusal:
+            say(f"{one.folder}: {one.refusal}", "left out")
+    paths = {one.name: one for one in found if not one.refusal}
+    examples = {name: _read(one.examples) for name, one in paths.items() if one.examples}
+    tests = {name: _read(one.test) for name, one in paths.items() if one.test}
     if not drop:
         refuse_overlap(
             examples,

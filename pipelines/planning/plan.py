@@ -93,6 +93,16 @@ class Plan:
     to_deal: tuple[str, ...] = ()
     """The pool's prompts, if it was not dealt yet. The plan is then made again when it was: what
     comes after the stack depends on the examples."""
+    whole: bool = True
+    """Whether every known task of the experts is asked."""
+
+    @property
+    def watches_routing(self) -> bool:
+        """Whether tokens of held-out rows are followed.
+
+        Not those of some experts alone, where more are known: of a router the first counts stay.
+        """
+        return self.whole and any(name in self.tests for name in self.fused.names)
 
     @property
     def nobodys(self) -> list[Row]:

@@ -56,7 +56,7 @@ def write_recipe(
         base: As in a recipe. Default: the base that most adapters' configs name.
         examples: A folder with rows for the adapters; see `find_rows`. Default: beside each.
         pool: A file of prompts without labels, for adapters without examples.
-        prepare: Called with the adapters that can be experts; may change their rows.
+        prepare: Called with all adapters, refused ones among them; may change their rows.
 
     Raises:
         ImportingError: There are no adapters, no base is named, `examples` has rows for none of
@@ -81,9 +81,7 @@ def write_recipe(
         )
     if not base:
         base = _base_of(usable, folder, out.parent)
-    prepared = iter(prepare(usable))
-    found = [one if one.refusal else next(prepared) for one in found]
-    text = recipe_text(found, base, out.parent, pool)
+    text = recipe_text(prepare(found), base, out.parent, pool)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")

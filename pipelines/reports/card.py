@@ -227,7 +227,7 @@ def method_lines(summary: Summary) -> list[str]:
     if not scores:
         return []
     first = scores[0]
-    methods = {"wilson": "Wilson", "bootstrap": "bootstrap over rows, 9,999 resamples"}
+    methods = {"wilson": "Wilson's", "bootstrap": "by a bootstrap over rows (9,999 resamples)"}
     used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
     templated = {True: "in the base's chat template", False: "as plain text", None: ""}
     asked = {templated[score.templated] for score in scores} - {""}
@@ -236,8 +236,8 @@ def method_lines(summary: Summary) -> list[str]:
     how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
     cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
     lines = [
-        f"Asked {how}; in brackets the 95 % interval ({'; '.join(used)}). Of all answers {cut:,}"
-        f" were cut at the longest allowed and {empty:,} were empty; they count like any other."
+        f"Asked {how}; 95 % intervals are {' or '.join(used)}. Of all answers {cut:,} were cut at"
+        f" the longest allowed and {empty:,} were empty; they count like any other."
     ]
     if summary.comparisons:
         lines.append(

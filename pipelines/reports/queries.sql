@@ -46,7 +46,8 @@ ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) 
 
 -- means: Means over the tasks on which every system was measured
 WITH by_task AS (
-    SELECT system, task, avg(value) AS value  -- of a task's metrics
+    SELECT system, task, avg(value) AS value,  -- of a task's metrics
+           any_value(num_samples) AS num_rows
     FROM standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
       AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of tasks with one question
@@ -54,7 +55,8 @@ WITH by_task AS (
 ), counted AS (
     SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task
 )
-SELECT system, avg(value) AS mean, count(*) AS num_tasks
+SELECT system, avg(value) AS mean, count(*) AS num_tasks, min(num_rows) AS fewest_rows,
+       max(num_rows) AS most_rows
 FROM counted WHERE num_systems = (SELECT max(num_systems) FROM counted)
 GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
 

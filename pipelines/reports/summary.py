@@ -103,8 +103,7 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
     """
     gates = ledger.built(plan.router.id)
     routing = ledger.built(plan.routing.id)
-    owns_tests = any(name in plan.tests for name in plan.fused.names)
-    if gates is None or (routing is None and owns_tests):
+    if gates is None or (routing is None and plan.watches_routing):
         return None
     scores: dict[str, dict[str, Score]] = {}
     matrix: dict[str, dict[str, Score]] = {}

@@ -135,10 +135,21 @@ def difference_interval(
         graded: whether rows may be partly right: then by bootstrap over the rows. Otherwise it is
             Wald's interval with half a row added to each of the four cells (Agresti and Min 2005),
             which has a width even if no row differs.
+
+    Resamples of equal differences are all equal. So if n rows that may be partly right all differ
+    by one amount, the interval is that of the rule of three (Hanley and Lippman-Hand 1983), with
+    the exact bound of Clopper and Pearson (1934): as n rows did not show another amount, at most
+    1 - 0.025^(1/n) of all rows have one, which at worst is -1 or 1.
     """
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if graded and min(apart) != max(apart):
-        return _percentiles(_resampled(apart, seed))
+    if graded:
+        one = min(apart)
+        if max(apart) - one > 1e-9:  # 0.3 - 0.2 and 0.8 - 0.7 are the same
+            return _percentiles(_resampled(apart, seed))
+        if not -1 <= one <= 1:  # values that are no shares have no known bounds
+            return one, one
+        others = 1 - 0.025 ** (1 / len(apart))
+        return one - others * (1 + one), one + others * (1 - one)
     better = sum(value > 0 for value in apart) + 0.5
     worse = sum(value < 0 for value in apart) + 0.5
     n = len(apart) + 2

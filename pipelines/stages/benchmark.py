@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,12 +91,13 @@ def benchmark(
         adoption = plan_adoption(ledger, found, manifest)
         manifest, router = adoption.manifest, adoption.router
     ledger.ingest()
-    settings, tasks = _choose_tasks(ledger, manifest, request)
+    settings, tasks, whole = _choose_tasks(ledger, manifest, request)
     for name in manifest.names:
         if name not in tasks and not request.tasks:
             say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
     base = manifest.base.spec
     plan = plan_benchmark(base, stack_in(manifest), router, tasks, settings)
+    plan = replace(plan, whole=whole)
     at_hand = found.base_folder
     recipe = Recipe.model_construct(  # what measuring reads of one, and bringing a base
         base=f"{PATH}{at_hand.absolute()}" if at_hand else base.base_model,
@@ -111,9 +112,9 @@ def benchmark(
         found = _measure(work, plan, found, adoption)
         summary = summarise(ledger, plan, found.base_folder)
         assert summary is not None  # noqa: S101  (all of it was measured)
-    whole = all("=" in task for task in request.tasks)  # not some of the tasks only
+    # other cards show what their recipe asks for
     if manifest.gates.keys() & {"grown_from", "adopted_from"} and whole:
-        _write_card(folder, manifest, summary)  # other cards show what their recipe asks for
+        _write_card(folder, manifest, summary)
     return folder, plan, summary
 
 
@@ -136,8 +137,8 @@ def _measure(
 
 def _choose_tasks(
     ledger: Ledger, manifest: Manifest, request: BenchmarkRequest
-) -> tuple[BenchmarkSection, dict[str, Task]]:
-    """The tasks that are asked for, and the settings under which they are asked."""
+) -> tuple[BenchmarkSection, dict[str, Task], bool]:
+    """The settings, the tasks that are asked for, and whether no other task is known."""
     given = dict(one.split("=", 1) for one in request.tasks if "=" in one)
     chosen = [one for one in request.tasks if "=" not in one]
     recorded: dict[str, Task] = {}
@@ -176,7 +177,8 @@ def _choose_tasks(
             " --tasks NAME=jsonl:FILE, or a recipe that has some with --recipe"
         )
     keep = {*chosen, *given} if chosen else {*tasks}
-    return settings, {name: task for name, task in tasks.items() if name in keep}
+    kept = {name: task for name, task in tasks.items() if name in keep}
+    return settings, kept, len(kept) == len(tasks)
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:

@@ -12,6 +12,7 @@ from meteora.artifacts import (
     RoutingBuild,
     RoutingScore,
     RoutingShare,
+    RoutingSwitch,
     canonical_sha256,
 )
 from meteora.base import loading
@@ -104,8 +105,7 @@ def measure_model(
         open_model: the fused model and its tokenizer, loaded only if anything is missing
     """
     to_do, sizes = missing(work, plan), _BatchSizes(work.recipe.benchmark)
-    owns_tests = any(name in plan.tests for name in plan.fused.names)
-    watch = owns_tests and work.ledger.built(plan.routing.id) is None
+    watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
     timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
     if to_do or watch or timing:
         _record_controls(work, plan)
@@ -281,8 +281,10 @@ def _watch_routing(
                 if count
             )
             routing_stats.add(total, found)
-    with bar("watching it follow", routing_stats.COMPOSITES, "prompts") as advance:
-        switches = routing_stats.measure_switches(model, tokenizer, own, advance=advance)
+    switches: tuple[RoutingSwitch, ...] = ()
+    if composites := routing_stats.composites_of(own):
+        with bar("watching it follow", len(composites), "prompts") as advance:
+            switches = routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
     nobodys, abstention = plan.nobodys, None
     if nobodys:
         everyones = [row for rows in own.values() for row in rows]

@@ -12,17 +12,12 @@ import threading
 import time
 from contextlib import contextmanager
 from contextvars import copy_context
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich import console as rich_console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from meteora.untrusted.findings import for_terminal
@@ -90,33 +85,27 @@ class Console:
         """
         started = time.perf_counter()
         columns = (
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(),
-            TextColumn("{task.completed:.0f} of {task.total:.0f} " + unit),
-            _Rate(unit),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _HowFar(unit),
         )
         with Progress(
             *columns, console=self._stderr, disable=self.quiet or not self._stderr.is_terminal
         ) as progress:
-            shown = progress.add_task(what, total=total)
+            shown = progress.add_task(what, total=total, at=0.0)
             done = 0
 
             def advance(count: int) -> None:
                 nonlocal done
                 done += count
-                progress.advance(shown, count)
+                progress.update(shown, advance=count, at=time.perf_counter() - started)
                 if self._on_progress is not None:
                     self._on_progress(what, done, total)
 
             yield advance
         if not self._stderr.is_terminal:
             seconds = time.perf_counter() - started
-            self.say(
-                f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds, unit)}"
-            )
+            self.say(f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds)}")
 
     @contextmanager
     def growing(self, what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
@@ -164,20 +153,29 @@ def plain_console() -> rich_console.Console:
     )
 
 
-class _Rate(ProgressColumn):
-    """How many of a unit are done in a second, or a minute."""
+class _HowFar(ProgressColumn):
+    """How much is done, in which time, at which rate, and the time that is left by this rate."""
 
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        """What a bar shows of a rate, once there is one."""
-        return Text(_rate(task.finished_speed or task.speed or 0.0, self._unit))
+        """What stands beside a bar, in one line.
+
+        Rows of a batch are done at one moment: a rate over the last few steps would be absurd.
+        """
+        done, total, seconds = task.completed, task.total or 0.0, task.elapsed or 0.0
+        shown = f"{done:.0f} of {total:.0f} {self._unit}, {timedelta(seconds=int(seconds))}"
+        at = task.fields["at"]  # of the last step: between two the time left counts down
+        if done and at:
+            left = timedelta(seconds=max(0, round(at * total / done - seconds)))
+            shown += f"{_rate(done / at)}, {left} left"
+        return Text(shown)
 
 
-def _rate(per_second: float, unit: str) -> str:
+def _rate(per_second: float) -> str:
     if per_second <= 0:
         return ""
     slow = per_second < 1
-    return f", {per_second * (60 if slow else 1):.1f} {unit} a {'minute' if slow else 'second'}"
+    return f", {per_second * (60 if slow else 1):.1f} a {'minute' if slow else 'second'}"

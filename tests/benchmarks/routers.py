@@ -15,14 +15,12 @@ One adapter for each prompt, chosen from what the base computes on it:
     logo entropy  query projection, or has the least entropy (LoGo, arXiv 2511.07129). LoGo then
                   merges the best few, which is not tried. It asks for adapters that all change that
                   projection: one that does not is judged by the mean over what it changes there
-    prompt        ours without examples (`meteora.model.prompt_choice`)
 
 An adapter for each token:
 
     hidden gates  G is the mean input of each expert's examples (mergekit's `gate_mode: hidden`)
-    arrow, norm   of the weights alone (arXiv 2405.11157; 2504.03454)
-    gate          ours by default
-    turn          ours, each question deciding for its turn (`router: {share: turn}`)
+
+Our own routers, Arrow and norms are a recipe's to compare.
 """
 
 from __future__ import annotations
@@ -38,16 +36,11 @@ import torch
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import encode_prompt
 from meteora.checkpoint.tensors import Gates
-from meteora.fitting.background import fit_to_background
-from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.sequences import UNLABELLED, batched
-from meteora.model.fused import force_expert, make_router, without_experts
-from meteora.model.prompt_choice import READER
+from meteora.model.fused import force_expert, without_experts
 from meteora.routing.gates import insert_gates
-from meteora.routing.layer import routed_by, routed_layers
-from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
-from pipelines.data.labels import background_ids, label_spans
+from meteora.routing.layer import routed_layers
 from pipelines.scoring.intervals import wilson
 from tests.benchmarks.bigbench import TRAININGS
 from tests.benchmarks.gate_world import Results, World, timed
@@ -66,12 +59,7 @@ NEEDS = {
     "retrieval": "examples",
     "logo norm": "nothing",
     "logo entropy": "nothing",
-    "prompt": "nothing",
     "hidden gates": "examples",
-    "arrow": "nothing",
-    "norm": "nothing",
-    "gate": "examples",
-    "turn": "examples",
 }
 
 
@@ -121,20 +109,8 @@ def signals(world: World, model: PreTrainedModel, prompt: str) -> Signals:
 
 
 def choices(world: World, name: str) -> dict[str, list[int]]:
-    """The number of the adapter that each test row gets, by task, and what deciding cost."""
+    """The number of the adapter that each test row gets, by task."""
     model = world.model()
-    if name == "prompt":
-        texts = background_ids(world.tokenizer)
-        fit_to_background(model, texts, RouterOptions("prompt", 1, 1.0), world.template)
-        found = {}
-        for task, rows in world.tests.items():
-            found[task] = []
-            for row in rows:
-                with torch.inference_mode():
-                    model(torch.tensor([encode_prompt(world.tokenizer, row.prompt)]))
-                logits = getattr(model, READER).held.logits
-                found[task].append(int(logits.argmax()))
-        return found
     read = partial(signals, world, model)
     asked = {task: [read(row.prompt) for row in rows] for task, rows in world.tests.items()}
     if name != "retrieval":
@@ -200,43 +176,17 @@ def mean_inputs(world: World, model: PreTrainedModel) -> Gates:
     return Gates(own, follows)
 
 
-def routed(world: World, name: str) -> PreTrainedModel:
-    """A model that routes each token as `name` does."""
-    options = {
-        "gate": RouterOptions("gate", 1, 1.0, share="point", opening="shared"),
-        "turn": RouterOptions("gate", 1, 1.0, share="turn"),
-    }.get(name, RouterOptions("gate", 1, 1.0, share="point"))
-    model = world.model(opening=options.opening)
-    if name == "hidden gates":
-        insert_gates(model, mean_inputs(world, model), options)
-        return model
-    examples = {task: world.examples[task][:EXAMPLES] for task in world.names}
-    talks = converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
-    shared = options.opening == "shared"
-    nobody = len(world.names) if shared else UNLABELLED
-    labelled = label_spans(talks, world.names, world.tokenizer, nobody)
-    calibrate(model, labelled, options, template=None if shared else world.template)
-    return model
-
-
-def by_token(world: World, name: str) -> tuple[dict[str, list[float]], float, float]:
-    """Scores by task, the share of tokens that go to their own expert, and seconds of the fit."""
-    if name in {"arrow", "norm"}:
-        options, model = RouterOptions(name, 1, 1.0), world.model()
-        with routed_by(model, lambda layer: make_router(options, layer)):
-            return world.scores(model), world.routing(model)["after"], 0.0
-    with timed() as took:
-        model = routed(world, name)
-    return world.scores(model), world.routing(model)["after"], took["seconds"]
-
-
 def measure(world: World, name: str, results: Results) -> None:
     """Measure one router, if it is not there."""
     if name in results:
         return
-    if name in {"hidden gates", "arrow", "norm", "gate", "turn"}:
-        scores, share, seconds = by_token(world, name)
-        results.keep(name, {"own tokens": share, "seconds": seconds, "scores": scores})
+    if name == "hidden gates":
+        model = world.model()
+        with timed() as took:
+            gates = mean_inputs(world, model)
+        insert_gates(model, gates, RouterOptions("gate", 1, 1.0, share="point"))
+        share, scores = world.routing(model)["after"], world.scores(model)
+        results.keep(name, {"own tokens": share, "seconds": took["seconds"], "scores": scores})
         return
     with timed() as took:
         chosen = (

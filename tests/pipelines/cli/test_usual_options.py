@@ -28,6 +28,17 @@ def test_the_version_is_one_line() -> None:
     assert version[0].isdigit()
 
 
+def test_help_is_what_was_written_in_whole_lines() -> None:
+    """Brackets are no markup, and a line of a docstring does not end where its source does."""
+    said = ask("check", "-h").stdout
+    assert "owner/name[@revision]" in said
+    said = ask("schedule", "-h").stdout
+    assert "Runs that were missed are skipped" in " ".join(said.split())
+    about = said.partition("Arguments")[0].splitlines()
+    (line,) = (line for line in about if line.strip().startswith("Each run resolves"))
+    assert len(line.rstrip()) > 70
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_quiet_leaves_data_and_errors(world: World, tmp_path: Path, place: int) -> None:
     words = ["drop", str(world.checkpoint), "nobody", "--home", str(tmp_path)]

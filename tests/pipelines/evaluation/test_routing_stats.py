@@ -81,9 +81,10 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("q", "v"), Row("other", "words")]}
+    composites = routing_stats.composites_of(tests)
     done: list[int] = []
     with force_expert(model, "attention"):
-        found = routing_stats.measure_switches(model, tokenizer, tests, advance=done.append)
+        found = routing_stats.measure_switches(model, tokenizer, composites, advance=done.append)
     assert sum(done) == routing_stats.COMPOSITES
     delays = {(one.expert, one.delay_tokens) for one in found}
     assert delays == {("attention", 0), ("q_and_v", None)}
@@ -92,11 +93,9 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     assert {one.in_answer for one in found} == {False, True}
 
 
-def test_one_task_alone_has_no_switches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_one_task_alone_has_no_switches() -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("no answer", "1. one\n2. reads as two")]}
-    assert routing_stats.measure_switches(model, tokenizer, tests) == ()
+    assert routing_stats.composites_of(tests) == []
 
 
 class ByLength(Router):

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 import yaml
+from prefect.task_runners import ThreadPoolTaskRunner
 
+from pipelines.recipe.stage import Stage
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.flows.test_local_server import wait_until
@@ -132,6 +134,30 @@ def test_without_them_a_sentence_says_what_to_install(
         parallel.NoWorkersError, match=rf"pip install 'meteora-pipelines\[{kind}\]'"
     ):
         parallel._task_runner(parallel.Workers(kind, "2"))
+
+
+@pytest.mark.parametrize(
+    ("where", "ends"),
+    [("2", "run again when this machine has less to do"), ("tcp://a:1", "check the address")],
+)
+@pytest.mark.usefixtures("prefect_server")
+def test_workers_that_do_not_start_are_one_sentence(
+    where: str, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray gives a node 30 seconds; a machine under load may need more."""
+    from pipelines.flows import parallel  # noqa: PLC0415
+
+    class Slow(ThreadPoolTaskRunner):
+        def __enter__(self) -> Self:
+            raise Exception("The current node timed out during startup. This could happen\nif …")
+
+    monkeypatch.setattr(parallel, "_ray", lambda _where: Slow())
+    with pytest.raises(parallel.NoWorkersError) as raised:
+        parallel.run_recipes(["a", "b"], "nowhere", Stage.gates, parallel.Workers("ray", where))
+    assert str(raised.value) == (
+        f"Ray at {where} takes no runs (The current node timed out during startup. This could"
+        f" happen); {ends}"
+    )
 
 
 def test_both_at_once_is_wrong_usage(recipe_folder: Path, tmp_path: Path) -> None:

@@ -220,6 +220,11 @@ def test_it_ends_with_an_error_where_the_run_would(
     ends("", experts=[broken, good[1]], policy={"on_refused": "skip"})
     ends("no adapter can be used", experts=[broken], policy={"on_refused": "skip"})
 
+    gone = f"{tmp_path / 'gone'}: there is no such folder"
+    nowhere = good[0] | {"adapter": f"path:{tmp_path / 'gone'}"}
+    ends(gone, experts=[nowhere, good[1]])
+    ends(gone, experts=[nowhere, good[1]], policy={"on_refused": "skip"})
+
     wide = tmp_path / "wide"
     shutil.copytree(recipe_folder / "base", wide)
     config = json.loads((wide / "config.json").read_text())

@@ -40,6 +40,7 @@ def test_a_dry_run_takes_it_and_no_examples_are_needed(
     out = tmp_path / "recipes" / "mine.yaml"
     made = ask("import", folder, "-o", out)
     assert made.stdout == f"{out}\n", made.stderr
+    assert f"left out: {folder / 'patterns'}: adapter_model.safetensors is empty" in made.stderr
     recipe = Recipe.load(out)
     assert {one.name for one in recipe.experts} == {"at-tention", "q_and_v"}
     assert recipe.router.kind == "prompt"

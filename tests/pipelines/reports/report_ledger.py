@@ -213,7 +213,7 @@ def _score(
         stderr=0.02,
         low=max(0.0, value - 0.1),
         high=min(1.0, value + 0.04),
-        num_samples=100,
+        num_samples=30 if metric == "composite_attempted" else 100,
         outputs_sha256=ledger.blobs.put_bytes(spec.id.encode()),
         harness="lm-eval 0.4.13",
         wall_seconds=1.5,

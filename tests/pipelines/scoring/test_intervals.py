@@ -93,6 +93,20 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     assert intervals.difference_interval(graded, theirs, graded=True)[0] > -0.1
 
 
+@pytest.mark.parametrize("n", [1, 2, 30])
+@pytest.mark.parametrize("apart", [-1.0, -0.25, 0.0, 0.6, 1.0])
+def test_rows_that_all_differ_by_one_amount_leave_others_possible(n: int, apart: float) -> None:
+    """The share of rows that may differ otherwise is Clopper and Pearson's, of 0 in n."""
+    ours, theirs = [max(apart, 0.0)] * n, [max(-apart, 0.0)] * n
+    low, high = intervals.difference_interval(ours, theirs, graded=True)
+    assert -1 <= low <= apart <= high <= 1
+    others = stats.binomtest(0, n).proportion_ci(method="exact").high
+    assert (high - low) / 2 == pytest.approx(others)
+    assert intervals.difference_interval(theirs, ours, graded=True) == pytest.approx((-high, -low))
+    assert intervals.difference_interval([0.3, 0.8] * n, [0.2, 0.7] * n, graded=True)[0] < 0.09
+    assert intervals.difference_interval([80.0] * n, [70.0] * n, graded=True) == (10, 10)
+
+
 def test_the_mean_difference_weighs_tasks_alike() -> None:
     pairs = [([1.0] * 10, [0.0] * 10), ([0.0, 1.0] * 50, [0.0, 1.0] * 50)]
     mean, low, high = intervals.mean_difference(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,8 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     said = benchmark(work, folder, recipe_folder)
     assert said.returncode == 0, said.stderr
     assert "q_and_v" in said.stdout
+    assert "watching the routes: 2 of 2 rows" in said.stderr
+    assert "watching it follow" not in said.stderr  # one task has no change of subject
     rows = work.ledger.query(f"{LEADERBOARD}'{router}'").rows
     assert rows == [("q_and_v", 2, True)]
     assert len(work.ledger.query("FROM scores").rows) == before + 1  # base and oracle are recorded
@@ -163,6 +166,39 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     router = change["router_id"]
     assert scores["router_id"] == router
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
+
+
+def test_the_routes_of_some_tasks_alone_are_not_those_of_a_router(
+    dropped: tuple[RunContext, Path], recipe_folder: Path
+) -> None:
+    work, folder = dropped
+    words = ("attention", recipe_folder / "attention")
+    where = ("--base", recipe_folder / "base", "--home", work.home)
+    said = ask("add", folder, *words, f"jsonl:{recipe_folder / 'attention.train.jsonl'}", *where)
+    made = Path(said.stdout.strip())
+    counts = "SELECT DISTINCT truth FROM routing_counts WHERE router_id ="
+    counts = f"{counts} '{read_manifest(made).router_id}'"
+
+    said = benchmark(work, made, recipe_folder, "--tasks", "attention")
+    assert said.returncode == 0, said.stderr
+    assert "watching" not in said.stderr
+    assert "Routing accuracy" not in said.stdout
+    assert work.ledger.query(counts).rows == []
+    said = benchmark(work, made, recipe_folder)
+    assert "watching the routes: 4 of 4 rows" in said.stderr
+    assert {row[0] for row in work.ledger.query(counts).rows} == {"attention", "q_and_v"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("attention", ""), ("other", " --tasks other=jsonl:FILE")]
+)
+def test_what_to_measure_next_asks_for_rows_only_where_none_are_recorded(
+    dropped: tuple[RunContext, Path], recipe_folder: Path, name: str, rows: str
+) -> None:
+    work, folder = dropped
+    words = (name, recipe_folder / "attention", f"jsonl:{recipe_folder / 'attention.train.jsonl'}")
+    said = ask("add", folder, *words, "--base", recipe_folder / "base", "--home", work.home)
+    assert re.search(rf"measure it with `meteora benchmark router:\w+{rows}`", said.stderr)
 
 
 def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(

@@ -334,7 +334,7 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
     work, folder = made
     refused = ask("drop", folder, "nobody", "--home", work.home)
     assert refused.returncode == 1
-    assert "'nobody' cannot be dropped from q_and_v, attention" in " ".join(refused.stderr.split())
+    assert "there is no expert 'nobody'; " in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in folder.iterdir():

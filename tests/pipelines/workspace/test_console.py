@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
+import time
+
 import pytest
+import rich.console
+from rich.text import Text
 
 from meteora.artifacts import Reason
 from meteora.untrusted.findings import AdapterError
@@ -27,6 +33,28 @@ def test_brackets_in_what_is_said_are_kept(capsys: pytest.CaptureFixture[str]) -
 def test_what_is_said_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("\x1b]0;title\x07\x1b[2Jtwo\nlines", "error")
     assert capsys.readouterr().err == "error: ␛]0;title␇␛[2Jtwo\nlines\n"
+
+
+def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> None:
+    """Rows of a batch are done at one moment; that is no rate of 100,000 a second."""
+    shown = io.StringIO()
+    shows = console.Console()
+    shows._stderr = rich.console.Console(file=shown, width=80, force_terminal=True)
+    with shows.bar("watching the routes", 60, "rows") as advance:
+        advance(0)
+        time.sleep(1)
+        for _ in range(16):
+            advance(1)
+        time.sleep(1.2)
+    lines = Text.from_ansi(shown.getvalue()).plain.split("\n")
+    last = [line for line in lines if line.strip()][-1]
+    assert last.startswith("watching the routes ━")
+    assert len(last) <= 80
+    shape = r".+ 16 of 60 rows, 0:00:0(\d), ([\d.]+) a second, 0:00:0(\d) left *"
+    (found,) = re.findall(shape, last)
+    went, rate, left = map(float, found)
+    assert 5 < rate <= 16
+    assert left < 2 * went  # it counts down from the last step on: 44 / 16 of the time until then
 
 
 def test_a_refusal_says_its_code(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from bisect import bisect_right
 from dataclasses import asdict
@@ -30,6 +31,8 @@ Format = Literal["table", "json", "csv", "markdown"]
 """The forms of an answer."""
 SHOWN = 100
 """How many artifacts are listed for one damaged file."""
+ID = re.compile(r"(^|_)(id|sha256)$")
+"""Names of columns of long hexadecimal digits."""
 NARROW = 20
 """Characters of a column in a table that has more columns than a line can show."""
 BORDERS = 3
@@ -103,26 +106,36 @@ def print_answer(answer: Answer, form: Format) -> None:
 
 
 def _print_table(answer: Answer) -> None:
-    """Print a table. Where its columns cannot stand in a line, the first ones do, cut."""
+    """Print a table. Where its columns cannot stand in a line, as many as do, cut.
+
+    Those that are the same in every row are left out first, then ids.
+    """
     out = plain_console()
     cells = [[_cell(value) for value in row] for row in answer.rows]
     columns = zip(answer.columns, *cells, strict=True)
     widths = [max(map(cell_len, column)) + BORDERS for column in columns]
-    narrow = list(accumulate(min(width, NARROW + BORDERS) for width in widths))
-    room = out.width - 1
-    if not narrow or narrow[-1] <= room:
-        table = Table(*answer.columns)
-        shown = len(answer.columns)
+    count, room = len(widths), out.width - 1
+    if sum(min(width, NARROW + BORDERS) for width in widths) <= room:
+        table, shown = Table(*answer.columns), list(range(count))
     else:
-        shown = max(1, bisect_right(narrow, room - len("…") - BORDERS))
-        heads = [*answer.columns[:shown], "…"]
+        rows_of = dict(enumerate(zip(*cells, strict=True)))
+
+        def says_little(i: int) -> tuple[bool, bool]:
+            alike = len(cells) > 1 and len(set(rows_of[i])) == 1
+            return alike, bool(ID.search(answer.columns[i]))
+
+        readable = sorted(range(count), key=says_little)
+        narrow = list(accumulate(min(widths[i], NARROW + BORDERS) for i in readable))
+        fitting = max(1, bisect_right(narrow, room - len("…") - BORDERS))
+        shown = sorted(readable[:fitting])
+        heads = [*(answer.columns[i] for i in shown), "…"]
         table = Table(*(Column(head, no_wrap=True, max_width=NARROW) for head in heads))
     for row in cells:
-        table.add_row(*row[:shown])
+        table.add_row(*(row[i] for i in shown))
     out.print(table)
-    if shown < len(answer.columns):
+    if len(shown) < count:
         out.print(
-            f"{len(answer.columns)} columns, {shown} shown; select those that you need, or ask for"
+            f"{count} columns, {len(shown)} shown; select those that you need, or ask for"
             " all with --format csv",
             soft_wrap=True,
         )

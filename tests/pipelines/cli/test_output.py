@@ -49,6 +49,19 @@ def test_a_wide_answer_shows_its_first_columns_on_one_line_each(
     assert all("…" in line for line in table if line.startswith("┃"))
 
 
+def test_ids_and_what_is_alike_in_all_rows_are_left_out_first(
+    printed: Callable[..., str],
+) -> None:
+    columns = ("subject_id", "rows_sha256", "seed", "task", *(f"c{i}" for i in range(20)), "value")
+    rows = [(f"{i}" * 64, f"{i}" * 64, 7, f"task {i}", *[5] * 20, i / 4) for i in range(2)]
+    heading = printed(Answer(columns, rows)).splitlines()[1]
+    shown = heading.replace("┃", " ").split()
+    assert {"subject_id", "task", "value"} < set(shown)
+    assert "c9" not in shown
+    narrow = printed(Answer(columns, rows), 40).splitlines()[1].replace("┃", " ").split()
+    assert narrow == ["task", "value", "…"]
+
+
 def test_an_answer_that_fits_is_whole_and_long_text_takes_several_lines(
     printed: Callable[..., str],
 ) -> None:

@@ -43,7 +43,7 @@ def gated(world: World, folder: Path, *, hashed: bool = True) -> Manifest:
         for path, entry in modules.items()
         if path not in follows
     }
-    write_gates(folder / GATES, Gates(own, follows, Template((1, 5, 6), (7,))))
+    write_gates(folder / GATES, Gates(own, follows, Template((1, 5, 6), (7,), (5, 6))))
     options = RouterOptions("gate", 2, 1.0, opening="prompt", share="point")
     names = (EXPERTS, GATES) if hashed else ()
     manifest = dataclasses.replace(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load, save
 
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, TENSORS
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, OPENINGS, SHARES, TENSORS
 from tests.meteora.checkpoint.checkpoint_maker import joined, split
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def change_json(value: Any, draw: random.Random) -> Any:
 
 
 def change_manifest(data: bytes, draw: random.Random) -> bytes:
-    """One change to a manifest: to its values, to the base or a name in it, or to its bytes."""
+    """One change to a manifest: to its values, its base, a name, its routing, or its bytes."""
     kind = draw.random()
     if kind < 0.2:
         return change_bytes(data, draw)
@@ -86,6 +86,8 @@ def change_manifest(data: bytes, draw: random.Random) -> bytes:
         body["base"]["repo_id"], body["base"]["revision"] = draw.choice(BASES)
     elif kind < 0.3:
         draw.choice(body["experts"])["name"] = draw.choice(NAMES)
+    elif kind < 0.35:
+        body["router"] |= {"share": draw.choice(SHARES), "opening": draw.choice(OPENINGS)}
     else:
         body = change_json(body, draw)
     return json.dumps(body).encode()

@@ -106,7 +106,8 @@ def load(sound: Sound, manifest: Manifest) -> None:
         model(torch.tensor([[1, 5, 6, 9, 9, 7]]))
     if manifest.router.kind == "gate":
         template = read_gates(sound.folder, manifest).template
-        assert all(0 <= token <= MAX_TOKEN for token in template.opening + template.closing)
+        parts = template.opening + template.closing + template.header
+        assert all(0 <= token <= MAX_TOKEN for token in parts)
 
 
 def write(sound: Sound, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import meteora
 from meteora.artifacts import MeteoraError
@@ -256,7 +256,7 @@ def test_a_manifest_that_is_no_manifest(folder: Path, text: bytes) -> None:
 @pytest.mark.parametrize("name", [EXPERTS, GATES])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_number_that_is_not_finite(folder: Path, name: str, value: float) -> None:
-    tensors = load_file(folder / name)
+    tensors = load((folder / name).read_bytes())
     notes = {"meteora": notes_of(folder)} if name == GATES else {}
     next(iter(tensors.values())).view(-1)[-1] = value
     save_file(tensors, folder / name, notes)
@@ -301,13 +301,13 @@ def test_very_many_empty_tensors(folder: Path, count: int) -> None:
 
 
 def test_tensors_that_nothing_names(folder: Path) -> None:
-    more = load_file(folder / EXPERTS) | {"model.secret": torch.zeros(1)}
+    more = load((folder / EXPERTS).read_bytes()) | {"model.secret": torch.zeros(1)}
     save_file(more, folder / EXPERTS)
     refused(folder, "it holds model.secret, which meteora.json does not name")
 
 
 def test_two_types_in_one_module(folder: Path) -> None:
-    tensors = load_file(folder / EXPERTS)
+    tensors = load((folder / EXPERTS).read_bytes())
     key = next(iter(tensors))
     save_file(tensors | {key: tensors[key].half()}, folder / EXPERTS)
     refused(folder, "of one type")
@@ -355,7 +355,7 @@ def test_notes_that_are_no_notes(folder: Path, notes: str) -> None:
 
 def test_a_gate_behind_its_follower_in_one_layer_is_a_sentence(world: World, folder: Path) -> None:
     """The order inside a layer is known only to the base's own code."""
-    gates = load_file(folder / GATES)
+    gates = load((folder / GATES).read_bytes())
     down = "model.layers.0.mlp.down_proj"
     for part in ("weight", "bias"):
         gates.pop(f"{Q0}.gate.{part}")

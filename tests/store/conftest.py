@@ -288,6 +288,10 @@ def compare(shelf: Shelf, gates: RouterSpec, oracle: AdapterSpec, run_id: str) -
     )
 
 
+PIPE_BYTES = 1 << 20
+"""Room for what a worker says in ten minutes: a test may listen only when they are over."""
+
+
 @pytest.fixture
 def worker() -> Generator[Callable[..., subprocess.Popen[str]], None, None]:
     """Start `worker.py` with these arguments; its standard output is a pipe."""
@@ -298,6 +302,7 @@ def worker() -> Generator[Callable[..., subprocess.Popen[str]], None, None]:
                 [sys.executable, "-m", "tests.store.worker", *map(str, arguments)],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
+                pipesize=PIPE_BYTES,
                 text=True,
             )
             started.enter_context(process)

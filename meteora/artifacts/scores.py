@@ -176,7 +176,7 @@ class ComparisonBuild(Noun):
     mean_difference: float
     """Mean over the tasks."""
     low: float
-    """Lower end of its 95 % interval (bootstrap over rows within each task)."""
+    """Lower end of its 95 % interval, from those of the tasks (MOVER)."""
     high: float
 
 

@@ -108,12 +108,21 @@ def find(
 
 
 def find_base(
-    folder: Path, home: Path, base: Path | None = None, token_for: Collection[str] = ()
+    folder: Path,
+    home: Path,
+    base: Path | None = None,
+    token_for: Collection[str] = (),
+    *,
+    is_loaded: bool = True,
 ) -> FoundCheckpoint:
-    """Find the base of a checkpoint in a folder; arguments and errors are those of `find`."""
+    """Find the base of a checkpoint in a folder; arguments and errors are those of `find`.
+
+    Args:
+        is_loaded: Whether the base will be loaded; otherwise the Hub is not asked for it.
+    """
     named = read_manifest(folder).base
     at_hand = base or base_at_hand(folder, home)
-    if at_hand is not None or not is_hub_id(named.repo_id):
+    if at_hand is not None or not (is_loaded and is_hub_id(named.repo_id)):
         return FoundCheckpoint(folder, at_hand, {})
     is_here = cached(named.repo_id, "config.json", named.revision) is not None
     return FoundCheckpoint(folder, None, _download(named.repo_id, token_for, is_here=is_here))

@@ -174,7 +174,10 @@ def report(
         folders = [
             checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
         ]
-        both = [as_recorded(ledger, checkpoints.find_base(one, home, base)) for one in folders]
+        both = [
+            as_recorded(ledger, checkpoints.find_base(one, home, base, is_loaded=False))
+            for one in folders
+        ]
         _compare(ledger, both[0].folder, both[1].folder, output, as_json=as_json)
         return
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)

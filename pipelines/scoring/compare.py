@@ -55,7 +55,9 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
                 num_samples=ours.num_samples,
             )
         )
-    mean, low, high = intervals.mean_difference(pairs, spec.seed)
+    mean, low, high = intervals.mean_difference(
+        [(one.difference, one.low, one.high) for one in differences]
+    )
     return ComparisonBuild(spec, tuple(differences), mean, low, high)
 
 

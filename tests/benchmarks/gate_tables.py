@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.scoring.intervals import mean_difference, wilson
+from pipelines.scoring.intervals import difference_interval, mean_difference, wilson
 from tests.benchmarks.timing import machine
 
 if TYPE_CHECKING:
@@ -92,7 +92,15 @@ def _against(one: Mapping[str, Any], oracle: Mapping[str, Any]) -> list[str]:
     mean = sum(sum(ours) / len(ours) for ours, _ in pairs) / len(pairs)
     if one is oracle:
         return [f"{mean:.3f}", ""]
-    apart, low, high = mean_difference(pairs)
+    apart, low, high = mean_difference(
+        [
+            (
+                sum(ours) / len(ours) - sum(theirs) / len(theirs),
+                *difference_interval(ours, theirs, graded=False),
+            )
+            for ours, theirs in pairs
+        ]
+    )
     return [f"{mean:.3f}", f"{apart:+.3f} [{low:+.3f}, {high:+.3f}]"]
 
 

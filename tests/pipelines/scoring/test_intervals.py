@@ -108,12 +108,29 @@ def test_rows_that_all_differ_by_one_amount_leave_others_possible(n: int, apart:
 
 
 def test_the_mean_difference_weighs_tasks_alike() -> None:
-    pairs = [([1.0] * 10, [0.0] * 10), ([0.0, 1.0] * 50, [0.0, 1.0] * 50)]
-    mean, low, high = intervals.mean_difference(pairs)
-    assert mean == low == high == 0.5
-    noisy = [([1.0, 0.0] * 10, [0.0, 0.0] * 10)] * 2
-    mean, low, high = intervals.mean_difference(noisy)
-    assert low < mean == 0.5 < high
+    assert intervals.mean_difference([(1.0, 0.7, 1.0), (0.0, -0.4, 0.4)]) == pytest.approx(
+        (0.5, 0.5 - 0.25, 0.5 + 0.2)
+    )
+    assert intervals.mean_difference([(0.3, 0.1, 0.6)]) == pytest.approx((0.3, 0.1, 0.6))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5
+    )
+)
+def test_the_interval_of_a_mean_difference_holds_it_and_has_a_width(
+    tasks: list[tuple[int, int, int]],
+) -> None:
+    """Where no row of a task differs, too."""
+    found = []
+    for same, better, worse in tasks:
+        ours = [0.0] * same + [1.0] * better + [0.0] * worse
+        theirs = [0.0] * same + [0.0] * better + [1.0] * worse
+        apart = (better - worse) / len(ours)
+        found.append((apart, *intervals.difference_interval(ours, theirs, graded=False)))
+    mean, low, high = intervals.mean_difference(found)
+    assert low < mean < high
 
 
 def test_holm_corrects_as_in_his_example() -> None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
+from safetensors import safe_open
 from torch import nn
 
 from meteora.adapters import reader
 from meteora.artifacts import RouterOptions
-from meteora.checkpoint import manifest, tensors
+from meteora.checkpoint import manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.model.fused import EXPERTS, insert_layer
 from meteora.routing.layer import routed_layers
@@ -99,7 +100,7 @@ def routed(
     specs = [adapter.spec for adapter in read]
     if not (work / manifest.EXPERTS).exists():
         stack_adapters(read, work / manifest.EXPERTS)
-    with tensors.safe_open(work / manifest.EXPERTS, framework="pt") as file:
+    with safe_open(work / manifest.EXPERTS, framework="pt") as file:
         model = share(base)
         setattr(model, EXPERTS, [str(e) for e in range(len(specs))])
         for path, entry in module_entries(specs).items():

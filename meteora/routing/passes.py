@@ -43,9 +43,9 @@ class PassInput:
 
 
 def watch(model: nn.Module, see: Callable[[PassInput], None]) -> RemovableHandle:
-    """Call `see` before each pass of a causal language model; its `base_model` may be gone around.
+    """Call `see` before each pass of a causal language model.
 
-    OPT's own forward does not call its `base_model`, for example.
+    Its `base_model` is not watched, since some models do not call theirs, such as OPT.
     """
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -75,7 +75,10 @@ class PromptRouter(Router):
         self.register_buffer("owner", owner.to(rows.device), persistent=False)
 
     def sizes(self, tokens: Tensor) -> Tensor:
-        """Log ‖R_c A_c Σ⁻¹ (x - μ)‖ of tokens [T, IN], [T, E]; 0 of an expert that lacks it."""
+        """Log ‖R_c A_c (Σ + λ I)^-½ (x - μ)‖ of tokens [T, IN], as [T, E].
+
+        It is 0 of an expert that lacks the module.
+        """
         rows: Tensor = self.rows  # ty: ignore[invalid-assignment]
         offset: Tensor = self.offset  # ty: ignore[invalid-assignment]
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]

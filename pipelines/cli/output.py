@@ -112,17 +112,16 @@ def _print_table(answer: Answer) -> None:
     """
     out = plain_console()
     cells = [[_cell(value) for value in row] for row in answer.rows]
-    columns = zip(answer.columns, *cells, strict=True)
+    columns = list(zip(answer.columns, *cells, strict=True))
     widths = [max(map(cell_len, column)) + BORDERS for column in columns]
     count, room = len(widths), out.width - 1
     if sum(min(width, NARROW + BORDERS) for width in widths) <= room:
         table, shown = Table(*answer.columns), list(range(count))
     else:
-        rows_of = dict(enumerate(zip(*cells, strict=True)))
 
         def says_little(i: int) -> tuple[bool, bool]:
-            alike = len(cells) > 1 and len(set(rows_of[i])) == 1
-            return alike, bool(ID.search(answer.columns[i]))
+            name, *values = columns[i]
+            return len(values) > 1 and len(set(values)) == 1, bool(ID.search(name))
 
         readable = sorted(range(count), key=says_little)
         narrow = list(accumulate(min(widths[i], NARROW + BORDERS) for i in readable))

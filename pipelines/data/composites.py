@@ -93,7 +93,8 @@ def compose(
     composites = []
     for _ in range(count):
         order = [task for _ in range(-(-n // len(rows))) for task in rng.sample([*rows], len(rows))]
-        composites.append(_put_together([Question(task, next(rows[task])) for task in order[:n]]))
+        asked = [Question(task, next(rows[task])) for task in order[:n]]
+        composites.append(number_questions(asked))
     return composites
 
 
@@ -113,7 +114,8 @@ def _dealt(task: str, rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
     return cycle(rng.sample(fit, len(fit)))
 
 
-def _put_together(questions: Sequence[Question]) -> Composite:
+def number_questions(questions: Sequence[Question]) -> Composite:
+    """The questions as one prompt, in this order, and their answers."""
     prompt, prompt_spans = _numbered(OPENING, "\n\n", [(q.task, q.row.prompt) for q in questions])
     response, response_spans = _numbered("", "\n", [(q.task, q.row.response) for q in questions])
     return Composite(prompt, response, tuple(questions), prompt_spans, response_spans)

@@ -44,7 +44,7 @@ from pipelines.scoring.outputs import write_outputs
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.peers import TARGETS, arrow, quiet, x_lora
-from tests.quickstart.make import fit
+from tests.quickstart.make import fit, lessons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ def train_adapters(work: RunContext, base: Path, out: Path, steps: int) -> None:
         with quiet():
             model = get_peft_model(on_device(loaded), config)
             stream = shuffled_for_ever(own)
-            fit(model, tokenizer, stream, steps=steps, peak=5e-4, what=name)
+            fit(model, lessons(tokenizer, stream), steps=steps, peak=5e-4, what=name)
             model.save_pretrained(str(out / "adapters" / name))
 
 
@@ -157,7 +157,7 @@ def build(
                 rows = {name: own[:limit] for name, own in training_rows(work).items()}
             stream = shuffled_for_ever(list(itertools.chain(*rows.values())))
             made.train()
-            fit(made, tokenizer, stream, steps=steps, peak=5e-4, what=system)
+            fit(made, lessons(tokenizer, stream), steps=steps, peak=5e-4, what=system)
     return cast("PreTrainedModel", made.eval()), tokenizer
 
 

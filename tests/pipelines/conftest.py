@@ -184,7 +184,7 @@ def train_experts(base: Path, folder: Path) -> None:
 
     from meteora.base.loading import load_tokenizer
     from tests.conftest import ATTENTION, MLP, peft_is_behind
-    from tests.quickstart.make import fit
+    from tests.quickstart.make import fit, lessons
 
     for name, alphabet in ALPHABETS.items():
         torch.manual_seed(0)
@@ -195,8 +195,8 @@ def train_experts(base: Path, folder: Path) -> None:
             )
         prompts = (text for seed in count(1) for text in prompts_in(alphabet, seed, 64))
         rows = ({"prompt": text, "response": text[-1] * 3} for text in prompts)
-        tokenizer = load_tokenizer(base)
-        fit(model, tokenizer, rows, steps=150, peak=1e-2, what=name, batch_size=32)
+        batches = lessons(load_tokenizer(base), rows, batch_size=32)
+        fit(model, batches, steps=150, peak=1e-2, what=name)
         model.save_pretrained(str(folder / name))
 
 

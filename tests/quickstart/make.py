@@ -35,6 +35,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TRAIN_SEED, SPLIT_SEED = 0, 1
 BATCH_SIZE = 8
+NOT_LEARNT = -100
+Lesson = tuple[list[int], list[int]]
+"""Token ids, and for each the token to predict here, which is itself, or NOT_LEARNT."""
 CARD = """---
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 library_name: peft
@@ -99,7 +102,7 @@ def train(
             task_type="CAUSAL_LM",
         ),
     )
-    fit(model, tokenizer, stream, steps=asked.steps, peak=asked.peak, what=task)
+    fit(model, lessons(tokenizer, stream), steps=asked.steps, peak=asked.peak, what=task)
     save(model, out / "adapters" / task)
 
 
@@ -113,35 +116,37 @@ def save(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder))
 
 
-def fit(
-    model: nn.Module,
+def lesson(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Lesson:
+    """A row's answer, after its prompt."""
+    ids = encode_pair(tokenizer, row["prompt"], row["response"])
+    start = len(encode_prompt(tokenizer, row["prompt"]))
+    return ids, [NOT_LEARNT] * start + ids[start:]
+
+
+def lessons(
     tokenizer: PreTrainedTokenizerBase,
     stream: Iterator[dict[str, str]],
-    *,
-    steps: int,
-    peak: float,
-    what: str,
     batch_size: int = BATCH_SIZE,
+) -> Iterator[list[Lesson]]:
+    """Batches of the answers of rows from `stream`."""
+    while batch := list(itertools.islice(stream, batch_size)):
+        yield [lesson(tokenizer, row) for row in batch]
+
+
+def fit(
+    model: nn.Module, batches: Iterator[list[Lesson]], *, steps: int, peak: float, what: str
 ) -> None:
-    """Train whatever of a model asks for gradients, on the answers of rows from `stream`."""
+    """Train whatever of a model asks for gradients, a step a batch."""
     weights = [p for p in model.parameters() if p.requires_grad]
     device = weights[0].device
     optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
-    for step in range(steps):
-        batch = list(itertools.islice(stream, batch_size))
-        pairs = [
-            (
-                encode_pair(tokenizer, row["prompt"], row["response"]),
-                len(encode_prompt(tokenizer, row["prompt"])),
-            )
-            for row in batch
-        ]
-        width = max(len(ids) for ids, _ in pairs)
-        ids = torch.full((batch_size, width), tokenizer.pad_token_id or 0)
-        labels = torch.full((batch_size, width), -100)
-        for i, (row_ids, start) in enumerate(pairs):
+    for step, batch in enumerate(itertools.islice(batches, steps)):
+        width = max(len(ids) for ids, _ in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # no token sees what follows it
+        labels = torch.full((len(batch), width), NOT_LEARNT)
+        for i, (row_ids, row_labels) in enumerate(batch):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
-            labels[i, start : len(row_ids)] = torch.tensor(row_ids[start:])
+            labels[i, : len(row_ids)] = torch.tensor(row_labels)
         warm = min(1.0, (step + 1) / 10)
         for group in optimizer.param_groups:
             group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -154,15 +159,18 @@ def fit(
             print(f"{what}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
 
 
-def write_splits(task: str, out: Path) -> None:
-    trained_on = {
-        row["prompt"]
-        for row in itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * BATCH_SIZE)
-    }
+def seen_in_training(task: str) -> set[str]:
+    """The prompts that the shipped adapter was trained on."""
+    count = TRAININGS[task].steps * BATCH_SIZE
+    return {row["prompt"] for row in itertools.islice(rows(task, TRAIN_SEED), count)}
+
+
+def write_splits(task: str, out: Path, trained_on: set[str], num_test: int = NUM_TEST) -> None:
+    """Rows of a task that its adapter has not seen, for the gates and for tests."""
     fresh = (row for row in rows(task, SPLIT_SEED) if row["prompt"] not in trained_on)
     folder = out / "tasks" / task
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+    for name, count in (("train", NUM_TRAIN), ("test", num_test)):
         lines = [json.dumps(row) + "\n" for row in itertools.islice(fresh, count)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
@@ -174,7 +182,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(TRAININGS), choices=TRAININGS)
     arguments = parser.parse_args()
     for task in arguments.only:
-        write_splits(task, arguments.out)
+        write_splits(task, arguments.out, seen_in_training(task))
         train(arguments.base, task, TRAININGS[task], rows(task, TRAIN_SEED), arguments.out)
         card = CARD.format(task=task, steps=TRAININGS[task].steps, batch=BATCH_SIZE)
         (arguments.out / "adapters" / task / "README.md").write_text(card)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.recipe.recipe import locate
-from tests.quickstart.make import NUM_TEST, NUM_TRAIN, TRAININGS, write_splits
+from tests.quickstart.make import NUM_TEST, NUM_TRAIN, TRAININGS, seen_in_training, write_splits
 from tests.quickstart.tasks import TASKS, in_words, rows
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ SHIPPED = locate("quickstart").parent
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_ships_is_what_the_script_writes(task: str, tmp_path: Path) -> None:
-    write_splits(task, tmp_path)
+    write_splits(task, tmp_path, seen_in_training(task))
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         made = (tmp_path / "tasks" / task / f"{split}.jsonl").read_text()
         assert made == (SHIPPED / "tasks" / task / f"{split}.jsonl").read_text()
@@ -26,7 +26,7 @@ def test_what_ships_is_what_the_script_writes(task: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_was_trained_on_is_never_asked(task: str, tmp_path: Path) -> None:
-    write_splits(task, tmp_path)
+    write_splits(task, tmp_path, seen_in_training(task))
     trained = {row["prompt"] for row in itertools.islice(rows(task, 0), TRAININGS[task].steps * 8)}
     asked = (tmp_path / "tasks" / task / "test.jsonl").read_text()
     assert not [prompt for prompt in trained if f'"prompt": "{prompt}"' in asked]

@@ -84,7 +84,7 @@ def told(
     opened: dict[bool, list[bool]] = {True: [], False: []}
     for composite in compose(rows, 3, PROMPTS, 0):
         ids, owners = encode_composite(tokenizer, composite)
-        votes = torch.nn.functional.one_hot(_chosen(model, ids), len(names)).sum(0).argmax(-1)
+        votes = torch.nn.functional.one_hot(chosen(model, ids), len(names)).sum(0).argmax(-1)
         hits = [names[e] == owner for e, owner in zip(votes.tolist(), owners, strict=True)]
         right += [hit for hit, owner in zip(hits, owners, strict=True) if owner]
         for place in answer_openings(tokenizer, composite):
@@ -93,7 +93,7 @@ def told(
     alone = {
         name: torch.stack(
             [
-                (_chosen(model, encode_pair(tokenizer, row.prompt, row.response))[:, opening:] == e)
+                (chosen(model, encode_pair(tokenizer, row.prompt, row.response))[:, opening:] == e)
                 .float()
                 .mean()
                 for row in tests[name][:SINGLES]
@@ -111,7 +111,7 @@ def told(
     print(way, json.dumps({name: round(value, 4) for name, value in found.items()}), flush=True)
 
 
-def _chosen(model: PreTrainedModel, ids: list[int]) -> Tensor:
+def chosen(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """[M, L] the expert that each module chooses for each token."""
     with recorded_logits(model) as logits:
         model(input_ids=torch.tensor([ids]), logits_to_keep=1)

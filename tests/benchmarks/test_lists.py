@@ -19,7 +19,7 @@ def learnt(tokenizer: PreTrainedTokenizerBase, *tasks: str) -> str:
     asked = [Question(task, Row(f"{task} asks", f"{task} says")) for task in tasks]
     ids, labels = list_lesson(tokenizer, number_questions(asked), "own")
     assert all(label in (token, NOT_LEARNT) for token, label in zip(ids, labels, strict=True))
-    return tokenizer.decode([label for label in labels if label != NOT_LEARNT])
+    return str(tokenizer.decode([label for label in labels if label != NOT_LEARNT]))
 
 
 def test_behind_another_answer_only_its_own_is_learnt(tokenizer) -> None:

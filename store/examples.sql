@@ -69,6 +69,11 @@ FROM routing GROUP BY ALL ORDER BY ALL;
 SELECT truth, chosen, sum(num_tokens)::BIGINT AS tokens
 FROM routing_counts WHERE truth <> chosen GROUP BY ALL ORDER BY tokens DESC, truth, chosen LIMIT 10;
 
+-- Which models notice that a prompt is no expert's?
+SELECT short(router_id) AS model, round(auroc, 3) AS auroc, num_nobodys, num_own,
+       round(nobodys_share, 2) AS nobodys_share, round(own_share, 2) AS own_share
+FROM abstentions ORDER BY abstentions.auroc DESC, model;
+
 -- What ran lately, and how did it end?
 SELECT started_at, recipe_name, outcome, reason, round(wall_seconds, 1) AS seconds FROM runs LIMIT 10;
 

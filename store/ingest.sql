@@ -118,6 +118,12 @@ FROM (
     FROM (SELECT *, unnest((built->'switches')::JSON[]) AS one FROM made WHERE kind = 'routing')
 );
 
+INSERT INTO abstentions BY NAME
+SELECT spec->>'router_id' AS router_id, record_sha256,
+       unnest(fields(built->'abstention', ['num_own', 'num_nobodys', 'own_share', 'nobodys_share',
+                                           'auroc']))
+FROM made WHERE kind = 'routing' AND built->>'abstention' IS NOT NULL;
+
 CREATE OR REPLACE TEMP TABLE measured AS
 SELECT * REPLACE ( -- fields that older releases did not write
            coalesce(template, 'auto') AS template,
@@ -260,6 +266,7 @@ DELETE FROM speeds WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routing_counts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routing_details WHERE record_sha256 IN (FROM overruled);
 DELETE FROM routing_switches WHERE record_sha256 IN (FROM overruled);
+DELETE FROM abstentions WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_starts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_ends WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_stages WHERE record_sha256 IN (FROM overruled);

@@ -165,6 +165,10 @@ FROM routing_switches WHERE router_id = $router
 GROUP BY delay_tokens WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
 ORDER BY delay_tokens NULLS LAST;
 
+-- abstention: Whether the base has the prompts that are no expert's
+SELECT auroc, num_nobodys, num_own, nobodys_share, own_share
+FROM abstentions WHERE router_id = $router;
+
 -- failures: Where routing goes wrong most
 SELECT expert, layer, string_agg(split_part(module, '.', -1), ', ' ORDER BY module) AS modules,
        accuracy, num_tokens

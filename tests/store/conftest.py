@@ -34,7 +34,9 @@ from meteora.artifacts import (
     Reason,
     RouterBuild,
     RouterSpec,
+    RoutingBuild,
     RoutingScore,
+    RoutingSpec,
     Score,
     ScorePair,
     ScorePart,
@@ -42,6 +44,7 @@ from meteora.artifacts import (
     SpeedBuild,
     SpeedSpec,
 )
+from meteora.artifacts.scores import Abstention
 from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
 from store.ledger import Ledger
 from store.query import reading
@@ -235,6 +238,14 @@ def fill(shelf: Shelf) -> None:
                     ("expert-1", "expert-1", 60),
                 )
             ],
+            run_id=run_id,
+        )
+        watched = RoutingSpec(gates.id, "5" * 64)
+        told = Abstention(30, 20, 0.05, 0.75, 0.987) if night == 2 else None
+        shelf.ledger.record_artifact(
+            watched,
+            weights_sha256="",
+            built=RoutingBuild(watched, 0.9, (), 260, 1.0, abstention=told),
             run_id=run_id,
         )
         ledger.record_run(RunEnded(run_id, "ok", "", 60.0 * night, {"stack": 1.0, "fit": 50.0}))

@@ -46,7 +46,8 @@ def test_a_flipped_byte_in_a_blob_is_found_with_all_that_rests_on_it(filled: She
         for touched in set(finding.touches) - {expert.id, stack.id, *models, *measured}
     )
     assert beside == [
-        "benchmark", "comparison", "comparison", "merge", "pool", "speed", "speed",
+        "benchmark", "comparison", "comparison", "merge", "pool", "routing", "routing", "speed",
+            "speed",
     ]  # fmt: skip
 
 

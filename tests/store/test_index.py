@@ -248,7 +248,7 @@ def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:
         filled.ledger.index.snapshot.unlink(missing_ok=True)
         ledger = filled.ledger = Ledger(filled.home)
         assert ledger.ingest().reason == ""
-        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(15,)]
+        assert ledger.query("SELECT count(*) FROM artifacts").rows == [(17,)]
         assert not log.exists()
         assert not ledger.verify().findings
     assert len(filled.views()["scores"]) == len(before["scores"])
@@ -383,6 +383,20 @@ def test_migrations_are_numbered_as_they_are_applied() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_an_index_from_before_abstentions_reads_the_records_of_routing_again(
+    filled: Shelf,
+) -> None:
+    before = filled.views()
+    assert before["abstentions"]
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        connection.execute("DROP TABLE abstentions")
+        connection.execute("DELETE FROM migrations WHERE name = '0012_abstentions.sql'")
+    filled.ledger.index.snapshot.unlink()
+    assert Ledger(filled.home).ingest().reason == ""
+    assert filled.views() == before
+    assert not Ledger(filled.home).verify().findings
+
+
 def test_a_newer_ledger_is_left_alone(filled: Shelf) -> None:
     with duckdb.connect(str(filled.ledger.index.live)) as connection:
         connection.execute("INSERT INTO migrations VALUES (99, '0099_later.sql', '')")
@@ -504,9 +518,9 @@ def test_readers_are_never_behind_an_index_that_is_whole(
     with monkeypatch.context() as patch:
         patch.setattr(filled.ledger.index, "_publish", lambda: None)
         filled.ledger.ingest()
-    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(12,)]
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(14,)]
     filled.ledger.ingest()
-    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(13,)]
+    assert filled.ledger.query("SELECT count(*) FROM artifacts").rows == [(15,)]
 
 
 def test_a_score_of_an_older_release_is_the_same_before_and_after_a_migration(

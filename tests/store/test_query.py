@@ -98,6 +98,7 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             for model in models
             for expert, load, accuracy in ((0, 0.563, 0.9), (1, 0.438, 1.0))
         ),
+        "Which models notice that a prompt": [(models[1], 0.987, 20, 30, 0.75, 0.05)],
         "Which experts take each other's tokens": [("expert-0", "expert-1", 40)],
         "Where do runs spend their time": [("fit", 2, 50.0), ("stack", 2, 1.0)],
         "Which scores fell significantly": [("nightly", "sorting", 0.88, 0.7)],

@@ -33,6 +33,7 @@ from meteora.artifacts import (
     SpeedBuild,
     SpeedSpec,
 )
+from meteora.artifacts.scores import Abstention
 from store.events import AdapterVerdict, RunEnded, RunStarted
 from store.ledger import Ledger
 
@@ -127,6 +128,7 @@ def fill(home: Path) -> ArtifactId:
                 RoutingSwitch("dates", False, 0, 6), RoutingSwitch("dates", True, 0, 8),
                 RoutingSwitch("sums", False, 2, 3), RoutingSwitch("sums", False, None, 1),
             ),
+            abstention=Abstention(30, 20, 0.05, 0.75, 0.987),
         ),
     )  # fmt: skip
     ledger.record_run(RunEnded(RUN, "ok", "", 60.0, {"stack": 1.5, "gates": 50.25}))

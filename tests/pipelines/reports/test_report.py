@@ -238,6 +238,14 @@ def test_a_loss_beyond_chance_is_stated_in_words(tree: Any) -> None:
     assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in text
 
 
+def test_prompts_that_are_nobodys_are_told_of_with_both_numbers(tree: Any) -> None:
+    text = " ".join(tree.text_content().split())
+    assert "The AUROC is 0.987: in this share of all pairs" in text
+    assert "a prompt without an expert (20) and an expert" in text
+    assert "s own (30), the base is more probable on the former" in text
+    assert "mean probability is 0.75 on the former and 0.05 on the latter" in text
+
+
 def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> None:
     """The least that can be reported: a base, one expert, one score."""
     home = tmp_path / "home"
@@ -246,7 +254,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     results = queries.run_queries(
         bare, report_ledger.ARROW.id
     )  # scores, but never watched, nor compared
-    for name in ("confusion", "details", "switches", "differences", "speed"):
+    for name in ("confusion", "details", "switches", "abstention", "differences", "speed"):
         assert results[name].rows == []
     page = report.report_page(results)
     assert "Speed and memory were not measured" in page
@@ -254,6 +262,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     assert "changes of subject followed" not in page
     assert "Does each token reach its expert?" not in page
     assert "Paired tests were not recorded" in page
+    assert "AUROC" not in page
 
 
 def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledger) -> None:

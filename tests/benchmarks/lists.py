@@ -86,10 +86,10 @@ NUM_TEST = 240
 RECIPE = {
     "gates": {"examples_per_expert": NUM_TRAIN, "composites": [3, 10]},
     "benchmark": {
-        "limit": 20,
+        "limit": NUM_TEST,  # composites are made of these rows: so many that none comes twice
         "max_new_tokens": 32,
         "batch_size": 32,
-        "composite": [{"n": 10, "count": 128}],
+        "composite": [{"n": 3, "count": 128}, {"n": 10, "count": 128}],
         "compare": ["oracle", "one_expert"],
     },
 }

@@ -491,11 +491,13 @@ def test_a_name_that_the_hub_never_answers_is_given_up(server: HubServer, asked:
         repositories.resolve("someone/adapter", hub=replace(asked, timeout_seconds=2))
 
 
-def test_a_hub_that_is_not_there_may_come_back(asked: Hub) -> None:
+@pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
+def test_a_hub_that_is_not_there_may_come_back(asked: Hub, revision: str) -> None:
     with running_hub() as gone:
         endpoint = gone.endpoint
+    hub = replace(asked, endpoint=endpoint, timeout_seconds=15)  # the client tries some for 23 s
     with pytest.raises(HubConnectionError, match="cannot be reached") as error:
-        repositories.resolve("someone/adapter", hub=replace(asked, endpoint=endpoint))
+        repositories.resolve(f"someone/adapter{revision}", hub=hub)
     assert error.value.retry
 
 

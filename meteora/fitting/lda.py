@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.fitting.covariance import Covariance, Sums
+    from meteora.fitting.logistic import Tokens
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates."""
@@ -64,19 +65,13 @@ def solve_gate(
 
 
 def choose_shrinkage(
-    scatter: Sums,
-    x: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    candidates: Sequence[float] = SHRINKAGES,
+    scatter: Sums, held: Tokens, candidates: Sequence[float] = SHRINKAGES
 ) -> tuple[float, float]:
     """The shrinkage whose gate is right most often on held-out tokens; the largest of equal ones.
 
     Args:
         scatter: of the sequences that are not held out
-        x: [T, IN] held-out tokens
-        labels: [T] experts
-        weights: [T]
+        held: tokens of the held-out sequences
 
     Returns:
         the shrinkage, and its weighted accuracy in [0, 1]; the largest candidate and -1 if none
@@ -87,9 +82,7 @@ def choose_shrinkage(
     for shrinkage in sorted(candidates, reverse=True):
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
-        weight, bias = gate
-        right = (x @ weight.T + bias).argmax(-1) == labels
-        accuracy = ((right * weights).sum() / weights.sum()).item()
+        accuracy = held.accuracy(*gate)
         if accuracy > best_accuracy:
             best, best_accuracy = shrinkage, accuracy
     return best, best_accuracy

@@ -14,7 +14,8 @@ is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which
 vary alike.
 
 In most layers, most tokens are given to their expert for sure, and change nothing. So each round of
-the search has the tokens that are not, and few of the others (`Tokens.telling`).
+the search has the tokens that are not, and few of the others (`Tokens.telling`). Time and memory
+grow with tokens times experts, so hundreds of experts give fewer tokens each (`MAX_LOGITS`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from meteora.fitting.sequences import sample
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -43,6 +46,8 @@ SURE = 0.01
 """Cross-entropy of a token, in nats, below which its gate is sure of it."""
 SURE_TAKEN = 8
 """Of so many tokens that a gate is sure of, one is taken, in place of all of them."""
+MAX_LOGITS = 1 << 23
+"""Tokens times experts of a round at most: of 28 experts 10,000 tokens each, of 256 experts 128."""
 
 
 class Tokens(NamedTuple):
@@ -68,10 +73,25 @@ class Tokens(NamedTuple):
 
     def telling(self, weight: Tensor, bias: Tensor) -> Tokens:
         """The tokens that the gate G [E, IN], c [E] is not sure of, and a sample of the others."""
-        sure = self.losses(self.x @ weight.T + bias) < SURE
+        sure = torch.cat(
+            [part.losses(part.x @ weight.T + bias) for part in self.parts(len(bias))]
+        ).lt(SURE)
         stands_for = (~sure).float()
         stands_for[sure.nonzero()[::SURE_TAKEN]] = SURE_TAKEN
         return self.sampled(stands_for)
+
+    def limited(self, num_experts: int) -> Tokens:
+        """So many of the tokens that a round can have, equally many of each expert."""
+        limit = max(num_experts, MAX_LOGITS // num_experts)
+        if len(self.x) <= limit:
+            return self
+        return self.sampled(sample(self.labels, num_experts, limit))
+
+    def parts(self, num_experts: int) -> Iterator[Tokens]:
+        """All of the tokens in their order, a few at a time."""
+        size = max(1, MAX_LOGITS // num_experts)
+        for start in range(0, len(self.x), size):
+            yield Tokens(*(column[start : start + size] for column in self))
 
     def losses(self, logits: Tensor) -> Tensor:
         """[T] the cross-entropy of each token, in nats, from logits [T, E]."""
@@ -79,7 +99,9 @@ class Tokens(NamedTuple):
 
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """The weighted share of tokens that a gate G [E, IN], c [E] gives to their expert."""
-        right = (self.x @ weight.T + bias).argmax(-1) == self.labels
+        right = torch.cat(
+            [(part.x @ weight.T + bias).argmax(-1) == part.labels for part in self.parts(len(bias))]
+        )
         return ((right * self.weights).sum() / self.weights.sum()).item()
 
 
@@ -127,9 +149,10 @@ def refine(
         rows: of the gate that may change; the others keep every bit
     """
     whiten = Whitening(statistics)
-    gate = scaled(weight, bias, tokens, rows)
+    gate = scaled(weight, bias, tokens.limited(len(bias)), rows)
     for iterations in rounds:
-        gate = search(*gate, tokens.telling(*gate), whiten, iterations, rows)
+        few = tokens.telling(*gate).limited(len(bias))
+        gate = search(*gate, few, whiten, iterations, rows)
     return gate
 
 

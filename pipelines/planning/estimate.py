@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
-from meteora.fitting.logistic import ONE_ROUND, ROUNDS
+from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from meteora.model.generate import PROMPTS_PER_BATCH
 from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
@@ -63,6 +63,8 @@ SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
 can be kept, for the way to each point in a layer."""
 SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
+LOGITS_AT_ONCE = 6
+"""Tensors of tokens by experts while a gate is refined: labels in 64 bits count twice."""
 READINGS = 4
 """Times that a base is read for a fit one layer at a time: loaded, tried twice, and swept. Each
 expert is tried, too."""
@@ -337,10 +339,11 @@ def _gates(
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
         # each iteration of the refinement reads the tokens twice
-        numbers = min(tokens * width, MAX_TOKEN_BYTES / 4)
-        flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * numbers * experts.count
+        read = min(tokens, MAX_TOKEN_BYTES / 4 / width, MAX_LOGITS / experts.count)
+        flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * read * width * experts.count
         seconds += flops / machine.flops_per_second
     copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
+    copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
     return Need("gates", loaded + hidden + kept_outputs + batch + spread + copies, disk, seconds)
 
 

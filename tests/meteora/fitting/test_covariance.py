@@ -7,6 +7,7 @@ import torch
 
 from meteora.fitting.covariance import RowScatter, Scatter, add_by_label
 from meteora.fitting.lda import SHRINKAGES, SingularError, choose_shrinkage, gate_from
+from meteora.fitting.logistic import Tokens
 from meteora.fitting.sequences import sample
 
 E = 3
@@ -58,9 +59,9 @@ def test_rows_give_the_gate_that_second_moments_give(tokens, inputs, common_mean
 
 
 def test_rows_choose_the_shrinkage_that_second_moments_choose():
-    drawn, held = draw(60, 150), draw(400, 150)
-    expected = choose_shrinkage(scatter_of(Scatter, *drawn), *held)
-    got = choose_shrinkage(scatter_of(RowScatter, *drawn), *held)
+    drawn, held = draw(60, 150), Tokens(*draw(400, 150))
+    expected = choose_shrinkage(scatter_of(Scatter, *drawn), held)
+    got = choose_shrinkage(scatter_of(RowScatter, *drawn), held)
     assert got == pytest.approx(expected, abs=0.01)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from meteora.fitting.covariance import Scatter
 from meteora.fitting.lda import SingularError, choose_shrinkage, gate_from
+from meteora.fitting.logistic import Tokens
 
 E, IN, T = 3, 6, 200
 
@@ -72,14 +73,13 @@ def test_statistics_of_two_parts_add_up_to_those_of_the_whole():
 def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
     x, labels, weights = draw(seed=1)
     scatter = scatter_of(x, labels, weights)
-    held, truth, mass = draw(seed=1)
-    held, mass = torch.from_numpy(held), torch.from_numpy(mass)
-    chosen, accuracy = choose_shrinkage(scatter, held, torch.from_numpy(truth), mass)
+    held = Tokens(*map(torch.from_numpy, draw(seed=1)))
+    chosen, accuracy = choose_shrinkage(scatter, held)
     accuracies = {}
     for candidate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6):
         weight, bias = gate_from(scatter, candidate)
-        right = (held @ weight.T + bias).argmax(-1) == torch.from_numpy(truth)
-        accuracies[candidate] = float((right * mass).sum() / mass.sum())
+        right = (held.x @ weight.T + bias).argmax(-1) == held.labels
+        accuracies[candidate] = float((right * held.weights).sum() / held.weights.sum())
     assert accuracy == pytest.approx(max(accuracies.values()))
     assert chosen == max(c for c, a in accuracies.items() if a == pytest.approx(accuracy))
 

@@ -127,3 +127,28 @@ def test_rounds_with_few_of_the_sure_tokens_end_where_a_search_on_all_does():
     on_all = search(*scaled(weight, bias, tokens), tokens, Whitening(statistics), 30)
     in_rounds = refine(weight, bias, tokens, statistics)
     assert mean_loss(in_rounds) == pytest.approx(mean_loss(on_all), rel=0.05)
+
+
+def test_many_experts_give_fewer_tokens_to_a_round_and_none_is_left_out(monkeypatch):
+    tokens = world(4000)
+    weight, bias, statistics, _ = closed_form(tokens)
+    accuracy, telling = tokens.accuracy(weight, bias), tokens.telling(weight, bias)
+    every = refine(weight, bias, tokens, statistics)
+    sizes = []
+    monkeypatch.setattr("meteora.fitting.logistic.MAX_LOGITS", 1200 * E)
+
+    def noted(start, offset, few, *asked):
+        sizes.append(len(few.x))
+        assert few.labels.bincount(minlength=E).min() > 0
+        return search(start, offset, few, *asked)
+
+    monkeypatch.setattr("meteora.fitting.logistic.search", noted)
+    assert tokens.accuracy(weight, bias) == pytest.approx(accuracy)
+    assert torch.equal(tokens.telling(weight, bias).x, telling.x)
+    gate = refine(weight, bias, tokens, statistics)
+    assert max(sizes) <= 1200 < len(telling.x)
+    unseen = world(seed=1)
+    assert unseen.accuracy(*gate) > unseen.accuracy(weight, bias)
+    assert unseen.accuracy(*gate) == pytest.approx(unseen.accuracy(*every), abs=0.02)
+    monkeypatch.setattr("meteora.fitting.logistic.MAX_LOGITS", 1)
+    assert tokens.limited(E).labels.bincount().tolist() == [1] * E

@@ -28,6 +28,9 @@ FIGURES = (
 """Queries that have a chart."""
 COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "lineage")
 """Queries whose results a page on two checkpoints shows for each."""
+LEAST_SHARE = 0.01
+"""Of an expert's tokens: another one that gets less has no place in the charts, unless it has rows
+of its own. Among hundreds of experts most have none."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
 
@@ -48,6 +51,7 @@ def report_page(
         "conversations": by_turn(results["conversations"].rows),
         "traces": traces,
         "num_experts": len(results["experts"].rows),
+        "num_bystanders": len(bystanders(results)),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "page_of": page_of,
@@ -117,19 +121,24 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
     if len(pairs) > len({row["task"] for row in matrix}):  # not only each on its own task
         drawn["matrix"] = _matrices(matrix, experts)
     if confusion := results["confusion"].rows:
+        left_out = bystanders(results)
         truths = {row["truth"] for row in confusion}
         chosen = {row["chosen"] for row in confusion}
         beside = sorted(chosen - set(experts))  # the base, where it is a choice
         drawn["confusion"] = charts.heat_map(
             [name for name in experts if name in truths],
-            [*experts, *beside],
+            [name for name in [*experts, *beside] if name not in left_out],
             {(row["truth"], row["chosen"]): row["share"] for row in confusion},
             "confusion",
             labels=("tokens of", "sent to, %"),
         )
         load = results["load"].rows
         drawn["load"] = charts.dumbbell_plot(
-            [(row["expert"], row["own"] or 0.0, row["sent"] or 0.0) for row in load],
+            [
+                (row["expert"], row["own"] or 0.0, row["sent"] or 0.0)
+                for row in load
+                if row["expert"] not in left_out
+            ],
             "load",
             labels=("of its own rows", "sent to it"),
             xlabel="share of all tokens",
@@ -168,6 +177,14 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
         )
     drawn["lineage"] = lineage_graph(results)
     return drawn
+
+
+def bystanders(results: Mapping[str, QueryResult]) -> set[str]:
+    """The experts without rows of their own that hardly any token of the others reaches."""
+    rows = results["confusion"].rows
+    reached = {row["chosen"] for row in rows if row["share"] >= LEAST_SHARE}
+    experts = {row["name"] for row in results["experts"].rows}
+    return experts - reached - {row["truth"] for row in rows}
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

@@ -319,6 +319,25 @@ def test_of_many_adapters_the_first_are_drawn_and_the_others_counted(
     assert ">40 experts<" in drawn
 
 
+def test_experts_that_hardly_any_token_reaches_are_counted_and_not_drawn(
+    results: dict[str, queries.QueryResult],
+) -> None:
+    experts, sent = results["experts"].answer, results["confusion"].answer
+    rows = [(n + 1, f"expert_{n}", *experts.rows[0][2:]) for n in range(40)]
+    counts = [("expert_0", "expert_0", 900, 0.9), ("expert_0", "expert_7", 60, 0.06)]
+    counts += [("expert_0", f"expert_{n}", 5, 0.005) for n in range(10, 18)]
+    many = {
+        **results,
+        "experts": replace(results["experts"], answer=replace(experts, rows=rows)),
+        "confusion": replace(results["confusion"], answer=replace(sent, rows=counts)),
+    }
+    assert report.bystanders(many) == {f"expert_{n}" for n in range(40)} - {"expert_0", "expert_7"}
+    tree = lxml.html.fromstring(report.report_page(many))
+    (svg,) = tree.xpath("//figure[@id='confusion']//svg[@class='wide']")
+    assert len(svg.xpath(".//g[starts-with(@id, 'cell-')]")) == 2
+    assert "Left out here and below: 38 experts" in tree.text_content()
+
+
 def test_modules_that_share_a_gate_share_a_line() -> None:
     rows = [
         {"layer": layer, "module_kind": kind, "accuracy": share}

@@ -25,7 +25,7 @@ def main() -> None:
     body = yaml.safe_load(arguments.recipe.read_text())
     for expert in body["experts"]:
         expert.pop("examples", None)
-        for key in ("adapter", "test"):
+        for key in {"adapter", "test"} & set(expert):
             kind, _, path = expert[key].partition(":")
             expert[key] = f"{kind}:{(arguments.recipe.parent / path).absolute()}"
     body.pop("gates", None)

@@ -200,9 +200,10 @@ class PromptGates:
     """What a model's routers of kind `prompt` are made of: see `meteora.model.prompt_choice`."""
 
     rows: dict[str, Tensor]
-    """R_c A_c (Σ + λ I)^-½ of each module, [R, IN]: the experts end to end along the rank."""
+    """R_c A_c (Σ + λ I)^-½ of each module, [R, IN] in bfloat16 (float32 in checkpoints of earlier
+    versions): the experts end to end along the rank."""
     offsets: dict[str, Tensor]
-    """Their products with μ, [R]."""
+    """Their products with μ, [R] float32."""
     standard: Tensor
     """[3, C] intercept, slope and deviation of each choice's size on background texts. The base has
     the size 0, and an intercept below zero: so its logit is always the same."""

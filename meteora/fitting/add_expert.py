@@ -23,7 +23,7 @@ from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
 from meteora.fitting.lda import SingularError
-from meteora.fitting.logistic import Tokens, refine
+from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
     MAX_ROWS,
     UNLABELLED,
@@ -137,8 +137,10 @@ def _with_one_more(
 ) -> tuple[Tensor, Tensor]:
     """A gate with a row for one more expert; the rows of the others do not change in any bit.
 
-    The row is first that of linear discriminant analysis, then refined on the expert's own tokens
-    and on tokens of the others that are drawn from their statistics.
+    The row is that of linear discriminant analysis, scaled on the expert's own tokens and on tokens
+    of the others that are drawn from their statistics. It is not refined on these: what all experts
+    have in common, such as the template's tokens, lies in a few places where no drawn token does,
+    and the new row would take all of it from the others.
     """
     mean = point.means[expert : expert + 1].double()
     row = covariance.solve(mean, point.shrinkage)
@@ -158,7 +160,7 @@ def _with_one_more(
         torch.cat([torch.full((len(x),), label, device=x.device) for label, _, x in parts]),
         torch.cat([x.new_full((len(x),), share / len(x)) for _, share, x in parts]),
     )
-    return refine(weight, bias, tokens, point, rows=slice(expert, expert + 1))
+    return scaled(weight, bias, tokens, slice(expert, expert + 1))
 
 
 def _apart(

@@ -92,10 +92,13 @@ def fit_to_background(
                     for path in paths:
                         norm = Norm(layers[path].stack, RouterOptions("norm", 1, 1.0))
                         folded: Tensor = norm.folded  # ty: ignore[invalid-assignment]
-                        folded = whitened(folded, x - mean)
-                        rows[path], offsets[path] = folded.cpu(), (folded @ mean).cpu()
+                        # 16 bits, since they are as large as the experts; the offset is of what
+                        # is left of them
+                        stored = whitened(folded, x - mean).bfloat16()
+                        offset = stored.to(mean.dtype) @ mean
+                        rows[path], offsets[path] = stored.cpu(), offset.cpu()
                         router = PromptRouter(
-                            folded, folded @ mean, layers[path].stack, options, HeldChoice()
+                            stored, offset, layers[path].stack, options, HeldChoice()
                         )
                         found = router.sizes(x).cpu()
                         sizes += _means(found, text_of, len(texts))

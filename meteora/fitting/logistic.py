@@ -136,7 +136,6 @@ def refine(
     tokens: Tokens,
     statistics: PointStatistics,
     rounds: Sequence[int] = ROUNDS,
-    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """The gate nearby that gives these tokens to their experts best, G [E, IN] and c [E].
 
@@ -146,13 +145,12 @@ def refine(
         tokens: to fit
         statistics: of the point, whose covariance says how far directions vary
         rounds: iterations of L-BFGS, of each round
-        rows: of the gate that may change; the others keep every bit
     """
     whiten = Whitening(statistics)
-    gate = scaled(weight, bias, tokens.limited(len(bias)), rows)
+    gate = scaled(weight, bias, tokens.limited(len(bias)))
     for iterations in rounds:
         few = tokens.telling(*gate).limited(len(bias))
-        gate = search(*gate, few, whiten, iterations, rows)
+        gate = search(*gate, few, whiten, iterations)
     return gate
 
 
@@ -180,25 +178,20 @@ def search(
     tokens: Tokens,
     whiten: Whitening,
     iterations: int,
-    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """One round of `refine`, on all of these tokens."""
     shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
     start, u = tokens.x @ weight.T + bias, whiten(tokens.x - centre)
     own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
-    shape = (len(bias[rows]), u.shape[1] + 1)
-
-    change = weight.new_zeros(shape)
+    change = weight.new_zeros(len(bias), u.shape[1] + 1)
     inside, offset = change[:, :-1], change[:, -1]
 
     def loss() -> float:
         """The loss where `change` is, with its gradient left there."""
-        logits = start.clone()
-        logits[:, rows] += torch.addmm(offset, u, inside.T)
-        logs = logits.log_softmax(-1)
+        logs = (start + torch.addmm(offset, u, inside.T)).log_softmax(-1)
         value = PULL * inside.square().sum() - ((own * logs).sum(-1) * shares).sum()
-        missing = (logs.exp_()[:, rows] - own[:, rows]) * shares[:, None]
+        missing = (logs.exp_() - own) * shares[:, None]
         change.grad = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
         return value.item()
 
@@ -206,7 +199,4 @@ def search(
         [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     ).step(loss)
     added = whiten(change[:, :-1])
-    weight, bias = weight.clone(), bias.clone()
-    weight[rows] += added
-    bias[rows] += offset - added @ centre
-    return weight, bias
+    return weight + added, bias + (offset - added @ centre)

@@ -82,7 +82,8 @@ class PromptRouter(Router):
         rows: Tensor = self.rows  # ty: ignore[invalid-assignment]
         offset: Tensor = self.offset  # ty: ignore[invalid-assignment]
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
-        squares = (tokens.to(rows.dtype) @ rows.T - offset).square()  # [T, R]
+        wide = offset.dtype  # rows are stored in 16 bits
+        squares = (tokens.to(wide) @ rows.to(wide).T - offset).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, owner, squares)
         logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
         return logs * torch.tensor(self.has, device=logs.device)

@@ -194,7 +194,7 @@ def estimate(
             need = replace(need, seconds=dealing + need.seconds, parts=parts)
         needs.append(need)
     elif recipe.router.kind == "prompt":
-        rows = 4.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
+        rows = 2.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
         needs.append(_gates(shape, experts, machine, loaded, rows, FittingWork(BACKGROUND_TOKENS)))
     needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
     return needs

@@ -11,9 +11,10 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.checkpoint.manifest import STATISTICS
 from meteora.checkpoint.tensors import Gates
-from meteora.fitting.add_expert import drop, grow
+from meteora.fitting.add_expert import _with_one_more, drop, grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Scatter
+from meteora.fitting.lda import gate_from
 from meteora.fitting.sequences import TrainingError, by_kind
 from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
 from meteora.model.fused import expert_names, insert_experts
@@ -104,6 +105,25 @@ def test_statistics_come_back_equal(world, tmp_path):
         assert torch.equal(getattr(read, field.name), getattr(written["a.b"], field.name))
 
 
+def test_a_new_row_leaves_the_others_what_all_experts_have_in_common():
+    """As a template's tokens, which lie far from where tokens of a normal distribution do."""
+    torch.manual_seed(0)
+    x, labels = drawn(2000)
+    common = torch.arange(len(x)) % 5 == 0
+    x = torch.where(common[:, None], 6 + 0.02 * x, x)
+    old = labels < 3
+    before = scatter_of(x[old], labels[old])
+    gate = gate_from(before, 0.1)
+    known = PointStatistics.of(before, 0.1)
+    kinds = [(1.0, x[~old])]
+    point, covariance = known.grown(kinds, 3)
+    weight, bias = _with_one_more(gate, known, point, covariance, kinds, 3)
+    taken = (x[old & common] @ weight.T + bias).argmax(-1) == 3
+    own = (x[~old & ~common] @ weight.T + bias).argmax(-1) == 3
+    assert taken.float().mean() < 0.1
+    assert own.float().mean() > 0.8
+
+
 @pytest.fixture(scope="module")
 def three(world, fuse_adapters, tmp_path_factory):
     """The world without its last adapter: a base, three experts, and their checkpoint."""
@@ -126,7 +146,7 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
         assert torch.equal(weight[:3], gates.own[path][0])
         assert torch.equal(bias[:3], gates.own[path][1])
     assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
-    assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.02
+    assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.03
     assert {len(point.means) for point in found.statistics.values()} == {4}
 
 

@@ -122,7 +122,7 @@ def calibrate(
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         path = paths[0]
         scatter, (tokens, held) = _scatter_of(inputs, batches, weights, len(names))
-        shrinkage, accuracy = choose_shrinkage(scatter[0], held)
+        shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
         both = scatter[0] + scatter[1]
         statistics[path] = PointStatistics.of(both, shrinkage)
         weight, bias = gate_from(scatter[0] if refined else both, shrinkage)

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from meteora.fitting.covariance import Covariance, Sums
-    from meteora.fitting.logistic import Tokens
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates."""
@@ -65,13 +64,15 @@ def solve_gate(
 
 
 def choose_shrinkage(
-    scatter: Sums, held: Tokens, candidates: Sequence[float] = SHRINKAGES
+    scatter: Sums,
+    accuracy_of: Callable[[Tensor, Tensor], float],
+    candidates: Sequence[float] = SHRINKAGES,
 ) -> tuple[float, float]:
     """The shrinkage whose gate is right most often on held-out tokens; the largest of equal ones.
 
     Args:
         scatter: of the sequences that are not held out
-        held: tokens of the held-out sequences
+        accuracy_of: the weighted share of held-out tokens that a gate gives to their expert
 
     Returns:
         the shrinkage, and its weighted accuracy in [0, 1]; the largest candidate and -1 if none
@@ -82,7 +83,7 @@ def choose_shrinkage(
     for shrinkage in sorted(candidates, reverse=True):
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
-        accuracy = held.accuracy(*gate)
+        accuracy = accuracy_of(*gate)
         if accuracy > best_accuracy:
             best, best_accuracy = shrinkage, accuracy
     return best, best_accuracy

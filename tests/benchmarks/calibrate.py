@@ -105,7 +105,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
         setattr(calibrate, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
     scatter, (_, held) = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
     marks.append(time.process_time())
-    shrinkage, _ = choose_shrinkage(scatter[0], held)
+    shrinkage, _ = choose_shrinkage(scatter[0], held.accuracy)
     both = scatter[0] + scatter[1]
     gate, bias = gate_from(both, shrinkage)
     marks.append(time.process_time())

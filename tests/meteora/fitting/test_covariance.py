@@ -60,8 +60,8 @@ def test_rows_give_the_gate_that_second_moments_give(tokens, inputs, common_mean
 
 def test_rows_choose_the_shrinkage_that_second_moments_choose():
     drawn, held = draw(60, 150), Tokens(*draw(400, 150))
-    expected = choose_shrinkage(scatter_of(Scatter, *drawn), held)
-    got = choose_shrinkage(scatter_of(RowScatter, *drawn), held)
+    expected = choose_shrinkage(scatter_of(Scatter, *drawn), held.accuracy)
+    got = choose_shrinkage(scatter_of(RowScatter, *drawn), held.accuracy)
     assert got == pytest.approx(expected, abs=0.01)
 
 

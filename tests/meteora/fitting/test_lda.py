@@ -74,7 +74,7 @@ def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
     x, labels, weights = draw(seed=1)
     scatter = scatter_of(x, labels, weights)
     held = Tokens(*map(torch.from_numpy, draw(seed=1)))
-    chosen, accuracy = choose_shrinkage(scatter, held)
+    chosen, accuracy = choose_shrinkage(scatter, held.accuracy)
     accuracies = {}
     for candidate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6):
         weight, bias = gate_from(scatter, candidate)

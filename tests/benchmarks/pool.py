@@ -1,12 +1,15 @@
 """Take the labels off a recipe's examples, and see who gets which prompt.
 
     python -m tests.benchmarks.pool make RECIPE OUT [--nobodys ROWS.jsonl ...] [--each 48] [--null]
+                                                    [--experts 7] [--stand-in arrow]
     meteora run OUT/recipe.yaml --home HOME
     python -m tests.benchmarks.pool judge RECIPE OUT HOME
 
 `make` writes a recipe without examples, and a pool of their prompts in a random order; with
-`--nobodys` also the first prompts of files that belong to no expert. `judge` compares what each
-expert was dealt with whose the prompts are, and its own answers with the right ones.
+`--nobodys` also the first prompts of files that belong to no expert. With `--experts` only so many
+experts lose their examples, drawn from the recipe's; with `--stand-in` there is no pool for these, and
+they are routed by their weights. `judge` compares what each expert was dealt with whose the prompts
+are, and its own answers with the right ones.
 """
 
 from __future__ import annotations
@@ -37,10 +40,21 @@ def examples_in(recipe: Path) -> dict[str, list[Row]]:
     return {e["name"]: read_rows(e["examples"], recipe.parent, limit) for e in body["experts"]}
 
 
-def make(recipe: Path, out: Path, nobodys: list[Path], each: int, *, null: bool) -> None:
+def make(
+    recipe: Path,
+    out: Path,
+    nobodys: list[Path],
+    each: int,
+    experts: int | None,
+    stand_in: str,
+    *,
+    null: bool,
+) -> None:
     """Write OUT/recipe.yaml and OUT/pool.jsonl."""
     body = yaml.safe_load(recipe.read_text())
-    prompts = [row.prompt for rows in examples_in(recipe).values() for row in rows]
+    examples = examples_in(recipe)
+    drawn = random.Random(0).sample(list(examples), len(examples))[:experts]
+    prompts = [row.prompt for name, rows in examples.items() if name in drawn for row in rows]
     for path in nobodys:
         rows = read_rows(f"jsonl:{path.absolute()}", path.parent, each, answered=False)
         prompts += [row.prompt for row in rows]
@@ -49,11 +63,15 @@ def make(recipe: Path, out: Path, nobodys: list[Path], each: int, *, null: bool)
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
     (out / "pool.jsonl").write_text("".join(lines))
     for expert in body["experts"]:
-        del expert["examples"]
-        for key in ("adapter", "test"):
+        if expert["name"] in drawn:
+            del expert["examples"]
+        for key in {"adapter", "examples", "test"} & expert.keys():
             kind, _, path = expert[key].partition(":")
             expert[key] = f"{kind}:{(recipe.parent / path).absolute()}"
-    body.setdefault("gates", {})["pool"] = "jsonl:pool.jsonl"
+    if stand_in:
+        body.setdefault("router", {})["without_examples"] = stand_in
+    else:
+        body.setdefault("gates", {})["pool"] = "jsonl:pool.jsonl"
     if null:
         body.setdefault("router", {})["null"] = True
     body["benchmark"]["compare"] = SYSTEMS
@@ -104,6 +122,8 @@ def main() -> None:
     making.add_argument("--nobodys", type=Path, nargs="*", default=[])
     making.add_argument("--each", type=int, default=48)
     making.add_argument("--null", action="store_true")
+    making.add_argument("--experts", type=int, help="how many lose their examples; default: all")
+    making.add_argument("--stand-in", choices=["arrow", "norm"], default="")
     making.set_defaults(do=make)
     judging = commands.add_parser("judge")
     judging.add_argument("recipe", type=locate)

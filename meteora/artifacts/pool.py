@@ -22,6 +22,9 @@ class PoolSpec(Spec):
     seed: int = 0
     template: str = "auto"
     """As in `RouterSpec`."""
+    known_sha256: str = ""
+    """Of the canonical JSON of the prompts of experts that have examples, by expert; they are read
+    beside the pool. Empty where no expert has any."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -1,12 +1,16 @@
 """A pool: prompts that nobody has labelled, each dealt to the expert that knows its answer.
 
-1. The base reads every prompt once. Prompts of one task lie together in its hidden states: they are
-   put into clusters.
+1. The base reads every prompt once, and the examples of the experts that have some. Prompts of one
+   task lie together in its hidden states: they are put into clusters.
 2. An expert's updates are larger on prompts like those that it was trained on. That is standardised
    for each expert by itself, since some have large updates everywhere, and compared with the middle
    one of all experts, since some prompts have large updates from everybody.
 3. A cluster belongs to the expert that stands out most there, or to nobody.
-4. Each expert answers the prompts that it was dealt. With its answers they are its examples.
+4. Each expert without examples answers the prompts that it was dealt. With its answers they are its
+   examples.
+
+An expert with examples is a measure for the others: without its own prompts beside them, what is
+standard for it would be other tasks' prompts, and it would stand out on some of these.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import random
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +36,7 @@ from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -57,6 +62,7 @@ def deal(
     prompts: Sequence[str],
     names: Sequence[str],
     *,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     limit: int,
     seed: int = 0,
     bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
@@ -68,6 +74,7 @@ def deal(
         model: with its experts
         prompts: different ones, in any order
         names: of all experts, in order
+        known: prompts of the experts that have examples, by expert
         limit: the greatest number of examples of an expert, drawn from its prompts
         seed: of that draw
         bar: shows progress, as `console.bar` does
@@ -91,14 +98,17 @@ def deal(
             " what fits into the base's context; name shorter ones"
         )
     asked = [ids_of[prompt] for prompt in texts]
+    beside = [encode_prompt(tokenizer, prompt) for own in known.values() for prompt in own]
+    beside = [ids for ids in beside if 0 < len(ids) <= most]
     outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    every = asked + [encode_prompt(tokenizer, text) for text in outsiders]
+    every = asked + beside + [encode_prompt(tokenizer, text) for text in outsiders]
     with bar("reading the pool", len(every), "prompts") as advance:
         means, sizes = read_prompts(model, tokenizer, every, len(names), advance)
-    clusters = clusters_of(means[: len(asked)].numpy(), CLUSTERS_PER_EXPERT * len(names))
+    num_clustered = len(asked) + len(beside)
+    clusters = clusters_of(means[:num_clustered].numpy(), CLUSTERS_PER_EXPERT * len(names))
     scores = stand_out(sizes.double().numpy(), clusters)
-    claims = _claims(texts, clusters, scores, names)
-    chosen = {name: _draw(claims, name, limit, rng) for name in names}
+    claims = _claims(texts, clusters[: len(texts)], scores, names)
+    chosen = {name: _draw(claims, name, limit, rng) for name in names if name not in known}
     total = sum(map(len, chosen.values()))
     with bar("answering as the expert", total, "answers") as advance:
         for name, own in chosen.items():

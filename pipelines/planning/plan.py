@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
 
 MAX_PROMPTS = 8192
-"""Of a pool: the distances between all pairs are in memory twice, 0.53 GB for so many."""
+"""Of a pool and what is read beside it: the distances of all pairs are in memory twice, 0.53 GB
+for so many."""
 PROMPTS_PER_EXAMPLE = 2
 """Prompts of a pool that are read for each example that experts may have: some are nobody's."""
 LEAST_EXAMPLES = 2
@@ -93,6 +94,8 @@ class Plan:
     to_deal: tuple[str, ...] = ()
     """The pool's prompts, if it was not dealt yet. The plan is then made again when it was: what
     comes after the stack depends on the examples."""
+    known_prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Prompts of the experts that have examples, by expert: the pool is dealt beside them."""
     whole: bool = True
     """Whether every known task of the experts is asked."""
 
@@ -133,7 +136,8 @@ def make_plan(
     chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
     examples, of_cards, of_hub = _examples(recipe, folder, experts)
     fused = stack_of(base, experts)
-    pool, prompts = _pool(recipe, folder, fused, examples)
+    known = known_prompts(examples, fused.names)
+    pool, prompts = _pool(recipe, folder, fused, examples, known)
     claims = claims_of(pool) if pool else None
     to_deal = prompts if pool and claims is None else ()
     if pool and claims is not None:
@@ -179,6 +183,7 @@ def make_plan(
         spans=tuple(spans),
         pool=pool,
         to_deal=to_deal,
+        known_prompts=known if pool else {},
         card_examples=of_cards,
         hub_examples=of_hub,
     )
@@ -190,8 +195,21 @@ def most_prompts(recipe: Recipe, num_experts: int) -> int:
     return min(MAX_PROMPTS, wanted)
 
 
+def known_prompts(
+    examples: Mapping[str, Sequence[Row]], names: Sequence[str]
+) -> dict[str, list[str]]:
+    """Prompts of the experts with examples, as many of each at most; half of `MAX_PROMPTS` in all."""
+    own = {name: examples[name] for name in names if name in examples}
+    each = MAX_PROMPTS // 2 // max(1, len(own))
+    return {name: [row.prompt for row in rows[:each]] for name, rows in own.items()}
+
+
 def _pool(
-    recipe: Recipe, folder: Path, fused: FusedSpec, examples: Mapping[str, Sequence[Row]]
+    recipe: Recipe,
+    folder: Path,
+    fused: FusedSpec,
+    examples: Mapping[str, Sequence[Row]],
+    known: Mapping[str, Sequence[str]],
 ) -> tuple[PoolSpec | None, tuple[str, ...]]:
     """The pool that the recipe names, if any expert needs it, and its prompts."""
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
@@ -201,15 +219,21 @@ def _pool(
     rows = read_rows(
         source, folder, most_prompts(recipe, len(fused.names)), token_of, answered=False
     )
-    prompts = prompts_of(rows, examples)
+    prompts = prompts_of(rows, examples)[: MAX_PROMPTS - sum(map(len, known.values()))]
     if len(prompts) < 2:
         raise ExamplesError(
             f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
             " needs many of each expert's task"
         )
     template = "plain" if recipe.benchmark.template == "plain" else "auto"
-    sha256 = canonical_sha256(prompts)
-    return PoolSpec(fused.id, sha256, limit, recipe.gates.seed, template), tuple(prompts)
+    return PoolSpec(
+        fused.id,
+        canonical_sha256(prompts),
+        limit,
+        recipe.gates.seed,
+        template,
+        canonical_sha256(known) if known else "",
+    ), tuple(prompts)
 
 
 def _with_claims(

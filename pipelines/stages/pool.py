@@ -53,6 +53,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
             tokenizer_of_gates(tokenizer, spec.template),
             plan.to_deal,
             plan.fused.names,
+            known=plan.known_prompts,
             limit=spec.examples_per_expert,
             seed=spec.seed,
             bar=bar,

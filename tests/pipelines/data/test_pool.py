@@ -25,6 +25,8 @@ from pipelines.data.rows import ExamplesError, Row
 from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, prompts_in
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.pipelines.conftest import Knowing
 
 NOBODYS = "0123456789"
@@ -56,6 +58,29 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
     ]
     again = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert again == claims
+
+
+def test_an_expert_with_examples_claims_nothing_of_a_pool_without_its_prompts(
+    knowing: Knowing,
+) -> None:
+    """Its own prompts say what is standard for it, and it answers none of the pool's."""
+    import meteora
+    from pipelines.data.pool import deal
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    prompts = prompts_in(ALPHABETS["high"], 0, 24)
+    own = {"low": prompts_in(ALPHABETS["low"], 0, 24)}
+    asked: list[str] = []
+
+    def once(key: str, ask: Callable[[], list[list[int]]]) -> list[list[int]]:
+        asked.append(key)
+        return ask()
+
+    beside = deal(model, tokenizer, prompts, [*ALPHABETS], known=own, limit=10, once=once)
+    assert {claim.expert for claim in beside} == {"high"}
+    assert len(asked) == 1
+    alone = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    assert {claim.expert for claim in alone} != {"high"}
 
 
 def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:

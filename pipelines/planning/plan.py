@@ -198,7 +198,7 @@ def most_prompts(recipe: Recipe, num_experts: int) -> int:
 def known_prompts(
     examples: Mapping[str, Sequence[Row]], names: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Prompts of the experts with examples, as many of each at most; half of `MAX_PROMPTS` in all."""
+    """Prompts of the experts with examples, equally many of each; half of `MAX_PROMPTS` at most."""
     own = {name: examples[name] for name in names if name in examples}
     each = MAX_PROMPTS // 2 // max(1, len(own))
     return {name: [row.prompt for row in rows[:each]] for name, rows in own.items()}

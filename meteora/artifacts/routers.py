@@ -20,7 +20,7 @@ WITH_GATES = ("gate", "prompt")
 """Kinds that have a file of gates: it is fitted to examples, or to texts that belong to nobody."""
 
 ONE_INPUT = ("point", "turn")
-"""Values of `share` by which a gate is followed by modules with its own input alone."""
+"""Values of `share` by which a gate is fitted for the modules with its own input alone."""
 
 OPENING_SHARE = 0.5
 """The share of an expert's weight for tokens that open its answer in a prompt of several tasks.

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from meteora.adapters.tensors import place_of
 from meteora.artifacts import canonical_json
-from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from meteora.checkpoint.sound_file import AGAIN, open_sound
@@ -341,11 +340,7 @@ def _can_follow(
     """Whether a module can do what a gate decides; the modules of one layer may have any order."""
     if not isinstance(leader, str) or leader in follows:
         return False
-    modules = manifest.modules
-    if not {module, leader} <= modules.keys():
-        return False
-    one_input = manifest.router.share in ONE_INPUT
-    if one_input and modules[module].in_features != modules[leader].in_features:
+    if not {module, leader} <= manifest.modules.keys():
         return False
     first, second = place_of(leader), place_of(module)
     return first is None or second is None or first.layer <= second.layer

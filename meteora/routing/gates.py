@@ -74,7 +74,9 @@ def give_router(
 
 
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
-    """Let each gate's layer compute A x for those that follow it, which read the same input.
+    """Let each gate's layer compute A x for those that follow it and read the same input.
+
+    A module that only a later expert has follows the gate before it, whose input is another.
 
     Args:
         layers: by module path, in the order of their calls
@@ -82,8 +84,9 @@ def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[st
     """
     points: dict[str, list[RoutedExperts]] = {}
     for path, layer in layers.items():
-        if path in follows:
-            points.setdefault(follows[path], [layers[follows[path]]]).append(layer)
+        leader = layers.get(follows.get(path, ""))
+        if leader is not None and layer.stack.sizes.num_in == leader.stack.sizes.num_in:
+            points.setdefault(follows[path], [leader]).append(layer)
     for point in points.values():
         share_first_matmul(point)
 

@@ -201,6 +201,9 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
         out = join("copy", "a/copy")
 
     assert read_manifest(out).names == ["q_and_v", "attention", "copy"]
+    # the others have no MLP: its modules follow the attention's gate, down_proj with another width
+    model, tokenizer = meteora.load(out, base_folder=recipe_folder / "base")
+    meteora.generate(model, tokenizer, "hello", max_new_tokens=2)
     work.ledger.ingest()
     found = work.ledger.query("SELECT name, verdict, codes, licence, adapter_id FROM adapters").rows
     verdicts = {name: (verdict, set(codes)) for name, verdict, codes, _, _ in found}
@@ -254,6 +257,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     asked = Candidate("third", str(adapter))
     out = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
     assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
+    meteora.load(out, base_folder=recipe_folder / "base")
 
 
 def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(

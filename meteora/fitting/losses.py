@@ -18,6 +18,7 @@ weights are computed over all sequences of a training; their mean is 1.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -170,12 +171,17 @@ def backward_apart(
         losses.append(loss.detach())
 
     hooks = [gate.register_forward_hook(teach) for gate in gates]
-    # no language-model head, unless sharded: only the whole model gathers its shards. Known by a
-    # method of FSDP's, whose import takes a second
-    run = model if hasattr(model, "unshard") else model.base_model
+    # the whole model, which gates that decide by a prompt or a turn watch, and FSDP gathers; nobody
+    # reads its logits
+    last_alone = "logits_to_keep" in inspect.signature(model.forward).parameters
     try:
         with torch.no_grad():
-            run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **({"logits_to_keep": 1} if last_alone else {}),
+            )
     finally:
         for hook in hooks:
             hook.remove()

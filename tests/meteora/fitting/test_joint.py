@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import JointSettings
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
+from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.fitting import calibrate
 from meteora.fitting.joint import DivergedError, train_jointly
@@ -133,9 +134,10 @@ def test_training_goes_on_from_calibrated_gates(model, world):
         assert torch.equal(gates_of(model).own[path][1], bias)
 
 
-def with_gates(model, top_k, share="point"):
+def with_gates(model, top_k, share="point", template=None):
     """Random gates that learn, and their parameters."""
-    calibrate.calibrate(model, examples(2), replace(POINT_GATES, top_k=top_k, share=share))
+    options = replace(POINT_GATES, top_k=top_k, share=share)
+    calibrate.calibrate(model, examples(2), options, template=template)
     model.requires_grad_(requires_grad=False)
     gates = learning_gates(model, zeros=True)
     torch.manual_seed(1)
@@ -189,16 +191,30 @@ def test_without_openings_no_token_is_weighed():
 
 
 @pytest.mark.parametrize("more", [[], lists(3)], ids=["plain", "openings"])
-@pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
-def test_one_expert_at_a_time_is_taught_the_same_without_a_way_back(model, share, more):
-    parameters = with_gates(model, 1, share)
+@pytest.mark.parametrize(
+    ("share", "template"),
+    [
+        *(pytest.param(share, None, id=share) for share in ("module", "point", "layer", "token")),
+        pytest.param("point", Template((1, 1), ()), id="opening"),
+        pytest.param("turn", Template((1, 1), ()), id="turn"),
+    ],
+)
+def test_one_expert_at_a_time_is_taught_the_same_without_a_way_back(model, share, template, more):
+    parameters = with_gates(model, 1, share, template)
     asked = asked_of(model, [*examples(2), *more])
+    losses = backward_apart(model, *asked)
+    found = gradients(parameters)
     expected_losses = backward_together(model, *asked)
     expected = gradients(parameters)
-    losses = backward_apart(model, *asked)
     assert expected.abs().max() > 0
-    torch.testing.assert_close(gradients(parameters), expected)
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(losses[:-1], expected_losses[:-1])
+
+
+def test_gates_that_decide_for_turns_are_trained(model):
+    options = replace(POINT_GATES, share="turn")
+    train_jointly(model, examples(4), SETTINGS, options, template=Template((1, 1), ()))
+    assert routing_accuracy(model, examples(2, seed=9)) > 0.8
 
 
 def test_the_language_model_teaches_gates_only_where_experts_are_mixed(model):

@@ -157,6 +157,9 @@ class FusedSpec(Spec):
     names: tuple[str, ...]
     """The experts' names, in the order of `adapter_ids`."""
     adapter_ids: tuple[ArtifactId, ...]
+    bare: tuple[str, ...] = ()
+    """Modules without any ranks, which stay when an expert is dropped whose gates decide for others.
+    A recipe's stack has none."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

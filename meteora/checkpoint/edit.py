@@ -101,12 +101,13 @@ def larger_bytes(folder: Path, adapter: Adapter) -> int:
 
 
 def drop_expert(
-    folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset()
+    folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset(), dtype: str = ""
 ) -> Manifest:
     """Write the stack of a checkpoint without one expert, and without modules that only it has.
 
     Args:
         keep: modules that stay without any ranks, since their gates decide for others
+        dtype: that of the other experts, where it is known; else the stack's
 
     Raises:
         EditError: there is no such expert, or no other.
@@ -144,7 +145,7 @@ def drop_expert(
                 [parts_b[e] for e in kept], dim=1
             )
 
-        _write(out, smaller, _dtype(before), factors)
+        _write(out, smaller, DTYPES[dtype] if dtype else _dtype(before), factors)
     return smaller
 
 
@@ -180,7 +181,7 @@ def _write(
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for path in shapes:
             a, b = factors(path)
-            yield a.to(dtype), b.to(dtype)  # a wider dtype holds them exactly
+            yield a.to(dtype), b.to(dtype)  # which holds them exactly
 
     name = next(name for name, own in DTYPES.items() if own == dtype)
     write_experts(out, shapes, name, pairs())

@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from meteora.artifacts import (
+    AdapterSpec,
     ArtifactId,
     FusedCheckpoint,
     MeteoraError,
@@ -35,6 +36,7 @@ from meteora.checkpoint.manifest import (
     read_manifest,
 )
 from meteora.checkpoint.resolve import load_base
+from meteora.checkpoint.stack import common_dtype
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
@@ -177,7 +179,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     gates = tensors.read_gates(folder, manifest)
     run_id = new_run_id()
     with _scratch(ledger, manifest, run_id, f"drop {name} from", "cpu") as scratch:
-        smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep={*gates.follows.values()})
+        leaders, dtype = {*gates.follows.values()}, _dtype_without(ledger, manifest, name)
+        smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep=leaders, dtype=dtype)
         kept, statistics = add_expert.drop(
             gates,
             read_statistics(folder, manifest, gates),
@@ -188,6 +191,21 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         write_statistics(scratch / STATISTICS, statistics)
         edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, ""))
         return _finish(ledger, manifest, edited)
+
+
+def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> str:
+    """The dtype that a recipe stacks the other experts in; empty where that is not known.
+
+    So a dropped expert that was wider than the others leaves the stack that they would have alone.
+    """
+    recorded = ledger.weights_of(ArtifactId(manifest.fused_id))
+    if recorded is None or recorded != manifest.files.get(EXPERTS):
+        return ""  # a stranger's stack may hold other numbers than the adapters that it names
+    others = [entry.adapter_id for entry in manifest.experts if entry.name != name]
+    found = [ledger.spec_of(ArtifactId(adapter_id)) for adapter_id in others]
+    specs = [AdapterSpec.from_dict(spec) for spec in found if spec]
+    known = [spec for spec in specs if spec.dtype]  # one of elsewhere has none
+    return common_dtype(known) if others and len(known) == len(others) else ""
 
 
 def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[str, Any]:

@@ -93,7 +93,11 @@ def stack_in(manifest: Manifest) -> FusedSpec:
     """The stack that a manifest describes."""
     base_id = manifest.base.spec.id
     adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
-    return FusedSpec(base_id, tuple(manifest.names), adapter_ids)
+    stack = FusedSpec(base_id, tuple(manifest.names), adapter_ids)
+    if stack.id == manifest.fused_id:  # earlier versions named no bare modules
+        return stack
+    bare = (path for path, entry in manifest.modules.items() if not any(entry.ranks))
+    return replace(stack, bare=tuple(bare))
 
 
 def _ranks(spec: AdapterSpec) -> str:

@@ -33,18 +33,22 @@ from meteora.routing.hooks import recorded_routes
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import candidate
 from pipelines.admission.candidate import Candidate
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.cli import app
 from pipelines.hub.errors import HubFilesError
-from pipelines.stages import edit
+from pipelines.stages import build, edit
+from pipelines.stages.adopt import recorded_router
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace import machine
 from store.ledger import Ledger
+from tests.conftest import ATTENTION
 from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.hub.hub_server import Repo, running_hub
+from tests.pipelines.stages.test_spread import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -321,6 +325,41 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
             GrowthError, match=r"whole numbers from 2 to 50 .* build the checkpoint"
         ):
             joined(wrong)
+
+
+@pytest.mark.parametrize("targets", [["v_proj"], list(ATTENTION)], ids=["bare leader", "all"])
+def test_what_a_drop_leaves_and_a_recipe_of_the_same_experts_stand_side_by_side(
+    workplace: Callable[..., RunContext],
+    build_adapter: Callable[..., Path],
+    world: World,
+    tmp_path: Path,
+    targets: list[str],
+) -> None:
+    """One is of 32 bits and one of 16. Without q_proj, its gate goes on to decide for v_proj."""
+    adapters = {"q_and_v": world.adapters["q_and_v"]}
+    adapters["low"] = build_adapter(
+        world.base, tmp_path / "low", seed=5, dtype=torch.bfloat16, r=4, target_modules=targets
+    )
+
+    def fitted(*names: str) -> tuple[RunContext, Path]:
+        experts = [
+            {"name": n, "adapter": f"path:{adapters[n]}", "examples": "jsonl:q_and_v.train.jsonl"}
+            for n in names
+        ]
+        work = workplace(experts=experts, benchmark={"limit": 1, "compare": []})
+        planned, built, gates = fit(work)
+        return work, build.write_checkpoint(work, planned, built, gates)
+
+    work, both = fitted("q_and_v", "low")
+    _, alone = fitted("low")
+    dropped = edit.drop(work.ledger, both, "q_and_v")
+    left, fresh = read_manifest(dropped), read_manifest(alone)
+    same = file_sha256(dropped / EXPERTS) == file_sha256(alone / EXPERTS)
+    assert (left.fused_id == fresh.fused_id) == same == (len(targets) > 1)
+    assert {a.dtype for _, a, _ in read_experts(dropped, left)} == {torch.bfloat16}
+    work.ledger.ingest()
+    assert work.ledger.weights_of(ArtifactId(left.fused_id)) == file_sha256(dropped / EXPERTS)
+    assert recorded_router(work.ledger, FoundCheckpoint(dropped, world.base, {}), left) is not None
 
 
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(

@@ -38,6 +38,8 @@ NS_PER_MATCH = 3_000
 NS_PER_STEP = 10
 """To move all instructions of a pattern over one byte, by instruction."""
 NS_PER_STEP_OF_PATH = 2
+NS_PER_NAME = 100
+"""To compare a name with a text."""
 
 _OPTIONS = re2.Options()
 _OPTIONS.max_mem = MAX_MEMORY
@@ -46,6 +48,8 @@ _OPTIONS.never_nl = True  # no dot and no class reaches into the next line
 _OPTIONS.log_errors = False
 
 _OPERATORS = frozenset("^$*+?{}[]\\|()")
+_WHOLE = re.compile(r"\^((?:[0-9A-Za-z_]|\\[^0-9A-Za-z])*+)")
+"""A whole path as `export_expert` writes it, such as `^model\\.layers\\.0`: `^` begins the name."""
 _SHARED = re.compile(
     r"""(?:
         [^\\(\[{^$]                                     # a literal, ., |, ), *, + or ?
@@ -96,6 +100,9 @@ def matching(
     """
     if len(source) > MAX_LENGTH:
         raise PatternError(f"it has {len(source)} characters, more than {MAX_LENGTH}")
+    if whole := _WHOLE.fullmatch(source):
+        budget.spend(NS_PER_NAME * len(names))
+        return {re.sub(r"\\(.)", r"\1", whole[1])}.intersection(names)
     shared = _SHARED.match(source)
     if shared is None or shared.end() < len(source):
         rest = source[shared.end() if shared else 0 :]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256
 from meteora.base.sources import GGUF, PATH, SourceError, file_sha256, find_gguf, weights_sha256
+from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
 from pipelines.hub.client import Hub, hub_for
@@ -117,16 +118,23 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     """The adapter in a folder, pinned to the hash of its weights; without weights, of file names.
 
     Raises:
-        SourceError: There is no such folder.
+        SourceError: There is no such folder, or a checkpoint cannot name it.
     """
     if not folder.is_dir():
         raise SourceError(f"{folder}: there is no such folder; check the path of the adapter")
+    repo_id = PATH + folder.absolute().name
+    source = f"{repo_id}/{subfolder}"
+    if not source.isprintable() or not SOURCE.fullmatch(source):
+        raise SourceError(
+            f"{str(folder)!r}: a checkpoint names the folders of its experts, and cannot name this"
+            " one; rename it to letters, digits, spaces, _ . -"
+        )
     weights = [*folder.glob("*.safetensors")]
     if weights and all(path.is_file() for path in weights):  # reading a pipe would never end
         sha256 = weights_sha256(folder)
     else:
         sha256 = canonical_sha256(sorted(path.name for path in folder.iterdir()))
-    return AdapterRef(PATH + folder.absolute().name, f"sha256:{sha256}", subfolder)
+    return AdapterRef(repo_id, f"sha256:{sha256}", subfolder)
 
 
 def fetch_adapter(

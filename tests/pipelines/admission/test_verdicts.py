@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from meteora.base.sources import SourceError
 from pipelines.admission import silent_experts
+from pipelines.admission.sources import pin_folder
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
 from tests.pipelines.conftest import plan_of
@@ -115,3 +118,14 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)
+
+
+@pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb"])
+def test_a_folder_that_no_checkpoint_can_name_is_refused_when_it_is_pinned(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / name)
+    with pytest.raises(SourceError, match="cannot name this one; rename it to letters"):
+        pin_folder(folder)
+    spaced = shutil.copytree(folder, tmp_path / "my adapter (2)")
+    assert pin_folder(spaced).repo_id == "path:my adapter (2)"

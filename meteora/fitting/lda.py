@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 GIVEN_UP = 0.01
 """Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
+TOO_LARGE = 1e18
+"""A number of a gate beyond which its logits may not be finite in float32."""
+
 
 class SingularError(MeteoraError):
     """No gate can be computed from these sums."""
@@ -35,12 +40,16 @@ def gate_from(scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor]:
     """G [E, IN] and c [E] in float32, for this shrinkage in (0, 1] or the next that can be solved.
 
     Raises:
-        SingularError: the sums hold NaN or infinity.
+        SingularError: the sums hold NaN or infinity, or tokens of an expert are all alike.
     """
     covariance = scatter.covariance()
     for larger in (shrinkage, *(s for s in (*SHRINKAGES, 1.0) if s > shrinkage)):
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, larger)) is not None:
             return gate
+    if covariance.level <= torch.finfo(torch.float32).tiny:  # false for NaN
+        raise SingularError(
+            "the tokens of this point do not vary within any expert; give examples that differ"
+        )
     raise SingularError("the inputs of this point hold NaN or infinity, or numbers beyond float32")
 
 
@@ -54,13 +63,14 @@ def solve_gate(
         shift: [IN]
 
     Returns:
-        None if the covariance, after rounding, has no Cholesky factor.
+        None if the covariance, after rounding, has no Cholesky factor, or the gate is `TOO_LARGE`.
     """
     weight = covariance.solve(means, shrinkage)  # [E, IN]
     if weight is None:
         return None
     bias = -0.5 * (weight * means).sum(-1) - weight @ shift.double()
-    return weight.float(), bias.float()
+    gate = weight.float(), bias.float()
+    return gate if all(part.abs().max() < TOO_LARGE for part in gate) else None  # NaN is not
 
 
 def choose_shrinkage(

@@ -106,3 +106,13 @@ def test_infinite_inputs_are_refused():
     x[3, 2] = np.inf
     with pytest.raises(SingularError, match="NaN or infinity"):
         gate_from(scatter_of(x, labels, weights), 0.1)
+
+
+def test_tokens_that_are_all_alike_within_each_expert_are_refused():
+    """No direction would have any variance, and the gate none that is finite."""
+    labels = torch.arange(2 * E) % E
+    scatter = Scatter.empty(E, torch.zeros(IN))
+    scatter.add(torch.eye(IN)[labels], labels, torch.ones(2 * E))
+    with pytest.raises(SingularError, match="do not vary within any expert"):
+        gate_from(scatter, 0.1)
+    assert choose_shrinkage(scatter, lambda *_: 1.0)[1] == -1

@@ -154,11 +154,15 @@ def standard_of(sizes: Tensor, *, null: bool) -> Tensor:
 
 
 def _labelled(ids: tuple[int, ...], template: Template) -> LabelledSequence:
-    """The ids with the label 0 of those between opening and closing of the template."""
+    """The ids with the label 0 of those between opening and closing of the template.
+
+    All of them where they are not between these two, or nothing is.
+    """
     start, end = len(template.opening), len(template.closing)
-    if ids[:start] != template.opening or ids[len(ids) - end :] != template.closing:
+    between = ids[:start] == template.opening and ids[len(ids) - end :] == template.closing
+    if not between or len(ids) <= start + end:
         start = end = 0
-    own = range(start, max(start + 1, len(ids) - end))
+    own = range(start, len(ids) - end)
     return LabelledSequence(ids, tuple(0 if i in own else UNLABELLED for i in range(len(ids))))
 
 

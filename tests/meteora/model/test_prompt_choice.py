@@ -243,6 +243,12 @@ def test_a_few_texts_are_too_few(world):
         fit_to_background(model, background()[:3], OPTIONS, TEMPLATE)
 
 
+def test_a_text_with_nothing_behind_the_opening_is_evidence_as_a_whole(world):
+    template = dataclasses.replace(TEMPLATE, closing=())
+    texts = [*background(), template.opening]
+    assert fit_to_background(world.load(), texts, OPTIONS, template).standard.isfinite().all()
+
+
 def test_the_file_gives_back_what_was_written(checkpoint, tmp_path):
     manifest = dataclasses.replace(read_manifest(checkpoint), files={})
     gates = tensors.read_prompt_gates(checkpoint, manifest)

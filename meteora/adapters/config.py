@@ -170,6 +170,8 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
         if fields.is_active(config.get(key)):
             found.refuse(code, f"{key} is set: {why}; only plain LoRA can be an expert here")
     init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() == "gaussian":
+        init = init.lower()  # as PEFT reads this one alone
     if isinstance(init, str) and init.lower().startswith(INIT_CHANGES_BASE):
         found.refuse(
             "init_changes_base",

@@ -276,7 +276,7 @@ def test_what_a_person_should_know_is_a_warning(
         {"layers_to_transform": [0, 1]},
         {"exclude_modules": ".*lm_head"},
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
-        *({"init_lora_weights": init} for init in ("gaussian", "orthogonal", "mica", False, None)),
+        *({"init_lora_weights": init} for init in ("gaussian", "Gaussian", "mica", False, None)),
         {"merge_weights": False, "enable_lora": None},
         {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
         {"modules_to_save": [], "peft_version": "0.21.2", "inference_mode": True},

@@ -10,24 +10,35 @@ scaling stays beside the tensors, in the manifest.
 
 from __future__ import annotations
 
+import errno
+import resource
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
 from meteora.adapters.weights import AdapterWeights
+from meteora.artifacts import MeteoraError
 from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import DTYPES, write_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from meteora.adapters.tensors import Adapter
+    from meteora.adapters.tensors import Adapter, AdapterTensors
     from meteora.artifacts import AdapterModule, AdapterSpec
+
+
+OTHER_FILES = 256
+"""Beside the adapters, that a process may have open."""
+
+
+class OpenFilesError(MeteoraError):
+    """There are more adapters than files that this process may have open."""
 
 
 def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
@@ -74,6 +85,7 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
 
     Raises:
         ChangedAdapterError: a file has changed since it was read and checked.
+        OpenFilesError: so many files cannot be open at once.
     """
     specs = [adapter.spec for adapter in adapters]
     entries = module_entries(specs)
@@ -97,10 +109,7 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
         for stack_of_b in stacks_of_b.values():
             stack_of_b.stage(memory)
         with ExitStack() as files:
-            opened = [
-                (files.enter_context(AdapterWeights(adapter)), adapter.tensors)
-                for adapter in adapters
-            ]
+            opened = _opened(adapters, files)
             for path, entry in entries.items():
                 ranks = _owned(entry)
                 sources = [(file, names[path]) for file, names in opened if path in names]
@@ -110,6 +119,26 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
                 )
 
     write_experts(out, shapes, dtype, rows())
+
+
+def _opened(
+    adapters: Sequence[Adapter], files: ExitStack
+) -> list[tuple[AdapterWeights, Mapping[str, AdapterTensors]]]:
+    """Open every adapter's file, with a higher limit where the usual one is too low."""
+    wanted = len(adapters) + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        return [(files.enter_context(AdapterWeights(one)), one.tensors) for one in adapters]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise OpenFilesError(
+            f"{len(adapters)} adapters are open at once while they are stacked, and this process"
+            f" may open {max(soft, hard)} files; raise the limit with `ulimit -n {wanted}`"
+        ) from error
 
 
 def _owned(entry: ModuleEntry) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import resource
 import shutil
+import sys
 from unittest import mock
 
 import pytest
@@ -20,9 +21,10 @@ from meteora.adapters.compatibility import fit_to_base
 from meteora.adapters.tensors import AdapterTensors
 from meteora.adapters.weights import AdapterWeights, ChangedAdapterError
 from meteora.base.loading import linear_sizes
+from meteora.base.sources import file_sha256
 from meteora.checkpoint import interleave
 from meteora.checkpoint.manifest import EXPERTS
-from meteora.checkpoint.stack import stack_adapters
+from meteora.checkpoint.stack import OpenFilesError, stack_adapters
 
 PREFIX = "base_model.model."
 
@@ -219,3 +221,31 @@ def test_a_disk_that_is_full_at_any_byte_is_an_error_and_the_next_try_is_whole(w
         stack_adapters(adapters, out)
         assert out.read_bytes() == whole.read_bytes()
         out.unlink()
+
+
+@pytest.fixture
+def few_files():
+    """A limit of open files that leaves two."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)  # of the numbers that are free
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it counts descriptors as Linux gives them")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_more_adapters_than_open_files_raise_the_limit_or_say_so(
+    world, few_files, tmp_path, monkeypatch, allowed
+):
+    sizes = linear_sizes(world.base)
+    adapters = [fit_to_base(reader.read(folder), sizes) for folder in world.adapters.values()]
+    if allowed:
+        stack_adapters(adapters, tmp_path / EXPERTS)
+        assert file_sha256(tmp_path / EXPERTS) == file_sha256(world.checkpoint / EXPERTS)
+        return
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    with pytest.raises(OpenFilesError, match=r"4 adapters are open at once .* `ulimit -n 260`"):
+        stack_adapters(adapters, tmp_path / EXPERTS)
+    monkeypatch.undo()

@@ -111,6 +111,11 @@ def calibrate(
     every, owners = expert_names(model), {e for s in sequences for e in s.owners}
     without = [e for e in range(len(every)) if options.stand_in and e not in owners]
     fitted = [e for e in range(len(every)) if e not in without]
+    if not fitted:
+        raise TrainingError(
+            "no expert has examples, and the other experts are scored beside one that has; give two"
+            f" or more of one, or a router of kind {options.stand_in!r}"
+        )
     names = [every[e] for e in fitted]
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
@@ -322,7 +327,7 @@ def _scatter_of(
             if 4 * num_inputs * num_labelled > MAX_TOKEN_BYTES:
                 tokens = tokens.sampled(stands_for)
             kept[held].append(tokens)
-    # hold_out leaves tokens of every expert on both sides
+    # hold_out leaves tokens of every expert to fit, and of the first expert at least to check
     return scatters, [Tokens.of(parts) for parts in kept]
 
 

@@ -23,7 +23,8 @@ HELDOUT_SHARE = 0.25
 """Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""
 MAX_ROWS = 4096
 """At a point with more inputs than this, the covariance is estimated from at most this many tokens
-(the closed form then has a matrix of tokens by tokens). Means always use all tokens."""
+(the closed form then has a matrix of tokens by tokens). The means of a fit use all tokens; of an
+expert that is added later at most so many of each kind are used, for its mean, too."""
 TOKENS_PER_BATCH = 2048
 """Padding included."""
 UNLABELLED = -1
@@ -92,7 +93,7 @@ def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: 
     """Choose the held-out sequences: `HELDOUT_SHARE` of each expert's, as indices.
 
     A sequence of several experts counts for each of them. Each expert keeps at least one sequence
-    to be fitted on.
+    to be fitted on; so one that shares its few with others may have none that is held out.
 
     Args:
         names: of all experts, in order, for messages

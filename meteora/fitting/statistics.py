@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_DIRECTIONS = 256
 """Directions of the covariance that are kept of a point at most. They can be larger than the
-experts: the quickstart's six experts have 10 MB, their statistics 30 MB."""
+experts: the quickstart's six experts have 10 MB, their statistics 52 MB."""
 RIDGES = 10.0
 """A direction is kept if its variance is more than this many times what shrinkage adds to it: below
 that, it hardly changes the inverse."""

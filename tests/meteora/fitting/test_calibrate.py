@@ -359,6 +359,26 @@ def centred(weight):
     return weight - weight.mean(0)
 
 
+def test_experts_that_share_their_few_sequences_are_all_fitted(model):
+    """One sequence is held out, so that one of the experts is not checked."""
+    dice, shared = random.Random(0), []
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        labels = tuple(e for e in pair for _ in range(20))
+        ids = tuple(token for e in pair for token in task_tokens(e, 20, dice))
+        shared.append(LabelledSequence(ids, labels))
+    asked = [*shared, *examples(4, experts=[3])]
+    assert len(dealing.hold_out(asked, NAMES, 0) & {0, 1, 2}) == 1
+    calibrate(model, asked)
+    for weight, bias in gates_of(model).own.values():
+        assert weight.isfinite().all()
+        assert bias.isfinite().all()
+
+
+def test_without_any_examples_a_stand_in_has_nothing_to_stand_beside(model):
+    with pytest.raises(TrainingError, match="no expert has examples"):
+        calibrate(model, [], replace(POINT_GATES, stand_in="arrow"))
+
+
 def test_an_expert_with_too_few_examples_is_named(model):
     few = [*examples(4, experts=(0, 1, 3)), *examples(1, experts=(2,))]
     with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.tensors import place_of
 from meteora.untrusted.findings import AdapterError, Findings, listed
+from meteora.untrusted.safetensors_header import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterSpec, Reason
-
-ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class IncompatibleAdaptersError(AdapterError):
@@ -102,7 +101,7 @@ def check_stackable(
                 break
     _check_dtypes(adapters, found)
     if memory_limit_bytes is not None:
-        needs = stack_bytes(list(adapters.values()))
+        needs = stack_bytes([adapter.spec for adapter in adapters.values()])
         check_memory(len(adapters), needs, memory_limit_bytes, found, advice="leave some out")
     if found.refusals:
         raise IncompatibleAdaptersError("these cannot be stacked", tuple(found.refusals))
@@ -125,11 +124,11 @@ def check_memory(
         )
 
 
-def stack_bytes(adapters: Sequence[Adapter]) -> int:
+def stack_bytes(specs: Sequence[AdapterSpec]) -> int:
     """Return the size of the stacked factors, in the narrowest dtype that holds all exactly."""
-    dtypes = {adapter.spec.dtype for adapter in adapters}
+    dtypes = {spec.dtype for spec in specs}
     itemsize = ITEMSIZE[dtypes.pop()] if len(dtypes) == 1 else 4
-    modules = (module for adapter in adapters for module in adapter.spec.modules)
+    modules = (module for spec in specs for module in spec.modules)
     return itemsize * sum(m.r * (m.in_features + m.out_features) for m in modules)
 
 

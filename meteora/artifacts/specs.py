@@ -158,8 +158,8 @@ class FusedSpec(Spec):
     """The experts' names, in the order of `adapter_ids`."""
     adapter_ids: tuple[ArtifactId, ...]
     bare: tuple[str, ...] = ()
-    """Modules without any ranks, which stay when an expert is dropped whose gates decide for others.
-    A recipe's stack has none."""
+    """Modules without any ranks, which stay where an expert was dropped whose gates decide for
+    others. A recipe's stack has none."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.adapters.weights import AdapterWeights
+from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import ModuleEntry, check_name, read_manifest
-from meteora.checkpoint.tensors import DTYPES, open_experts, read_factors, write_experts
+from meteora.checkpoint.tensors import open_experts, read_factors, write_experts
 from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:

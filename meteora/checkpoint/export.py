@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from meteora.adapters.files import CONFIG
+from meteora.adapters.tensors import PREFIX
+from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError
 from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import read_manifest
-from meteora.checkpoint.tensors import DTYPES, read_experts
+from meteora.checkpoint.tensors import read_experts
 from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
@@ -28,9 +31,7 @@ if TYPE_CHECKING:
 
     from meteora.checkpoint.manifest import Manifest
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 class ExportError(MeteoraError):

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.adapters.weights import AdapterWeights
+from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
 from meteora.checkpoint.manifest import ModuleEntry
-from meteora.checkpoint.tensors import DTYPES, write_experts
+from meteora.checkpoint.tensors import write_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,12 +66,6 @@ def common_dtype(specs: Sequence[AdapterSpec]) -> str:
     for spec in specs:
         wide = torch.promote_types(wide, DTYPES[spec.dtype])
     return next(name for name, dtype in DTYPES.items() if dtype == wide)
-
-
-def stacked_bytes(specs: Sequence[AdapterSpec]) -> int:
-    """Return the size of the tensors of a stack of adapters."""
-    numbers = sum(m.r * (m.in_features + m.out_features) for spec in specs for m in spec.modules)
-    return numbers * DTYPES[common_dtype(specs)].itemsize
 
 
 def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora.adapters.tensors import place_of
+from meteora.adapters.weights import DTYPES
 from meteora.artifacts import canonical_json
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
@@ -56,7 +57,6 @@ WRITE_BYTES = 1 << 20
 MAX_TEMPLATE = 20_000
 """Tokens before a prompt, or after it; a long system prompt has thousands."""
 MAX_TOKEN = (1 << 31) - 1
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_experts(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.adapters.compatibility import stack_bytes
 from meteora.artifacts import (
     NULL,
     WITH_GATES,
@@ -29,7 +30,7 @@ from meteora.base.sources import GGUF, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
 from meteora.checkpoint.resolve import find_packaged
-from meteora.checkpoint.stack import stack_adapters, stacked_bytes
+from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
 from meteora.fitting.background import fit_to_background
 from meteora.fitting.sequences import UNLABELLED
@@ -136,7 +137,7 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
     if work.holds(plan.fused.id):
         return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
     specs = [expert.adapter.spec for expert in plan.experts]
-    require_space(work.home, stacked_bytes(specs), f"the stack of {len(specs)} experts")
+    require_space(work.home, stack_bytes(specs), f"the stack of {len(specs)} experts")
     with work.scratch() as scratch:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)

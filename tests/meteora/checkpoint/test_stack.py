@@ -234,10 +234,11 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+@pytest.mark.usefixtures("few_files")
 @pytest.mark.skipif(sys.platform != "linux", reason="it counts descriptors as Linux gives them")
 @pytest.mark.parametrize("allowed", [True, False])
 def test_more_adapters_than_open_files_raise_the_limit_or_say_so(
-    world, few_files, tmp_path, monkeypatch, allowed
+    world, tmp_path, monkeypatch, allowed
 ):
     sizes = linear_sizes(world.base)
     adapters = [fit_to_base(reader.read(folder), sizes) for folder in world.adapters.values()]

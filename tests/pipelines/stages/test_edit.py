@@ -242,7 +242,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     command = ["meteora", "add", folder, "third", adapter, f"jsonl:{rows}"]
     command += ["--base", recipe_folder / "base", "--home", work.home]
     three = [world.adapters["q_and_v"], world.adapters["attention"], adapter]
-    needs = stack_bytes([reader.read(path) for path in three])
+    needs = stack_bytes([reader.read(path).spec for path in three])
     monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
     monkeypatch.setattr(candidate, "memory_bytes", lambda: needs - 1)
     with pytest.raises(SystemExit) as ended:

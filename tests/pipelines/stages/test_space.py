@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.checkpoint.stack import stacked_bytes
+from meteora.adapters.compatibility import stack_bytes
 from pipelines.stages import build
 from pipelines.workspace.faults import NoSpaceError
 from tests.pipelines.conftest import plan_of
@@ -29,13 +29,13 @@ def test_stack_and_gates_ask_for_their_room_first(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
 
     specs = [expert.adapter.spec for expert in planned.experts]
-    leave(stacked_bytes(specs) - 1)
+    leave(stack_bytes(specs) - 1)
     with pytest.raises(NoSpaceError, match=r"the stack of 2 experts needs 0\.0 MB, and the disk"):
         build.stack(work, planned)
-    leave(stacked_bytes(specs))
+    leave(stack_bytes(specs))
     fused = build.stack(work, planned)
     size = work.ledger.blobs.path_of(fused.weights_sha256).stat().st_size
-    assert 0 <= size - stacked_bytes(specs) < 10_000  # the rest is the header
+    assert 0 <= size - stack_bytes(specs) < 10_000  # the rest is the header
 
     needed = build._bytes_of_fit(planned)
     leave(needed - 1)

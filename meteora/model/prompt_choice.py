@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.passes import PassInput
+from meteora.routing.passes import PassInput, Watcher, by_name
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import questions
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from meteora.artifacts import RouterOptions
@@ -59,52 +58,44 @@ def insert_prompt_routers(
     setattr(model, READER, reader)  # beside the modules: it belongs to the routers
 
 
-class PromptReader:
+class PromptReader(Watcher):
     """Reads each prompt with the base before it is routed, and decides for its sequence."""
 
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
-        self._hook: RemovableHandle | None = None
-
-    def watch(self, model: nn.Module) -> None:
-        """See every forward pass of a fused model; OPT's goes around its `base_model`."""
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def stop(self) -> None:
-        """See no more."""
+        super().stop()
         self.held.hold(None)
-        if self._hook is not None:
-            self._hook.remove()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
-        seen = PassInput.of(args, kwargs)
+        given = by_name(model, args, kwargs)
+        seen = PassInput.of(given)
         found = questions(seen, self.template)
         if seen.goes_on and self.held.logits is not None and not found.closed:
             return
         last = found.turn.amax(1, keepdim=True)
         question = found.asked & (found.turn == last)
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
-        self.held.hold(self.read(model, question, args, kwargs))
+        self.held.hold(self.read(model, question, given))
 
     @torch.no_grad()
-    def read(
-        self, model: nn.Module, question: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def read(self, model: nn.Module, question: Tensor, given: dict[str, Any]) -> Tensor:
         """Run a pass with the base alone; the logits of each sequence, [B, C].
 
         Args:
             question: [B, L] bool: the tokens that decide
-            args: of the pass; a cache among them stays as it is
+            given: the arguments of the pass, by name; a cache among them stays as it is
         """
-        kwargs = dict(kwargs) | {"use_cache": False}
+        given = given | {"use_cache": False}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            kwargs["logits_to_keep"] = 1  # nobody reads them
+            given["logits_to_keep"] = 1  # nobody reads them
         for cache in ("past_key_values", "cache_params"):
-            if kwargs.get(cache) is not None:
-                kwargs[cache] = copy.deepcopy(kwargs[cache])
+            if given.get(cache) is not None:
+                given[cache] = copy.deepcopy(given[cache])
         sizes = torch.zeros(len(question), self.standard.shape[1])
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True)
@@ -129,7 +120,7 @@ class PromptReader:
 
                     hooks.callback(layer.register_forward_pre_hook(hook).remove)
             hooks.enter_context(routed_by(model, lambda _: None))
-            model.forward(*args, **kwargs)  # not a call: who watches passes sees one
+            model.forward(**given)  # not a call: who watches passes sees one
         sizes /= num_modules.clamp_min(1)
         others = torch.zeros_like(sizes)
         num_experts = int(num_modules.count_nonzero())

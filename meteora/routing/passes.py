@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -27,28 +28,47 @@ class PassInput:
     """Whether a cache holds what precedes."""
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Self:
-        """Read the arguments of a causal language model's `forward`."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        states = ids if ids is not None else kwargs["inputs_embeds"]
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Read the arguments of a causal language model's `forward`, as `by_name` gives them."""
+        ids = given.get("input_ids")
+        states = ids if ids is not None else given["inputs_embeds"]
         num_rows, length = states.shape[:2]
         there = torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
             there = mask[:, mask.shape[1] - length :].bool()
-        if kwargs.get("cache_params") is not None:  # a state-space model's has no length
+        if given.get("cache_params") is not None:  # a state-space model's has no length
             return cls(ids, there, length == 1)
-        past = kwargs.get("past_key_values")
+        past = given.get("past_key_values")
         return cls(ids, there, past is not None and past.get_seq_length() > 0)
 
 
-def watch(model: nn.Module, see: Callable[[PassInput], None]) -> RemovableHandle:
-    """Call `see` before each pass of a causal language model.
+def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's `forward`, each by its name."""
+    names = inspect.signature(model.forward).parameters if args else ()
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
-    Its `base_model` is not watched, since some models do not call theirs, such as OPT.
+
+class Watcher:
+    """Sees each pass of a causal language model before it runs.
+
+    The model's `base_model` is not watched, since some models do not call theirs, such as OPT.
     """
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(PassInput.of(args, kwargs))
+    _hook: RemovableHandle | None = None
 
-    return model.register_forward_pre_hook(before, with_kwargs=True)
+    def watch(self, model: nn.Module) -> None:
+        """See every pass of this model."""
+        # a bound method is copied and pickled with its object: a copy of a model has its own
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def stop(self) -> None:
+        """See no more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def see(self, seen: PassInput) -> None:
+        """Look at a pass before it runs."""
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.see(PassInput.of(by_name(model, args, kwargs)))

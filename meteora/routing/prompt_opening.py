@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteora.routing.passes import PassInput, watch
+from meteora.routing.passes import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-    from torch.utils.hooks import RemovableHandle
-
     from meteora.base.chat_template import Template
+    from meteora.routing.passes import PassInput
 
 WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""
 
 
-class PromptOpening:
+class PromptOpening(Watcher):
     """What the present forward pass holds of a prompt's opening; shared by all gates of a model."""
 
     def __init__(self, template: Template) -> None:
@@ -37,7 +35,6 @@ class PromptOpening:
         """[B, L] bool; None where the pass holds no opening."""
         self.evidence: Tensor | None = None
         """[B, L] bool: the tokens that decide for it."""
-        self._hook: RemovableHandle | None = None
 
     def at_gate(self) -> PromptOpening:
         """What one gate decides with: all gates of a model share it."""
@@ -83,12 +80,6 @@ class PromptOpening:
         pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, E]
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)
 
-    def watch(self, model: nn.Module) -> None:
-        """See every pass of a causal language model."""
-        self._hook = watch(model, self.see)
-
     def stop(self) -> None:
-        """See no more."""
+        super().stop()
         self.clear()
-        if self._hook is not None:
-            self._hook.remove()

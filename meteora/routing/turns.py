@@ -17,15 +17,13 @@ from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import HEADER
-from meteora.routing.passes import PassInput, watch
+from meteora.routing.passes import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import nn
-    from torch.utils.hooks import RemovableHandle
-
     from meteora.base.chat_template import Template
+    from meteora.routing.passes import PassInput
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):
@@ -71,7 +69,7 @@ def questions(seen: PassInput, template: Template) -> Questions:
     return Questions(turn, asked, bool(closing.any()))
 
 
-class Turns:
+class Turns(Watcher):
     """What the gates of a model know of the turns in the present pass; they have one together."""
 
     def __init__(self, template: Template) -> None:
@@ -79,7 +77,6 @@ class Turns:
         self.found: Questions | None = None
         self.goes_on = self.any_asks = self.all_ask = False
         """Of the pass; whether any of its sequences has a question, and whether all have."""
-        self._hook: RemovableHandle | None = None
 
     def at_gate(self) -> TurnChoice:
         """What one gate decides with."""
@@ -91,15 +88,9 @@ class Turns:
         asks = found.asked.any(1)
         self.goes_on, self.any_asks, self.all_ask = seen.goes_on, bool(asks.any()), bool(asks.all())
 
-    def watch(self, model: nn.Module) -> None:
-        """See every pass of a causal language model."""
-        self._hook = watch(model, self.see)
-
     def stop(self) -> None:
-        """See no more."""
+        super().stop()
         self.found = None
-        if self._hook is not None:
-            self._hook.remove()
 
 
 class TurnChoice:

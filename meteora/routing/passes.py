@@ -32,15 +32,29 @@ class PassInput:
         """Read the arguments of a causal language model's `forward`, as `by_name` gives them."""
         ids = given.get("input_ids")
         states = ids if ids is not None else given["inputs_embeds"]
-        num_rows, length = states.shape[:2]
-        there = torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
-            there = mask[:, mask.shape[1] - length :].bool()
-        if given.get("cache_params") is not None:  # a state-space model's has no length
-            return cls(ids, there, length == 1)
-        past = given.get("past_key_values")
-        return cls(ids, there, past is not None and past.get_seq_length() > 0)
+        past, state = given.get("past_key_values"), given.get("cache_params")
+        num_before = 0 if past is None else int(past.get_seq_length())
+        there = _there(given.get("attention_mask"), states, num_before)
+        # a state-space model's cache has no length
+        goes_on = num_before > 0 if state is None else states.shape[1] == 1
+        return cls(ids, there, goes_on)
+
+
+def _there(mask: object, states: Tensor, num_before: int) -> Tensor:
+    """Which tokens of a pass a mask of any form leaves there, [B, L] bool."""
+    num_rows, length = states.shape[:2]
+    if isinstance(mask, dict):  # one for each kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not (isinstance(mask, Tensor) and mask.dim() in {2, 4} and mask.shape[-1] >= length):
+        return torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
+    first = mask.shape[-1] - length
+    if mask.dim() == 2:
+        return mask[:, first:].bool()
+    # [B, heads, L, keys], true or 0.0 where a token sees a key; one that is there sees itself. A
+    # static cache has room behind its key, and a window has lost some before it
+    sees = mask == 0 if mask.is_floating_point() else mask.bool()
+    own = sees[:, 0].expand(num_rows, length, -1).diagonal(min(num_before, first), 1, 2)
+    return own[:, :length]
 
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.gates import insert_gates
+from meteora.routing.passes import PassInput
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
 TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
@@ -41,3 +42,54 @@ def test_a_copy_of_a_model_sees_its_own_passes(model, copied):
     expected = model(torch.tensor([OTHER])).logits
     model(torch.tensor([FIRST]))
     assert torch.equal(copied(model)(torch.tensor([OTHER])).logits, expected)
+
+
+def padded(*prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def test_a_mask_may_be_positional(model):
+    ids, mask = padded(FIRST, OTHER)
+    assert torch.equal(model(ids, mask).logits, model(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_padded_batch_is_answered_as_its_prompts_are_on_every_cache(model, kind):
+    ids, mask = padded(FIRST, OTHER)
+    asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, cache_implementation=kind, **asked)
+    for row, prompt in zip(together[:, ids.shape[1] :], (FIRST, OTHER), strict=True):
+        alone = model.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :]
+        assert torch.equal(row, alone)
+
+
+class Behind:
+    """A cache that holds two tokens."""
+
+    def get_seq_length(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "shift"), [(5, 2), (8, 2), (4, 1)], ids=["dynamic", "static", "window"]
+)
+@pytest.mark.parametrize("form", ["bool", "added", "dict", "one for all"])
+def test_of_a_mask_of_queries_and_keys_a_token_is_there_that_sees_itself(num_keys, shift, form):
+    sees = torch.zeros(2, 1, 3, num_keys, dtype=torch.bool)
+    sees[0, 0] = torch.ones(3, num_keys).tril(shift).bool()
+    sees[1, 0] = sees[0, 0].clone()
+    sees[1, 0, :, shift] = False  # the first of the pass is padding
+    mask = {
+        "bool": sees,
+        "added": torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min),
+        "dict": {"sliding_attention": sees[:1], "full_attention": sees},
+        "one for all": sees[1:],
+    }[form]
+    given = {"input_ids": torch.ones(2, 3).long(), "past_key_values": Behind()}
+    seen = PassInput.of(given | {"attention_mask": mask})
+    assert seen.there.tolist() == [[form != "one for all", True, True], [False, True, True]]
+    assert seen.goes_on

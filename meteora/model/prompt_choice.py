@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions
     from meteora.base.chat_template import Template
     from meteora.checkpoint.tensors import PromptGates
+    from meteora.routing.turns import Questions
 
 READER = "meteora_prompt_reader"
 """The attribute of a model that holds its `PromptReader`."""
@@ -63,6 +64,8 @@ class PromptReader(Watcher):
 
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
+        self._found: Questions | None = None
+        """In the last pass."""
 
     def stop(self) -> None:
         super().stop()
@@ -74,11 +77,11 @@ class PromptReader(Watcher):
             return  # an expert is forced
         given = by_name(model, args, kwargs)
         seen = PassInput.of(given)
-        found = questions(seen, self.template)
-        if seen.goes_on and self.held.logits is not None and not found.closed:
+        self._found = found = questions(seen, self.template, self._found)
+        question = found.asked & (found.turn == found.turn[:, -1:])
+        asks = question.any(1) & found.closed
+        if seen.goes_on and self.held.logits is not None and not asks.any():
             return
-        last = found.turn.amax(1, keepdim=True)
-        question = found.asked & (found.turn == last)
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
         self.held.hold(self.read(model, question, given))
 

@@ -38,17 +38,26 @@ class Questions(NamedTuple):
     the one that it ends with."""
     asked: Tensor
     """[B, L] bool: the tokens of questions."""
-    closed: bool
-    """Whether the template's closing stands in the pass."""
+    closed: Tensor
+    """[B] bool: whether the last turn's question has been closed, here or before."""
 
 
-def questions(seen: PassInput, template: Template) -> Questions:
-    """Find the turns of a pass, and the question of each; it may have none."""
+def questions(seen: PassInput, template: Template, before: Questions | None = None) -> Questions:
+    """Find the turns of a pass, and the question of each; it may have none.
+
+    Args:
+        before: of the pass before, with which this one may go on
+    """
     ids, there = seen.ids, seen.there
     none = torch.zeros_like(there)
+    closed = none.any(1)
+    # where later questions have no header, only a closing shows them
+    if seen.goes_on and before is not None and template.header:
+        held = each_row(before.closed, len(there))
+        closed = closed if held is None else held.to(there.device)
     short = seen.goes_on and there.shape[1] < len(template.closing)  # a token of an answer
     if ids is None or not template.closing or short:
-        return Questions(none.long(), none if seen.goes_on else there, closed=False)
+        return Questions(none.long(), none if seen.goes_on else there, closed)
     begun_by = template.header or template.opening[-HEADER:]  # an older checkpoint has no header
     header, closing = (_ends(ids, tokens) & there for tokens in (begun_by, template.closing))
     begins, closes = _earlier(header, len(begun_by)), _earlier(closing, len(template.closing))
@@ -59,14 +68,27 @@ def questions(seen: PassInput, template: Template) -> Questions:
     before = torch.where(begins, num_closed - closes.long(), 0).cummax(1).values
     asked = there & behind & (num_closed == before)
     begun = turn > 0
-    if seen.goes_on:  # before the first header an answer goes on, or a question that is closed here
-        asked &= begun | (closes & ~begun).any(1, keepdim=True)
+    if seen.goes_on:
+        # before the first header an answer goes on, or a question that is closed here and was not
+        # before: a draft of an answer may repeat the prompt's closing
+        asked &= begun | ((closes & ~begun).any(1) & ~closed).unsqueeze(1)
     else:
         asked &= begun | ~begun.any(1, keepdim=True)
         turn = (turn - 1).clamp_min(0)
         first = turn == 0  # who asks nothing at first is judged by all that is there
         asked |= there & first & ~(asked & first).any(1, keepdim=True)
-    return Questions(turn, asked, bool(closing.any()))
+    closed = (closing & (turn == turn[:, -1:])).any(1) | closed & ~begun.any(1)
+    return Questions(turn, asked, closed)
+
+
+def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
+    """What is held of B sequences, for each row of a pass: a sequence may have several beams.
+
+    None where it is not of these sequences.
+    """
+    if held is None or num_rows % len(held):
+        return None
+    return held.repeat_interleave(num_rows // len(held), 0)
 
 
 class Turns(Watcher):
@@ -84,7 +106,7 @@ class Turns(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
-        self.found = found = questions(seen, self.template)
+        self.found = found = questions(seen, self.template, self.found)
         asks = found.asked.any(1)
         self.goes_on, self.any_asks, self.all_ask = seen.goes_on, bool(asks.any()), bool(asks.all())
 
@@ -123,9 +145,7 @@ class TurnChoice:
                 f" {0 if found is None else found.turn.numel()} was seen; call the whole model"
             )
         num_rows, length = found.turn.shape
-        before = None
-        if self.turns.goes_on and held is not None and num_rows % len(held) == 0:
-            before = held.repeat_interleave(num_rows // len(held), 0)
+        before = each_row(held, num_rows) if self.turns.goes_on else None
         if before is None and not self.turns.all_ask:
             raise UnreadPromptError(
                 f"{num_rows} sequences go on, and the beginnings of"

@@ -25,7 +25,7 @@ from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
-TEMPLATE = Template(OPENING, CLOSING)
+TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
 OPTIONS = RouterOptions("prompt", top_k=1, temperature=1.0, null=True)
 NEW = 6
 
@@ -157,7 +157,9 @@ def test_tokens_that_go_on_with_an_answer_change_nothing(model):
     cache = DynamicCache()
     model(torch.tensor([asked(0)]), past_key_values=cache)
     before = getattr(model, READER).held.logits
-    model(torch.tensor([task_tokens(3, 6, random.Random(4))]), past_key_values=cache)
+    draft = task_tokens(3, 6, random.Random(4))
+    model(torch.tensor([draft]), past_key_values=cache)
+    model(torch.tensor([[*draft, *CLOSING]]), past_key_values=cache)  # copied from the prompt
     assert getattr(model, READER).held.logits is before
 
 

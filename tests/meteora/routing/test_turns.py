@@ -34,7 +34,7 @@ def found(row, *, goes_on=False, padding=0, template=TEMPLATE):
     ids = torch.tensor([[0] * padding + row])
     there = torch.arange(ids.shape[1])[None] >= padding
     turn, asked, closed = questions(PassInput(ids, there, goes_on), template)
-    return turn[0, padding:].tolist(), ids[asked].tolist(), closed
+    return turn[0, padding:].tolist(), ids[asked].tolist(), closed.item()
 
 
 TWO = [*OPENING, 7, 8, *CLOSING, 9, 9, *HEADER, 5, *CLOSING, 4]
@@ -112,6 +112,21 @@ def test_a_turn_has_the_mean_log_probability_of_its_question():
     logits = torch.randn(1, 7, 3)
     new = decided(choice, turns, [[9, *HEADER, 5, *CLOSING]], logits, goes_on=True)
     torch.testing.assert_close(new[0], logits.log_softmax(-1)[0, 4].expand(7, -1))
+
+
+def test_a_draft_of_an_answer_that_repeats_the_closing_asks_nothing():
+    turns = Turns(Template(OPENING, CLOSING, HEADER))
+    choice = turns.at_gate()
+    first, draft = torch.randn(1, 6, 3), torch.randn(2, 4, 3)
+    decided(choice, turns, [[*OPENING, 7, 8]], first)  # a question in two parts
+    rest = torch.randn(1, 3, 3)
+    own = decided(choice, turns, [[9, *CLOSING]], rest, goes_on=True)[:, -1:]
+    torch.testing.assert_close(own[0, 0], rest.log_softmax(-1)[0, 0])
+    decided(choice, turns, [[9]], torch.randn(1, 1, 3), goes_on=True)
+    held = decided(choice, turns, [[7, *CLOSING, 9]] * 2, draft, goes_on=True)  # two beams
+    torch.testing.assert_close(held, own.expand(2, 4, -1))
+    new = decided(choice, turns, [[*HEADER, 5, *CLOSING]] * 2, torch.randn(2, 6, 3), goes_on=True)
+    assert not torch.allclose(new[:, 0], own[:, 0])
 
 
 def test_what_was_not_seen_is_refused():

@@ -94,7 +94,7 @@ def answer_all(
     Args:
         advance: called with the number of prompts that were just answered
     """
-    pad = padding_token(tokenizer)
+    pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
@@ -112,10 +112,11 @@ def answer_all(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
+                eos_token_id=ends or None,
             )
         for row, i in enumerate(chosen):
             tokens = out[row, width:].tolist()
-            end = tokenizer.eos_token_id
-            answers[i] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+            end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            answers[i] = tokens[: end + 1]
         advance(len(chosen))
     return answers

@@ -7,7 +7,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.model.fused import make_router
-from meteora.model.generate import _TerminalStreamer
+from meteora.model.generate import _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
 
 PROMPTS = ["a", "some words", "rather more words than that"]
@@ -77,3 +77,18 @@ def test_an_answer_cannot_control_the_terminal(tokenizer, capsys) -> None:
     streamer.put(torch.tensor(ids))
     streamer.end()
     assert capsys.readouterr().out == "tab\there\n␛[31mred␇␡\ufffd2J\n"
+
+
+def test_an_answer_ends_with_the_first_of_several_ends(world, tokenizer) -> None:
+    model = world.load()
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    model.generation_config.eos_token_id = None
+    whole = answer_all(model, tokenizer, prompts, 8)
+    ends = {whole[0][2], whole[1][5]}
+    model.generation_config.eos_token_id = sorted(ends)
+    expected = [
+        answer[: next((i for i, token in enumerate(answer) if token in ends), 8) + 1]
+        for answer in whole
+    ]
+    assert answer_all(model, tokenizer, prompts, 8) == expected
+    assert len({*map(len, expected)}) > 1

@@ -42,18 +42,18 @@ class Questions(NamedTuple):
     """[B] bool: whether the last turn's question has been closed, here or before."""
 
 
-def questions(seen: PassInput, template: Template, before: Questions | None = None) -> Questions:
+def questions(seen: PassInput, template: Template, previous: Questions | None = None) -> Questions:
     """Find the turns of a pass, and the question of each; it may have none.
 
     Args:
-        before: of the pass before, with which this one may go on
+        previous: of the pass before, with which this one may go on
     """
     ids, there = seen.ids, seen.there
     none = torch.zeros_like(there)
     closed = none.any(1)
     # where later questions have no header, only a closing shows them
-    if seen.goes_on and before is not None and template.header:
-        held = each_row(before.closed, len(there))
+    if seen.goes_on and previous is not None and template.header:
+        held = each_row(previous.closed, len(there))
         closed = closed if held is None else held.to(there.device)
     short = seen.goes_on and there.shape[1] < len(template.closing)  # a token of an answer
     if ids is None or not template.closing or short:

@@ -11,6 +11,8 @@ import logging
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 # transformers' set_seed is the same, but importing it imports the Trainer and PEFT
 from accelerate.utils import set_seed
 from lm_eval.api.instance import Instance
@@ -22,9 +24,8 @@ from meteora.base.placement import input_device
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from pipelines.data.rows import Row
@@ -196,8 +197,46 @@ class _AnswerHook(CacheHook):
         self.advance(1)
 
 
-class _Model(HFLM):
-    """lm-eval's model class without its progress bars; it notes which answers were cut."""
+class MaskedModel(HFLM):
+    """lm-eval's model class, with a mask where a batch of log-likelihoods is filled up.
+
+    lm-eval passes none, since a causal model needs none. Routers that read whole prompts do.
+    """
+
+    _inputs: Collection[tuple[int, ...]] = ()
+    """What is asked, without its padding."""
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        *args: Any,  # noqa: ANN401
+        **asked: Any,  # noqa: ANN401
+    ) -> list[tuple[float, bool]]:
+        longest = self.max_length + 1
+        self._inputs = {tuple((one + other)[-longest:][:-1]) for _, one, other in requests}
+        return super()._loglikelihood_tokens(requests, *args, **asked)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **asked: Any) -> torch.Tensor:  # noqa: ANN401
+        width = inps.shape[1]
+        lengths = [
+            next((n for n in range(width, 0, -1) if tuple(row[:n]) in self._inputs), width)
+            for row in inps.tolist()
+        ]
+        mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+        if mask.all():
+            return super()._model_call(inps, *args, **asked)
+        given = {"attention_mask": mask.long().to(inps.device)}
+        hook = self.model.register_forward_pre_hook(
+            lambda _model, args, kwargs: (args, kwargs | given), with_kwargs=True, prepend=True
+        )
+        try:
+            return super()._model_call(inps, *args, **asked)
+        finally:
+            hook.remove()
+
+
+class _Model(MaskedModel):
+    """The same without progress bars; it notes which answers were cut."""
 
     system_prompt: str | None = None
 

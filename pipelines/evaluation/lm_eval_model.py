@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
 import meteora
+from pipelines.evaluation.harness import MaskedModel
 
 
 @register_model("meteora")
-class Meteora(HFLM):
+class Meteora(MaskedModel):
     """A fused model, or one of its experts alone."""
 
     def __init__(

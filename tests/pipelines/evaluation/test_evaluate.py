@@ -10,10 +10,12 @@ import pytest
 import torch
 import yaml
 
-from meteora.artifacts import ArtifactId, BenchmarkSpec, Score
+from meteora.artifacts import ArtifactId, BenchmarkSpec, RouterOptions, Score
 from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.checkpoint.tensors import Gates
 from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import answer_all
+from meteora.routing.gates import insert_gates
 from pipelines.data.composites import compose
 from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
@@ -198,6 +200,25 @@ def test_choices_are_compared_by_their_log_likelihood(
         assert output["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
         assert output["acc"] == float(row.choices[sums.index(max(sums))] in row.answers)
     assert sum(done) == asked.num_questions == 5
+
+
+def test_choices_of_a_batch_weigh_what_each_alone_does_where_a_router_reads_whole_prompts(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = world.load()
+    torch.manual_seed(0)
+    gates = {
+        path: (3 * torch.randn(4, entry.in_features), torch.zeros(4))
+        for path, entry in world.manifest.modules.items()
+    }
+    insert_gates(model, Gates(gates), RouterOptions("gate", 1, 1.0, share="turn"))
+    rows = [Row("12", "x", ("x", "!!")), Row("a longer one", "w", ("many letters", "w"))]
+    one, all_four = (
+        evaluate_task(model, tokenizer, task(rows, "acc"), batch_size=size).outputs
+        for size in (1, 4)
+    )
+    for alone, together in zip(one, all_four, strict=True):
+        assert together["log_likelihoods"] == pytest.approx(alone["log_likelihoods"], abs=1e-3)
     with pytest.raises(BenchmarkError, match="has no choices; give its row"):
         evaluate_task(model, tokenizer, task(ROWS, "acc"), batch_size=2)
 

@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.base.placement import input_device
 from meteora.untrusted.findings import for_terminal
@@ -15,10 +16,29 @@ from meteora.untrusted.findings import for_terminal
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
+
+
+class EmptyPromptError(MeteoraError):
+    """A prompt has no tokens."""
+
+
+def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
+    """The token ids of one prompt as a batch [1, L], where the model takes it.
+
+    Raises:
+        EmptyPromptError: there are none.
+    """
+    if not prompt:
+        raise EmptyPromptError(
+            "the prompt has no tokens: it is empty, and the base's tokenizer puts none in front of"
+            " it; ask something"
+        )
+    return torch.tensor([list(prompt)], device=input_device(model))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -67,8 +87,11 @@ def generate(
         prompt: text; it is put into the tokenizer's chat template, if there is one
         max_new_tokens: the answer is cut at this many tokens
         stream: also print the text on stdout while it is generated, without control characters
+
+    Raises:
+        EmptyPromptError: the prompt has no tokens.
     """
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=input_device(model))
+    ids = batch_of(model, encode_prompt(tokenizer, prompt))
     streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         out = cast("GenerativePreTrainedModel", model).generate(

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 READER = "meteora_prompt_reader"
 """The attribute of a model that holds its `PromptReader`."""
 
+OUTPUTS = {"labels", "output_hidden_states", "output_attentions", "return_dict"}
+"""Arguments of a pass that ask for more outputs, or for others; nobody reads those of a reading."""
+
 
 def insert_prompt_routers(
     model: PreTrainedModel, gates: PromptGates, options: RouterOptions
@@ -93,7 +96,8 @@ class PromptReader(Watcher):
             question: [B, L] bool: the tokens that decide
             given: the arguments of the pass, by name; a cache among them stays as it is
         """
-        given = given | {"use_cache": False}
+        given = {name: value for name, value in given.items() if name not in OUTPUTS}
+        given["use_cache"] = False
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 1  # nobody reads them
         for cache in ("past_key_values", "cache_params"):
@@ -101,7 +105,7 @@ class PromptReader(Watcher):
                 given[cache] = copy.deepcopy(given[cache])
         sizes = torch.zeros(len(question), self.standard.shape[1])
         num_modules = torch.zeros(self.standard.shape[1])
-        num_tokens = question.sum(1, keepdim=True)
+        num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
 
         def measure(router: PromptRouter, x: Tensor) -> None:
             nonlocal num_modules

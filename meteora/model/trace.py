@@ -15,9 +15,8 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
-from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
-from meteora.model.generate import padding_token
+from meteora.model.generate import batch_of, padding_token
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:
@@ -139,10 +138,11 @@ def trace(
 
     Raises:
         TraceError: no module of the model has a router, as inside `without_experts`.
+        EmptyPromptError: the prompt has no tokens.
     """
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)
-    ids = torch.tensor([list(prompt)], device=input_device(model))
+    ids = batch_of(model, prompt)
     with torch.inference_mode(), every_pass(model) as passes:
         if max_new_tokens:
             out: Any = cast("GenerativePreTrainedModel", model).generate(

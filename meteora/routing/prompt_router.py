@@ -82,11 +82,12 @@ class PromptRouter(Router):
         rows: Tensor = self.rows  # ty: ignore[invalid-assignment]
         offset: Tensor = self.offset  # ty: ignore[invalid-assignment]
         owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
-        wide = offset.dtype  # rows are stored in 16 bits
+        # rows are stored in 16 bits, and a model may be put into them
+        wide = torch.promote_types(offset.dtype, torch.float32)
         squares = (tokens.to(wide) @ rows.to(wide).T - offset).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, owner, squares)
         logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
-        return logs * torch.tensor(self.has, device=logs.device)
+        return torch.where(torch.tensor(self.has, device=logs.device), logs, 0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.held.logits_of(len(tokens), tokens.device)

@@ -108,7 +108,8 @@ class Turns(Watcher):
         """Look at a pass before it runs."""
         self.found = found = questions(seen, self.template, self.found)
         asks = found.asked.any(1)
-        self.goes_on, self.any_asks, self.all_ask = seen.goes_on, bool(asks.any()), bool(asks.all())
+        self.goes_on, self.any_asks = seen.goes_on, bool(asks.any())
+        self.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
 
     def stop(self) -> None:
         super().stop()

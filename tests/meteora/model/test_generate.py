@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions
+import meteora
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.model.fused import make_router
 from meteora.model.generate import _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
@@ -77,6 +80,15 @@ def test_an_answer_cannot_control_the_terminal(tokenizer, capsys) -> None:
     streamer.put(torch.tensor(ids))
     streamer.end()
     assert capsys.readouterr().out == "tab\there\n␛[31mred␇␡\ufffd2J\n"
+
+
+def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.add_bos_token = False
+    bare._tokenizer.post_processor = None
+    for ask in (meteora.generate, meteora.trace):
+        with pytest.raises(MeteoraError, match="the prompt has no tokens"):
+            ask(world.load(), bare, "")
 
 
 def test_an_answer_ends_with_the_first_of_several_ends(world, tokenizer) -> None:

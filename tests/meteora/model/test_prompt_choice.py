@@ -173,6 +173,33 @@ def test_a_system_prompt_and_an_answer_behind_the_question_decide_nothing(model)
     assert chosen(model, [*prompt, *said]) == names[2]
 
 
+@torch.no_grad()
+def test_outputs_that_a_caller_asks_for_are_its_own(model):
+    ids = torch.tensor([asked(0)])
+    expected = model(ids).logits
+    out = model(ids, labels=ids, output_hidden_states=True)
+    assert torch.equal(out.logits, expected)
+    assert out.loss.isfinite()
+    assert out.hidden_states
+    assert torch.equal(model(ids, return_dict=False)[0], expected)
+
+
+@torch.no_grad()
+def test_an_empty_row_of_a_batch_leaves_the_others_their_expert(model):
+    prompt = asked(2)
+    ids, mask = torch.tensor([prompt, [0] * len(prompt)]), torch.ones(2, len(prompt)).long()
+    mask[1] = 0
+    model(ids, attention_mask=mask)
+    logits = getattr(model, READER).held.logits
+    assert logits.isfinite().all()
+    assert expert_names(model)[int(logits[0].argmax())] == expert_names(model)[2]
+
+
+def test_a_model_of_16_bits_chooses_as_before(checkpoint, world):
+    model = meteora.load(checkpoint, base_folder=world.base)[0].half()
+    assert [chosen(model, asked(e)) for e in range(4)] == expert_names(model)[:4]
+
+
 def test_a_forced_expert_is_not_read_for(model):
     before = getattr(model, READER).held.logits
     with force_expert(model, "attention"):

@@ -129,6 +129,15 @@ def test_a_draft_of_an_answer_that_repeats_the_closing_asks_nothing():
     assert not torch.allclose(new[:, 0], own[:, 0])
 
 
+def test_an_empty_row_of_a_batch_leaves_the_others_their_questions():
+    turns, ids = Turns(TEMPLATE), torch.tensor([[*OPENING, 7, *CLOSING], [0] * 7])
+    logits = torch.randn(2, 7, 3)
+    turns.see(PassInput(ids, ids > 0, goes_on=False))
+    found = turns.at_gate().decide(lambda tokens: tokens, logits.flatten(0, 1)).view(2, 7, 3)
+    torch.testing.assert_close(found[0], logits.log_softmax(-1)[0, 4].expand(7, -1))
+    assert found.isfinite().all()
+
+
 def test_what_was_not_seen_is_refused():
     turns = Turns(TEMPLATE)
     choice = turns.at_gate()

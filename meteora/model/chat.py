@@ -101,6 +101,8 @@ class _Reading:
     """[M, T, K]"""
     chosen: Tensor
     """[M, T, K]"""
+    num_decided: int
+    """`Turns.num_decided` at its end."""
 
     def cut(self, length: int) -> None:
         """Keep the first tokens only."""
@@ -228,11 +230,26 @@ class Chat:
         found, self._reading = self._reading, None
         if found is None or found.cache is None or found.expert != expert:
             return None
+        if not expert and not self._holds(found):
+            return None
         length = len(common_beginning(found.ids, ids[:-1]))
         if length < self._least(found):
             return None
         found.cut(length)
         return found
+
+    def _holds(self, found: _Reading) -> bool:
+        """Whether the routers would go on as with all of a conversation.
+
+        What reads whole prompts with the base decides for all of their turns. Gates of turns hold
+        one question, which may be another conversation's by now.
+        """
+        return getattr(self.model, READER, None) is None and found.num_decided == self._num_decided
+
+    @property
+    def _num_decided(self) -> int:
+        watcher = getattr(self.model, WATCHER, None)
+        return watcher.num_decided if isinstance(watcher, Turns) else 0
 
     def _least(self, found: _Reading) -> int:
         """How many tokens a prompt has in common with what was read, for that to be of use.
@@ -240,7 +257,7 @@ class Chat:
         Where routers look ahead, routes hold for the question that decided them.
         """
         watcher = getattr(self.model, WATCHER, None)
-        if isinstance(watcher, Turns) or getattr(self.model, READER, None) is not None:
+        if isinstance(watcher, Turns):
             return found.num_prompt
         return 1 if watcher is None else found.num_first
 
@@ -298,6 +315,7 @@ class Chat:
             modules=tuple(passes[0]),
             weights=weights[:, : len(read)],  # on some devices `generate` runs one pass too many
             chosen=chosen[:, : len(read)],
+            num_decided=self._num_decided,
         )
 
 

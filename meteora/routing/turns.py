@@ -99,6 +99,9 @@ class Turns(Watcher):
         self.found: Questions | None = None
         self.goes_on = self.any_asks = self.all_ask = False
         """Of the pass; whether any of its sequences has a question, and whether all have."""
+        self.num_decided = 0
+        """How often a gate has decided for a question. Who keeps a cache sees by it whether the
+        gates still hold what they decided for it."""
 
     def at_gate(self) -> TurnChoice:
         """What one gate decides with."""
@@ -158,6 +161,7 @@ class TurnChoice:
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
         decided = _means(own, turn, asked, before)
         self.held = decided[:, -1].detach()
+        self.turns.num_decided += 1
         return decided.gather(1, turn.unsqueeze(-1).expand_as(own)).flatten(0, 1)
 
 

@@ -164,6 +164,20 @@ def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead
     assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
 
 
+def test_two_conversations_on_one_model_answer_as_each_alone(looking_ahead, talking):
+    """Gates hold one question: the other conversation's, by the time that the first goes on."""
+    one, other = Chat(looking_ahead, talking), Chat(looking_ahead, talking)
+    for a, b in (("abc", "what else?"), ("digits 12", "xyz"), ("no", "and that?")):
+        messages = [user(a)]
+        first = one.answer(messages, max_new_tokens=6)
+        other.answer([user(b)], max_new_tokens=6)
+        messages += [{"role": "assistant", "content": first.text}, user("go on")]
+        found = one.answer(messages, max_new_tokens=16)
+        alone = Chat(looking_ahead, talking).answer(messages, max_new_tokens=16)
+        assert found.text == alone.text
+        assert [t.expert for t in found.tokens] == [t.expert for t in alone.tokens]
+
+
 def test_what_a_listener_raises_ends_the_answer_and_leaves_no_half_cache(model, talking):
     chat = Chat(model, talking)
     first, *_ = converse(chat)

@@ -17,12 +17,14 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
 from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
+from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import READER, mean_of_others
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_layers
 from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
+from tests.pipelines.conftest import CHAT_TEMPLATE
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
 TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
@@ -212,6 +214,23 @@ def test_a_trace_has_one_expert_in_every_layer_from_the_first_token_on(model, to
     assert len(found.ids) == len(asked(1)) + 4
     assert {found.experts[e] for e in found.chosen.unique().tolist()} == {"attention"}
     assert found.chosen.shape[1] == len(found.ids)
+
+
+def test_a_conversation_is_read_anew_at_each_turn(model, tokenizer, monkeypatch):
+    """The last question decides for all turns, so a cache of other decisions is of no use."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    chat, messages = Chat(model, tokenizer), [{"role": "user", "content": "what is this?"}]
+    first = chat.answer(messages, max_new_tokens=NEW)
+    messages += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "and that?"},
+    ]
+    found = chat.answer(messages, max_new_tokens=NEW)
+    assert found == Chat(model, tokenizer).answer(messages, max_new_tokens=NEW)
+    name = found.tokens[0].expert
+    forced = {"expert": chat.experts[name], "max_new_tokens": NEW}
+    assert chat.answer(messages, **forced).num_cached == 0
+    assert chat.answer(messages, **forced).num_cached > 0
 
 
 @torch.no_grad()

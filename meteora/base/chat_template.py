@@ -51,8 +51,10 @@ def encode_messages(
 
     Raises:
         ConversationError: there is no chat template, it does not take these messages, or they are
-            no Unicode.
+            no Unicode, or there are none.
     """
+    if not messages:
+        raise ConversationError("there are no messages to answer; ask something")
     if not tokenizer.chat_template:
         raise ConversationError(
             "the base's tokenizer has no chat template, so it has no conversations; ask it with"

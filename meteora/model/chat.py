@@ -26,6 +26,7 @@ from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import end_tokens, padding_token, whole_layers
 from meteora.model.prompt_choice import READER
 from meteora.model.trace import (
+    ONE_CACHE,
     Pieces,
     Token,
     Trace,
@@ -271,9 +272,9 @@ class Chat:
         listener: _Listener,
     ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
         prompt = torch.tensor([ids], device=input_device(self.model))
-        chosen: dict[str, Any] = {"do_sample": False}
+        chosen: dict[str, Any] = ONE_CACHE | {"do_sample": False}
         if sampling.temperature:
-            chosen = {
+            chosen |= {
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,

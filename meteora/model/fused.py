@@ -108,8 +108,9 @@ def load(
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
         SourceError: the base does not come from where the checkpoint says.
         WrongBaseError: the base is not the one that the checkpoint was made for.
-        PlacementError: it cannot be laid where it was asked to be.
+        PlacementError: it cannot be laid where it was asked to be, or in less than 0 bytes.
     """
+    cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = read_manifest(folder)
     options: dict[str, Any] = {}
@@ -127,7 +128,6 @@ def load(
     asked = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=asked, options=options)
     check_base(manifest, model, tokenizer, folder)
-    cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's

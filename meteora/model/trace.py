@@ -30,6 +30,10 @@ LAYER = re.compile(r"\.(\d+)\.")
 """Finds the number of a layer in a module's path, as the ledger's views do."""
 
 
+ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1}
+"""Of `generate`, whatever a base's own config says: each token is read once."""
+
+
 class TraceError(MeteoraError):
     """No module of the model is routed."""
 
@@ -150,6 +154,7 @@ def trace(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                **ONE_CACHE,
                 pad_token_id=padding_token(tokenizer),
                 return_dict_in_generate=True,
             )

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from meteora.base.placement import PlacementError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
@@ -22,6 +24,11 @@ class ExpertCache:
     """A's and B's of single experts by key, as many as fit."""
 
     def __init__(self, budget_bytes: int) -> None:
+        if budget_bytes < 0:
+            raise PlacementError(
+                f"experts cannot be held in {budget_bytes} bytes; give the most bytes that they may"
+                " take on the device, 0 to hold none"
+            )
         self.budget_bytes = budget_bytes
         self.held_bytes = 0
         self.hits = 0

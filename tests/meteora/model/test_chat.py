@@ -72,6 +72,15 @@ def test_answers_on_one_cache_are_those_without(model, talking, expert):
         assert answer.num_cached >= before.num_prompt
 
 
+def test_a_base_whose_config_asks_for_beams_or_no_cache_answers_as_others(
+    model, talking, monkeypatch
+):
+    expected = converse(Chat(model, talking))
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    assert converse(Chat(model, talking)) == expected
+
+
 def test_tokens_stream_with_the_experts_of_the_trace(model, talking):
     chat, seen = Chat(model, talking), []
     answer = chat.answer([user("hello")], max_new_tokens=8, on_token=seen.append)
@@ -240,6 +249,8 @@ def test_a_conversation_that_does_not_fit_is_refused_and_a_long_answer_is_cut(mo
 
 def test_a_tokenizer_without_a_template_and_messages_that_it_refuses(model, talking):
     chat = Chat(model, talking)
+    with pytest.raises(ConversationError, match="no messages to answer"):
+        chat.answer([])
     talking.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConversationError, match="roles must alternate"):
         chat.answer([user("hello")])

@@ -28,6 +28,17 @@ def prompt(tokenizer):
     return tokenizer(TEXT).input_ids
 
 
+def test_a_base_whose_config_asks_for_beams_or_no_cache_is_traced_as_others(
+    model, tokenizer, prompt, monkeypatch
+):
+    expected = trace(model, tokenizer, prompt, max_new_tokens=4)
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    found = trace(model, tokenizer, prompt, max_new_tokens=4)
+    assert found.ids == expected.ids
+    assert torch.equal(found.chosen, expected.chosen)
+
+
 def test_a_forced_expert_takes_every_token_of_prompt_and_answer(model, tokenizer, prompt):
     with force_expert(model, "q_and_v"):
         found = trace(model, tokenizer, prompt, max_new_tokens=5)

@@ -12,6 +12,7 @@ from torch import nn
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.base.placement import PlacementError
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
@@ -48,6 +49,11 @@ def test_the_least_recently_used_makes_room():
     assert cache.misses == 4
     assert cache.miss_rate == 4 / 6
     assert "4 misses: 66.7%" in repr(cache)
+
+
+def test_a_budget_below_zero_is_refused_before_anything_is_read():
+    with pytest.raises(PlacementError, match="experts cannot be held in -1 bytes"):
+        meteora.load("nowhere", expert_cache_bytes=-1)
 
 
 def test_what_is_larger_than_the_budget_passes_through():

@@ -79,10 +79,7 @@ class SharedMatmul:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
-        self._addresses: list[int] = []
-        self._table: RankTable | None = None
-        self._handover: _Handover | None = None
-        self._num_taken = 0
+        self._clear()
         self._join()
 
     def __getstate__(self) -> dict[str, list[Member]]:
@@ -91,7 +88,15 @@ class SharedMatmul:
 
     def __setstate__(self, state: dict[str, list[Member]]) -> None:
         self.members = state["members"]
-        self._addresses, self._table, self._handover, self._num_taken = [], None, None, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """Hold nothing but the layers."""
+        self._addresses: list[int] = []
+        self._a = self._choice_scaling = torch.empty(0)
+        self._table: RankTable | None = None
+        self._handover: _Handover | None = None
+        self._num_taken = 0
 
     def compute(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, kernel: KernelName
@@ -104,7 +109,10 @@ class SharedMatmul:
             weights, experts: [T, K], which hold for all
         """
         self._handover = None
-        if kernel not in {"dense", "gather"} or not self._join():
+        joined = [member.stack.a.data_ptr() for member in self.members] == self._addresses
+        if not joined:
+            self._clear()  # what the layers were moved from is not held, whatever the kernel
+        if kernel not in {"dense", "gather"} or not (joined or self._join()):
             return
         multiply = self._dense if kernel == "dense" else self._gather
         self._num_taken = 0
@@ -140,10 +148,8 @@ class SharedMatmul:
         return [Product(*own) for own in zip(factors, index.view(size), strict=True)]
 
     def _join(self) -> bool:
-        """Whether the A's are rows of one matrix; makes them so again after they were moved."""
+        """Make the A's rows of one matrix, if they lie on one device; whether they do."""
         stacks = [member.stack for member in self.members]
-        if [stack.a.data_ptr() for stack in stacks] == self._addresses:
-            return True
         if len({(stack.a.device, stack.a.dtype) for stack in stacks}) > 1:
             return False
         # who loads or moves a model in inference mode may still want to train it
@@ -153,7 +159,6 @@ class SharedMatmul:
             for stack, own in zip(stacks, self._a.split(self._sizes), strict=True):
                 stack.a = own
             self._choice_scaling = torch.cat([stack.choice_scaling() for stack in stacks], dim=1)
-        self._table = None
         self._addresses = [stack.a.data_ptr() for stack in stacks]
         return True
 

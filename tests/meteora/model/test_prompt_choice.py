@@ -227,10 +227,9 @@ def test_a_conversation_is_read_anew_at_each_turn(model, tokenizer, monkeypatch)
     ]
     found = chat.answer(messages, max_new_tokens=NEW)
     assert found == Chat(model, tokenizer).answer(messages, max_new_tokens=NEW)
-    name = found.tokens[0].expert
-    forced = {"expert": chat.experts[name], "max_new_tokens": NEW}
-    assert chat.answer(messages, **forced).num_cached == 0
-    assert chat.answer(messages, **forced).num_cached > 0
+    name = chat.experts[0]  # a forced expert has all turns
+    assert chat.answer(messages, expert=name, max_new_tokens=NEW).num_cached == 0
+    assert chat.answer(messages, expert=name, max_new_tokens=NEW).num_cached > 0
 
 
 @torch.no_grad()

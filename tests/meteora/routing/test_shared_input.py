@@ -213,6 +213,19 @@ def test_what_is_moved_changed_or_copied_is_followed(models):
     equal(plain.double(), copied.double())
 
 
+def test_what_is_moved_is_not_held_twice_by_a_kernel_that_shares_nothing(models):
+    with_kernel("gather", *models)
+    equal(*models)
+    with_kernel("grouped", *models)
+    for model in models:
+        model.to(torch.float64)
+    equal(*models)
+    matmul = matmul_of(routed_layers(models[1])[Q])
+    assert (len(matmul._a), len(matmul._choice_scaling), matmul._table) == (0, 0, None)
+    with_kernel("gather", *models)
+    equal(*models)
+
+
 def test_a_layer_that_is_called_with_something_else_computes_for_itself(models):
     """Another input, another decision, or after the others are through."""
     layers = routed_layers(models[1])

@@ -26,7 +26,8 @@ from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
-from meteora.routing.routers import Arrow, Fixed, Norm, Random, Router
+from meteora.routing.routers import Fixed, Random, Router
+from meteora.routing.weight_scores import KINDS
 from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
@@ -270,10 +271,8 @@ def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) 
         seed: of `random`; give every layer its own
     """
     router: Router
-    if options.kind == "arrow":
-        router = Arrow(layer.stack, options)
-    elif options.kind == "norm":
-        router = Norm(layer.stack, options)
+    if options.kind in KINDS:
+        router = KINDS[options.kind](layer.stack, options)
     elif options.kind == "uniform":
         alone = torch.ones(layer.num_choices)
         alone[layer.stack.blends] = 0.0

@@ -86,3 +86,17 @@ class Watcher:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.see(PassInput.of(by_name(model, args, kwargs)))
+
+
+def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where these tokens end in ids [B, L], [B, L] bool."""
+    size, (_, length) = len(tokens), input_ids.shape
+    if not 0 < size <= length:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
+    return torch.nn.functional.pad(found, (size - 1, 0))
+
+
+def earlier(places: Tensor, size: int) -> Tensor:
+    """Where tokens begin that end here, [B, L] bool."""
+    return places.roll(1 - size, 1)  # nothing ends before `size` tokens are there

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteora.routing.passes import Watcher
+from meteora.routing.passes import Watcher, earlier, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,6 @@ class PromptOpening(Watcher):
         # one token is never an opening: decoding pays no more than this question
         if input_ids is None or there.shape[1] < 2 or seen.goes_on or not template.opening:
             return
-        length = there.shape[1]
         place = there.cumsum(1) - 1  # [B, L] counted from the first token that is there
         expected = input_ids.new_tensor(template.opening)
         size = len(expected)
@@ -55,12 +54,8 @@ class PromptOpening(Watcher):
         opening = (same | ~there).long().cumprod(1).bool() & there
         start = opening.sum(1, keepdim=True)  # [B, 1]
         evidence = there & (place >= start) & (place < start + WINDOW)
-        closing = input_ids.new_tensor(template.closing)
-        if 0 < len(closing) <= length:
-            found = (input_ids.unfold(1, len(closing), 1) == closing).all(-1)  # [B, L - C + 1]
-            found = torch.nn.functional.pad(found, (0, len(closing) - 1))
-            answered = (found & (place >= start)).long().cumsum(1) > 0
-            evidence &= ~answered
+        closing = earlier(ends(input_ids, template.closing), len(template.closing))
+        evidence &= (closing & (place >= start)).cumsum(1) == 0
         self.opening, self.evidence = opening & evidence.any(1, keepdim=True), evidence
 
     def clear(self) -> None:

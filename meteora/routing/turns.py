@@ -17,10 +17,10 @@ from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import HEADER
-from meteora.routing.passes import Watcher
+from meteora.routing.passes import Watcher, earlier, ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from meteora.base.chat_template import Template
     from meteora.routing.passes import PassInput
@@ -59,8 +59,8 @@ def questions(seen: PassInput, template: Template, previous: Questions | None = 
     if ids is None or not template.closing or short:
         return Questions(none.long(), none if seen.goes_on else there, closed)
     begun_by = template.header or template.opening[-HEADER:]  # an older checkpoint has no header
-    header, closing = (_ends(ids, tokens) & there for tokens in (begun_by, template.closing))
-    begins, closes = _earlier(header, len(begun_by)), _earlier(closing, len(template.closing))
+    header, closing = (ends(ids, tokens) & there for tokens in (begun_by, template.closing))
+    begins, closes = earlier(header, len(begun_by)), earlier(closing, len(template.closing))
     turn = begins.cumsum(1)
     behind = (header.cumsum(1) == turn) & ~header  # no token of a header
     # how many closings have begun in the token's own turn
@@ -186,17 +186,3 @@ def _means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) -> T
     for s in range(size[1]):
         found.append(means[:, s].where(asks[:, s, None], found[-1]))
     return torch.stack(found[1:], 1)
-
-
-def _ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where these tokens end in ids [B, L], [B, L] bool."""
-    size, (_, length) = len(tokens), input_ids.shape
-    if not 0 < size <= length:
-        return torch.zeros_like(input_ids, dtype=torch.bool)
-    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
-    return torch.nn.functional.pad(found, (size - 1, 0))
-
-
-def _earlier(ends: Tensor, size: int) -> Tensor:
-    """Where tokens begin that end here, [B, L] bool."""
-    return ends.roll(1 - size, 1)  # nothing ends before `size` tokens are there

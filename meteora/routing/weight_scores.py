@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from meteora.routing.layer import RoutedExperts
     from meteora.routing.routers import ByQuestion, Decision, Router
 
-KINDS = ("arrow", "norm")
+KINDS = {"arrow": Arrow, "norm": Norm}
+"""The routers that know an expert by its weights."""
 
 
 class StandIn(nn.Module):
@@ -82,10 +83,8 @@ class MixedGate(Gate):
 
 def scorer(options: RouterOptions, layer: RoutedExperts) -> Router:
     """What scores the experts of a layer, as `stand_in` names it: `arrow` or `norm`."""
-    if options.stand_in == "arrow":
-        return Arrow(layer.stack, options)
-    if options.stand_in == "norm":
-        return Norm(layer.stack, options)
-    raise MeteoraError(
-        f"{options.stand_in!r} cannot stand in for examples; choose one of {', '.join(KINDS)}"
-    )
+    if options.stand_in not in KINDS:
+        raise MeteoraError(
+            f"{options.stand_in!r} cannot stand in for examples; choose one of {', '.join(KINDS)}"
+        )
+    return KINDS[options.stand_in](layer.stack, options)

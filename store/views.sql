@@ -70,7 +70,7 @@ SELECT router_id, theirs.task, theirs.metric, theirs.num_fewshot,
        expert, theirs.value, theirs.low, theirs.high, theirs.stderr, theirs.num_samples,
        theirs.num_empty, theirs.num_truncated, theirs.higher_is_better, theirs.interval_method,
        theirs.harness, theirs.wall_seconds, theirs.outputs_sha256, theirs.id AS score_id,
-       theirs.recorded_at, theirs.run_id
+       theirs.recorded_at, theirs.run_id, theirs.rows_sha256, theirs.max_new_tokens, theirs.template
 FROM found
 JOIN scores AS theirs ON theirs.rowid = number
 ORDER BY router_id, theirs.task, theirs.metric, system, expert;
@@ -96,6 +96,49 @@ COMMENT ON COLUMN standings.outputs_sha256 IS 'SHA-256 of the blob with each row
 COMMENT ON COLUMN standings.score_id IS 'Benchmark id of the score';
 COMMENT ON COLUMN standings.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN standings.run_id IS 'The run that measured it';
+COMMENT ON COLUMN standings.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
+COMMENT ON COLUMN standings.max_new_tokens IS 'Length at which an answer is cut, in tokens';
+COMMENT ON COLUMN standings.template IS 'chat, plain, or auto: the chat template where the tokenizer has one';
+
+CREATE OR REPLACE VIEW latest_standings AS
+WITH askings AS (
+    SELECT *, (num_fewshot, max_new_tokens, template, rows_sha256) AS asking FROM standings
+)
+SELECT router_id, task, metric, num_fewshot, system, expert, value, low, high, num_samples,
+       num_empty, num_truncated, higher_is_better, score_id, recorded_at
+FROM askings
+QUALIFY asking = arg_max(asking, (recorded_at, score_id)) FILTER (system = 'fused')
+                     OVER (PARTITION BY router_id, task)
+    AND row_number() OVER (  -- of a control with two seeds the last
+            PARTITION BY router_id, task, asking, metric, system, expert
+            ORDER BY recorded_at DESC, score_id
+        ) = 1
+ORDER BY router_id, task, metric, system, expert;
+COMMENT ON VIEW latest_standings IS 'The same without what was asked before: of several askings of a task the last';
+COMMENT ON COLUMN latest_standings.router_id IS 'Artifact id of the routed model';
+COMMENT ON COLUMN latest_standings.task IS 'Name of the task';
+COMMENT ON COLUMN latest_standings.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN latest_standings.num_fewshot IS 'Number of solved examples in each prompt';
+COMMENT ON COLUMN latest_standings.system IS 'As in standings';
+COMMENT ON COLUMN latest_standings.expert IS 'Name of the adapter that was alone; empty for other systems';
+COMMENT ON COLUMN latest_standings.value IS 'The score, in the metric''s unit';
+COMMENT ON COLUMN latest_standings.low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN latest_standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN latest_standings.num_samples IS 'Number of rows that were asked';
+COMMENT ON COLUMN latest_standings.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN latest_standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
+COMMENT ON COLUMN latest_standings.higher_is_better IS 'Whether a larger value is a better one';
+COMMENT ON COLUMN latest_standings.score_id IS 'Benchmark id of the score';
+COMMENT ON COLUMN latest_standings.recorded_at IS 'When it was recorded, UTC';
+
+CREATE OR REPLACE VIEW latest_routing AS
+SELECT parent_id AS router_id, arg_max(record_sha256, (recorded_at, record_sha256)) AS record_sha256
+FROM (SELECT id AS child_id, recorded_at, record_sha256 FROM artifacts WHERE kind = 'routing')
+JOIN (SELECT child_id, parent_id FROM parents) USING (child_id)
+GROUP BY parent_id;
+COMMENT ON VIEW latest_routing IS 'The record of each router''s routes that was made last';
+COMMENT ON COLUMN latest_routing.router_id IS 'Artifact id of the router';
+COMMENT ON COLUMN latest_routing.record_sha256 IS 'SHA-256 of the record, 64 hex digits';
 
 CREATE OR REPLACE VIEW conversation_turns AS
 SELECT router_id, task, system, turn, score_turns.value, num_samples AS num_conversations,

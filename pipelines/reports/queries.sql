@@ -39,7 +39,7 @@ ORDER BY list_position(['refuse', 'warn'], verdict) NULLS LAST, name;
 
 -- scores: Scores and their 95 % intervals
 SELECT task, system, metric, value, low, high, num_samples, num_empty, num_truncated
-FROM standings WHERE router_id = $router AND system <> 'alone'
+FROM latest_standings WHERE router_id = $router AND system <> 'alone'
 ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) NULLS FIRST,
          TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
          task, list_position(['fused', 'oracle', 'base'], system), system;
@@ -48,7 +48,7 @@ ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) 
 WITH by_task AS (
     SELECT system, task, avg(value) AS value,  -- of a task's metrics
            any_value(num_samples) AS num_rows
-    FROM standings
+    FROM latest_standings
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
       AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of tasks with one question
     GROUP BY system, task
@@ -61,41 +61,45 @@ FROM counted WHERE num_systems = (SELECT max(num_systems) FROM counted)
 GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
 
 -- differences: The fused model against each other system, on the same rows
-SELECT comparisons.other, comparisons.task, comparisons.metric, difference, comparisons.low,
-       comparisons.high, p_holm, test, comparisons.num_samples, higher_is_better
-FROM comparisons LEFT JOIN scores ON scores.id = comparisons.score_id
-WHERE comparisons.subject_id = $router
-ORDER BY list_position(['oracle', 'base'], comparisons.other), comparisons.other,
-         comparisons.task, comparisons.metric;
+SELECT other, comparisons.task, comparisons.metric, difference, comparisons.low, comparisons.high,
+       p_holm, test, comparisons.num_samples, higher_is_better
+FROM comparisons
+JOIN latest_standings ON router_id = subject_id AND latest_standings.score_id = comparisons.score_id
+WHERE subject_id = $router AND latest_standings.system = 'fused'
+QUALIFY row_number() OVER (
+    PARTITION BY other, comparisons.task ORDER BY comparisons.recorded_at DESC, comparison_id
+) = 1
+ORDER BY list_position(['oracle', 'base'], other), other, comparisons.task, comparisons.metric;
 
 -- matrix: Each adapter alone on each task
 SELECT task, expert, metric, value, low, high, num_samples
-FROM standings WHERE router_id = $router AND expert <> ''
+FROM latest_standings WHERE router_id = $router AND expert <> ''
 ORDER BY task, metric, expert;
 
 -- composites: Several questions in one prompt
-SELECT standings.task, system,
-       max(standings.value) FILTER (standings.metric <> 'composite_attempted') AS answered_right,
-       max(standings.value) FILTER (standings.metric = 'composite_attempted') AS attempted,
-       max(standings.num_samples) AS num_prompts,
+SELECT latest.task, system,
+       max(latest.value) FILTER (latest.metric <> 'composite_attempted') AS answered_right,
+       max(latest.value) FILTER (latest.metric = 'composite_attempted') AS attempted,
+       max(latest.num_samples) AS num_prompts,
        max(mean_prompt_tokens) AS mean_prompt_tokens, max(max_prompt_tokens) AS max_prompt_tokens,
-       max(standings.num_truncated) AS num_truncated
-FROM standings JOIN scores ON scores.id = score_id
-WHERE router_id = $router AND system <> 'alone' AND starts_with(standings.task, 'composite-')
-GROUP BY standings.task, system
-ORDER BY TRY_CAST(split_part(standings.task, '-', 2) AS INTEGER), standings.task,
+       max(latest.num_truncated) AS num_truncated
+FROM latest_standings AS latest JOIN scores ON scores.id = score_id
+WHERE router_id = $router AND system <> 'alone' AND starts_with(latest.task, 'composite-')
+GROUP BY latest.task, system
+ORDER BY TRY_CAST(split_part(latest.task, '-', 2) AS INTEGER), latest.task,
          list_position(['fused', 'base'], system), system;
 
 -- conversations: Conversations turn by turn
 SELECT task, system, turn, value, num_conversations, prompt_tokens, computed_tokens, new_tokens,
        seconds
-FROM conversation_turns WHERE router_id = $router
+FROM conversation_turns SEMI JOIN latest_standings USING (router_id, system, score_id)
+WHERE router_id = $router
 ORDER BY TRY_CAST(split_part(task, '-', 2) AS INTEGER), task,
          list_position(['fused', 'oracle', 'base'], system), system, turn;
 
 -- parts: The fused model on the parts of composites and conversations
 SELECT task, name, score_parts.value, score_parts.num_samples, num_attempted
-FROM standings JOIN score_parts USING (score_id)
+FROM latest_standings JOIN score_parts USING (score_id)
 WHERE router_id = $router AND system = 'fused' AND metric <> 'composite_attempted'
 ORDER BY TRY_CAST(split_part(task, '-', 2) AS INTEGER), task, position;
 
@@ -151,7 +155,8 @@ FROM (
 -- details: How surely each layer decides, and whether the layers agree
 SELECT TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
        avg(entropy_bits) AS entropy_bits, avg(weight) AS weight, avg(agreement) AS agreement
-FROM routing_details WHERE router_id = $router GROUP BY layer ORDER BY layer;
+FROM routing_details SEMI JOIN latest_routing USING (router_id, record_sha256)
+WHERE router_id = $router GROUP BY layer ORDER BY layer;
 
 -- switches: Tokens until routing switches, where another task's text begins
 SELECT delay_tokens,
@@ -161,13 +166,15 @@ SELECT delay_tokens,
            / sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER () AS question_share,
        sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER sofar
            / sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER () AS answer_share
-FROM routing_switches WHERE router_id = $router
+FROM routing_switches SEMI JOIN latest_routing USING (router_id, record_sha256)
+WHERE router_id = $router
 GROUP BY delay_tokens WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
 ORDER BY delay_tokens NULLS LAST;
 
 -- abstention: Whether the base has the prompts that are no expert's
 SELECT auroc, num_nobodys, num_own, nobodys_share, own_share
-FROM abstentions WHERE router_id = $router;
+FROM abstentions SEMI JOIN latest_routing USING (router_id, record_sha256)
+WHERE router_id = $router;
 
 -- failures: Where routing goes wrong most
 SELECT expert, layer, string_agg(split_part(module, '.', -1), ', ' ORDER BY module) AS modules,
@@ -179,7 +186,8 @@ GROUP BY expert, layer, accuracy, num_tokens ORDER BY accuracy, layer, expert, m
 SELECT phase, base_tokens_per_second, fused_tokens_per_second, ratio, low, high, prompt_tokens,
        new_tokens, batch_size, base_bytes, added_bytes, base_working_bytes, fused_working_bytes,
        stored_bytes, device, num_threads, dtype
-FROM speeds WHERE subject_id = $router ORDER BY phase DESC;
+FROM speeds WHERE subject_id = $router
+QUALIFY id = arg_max(id, (recorded_at, id)) OVER () ORDER BY phase DESC;
 
 -- stages: How long the run took
 SELECT stage, run_stages.wall_seconds
@@ -200,6 +208,7 @@ FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 SELECT task, outputs_sha256, max_new_tokens, templated,
        id IN (SELECT score_id FROM score_parts) AS is_composite,
        id IN (SELECT score_id FROM score_turns) AS is_conversation
-FROM scores WHERE subject_id = $router
+FROM scores
+WHERE id IN (SELECT score_id FROM latest_standings WHERE router_id = $router AND system = 'fused')
 ORDER BY is_conversation DESC, is_composite DESC,
          TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST, task;

@@ -81,10 +81,12 @@ def scores_in_common(
     twins = [replace(one.spec, subject_id=other_id, base_id=other_base_id).id for one in ours]
     theirs = ledger.scores_of(twins)
     askings: dict[ArtifactId, list[tuple[Score, Score]]] = {}
+    last: dict[str, ArtifactId] = {}
     for one, twin in zip(ours, twins, strict=True):
         if twin in theirs:
-            askings.setdefault(replace(one.spec, metric="").id, []).append((one, theirs[twin]))
-    return {pairs[0][0].spec.task: pairs for pairs in askings.values()}
+            asking = last[one.spec.task] = replace(one.spec, metric="").id
+            askings.setdefault(asking, []).append((one, theirs[twin]))
+    return {task: askings[asking] for task, asking in last.items()}
 
 
 def recorded_scores(ledger: Ledger, subject_id: ArtifactId) -> list[Score]:

@@ -71,6 +71,28 @@ def test_every_query_has_rows(results: dict[str, queries.QueryResult]) -> None:
     ]
 
 
+def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
+    """Of several askings the last one: neither sums nor a second line for each system."""
+    report_ledger.fill(tmp_path)
+    once = queries.run_queries(Ledger(tmp_path), GATE.id)
+    report_ledger.measure_again(tmp_path)
+    twice = queries.run_queries(Ledger(tmp_path), GATE.id)
+    assert {n: len(one.rows) for n, one in twice.items()} == {
+        n: len(one.rows) for n, one in once.items()
+    }
+    for name in ("matrix", "composites", "conversations", "parts", "details", "switches"):
+        assert twice[name].rows == once[name].rows, name
+    (dates,) = [
+        row["value"]
+        for row in twice["scores"].rows
+        if (row["task"], row["system"]) == ("dates", "fused")
+    ]
+    assert dates == 0.8
+    (oracle, _) = queries.compare_systems(twice["differences"].rows)
+    assert (oracle.other, oracle.num_tasks, oracle.num_rows) == ("oracle", 3, 300)
+    assert oracle.mean == pytest.approx((0.8 - 0.95 - 0.95 + 0.4 - 0.95) / 3)
+
+
 def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree: Any) -> None:
     """Whoever copies a question out of the page and asks it gets each row, to the last digit."""
     disclosures = tree.xpath("//details[@class='sql']")

@@ -240,7 +240,7 @@ def _ask_lm_eval_task(
     """The values and outputs of one of lm-eval's own tasks, which computes both itself."""
     from pipelines.evaluation.lm_eval_tasks import run_lm_eval_task  # noqa: PLC0415  (seconds, and few recipes need it)
 
-    run = run_lm_eval_task(harness, task.lm_eval, task.folder, task.limit)
+    run = run_lm_eval_task(harness, task)
     values = {}
     for metric in task.metrics:
         found = tuple(run.values(task.name, metric))

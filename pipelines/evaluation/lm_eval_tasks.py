@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.utils import set_seed
+from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from meteora.untrusted.findings import brief
+from meteora.untrusted.findings import brief, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from pipelines.evaluation.harness import Harness
+    from pipelines.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,11 @@ class LmEvalRun:
         """The metric's value of every row.
 
         Raises:
-            BenchmarkError: lm-eval computes no such metric for each row; the message lists others.
+            BenchmarkError: lm-eval computes no number for each row.
         """
         kept = [sample.get(metric) for sample in self.samples]
         if not kept or not all(isinstance(value, int | float) for value in kept):
-            given = {
-                key
-                for sample in self.samples[:1]
-                for key, value in sample.items()
-                if key in sample["metrics"] and isinstance(value, int | float)
-            }
-            raise BenchmarkError(
-                f"task {name}: {HARNESS} gives no {metric} for every row of it; it gives"
-                f" {', '.join(sorted(given)) or 'none'}"
-            )
+            raise BenchmarkError(f"task {name}: {HARNESS} gives no {metric} for every row of it")
         return [float(cast("float", value)) for value in kept]
 
     def outputs(self) -> list[dict[str, Any]]:
@@ -60,26 +53,29 @@ class LmEvalRun:
         ]
 
 
-def run_lm_eval_task(harness: Harness, name: str, folder: Path | None, limit: int) -> LmEvalRun:
+def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
     """Ask the first rows of one task.
 
-    Args:
-        folder: with tasks in lm-eval's YAML form; None for the tasks that come with lm-eval
-        limit: number of rows
-
     Raises:
-        BenchmarkError: there is no such task, or its rows cannot be downloaded or read.
+        BenchmarkError: there is no such task, it has not the metrics, or its rows cannot be
+            downloaded or read.
     """
+    name, folder = asked.lm_eval, asked.folder
     # indexing lm-eval's own 10,000 tasks takes 10 s, so it is left out where a folder is given
     manager = TaskManager(
         include_path=str(folder) if folder else None, include_defaults=folder is None
     )
-    if name not in manager.all_tasks:
+    if name not in manager.all_subtasks:
         where = f"in {folder}" if folder else f"in {HARNESS}"
+        if name in manager.all_tasks:
+            raise BenchmarkError(
+                f"{name!r} is no task but a group of tasks {where}; name the ones that you mean:"
+                f" {shortened(', '.join(_members(manager, name)), 300)}"
+            )
         raise BenchmarkError(f"there is no task {name!r} {where}; `lm-eval ls tasks` lists them")
     try:
-        report = _evaluate(harness, name, manager, limit)
-    except (OSError, ConnectionError, ValueError) as error:
+        report = _evaluate(harness, asked, manager)
+    except (OSError, ConnectionError, ValueError, AssertionError) as error:
         raise BenchmarkError(
             f"task {name}: {HARNESS} cannot get or read its rows ({brief(error)}); they come from"
             " the Hub, so check that the Hub can be reached and run again; a private data set needs"
@@ -94,18 +90,41 @@ def run_lm_eval_task(harness: Harness, name: str, folder: Path | None, limit: in
     )
 
 
-def _evaluate(harness: Harness, name: str, manager: TaskManager, limit: int) -> Any:  # noqa: ANN401
+def _members(manager: TaskManager, name: str) -> list[str]:
+    """The names in a group, or of the tasks with a tag."""
+    entry = manager.task_index[name]
+    listed = (entry.cfg or {}).get("task", sorted(entry.tags))
+    return [
+        str(one.get("task") or one.get("group")) if isinstance(one, dict) else str(one)
+        for one in ([listed] if isinstance(listed, str) else listed)
+    ]
+
+
+def _evaluate(harness: Harness, asked: Task, manager: TaskManager) -> Any:  # noqa: ANN401
     """As lm-eval's `simple_evaluate`, without the second that it takes to describe the machine."""
     set_seed(harness.seed)
-    loaded = manager.load([name])
+    loaded = manager.load([asked.lm_eval])
     for task in loaded["tasks"].values():
-        task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+        _check_metrics(asked, task.aggregation())
+        task.set_config("num_fewshot", asked.num_fewshot)
         task.set_fewshot_seed(harness.seed)
     return evaluate(
         lm=harness.model,
         task_dict=loaded,
-        limit=limit,
+        limit=asked.limit,
         apply_chat_template=harness.templated,
         system_instruction=harness.system_prompt or None,
         bootstrap_iters=0,
     )
+
+
+def _check_metrics(asked: Task, aggregations: Mapping[str, Any]) -> None:
+    """Refuse a metric that is not a mean over rows: intervals and tests are of means."""
+    means = [metric for metric, found in aggregations.items() if found is mean]
+    for metric in asked.metrics:
+        if metric not in means:
+            why = "is no mean over rows" if metric in aggregations else "is none of its metrics"
+            raise BenchmarkError(
+                f"task {asked.name}: {metric} {why} in {HARNESS}; those that are:"
+                f" {', '.join(means) or 'none'}"
+            )

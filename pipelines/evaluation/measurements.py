@@ -144,7 +144,7 @@ def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[
             task=task.name,
             rows_sha256=task.rows_sha256,
             metric=metric,
-            num_fewshot=0,
+            num_fewshot=task.num_fewshot,
             max_new_tokens=task.max_new_tokens,
             seed=0,
             base_id=base_id,

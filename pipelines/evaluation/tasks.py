@@ -58,6 +58,8 @@ class Task:
     """Where lm-eval finds that task if it does not come with lm-eval."""
     limit: int = 0
     """Number of rows of that task."""
+    num_fewshot: int = 0
+    """Number of solved examples in each of its prompts."""
 
     @property
     def mixed(self) -> Sequence[Composite] | Sequence[Dialogue]:
@@ -144,6 +146,7 @@ def _listed_task(
         lm_eval=section.lm_eval,
         folder=folder / section.folder if section.folder else None,
         limit=limit,
+        num_fewshot=section.num_fewshot,
         system_prompt=settings.system_prompt,
     )
 

@@ -47,6 +47,8 @@ class TaskSection(Section):
     """Greatest length of an answer. Default: as in `benchmark`."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Greatest number of rows. Default: as in `benchmark`."""
+    num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
+    """Solved examples in each prompt of a task of lm-eval."""
     leaderboard: Annotated[str, Field(pattern=r"^$|^[\w.-]+/[\w.-]+/[\w.-]+$")] = ""
     """The Hub's name for this benchmark: owner/dataset/task, as in its `eval.yaml`."""
 
@@ -61,6 +63,8 @@ class TaskSection(Section):
             raise ValueError("a task has either `rows` or `lm_eval`")
         if self.rows and not self.name:
             raise ValueError("a task of rows needs a `name`")
+        if self.rows and self.num_fewshot:
+            raise ValueError("`num_fewshot` is for tasks of `lm_eval`; rows are asked zero-shot")
         if self.rows:
             known_metrics(self.metric)
         return self

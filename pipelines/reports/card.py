@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import short
 from meteora.base.sources import GGUF, PATH
 from pipelines.hub.client import page_of
-from pipelines.reports.hub_metadata import card_metadata
+from pipelines.reports.hub_metadata import card_metadata, shots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -233,7 +233,9 @@ def method_lines(summary: Summary) -> list[str]:
     asked = {templated[score.templated] for score in scores} - {""}
     for system in {score.spec.system_prompt for score in scores} - {None}:
         asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
-    how = ", ".join(["greedy", "zero-shot", *sorted(asked), first.harness])
+    given = {task: row["fused"].spec.num_fewshot for task, row in summary.scores.items()}
+    solved = "".join(f" but for {task} ({shots(n)})" for task, n in given.items() if n)
+    how = ", ".join(["greedy", f"zero-shot{solved}", *sorted(asked), first.harness])
     cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
     lines = [
         f"Asked {how}; 95 % intervals are {' or '.join(used)}. Of all answers {cut:,} were cut at"

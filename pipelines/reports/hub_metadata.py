@@ -86,6 +86,11 @@ def shared_licence(manifest: Manifest) -> dict[str, Any]:
     return {"license": "other", "license_name": "of-its-base-and-adapters"}
 
 
+def shots(num_fewshot: int) -> str:
+    """How many solved examples were in each prompt."""
+    return f"{num_fewshot}-shot" if num_fewshot else "zero-shot"
+
+
 def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
     """The text of `EVAL_RESULTS`; empty where the recipe puts no task on a leaderboard.
 
@@ -103,8 +108,8 @@ def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
                 dataset_id=f"{owner}/{dataset}",
                 task_id=task_id,
                 value=round(unit * score.value, 4),
-                notes=f"{score.spec.metric}, zero-shot, greedy, {score.harness}; of"
-                f" {score.num_samples} rows, 95 % interval {unit * score.low:.4g} to"
+                notes=f"{score.spec.metric}, {shots(score.spec.num_fewshot)}, greedy,"
+                f" {score.harness}; of {score.num_samples} rows, 95 % interval {unit * score.low:.4g} to"
                 f" {unit * score.high:.4g}",
             )
         )

@@ -293,13 +293,43 @@ def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
     assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (None, None)
     assert score.value == sum(row["acc"] for row in found.outputs) / 3
     assert score.higher_is_better
-    for name, metric, said in (("none", "acc", "no task 'none'"), ("mine", "bleu", "it gives acc")):
+
+
+def test_a_task_that_lm_eval_would_not_ask_so_is_refused_before_it_is_asked(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A mean of log-likelihoods is no perplexity, and a group has no rows of its own."""
+    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    write_lm_eval_task(tmp_path, tag="few", metric_list=[{"metric": "acc"}, perplexity])
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"group": "all", "task": ["mine", "few"]}))
+    for name, metric, said in (
+        ("none", "acc", "no task 'none'"),
+        ("mine", "bleu", "bleu is none of its metrics .* those that are: acc$"),
+        ("mine", "perplexity", "perplexity is no mean over rows .* those that are: acc$"),
+        ("all", "acc", "'all' is no task but a group of tasks .* that you mean: mine, few"),
+        ("few", "acc", "'few' is no task but a group of tasks .* that you mean: mine"),
+    ):
         other = Task("t", (metric,), "auto", 4, lm_eval=name, folder=tmp_path, limit=3)
+        asked: list[int] = []
         with pytest.raises(BenchmarkError, match=said):
-            evaluate_task(world.load(), tokenizer, other, batch_size=2)
+            evaluate_task(world.load(), tokenizer, other, batch_size=2, advance=asked.append)
+        assert asked == []
 
 
-def write_lm_eval_task(tmp_path: Path) -> None:
+def test_solved_examples_are_in_the_prompt_only_where_the_recipe_says_so(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """What the YAML says is not what was recorded: zero."""
+    write_lm_eval_task(tmp_path, num_fewshot=2)
+    asked = Task("mine", ("acc",), "plain", 4, lm_eval="mine", folder=tmp_path, limit=2)
+    for number in (0, 1):
+        found = evaluate_task(
+            world.load(), tokenizer, replace(asked, num_fewshot=number), batch_size=2
+        )
+        assert [row["prompt"].count("\n\n") for row in found.outputs] == [number] * 2
+
+
+def write_lm_eval_task(tmp_path: Path, **more: object) -> None:
     """A task of lm-eval's own form, in a folder, with rows on disk: no network is needed."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"q": "{q}", "a": {i % 2}}}\n' for i, q in enumerate("abcd")))
@@ -316,5 +346,6 @@ def write_lm_eval_task(tmp_path: Path) -> None:
                 "doc_to_choice": ["x", "y"],
                 "metric_list": [{"metric": "acc"}],
             }
+            | more
         )
     )

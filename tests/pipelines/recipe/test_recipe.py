@@ -187,7 +187,7 @@ benchmark:
   speed: {rounds: 3}
   tasks:
     - {name: sums, rows: "reasoning_gym:chain_sum?seed=1", metric: [exact_match, verified]}
-    - {lm_eval: hellaswag, limit: 50}
+    - {lm_eval: hellaswag, limit: 50, num_fewshot: 5}
 """
     asked = load(tmp_path, text).benchmark
     assert [(c.n, c.tasks, c.count) for c in asked.composite] == [
@@ -199,6 +199,7 @@ benchmark:
         (10, ("a", "sums"), 7),
     ]
     assert asked.system_prompt == ""
+    assert [task.num_fewshot for task in asked.tasks] == [0, 5]
     assert [task.called for task in asked.tasks] == ["sums", "hellaswag"]
     assert asked.speed is not None
 
@@ -212,6 +213,8 @@ benchmark:
         ("composite: [3, 3]", "two composites of 3 questions"),
         ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
+        ("tasks: [{name: t, rows: x, num_fewshot: 5}]", "`num_fewshot` is for tasks of `lm_eval`"),
+        ("tasks: [{lm_eval: x, num_fewshot: 65}]", "less than or equal to 64"),
         ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
         ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),
         ("tasks: [{name: composite-2, rows: x}]\n  composite: [2]", "two tasks are named"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
+from meteora.artifacts import ArtifactId, BenchmarkSpec, Score
+from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
-from pipelines.reports.hub_metadata import EVAL_RESULTS
-from pipelines.reports.summary import summarise
+from pipelines.reports.card import method_lines
+from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
+from pipelines.reports.summary import Summary, summarise
 from tests.pipelines.conftest import finished, run
 
 if TYPE_CHECKING:
@@ -52,6 +57,19 @@ def test_a_task_that_the_recipe_puts_on_a_leaderboard_is_there_with_its_circumst
     assert finished(without) is not None
     assert not results.exists()
     assert work.ledger.query("SELECT count(*) FROM scores").rows == scores
+
+
+def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() -> None:
+    spec = BenchmarkSpec(
+        ArtifactId("router:1"), "t", "f" * 64, "acc", 5, 8, 0, ArtifactId("base:1")
+    )
+    score = Score(spec, 0.5, 0.1, 0.4, 0.6, 30, "e" * 64, "lm-eval 0.4.13", 1.0)
+    plain = replace(score, spec=replace(spec, task="u", num_fewshot=0))
+    assert plain.spec.id != replace(spec, task="u").id
+    summary = Summary({"t": {"fused": score}, "u": {"fused": plain}}, Mock(), None, {})
+    section = TaskSection(name="t", lm_eval="t", num_fewshot=5, leaderboard="a/b/c")
+    assert "acc, 5-shot, greedy" in write_eval_results([section], summary)
+    assert method_lines(summary)[0].startswith("Asked greedy, zero-shot but for t (5-shot), lm-ev")
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "a/b/c/d", "a/b/c d"])

@@ -76,8 +76,9 @@ WHERE old.task = b.task AND old.metric = b.metric AND old.num_fewshot = b.num_fe
 
 INSERT INTO regression_rows BY NAME
 WITH followed AS (
-    SELECT number, recipe_name, router, higher_is_better, value, stderr,
+    SELECT number, recipe_name, router, higher_is_better, value, low, high, stderr,
            lag(number) OVER before AS previous, lag(value) OVER before AS previous_value,
+           lag(low) OVER before AS previous_low, lag(high) OVER before AS previous_high,
            lag(stderr) OVER before AS previous_stderr
     FROM scores
     JOIN placed ON placed.number = scores.rowid
@@ -90,8 +91,7 @@ WITH followed AS (
 ),
 fallen AS (
     SELECT *, sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr FROM followed
-    WHERE CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
-          > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2)
+    WHERE fell(previous_value, previous_low, previous_high, value, low, high, higher_is_better)
 )
 SELECT recipe_name, router, task, metric, now.value, previous_value,
        now.value - previous_value AS change, change_stderr, now.subject_id,

@@ -2,6 +2,13 @@
 
 CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part(id, ':', 2)[:12];
 
+-- Whether a score is worse beyond chance: Newcombe's interval of the change, of the two scores' own.
+-- A standard error would be 0 where all rows are right, or only one was asked.
+CREATE OR REPLACE MACRO fell(earlier, earlier_low, earlier_high, now, now_low, now_high, higher_is_better) AS
+    CASE WHEN higher_is_better
+         THEN earlier - now > sqrt((earlier - earlier_low) ** 2 + (now_high - now) ** 2)
+         ELSE now - earlier > sqrt((earlier_high - earlier) ** 2 + (now - now_low) ** 2) END;
+
 -- without an order of its own: a question that counts would sort millions of rows for nothing
 CREATE OR REPLACE VIEW leaderboard AS FROM leaderboard_rows;
 COMMENT ON VIEW leaderboard IS 'Routed models and their place on each task, with the base and the right adapter alone beside them';
@@ -197,6 +204,8 @@ WITH checkpoints AS (
     SELECT run_starts.recipe_name, routers.router, scores.*,
            lag(scores.subject_id) OVER previous AS previous_id,
            lag(scores.value) OVER previous AS previous_value,
+           lag(scores.low) OVER previous AS previous_low,
+           lag(scores.high) OVER previous AS previous_high,
            lag(scores.stderr) OVER previous AS previous_stderr
     FROM scores
     JOIN routers ON routers.id = scores.subject_id
@@ -209,8 +218,8 @@ WITH checkpoints AS (
 )
 SELECT recipe_name, router, task, metric, value, previous_value, value - previous_value AS change,
        sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr,
-       CASE WHEN higher_is_better THEN previous_value - value ELSE value - previous_value END
-           > 1.96 * sqrt(stderr ** 2 + previous_stderr ** 2) AS worse,
+       fell(previous_value, previous_low, previous_high, value, low, high, higher_is_better)
+           AS worse,
        subject_id, previous_id, recorded_at, run_id
 FROM checkpoints WHERE previous_id IS NOT NULL;
 COMMENT ON VIEW changes IS 'Scores beside those of the previous checkpoint of the same recipe on the same rows';
@@ -222,7 +231,7 @@ COMMENT ON COLUMN changes.value IS 'The score, in the metric''s unit';
 COMMENT ON COLUMN changes.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
 COMMENT ON COLUMN changes.change IS 'Score minus previous score, in the metric''s unit';
 COMMENT ON COLUMN changes.change_stderr IS 'Standard error of the change, in the metric''s unit';
-COMMENT ON COLUMN changes.worse IS 'Whether it is worse by more than 1.96 standard errors';
+COMMENT ON COLUMN changes.worse IS 'Whether it is worse beyond chance: 0 is outside Newcombe''s 95 % interval of the change';
 COMMENT ON COLUMN changes.subject_id IS 'Artifact id of the router';
 COMMENT ON COLUMN changes.previous_id IS 'Artifact id of the previous router';
 COMMENT ON COLUMN changes.recorded_at IS 'When it was recorded, UTC';

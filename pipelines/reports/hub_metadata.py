@@ -109,8 +109,8 @@ def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
                 task_id=task_id,
                 value=round(unit * score.value, 4),
                 notes=f"{score.spec.metric}, {shots(score.spec.num_fewshot)}, greedy,"
-                f" {score.harness}; of {score.num_samples} rows, 95 % interval {unit * score.low:.4g} to"
-                f" {unit * score.high:.4g}",
+                f" {score.harness}; of {score.num_samples} rows, 95 % interval"
+                f" {unit * score.low:.4g} to {unit * score.high:.4g}",
             )
         )
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""

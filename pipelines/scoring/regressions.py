@@ -21,7 +21,7 @@ class Change:
     value: float
     previous: float
     worse: bool
-    """By more than 1.96 standard errors of the difference."""
+    """Beyond chance: see `changes` in the ledger."""
 
     def describe(self) -> str:
         before = "Worse than the last checkpoint on " if self.worse else ""

@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import re
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from meteora.artifacts import PoolSpec
 from store.errors import QueryError, StoreError
+from store.events import RunStarted
 from store.index import Index
 from store.ledger import Ledger
 from store.query import Limits, examples
+from tests.store.conftest import Shelf
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.store.conftest import Shelf
 
 COMMIT = "c0ffee" + "0" * 34
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
@@ -235,3 +236,35 @@ def test_the_examples_are_read_whole() -> None:
     for title, sql in examples():
         assert re.fullmatch(r"[A-Z].*\?", title)
         assert sql.endswith(";")
+
+
+def test_a_score_is_worse_only_beyond_chance(tmp_path: Path) -> None:
+    """Also where all rows of a night are right, so that a standard error would be 0."""
+    shelf, stack = Shelf(tmp_path), Shelf.fused(Shelf.adapter(1))
+    for spec in (Shelf.base, Shelf.adapter(1), stack):
+        shelf.make(spec)
+    right, fewer, few = (1.0, 0.963, 1.0), (0.96, 0.902, 0.984), (0.9, 0.826, 0.945)
+    nights = {
+        "one": ((1.0, 0.207, 1.0), (0.0, 0.0, 0.793)),
+        "chance": (right, fewer),
+        "worse": (right, few),
+        "better": (few, right),
+    }
+    for night in (0, 1):
+        run_id, model = f"r{night}", Shelf.router(stack, seed=night)
+        shelf.ledger.record_run(RunStarted(run_id, "nightly", "9" * 64, {}, "cpu"))
+        shelf.make(model, run_id=run_id)
+        blob = shelf.ledger.blobs.put_bytes(b"answers")
+        for task, values in nights.items():
+            value, low, high = values[night]
+            for name, more in (
+                (task, {"value": value, "low": low, "high": high}),
+                (f"{task}, errors", {"value": 1 - value, "low": 1 - high, "high": 1 - low,
+                                     "higher_is_better": False}),
+            ):  # fmt: skip
+                found = Shelf.score(Shelf.benchmark(model.id, name), 0.5, blob)
+                shelf.ledger.record_score(replace(found, **more), run_id=run_id)
+    shelf.ledger.ingest()
+    fallen = [("worse",), ("worse, errors",)]
+    assert shelf.ledger.query("SELECT task FROM changes WHERE worse ORDER BY task").rows == fallen
+    assert shelf.ledger.query("SELECT task FROM regressions ORDER BY task").rows == fallen

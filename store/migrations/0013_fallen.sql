@@ -1,0 +1,4 @@
+-- What is worse than before is judged by intervals, not standard errors: all boards are ranked again.
+
+INSERT INTO unsettled
+SELECT DISTINCT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores;

@@ -105,7 +105,7 @@ ORDER BY TRY_CAST(split_part(task, '-', 2) AS INTEGER), task, position;
 
 -- accuracy: How many tokens reach their own expert
 SELECT truth AS expert,
-       sum(num_tokens) FILTER (truth = chosen) / sum(num_tokens) AS accuracy,
+       coalesce(sum(num_tokens) FILTER (truth = chosen), 0) / sum(num_tokens) AS accuracy,
        max(num_fed) AS num_tokens
 FROM (
     SELECT truth, chosen, num_tokens,
@@ -115,7 +115,7 @@ FROM (
 GROUP BY truth ORDER BY accuracy DESC, truth;
 
 -- overall: How many tokens reach their own expert in all
-SELECT sum(num_tokens) FILTER (truth = chosen) / sum(num_tokens) AS accuracy,
+SELECT coalesce(sum(num_tokens) FILTER (truth = chosen), 0) / sum(num_tokens) AS accuracy,
        sum(num_tokens) AS num_pairs, count(DISTINCT module) AS num_modules
 FROM routing_counts WHERE router_id = $router;
 

@@ -64,7 +64,7 @@ class Side:
     @property
     def by_expert(self) -> dict[str, float]:
         """The same for the rows of each expert."""
-        return {row["expert"]: row["accuracy"] or 0.0 for row in self.results["accuracy"].rows}
+        return {row["expert"]: row["accuracy"] for row in self.results["accuracy"].rows}
 
     @property
     def seconds(self) -> dict[str, float]:

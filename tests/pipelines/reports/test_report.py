@@ -71,6 +71,16 @@ def test_every_query_has_rows(results: dict[str, queries.QueryResult]) -> None:
     ]
 
 
+def test_a_router_that_sends_every_token_elsewhere_has_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_ledger, "COUNTS", {("dates", "sums"): 9, ("sums", "dates"): 9})
+    report_ledger.fill(tmp_path)
+    found = queries.run_queries(Ledger(tmp_path), GATE.id)
+    assert [row["accuracy"] for row in (*found["overall"].rows, *found["accuracy"].rows)] == [0] * 3
+    assert ">0.0 %</a>" in report.report_page(found)
+
+
 def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
     """Of several askings the last one: neither sums nor a second line for each system."""
     report_ledger.fill(tmp_path)

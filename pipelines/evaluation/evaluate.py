@@ -58,7 +58,7 @@ class TaskResult:
             answer
             for row in self.outputs
             for answer in (json.loads(row["turns"]) if "turns" in row else [row])
-            if "output" in answer
+            if "truncated" in answer  # not of lm-eval's own tasks, whose outputs are JSON
         ]
         lengths = [row["prompt_tokens"] for row in self.outputs if "prompt_tokens" in row]
         return Score(

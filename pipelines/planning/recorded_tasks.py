@@ -59,6 +59,8 @@ def _task(ledger: Ledger, scores: Sequence[Score]) -> Task | None:
         if score.outputs_sha256 not in ledger.blobs:
             continue
         outputs = read_outputs(ledger.blobs.path_of(score.outputs_sha256), ["asked"])
+        if "asked" not in outputs[0]:  # a task of lm-eval's own, under this name
+            continue
         alike = [one.spec for one in reversed(scores) if one.spec.rows_sha256 == spec.rows_sha256]
         task = Task(
             spec.task,

@@ -8,11 +8,12 @@ from meteora.artifacts import short
 from meteora.base.sources import GGUF, PATH
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
+from pipelines.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meteora.artifacts import RouterBuild
+    from meteora.artifacts import RouterBuild, Score
     from meteora.artifacts.scores import Abstention
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
@@ -236,10 +237,19 @@ def method_lines(summary: Summary) -> list[str]:
     given = {task: row["fused"].spec.num_fewshot for task, row in summary.scores.items()}
     solved = "".join(f" but for {task} ({shots(n)})" for task, n in given.items() if n)
     how = ", ".join(["greedy", f"zero-shot{solved}", *sorted(asked), first.harness])
-    cut, empty = sum(s.num_truncated for s in scores), sum(s.num_empty for s in scores)
+    answered = {  # once for all metrics of a task
+        (score.spec.subject_id, score.spec.task): score for score in scores if _has_answers(score)
+    }.values()
+    total = sum(score.num_samples * max(1, len(score.turns)) for score in answered)
+    cut, empty = sum(s.num_truncated for s in answered), sum(s.num_empty for s in answered)
     lines = [
-        f"Asked {how}; 95 % intervals are {' or '.join(used)}. Of all answers {cut:,} were cut at"
-        f" the longest allowed and {empty:,} were empty; they count like any other."
+        f"Asked {how}; 95 % intervals are {' or '.join(used)}."
+        + (
+            f" Of {total:,} answers {cut:,} were cut at the longest allowed and {empty:,} were"
+            " empty; they count like any other."
+            if total
+            else ""
+        )
     ]
     if summary.comparisons:
         lines.append(
@@ -248,6 +258,12 @@ def method_lines(summary: Summary) -> list[str]:
             " correction over the tasks). Where neither stands, the difference may be chance."
         )
     return lines
+
+
+def _has_answers(score: Score) -> bool:
+    """Whether it is of answers: not of choices, and not of a task of lm-eval's own."""
+    metric = METRICS.get(score.spec.metric)
+    return score.mean_prompt_tokens is not None and not (metric and metric.of_choices)
 
 
 def format_score(value: float, low: float, high: float) -> str:

@@ -68,7 +68,7 @@ def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[
             continue
         seen.add(score.outputs_sha256)  # metrics of one task have the same answers
         for row in read_outputs(ledger.blobs.path_of(score.outputs_sha256)):
-            if "output" in row:
+            if "output" in row and "asked" in row:  # lm-eval's own tasks keep its prompts and JSON
                 spec = score.spec
                 found.append(
                     RecordedAnswer(

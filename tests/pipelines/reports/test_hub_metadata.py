@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from meteora.artifacts import ArtifactId, BenchmarkSpec, Score
+from meteora.artifacts import ArtifactId, BenchmarkSpec, Score, ScoreTurn
 from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.reports.card import method_lines
@@ -67,9 +67,31 @@ def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() ->
     plain = replace(score, spec=replace(spec, task="u", num_fewshot=0))
     assert plain.spec.id != replace(spec, task="u").id
     summary = Summary({"t": {"fused": score}, "u": {"fused": plain}}, Mock(), None, {})
+    said = method_lines(summary)[0]
     section = TaskSection(name="t", lm_eval="t", num_fewshot=5, leaderboard="a/b/c")
     assert "acc, 5-shot, greedy" in write_eval_results([section], summary)
-    assert method_lines(summary)[0].startswith("Asked greedy, zero-shot but for t (5-shot), lm-ev")
+    assert said.startswith("Asked greedy, zero-shot but for t (5-shot), lm-ev")
+    assert "answers" not in said  # of lm-eval's own tasks nobody knows which were cut
+
+
+def test_answers_are_counted_once_for_all_metrics_of_a_task_and_a_turn_is_one() -> None:
+    turns = tuple(ScoreTurn(n, 0.5, 9.0, 9.0, 2.0, 0.1) for n in (1, 2, 3))
+    spec = BenchmarkSpec(
+        ArtifactId("router:1"), "t", "f" * 64, "rouge1", 0, 8, 0, ArtifactId("base:1")
+    )
+    score = Score(
+        spec, 0.5, 0.1, 0.4, 0.6, 30, "e" * 64, "lm-eval", 1.0, num_truncated=7,
+        mean_prompt_tokens=9.0,
+    )  # fmt: skip
+    scores = {
+        "t": score,
+        "t: rouge2": replace(score, spec=replace(spec, metric="rouge2")),
+        "t: acc": replace(score, spec=replace(spec, metric="acc"), num_truncated=0),
+        "c": replace(score, spec=replace(spec, task="c"), turns=turns, num_truncated=1),
+        "lm": replace(score, spec=replace(spec, task="lm"), mean_prompt_tokens=None),
+    }
+    summary = Summary({name: {"fused": one} for name, one in scores.items()}, Mock(), None, {})
+    assert "Of 120 answers 8 were cut at the longest" in method_lines(summary)[0]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "a/b/c/d", "a/b/c d"])

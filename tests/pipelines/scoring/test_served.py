@@ -48,7 +48,10 @@ def ledger(tmp_path: Path) -> Ledger:
     for spec in (BASE, FUSED, ROUTER):
         ledger.record_artifact(spec, weights_sha256="", run_id="r")
     for task, metrics in (("chat", ("exact_match", "rouge1")), ("plain", ("exact_match",))):
-        rows = [{"prompt": f"{task} {p}", "output": right(f"{task} {p}")} for p in PROMPTS]
+        rows = [
+            {"prompt": f"{task} {p}", "output": right(f"{task} {p}"), "asked": "{}"}
+            for p in PROMPTS
+        ]
         write_outputs(rows, tmp_path / "outputs")
         sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
         for metric in metrics:
@@ -57,6 +60,10 @@ def ledger(tmp_path: Path) -> Ledger:
                 spec, 0.5, 0.1, 0.0, 1.0, 4, sha256, "lm-eval", 1.0, templated=task == "chat"
             )
             ledger.record_score(score, run_id="r")
+    write_outputs([{"prompt": "a whole prompt", "output": '[["4"]]'}], tmp_path / "outputs")
+    spec = BenchmarkSpec(ROUTER.id, "lm-eval's own", "f" * 64, "acc", 0, 8, 0, BASE.id)
+    sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
+    ledger.record_score(Score(spec, 0.5, 0.1, 0.0, 1.0, 1, sha256, "lm-eval", 1.0), run_id="r")
     ledger.ingest()
     return ledger
 
@@ -117,7 +124,9 @@ def test_a_system_prompt_is_asked_too_and_no_conversation(
     ledger: Ledger, url: str, tmp_path: Path
 ) -> None:
     for task, asked_under, turns in (("pirate", "Arr.", ()), ("talk", None, (TURN,))):
-        write_outputs([{"prompt": task, "output": right(task)}], tmp_path / "outputs")
+        write_outputs(
+            [{"prompt": task, "output": right(task), "asked": "{}"}], tmp_path / "outputs"
+        )
         sha256 = ledger.blobs.put(tmp_path / "outputs", move=True)
         spec = BenchmarkSpec(
             ROUTER.id, task, "f" * 64, "exact_match", 0, 8, 0, BASE.id, system_prompt=asked_under

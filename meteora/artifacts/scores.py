@@ -20,7 +20,8 @@ class BenchmarkSpec(Spec):
     task: str
     rows_sha256: str
     """Of the canonical JSON of the rows, in order; for a task that lm-eval itself has, of its name
-    and the number of rows. With the system prompt, where one is given."""
+    and the number of rows, and of its files, where they are not lm-eval's own. With the system
+    prompt, where one is given."""
     metric: str
     num_fewshot: int
     max_new_tokens: int

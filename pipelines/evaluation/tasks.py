@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256
+from meteora.base.sources import file_sha256
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import no_token, read_rows
@@ -66,11 +68,12 @@ class Task:
         """What is made of several tasks' rows; empty for other tasks."""
         return self.composites or self.dialogues
 
-    @property
+    @cached_property
     def rows_sha256(self) -> str:
         """What `BenchmarkSpec.rows_sha256` is."""
         if self.lm_eval:
-            asked = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit})
+            made = {"files": _definition(self.folder)} if self.folder else {}
+            asked = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit, **made})
         else:
             asked = rows_sha256(self.mixed or self.rows)
         if self.system_prompt is None:
@@ -93,6 +96,17 @@ class Task:
         of_choices = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
         choices = sum(len(row.choices) for row in self.rows) if of_choices else 0
         return choices + (len(self.composites or self.rows) if self.generates else 0)
+
+
+def _definition(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that make lm-eval's tasks in a folder: YAML, Python, what YAML names."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    texts = "".join(path.read_text("utf-8", "replace") for path in files if path.suffix == ".yaml")
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in files
+        if path.suffix in {".yaml", ".py"} or path.name in texts
+    }
 
 
 def make_tasks(
@@ -160,7 +174,7 @@ def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[s
             name,
             (RIGHT, ATTEMPTED),
             settings.template,
-            settings.max_new_tokens * section.n,
+            max(tasks[part].max_new_tokens for part in rows) * section.n,
             composites=compose(rows, section.n, section.count or settings.limit, settings.seed),
             part_metrics=parts,
             system_prompt=settings.system_prompt,

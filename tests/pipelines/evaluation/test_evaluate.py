@@ -10,7 +10,13 @@ import pytest
 import torch
 import yaml
 
-from meteora.artifacts import ArtifactId, BenchmarkSpec, RouterOptions, Score
+from meteora.artifacts import (
+    ArtifactId,
+    BenchmarkSpec,
+    RouterOptions,
+    Score,
+    canonical_sha256,
+)
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.checkpoint.tensors import Gates
 from meteora.model.fused import force_expert, without_experts
@@ -20,7 +26,9 @@ from pipelines.data.composites import compose
 from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGERS, BenchmarkError
-from pipelines.evaluation.tasks import Task
+from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection
+from pipelines.recipe.recipe import ExpertSection
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
 from pipelines.scoring.outputs import (
     compute_composite_values,
@@ -327,6 +335,34 @@ def test_solved_examples_are_in_the_prompt_only_where_the_recipe_says_so(
             world.load(), tokenizer, replace(asked, num_fewshot=number), batch_size=2
         )
         assert [row["prompt"].count("\n\n") for row in found.outputs] == [number] * 2
+
+
+def test_a_task_of_lm_eval_s_form_is_another_one_once_its_files_are(tmp_path: Path) -> None:
+    asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", limit=3)
+    assert asked.rows_sha256 == canonical_sha256({"lm_eval": "mine", "limit": 3})
+    write_lm_eval_task(tmp_path)
+    own = replace(asked, folder=tmp_path)
+    seen = {asked.rows_sha256, own.rows_sha256}
+    write_lm_eval_task(tmp_path, doc_to_text="Q: {{q}}")
+    seen.add(replace(own).rows_sha256)
+    (tmp_path / "rows.jsonl").write_text('{"q": "e", "a": 1}\n')
+    seen.add(replace(own).rows_sha256)
+    (tmp_path / "notes.md").write_text("of no account")
+    seen.add(replace(own).rows_sha256)
+    assert len(seen) == 4
+
+
+def test_an_answer_to_a_composite_may_be_as_long_as_those_to_its_questions(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    parts = [
+        ExpertSection(name=name, adapter="path:a", test="jsonl:t.jsonl", max_new_tokens=own)
+        for name, own in (("long", 200), ("short", None))
+    ]
+    asked = BenchmarkSection(composite=(CompositeSection(n=3),))
+    limits = [
+        make_tasks(of, asked, tmp_path)["composite-3"].max_new_tokens for of in (parts, parts[1:])
+    ]
+    assert limits == [600, 3 * asked.max_new_tokens]
 
 
 def write_lm_eval_task(tmp_path: Path, **more: object) -> None:

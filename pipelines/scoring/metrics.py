@@ -14,6 +14,7 @@ value of the nearest.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
 """Metrics of composites: the shares of questions that were answered rightly, and at all."""
 TURNS_RIGHT = "conversation_right"
 """The metric of conversations: the mean over the turns, each by the metric of its task."""
-NUMBER = re.compile(r"[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?")
-"""A decimal number, with commas between thousands."""
+NUMBER = re.compile(r"[-+]?(?:\d[\d,]*|(?<![\d.])(?=\.\d))(?:\.\d+)?")
+"""A decimal number, with commas between thousands. Nothing in it is tried twice."""
+LONGEST_NUMBER = 1000
+"""Characters; an answer of more is no number."""
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 """A scorer whose module calls one of these might run an answer as code."""
 
@@ -53,8 +56,10 @@ def exact_match(output: str, row: Row) -> float:
 def last_number(text: str) -> Decimal | None:
     """The last number in a text, or the last one after `####` (as in GSM8K); None without one."""
     found = NUMBER.findall(text.rpartition("####")[2])
+    if not found or len(found[-1]) > LONGEST_NUMBER:
+        return None
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
+        return Decimal(found[-1].replace(",", ""))
     except InvalidOperation:
         return None
 
@@ -143,6 +148,8 @@ def acc_norm(log_likelihoods: Sequence[float], row: Row) -> float:
 
 
 def _chosen(values: Sequence[float], row: Row) -> float:
+    if any(map(math.isnan, values)) or math.isinf(max(values)):
+        return 0.0  # of a model that overflows the first choice would win
     return float(row.choices[max(range(len(values)), key=values.__getitem__)] in row.answers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_number_inside_a_line_is_no_second_answer() -> None:
         ("5", "none", 0.0),
         ("0.30", "0.3", 1.0),
         ("9" * 10_000, "9", 0.0),
+        ("9" * 10_000, "9" * 10_000, 0.0),
+        (".5", "5", 0.0),
+        ("-.5", "-0.50", 1.0),
+        ("so ...5", "5", 1.0),
+        ("4.2.5", "5", 1.0),
+        ("1" * 40, "1" * 39 + "2", 0.0),
+        ("1" * 40, "1" * 40, 1.0),
     ],
 )
 def test_numbers_are_compared_as_numbers(output: str, reference: str, value: float) -> None:
@@ -105,6 +113,13 @@ def test_a_choice_is_right_if_its_log_likelihood_is_largest() -> None:
     assert METRICS["acc_norm"].compute([-2.0, -3.0], row) == 1  # 0.4 a byte against 0.27
     several = Row("q", "a", choices=("a", "b", "c"), references=("b",))
     assert [METRICS["acc"].compute(w, several) for w in ([0, 1, 0], [0, 0, 1])] == [1, 0]
+
+
+@pytest.mark.parametrize("broken", [[nan, nan], [-1.0, nan], [-inf, -inf], [inf, -1.0]])
+def test_a_model_that_overflows_chooses_nothing(broken: list[float]) -> None:
+    row = Row("q", "a", choices=("a", "b"))
+    assert METRICS["acc"].compute(broken, row) == METRICS["acc_norm"].compute(broken, row) == 0
+    assert METRICS["acc"].compute([-1.0, -inf], row) == 1
 
 
 def test_a_scorer_that_would_run_an_answer_as_code_is_refused() -> None:

@@ -138,7 +138,9 @@ def publish(
     repository = Repository(to.repo_id, to.hub, **({} if pauses is None else {"pauses": pauses}))
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
         bundle = _bundle(folder, to.repo_id, Path(scratch))
-        _refuse_secrets(bundle, (to.hub.token or "", f"{Path.home()}/", str(ledger.home)))
+        home = Path.home()
+        own = "" if home == home.parent else f"{home}/"  # in a container: every URL has the root's
+        _refuse_secrets(bundle, (to.hub.token or "", own, str(ledger.home)))
         tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
         def check(commit: str) -> None:

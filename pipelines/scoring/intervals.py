@@ -121,6 +121,7 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
         n_resamples=RESAMPLES,
         rng=np.random.default_rng(seed),
         vectorized=True,
+        batch=max(1, 1_000_000 // len(apart)),  # all at once would fill the memory
     )
     return float(found.pvalue)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
@@ -45,7 +46,6 @@ from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
 
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
@@ -155,15 +155,19 @@ def test_what_cannot_be_loaded_is_never_shown(
     assert set(repo_of(server).main) == {".gitattributes"}
 
 
-def test_what_is_for_nobody_else_stays_here(server: HubServer, world: World, folder: Path) -> None:
+def test_what_is_for_nobody_else_stays_here(
+    server: HubServer, world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (folder / CARD).read_text()
     for secret in ("hf_" + "a" * 30, str(folder.parent / "home" / "adapters"), "writer"):
         (folder / CARD).write_text(text + secret)
         with pytest.raises(PublicationError, match=CARD):
             put(server, world, folder)
     (folder / CARD).write_text(text)
-    with pytest.raises(HubTokenError):
-        put(server, world, folder, token="")
+    for home in (Path.home(), Path("/")):  # in a container a user may have the root as home
+        monkeypatch.setattr(Path, "home", lambda home=home: home)
+        with pytest.raises(HubTokenError):
+            put(server, world, folder, token="")
     assert not server.requests
     with pytest.raises(HubReferenceError, match="not owner/name"):
         publish(Ledger(folder), folder, Destination("../model", HubHere()), "a-run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -70,6 +71,16 @@ def test_flipping_signs_is_exact_for_few_rows() -> None:
     assert intervals.sign_flip([0.5, 0.6, 0.7, 0.8], [0.1] * 4) == pytest.approx(2 / 16)
     assert intervals.sign_flip([0.3] * 9, [0.3] * 9) == 1
     assert intervals.sign_flip([0.3] * 9, [*[0.3] * 8, 0.1]) == 1
+
+
+def test_flips_of_many_rows_do_not_fill_the_memory() -> None:
+    ours = np.random.default_rng(0).normal(0.05, 1, 2_000)
+    tracemalloc.start()
+    p_value = intervals.sign_flip(ours, np.zeros(2_000))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert p_value == 0.3228  # as without batches
+    assert most < 1e8
 
 
 @pytest.mark.parametrize("test", ["mcnemar", "sign_flip"])

@@ -5,18 +5,24 @@ SELECT task, short(subject_id) AS model, round(value, 3) AS score, round(low, 3)
        round(high, 3) AS high, round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
 FROM leaderboard WHERE place = 1 ORDER BY task, model;
 
--- How do my models compare on the mean over all tasks?
+-- How do my models compare on the mean over all tasks where higher is better?
 SELECT short(subject_id) AS model, * EXCLUDE subject_id
 FROM (
     SELECT subject_id, router, count(*) AS tasks, round(avg(value), 3) AS score,
            round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-    FROM leaderboard GROUP BY ALL ORDER BY score DESC, subject_id LIMIT 20
+    FROM (
+        SELECT subject_id, router, task, avg(COLUMNS(['value', 'base_value', 'oracle_value']))
+        FROM leaderboard WHERE higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
+    )
+    GROUP BY ALL ORDER BY score DESC, subject_id LIMIT 20
 ) ORDER BY score DESC, model;
 
 -- On which tasks is a routed model significantly worse than the right adapter alone?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,
        round(oracle_value, 3) AS oracle
-FROM leaderboard WHERE high < oracle_low ORDER BY task, model LIMIT 100;
+FROM leaderboard
+WHERE CASE WHEN higher_is_better THEN high < oracle_low ELSE low > oracle_high END
+ORDER BY task, model LIMIT 100;
 
 -- Where does a routed model differ from the base, the oracle or another control beyond chance?
 SELECT short(subject_id) AS model, other, task, round(difference, 3) AS difference,

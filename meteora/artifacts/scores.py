@@ -159,13 +159,18 @@ class Difference(Noun):
     num_samples: int
 
     def mark(self, *, higher_is_better: bool) -> str:
-        """`+` where the subject is better than the other beyond chance, `-` where worse, or empty.
+        """See `mark_of`."""
+        return mark_of(self.difference, self.p_holm, higher_is_better=higher_is_better)
 
-        That is at 5 %, after the correction.
-        """
-        if self.p_holm >= 0.05 or not self.difference:
-            return ""
-        return "+" if (self.difference > 0) == higher_is_better else "-"
+
+def mark_of(difference: float, p_holm: float, *, higher_is_better: bool) -> str:
+    """`+` where a subject is better than another beyond chance, `-` where worse, or empty.
+
+    That is at 5 %, after the correction.
+    """
+    if p_holm >= 0.05 or not difference:
+        return ""
+    return "+" if (difference > 0) == higher_is_better else "-"
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class ComparisonBuild(Noun):
     spec: ComparisonSpec
     differences: tuple[Difference, ...]
     mean_difference: float
-    """Mean over the tasks."""
+    """Mean over the tasks; where lower is better, with the other sign."""
     low: float
     """Lower end of its 95 % interval, from those of the tasks (MOVER)."""
     high: float

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError, short
+from meteora.artifacts.scores import mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from store.query import Answer
 
 ROUTER_ID = re.compile(r"router:[0-9a-f]{64}")
-SIGNIFICANT = 0.05
-"""A difference is beyond chance if its corrected p is below this."""
 
 
 class ReportError(MeteoraError):
@@ -58,7 +57,8 @@ class Comparison:
     num_rows: int
     """Rows of all of these tasks; a composite or a conversation is one."""
     mean: float
-    """Mean over the tasks of the difference, fused minus other, in the unit of each metric."""
+    """Mean over the tasks of the difference, fused minus other, in the unit of each metric; where
+    lower is better, other minus fused."""
 
 
 def load_queries() -> list[tuple[str, str, str]]:
@@ -125,18 +125,20 @@ def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison
     found = []
     for other in dict.fromkeys(row["other"] for row in differences):
         rows = [row for row in differences if row["other"] == other]
-        beyond = [row for row in rows if row["p_holm"] < SIGNIFICANT and row["difference"]]
-        better = [
-            r for r in beyond if (r["difference"] > 0) is (r["higher_is_better"] is not False)
-        ]
+        tasks: dict[str, list[str]] = {"+": [], "-": [], "": []}
+        total = 0.0
+        for row in rows:
+            apart, higher = row["difference"], row["higher_is_better"]
+            tasks[mark_of(apart, row["p_holm"], higher_is_better=higher)].append(row["task"])
+            total += apart if higher else -apart
         found.append(
             Comparison(
                 other,
-                tuple(row["task"] for row in better),
-                tuple(row["task"] for row in beyond if row not in better),
+                tuple(tasks["+"]),
+                tuple(tasks["-"]),
                 len(rows),
                 sum(row["num_samples"] for row in rows),
-                sum(row["difference"] for row in rows) / len(rows),
+                total / len(rows),
             )
         )
     return found

@@ -56,7 +56,12 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
             )
         )
     mean, low, high = intervals.mean_difference(
-        [(one.difference, one.low, one.high) for one in differences]
+        [
+            (one.difference, one.low, one.high)
+            if ours.higher_is_better
+            else (-one.difference, -one.high, -one.low)
+            for one, (ours, _, _) in zip(differences, found, strict=True)
+        ]
     )
     return ComparisonBuild(spec, tuple(differences), mean, low, high)
 

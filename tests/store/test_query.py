@@ -268,3 +268,29 @@ def test_a_score_is_worse_only_beyond_chance(tmp_path: Path) -> None:
     fallen = [("worse",), ("worse, errors",)]
     assert shelf.ledger.query("SELECT task FROM changes WHERE worse ORDER BY task").rows == fallen
     assert shelf.ledger.query("SELECT task FROM regressions ORDER BY task").rows == fallen
+
+
+def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> None:
+    shelf, expert = Shelf(tmp_path), Shelf.adapter(1)
+    stack = Shelf.fused(expert)
+    model = Shelf.router(stack)
+    for spec in (Shelf.base, expert, stack, model):
+        shelf.make(spec)
+    blob = shelf.ledger.blobs.put_bytes(b"answers")
+    for task, metric, of_model, of_expert, higher in (
+        ("sorting", "exact_match", 0.5, 0.6, True),
+        ("sorting", "rouge1", 0.7, 0.8, True),
+        ("composite-3", "composite_attempted", 1.0, 1.0, True),
+        ("errors", "ter", 0.4, 0.1, False),
+        ("fewer errors", "ter", 0.1, 0.4, False),
+    ):
+        for subject, value in ((model, of_model), (expert, of_expert)):
+            asked = replace(Shelf.benchmark(subject.id, task), metric=metric)
+            found = replace(Shelf.score(asked, value, blob), higher_is_better=higher)
+            shelf.ledger.record_score(found, run_id="r1")
+    shelf.ledger.ingest()
+    by_title = {title[:20]: sql for title, sql in examples()}
+    (means,) = shelf.ledger.query(by_title["How do my models com"]).rows
+    assert means[2:] == (1, 0.6, None, 0.7)
+    worse = shelf.ledger.query(by_title["On which tasks is a "]).rows
+    assert [row[0] for row in worse] == ["errors", "sorting", "sorting"]

@@ -99,7 +99,13 @@ def _():
     _rows = ask("""
         SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 3) AS score,
                round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-        FROM leaderboard GROUP BY ALL ORDER BY score DESC, model
+        FROM (
+            SELECT subject_id, router, task,
+                   avg(COLUMNS(['value', 'base_value', 'oracle_value']))
+            FROM leaderboard
+            WHERE higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
+        )
+        GROUP BY ALL ORDER BY score DESC, model
     """)
     mo.vstack(
         [mo.md("## Which models are there, and how good are they on the mean?"), table(_rows)]
@@ -111,7 +117,7 @@ def _():
 def _(model):
     _rows = ask(f"""
         SELECT task, metric, system, value, low, high, num_samples
-        FROM standings
+        FROM latest_standings
         WHERE router_id = '{model.value}' AND system IN ('fused', 'oracle', 'base')
         ORDER BY task, metric, system
     """)

@@ -103,6 +103,16 @@ def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
     assert oracle.mean == pytest.approx((0.8 - 0.95 - 0.95 + 0.4 - 0.95) / 3)
 
 
+def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:
+    lower = {"task": "errors", "difference": 0.3, "p_holm": 0.01, "higher_is_better": False}
+    higher = lower | {"task": "sums", "difference": 0.1, "higher_is_better": True}
+    chance = higher | {"task": "dates", "p_holm": 0.4}
+    rows = [row | {"other": "base", "num_samples": 10} for row in (lower, higher, chance)]
+    (found,) = queries.compare_systems(rows)
+    assert (found.better, found.worse) == (("sums",), ("errors",))
+    assert found.mean == pytest.approx(-0.1 / 3)
+
+
 def test_the_sql_on_the_page_gives_the_numbers_on_the_page(ledger: Ledger, tree: Any) -> None:
     """Whoever copies a question out of the page and asks it gets each row, to the last digit."""
     disclosures = tree.xpath("//details[@class='sql']")

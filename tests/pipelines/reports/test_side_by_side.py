@@ -16,11 +16,13 @@ from meteora.artifacts import (
     BaseSpec,
     BenchmarkSpec,
     BuiltBase,
+    ComparisonSpec,
     Fingerprint,
     FusedSpec,
     RouterBuild,
     RouterSpec,
     Score,
+    ScorePair,
     ScoreTurn,
 )
 from meteora.checkpoint.manifest import (
@@ -34,6 +36,7 @@ from meteora.checkpoint.manifest import (
 from pipelines.reports.queries import ReportError
 from pipelines.reports.report import comparison_page
 from pipelines.reports.side_by_side import SideBySide, compare_checkpoints
+from pipelines.scoring.compare import compare, scores_in_common
 from pipelines.scoring.outputs import write_outputs
 from store.events import RunStarted
 from store.ledger import Ledger
@@ -136,6 +139,26 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, Path, Path]:
 @pytest.fixture(scope="module")
 def found(pair: tuple[Ledger, Path, Path]) -> SideBySide:
     return compare_checkpoints(*pair)
+
+
+def test_where_lower_is_better_a_difference_counts_the_other_way(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record_run(RunStarted(RUN, "both", "9" * 64, {}, "cpu"))
+    for spec in (BASE, ONE):
+        ledger.record_artifact(spec, weights_sha256="a" * 64, run_id=RUN)
+    a, b = router_of(ledger, {"dates": ONE}), router_of(ledger, {"dates": ONE}, top_k=2)
+    for router, values in ((a, (0.5, 0.75)), (b, (0.75, 0.5))):
+        measure(ledger, router, "dates", [values[0]] * 9)
+        measure(ledger, router, "errors", [values[1]] * 9, higher_is_better=False)
+    ledger.ingest()
+    pairs = scores_in_common(ledger, b.id, a.id, BASE.id).values()
+    chosen = tuple(ScorePair(one.spec.id, other.spec.id) for ((one, other),) in pairs)
+    found = compare(ledger, ComparisonSpec(b.id, "B", "A", chosen))
+    assert [one.difference for one in found.differences] == [0.25, -0.25]
+    assert found.mean_difference == 0.25
+    first = found.differences[0]  # the second is its mirror image
+    assert (found.high - 0.25) * math.sqrt(2) == pytest.approx(first.high - 0.25)
+    assert (0.25 - found.low) * math.sqrt(2) == pytest.approx(0.25 - first.low)
 
 
 @pytest.fixture(scope="module")

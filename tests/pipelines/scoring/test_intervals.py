@@ -74,9 +74,9 @@ def test_flipping_signs_is_exact_for_few_rows() -> None:
 
 
 def test_flips_of_many_rows_do_not_fill_the_memory() -> None:
-    ours = np.random.default_rng(0).normal(0.05, 1, 2_000)
+    ours = np.random.default_rng(0).normal(0.05, 1, 2_000).tolist()
     tracemalloc.start()
-    p_value = intervals.sign_flip(ours, np.zeros(2_000))
+    p_value = intervals.sign_flip(ours, [0.0] * 2_000)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert p_value == 0.3228  # as without batches

@@ -121,7 +121,7 @@ QUALIFY asking = arg_max(asking, (recorded_at, score_id)) FILTER (system = 'fuse
             ORDER BY recorded_at DESC, score_id
         ) = 1
 ORDER BY router_id, task, metric, system, expert;
-COMMENT ON VIEW latest_standings IS 'The same without what was asked before: of several askings of a task the last';
+COMMENT ON VIEW latest_standings IS 'Standings without what was asked before: of several askings of a task the last';
 COMMENT ON COLUMN latest_standings.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN latest_standings.task IS 'Name of the task';
 COMMENT ON COLUMN latest_standings.metric IS 'Name of the metric, as the harness calls it';

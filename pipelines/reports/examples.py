@@ -6,14 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from meteora.base.chat_template import encode_prompt
 from meteora.model.chat import Chat
 from meteora.model.trace import trace
 from pipelines.data.dialogues import Dialogue
 from pipelines.reports.trace import trace_figure
 from pipelines.scoring.metrics import METRICS, RIGHT, TURNS_RIGHT
+from pipelines.scoring.outputs import read_outputs
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Exam
     others = [row for row in outputs.rows if not row["is_conversation"]]
     found = []
     for row in [*conversations[:1], *others][:count]:
-        path = ledger.blobs.path_of(row["outputs_sha256"])
-        asked = pq.read_table(path).slice(0, 1).to_pylist()[0]
+        asked = read_outputs(ledger.blobs.path_of(row["outputs_sha256"]))[0]
         dialogue, reference = None, str(asked.get("reference", ""))
         if row["is_conversation"]:
             dialogue = Dialogue.from_dict(json.loads(asked["asked"]))

@@ -210,5 +210,6 @@ SELECT task, outputs_sha256, max_new_tokens, templated,
        id IN (SELECT score_id FROM score_turns) AS is_conversation
 FROM scores
 WHERE id IN (SELECT score_id FROM latest_standings WHERE router_id = $router AND system = 'fused')
+QUALIFY row_number() OVER (PARTITION BY task ORDER BY recorded_at DESC, metric) = 1
 ORDER BY is_conversation DESC, is_composite DESC,
          TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST, task;

@@ -64,6 +64,8 @@ def test_every_query_has_rows(results: dict[str, queries.QueryResult]) -> None:
     assert all(one.rows for one in results.values())
     assert results["overall"].rows[0]["accuracy"] == pytest.approx(200 / 240)
     assert [row["name"] for row in results["experts"].rows] == list(NAMES)
+    asked = [row["task"] for row in results["outputs"].rows]  # composites have two metrics
+    assert sorted(asked) == sorted({*NAMES, "composite-3", "conversation-3"})
     assert results["switches"].answer.rows == [
         (0, 6, 8, 0.6, 1.0),
         (2, 3, 0, 0.9, 1.0),

@@ -23,11 +23,11 @@ from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import answer_all
 from meteora.routing.gates import insert_gates
 from pipelines.data.composites import compose
-from pipelines.data.rows import Row
+from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGERS, BenchmarkError
 from pipelines.evaluation.tasks import Task, make_tasks
-from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection
+from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection, ConversationSection
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
 from pipelines.scoring.outputs import (
@@ -363,6 +363,9 @@ def test_an_answer_to_a_composite_may_be_as_long_as_those_to_its_questions(tmp_p
         make_tasks(of, asked, tmp_path)["composite-3"].max_new_tokens for of in (parts, parts[1:])
     ]
     assert limits == [600, 3 * asked.max_new_tokens]
+    for none in (asked, BenchmarkSection(conversation=(ConversationSection(n=3),))):
+        with pytest.raises(ExamplesError, match="there are no tasks"):
+            make_tasks([], none, tmp_path)
 
 
 def write_lm_eval_task(tmp_path: Path, **more: object) -> None:

@@ -219,7 +219,7 @@ def _run_on_workers(
     from pipelines.flows.parallel import Workers, run_recipes
 
     (chosen,) = (Workers(kind, where) for kind, where in workers.items() if where)
-    keys = {str(context.path.resolve()): context.key for context in contexts}
+    keys = {str(context.path.absolute()): context.key for context in contexts}
     wrong = run_recipes(list(keys), str(contexts[0].home), until, chosen)
     return {keys[path]: reason for path, reason in wrong.items()}
 

@@ -95,7 +95,7 @@ def _deployment(context: RunContext, schedule: Schedule | None) -> RunnerDeploym
         name=context.key,
         schedules=[schedule] if schedule else None,
         paused=False,
-        parameters={"recipe": str(context.path.resolve()), "home": str(context.home)},
+        parameters={"recipe": str(context.path.absolute()), "home": str(context.home)},
         tags=tags_of(context),
         description=f"{context.name}: what the recipe asks for and the ledger does not hold yet.",
         version=context.recipe_sha256[:12],

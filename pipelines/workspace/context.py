@@ -42,14 +42,23 @@ class RunContext:
     @property
     def name(self) -> str:
         """The recipe's name: that of its file, or of its folder if the file is `recipe.yaml`."""
-        return self.path.parent.name if self.path.stem == "recipe" else self.path.stem
+        stem = self.path.stem
+        return (self._place.parent.name or stem) if stem == "recipe" else stem
 
     @property
     def key(self) -> str:
         """The name, with a hash of the path, so that recipes of one name are different."""
         if shipped().get(self.name) == self.path:
             return self.name
-        return f"{self.name}-{canonical_sha256(str(self.path.resolve()))[:8]}"
+        return f"{self.name}-{canonical_sha256(str(self._place))[:8]}"
+
+    @property
+    def _place(self) -> Path:
+        """The path, the same from every folder. A link to a recipe is one of its own.
+
+        Its paths are relative to the link's folder.
+        """
+        return self.path.parent.resolve() / self.path.name
 
     @property
     def folder(self) -> Path:

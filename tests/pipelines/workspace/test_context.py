@@ -1,0 +1,51 @@
+"""What a run knows of its recipe, from wherever the recipe is named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from meteora.artifacts import canonical_sha256
+from pipelines.workspace.context import RunContext
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPE = "base: owner/base\nexperts: [{name: a, adapter: owner/a}]\nrouter: {kind: prompt}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "x"
+
+
+@pytest.mark.parametrize("named", ["recipe.yaml", "./recipe.yaml", "../x/recipe.yaml", "absolute"])
+def test_a_recipe_has_one_name_and_one_key_however_it_is_named(
+    named: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    path = folder / "recipe.yaml"
+    work = RunContext.open(str(path) if named == "absolute" else named, tmp_path / "home")
+    assert work.name == "x"
+    assert work.key == f"x-{canonical_sha256(str(path))[:8]}"
+
+
+def test_a_linked_recipe_is_one_of_the_link_s_folder(folder: Path, tmp_path: Path) -> None:
+    """Its paths are relative to that folder, for a run by hand and for one by a schedule."""
+    from pipelines.flows import deployments  # noqa: PLC0415  (Prefect, once its server is known)
+
+    (tmp_path / "y").mkdir()
+    link = tmp_path / "y" / "recipe.yaml"
+    link.symlink_to(folder / "recipe.yaml")
+    work = RunContext.open(str(link), tmp_path / "home")
+    other = RunContext.open(str(folder / "recipe.yaml"), tmp_path / "home")
+    assert (work.name, work.folder) == ("y", link.parent)
+    assert work.key != other.key
+    asked: Any = deployments.fuse_adapters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(asked), "to_deployment", lambda _flow, **given: given)
+        deployed: Any = deployments._deployment(work, None)
+    assert RunContext.open(deployed["parameters"]["recipe"], tmp_path / "home").key == work.key

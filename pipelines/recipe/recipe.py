@@ -349,20 +349,21 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read and check a recipe.
+        """Read and check a recipe; see `parse`."""
+        return cls.parse(read_recipe(path), path)
+
+    @classmethod
+    def parse(cls, text: bytes, path: Path) -> Self:
+        """Check a recipe.
+
+        Args:
+            path: Where it was read, for error messages.
 
         Raises:
             RecipeError: It is not readable, or faulty; each fault is named with its place.
         """
-        if not path.is_file():
-            guess = did_you_mean(str(path), shipped())
-            raise RecipeError(
-                f"{path}: there is no such recipe file{guess}; shipped: {', '.join(shipped())}"
-            )
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
         try:
-            body = parse_yaml(path.read_text(encoding="utf-8"), typed=True)
+            body = parse_yaml(text.decode(), typed=True)
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path}, {not_utf8(path, error)}") from error
         except StrictYAMLError as error:
@@ -373,6 +374,22 @@ class Recipe(Section):
             return cls.model_validate(_tuples(body))
         except ValidationError as error:
             raise RecipeError(f"{path}: {explain(error)}") from error
+
+
+def read_recipe(path: Path) -> bytes:
+    """The text of a recipe.
+
+    Raises:
+        RecipeError: There is no such file, or it is too large.
+    """
+    if not path.is_file():
+        guess = did_you_mean(str(path), shipped())
+        raise RecipeError(
+            f"{path}: there is no such recipe file{guess}; shipped: {', '.join(shipped())}"
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe needs")
+    return path.read_bytes()
 
 
 def _tuples(value: object) -> object:

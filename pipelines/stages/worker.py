@@ -87,8 +87,8 @@ STAGES = {
 
 def main() -> None:
     run = parent(pickled=True)
-    _, (home, recipe, path, run_id) = run.receive()
-    work = RunContext(Ledger(home), recipe, path, run_id)
+    _, (home, *told) = run.receive()
+    work = RunContext(Ledger(home), *told)
     with CONSOLE.listening(
         on_message=lambda text: run.send("message", (text,)),
         on_progress=_seldom(lambda *step: run.send("progress", step)),

@@ -39,7 +39,7 @@ class StageProcess(ChildProcess):
     ) -> None:
         self._listeners = {"progress": on_progress, "message": on_message}
         super().__init__("pipelines.stages.worker", pickled=True)
-        self.send((work.home, work.recipe, work.path, work.run_id))
+        self.send((work.home, work.recipe, work.path, work.run_id, work.recipe_sha256))
 
     def call(self, stage: str, *arguments: object, deadline_seconds: float) -> Any:  # noqa: ANN401
         """Run a stage, and return what it returns.

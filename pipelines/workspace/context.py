@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import tempfile
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import canonical_sha256
-from meteora.base.sources import PATH, file_sha256
-from pipelines.recipe.recipe import SHIPPED, Recipe, locate, shipped
+from meteora.base.sources import PATH
+from pipelines.recipe.recipe import SHIPPED, Recipe, locate, read_recipe, shipped
 from pipelines.workspace.bases import base_at
 from store.files import sync
 from store.ledger import Ledger
@@ -32,12 +33,16 @@ class RunContext:
     path: Path
     """The recipe's file."""
     run_id: str
+    recipe_sha256: str = ""
+    """Of the recipe as it was read, whatever its file says later; empty where none was."""
 
     @classmethod
     def open(cls, recipe: str, home: Path) -> Self:
         """Read a recipe, by its path or as a shipped name; nothing is written yet."""
         path = locate(recipe)
-        return cls(Ledger(home), Recipe.load(path), path, new_run_id())
+        text = read_recipe(path)
+        sha256 = hashlib.sha256(text).hexdigest()
+        return cls(Ledger(home), Recipe.parse(text, path), path, new_run_id(), sha256)
 
     @property
     def name(self) -> str:
@@ -68,10 +73,6 @@ class RunContext:
         since the user adds adapters and rows.
         """
         return Path.cwd() if self.path.parent == SHIPPED else self.path.parent
-
-    @property
-    def recipe_sha256(self) -> str:
-        return file_sha256(self.path)
 
     @property
     def home(self) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meteora.artifacts import canonical_sha256
+from meteora.base.sources import file_sha256
 from pipelines.workspace.context import RunContext
 
 if TYPE_CHECKING:
@@ -49,3 +50,14 @@ def test_a_linked_recipe_is_one_of_the_link_s_folder(folder: Path, tmp_path: Pat
         patch.setattr(type(asked), "to_deployment", lambda _flow, **given: given)
         deployed: Any = deployments._deployment(work, None)
     assert RunContext.open(deployed["parameters"]["recipe"], tmp_path / "home").key == work.key
+
+
+def test_a_run_names_the_recipe_that_it_read_whatever_its_file_says_later(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = folder / "recipe.yaml"
+    work, read = RunContext.open(str(path), tmp_path / "home"), file_sha256(path)
+    path.write_text(RECIPE + "# later\n")
+    assert work.recipe_sha256 == read
+    path.unlink()
+    assert work.recipe_sha256 == read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -80,15 +81,18 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Return a clause that says which line of a file is not UTF-8, and what to do."""
     found = 0
     with path.open("rb") as file:
+        is_utf_16 = file.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
+        file.seek(0)
         for number, line in enumerate(file, 1):
             try:
                 line.decode(error.encoding)
             except UnicodeDecodeError:
                 found = number
                 break
+    what, encoding = ("UTF-16", "utf-16") if is_utf_16 else ("not UTF-8", "latin1")
     return (
-        f"line {found}: not UTF-8; save the file as UTF-8, such as with"
-        f" `iconv -f latin1 -t utf-8 {path.name} > new`"
+        f"line {found}: {what}; save the file as UTF-8, such as with"
+        f" `iconv -f {encoding} -t utf-8 {path.name} > new`"
     )
 
 

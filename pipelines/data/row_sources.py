@@ -159,7 +159,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     """
     _refuse_pipe(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             # bounded, since some files have no line break, and devices have no end
             lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), "")
             for number, line in enumerate(lines, 1):
@@ -184,14 +184,25 @@ def _row(line: str, place: str, *, answered: bool) -> Row:
         body = json.loads(line)
         row = Row(body["prompt"], "")
         if answered:
-            choices, references = body.get("choices") or (), body.get("references") or ()
-            row = Row(row.prompt, body["response"], tuple(choices), tuple(references))
+            references = body.get("references")
+            more = [references] if isinstance(references, str) else references
+            choices = _texts(body.get("choices"), f"{place}: `choices`")
+            row = Row(row.prompt, body["response"], choices, _texts(more, f"{place}: `references`"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         needed = '{"prompt": "…", "response": "…"}' if answered else '{"prompt": "…"}'
         raise ExamplesError(
             f"{place}: not a row; {needed} is needed, and it is {_described(line)}"
         ) from error
     return check_row(row, place)
+
+
+def _texts(value: object, what: str) -> tuple[Any, ...]:
+    """A list as a tuple, empty for what is not there; a text is none, though it has letters."""
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise ExamplesError(f"{what}: a list of texts is needed, and it is {shortened(value)}")
+    return tuple(value)
 
 
 def _described(line: str) -> str:
@@ -264,7 +275,7 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
             data = file.read(MAX_TASK_BYTES + 1)
         if len(data) > MAX_TASK_BYTES:
             raise ExamplesError(f"{path}: larger than {MAX_TASK_BYTES:,} bytes")
-        body = json.loads(data.decode("utf-8"))
+        body = json.loads(data.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ExamplesError(
             f"{path}: not readable as JSON: {getattr(error, 'strerror', None) or error}"
@@ -365,7 +376,11 @@ def _hub(
     for number, item in enumerate(hub_items(name, options, token)):
         row = Row(options.get("ask", "") + _columns(item, prompt, name), "")
         if answered:
-            row = Row(row.prompt, _columns(item, response, name), _choices(item, name))
+            given = item.get("choices")
+            # as ARC has them: texts, and a label of each
+            given = given.get("text", given) if isinstance(given, dict) else given
+            choices = _texts(given, f"hf:{name}: its column 'choices'")
+            row = Row(row.prompt, _columns(item, response, name), choices)
         if len(row.prompt) <= int(longest) and _belongs(row, part):
             yield check_row(row, f"hf:{name}, row {number}")
 
@@ -391,13 +406,6 @@ def hub_items(
         )
     except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
         raise _unreadable(name, error) from error
-
-
-def _choices(item: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    try:
-        return tuple(item.get("choices") or ())
-    except TypeError as error:
-        raise ExamplesError(f"hf:{source}: its column 'choices' is no list") from error
 
 
 def _columns(item: Mapping[str, Any], names: str, source: str) -> str:

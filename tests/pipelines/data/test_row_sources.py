@@ -35,6 +35,16 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
         pytest.param(
             r'{"prompt": "a \ud800", "response": "r"}', "half of a surrogate pair", id="surrogate"
         ),
+        pytest.param(
+            '{"prompt": "p", "response": "a", "choices": "abc"}',
+            "line 1: `choices`: a list of texts is needed, and it is abc",
+            id="choices are a text",
+        ),
+        pytest.param(
+            '{"prompt": "p", "response": "a", "references": {"b": 1}}',
+            "line 1: `references`: a list of texts is needed, and it is a table of 1",
+            id="references are a table",
+        ),
         pytest.param("\n\n", "no rows in it", id="empty"),
         pytest.param("[" * 100_000, "line 1: not a row", id="deep"),
     ],
@@ -78,9 +88,25 @@ def test_a_row_may_have_choices_and_further_answers(tmp_path: Path) -> None:
     body = {"prompt": "p", "response": "a", "choices": ["a", "b"], "references": ["b"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(body))
     assert read_rows("jsonl:rows.jsonl", tmp_path, 1) == [Row("p", "a", ("a", "b"), ("b",))]
+    alone = {"prompt": "p", "response": "forty-two", "references": "42"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(alone))
+    assert read_rows("jsonl:rows.jsonl", tmp_path, 1)[0].references == ("42",)
     (tmp_path / "rows.jsonl").write_text(json.dumps(body | {"response": "c"}))
     with pytest.raises(ExamplesError, match="'c' is not one of its choices"):
         read_rows("jsonl:rows.jsonl", tmp_path, 1)
+
+
+def test_rows_that_windows_wrote_are_read_or_told_how_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD, encoding="utf-8-sig")
+    assert read_rows("jsonl:rows.jsonl", tmp_path, 1) == [Row("p", "r")]
+    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        path.write_bytes(mark + GOOD.encode(encoding))
+        with pytest.raises(ExamplesError, match=r"UTF-16; .* `iconv -f utf-16 -t utf-8 rows"):
+            read_rows("jsonl:rows.jsonl", tmp_path, 1)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\xff")
+    with pytest.raises(ExamplesError, match=r"line 2: not UTF-8; .* `iconv -f latin1"):
+        read_rows("jsonl:rows.jsonl", tmp_path, 9)
 
 
 PREFERENCES: dict[str, Any] = {
@@ -216,6 +242,7 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
             "id": i,
             "said": {"de": f"Satz {i}" + "!" * i, "en": f"sentence {i}"},
             "more": "," * (i % 2),
+            "choices": {"label": ["A", "B"], "text": [f"sentence {i}", "none"]},
         }
         for i in range(60)
     ]
@@ -231,7 +258,7 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
 
     columns = ("prompt=said.de,more", "response=said.en")
     every = read(*columns, "ask=To+English:%0A")
-    assert every[0] == Row("To English:\nSatz 0", "sentence 0")
+    assert every[0] == Row("To English:\nSatz 0", "sentence 0", ("sentence 0", "none"))
     assert every[1].prompt == "To English:\nSatz 1!\n\n,"
     train, test = (read(*columns, f"part={part}") for part in ("train", "test"))
     assert not {row.prompt for row in train} & {row.prompt for row in test}
@@ -239,7 +266,10 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     assert 3 < len(test) < 25
     assert max(len(row.prompt) for row in read(*columns, "longest=20")) in range(15, 21)
     for options, said in (
-        (("prompt=said.fr", "response=said.en"), "no column 'said.fr', it has id, said, more"),
+        (
+            ("prompt=said.fr", "response=said.en"),
+            "no column 'said.fr', it has id, said, more",
+        ),
         (("prompt=id", "response=said.en"), "column 'id' is not text"),
         ((*columns, "part=dev"), "the part 'dev' is none of all, train, test"),
         ((*columns, "longest=x"), "longest='x' is not a number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import COMMIT, BaseSpec
@@ -27,9 +28,9 @@ from pipelines.planning.estimate import (
     assumed_experts,
     estimate,
 )
-from pipelines.planning.plan import check_overlaps, most_prompts
+from pipelines.planning.plan import check_overlaps, most_prompts, place_of_example
 from pipelines.planning.resolve import at_hand, read_adapters
-from pipelines.planning.room import check_room
+from pipelines.planning.room import check_examples, check_room
 from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
@@ -130,22 +131,32 @@ def _faults_of_adapters(
     return faults
 
 
+def _rows_here(
+    context: RunContext, source: str | None, limit: int, *, answered: bool = True
+) -> list[Row]:
+    """The rows of a source that is on this disk; none of others."""
+    if not source or source == AUTO or source.startswith("hf:"):
+        return []
+    return read_rows(source, context.folder, limit, answered=answered)
+
+
+def _examples_here(context: RunContext) -> dict[str, list[Row]]:
+    """The examples of each expert whose examples are on this disk."""
+    recipe = context.recipe
+    if recipe.router.kind != "gate":
+        return {}
+    limit = recipe.gates.examples_per_expert
+    found = {one.name: _rows_here(context, one.examples, limit) for one in recipe.experts}
+    return {name: rows for name, rows in found.items() if rows}
+
+
 def _faults_of_rows(context: RunContext) -> list[str]:
     """Why a run would refuse the rows that are on this disk; empty if it would not."""
     recipe, folder = context.recipe, context.folder
-
-    def read(source: str | None, limit: int, *, answered: bool = True) -> list[Row]:
-        if not source or source == AUTO or source.startswith("hf:"):
-            return []
-        return read_rows(source, folder, limit, answered=answered)
-
+    read = partial(_rows_here, context)
     settings = recipe.benchmark
     try:
-        examples = {
-            one.name: read(one.examples, recipe.gates.examples_per_expert)
-            for one in recipe.experts
-            if recipe.router.kind == "gate"
-        }
+        examples = _examples_here(context)
         tests = {one.name: read(one.test, settings.limit) for one in recipe.experts}
         for task in settings.tasks:
             tests[task.called] = read(task.rows, task.limit or settings.limit)
@@ -160,10 +171,10 @@ def _faults_of_rows(context: RunContext) -> list[str]:
 def _faults_of_prompts(
     context: RunContext, base: BaseSpec | None, accepted: Collection[str]
 ) -> list[str]:
-    """Why a run would refuse the prompts of the tasks whose rows are on this disk.
+    """Why a run would refuse the tasks and examples whose rows are on this disk.
 
     Args:
-        base: Prompts are measured where it lies on this disk.
+        base: Rows are measured where it lies on this disk.
         accepted: The experts whose adapters are here; the tasks of the others may fall away.
     """
     if base is None or not (context.base_folder(base) / "tokenizer.json").is_file():
@@ -182,7 +193,12 @@ def _faults_of_prompts(
         known = settings.model_copy(update={"tasks": further, **mixed})
         tasks = make_tasks(own, known, context.folder)
         folder = context.base_folder(base)
-        check_room(tasks.values(), load_config(folder), load_tokenizer(folder))
+        config, tokenizer = load_config(folder), load_tokenizer(folder)
+        check_room(tasks.values(), config, tokenizer)
+        if settings.template == "plain":
+            tokenizer.chat_template = None
+        place = partial(place_of_example, recipe, context.folder)
+        check_examples(_examples_here(context), place, config, tokenizer)
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []

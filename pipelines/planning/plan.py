@@ -325,14 +325,19 @@ def check_overlaps(
     """
     asked = {section.name: section.test for section in recipe.experts}
     asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    fitted = {s.name: s.examples for s in recipe.experts if s.examples != AUTO}
     test_place = partial(_place, asked, folder)
-    refuse_overlap(examples, tests, partial(_place, fitted, folder), test_place)
+    refuse_overlap(examples, tests, partial(place_of_example, recipe, folder), test_place)
     spans_place = f"in {recipe.gates.spans}"
     refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
     pool = {"": [Row(prompt, "") for prompt in prompts]}
     pool_place = f"in {recipe.gates.pool}"
     refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
+
+
+def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
+    """Where an example of an expert stands: file and line, or source and number."""
+    sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
+    return _place(sources, folder, name, number)
 
 
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:

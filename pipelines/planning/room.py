@@ -1,4 +1,4 @@
-"""Whether every prompt of a benchmark, with its answer, has room in the base.
+"""Whether every example, and every prompt of a benchmark with its answer, has room in the base.
 
 A prompt that is too long ends a benchmark, and to cut it would change what is asked. So it is
 refused before any gate is fitted. How long a conversation becomes is known only when it is asked:
@@ -7,18 +7,22 @@ here its questions count, and of the answers the last alone.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
+from meteora.base.chat_template import encode_pair
+from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.harness import refuse_too_long
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from pipelines.data.rows import Row
     from pipelines.evaluation.tasks import Task
 
 
@@ -36,6 +40,34 @@ def check_room(
     for task in tasks:
         if task.generates and (lengths := _lengths(task, tokenizer)):
             refuse_too_long(task.name, lengths, task.max_new_tokens, room)
+
+
+def check_examples(
+    examples: Mapping[str, Sequence[Row]],
+    place: Callable[[str, int], str],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse an example that is longer than what the base was trained on, if its config says that.
+
+    Args:
+        examples: by expert
+        place: from an expert and the number of an example to where it stands
+        tokenizer: as gates are fitted with it
+
+    Raises:
+        ExamplesError: an example is too long.
+    """
+    room = resolve_max_length(config, default=sys.maxsize)
+    for name, rows in examples.items():
+        lengths = [len(encode_pair(tokenizer, row.prompt, row.response)) for row in rows]
+        if too_long := [number for number, length in enumerate(lengths) if length > room]:
+            first = too_long[0]
+            raise ExamplesError(
+                f"expert {name}: {len(too_long)} of {len(rows)} examples are too long: the first,"
+                f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
+                f" has room for {room}; take such examples out, or shorten them"
+            )
 
 
 def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
+    NULL,
     RouterBuild,
     RoutingBuild,
     RoutingScore,
@@ -26,7 +28,8 @@ from pipelines.evaluation.measurements import ONE_EXPERT, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.estimate import rows_at_once
-from pipelines.planning.room import check_room, longest
+from pipelines.planning.plan import place_of_example
+from pipelines.planning.room import check_examples, check_room, longest
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -66,14 +69,21 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
 
 
 def check_prompts(work: RunContext, plan: Plan) -> None:
-    """Refuse a benchmark with a prompt that is too long for the base, before any work is done.
+    """Refuse examples and prompts that are too long for the base, before any work is done.
 
     Raises:
+        ExamplesError: an example is too long, and gates are not fitted yet.
         BenchmarkError: a prompt of a measurement that is missing is too long.
     """
-    if tasks := _tasks_of(missing(work, plan), plan):
+    tasks = _tasks_of(missing(work, plan), plan)
+    own = {name: rows for name, rows in plan.examples.items() if name != NULL}
+    examples = {} if work.holds(plan.router.id) else own
+    if tasks or examples:
         folder = work.base_folder(plan.base)
-        check_room(tasks, loading.load_config(folder), loading.load_tokenizer(folder))
+        config, tokenizer = loading.load_config(folder), loading.load_tokenizer(folder)
+        check_room(tasks, config, tokenizer)
+        place = partial(place_of_example, work.recipe, work.folder)
+        check_examples(examples, place, config, tokenizer_of_gates(tokenizer, plan.router.template))
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.rows import Row
+from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task
 from pipelines.planning.room import _lengths, check_room, longest
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import plan_of, run
 from tests.pipelines.stages.test_measure import go
 
 if TYPE_CHECKING:
@@ -46,6 +49,25 @@ def test_an_over_long_composite_ends_a_run_before_its_first_work(
         run(work)
     work.ledger.ingest()
     assert work.ledger.query("FROM experts").rows == []
+
+
+def test_an_over_long_example_is_named_with_its_line_before_gates_are_fitted(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tmp_path: Path
+) -> None:
+    body = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())
+    rows = [{"prompt": "a" * n, "response": "b"} for n in (5, 600, 700)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = body["experts"][0] | {"examples": f"jsonl:{tmp_path / 'long.jsonl'}"}
+    work = workplace(experts=[long, body["experts"][1]])
+    sentence = (
+        r"q_and_v: 2 of 3 examples are too long: the first, .*long.jsonl, line 2, has 60\d tokens"
+    )
+    said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert said.returncode == 1
+    assert re.search(f"the run would stop: expert {sentence}", said.stdout)
+    planned, _ = plan_of(work)
+    with pytest.raises(ExamplesError, match=sentence):
+        measure.check_prompts(work, planned)
 
 
 def test_a_benchmark_asks_nothing_where_one_task_is_too_long(

@@ -52,16 +52,19 @@ def run(
     if dask and ray:
         raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
     prepare(home)
-    from pipelines.flows.up_to_date import look
+    from pipelines.flows.up_to_date import look, look_or_reason
     from pipelines.workspace.context import RunContext
 
     contexts = [RunContext.open(recipe, home) for recipe in recipes]
-    looks = {context.key: look(context, until) for context in contexts}
     if dry_run:
-        whole = [print_steps(context, looks[context.key]) for context in contexts]
-        if not all(whole):
-            raise typer.Exit(1)
-    elif _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json):
+        whole = [_dry_run(context, until, alone=len(contexts) == 1) for context in contexts]
+        failed = not all(whole)
+    else:
+        # an error that ends the command is told at once; of several recipes the others go on
+        look_at = look if len(contexts) == 1 else look_or_reason
+        looks = {context.key: look_at(context, until) for context in contexts}
+        failed = _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -100,6 +103,19 @@ def schedule(
 
         call_on_failure(on_failure)
     deployments.serve(contexts, schedule, limit=limit, secret=secret)
+
+
+def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
+    """Look at a recipe and print what a run would do; returns whether it would reach its end."""
+    from pipelines.flows.up_to_date import look
+
+    try:
+        return print_steps(context, look(context, until))
+    except MeteoraError as error:
+        if alone:
+            raise
+        say(f"{context.name}: {error}", "error")  # the others go on
+        return False
 
 
 def print_steps(context: RunContext, looked: Look) -> bool:

@@ -21,10 +21,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
-from meteora.artifacts import MeteoraError
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
-from pipelines.flows.up_to_date import Finished, Look, look
+from pipelines.flows.up_to_date import Finished, Look, look_or_reason
 from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import FoundExpert
 from pipelines.recipe.stage import Stage
@@ -198,19 +197,11 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
         run_page.close_killed(context)
         missed_runs.skip_late(context)
         if missed_runs.is_scheduled():
-            looked = _look(context, until)
+            looked = look_or_reason(context, until)
             if looked.finished:
                 say(f"{context.name}: nothing new")
                 return Completed(message="nothing new: everything is in the ledger already")
         return _recorded(context, until, looked or Look(None))
-
-
-def _look(context: RunContext, until: Stage) -> Look:
-    """A look at the recipe. If it finds an error, the run will find it again, and record it."""
-    try:
-        return look(context, until)
-    except MeteoraError as error:
-        return Look(None, str(error))
 
 
 def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:

@@ -83,6 +83,14 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     return replace(found, finished=Finished(plan, summary))
 
 
+def look_or_reason(context: RunContext, until: Stage) -> Look:
+    """A look. If it finds an error, the run will find it again, and record it."""
+    try:
+        return look(context, until)
+    except MeteoraError as error:
+        return Look(None, str(error))
+
+
 def _raise_unless_it_may_pass(error: MeteoraError) -> None:
     if not getattr(error, "retry", False):
         raise error

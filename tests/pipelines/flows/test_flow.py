@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import Here, finished, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 from tests.pipelines.process_tree import descendants, ends
 
@@ -136,6 +137,27 @@ def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
     assert planned.fused.names == ("q_and_v", "attention")
     refused = lenient.ledger.query("SELECT name FROM adapters WHERE verdict = 'refuse'").rows
     assert ("empty",) in refused
+
+
+def test_one_bad_recipe_of_several_is_named_and_recorded_and_the_others_are_run(
+    workplace: Callable[..., RunContext], recipe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
+
+    monkeypatch.setattr("pipelines.flows.flow.StageProcess", Here)
+    bad, good = workplace(base="path:nowhere"), recipe_folder / "recipe.yaml"
+    said = meteora("run", bad.path, good, "--dry-run", home=bad.home)
+    assert said.returncode == 1
+    assert re.search("error: changed: .*nowhere", said.stderr)
+    assert "expert     attention" in said.stdout
+    assert not bad.home.exists()
+
+    said = meteora("run", bad.path, good, "--until", "stack", home=bad.home)
+    assert said.returncode == 1
+    assert re.search(f"error: {bad.key}: .*nowhere", said.stderr)
+    outcomes = dict(bad.ledger.query("SELECT recipe_name, outcome FROM runs").rows)
+    assert outcomes[bad.key] == "failed"
+    assert sorted(outcomes.values()) == ["failed", "ok"]
 
 
 def test_a_test_row_among_the_examples_is_refused(

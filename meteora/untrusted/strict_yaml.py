@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -75,6 +76,14 @@ class _UniqueKeys:
 
 class _TypedLoader(_UniqueKeys, _SAFE):
     pass
+
+
+# YAML 1.2 reads 1e-3 as a number, as people do; PyYAML's 1.1 wants 1.0e-3
+_TypedLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+\Z"),
+    list("-+.0123456789"),
+)
 
 
 class _TextLoader(_UniqueKeys, _BASE):

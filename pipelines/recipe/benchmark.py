@@ -128,7 +128,7 @@ class BenchmarkSection(Section):
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 16
     """Prompts that are answered together; fewer take less memory. `auto`: for each task as many as
     the memory of the device holds, 64 at most."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # numpy takes no other
     """Decides composites and conversations, the random router, and what DARE drops."""
     speed: SpeedSection | None = None
     """How the model is timed against its base. Without it, it is not."""

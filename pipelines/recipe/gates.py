@@ -36,7 +36,7 @@ class _Common(Section):
     pool: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
     know: their updates are larger there than on other prompts."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Decides the mixed prompts, and the order of training."""
 
 

@@ -28,6 +28,11 @@ from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic re
 LONGEST_NAME = 64
 NUMBERS = ("int_type", "float_type", "bool_type")
 """Faults of pydantic's where another type is needed, which a text in quotes is not."""
+KINDS = {
+    "tuple_type": "Input should be a list",
+    "model_type": "Input should be a section, with keys of its own",
+}
+"""What pydantic calls a tuple, and an instance of a class."""
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
 AUTO = "auto"
@@ -370,8 +375,10 @@ class Recipe(Section):
             raise RecipeError(f"{path}: not readable as YAML: {error}") from error
         if not isinstance(body, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
+        # of an emptied section only its name is left
+        given = {key: v for key, v in body.items() if v is not None or key not in cls.model_fields}
         try:
-            return cls.model_validate(_tuples(body))
+            return cls.model_validate(_tuples(given))
         except ValidationError as error:
             raise RecipeError(f"{path}: {explain(error)}") from error
 
@@ -417,9 +424,10 @@ def explain(error: ValidationError) -> str:
                 if fault["type"] in {"missing", "value_error"}
                 else f" (given: {fault['input']!r:.60})"
             )
+            said = KINDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
             if fault["type"] in NUMBERS and _is_number(fault["input"]):
                 given = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
-            parts.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{given}")
+            parts.append(f"{place}: {said}{given}")
     more = len(faults) - len(parts)
     return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.planning.plan import joint_settings
+from pipelines.recipe.gates import JointSection
 from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
 
 if TYPE_CHECKING:
@@ -27,6 +28,20 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
     assert recipe.router.kind == "gate"
     assert recipe.gates.examples_per_expert == 64
     assert recipe.benchmark.compare == ("base", "oracle", "uniform", "arrow")
+
+
+def test_an_emptied_section_counts_as_not_there(tmp_path: Path) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\n"
+    emptied = load(tmp_path, f"{text}gates:\n#  seed: 1\nbenchmark:\nrouter:\npublish:\n")
+    assert emptied == load(tmp_path, text)
+
+
+@pytest.mark.parametrize("rate", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "0.001"])
+def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: str) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: {rate}}}"
+    gates = load(tmp_path, text).gates
+    assert isinstance(gates, JointSection)
+    assert gates.learning_rate == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +140,26 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
             f"base: a/b\nquantise: 2bit\nexperts: [{EXPERT}]",
             "quantise: Input should be '4bit' or '8bit'",
             id="no such bits",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nbenchmark: {{seed: {1 << 32}}}",
+            "benchmark.seed: Input should be less than 4294967296",
+            id="a seed that numpy does not take",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{seed: {1 << 63}}}",
+            "gates.seed: Input should be less than 9223372036854775808",
+            id="a seed that the ledger does not take",
+        ),
+        pytest.param("base: a/b\nexperts: 5", "experts: Input should be a list", id="no list"),
+        pytest.param("base: a/b\nexperts:", "no experts: name some", id="an emptied list"),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouters:", "unknown key routers", id="unknown, empty"
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: gate",
+            "router: Input should be a section, with keys of its own (given: 'gate')",
+            id="no section",
         ),
         pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
         pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),

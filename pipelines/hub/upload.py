@@ -96,6 +96,8 @@ class Repository:
         refs = self._refs()
         head = self._head(refs)
         there = self._files(head)
+        if tag in refs:
+            self._refuse_taken(tag, refs[tag], bundle)  # while main is as it was
         branch = f"{STAGING}{bundle.digest[:16]}"
         if not bundle.missing(there) and not bundle.stale(there):
             check(head)
@@ -244,10 +246,13 @@ class Repository:
             lambda: self._refs().get(name),
             lambda: self._ask("create_tag", name=name, revision=commit),
         )
-        if tagged != commit and bundle.missing(self._files(tagged)):
+        self._refuse_taken(name, tagged, bundle)
+
+    def _refuse_taken(self, tag: str, commit: str, bundle: Bundle) -> None:
+        if bundle.missing(self._files(commit)):
             raise HubConflictError(
-                f"{self.repo_id}: the tag {name} is at {tagged}, which holds something else than"
-                f" {commit}, where this is published; remove the tag and publish again"
+                f"{self.repo_id}: the tag {tag} is at {commit}, which holds another model, and a"
+                " tag is for one; publish with another tag or without one, or remove it there"
             )
 
     def _delete_branches(self, branches: Collection[str]) -> None:

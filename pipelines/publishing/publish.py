@@ -23,6 +23,7 @@ from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
 from pipelines.publishing import licences
 from pipelines.publishing.signing import SIGNATURE
+from pipelines.recipe.publish import is_tag
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.bases import require_sound
@@ -131,6 +132,8 @@ def publish(
     """
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
+    if to.tag and not is_tag(to.tag):
+        raise HubReferenceError(f"{to.tag!r} is no name of a tag")
     manifest = read_manifest(folder)
     licences.refuse_forbidden(manifest, to.allow_licences)
     earlier = ledger.publications(to.repo_id)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import field_validator
 
 from meteora.artifacts import REPO_ID
 from pipelines.recipe.benchmark import Section
+
+NOT_IN_TAGS = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")
+
+
+def is_tag(name: str) -> bool:
+    """Whether git takes a name for a tag."""
+    parts = name.split("/")
+    sound = all(
+        part and part[0] not in ".-" and not part.endswith((".", ".lock")) for part in parts
+    )
+    return sound and NOT_IN_TAGS.search(name) is None
 
 
 class PublishSection(Section):
@@ -16,7 +29,8 @@ class PublishSection(Section):
     private: bool = True
     """Whether only its owner sees it."""
     tag: str = ""
-    """A tag for the commit. Default: a hash of the content."""
+    """A tag for one model: while the Hub has it, no other is published. Default: a hash of the
+    content, which each has of its own."""
     allow_licences: tuple[str, ...] = ()
     """Licences that would stop the publication, and are allowed; `none`: adapters without one."""
 
@@ -25,4 +39,13 @@ class PublishSection(Section):
     def _repo_is_owner_and_name(cls, value: str) -> str:
         if not REPO_ID.fullmatch(value) or ".." in value:
             raise ValueError(f"{value!r} is not owner/name")
+        return value
+
+    @field_validator("tag")
+    @classmethod
+    def _tag_is_one(cls, value: str) -> str:
+        if value and not is_tag(value):
+            raise ValueError(
+                f"{value!r} is no name of a tag; letters, digits, '.', '_' and '-' are"
+            )
         return value

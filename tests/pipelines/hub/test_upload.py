@@ -275,10 +275,13 @@ def test_what_fails_its_check_is_never_shown_and_is_not_sent_again(
 
 
 def test_a_tag_that_means_something_else_is_not_moved(server: HubServer, folder: Path) -> None:
-    publish(server, folder)
+    first = publish(server, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Another\n")
-    with pytest.raises(HubConflictError, match="the tag t1"):
-        publish(server, folder)
+    for _ in range(2):
+        with pytest.raises(HubConflictError, match="the tag t1 is at"):
+            publish(server, folder, known={first})
+        assert repo_of(server).branches == {"main": first}  # so the next one can be published
+    assert publish(server, folder, tag="t2", known={first}) != first
 
 
 def test_writing_needs_a_token_that_may(server: HubServer, folder: Path) -> None:

@@ -36,6 +36,23 @@ def test_an_emptied_section_counts_as_not_there(tmp_path: Path) -> None:
     assert emptied == load(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("tag", "sound"),
+    [(tag, True) for tag in ("v1", "release/2026-11", "1.0_a", "ä")]
+    + [
+        (tag, False)
+        for tag in ("a b", "-a", "a..b", "a.", "a/", "/a", "a/.b", "a.lock", "a:b", "@{")
+    ],
+)
+def test_a_tag_is_a_name_that_git_takes(tag: str, sound: bool, tmp_path: Path) -> None:
+    text = f"base: a/b\nexperts: [{EXPERT}]\npublish: {{repo: a/b, tag: '{tag}'}}"
+    if sound:
+        assert load(tmp_path, text).publish is not None
+    else:
+        with pytest.raises(RecipeError, match=r"publish.tag: .* is no name of a tag"):
+            load(tmp_path, text)
+
+
 @pytest.mark.parametrize("rate", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "0.001"])
 def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: str) -> None:
     text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: {rate}}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.cli.options import DEFAULT_HOME, MOST, AsJson, Home
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
+from pipelines.workspace.cron import require_schedule
 from pipelines.workspace.environment import has_server, prepare
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 app = typer.Typer()
+URL = re.compile(r"https?://[^/\s]\S*$")
 WHOLE = (Stage.benchmark, Stage.publish)
 """Stages after which there are scores to show."""
 
@@ -90,6 +93,10 @@ def schedule(
     """
     if context.info_name == "serve":
         say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")
+    if on_failure and not URL.match(on_failure):
+        raise typer.BadParameter(f"--on-failure takes a URL with http or https, not {on_failure!r}")
+    if cron is not None:
+        require_schedule(cron, timezone)
     prepare(home)
     from pipelines.workspace.context import RunContext
 
@@ -97,7 +104,7 @@ def schedule(
     secret = _find_server(home)
     from pipelines.flows import deployments  # Prefect reads its settings when it is imported
 
-    schedule = deployments.read_schedule(cron, timezone) if cron else None
+    schedule = deployments.read_schedule(cron, timezone) if cron is not None else None
     if on_failure:
         from pipelines.flows.failure_webhook import call_on_failure
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect import flows as prefect_flows
 from prefect.exceptions import PrefectException
@@ -31,26 +30,22 @@ if TYPE_CHECKING:
 
 
 class ServeError(MeteoraError):
-    """Recipes cannot be served: the schedule is malformed, or the server takes no deployments."""
+    """Recipes cannot be served: one is given twice, or the server does not take them."""
 
 
 def read_schedule(cron: str, timezone: str) -> Schedule:
-    """Read a cron line and a time zone.
+    """Read a cron line and a time zone that `require_schedule` took.
 
     A moment is due by the clock on the wall: where the clock is set back, an hour that comes twice
     is due once; where it is set forward, a moment that is skipped is due at the next one there is.
 
     Raises:
-        ServeError: One of them is malformed.
+        ServeError: Prefect does not take it.
     """
     try:
-        ZoneInfo(timezone)
         return Cron(cron, timezone=timezone)
-    except (ValueError, ZoneInfoNotFoundError, OSError) as error:
-        raise ServeError(
-            f"{cron!r} in {timezone!r} is no schedule ({error}); give minute, hour, day, month and"
-            ' weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at three'
-        ) from None
+    except ValueError as error:
+        raise ServeError(f"{cron!r} is no schedule of Prefect's ({error})") from None
 
 
 def serve(

@@ -10,8 +10,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from pipelines.workspace.cron import require_schedule
+from tests.pipelines.cli.command_line import ask
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from pipelines.workspace.context import RunContext
 
@@ -87,14 +91,42 @@ def test_one_moment_has_another_hour_in_another_zone(due: Callable[..., list[dat
 
 
 @pytest.mark.parametrize(
-    ("cron", "timezone"), [("0 3 * *", "UTC"), ("61 3 * * *", "UTC"), ("0 3 * * *", "Atlantis")]
+    ("cron", "timezone"),
+    [
+        ("0 3 * *", "UTC"),
+        ("0 3 * * * *", "UTC"),
+        ("61 3 * * *", "UTC"),
+        ("0 0 30 2 *", "UTC"),
+        ("", "UTC"),
+        ("@reboot", "UTC"),
+        ("0 3 * * *", "Atlantis"),
+    ],
 )
-def test_what_is_no_schedule_is_one_sentence(cron: str, timezone: str) -> None:
-    from pipelines.flows.deployments import ServeError, read_schedule  # noqa: PLC0415
+def test_what_is_no_schedule_is_one_sentence_before_a_server_is_there(
+    cron: str, timezone: str, tmp_path: Path
+) -> None:
+    words = ("schedule", "quickstart", "--cron", cron, "--timezone", timezone, "--home", tmp_path)
+    said = ask(*words)
+    assert said.returncode == 1
+    assert "is no schedule" in said.stderr
+    assert not [*tmp_path.iterdir()]
 
-    with pytest.raises(ServeError, match="is no schedule") as refused:
-        read_schedule(cron, timezone)
-    assert "\n" not in str(refused.value)
+
+@pytest.mark.parametrize(
+    "cron", ["@daily", "0 3 29 2 *", "*/5 8-17 * jan mon,fri", "0 3 L * *"]
+)
+def test_what_is_a_schedule_is_taken(cron: str) -> None:
+    from pipelines.flows.deployments import read_schedule  # noqa: PLC0415
+
+    require_schedule(cron, BERLIN)
+    assert read_schedule(cron, BERLIN).cron == cron
+
+
+@pytest.mark.parametrize("url", ["foo", "ftp://host/x", "https://", "http:// x"])
+def test_what_is_called_on_failure_is_a_url(url: str, tmp_path: Path) -> None:
+    said = ask("schedule", "quickstart", "--on-failure", url, "--home", tmp_path)
+    assert said.returncode == 2
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_recipe_that_is_given_twice_is_refused(workplace: Callable[..., RunContext]) -> None:

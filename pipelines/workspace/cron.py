@@ -1,0 +1,39 @@
+"""Whether a schedule is one, found without Prefect: that is imported when its server is there."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from cronsim import CronSim, CronSimError
+
+from meteora.artifacts import MeteoraError
+
+SHORT = ("@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@annually")
+
+
+class ScheduleError(MeteoraError):
+    """A schedule is malformed, or nothing is ever due by it."""
+
+
+def require_schedule(cron: str, timezone: str) -> None:
+    """Refuse a cron line, or a time zone, that is none.
+
+    Six fields are refused, too: some programs take the first for seconds, others the last.
+
+    Raises:
+        ScheduleError: One of them is malformed, or no day is ever due.
+    """
+    try:
+        ZoneInfo(timezone)
+        if cron in SHORT:
+            return
+        if (count := len(cron.split())) != 5:
+            raise CronSimError(f"{count} fields")
+        if next(CronSim(cron, datetime.now(UTC)), None) is None:
+            raise CronSimError("there is no such day")
+    except (ValueError, ZoneInfoNotFoundError, OSError, CronSimError) as error:
+        raise ScheduleError(
+            f"{cron!r} in {timezone!r} is no schedule ({error}); give minute, hour, day, month and"
+            ' weekday, and a time zone such as Europe/Berlin: "0 3 * * *" is every night at three'
+        ) from None

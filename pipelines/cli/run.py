@@ -117,7 +117,7 @@ def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
     from pipelines.flows.up_to_date import look
 
     try:
-        return print_steps(context, look(context, until))
+        return print_steps(context, look(context, until), until)
     except MeteoraError as error:
         if alone:
             raise
@@ -125,7 +125,7 @@ def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
         return False
 
 
-def print_steps(context: RunContext, looked: Look) -> bool:
+def print_steps(context: RunContext, looked: Look, until: Stage = Stage.publish) -> bool:
     """Print what a run of a recipe would do; returns whether it would reach its end."""
     from pipelines.planning import dry_run
     from pipelines.workspace.console import plain_console
@@ -133,7 +133,7 @@ def print_steps(context: RunContext, looked: Look) -> bool:
     if looked.finished:
         plain_console().print(f"{context.name}: everything is in the ledger already")
         return True
-    return dry_run.print_steps(context, looked.base, looked.built, looked.reason)
+    return dry_run.print_steps(context, looked.base, looked.built, looked.reason, until)
 
 
 def _run_all(

@@ -14,6 +14,7 @@ from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
+from pipelines.evaluation.tasks import check_rows
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import METRICS, TURNS_RIGHT
 from pipelines.scoring.outputs import (
@@ -159,7 +160,7 @@ def _ask_rows(
         for row, (text, truncated) in zip(outputs, answers, strict=True):
             row |= {"output": text, "truncated": truncated}
     if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
-        harness.check_choices(task.name, task.rows)
+        check_rows(task)
         found = answer(
             task.rows,
             harness.log_likelihoods,

@@ -110,15 +110,6 @@ class Harness:
         """Refuse a task with a prompt that is too long for the model; see `refuse_too_long`."""
         refuse_too_long(task, lengths, max_new_tokens, self.model.max_length)
 
-    @staticmethod
-    def check_choices(task: str, rows: Sequence[Row]) -> None:
-        """Refuse a task that needs choices, with a `BenchmarkError`, if a row has none."""
-        if bare := next((row for row in rows if not row.choices), None):
-            raise BenchmarkError(
-                f"task {task}: the prompt {bare.prompt[:60]!r} has no choices; give its row"
-                " `choices`, or choose a metric for free answers"
-            )
-
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         """Greedy answers, each up to the end of sequence or `max_new_tokens`.
 

@@ -11,8 +11,8 @@ from meteora.base.sources import file_sha256
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import no_token, read_rows
-from pipelines.data.rows import Row, rows_sha256
-from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
+from pipelines.data.rows import ExamplesError, Row, rows_sha256
+from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT, without_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +121,7 @@ def make_tasks(
         token_of: as in `read_rows`
 
     Raises:
-        ExamplesError: rows are missing or malformed.
+        ExamplesError: rows are missing or malformed, or a metric cannot score them.
     """
     tasks: dict[str, Task] = {}
     for expert in experts:
@@ -137,7 +137,26 @@ def make_tasks(
             )
     for section in settings.tasks:
         tasks[section.called] = _listed_task(section, settings, folder, token_of)
+    for task in tasks.values():
+        check_rows(task)
     return tasks | _composites(tasks, settings) | _conversations(tasks, settings)
+
+
+def check_rows(task: Task) -> None:
+    """Refuse rows that a metric of the task cannot score.
+
+    Raises:
+        ExamplesError: a row lacks the choices, or the scorer, that a metric needs.
+    """
+    of_choices = any(METRICS[m].of_choices for m in task.metrics if m in METRICS)
+    for row in task.rows:
+        if of_choices and not row.choices:
+            raise ExamplesError(
+                f"task {task.name}: the prompt {row.prompt[:60]!r} has no choices; give its row"
+                " `choices`, or choose a metric for free answers"
+            )
+        if "verified" in task.metrics and not row.checker:
+            raise ExamplesError(f"task {task.name}: {without_scorer(row)}")
 
 
 def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.claims import prompts_of
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
+from pipelines.data.spans import read_spans
 from pipelines.evaluation.harness import BenchmarkError
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.hub import repositories
@@ -28,10 +29,17 @@ from pipelines.planning.estimate import (
     assumed_experts,
     estimate,
 )
-from pipelines.planning.plan import check_overlaps, most_prompts, place_of_example
+from pipelines.planning.plan import (
+    asks_for_spans,
+    check_overlaps,
+    most_prompts,
+    place_of_example,
+    refuse_too_few,
+)
 from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.planning.room import check_examples, check_room
 from pipelines.recipe.recipe import AUTO
+from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
@@ -55,7 +63,11 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def print_steps(
-    context: RunContext, base: BaseSpec | None, built: BuiltBase | None, reason: str = ""
+    context: RunContext,
+    base: BaseSpec | None,
+    built: BuiltBase | None,
+    reason: str = "",
+    until: Stage = Stage.publish,
 ) -> bool:
     """Print what a run would do, with estimates where the base's config is here.
 
@@ -66,7 +78,9 @@ def print_steps(
         base: As a look resolved it; None where the Hub did not answer.
         built: None while the base is not here.
         reason: Why there is no `base`.
+        until: The last stage of the run.
     """
+    reached = [*Stage][: [*Stage].index(until) + 1]
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
     recipe = context.recipe
@@ -81,15 +95,19 @@ def print_steps(
     )
     known = _shape(context)
     sizes = built.sizes if built else known[0].linears if known else {}
-    outcomes = list(read_adapters(context, base if sizes else None, sizes, steps))
+    checked = Stage.check in reached
+    outcomes = list(
+        read_adapters(context, base if sizes else None, sizes, steps) if checked else ()
+    )
     for section, outcome in outcomes:
         out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
         for warning in outcome.adapter.reasons if isinstance(outcome, Expert) else ():
             out.print(f"           warning: {warning.message}", soft_wrap=True)
     found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
-    faults = _faults_of_adapters(outcomes)
-    out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
-    if recipe.router.kind == "gate":
+    faults = _faults_of_adapters(outcomes) if checked else []
+    if Stage.gates in reached:
+        out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
+    if Stage.gates in reached and recipe.router.kind == "gate":
         source = f", of {recipe.gates.pool}" if recipe.gates.pool else ""
         out.print(
             f"gates      {recipe.gates.method},"
@@ -101,12 +119,14 @@ def print_steps(
     tasks += [f"composite-{section.n}" for section in recipe.benchmark.composite]
     tasks += [f"conversation-{section.n}" for section in recipe.benchmark.conversation]
     on = ", ".join(tasks) or "no task"
-    out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
-    if recipe.publish is not None:
+    if Stage.benchmark in reached:
+        out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
+    if Stage.publish in reached and recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
-    faults += _print_estimates(out, context, found, known)
-    faults += _faults_of_rows(context) or _faults_of_prompts(context, base, set(found))
+    faults += _print_estimates(out, context, found, known, reached)
+    if checked:
+        faults += _faults_of_rows(context) or _faults_of_prompts(context, base, set(found))
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -162,7 +182,10 @@ def _faults_of_rows(context: RunContext) -> list[str]:
             tests[task.called] = read(task.rows, task.limit or settings.limit)
         source = recipe.gates.pool if recipe.router.kind == "gate" else ""
         pool = read(source, most_prompts(recipe, len(recipe.experts)), answered=False)
-        check_overlaps(recipe, folder, examples, (), tests, prompts_of(pool, examples))
+        named = [one.name for one in recipe.experts if one.examples or recipe.gates.pool]
+        spans = read_spans(recipe.gates.spans, folder, named) if asks_for_spans(recipe) else ()
+        check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
+        refuse_too_few(recipe, examples, spans)
     except ExamplesError as error:
         return [str(error)]
     return []
@@ -177,8 +200,6 @@ def _faults_of_prompts(
         base: Rows are measured where it lies on this disk.
         accepted: The experts whose adapters are here; the tasks of the others may fall away.
     """
-    if base is None or not (context.base_folder(base) / "tokenizer.json").is_file():
-        return []
     recipe, settings = context.recipe, context.recipe.benchmark
     own = [e for e in recipe.experts if e.test and not e.test.startswith("hf:")]
     own = [e for e in own if e.name in accepted]
@@ -192,7 +213,9 @@ def _faults_of_prompts(
     try:
         known = settings.model_copy(update={"tasks": further, **mixed})
         tasks = make_tasks(own, known, context.folder)
-        folder = context.base_folder(base)
+        folder = context.base_folder(base) if base else None
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            return []
         config, tokenizer = load_config(folder), load_tokenizer(folder)
         check_room(tasks.values(), config, tokenizer)
         if settings.template == "plain":
@@ -272,8 +295,9 @@ def _print_estimates(
     context: RunContext,
     found: Mapping[str, Expert],
     known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
+    reached: Collection[str],
 ) -> list[str]:
-    """Print what each stage needs; returns what this machine does not have."""
+    """Print what each stage that is reached needs; returns what this machine does not have."""
     recipe = context.recipe
     if known is None:
         out.print(
@@ -293,13 +317,16 @@ def _print_estimates(
         "pool": pool,
     }
     needs = estimate(recipe, shape, machine=machine, **asked)
+    needs = [need for need in needs if need.stage in reached]
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
         _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
         there = estimate(recipe, shape, machine=LARGE, **asked)
-        shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in there)
+        shown = ", ".join(
+            f"{need.stage} {duration(need.seconds)}" for need in there if need.stage in reached
+        )
         out.print(f"  on {LARGE.name}: {shown}", soft_wrap=True)
     if short := [need.stage for need in needs if need.memory_bytes > machine.memory_bytes]:
         out.print(
@@ -307,14 +334,15 @@ def _print_estimates(
             f" for: {', '.join(short)}"
         )
     every = [*examples.values(), *tests.values()]
-    if num_assumed:
+    if num_assumed and Stage.stack in reached:
         out.print(
             f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
         )
     wanted, free = sum(need.disk_bytes for need in needs), free_bytes(context.home)
     out.print(f"  disk: {wanted / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free there")
-    if absent := sum(not rows.known for rows in every):
+    absent = sum(not rows.known for rows in every)
+    if absent and Stage.gates in reached:
         out.print(
             f"  {absent} of {len(every)} sources of rows are not here: taken as full, and as"
             f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"

@@ -5,6 +5,7 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -129,7 +130,7 @@ def make_plan(
 
     Raises:
         ExamplesError: rows are missing or malformed, a test row is also an example, or an expert
-            has no examples.
+            has too few examples.
     """
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
@@ -146,7 +147,7 @@ def make_plan(
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
         examples[NULL] = [*background_rows(), *outside]
     with_own = names if to_deal else [name for name in names if name in examples]
-    spans = read_spans(recipe.gates.spans, folder, with_own) if _asks_for_spans(recipe) else []
+    spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
     tasks = make_tasks(
         chosen,
         recipe.benchmark,
@@ -155,6 +156,7 @@ def make_plan(
     )
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
+    refuse_too_few(recipe, examples, spans)
 
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
@@ -334,6 +336,22 @@ def check_overlaps(
     refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
 
 
+def refuse_too_few(
+    recipe: Recipe,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+) -> None:
+    """Refuse an expert with fewer examples than a gate needs; composites ask one more than once."""
+    of_spans = Counter(name for row in spans for name in row.owners)
+    for name, rows in examples.items():
+        count = len(rows) + of_spans[name]
+        if count < LEAST_EXAMPLES and not recipe.gates.composites:
+            raise ExamplesError(
+                f"expert {name} has {count} example, and a gate needs {LEAST_EXAMPLES} or more, one"
+                " to fit and one to check: give it more"
+            )
+
+
 def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
     """Where an example of an expert stands: file and line, or source and number."""
     sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
@@ -413,7 +431,7 @@ def _examples(
     return found, of_cards, of_hub
 
 
-def _asks_for_spans(recipe: Recipe) -> bool:
+def asks_for_spans(recipe: Recipe) -> bool:
     return recipe.router.kind == "gate" and bool(recipe.gates.spans)
 
 

@@ -117,10 +117,7 @@ def verified(output: str, row: Row) -> float:
     name, _, place = rest.rpartition("@")
     seed, _, number = place.partition("#")
     if kind != "reasoning_gym" or not seed.isdecimal() or not number.isdecimal():
-        raise ExamplesError(
-            f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
-            " `reasoning_gym:…`, so choose exact_match"
-        )
+        raise ExamplesError(without_scorer(row))
     task = reasoning_task(name, int(seed), int(number) + 1)
     if runs_answers(task):
         raise ExamplesError(
@@ -128,6 +125,14 @@ def verified(output: str, row: Row) -> float:
             " adapters that cannot be trusted; choose exact_match"
         )
     return float(task.score_answer(output.strip(), task[int(number)]) >= 1.0)
+
+
+def without_scorer(row: Row) -> str:
+    """What is wrong with a row that `verified` cannot score."""
+    return (
+        f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
+        " `reasoning_gym:…`, so choose exact_match"
+    )
 
 
 def runs_answers(task: object) -> bool:

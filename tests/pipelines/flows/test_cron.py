@@ -112,9 +112,7 @@ def test_what_is_no_schedule_is_one_sentence_before_a_server_is_there(
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(
-    "cron", ["@daily", "0 3 29 2 *", "*/5 8-17 * jan mon,fri", "0 3 L * *"]
-)
+@pytest.mark.parametrize("cron", ["@daily", "0 3 29 2 *", "*/5 8-17 * jan mon,fri", "0 3 L * *"])
 def test_what_is_a_schedule_is_taken(cron: str) -> None:
     from pipelines.flows.deployments import read_schedule  # noqa: PLC0415
 

@@ -237,8 +237,42 @@ def test_it_ends_with_an_error_where_the_run_would(
     test = good[0]["test"]
     ends("task q_and_v: ", experts=[good[0] | {"examples": test}, good[1]])
     ends(str(recipe_folder / "none.jsonl"), experts=[good[0] | {"test": "jsonl:none.jsonl"}])
+    row = {"prompt": "a", "response": "b"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    one = good[0] | {"examples": f"jsonl:{tmp_path / 'one.jsonl'}"}
+    ends("expert q_and_v has 1 example, and a gate needs 2", experts=[one, good[1]])
+    parts = {"prompt": [{"text": "a"}], "response": [{"text": "b", "expert": "q_and_v"}]}
+    (tmp_path / "spans.jsonl").write_text(json.dumps(parts))
+    spans = {"spans": f"jsonl:{tmp_path / 'spans.jsonl'}"}
+    ends("", experts=[one, good[1]], gates=spans)
+    ends(str(recipe_folder / "gone.jsonl"), gates={"spans": "jsonl:gone.jsonl"})
+    for metric, lack in (("acc", "no choices"), ("verified", "no scorer")):
+        asked = [good[0] | {"metric": metric}, good[1]]
+        said = ask("run", workplace(experts=asked).path, "--dry-run", "--home", tmp_path / "home")
+        assert said.returncode == 1
+        assert re.search(f"would stop: task q_and_v: the prompt '.*' has {lack}", said.stdout)
     monkeypatch.setattr(dry_run, "free_bytes", lambda _folder: 1)
     ends(str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    ("until", "shown"),
+    [
+        ("base", {"base"}),
+        ("check", {"base", "expert"}),
+        ("stack", {"base", "expert", "stack"}),
+        ("gates", {"base", "expert", "stack", "router", "gates"}),
+        ("benchmark", {"base", "expert", "stack", "router", "gates", "benchmark"}),
+    ],
+)
+def test_only_stages_that_are_reached_are_told(
+    until: str, shown: set[str], recipe_folder: Path, tmp_path: Path
+) -> None:
+    words = ("run", recipe_folder / "recipe.yaml", "--dry-run", "--until", until)
+    said = ask(*words, "--home", tmp_path / "home")
+    assert said.returncode == 0
+    names = {"base", "expert", "stack", "router", "gates", "benchmark", "publish"}
+    assert {line.split()[0] for line in said.stdout.splitlines() if line.strip()} & names == shown
 
 
 SHAPE_SIZES = {"layers.0.attn.q": (64, 64), "layers.0.mlp.up": (64, 256), "head": (64, 999)}

@@ -10,6 +10,7 @@ from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
+from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +83,17 @@ def label_composites(
         examples: by expert; experts whose answers do not fit into composites are left out
         names: of all experts in order
         sizes: numbers of questions in a prompt; there are prompts of each size
+
+    Raises:
+        ExamplesError: no expert has an answer that fits.
     """
     fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
+    if sizes and not fit:
+        raise ExamplesError(
+            "gates.composites: no example of any expert can stand in a mixed prompt"
+            f" ({', '.join(names)}): each answer is empty, or has lines that begin with a number;"
+            " take gates.composites out"
+        )
     places = {name: e for e, name in enumerate(names)}
     return [
         _labelled(composite, places, tokenizer, nobody)

@@ -199,7 +199,9 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
 
 
 def _path(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    """A path as it is from a folder; `..` leads out of where the folder is, not of a link to it."""
+    resolved = path.parent.resolve() / path.name  # a link in the folder keeps its own name
+    return Path(os.path.relpath(resolved, folder.resolve())).as_posix()
 
 
 def _name(text: str, taken: set[str]) -> str:

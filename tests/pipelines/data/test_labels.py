@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.labels import QUESTIONS_IN_COMPOSITES, label_composites, label_lists, label_rows
-from pipelines.data.rows import Row
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,15 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert "red" not in text[1]
         opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
         assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
+
+
+def test_composites_of_which_none_can_be_made_name_the_key_and_the_experts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    lists = {"red": [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]}
+    with pytest.raises(ExamplesError, match=r"^gates.composites: no example .*\(red\)"):
+        label_composites(lists, ["red"], tokenizer, sizes=(2,), seed=0)
+    assert label_composites(lists, ["red"], tokenizer, sizes=(), seed=0) == []
 
 
 def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(

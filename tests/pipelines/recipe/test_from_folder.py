@@ -52,6 +52,16 @@ def test_a_dry_run_takes_it_and_no_examples_are_needed(
     assert str(world.base) not in said.stderr
 
 
+def test_paths_hold_where_the_recipe_lies_behind_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    (tmp_path / "to-adapters").symlink_to(folder)
+    for adapters in (folder, tmp_path / "to-adapters"):
+        out = tmp_path / "link" / f"{adapters.name}.yaml"
+        for expert in write_recipe(adapters, out).experts:
+            assert (out.parent / expert.adapter.removeprefix("path:")).is_dir()
+
+
 def test_rows_beside_the_adapters_make_a_gate_possible(folder: Path) -> None:
     shutil.rmtree(folder / "patterns")
     for name in ("q_and_v", "_at tention"):

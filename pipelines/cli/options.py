@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from meteora.artifacts import MeteoraError
+from meteora.base.sources import PATH
 
 
 def _absolute(folder: Path) -> Path:
@@ -67,6 +69,17 @@ def text_or_input(text: str) -> str:
         return sys.stdin.read() if text == "-" else text
     except UnicodeDecodeError as error:
         raise MeteoraError(f"the input is not {error.encoding}") from error
+
+
+def base_option(base_model: str, folder: Path | None) -> str:
+    """The option of a next command that finds a base in a folder; a checkpoint has no path of it.
+
+    Args:
+        base_model: As the checkpoint names it.
+    """
+    if not base_model.startswith(PATH):
+        return ""
+    return f" --base {shlex.quote(str(folder)) if folder else 'FOLDER'}"
 
 
 def existing_home(home: Path) -> Path:

@@ -263,8 +263,10 @@ def _show(
     if finished is None:
         return False
     plan, seconds = finished.plan, made.seconds if made else {}
-    folder = context.checkpoint_folder(plan.router.id)
-    score_table.print_scores(context.name, folder, plan, finished.summary, seconds, as_json=as_json)
+    folder, base = context.checkpoint_folder(plan.router.id), context.base_folder(plan.base)
+    score_table.print_scores(
+        context.name, folder, plan, finished.summary, seconds, base=base, as_json=as_json
+    )
     return True
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from meteora.artifacts import short
 from meteora.untrusted.findings import for_terminal, shortened
+from pipelines.cli.options import base_option
 from pipelines.reports.card import (
     cell,
     example_lines,
@@ -45,6 +46,7 @@ def print_scores(
     summary: Summary,
     seconds: Mapping[str, float],
     *,
+    base: Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the scores of a checkpoint, with their circumstances.
@@ -53,6 +55,7 @@ def print_scores(
         name: Of the recipe, or of the checkpoint where it is measured without one.
         folder: Of the checkpoint.
         seconds: How long each stage took; empty where this command did not run it.
+        base: Its folder.
         as_json: Print one JSON object on one line, for programs.
     """
     if as_json:
@@ -95,7 +98,8 @@ def print_scores(
     )
     question = f"SELECT {columns} FROM {view} WHERE {key} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
-    out.print(f"  meteora report {router}", soft_wrap=True)
+    where = base_option(plan.base.base_model, base)
+    out.print(f"  meteora report {router}{where}", soft_wrap=True)
 
 
 def _scores(

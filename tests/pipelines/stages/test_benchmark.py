@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,9 @@ def dropped(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContex
         assert said.returncode == 0, said.stderr
         assert "dropped attention: router:" in said.stderr
         assert "has q_and_v\nall others are as in router:" in said.stderr
-        assert "measure it with `meteora benchmark router:" in said.stderr
+        assert re.search(
+            r"measure it with `meteora benchmark router:\w+ --base FOLDER`", said.stderr
+        )
         shutil.copytree(work.home, kept)
     made = work.home.glob("checkpoints/*")
     return work, next(one for one in made if read_manifest(one).names == ["q_and_v"])
@@ -193,12 +196,19 @@ def test_the_routes_of_some_tasks_alone_are_not_those_of_a_router(
     ("name", "rows"), [("attention", ""), ("other", " --tasks other=jsonl:FILE")]
 )
 def test_what_to_measure_next_asks_for_rows_only_where_none_are_recorded(
-    dropped: tuple[RunContext, Path], recipe_folder: Path, name: str, rows: str
+    dropped: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path, name: str, rows: str
 ) -> None:
     work, folder = dropped
     words = (name, recipe_folder / "attention", f"jsonl:{recipe_folder / 'attention.train.jsonl'}")
-    said = ask("add", folder, *words, "--base", recipe_folder / "base", "--home", work.home)
-    assert re.search(rf"measure it with `meteora benchmark router:\w+{rows}`", said.stderr)
+    base = shutil.copytree((recipe_folder / "base").resolve(), tmp_path / "a base")
+    said = ask("add", folder, *words, "--base", base, "--home", work.home)
+    next_one = re.search(r"measure it with `meteora (benchmark router:\w+ .*)`", said.stderr)
+    assert next_one is not None
+    assert next_one[1].endswith(f" --base '{base}'{rows}")
+    if not rows:
+        said = ask(*shlex.split(next_one[1]), "--home", work.home)
+        assert "meteora report router:" in said.stdout
+        assert said.stdout.endswith(f" --base '{base}'\n")
 
 
 def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(

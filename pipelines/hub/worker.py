@@ -39,12 +39,16 @@ from pipelines.workspace.processes import parent
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
 
+MOST_MEMORY = 2 << 30
+"""Bytes: the client unpacks and parses an answer whole, however large it is."""
+
 KINDS = (
     (GatedRepoError, "gated"),
     (RevisionNotFoundError, "revision"),
     (RemoteEntryNotFoundError, "entry"),
     (OfflineModeIsEnabled, "offline"),
     (FileMetadataError, "protocol"),
+    (MemoryError, "protocol"),
     (HFValidationError, "reference"),
 )
 """The kind of each exception of the client; subclasses come before their bases."""
@@ -194,11 +198,16 @@ def describe(error: BaseException) -> dict[str, Any]:
     if not kind and not status and any(getattr(link, "errno", None) for link in chain):
         kind = "disk"
     root = chain[-1] if kind == "connection" else error
+    if isinstance(root, MemoryError):
+        root = MemoryError("the answer needs more memory than it may take")
     return {"kind": kind, "status": status, "text": f"{type(root).__name__}: {root}"}
 
 
 def main() -> None:
     client = parent()
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     _, request = client.receive()
     api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
     operation = OPERATIONS[request.pop("operation")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +20,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
-from pipelines.hub import adapter, repositories
+from pipelines.hub import adapter, client, repositories
 from pipelines.hub.about import HubSource
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
@@ -504,6 +506,21 @@ def test_a_hub_that_is_not_there_may_come_back(asked: Hub, revision: str) -> Non
 def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> None:
     server.faults["refs"] = Fault(status=200, body=b"<html>log in</html>")
     with pytest.raises(HubError):
+        repositories.resolve("someone/adapter", hub=asked)
+
+
+def test_an_answer_that_unpacks_to_more_than_the_memory_it_may_take_is_given_up(
+    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = "from pipelines.hub import worker\nworker.MOST_MEMORY = 300 << 20\nworker.main()\n"
+    (tmp_path / "smaller_worker.py").write_text(smaller)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(client, "WORKER", "smaller_worker")
+    assert repositories.resolve("someone/adapter", hub=asked).revision == COMMIT
+    packer = zlib.compressobj(wbits=31)
+    bomb = b"".join([packer.compress(bytes(1 << 20)) for _ in range(400)] + [packer.flush()])
+    server.faults["refs"] = Fault(status=200, headers={"Content-Encoding": "gzip"}, body=bomb)
+    with pytest.raises(HubProtocolError, match="needs more memory than it may take"):
         repositories.resolve("someone/adapter", hub=asked)
 
 

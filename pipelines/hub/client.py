@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
+from huggingface_hub.constants import ENV_VARS_TRUE_VALUES
 
 from meteora.artifacts import COMMIT
 from pipelines.hub.errors import (
     HubError,
-    HubOfflineError,
     HubProtocolError,
     HubReferenceError,
     HubTimeoutError,
@@ -97,7 +97,7 @@ class Hub:
         """
         url = self.url()
         if is_offline():
-            raise HubOfflineError(f"{what} is not here yet, and HF_HUB_OFFLINE forbids to get it")
+            raise hub_error(what, {"kind": "offline", "status": 0, "text": ""}, url)
         named = {"repo_id": repo_id} if repo_id else {}
         request = {"operation": operation, "endpoint": url, "token": self.token or False}
         try:
@@ -140,8 +140,10 @@ def hub_for(
 
 
 def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids to use the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    """Whether `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids to use the network."""
+    # read now, and as huggingface_hub reads it when it is imported
+    named = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return named.upper() in ENV_VARS_TRUE_VALUES
 
 
 def is_loopback(host: str) -> bool:

@@ -97,6 +97,10 @@ class HubTimeoutError(TransientHubError):
 
 
 _SENTENCES: dict[str, tuple[type[HubError], str]] = {
+    "offline": (
+        HubOfflineError,
+        "{what} is not here yet, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to get it",
+    ),
     "gated": (
         HubGatedError,
         "{what} is gated: accept its terms at {endpoint}, log in with `hf auth login`, and name its"

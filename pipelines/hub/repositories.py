@@ -74,8 +74,8 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
         return AdapterRef(repo_id, revision, subfolder)
     if is_offline():
         raise HubOfflineError(
-            f"{text} names no commit, and HF_HUB_OFFLINE forbids to ask what it means; write"
-            f" {repo_id}@<commit of 40 hex digits>"
+            f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to ask"
+            f" what it means; write {repo_id}@<commit of 40 hex digits>"
         )
     refs = hub.ask("refs", text, repo_id)
     wanted = revision or "main"

@@ -163,10 +163,11 @@ def test_a_second_download_asks_nobody(
     assert len(server.requests) == before
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_offline_says_what_is_missing(
-    asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(name, "1")
     with pytest.raises(HubOfflineError, match="someone/adapter@<commit"):
         repositories.resolve("someone/adapter", hub=asked)
     with pytest.raises(HubOfflineError, match="not here yet"):

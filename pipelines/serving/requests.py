@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from meteora.model.chat import Sampling
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Message as Event
+
+MAX_MEGABYTES = 32
+"""Of a request's body, which is read and parsed whole before anything in it can be refused."""
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 MAX_NEW_TOKENS = 512
 """Where a request names no other number."""
 MAX_CHARACTERS = 4_000_000
 """Of all messages: a model could not take more, and making tokens of them takes minutes."""
+
+
+class BoundedBodies:
+    """An app that reads no more than that of a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
+        length = int(announced) if announced.isdigit() else 0
+        received = 0
+
+        async def receive_some() -> Event:
+            nonlocal received
+            event = await receive() if length <= MAX_MEGABYTES * 10**6 else {}
+            received += len(event.get("body", b""))
+            if max(length, received) > MAX_MEGABYTES * 10**6:
+                raise HTTPException(413, f"a request may have at most {MAX_MEGABYTES} MB")
+            return event
+
+        await self._app(scope, receive_some, send)
 
 
 class TextPart(BaseModel):

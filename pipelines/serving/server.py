@@ -24,7 +24,7 @@ from pipelines.serving.answers import Reply, error_body, event
 from pipelines.serving.host_names import KnownHostsOnly
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
-from pipelines.serving.requests import ChatRequest  # noqa: TC001  (FastAPI reads the annotations)
+from pipelines.serving.requests import BoundedBodies, ChatRequest
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
         page: what `chat_page` gives; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BoundedBodies)
     app.add_middleware(KnownHostsOnly, names=names)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(AnyHTTPException, _refuse)

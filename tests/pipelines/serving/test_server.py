@@ -205,6 +205,17 @@ def test_a_body_without_a_type_is_refused_since_a_page_of_another_site_may_send_
     assert httpx.post(f"{url}/chat/completions", content=body).status_code == 400
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_refused(url, *, announced: bool) -> None:
+    headers = {"content-type": "application/json"}
+    if announced:
+        headers["content-length"] = "33000000"
+    body = (b" " * 1_000_000 for _ in range(33))
+    found = httpx.post(f"{url}/chat/completions", content=body, headers=headers)
+    assert found.status_code == 413
+    assert "at most 32 MB" in found.json()["error"]["message"]
+
+
 def test_an_unknown_path_and_method_have_their_status(url) -> None:
     assert httpx.get(f"{url}/embeddings").json()["error"]["message"] == "Not Found"
     assert httpx.get(f"{url}/chat/completions").status_code == 405

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from meteora.model.chat import Sampling
 
@@ -56,6 +56,14 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_an_answer_without_text(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
+        silent = isinstance(sent, dict) and sent.get("content") is None
+        if silent and sent.get("role") == "assistant":
+            return {**sent, "content": ""}
+        return sent
+
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         content = self.content
@@ -95,11 +103,28 @@ class ChatRequest(BaseModel):
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     tools: Annotated[list[object], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, object], Field(max_length=0)] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto"] | None = None
 
     # these change no answer
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_nulls_out(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
+        """Some clients send every field that they know, with null for what is not asked."""
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None}
 
     @field_validator("messages")
     @classmethod

@@ -154,6 +154,32 @@ def test_sampling_stops_and_parts_of_content_are_taken(client, chat) -> None:
     assert stopped.finish_reason == "stop"
 
 
+def test_fields_that_ask_for_nothing_may_be_given(client, url) -> None:
+    nothing = {
+        "response_format": {"type": "text"}, "tool_choice": "none", "logit_bias": {}, "tools": [],
+        "service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": False,
+        "top_logprobs": 0, "logprobs": False, "n": 1, "prompt_cache_key": "a",
+        "safety_identifier": "b",
+    }  # fmt: skip
+    unasked = dict.fromkeys(["trace", "functions", "reasoning_effort", "prediction", "audio"])
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 8}
+    for more in (nothing, dict.fromkeys(nothing), unasked):
+        found = post(url, body | more)
+        assert found.status_code == 200, found.text
+        answer = found.json()["choices"][0]["message"]["content"]
+        assert answer == complete(client).choices[0].message.content
+
+
+def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
+    def ask(silence):
+        asked = [*HELLO, {"role": "assistant", **silence}, {"role": "user", "content": "and now?"}]
+        return complete(client, messages=asked).choices[0].message.content
+
+    assert ask({"content": None}) == ask({}) == ask({"content": ""})
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content"):
+        complete(client, messages=[{"role": "user", "content": None}])
+
+
 @pytest.mark.parametrize(
     ("change", "status", "sentence"),
     [

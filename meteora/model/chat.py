@@ -56,12 +56,16 @@ if TYPE_CHECKING:
     """Weights and experts [T, K] of each routed module."""
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Logits that are divided by less overflow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 0.0
-    """0 takes the most likely token."""
+    """Below `LEAST_TEMPERATURE`, such as 0, the most likely token is taken."""
     top_p: float = 1.0
     seed: int | None = None
 
@@ -273,7 +277,7 @@ class Chat:
     ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
         prompt = torch.tensor([ids], device=input_device(self.model))
         chosen: dict[str, Any] = ONE_CACHE | {"do_sample": False}
-        if sampling.temperature:
+        if sampling.temperature >= LEAST_TEMPERATURE:
             chosen |= {
                 "do_sample": True,
                 "temperature": sampling.temperature,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from meteora.artifacts import MeteoraError
@@ -66,18 +66,15 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
         return _model(model)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def complete(asked: ChatRequest, http: Request) -> dict[str, Any] | StreamingResponse:
+    async def complete(asked: ChatRequest, http: Request) -> dict[str, Any] | Response:
         items = thread.answer(asked, _expert_of(models, asked.model), http)
-        reply = Reply(asked, experts)
-        if asked.stream:
-            # what is refused has no first token, and gets a status of its own
-            first = await anext(items, None)
-            return StreamingResponse(_stream(reply, first, items), media_type="text/event-stream")
-        async with aclosing(items):
-            async for item in items:
-                if isinstance(item, Answer):
-                    return reply.whole(item)
-        raise HTTPException(499, "the client left before its answer was ready")
+        try:
+            return await _respond(Reply(asked, experts), items, stream=bool(asked.stream))
+        except (MeteoraError, HTTPException):
+            raise
+        except Exception as error:
+            # one that leaves here is raised again behind its handler, and logged with a traceback
+            return await _fail(http, error)
 
     if page:
 
@@ -98,6 +95,20 @@ def _expert_of(models: dict[str, str], model: str) -> str:
         known = ", ".join(models)
         raise HTTPException(404, f"there is no model {shortened(model)!r}; there are {known}")
     return models[model]
+
+
+async def _respond(
+    reply: Reply, items: AsyncGenerator[Token | Answer], *, stream: bool
+) -> dict[str, Any] | Response:
+    if stream:
+        # what is refused has no first token, and gets a status of its own
+        events = _stream(reply, await anext(items, None), items)
+        return StreamingResponse(events, media_type="text/event-stream")
+    async with aclosing(items):
+        async for item in items:
+            if isinstance(item, Answer):
+                return reply.whole(item)
+    raise HTTPException(499, "the client left before its answer was ready")
 
 
 async def _stream(

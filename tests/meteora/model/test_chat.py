@@ -238,6 +238,13 @@ def test_a_seed_draws_the_same_answer_and_leaves_other_random_numbers_alone(mode
     assert len(drawn) > 1
 
 
+def test_a_temperature_of_almost_nothing_takes_the_most_likely_token(model, talking):
+    chat, asked = Chat(model, talking), [user("hello")]
+    likely = chat.answer(asked, max_new_tokens=8).text
+    coldest = Sampling(temperature=1e-40)
+    assert chat.answer(asked, max_new_tokens=8, sampling=coldest).text == likely
+
+
 def test_a_conversation_that_does_not_fit_is_refused_and_a_long_answer_is_cut(model, talking):
     chat = Chat(model, talking)
     with pytest.raises(ConversationError, match="the model takes 512 with its answer"):

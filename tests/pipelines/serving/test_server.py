@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -300,17 +301,22 @@ def test_a_client_that_leaves_ends_its_answer(client, url) -> None:
     assert left < (time.perf_counter() - began) / 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_the_model_is_a_sentence_and_the_next_request_is_answered(
-    client, chat, url
+    client, chat, url, caplog, *, stream: bool
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
     with patch.object(chat, "answer", fail):
-        found = post(url, {"model": "tiny", "messages": HELLO})
+        found = post(url, {"model": "tiny", "messages": HELLO, "stream": stream})
     assert found.status_code == 500
     assert "out of memory" in found.json()["error"]["message"]
     assert complete(client).choices
+    log.removeHandler(caplog.handler)
+    assert not caplog.records  # they would have a traceback
 
 
 def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -28,7 +28,7 @@ from pipelines.serving.requests import BoundedBodies, ChatRequest
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection
+    from collections.abc import AsyncGenerator, Collection, Mapping
 
     from meteora.model.chat import Chat
     from meteora.model.trace import Token
@@ -130,11 +130,27 @@ async def _stream(
 async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
     """Name the first field that is wrong."""
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    found = error.errors()[0]
-    if found["type"] == "json_invalid":
+    if isinstance(error.body, bytes):
+        return JSONResponse(error_body("send it as Content-Type: application/json"), 415)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
         return JSONResponse(error_body("the body of the request is not JSON"), 400)
-    where = ".".join(str(part) for part in found["loc"][1:]) or "the body of the request"
+    # a value that may be of several types has an error for each; the deepest came furthest
+    alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
+    found = max(alike, key=lambda one: len(one["loc"]))
+    where = ".".join(_place(error.body, found)) or "the body of the request"
     return JSONResponse(error_body(f"{shortened(where)}: {found['msg']}"), 400)
+
+
+def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (JSON)
+    """Where an error is, without the names of the types that pydantic tried."""
+    parts: list[str] = []
+    for part in found["loc"][1:]:
+        with suppress(LookupError, TypeError):
+            body = body[part]
+            parts.append(str(part))
+    missing = found["loc"][1:] if found["type"] == "missing" else ()
+    return [*parts, *map(str, missing[-1:])]
 
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:

@@ -196,7 +196,19 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"n": 2}, 400, "n: Input should be 1"),
         ({"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
         ({"trase": True}, 400, "trase: Extra inputs are not permitted"),
-        ({"stop": [""]}, 400, "stop"),
+        ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
+        ({"trace": "all"}, 400, "trace: Input should be"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.1.content.0.type: Input should be 'text'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            400,
+            "messages.0.content.0.text: Field required",
+        ),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content: Field required"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 600}]}, 400, "takes 512"),
     ],
 )
@@ -214,7 +226,6 @@ def test_bad_input_is_one_sentence_and_a_status(url, change, status: int, senten
         (b"\xff\xfe", "application/json"),
         (b"[" * 100_000, "application/json"),
         (b"[]", "application/json"),
-        (json.dumps({"model": "tiny", "messages": HELLO}).encode(), "text/plain"),
         (
             b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
             "application/json",
@@ -227,9 +238,15 @@ def test_a_body_that_is_none_is_refused(url, body: bytes, kind: str) -> None:
     assert found.json()["error"]["message"]
 
 
-def test_a_body_without_a_type_is_refused_since_a_page_of_another_site_may_send_one(url) -> None:
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_type_is_refused_since_a_page_of_another_site_may_send_it(
+    url, kind: str
+) -> None:
     body = json.dumps({"model": "tiny", "messages": HELLO}).encode()
-    assert httpx.post(f"{url}/chat/completions", content=body).status_code == 400
+    headers = {"content-type": kind} if kind else {}
+    found = httpx.post(f"{url}/chat/completions", content=body, headers=headers)
+    assert found.status_code == 415
+    assert found.json()["error"]["message"] == "send it as Content-Type: application/json"
 
 
 @pytest.mark.parametrize("announced", [True, False])

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.artifacts import NULL
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
-from meteora.fitting.lda import SingularError
+from meteora.fitting.lda import GIVEN_UP, SingularError
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
     MAX_ROWS,
@@ -90,11 +91,13 @@ def grow(
     """
     started = time.perf_counter()
     expert = _the_new_one(model, sequences, statistics)
+    names = expert_names(model)
+    null = names[-1] == NULL
     alone = [
         replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
         for s in sequences
     ]
-    heldout = hold_out(alone, [expert_names(model)[expert]], seed=0)
+    heldout = hold_out(alone, [names[expert]], seed=0)
     batches = list(batched(alone, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
     accuracies: list[float] = []
@@ -110,7 +113,7 @@ def grow(
         grown[paths[0]] = point
         own = gates.own[before]
         others = own[0].to(input_device(model)), own[1].to(input_device(model))
-        gate = _with_one_more(others, known, point, covariance, kinds, expert)
+        gate = _with_one_more(others, known, point, covariance, kinds, expert, null=null)
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
         shares = [share for share, _ in checked]
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
@@ -134,6 +137,8 @@ def _with_one_more(
     covariance: Covariance,
     kinds: Sequence[tuple[float, Tensor]],
     expert: int,
+    *,
+    null: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A gate with a row for one more expert; the rows of the others do not change in any bit.
 
@@ -141,6 +146,10 @@ def _with_one_more(
     of the others that are drawn from their statistics. It is not refined on these: what all experts
     have in common, such as the template's tokens, lies in a few places where no drawn token does,
     and the new row would take all of it from the others.
+
+    With `null` the base, the last choice, has the lead that was right for the others
+    (`lead_of_last`). The new row is raised until it, too, gives `GIVEN_UP` of its own tokens to the
+    base at most.
     """
     mean = point.means[expert : expert + 1].double()
     row = covariance.solve(mean, point.shrinkage)
@@ -160,7 +169,12 @@ def _with_one_more(
         torch.cat([torch.full((len(x),), label, device=x.device) for label, _, x in parts]),
         torch.cat([x.new_full((len(x),), share / len(x)) for _, share, x in parts]),
     )
-    return scaled(weight, bias, tokens, slice(expert, expert + 1))
+    weight, bias = scaled(weight, bias, tokens, slice(expert, expert + 1))
+    if null:
+        own = torch.cat([x for _, x in kinds])
+        ahead = own @ (weight[-1] - weight[expert]) + bias[-1] - bias[expert]
+        bias[expert] += ahead.quantile(1 - GIVEN_UP).clamp_min(0)
+    return weight, bias
 
 
 def _apart(

@@ -181,13 +181,28 @@ def test_dropping_an_expert_leaves_the_rows_of_the_others_alone(world, three):
     assert routing_accuracy(smaller, examples(4, seed=9, experts=range(3))) > 0.9
 
 
-def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):
-    def with_base(of):
-        router = dataclasses.replace(of.manifest.router, null=True)
-        model = of.load_base()
-        insert_experts(model, of.checkpoint, dataclasses.replace(of.manifest, router=router))
-        return model
+def with_base(of):
+    """A model in which the base is a choice."""
+    router = dataclasses.replace(of.manifest.router, null=True)
+    model = of.load_base()
+    insert_experts(model, of.checkpoint, dataclasses.replace(of.manifest, router=router))
+    return model
 
+
+def test_a_new_expert_gives_the_base_no_more_of_its_tokens_than_the_others_do(world, three):
+    """The base has a lead, of as much as the others can spare."""
+    before, model = with_base(three), with_base(world)
+    foreign = [replaced(sequence, {4: 3}) for sequence in examples(6, seed=3, experts=[4])]
+    fitted = calibrate(before, [*examples(6, experts=range(3)), *foreign])
+    grow(model, examples(6, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
+    unseen = examples(6, seed=9, experts=[3])
+    to_base = [replaced(sequence, {3: 4}) for sequence in unseen]
+    assert routing_accuracy(model, to_base) < 0.02
+    assert routing_accuracy(model, unseen) > 0.96
+    assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > 0.96
+
+
+def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):
     before, model = with_base(three), with_base(world)
     foreign = examples(6, experts=[4])
     base_as = [replaced(sequence, {4: 3}) for sequence in foreign]

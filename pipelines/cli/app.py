@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -67,6 +68,8 @@ def main() -> None:
 
     An error of ours, and a fault of the machine, is printed as one sentence, with exit code 1.
     """
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes of no UTF-8
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     first = [word for word in words[:end] if word in EVERYWHERE]

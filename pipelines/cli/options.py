@@ -63,12 +63,15 @@ def text_or_input(text: str) -> str:
     """The text itself, or all of the input where it is `-`.
 
     Raises:
-        MeteoraError: The input is no text.
+        MeteoraError: It is no text.
     """
+    what = "input" if text == "-" else "text"
     try:
-        return sys.stdin.read() if text == "-" else text
-    except UnicodeDecodeError as error:
-        raise MeteoraError(f"the input is not {error.encoding}") from error
+        text = sys.stdin.read() if text == "-" else text
+        text.encode()  # bytes of an argument that are no UTF-8 came as halves of surrogate pairs
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise MeteoraError(f"the {what} is not {error.encoding}") from error
+    return text
 
 
 def base_option(base_model: str, folder: Path | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -95,6 +97,23 @@ def test_a_query_and_a_prompt_come_from_the_input(
     assert "abc" in found["prompt"]
     assert len(found["tokens"]["answer"]) == 2
     assert found["answer"] == "".join(token["text"] for token in found["tokens"]["answer"])
+
+
+def test_bytes_that_are_no_text_are_a_sentence_or_shown(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (("sql", "SELECT '\udcff'"), ("generate", world.checkpoint, "\udcff")):
+        said = ask(*words, "--home", tmp_path)
+        assert said.returncode == 1
+        assert "the text is not utf-8" in said.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    assert "the input is not utf-8" in ask("sql", "-", "--home", tmp_path).stderr
+    folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "a\udcff")
+    command = [sys.executable, "-m", "pipelines.cli", "check", str(folder)]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most people's locales
+    process = subprocess.run(command, check=False, capture_output=True, env=strict)
+    assert process.returncode == 0, process.stderr
+    assert rb"a\udcff" in process.stdout
 
 
 def test_findings_and_garbage_are_json_too(tmp_path: Path) -> None:

@@ -29,6 +29,14 @@ class EditError(MeteoraError):
     """This expert cannot be added to the checkpoint, or cannot be dropped from it."""
 
 
+def check_new_name(folder: Path, manifest: Manifest, name: str) -> None:
+    """Check that an expert of that name can be added; EditError if it cannot."""
+    if wrong := check_name(name):
+        raise EditError(f"{folder}: {wrong}; give another name")
+    if name in manifest.names:
+        raise EditError(f"{folder}: there is an expert {name!r} already; give another name")
+
+
 def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) -> Manifest:
     """Write the stack of a checkpoint with one more adapter, the last in order.
 
@@ -47,10 +55,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
         ChangedAdapterError: the adapter's file has changed since it was read and checked.
     """
     manifest = read_manifest(folder)
-    if wrong := check_name(entry.name):
-        raise EditError(f"{folder}: {wrong}; give another name")
-    if entry.name in manifest.names:
-        raise EditError(f"{folder}: there is an expert {entry.name!r} already; give another name")
+    check_new_name(folder, manifest, entry.name)
     own = {module.path: module for module in adapter.spec.modules}
     none = (0,) * len(manifest.experts)
     modules = {}

@@ -38,6 +38,10 @@ MOST_FAULTS = 20
 AUTO = "auto"
 """Examples that the adapter's own card names."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
+NAME_RULE = (
+    f"may hold letters from a to z, digits, '_', '.' and '-', at most {LONGEST_NAME}, and begins"
+    " with a letter or a digit"
+)
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
 """Recipes that come with the program. Those directly in this folder need adapters and rows."""
@@ -245,10 +249,7 @@ class Recipe(Section):
         names = [expert.name for expert in self.experts]
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
-                raise ValueError(
-                    f"the name {name!r} may hold letters from a to z, digits, '_', '.' and '-', at"
-                    " most 64, and begins with a letter or a digit"
-                )
+                raise ValueError(f"the name {name!r} {NAME_RULE}")
         tasks = [expert.name for expert in self.experts if expert.test]
         further = [task.called for task in self.benchmark.tasks]
         mixes = [

@@ -48,6 +48,7 @@ from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.speed import device_name
 from pipelines.recipe.gates import Composites
+from pipelines.recipe.recipe import NAME, NAME_RULE
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
@@ -116,11 +117,15 @@ def add(
     Raises:
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: it does not come from the Hub.
-        GrowthError: the checkpoint has no gates of `calibrate`, or nothing is kept of them.
+        GrowthError: the checkpoint has no gates of `calibrate`, nothing is kept of them, or a
+            recipe could not have the name.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
     manifest = _read_editable(folder)
+    edit.check_new_name(folder, manifest, candidate.name)
+    if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS
+        raise GrowthError(f"the name {candidate.name!r} {NAME_RULE}")
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))

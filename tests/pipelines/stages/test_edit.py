@@ -378,6 +378,13 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
     refused = ask("drop", folder, "nobody", "--home", work.home)
     assert refused.returncode == 1
     assert "there is no expert 'nobody'; " in " ".join(refused.stderr.split())
+    for name, sentence in (
+        ("a=b", "the name 'a=b' may hold letters from a to z"),
+        ("attention", "there is an expert 'attention' already"),
+    ):
+        refused = ask("add", folder, name, "no/adapter", "jsonl:none", "--home", work.home)
+        assert refused.returncode == 1
+        assert sentence in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in folder.iterdir():

@@ -255,8 +255,8 @@ def _with_claims(
                 raise ExamplesError(
                     f"expert {name}: of the {len(claims):,} prompts of gates.pool"
                     f" {len(given.get(name, ()))} are surely its own, and a gate needs"
-                    f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or say"
-                    " router.without_examples: arrow"
+                    f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or"
+                    " choose router.kind: prompt, which needs none"
                 )
     return found
 
@@ -421,7 +421,7 @@ def _examples(
                     continue
                 raise NoCardExamplesError(
                     f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
-                    " (gates.pool), or say router.without_examples: arrow"
+                    " (gates.pool), or choose router.kind: prompt"
                 ) from error
             found[expert.name], of_cards[expert.name] = of_card.rows, of_card.source
         elif source:

@@ -328,16 +328,15 @@ class Recipe(Section):
             if self.discover is not None:
                 raise ValueError(
                     "adapters that `discover` finds may bring no examples, and a gate is fitted"
-                    " to them; name a pool of prompts (gates.pool), choose a router that needs none"
-                    " (prompt, arrow, norm, uniform), or say router.without_examples: arrow"
+                    " to them; name a pool of prompts (gates.pool), or choose router.kind: prompt,"
+                    " which needs none"
                 )
             for expert in self.experts:
                 if not expert.examples:
                     raise ValueError(
                         f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
-                        " name some, or a pool of prompts (gates.pool), choose a router that needs"
-                        " none (prompt, arrow, norm, uniform), or say"
-                        " router.without_examples: arrow"
+                        " name some, or a pool of prompts (gates.pool), or choose router.kind:"
+                        " prompt, which needs none"
                     )
         return self
 

@@ -58,7 +58,7 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"router": {"kind": "gate"}}, "say router.without_examples: arrow"),
+        ({"router": {"kind": "gate"}}, "choose router.kind: prompt"),
         ({"router": {"kind": "arrow", "without_examples": "arrow"}}, "is for gates"),
         ({"gates": {"method": "joint"}}, "goes with gates.method: calibrate"),
     ],

@@ -149,7 +149,7 @@ def _with_one_more(
 
     With `null` the base, the last choice, has the lead that was right for the others
     (`lead_of_last`). The new row is raised until it, too, gives `GIVEN_UP` of its own tokens to the
-    base at most.
+    base at most; but not beyond where it takes `GIVEN_UP` of those that are drawn of the others.
     """
     mean = point.means[expert : expert + 1].double()
     row = covariance.solve(mean, point.shrinkage)
@@ -171,9 +171,13 @@ def _with_one_more(
     )
     weight, bias = scaled(weight, bias, tokens, slice(expert, expert + 1))
     if null:
-        own = torch.cat([x for _, x in kinds])
-        ahead = own @ (weight[-1] - weight[expert]) + bias[-1] - bias[expert]
-        bias[expert] += ahead.quantile(1 - GIVEN_UP).clamp_min(0)
+        ahead = tokens.x @ weight.T + bias
+        ahead -= ahead[:, expert : expert + 1].clone()  # of the new row
+        lacks = ahead[tokens.labels == expert, -1].quantile(1 - GIVEN_UP)
+        ahead[:, expert] = -torch.inf
+        of_others = (tokens.labels != expert) & (tokens.labels != len(bias) - 1)
+        room = ahead[of_others].max(1).values.quantile(GIVEN_UP)
+        bias[expert] += torch.minimum(lacks, room).clamp_min(0)
     return weight, bias
 
 

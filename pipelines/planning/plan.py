@@ -135,10 +135,11 @@ def make_plan(
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
     chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
-    examples, of_cards, of_hub = _examples(recipe, folder, experts)
+    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
+    examples, of_cards, of_hub = _examples(recipe, folder, experts, token_of)
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
-    pool, prompts = _pool(recipe, folder, fused, examples, known)
+    pool, prompts = _pool(recipe, folder, fused, examples, known, token_of)
     claims = claims_of(pool) if pool else None
     to_deal = prompts if pool and claims is None else ()
     if pool and claims is not None:
@@ -148,12 +149,7 @@ def make_plan(
         examples[NULL] = [*background_rows(), *outside]
     with_own = names if to_deal else [name for name in names if name in examples]
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
-    tasks = make_tasks(
-        chosen,
-        recipe.benchmark,
-        folder,
-        token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http),
-    )
+    tasks = make_tasks(chosen, recipe.benchmark, folder, token_of)
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
     refuse_too_few(recipe, examples, spans)
@@ -212,15 +208,14 @@ def _pool(
     fused: FusedSpec,
     examples: Mapping[str, Sequence[Row]],
     known: Mapping[str, Sequence[str]],
+    token_of: Callable[[str], str | None],
 ) -> tuple[PoolSpec | None, tuple[str, ...]]:
     """The pool that the recipe names, if any expert needs it, and its prompts."""
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
     if recipe.router.kind != "gate" or not source or set(fused.names) <= examples.keys():
         return None, ()
-    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
-    rows = read_rows(
-        source, folder, most_prompts(recipe, len(fused.names)), token_of, answered=False
-    )
+    most = most_prompts(recipe, len(fused.names))
+    rows = read_rows(source, folder, most, token_of, answered=False)
     prompts = prompts_of(rows, examples)[: MAX_PROMPTS - sum(map(len, known.values()))]
     if len(prompts) < 2:
         raise ExamplesError(
@@ -395,7 +390,10 @@ def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | 
 
 
 def _examples(
-    recipe: Recipe, folder: Path, experts: Sequence[Expert]
+    recipe: Recipe,
+    folder: Path,
+    experts: Sequence[Expert],
+    token_of: Callable[[str], str | None],
 ) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str]]:
     """The examples by expert, and where those come from that cards name, or that the Hub has.
 
@@ -406,7 +404,6 @@ def _examples(
     if recipe.router.kind != "gate":
         return {}, {}, {}
     limit = recipe.gates.examples_per_expert
-    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     asked = {section.name: section.examples for section in recipe.experts}
     found: dict[str, list[Row]] = {}
     of_cards: dict[str, str] = {}

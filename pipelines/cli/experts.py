@@ -18,7 +18,6 @@ from pipelines.cli.options import (
     Strip,
     Subfolder,
     TokenFor,
-    base_option,
 )
 from pipelines.workspace.console import say
 
@@ -85,6 +84,7 @@ def add(
     from pipelines.planning.recorded_tasks import recorded_tasks
     from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
+    from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
     if test:
@@ -142,6 +142,7 @@ def drop(
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
+    from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)

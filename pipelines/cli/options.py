@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from meteora.artifacts import MeteoraError
-from meteora.base.sources import PATH
 
 
 def _absolute(folder: Path) -> Path:
@@ -72,17 +70,6 @@ def text_or_input(text: str) -> str:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise MeteoraError(f"the {what} is not {error.encoding}") from error
     return text
-
-
-def base_option(base_model: str, folder: Path | None) -> str:
-    """The option of a next command that finds a base in a folder; a checkpoint has no path of it.
-
-    Args:
-        base_model: As the checkpoint names it.
-    """
-    if not base_model.startswith(PATH):
-        return ""
-    return f" --base {shlex.quote(str(folder)) if folder else 'FOLDER'}"
 
 
 def existing_home(home: Path) -> Path:

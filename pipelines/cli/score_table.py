@@ -11,7 +11,6 @@ from rich.table import Table
 
 from meteora.artifacts import short
 from meteora.untrusted.findings import for_terminal, shortened
-from pipelines.cli.options import base_option
 from pipelines.reports.card import (
     cell,
     example_lines,
@@ -24,6 +23,7 @@ from pipelines.reports.card import (
 )
 from pipelines.reports.queries import by_turn
 from pipelines.reports.trace import terminal_texts
+from pipelines.workspace.checkpoints import base_option
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+from meteora.base.sources import PATH
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
@@ -47,3 +49,14 @@ def base_at_hand(folder: str | Path, home: Path) -> Path | None:
         return None
     require_sound(Ledger(home), spec)
     return base
+
+
+def base_option(base_model: str, folder: Path | None) -> str:
+    """The option of a next command that finds a base in a folder; a checkpoint has no path of it.
+
+    Args:
+        base_model: As the checkpoint names it.
+    """
+    if not base_model.startswith(PATH):
+        return ""
+    return f" --base {shlex.quote(str(folder)) if folder else 'FOLDER'}"

@@ -69,9 +69,19 @@ def print_findings(
     return len(every)
 
 
-def print_served(server: Server, asked: Sequence[RecordedAnswer], found: Sequence[str]) -> bool:
+def print_served(
+    server: Server, asked: Sequence[RecordedAnswer], found: Sequence[str], *, as_json: bool
+) -> bool:
     """Print each answer of a server that is not the recorded one; returns whether none is."""
     differ = [(a, b) for a, b in zip(asked, found, strict=True) if a.output.strip() != b.strip()]
+    if as_json:
+        answers = [
+            {"task": a.task, "prompt": a.prompt, "recorded": a.output, "served": b}
+            for a, b in differ
+        ]
+        about = {"url": server.url, "model": server.model, "num_asked": len(asked)}
+        print(json.dumps({**about, "differ": answers}))
+        return not differ
     for recorded, served in differ:
         print(
             f"{recorded.task}: {recorded.prompt[:60]!r} was answered {recorded.output[:60]!r}, the"

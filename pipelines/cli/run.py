@@ -54,6 +54,8 @@ def run(
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
     if dask and ray:
         raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
+    if dry_run and as_json:
+        raise typer.BadParameter("--dry-run prints text for people; leave out --json")
     prepare(home)
     from pipelines.flows.up_to_date import look, look_or_reason
     from pipelines.workspace.context import RunContext

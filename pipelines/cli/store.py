@@ -109,7 +109,7 @@ def verify(
         from pipelines.admission.checkpoints import find_folder
 
         folder = find_folder(str(checkpoint), home, token_for or ())
-        if not _serves(folder, home, served, answers, model):
+        if not _serves(folder, home, served, answers, model, as_json=as_json):
             raise typer.Exit(1)
         return
     if checkpoint is not None or key is not None:
@@ -130,7 +130,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _serves(folder: Path, home: Path, url: str, count: int, model: str) -> bool:
+def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_json: bool) -> bool:
     """Print whether a server gives the recorded answers of a checkpoint."""
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
@@ -140,7 +140,7 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str) -> bool:
     asked = recorded_answers(Ledger(home), ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model)
     found = server.answers(asked)
-    return output.print_served(server, asked, found)
+    return output.print_served(server, asked, found, as_json=as_json)
 
 
 @store.command()
@@ -213,7 +213,10 @@ def openlineage(
 
     ledger = Ledger(existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
-    for event in events(ledger, run):
+    found = list(events(ledger, run))
+    if run and not found:
+        raise MeteoraError(f'{run}: the ledger has no such run; `meteora sql "FROM runs"` has all')
+    for event in found:
         print(json.dumps(event))
 
 

@@ -60,11 +60,14 @@ def write_recipe(
         prepare: Called with all adapters, refused ones among them; may change their rows.
 
     Raises:
-        ImportingError: There are no adapters, no base is named, `base` is none, `examples` has
-            rows for none of them, there is no file `pool`, or the recipe is there already.
+        ImportingError: There is no folder, or no adapter in it, no base is named, `base` is none,
+            `examples` has rows for none of them, there is no file `pool`, or the recipe is there
+            already.
     """
     if pool is not None and not pool.is_file():
         raise ImportingError(f"{pool}: there is no such file of prompts")
+    if not folder.is_dir():
+        raise ImportingError(f"{folder}: there is no such folder of adapters")
     if out.exists():
         raise ImportingError(f"{out} is there already; give another name with -o")
     found = [find_rows(one, examples) for one in find_adapters(folder)]

@@ -187,3 +187,6 @@ def test_every_command_explains_itself(command: str, option: str) -> None:
 
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
     assert meteora("run", "quickstart", "--untill", "x", home=tmp_path).returncode == 2
+    both = meteora("run", "quickstart", "--dry-run", "--json", home=tmp_path)
+    assert both.returncode == 2
+    assert both.stdout == ""

@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from in_toto_attestation.v1.statement import Statement
 from openlineage.client import event_v2, facet_v2
 
-from meteora.artifacts.identity import ArtifactId
+from meteora.artifacts.identity import ArtifactId, MeteoraError
 from pipelines.cli import store
 from pipelines.publishing.in_toto import attest
 from pipelines.publishing.openlineage import FACETS, events
@@ -134,6 +134,8 @@ def test_one_run_can_be_asked_for(
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == told[:2]
     assert not list(events(shelf.ledger, HOSTILE))
+    with pytest.raises(MeteoraError, match="nope: the ledger has no such run"):
+        store.openlineage("nope", shelf.home)
 
 
 @pytest.mark.parametrize("spec", [BASE, EXPERTS[0], STACK, *MODELS], ids=lambda spec: spec.id[:12])

@@ -183,3 +183,5 @@ def test_nothing_is_overwritten_and_nothing_is_made_of_nothing(
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImportingError, match="no adapter in it"):
         write_recipe(tmp_path / "empty", tmp_path / "one.yaml")
+    with pytest.raises(ImportingError, match="nosuch: there is no such folder of adapters"):
+        write_recipe(tmp_path / "nosuch", tmp_path / "one.yaml")

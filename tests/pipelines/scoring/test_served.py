@@ -170,4 +170,9 @@ def test_the_command_counts_equal_answers_and_fails_below_all(
     assert said.returncode == 1
     assert said.stdout.startswith("chat: 'chat question 1' was answered ' the answer to chat")
     assert "7 of 8 answers" in said.stdout
+    said = meteora(*command, "--json", home=ledger.home)
+    assert said.returncode == 1
+    found = json.loads(said.stdout)
+    assert (found["num_asked"], found["model"]) == (8, "fused")
+    assert [one["prompt"] for one in found["differ"]] == ["chat question 1"]
     assert meteora("verify", "--served", url, home=ledger.home).returncode == 2

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef
 from meteora.base.sources import INDEX, SHARD, TEXTS
 from pipelines.hub.about import HubSource, ask_about
-from pipelines.hub.adapter import adapter_bytes, download, downloaded
-from pipelines.hub.client import DEFAULT, Hub, hub_for, is_offline
+from pipelines.hub.client import DEFAULT, Hub, is_offline
 from pipelines.hub.errors import (
-    HubError,
     HubFilesError,
     HubOfflineError,
     HubProtocolError,
@@ -32,11 +30,6 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec
     from pipelines.hub.snapshot import ListedFile
-
-__all__ = [
-    "REPO_ID", "Hub", "HubError", "HubSource", "adapter_bytes", "base_bytes", "describe",
-    "discover", "download", "download_base", "download_profile", "downloaded", "hub_for", "resolve",
-]  # fmt: skip
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")

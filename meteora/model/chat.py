@@ -163,12 +163,8 @@ class Chat:
             UnknownExpertError: no expert of the model has this name.
         """
         ids = encode_messages(self.tokenizer, messages)
+        self.check_length(ids)
         if self.longest is not None:
-            if len(ids) >= self.longest:
-                raise ConversationError(
-                    f"the conversation has {len(ids)} tokens, and the model takes {self.longest}"
-                    " with its answer; shorten it, or begin a new one"
-                )
             max_new_tokens = min(max_new_tokens, self.longest - len(ids))
         ends = end_tokens(self.model, self.tokenizer)
         with (
@@ -192,6 +188,18 @@ class Chat:
             num_prompt=len(ids),
             num_cached=num_cached,
         )
+
+    def check_length(self, ids: Sequence[int]) -> None:
+        """Check that the token ids of a prompt leave room for an answer.
+
+        Raises:
+            ConversationError: they do not.
+        """
+        if self.longest is not None and len(ids) >= self.longest:
+            raise ConversationError(
+                f"the conversation has {len(ids)} tokens, and the model takes {self.longest}"
+                " with its answer; shorten it, or begin a new one"
+            )
 
     def trace(self) -> Trace:
         """Where every token of the last conversation was sent, its answer included.

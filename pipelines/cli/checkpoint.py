@@ -51,6 +51,8 @@ def generate(
 ) -> None:
     """Answer a prompt with a fused model."""
     import meteora
+    from meteora.base.chat_template import encode_prompt
+    from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
     from pipelines.cli import score_table
     from pipelines.reports.html import check_writable, write_page
@@ -61,6 +63,7 @@ def generate(
     prompt = text_or_input(prompt)
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     model, tokenizer = found.load()
+    Chat(model, tokenizer).check_length(encode_prompt(tokenizer, prompt))
     forced = meteora.force_expert(model, expert) if expert else nullcontext()
     with forced:
         if trace or as_json:

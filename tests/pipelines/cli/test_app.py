@@ -146,6 +146,8 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: Path) -> None:
     """The tiny base is a local folder, which a checkpoint cannot find by itself."""
     refused(meteora("generate", world.checkpoint, "hello", home=tmp_path), "say where it lies now")
+    words = ("generate", world.checkpoint, "x" * 600, "--base", world.base)
+    refused(meteora(*words, home=tmp_path), "and the model takes 512 with its answer")
 
 
 def test_an_export_needs_a_name_or_a_folder_and_a_base(world: World, tmp_path: Path) -> None:

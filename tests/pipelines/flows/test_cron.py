@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from pipelines.workspace.cron import require_schedule
+from pipelines.workspace.cron import ScheduleError, require_schedule
 from tests.pipelines.cli.command_line import ask
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def test_one_moment_has_another_hour_in_another_zone(due: Callable[..., list[dat
 def test_what_is_no_schedule_is_one_sentence_before_a_server_is_there(
     cron: str, timezone: str, tmp_path: Path
 ) -> None:
+    with pytest.raises(ScheduleError, match="is no schedule"):
+        require_schedule(cron, timezone)
     words = ("schedule", "quickstart", "--cron", cron, "--timezone", timezone, "--home", tmp_path)
     said = ask(*words)
     assert said.returncode == 1

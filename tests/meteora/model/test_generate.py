@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import meteora
-from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.artifacts import RouterOptions
 from meteora.model.fused import make_router
-from meteora.model.generate import _TerminalStreamer, answer_all
+from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
 
 PROMPTS = ["a", "some words", "rather more words than that"]
@@ -87,7 +87,7 @@ def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
     bare.add_bos_token = False
     bare._tokenizer.post_processor = None
     for ask in (meteora.generate, meteora.trace):
-        with pytest.raises(MeteoraError, match="the prompt has no tokens"):
+        with pytest.raises(EmptyPromptError, match="the prompt has no tokens"):
             ask(world.load(), bare, "")
 
 

@@ -41,6 +41,7 @@ def test_what_was_recorded_is_answered(shelf: Shelf, ingested: bool) -> None:
         **stack.to_dict(),
         "names": ["expert-0"],
         "adapter_ids": [expert.id],
+        "bare": [],
     }
     assert ledger.built(stack.id) is None
     assert ledger.score_of(measured.spec.id) == measured

@@ -137,7 +137,7 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
         (
             "train.jsonl",
             b'{"question": "q", "answer": "a", "choices": 3}\n',
-            "'choices' is no list",
+            "'choices': a list of texts is needed",
         ),
         ("train.jsonl", b'{"question": "q"}\n{"question', "a/b cannot be read from the Hub"),
         ("train.zip", b"PK\x03\x04", "a/b cannot be read"),

@@ -1,9 +1,10 @@
 """A fused model in vLLM beside the bare base, and beside vLLM's own adapters named by hand.
 
-    python -m tests.benchmarks.serving CHECKPOINT BASE FOLDER [--rows 8] [--rounds 6]
+    python -m tests.benchmarks.serving CHECKPOINT BASE FOLDER [--rows 8] [--rounds 6] [--tasks DIR]
 
-CHECKPOINT has the quickstart's experts and causal gates, BASE is its base as safetensors, FOLDER is
-one for the files that are written meanwhile. All of it in float32, over HTTP, greedy, 8 requests at
+CHECKPOINT has causal gates, and experts whose tests lie in DIR (the quickstart's, by default).
+BASE is its base as safetensors, FOLDER is one for the files that are written meanwhile. With
+`--rounds 0` nothing is timed. All of it in float32, over HTTP, greedy, 8 requests at
 a time. Servers stand side by side and take turns, so that a busy moment meets all of them.
 
     parity      tokens and scores of chat requests against `model.generate`, one prompt at a time;
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=8, help="of each expert's test")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tasks", type=Path, default=SHIPPED / "tasks")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     args = parser.parse_args()
     names = read_manifest(args.checkpoint).names
@@ -219,7 +221,7 @@ def main() -> None:
     export_for_vllm(args.checkpoint, args.base, served)
     for name in names:
         export_expert(args.checkpoint, name, args.folder / "adapters" / name)
-    tests = {name: read(SHIPPED / "tasks" / name / "test.jsonl")[: args.rows] for name in names}
+    tests = {name: read(args.tasks / name / "test.jsonl")[: args.rows] for name in names}
     rows = [
         (name, Row(tests[name][i]["prompt"], tests[name][i]["response"]))
         for i in range(args.rows)
@@ -241,6 +243,8 @@ def main() -> None:
     lora += ["--lora-modules", *(f"{name}={args.folder / 'adapters' / name}" for name in names)]
     with ExitStack() as stack:
         asked = {"meteora": (served, ()), BARE: (args.base, ()), LORA: (args.base, lora)}
+        if not args.rounds:
+            asked = {"meteora": asked["meteora"]}
         servers = {
             name: stack.enter_context(serve(folder, words, args.folder, port))
             for port, (name, (folder, words)) in enumerate(asked.items(), 8111)
@@ -252,9 +256,10 @@ def main() -> None:
     sys.stdout.write(
         table(("server", "equal tokens", f"equal answers of {len(rows)}", "exact match"), lines)
     )
-    sys.stdout.write("\n")
-    head = "server", "tokens a second", "to the bare base, by the clock", "by CPU time", "MB"
-    sys.stdout.write(table(head, summarise(times, memory)))
+    if args.rounds:
+        sys.stdout.write("\n")
+        head = "server", "tokens a second", "to the bare base, by the clock", "by CPU time", "MB"
+        sys.stdout.write(table(head, summarise(times, memory)))
     facts = {**machine(), "load": str(os.getloadavg()), "times": json.dumps(times)}
     sys.stdout.write("".join(f"- {name}: {value}\n" for name, value in facts.items()))
 

@@ -197,8 +197,8 @@ class Chat:
         """
         if self.longest is not None and len(ids) >= self.longest:
             raise ConversationError(
-                f"the conversation has {len(ids)} tokens, and the model takes {self.longest}"
-                " with its answer; shorten it, or begin a new one"
+                f"the prompt, with what precedes it, has {len(ids)} tokens, and the model takes"
+                f" {self.longest} with its answer; shorten it, or begin a new conversation"
             )
 
     def trace(self) -> Trace:

@@ -13,7 +13,6 @@ from meteora.artifacts import MeteoraError
 from pipelines.cli.options import DEFAULT_HOME, MOST, AsJson, Home
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
-from pipelines.workspace.cron import require_schedule
 from pipelines.workspace.environment import has_server, prepare
 
 if TYPE_CHECKING:
@@ -98,6 +97,8 @@ def schedule(
     if on_failure and not URL.match(on_failure):
         raise typer.BadParameter(f"--on-failure takes a URL with http or https, not {on_failure!r}")
     if cron is not None:
+        from pipelines.workspace.cron import require_schedule
+
         require_schedule(cron, timezone)
     prepare(home)
     from pipelines.workspace.context import RunContext

@@ -104,10 +104,8 @@ def deal(
     every = asked + beside + [encode_prompt(tokenizer, text) for text in outsiders]
     with bar("reading the pool", len(every), "prompts") as advance:
         means, sizes = read_prompts(model, tokenizer, every, len(names), advance)
-    num_clustered = len(asked) + len(beside)
-    clusters = clusters_of(means[:num_clustered].numpy(), CLUSTERS_PER_EXPERT * len(names))
-    scores = stand_out(sizes.double().numpy(), clusters)
-    claims = _claims(texts, clusters[: len(texts)], scores, names)
+    lying = means[: len(asked) + len(beside)].numpy()
+    claims = claims_of(texts, lying, sizes.double().numpy(), names)
     chosen = {name: _draw(claims, name, limit, rng) for name in names if name not in known}
     total = sum(map(len, chosen.values()))
     with bar("answering as the expert", total, "answers") as advance:
@@ -158,17 +156,23 @@ def _standardised(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     return (columns - columns.mean(0)) / np.maximum(columns.std(0), 1e-12)
 
 
-def _claims(
+def claims_of(
     prompts: Sequence[str],
-    clusters: NDArray[np.int64],
-    scores: NDArray[np.float64],
+    points: NDArray[np.float32],
+    sizes: NDArray[np.float64],
     names: Sequence[str],
 ) -> list[Claim]:
     """Every prompt with the owner of its cluster.
 
     Args:
-        scores: [clusters, E], as from `stand_out`
+        prompts: N of them
+        points: [N + K, H], where these lie in the base's hidden states, and K prompts of experts
+            that have examples
+        sizes: [N + K + outsiders, E], the logarithm of each expert's updates' size on each
+        names: of all experts, in order
     """
+    clusters = clusters_of(points, CLUSTERS_PER_EXPERT * len(names))
+    scores = stand_out(sizes, clusters)
     least = np.maximum(LEAST_SCORE, LEAST_SHARE * scores.max(0))
     owners = []
     for row in scores:
@@ -178,7 +182,7 @@ def _claims(
         owners.append((owner, round(float(row[best]), 3), round(float(lead), 3)))
     return [
         Claim(text, owners[c][0], int(c), *owners[c][1:])
-        for text, c in zip(prompts, clusters, strict=True)
+        for text, c in zip(prompts, clusters[: len(prompts)], strict=True)
     ]
 
 

@@ -21,6 +21,8 @@ from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
+from meteora.model.prompt_choice import READER
+from meteora.routing.gates import WATCHER
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
@@ -189,9 +191,9 @@ class _AnswerHook(CacheHook):
 
 
 class MaskedModel(HFLM):
-    """lm-eval's model class, with a mask where a batch of log-likelihoods is filled up.
+    """lm-eval's model class, with a mask for routers that read whole prompts.
 
-    lm-eval passes none, since a causal model needs none. Routers that read whole prompts do.
+    lm-eval fills up a batch of log-likelihoods and passes no mask, since a causal model needs none.
     """
 
     _inputs: Collection[tuple[int, ...]] = ()
@@ -208,14 +210,14 @@ class MaskedModel(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **asked)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **asked: Any) -> torch.Tensor:  # noqa: ANN401
+        if getattr(self.model, WATCHER, None) is None and getattr(self.model, READER, None) is None:
+            return super()._model_call(inps, *args, **asked)
         width = inps.shape[1]
         lengths = [
             next((n for n in range(width, 0, -1) if tuple(row[:n]) in self._inputs), width)
             for row in inps.tolist()
         ]
         mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-        if mask.all():
-            return super()._model_call(inps, *args, **asked)
         given = {"attention_mask": mask.long().to(inps.device)}
         hook = self.model.register_forward_pre_hook(
             lambda _model, args, kwargs: (args, kwargs | given), with_kwargs=True, prepend=True

@@ -342,8 +342,8 @@ def refuse_too_few(
         count = len(rows) + of_spans[name]
         if count < LEAST_EXAMPLES and not recipe.gates.composites:
             raise ExamplesError(
-                f"expert {name} has {count} example, and a gate needs {LEAST_EXAMPLES} or more, one"
-                " to fit and one to check: give it more"
+                f"expert {name} has {count} of the {LEAST_EXAMPLES} examples that a gate needs at"
+                " least, one to fit and one to check: give it more"
             )
 
 

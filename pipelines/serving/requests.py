@@ -24,7 +24,7 @@ MAX_CHARACTERS = 4_000_000
 
 
 class BoundedBodies:
-    """An app that reads no more than that of a request."""
+    """An app that reads `MAX_MEGABYTES` of a request; a larger one gets 413."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

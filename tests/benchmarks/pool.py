@@ -4,12 +4,14 @@
                                                     [--experts 7] [--stand-in arrow]
     meteora run OUT/recipe.yaml --home HOME
     python -m tests.benchmarks.pool judge RECIPE OUT HOME
+    python -m tests.benchmarks.pool draws RECIPE CHECKPOINT BASE [--beside 64 32 0]
 
 `make` writes a recipe without examples, and a pool of their prompts in a random order; with
 `--nobodys` also the first prompts of files that belong to no expert. With `--experts` only so many
 experts lose their examples, drawn from the recipe's; with `--stand-in` there is no pool for these,
 and they are routed by their weights. `judge` compares what each expert was dealt with whose the
-prompts are, and its own answers with the right ones.
+prompts are, and its own answers with the right ones. `draws` reads the prompts of all experts of a
+recipe once, and deals those of a few, drawn 20 times, beside so many examples of each other one.
 """
 
 from __future__ import annotations
@@ -19,17 +21,27 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
+import meteora
+from meteora.base.chat_template import encode_prompt
+from meteora.model.update_sizes import read_prompts
+from pipelines.data.background import background_rows
 from pipelines.data.claims import Claim, read_claims
+from pipelines.data.pool import OUTSIDERS, claims_of
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
 from store.ledger import Ledger
 from tests.benchmarks.timing import table
 
-ALL = 1_000_000
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NUM_DRAWS = 20
 SYSTEMS = ["oracle"]
 
 
@@ -101,6 +113,36 @@ def judge(recipe: Path, out: Path, home: Path) -> None:
     print(f"\n{agreed} of {len(claims)} prompts have their owner, or nobody where they have none")
 
 
+def draws(recipe: Path, checkpoint: Path, base: Path, beside: list[int]) -> None:
+    """Print the share of prompts that go to their owner, by the number of experts without any."""
+    examples = examples_in(recipe)
+    names = [*examples]
+    prompts = [row.prompt for rows in examples.values() for row in rows]
+    owner = np.repeat(names, [len(rows) for rows in examples.values()])
+    place = np.concatenate([np.arange(len(rows)) for rows in examples.values()])
+    outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
+    model, tokenizer = meteora.load(checkpoint, base_folder=base)
+    asked = [encode_prompt(tokenizer, text) for text in [*prompts, *outsiders]]
+    read = read_prompts(model, tokenizer, asked, len(names), lambda _count: None)
+    points, sizes = read[0].numpy(), read[1].double().numpy()
+
+    def share(without: Sequence[str], each: int) -> float:
+        drawn = np.isin(owner, without)
+        pool, known = np.flatnonzero(drawn), np.flatnonzero(~drawn & (place < each))
+        lying = np.concatenate([pool, known])
+        every = np.concatenate([lying, np.arange(len(prompts), len(asked))])
+        claims = claims_of([prompts[i] for i in pool], points[lying], sizes[every], names)
+        return float(np.mean([one.expert == owner[i] for one, i in zip(claims, pool, strict=True)]))
+
+    rng = random.Random(1)
+    rows = []
+    for count in range(1, len(names) + 1):
+        drawn = [rng.sample(names, count) for _ in range(NUM_DRAWS)]
+        shares = [np.mean([share(without, each) for without in drawn]) for each in beside]
+        rows.append([count, *(f"{value:.3f}" for value in shares)])
+    print(table(["adapters without examples", *(f"beside {each}" for each in beside)], rows))
+
+
 def _claims(pool: Path, home: Path) -> list[Claim]:
     """The claims of the pool that has these prompts."""
     ledger = Ledger(home)
@@ -130,6 +172,12 @@ def main() -> None:
     judging.add_argument("out", type=Path)
     judging.add_argument("home", type=Path)
     judging.set_defaults(do=judge)
+    drawing = commands.add_parser("draws")
+    drawing.add_argument("recipe", type=locate)
+    drawing.add_argument("checkpoint", type=Path)
+    drawing.add_argument("base", type=Path)
+    drawing.add_argument("--beside", type=int, nargs="+", default=[64, 32, 0])
+    drawing.set_defaults(do=draws)
     asked = vars(parser.parse_args())
     asked.pop("do")(**asked)
 

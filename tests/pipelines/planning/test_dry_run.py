@@ -240,7 +240,7 @@ def test_it_ends_with_an_error_where_the_run_would(
     row = {"prompt": "a", "response": "b"}
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     one = good[0] | {"examples": f"jsonl:{tmp_path / 'one.jsonl'}"}
-    ends("expert q_and_v has 1 example, and a gate needs 2", experts=[one, good[1]])
+    ends("expert q_and_v has 1 of the 2 examples that a gate needs", experts=[one, good[1]])
     parts = {"prompt": [{"text": "a"}], "response": [{"text": "b", "expert": "q_and_v"}]}
     (tmp_path / "spans.jsonl").write_text(json.dumps(parts))
     spans = {"spans": f"jsonl:{tmp_path / 'spans.jsonl'}"}

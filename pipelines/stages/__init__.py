@@ -5,7 +5,7 @@ pool             prompts without labels, dealt to experts without examples
 measure          the benchmark
 benchmark        the benchmark of a checkpoint without its recipe
 adopt            a checkpoint of elsewhere, taken into the ledger
-checkpoint       the texts of a checkpoint's folder
+checkpoint       a checkpoint's folder with its texts, and the records of what lies in it
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes

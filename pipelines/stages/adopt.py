@@ -16,7 +16,6 @@ from meteora.artifacts import (
     AdapterSpec,
     ArtifactId,
     BaseSpec,
-    FusedCheckpoint,
     FusedSpec,
     Reason,
     RouterBuild,
@@ -27,11 +26,11 @@ from meteora.base.sources import PATH, file_sha256, weights_sha256
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS, read_manifest
 from meteora.checkpoint.sound_file import open_sound
 from pipelines.stages.build import build_base
-from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
 from pipelines.stages.open_model import stack_in
 from pipelines.workspace.bases import base_at
 from pipelines.workspace.console import say
-from pipelines.workspace.context import checkpoint_at, put_in_place
+from pipelines.workspace.context import checkpoint_at
 from pipelines.workspace.faults import require_space
 from store.events import AdapterVerdict
 
@@ -156,13 +155,7 @@ def adopt(work: RunContext, adoption: Adoption) -> FoundCheckpoint:
     for path in paths.values():
         ledger.blobs.put(path)
     _record(work, adoption)
-    with work.scratch() as scratch:
-        made = scratch / folder.name
-        made.mkdir()
-        for name, sha256 in manifest.files.items():
-            ledger.blobs.give(sha256, made / name)
-        write_texts(made, manifest, manifest.files, " + ".join(manifest.names))
-        put_in_place(made, folder)
+    place_checkpoint(work, manifest, " + ".join(manifest.names))
     say(
         f"{found.folder} was not made here: it is taken in as {short(adoption.router.id)}. Its"
         " files have the hashes that it names; how it was made is as it states",
@@ -179,19 +172,11 @@ def _record(work: RunContext, adoption: Adoption) -> None:
         if ledger.weights_of(spec.id) is None:
             ledger.record_adapter(_verdict(entry), run_id=run_id)
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    ledger.record_artifact(
-        adoption.fused,
-        weights_sha256=experts,
-        built=FusedCheckpoint(adoption.fused, experts),
-        blobs=[experts],
-        run_id=run_id,
-    )
+    record_stack(ledger, adoption.fused, experts, run_id)
     gates, statistics = manifest.files.get(GATES, experts), manifest.files.get(STATISTICS, "")
     num_tokens = manifest.gates.get("num_tokens", 0)
-    built = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
-    ledger.record_artifact(
-        adoption.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
-    )
+    made = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
+    record_router(ledger, made, run_id)
 
 
 def _verdict(entry: ExpertEntry) -> AdapterVerdict:

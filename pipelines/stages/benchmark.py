@@ -208,4 +208,4 @@ def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:
     if (folder / SIGNATURE).exists():
         say(f"{folder} is signed, so its card stays as it is, without the scores", "note")
         return
-    write_texts(folder, manifest, manifest.files, " + ".join(manifest.names), summary)
+    write_texts(folder, manifest, " + ".join(manifest.names), summary)

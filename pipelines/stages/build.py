@@ -53,7 +53,7 @@ from pipelines.planning.estimate import bytes_of_gates
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
-from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
 from pipelines.stages.open_model import describe, map_to_fit, opened, tokenizer_of_gates
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
@@ -142,11 +142,7 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
         sha256 = work.ledger.blobs.put(out, move=True)
-    made = FusedCheckpoint(plan.fused, sha256)
-    work.ledger.record_artifact(
-        plan.fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
-    )
-    return made
+    return record_stack(work.ledger, plan.fused, sha256, work.run_id)
 
 
 def fit_gates(
@@ -161,13 +157,7 @@ def fit_gates(
         made = _make_gates(work, plan, built)
     else:
         made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
-    work.ledger.record_artifact(
-        plan.router,
-        weights_sha256=made.weights_sha256,
-        built=made,
-        blobs=made.blobs,
-        run_id=work.run_id,
-    )
+    record_router(work.ledger, made, work.run_id)
     shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
     return made
 
@@ -351,7 +341,7 @@ def _calibrate(
 
 
 def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    """Write the checkpoint's folder, whole or not at all; its tensors are links where possible.
+    """Write the checkpoint's folder.
 
     Raises:
         MeteoraError: The benchmark is not complete.
@@ -359,7 +349,6 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    folder = work.checkpoint_folder(plan.router.id)
     parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     if plan.router.router in WITH_GATES:
         parts[GATES] = gates.weights_sha256
@@ -369,11 +358,4 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results
-    with work.scratch() as scratch:
-        made = scratch / folder.name
-        made.mkdir()
-        for name, sha256 in parts.items():
-            work.ledger.blobs.give(sha256, made / name)
-        write_texts(made, manifest, parts, work.name, summary, work.recipe_sha256, texts)
-        put_in_place(made, folder)
-    return folder
+    return place_checkpoint(work, manifest, work.name, summary, work.recipe_sha256, texts)

@@ -1,35 +1,38 @@
-"""The texts of a checkpoint's folder, which lie beside its tensors."""
+"""A checkpoint's folder with its texts, and the records of what lies in it."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import ArtifactId, FusedCheckpoint
 from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST
 from pipelines.publishing.in_toto import write_lineage
 from pipelines.reports import card
+from pipelines.workspace.context import put_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from meteora.artifacts import FusedSpec, RouterBuild
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
+    from pipelines.workspace.context import RunContext
+    from store.ledger import Ledger
 
 
 def write_texts(
     folder: Path,
     manifest: Manifest,
-    tensors: Mapping[str, str],
     title: str,
     summary: Summary | None = None,
     recipe_sha256: str = "",
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write manifest, config, card and lineage into a folder that has the tensors.
+    """Write manifest, config, card and lineage into a folder that has the manifest's files.
 
     Args:
-        tensors: SHA-256 by name of the files of tensors: experts, gates, statistics.
         title: The heading of the card.
         summary: The scores that the card shows; None where nothing was measured.
         recipe_sha256: Of the recipe that made the checkpoint; empty where none did.
@@ -39,9 +42,47 @@ def write_texts(
         MANIFEST: manifest.to_json(),
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, summary, title),
-        LINEAGE: write_lineage(manifest, tensors, recipe_sha256),
+        LINEAGE: write_lineage(manifest, manifest.files, recipe_sha256),
         **more,
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+
+
+def place_checkpoint(
+    work: RunContext,
+    manifest: Manifest,
+    title: str,
+    summary: Summary | None = None,
+    recipe_sha256: str = "",
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Make a checkpoint's folder, whole or not at all; its tensors are links where possible.
+
+    Args:
+        manifest: Its files are among the ledger's blobs. The other arguments are `write_texts`'s.
+    """
+    folder = work.checkpoint_folder(ArtifactId(manifest.router_id))
+    with work.scratch() as scratch:
+        made = scratch / folder.name
+        made.mkdir()
+        for name, sha256 in manifest.files.items():
+            work.ledger.blobs.give(sha256, made / name)
+        write_texts(made, manifest, title, summary, recipe_sha256, more)
+        put_in_place(made, folder)
+    return folder
+
+
+def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> FusedCheckpoint:
+    """Record stacked experts, whose file is a blob."""
+    made = FusedCheckpoint(fused, sha256)
+    ledger.record_artifact(fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=run_id)
+    return made
+
+
+def record_router(ledger: Ledger, made: RouterBuild, run_id: str) -> None:
+    """Record a router, whose files are blobs."""
+    ledger.record_artifact(
+        made.spec, weights_sha256=made.weights_sha256, built=made, blobs=made.blobs, run_id=run_id
+    )

@@ -17,7 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 from meteora.artifacts import (
     AdapterSpec,
     ArtifactId,
-    FusedCheckpoint,
     MeteoraError,
     RouterBuild,
     RouterSpec,
@@ -49,7 +48,7 @@ from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.speed import device_name
 from pipelines.recipe.gates import Composites
 from pipelines.recipe.recipe import NAME, NAME_RULE
-from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.checkpoint import record_router, record_stack, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
@@ -300,7 +299,7 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
     manifest = replace(
         edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id, files=files
     )
-    write_texts(edited.folder, manifest, files, " + ".join(manifest.names))
+    write_texts(edited.folder, manifest, " + ".join(manifest.names))
     if ledger.built(ArtifactId(before.router_id)) is not None:
         _record(ledger, manifest, edited, files)
     else:
@@ -320,16 +319,9 @@ def _record(
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    fused = stack_in(manifest)
     experts, gates, statistics = files.values()
-    ledger.record_artifact(
-        fused,
-        weights_sha256=experts,
-        built=FusedCheckpoint(fused, experts),
-        blobs=[experts],
-        run_id=run_id,
-    )
-    built = RouterBuild(
+    record_stack(ledger, stack_in(manifest), experts, run_id)
+    made = RouterBuild(
         edited.router,
         gates,
         edited.num_tokens,
@@ -338,7 +330,5 @@ def _record(
         edited.device,
         statistics,
     )
-    ledger.record_artifact(
-        edited.router, weights_sha256=gates, built=built, blobs=built.blobs, run_id=run_id
-    )
+    record_router(ledger, made, run_id)
     ledger.ingest()

@@ -118,7 +118,10 @@ def verify(
         from pipelines.publishing.signing import check_signature
 
         check_signature(checkpoint, key)
-        print(f"{checkpoint} is what the owner of {key} signed")
+        if as_json:
+            print(json.dumps({"checkpoint": str(checkpoint), "key": str(key), "signed": True}))
+        else:
+            print(f"{checkpoint} is what the owner of {key} signed")
         return
     from pipelines.scoring.recompute import recompute_scores
     from pipelines.workspace.bases import verify_bases

@@ -165,8 +165,11 @@ def test_the_command_line_signs_and_verifies(folder: Path, key: Path) -> None:
 
     next_step = f"check it with `meteora verify {folder} --key PUBLIC`"
     assert meteora("sign", folder, "--key", key) == (0, f"{folder / SIGNATURE}\n{next_step}\n")
+    public = key.with_suffix(".pub")
+    found = json.loads(meteora("verify", folder, "--key", public, "--json")[1])
+    assert found == {"checkpoint": str(folder), "key": str(public), "signed": True}
     changed(folder)
-    refused, said = meteora("verify", folder, "--key", key.with_suffix(".pub"))
+    refused, said = meteora("verify", folder, "--key", public)
     assert refused == 1
     assert "gates.safetensors has changed" in " ".join(said.split())
     assert meteora("verify", folder)[0] == 2

@@ -6,4 +6,5 @@ download       the files of a base on the Hub
 sources        where a base's files are, and their hashes
 match          whether two bases are the same model
 chat_template  text to token ids, in the chat template or plain
+padding        token ids of different lengths as one batch
 """

@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
 from meteora.routing.hooks import recorded_logits
@@ -112,14 +113,9 @@ class Batch:
         each: Tensor | None = None,
     ) -> Batch:
         """Pad sequences into one batch; `each` is the result of `loss_weights`."""
-        shape = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
-        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.input_ids)
-            ids[row, :length] = torch.tensor(sequence.input_ids)
-            labels[row, :length] = torch.tensor(sequence.experts)
-            mask[row, :length] = 1
+        rows = [sequence.input_ids for sequence in sequences]
+        ids, mask = padded(rows), mask_of(rows)
+        labels = padded([sequence.experts for sequence in sequences], IGNORED)
         labels[labels == UNLABELLED] = IGNORED
         weights = None
         if each is not None:

@@ -13,6 +13,7 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import OPENING_SHARE
+from meteora.base.padding import mask_of, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -155,21 +156,17 @@ def batched(
         ):
             stop += 1
         chosen = by_length[start:stop]
-        shape = (len(chosen), len(sequences[chosen[-1]].input_ids))
-        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, UNLABELLED)
-        openings = torch.zeros(shape, dtype=torch.bool)
+        rows = [sequences[i].input_ids for i in chosen]
+        ids = padded(rows)
+        labels = padded([sequences[i].experts for i in chosen], UNLABELLED)
+        openings = torch.zeros_like(ids, dtype=torch.bool)
         for row, i in enumerate(chosen):
-            length = len(sequences[i].input_ids)
-            ids[row, :length] = torch.tensor(sequences[i].input_ids)
-            labels[row, :length] = torch.tensor(sequences[i].experts)
             openings[row, list(sequences[i].openings)] = True
-        lengths = torch.tensor([len(sequences[i].input_ids) for i in chosen])
-        mask = torch.arange(shape[1]) < lengths[:, None]
         held = torch.tensor([[i in heldout] for i in chosen])
         yield Batch(
             *(
                 part.to(device)
-                for part in (ids, mask.long(), labels, openings, held, torch.ones(shape))
+                for part in (ids, mask_of(rows), labels, openings, held, torch.ones(ids.shape))
             )
         )
         start = stop

@@ -21,9 +21,10 @@ from transformers import StoppingCriteriaList
 
 from meteora.artifacts import NULL
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
+from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
-from meteora.model.generate import end_tokens, padding_token, whole_layers
+from meteora.model.generate import end_tokens, whole_layers
 from meteora.model.prompt_choice import READER
 from meteora.model.trace import (
     ONE_CACHE,

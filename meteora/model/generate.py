@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
+from meteora.base.padding import mask_of, padded, padding_token
 from meteora.base.placement import input_device
 from meteora.untrusted.findings import for_terminal
 
@@ -47,12 +48,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     given = [given] if isinstance(given, int) else given or []
     own = tokenizer.eos_token_id
     return sorted({*given, *([] if own is None else [own])})
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that fills up the rows of a batch: the tokenizer's own, or the one that ends."""
-    own = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if own is None else own
 
 
 def whole_layers(cache: object) -> list[DynamicLayer] | None:
@@ -122,23 +117,19 @@ def answer_all(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
         chosen = by_length[start : start + PROMPTS_PER_BATCH]
-        width = len(prompts[chosen[-1]])
-        ids = torch.full((len(chosen), width), pad or 0)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
+        asked = [prompts[i] for i in chosen]
+        ids = padded(asked, pad or 0, "left")
         with torch.inference_mode():
             out = cast("GenerativePreTrainedModel", model).generate(
                 ids.to(input_device(model)),
-                attention_mask=mask.to(input_device(model)),
+                attention_mask=mask_of(asked, "left").to(input_device(model)),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
                 eos_token_id=ends or None,
             )
         for row, i in enumerate(chosen):
-            tokens = out[row, width:].tolist()
+            tokens = out[row, ids.shape[1] :].tolist()
             end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
             answers[i] = tokens[: end + 1]
         advance(len(chosen))

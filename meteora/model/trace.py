@@ -15,8 +15,9 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
+from meteora.base.padding import padding_token
 from meteora.model.fused import expert_names
-from meteora.model.generate import batch_of, padding_token
+from meteora.model.generate import batch_of
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:

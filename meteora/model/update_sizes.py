@@ -13,9 +13,10 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
+from meteora.base.padding import mask_of, padded, padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import make_router, without_experts
-from meteora.model.generate import PROMPTS_PER_BATCH, padding_token
+from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -75,18 +76,14 @@ def read_prompts(
             hooks.callback(hook.remove)
         for first in range(0, len(prompts), PROMPTS_PER_BATCH):
             chosen = by_length[first : first + PROMPTS_PER_BATCH]
-            width = len(prompts[chosen[-1]])
-            ids = torch.full((len(chosen), width), padding_token(tokenizer) or 0)
-            mask = torch.zeros_like(ids)
+            read = [prompts[i] for i in chosen]
             spans.clear()
             for row, i in enumerate(chosen):
-                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
-                mask[row, : len(prompts[i])] = 1
                 spans[i] = row, slice(start, max(start + 1, len(prompts[i]) - end))
             with without_experts(model):
                 states = model(
-                    ids.to(device),
-                    attention_mask=mask.to(device),
+                    padded(read, padding_token(tokenizer) or 0).to(device),
+                    attention_mask=mask_of(read).to(device),
                     use_cache=False,
                     output_hidden_states=True,
                     logits_to_keep=1,

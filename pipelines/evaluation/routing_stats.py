@@ -16,6 +16,7 @@ import torch
 from meteora.artifacts import NULL, RoutingDetail, RoutingSwitch
 from meteora.artifacts.scores import Abstention
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
+from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.routing.hooks import recorded_logits, recorded_routes
@@ -88,13 +89,10 @@ def measure_routing(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
-        longest = max(map(len, encoded))
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for i, own in enumerate(encoded):
-            ids[i, : len(own)] = torch.tensor(own)
-        place = torch.arange(longest)
-        there = place < torch.tensor([len(own) for own in encoded])[:, None]  # [B, L]
-        add(total, _sums(model, ids, there, (there & (place >= opening)).flatten()))
+        there = mask_of(encoded)
+        counted = there.bool()
+        counted[:, :opening] = False
+        add(total, _sums(model, padded(encoded), there, counted.flatten()))
         advance(len(batch))
     return total
 
@@ -106,7 +104,7 @@ def _sums(
 
     Args:
         ids: [B, L]
-        there: which of them are not padding, [B, L]
+        there: their attention mask, [B, L]
         counted: which of them count, [B × L]
     """
     with (
@@ -116,7 +114,7 @@ def _sums(
     ):
         model(
             input_ids=ids.to(input_device(model)),
-            attention_mask=there.long().to(input_device(model)),
+            attention_mask=there.to(input_device(model)),
             logits_to_keep=1,
         )
     num_experts = len(expert_names(model))

@@ -1,0 +1,33 @@
+"""Token ids of different lengths as one batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def padded(
+    rows: Sequence[Sequence[int]], filling: int = 0, side: Literal["left", "right"] = "right"
+) -> Tensor:
+    """Rows of numbers as [B, L], where L is the length of the longest; filled up at one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filling, padding_side=side)
+
+
+def mask_of(rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right") -> Tensor:
+    """The attention mask of such a batch, [B, L]: 1 for a token, 0 for padding."""
+    return padded([[1] * len(row) for row in rows], 0, side)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that fills up the rows of a batch: the tokenizer's own, or the one that ends."""
+    own = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if own is None else own

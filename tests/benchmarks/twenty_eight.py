@@ -1,0 +1,134 @@
+"""Twenty-eight adapters, as many as the paper has: those of `tests.benchmarks.bigbench`, and more.
+
+    python -m tests.benchmarks.twenty_eight BASE DATA TRAINED OUT [--only TASK...]
+    meteora run OUT/recipe.yaml
+
+BASE and DATA are those of `tests.benchmarks.bigbench`, and TRAINED is what that script left. OUT
+gets TRAINED's fourteen adapters, one for each of three more tasks of BIG-bench and eleven of
+reasoning-gym, and a recipe over all. Every task is asked 120 rows, as many as BIG-bench's have. No
+adapter was trained on rows of the gates or of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import reasoning_gym
+import yaml
+
+from tests.benchmarks import bigbench
+from tests.benchmarks.bigbench import read, shuffled_for_ever, write_rows
+from tests.quickstart import make
+from tests.quickstart.make import ATTENTION, BATCH_SIZE, MLP, Training
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NUM_TEST = 120
+NUM_EXAMPLES = 64
+BENCHMARK = bigbench.BENCHMARK | {"limit": NUM_TEST, "max_new_tokens": 32}
+LONGEST = {"language_identification": 300}
+"""Characters of a prompt to train on, where a few long ones would take most of the time."""
+MOST_ENTRIES = 20_000
+"""A task that has not enough different prompts among so many is a mistake in `MADE`."""
+
+TRAININGS = {
+    "goal_step_wikihow": Training(8, 16, ATTENTION, steps=60),
+    "language_identification": Training(16, 16, MLP, steps=60),
+    "lcm": Training(4, 8, ATTENTION + MLP, steps=60),
+    "tracking_shuffled_objects": Training(8, 8, ("q_proj", "v_proj"), steps=40, use_rslora=True),
+    "spell_backward": Training(16, 32, ATTENTION + MLP, steps=100),
+    "word_sequence_reversal": Training(4, 8, ATTENTION, steps=80),
+    "letter_counting": Training(8, 16, ("q_proj", "v_proj"), steps=80),
+    "gcd": Training(8, 8, MLP, steps=80),
+    "prime_factorization": Training(
+        4, 8, MLP, steps=80, rank_pattern={"up_proj": 8}, alpha_pattern={"up_proj": 16}
+    ),
+    "products": Training(16, 16, ATTENTION + MLP, steps=100),
+    "number_filtering": Training(8, 16, ATTENTION, steps=70),
+    "syllogism": Training(4, 4, ("q_proj", "v_proj"), steps=60, use_rslora=True),
+    "family_relationships": Training(8, 16, ("k_proj", "o_proj"), steps=70),
+    "fraction_simplification": Training(12, 12, ATTENTION, steps=80),
+}
+MADE: dict[str, dict[str, Any]] = {
+    "spell_backward": {"max_word_len": 6},
+    "word_sequence_reversal": {"max_words": 6},
+    "letter_counting": {"max_words": 8},
+    "lcm": {"max_value": 40},
+    "gcd": {"max_value": 100},
+    "prime_factorization": {"max_value": 500},
+    "products": {"max_digits": 2},
+    "number_filtering": {"max_numbers": 4, "max_decimals": 1},
+    "syllogism": {},
+    "family_relationships": {"max_family_size": 5},
+    "fraction_simplification": {"max_value": 20, "max_factor": 10, "styles": ("plain",)},
+}
+"""Tasks of reasoning-gym, made easy enough for a base of 135 M parameters."""
+
+
+def made(task: str, count: int) -> list[dict[str, str]]:
+    """The first rows of a task of reasoning-gym whose prompts differ."""
+    entries = reasoning_gym.create_dataset(task, seed=0, size=MOST_ENTRIES, **MADE[task])
+    by_prompt: dict[str, dict[str, str]] = {}
+    for number in range(MOST_ENTRIES):
+        entry = entries[number]
+        row = {"prompt": str(entry["question"]), "response": str(entry["answer"])}
+        by_prompt.setdefault(row["prompt"], row)
+        if len(by_prompt) == count:
+            break
+    return list(by_prompt.values())
+
+
+def prepare(task: str, data: Path, out: Path) -> Iterator[dict[str, str]]:
+    """Write a task's rows for gates and tests, and give the others to train an adapter on."""
+    if task in MADE:
+        rows = made(task, NUM_TEST + NUM_EXAMPLES + TRAININGS[task].steps * BATCH_SIZE)
+        test, train = rows[:NUM_TEST], rows[NUM_TEST:]
+    else:
+        test, train = read(data / task / "test.jsonl"), read(data / task / "train.jsonl")
+    write_rows(out / "tasks" / task / "test.jsonl", test[:NUM_TEST])
+    write_rows(out / "tasks" / task / "train.jsonl", train[:NUM_EXAMPLES])
+    longest = LONGEST.get(task, sys.maxsize)
+    short = [row for row in train[NUM_EXAMPLES:] if len(row["prompt"]) <= longest]
+    return shuffled_for_ever(short, seed=0)
+
+
+def write_recipe(trained: Path, out: Path) -> None:
+    shutil.copytree(trained / "adapters", out / "adapters", dirs_exist_ok=True)
+    for task in bigbench.TRAININGS:
+        shutil.copytree(trained / "tasks" / task, out / "tasks" / task, dirs_exist_ok=True)
+    for task in make.TRAININGS:
+        make.write_splits(task, out, make.seen_in_training(task), NUM_TEST)
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    recipe["experts"] = [
+        {
+            "name": task,
+            "adapter": f"path:adapters/{task}",
+            "examples": f"jsonl:tasks/{task}/train.jsonl",
+            "test": f"jsonl:tasks/{task}/test.jsonl",
+        }
+        for task in itertools.chain(bigbench.TRAININGS, make.TRAININGS, TRAININGS)
+    ]
+    recipe["benchmark"] = BENCHMARK
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("base", "data", "trained", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--only", nargs="*", default=list(TRAININGS), choices=TRAININGS)
+    arguments = parser.parse_args()
+    for task in arguments.only:
+        stream = prepare(task, arguments.data, arguments.out)
+        make.train(arguments.base, task, TRAININGS[task], stream, arguments.out)
+    write_recipe(arguments.trained, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

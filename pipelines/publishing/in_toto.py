@@ -38,11 +38,10 @@ FROM artifacts LEFT JOIN runs USING (run_id) WHERE id = '{}'
 """
 
 
-def write_lineage(manifest: Manifest, files: Mapping[str, str], recipe_sha256: str) -> str:
+def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
     """The statement on a checkpoint: the files in it, its base and its experts.
 
     Args:
-        files: SHA-256 by name of the checkpoint's own files.
         recipe_sha256: Empty where no recipe made it.
     """
     base = manifest.base
@@ -57,7 +56,7 @@ def write_lineage(manifest: Manifest, files: Mapping[str, str], recipe_sha256: s
         for expert in manifest.experts
     ]
     return _statement(
-        files,
+        manifest.files,
         dependencies=[
             _dependency("base", base.repo_id, base.revision, licence=base.licence),
             *experts,

@@ -42,7 +42,7 @@ def write_texts(
         MANIFEST: manifest.to_json(),
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, summary, title),
-        LINEAGE: write_lineage(manifest, manifest.files, recipe_sha256),
+        LINEAGE: write_lineage(manifest, recipe_sha256),
         **more,
     }
     for name, text in texts.items():

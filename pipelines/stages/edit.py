@@ -301,7 +301,7 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
     )
     write_texts(edited.folder, manifest, " + ".join(manifest.names))
     if ledger.built(ArtifactId(before.router_id)) is not None:
-        _record(ledger, manifest, edited, files)
+        _record(ledger, manifest, edited)
     else:
         say("its parents are not in this ledger, so it is not recorded; only the folder is written")
     out = checkpoint_at(ledger.home, router.id)
@@ -309,17 +309,15 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
     return out
 
 
-def _record(
-    ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint, files: Mapping[str, str]
-) -> None:
+def _record(ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint) -> None:
     """Record adapter, stack and router, under the ids that a recipe would give them."""
     run_id = edited.run_id
-    for name in files:
+    for name in manifest.files:
         ledger.blobs.put(edited.folder / name)
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    experts, gates, statistics = files.values()
+    experts, gates, statistics = manifest.files.values()
     record_stack(ledger, stack_in(manifest), experts, run_id)
     made = RouterBuild(
         edited.router,

@@ -1,7 +1,7 @@
 """Twenty-eight adapters, as many as the paper has: those of `tests.benchmarks.bigbench`, and more.
 
     python -m tests.benchmarks.twenty_eight BASE DATA TRAINED OUT [--only TASK...]
-    meteora run OUT/recipe.yaml
+    meteora run OUT/recipe.yaml    # `router: {share: turn}` added for results/twenty_eight.md
 
 BASE and DATA are those of `tests.benchmarks.bigbench`, and TRAINED is what that script left. OUT
 gets TRAINED's fourteen adapters, one for each of three more tasks of BIG-bench and eleven of
@@ -35,7 +35,8 @@ BENCHMARK = bigbench.BENCHMARK | {"limit": NUM_TEST, "max_new_tokens": 32}
 LONGEST = {"language_identification": 300}
 """Characters of a prompt to train on, where a few long ones would take most of the time."""
 MOST_ENTRIES = 20_000
-"""A task that has not enough different prompts among so many is a mistake in `MADE`."""
+"""So many are looked through. prime_factorization has fewer different prompts than its adapter sees
+rows: some are seen again."""
 
 TRAININGS = {
     "goal_step_wikihow": Training(8, 16, ATTENTION, steps=60),

@@ -19,6 +19,9 @@ ROUTER_KINDS = (
 WITH_GATES = ("gate", "prompt")
 """Kinds that have a file of gates: it is fitted to examples, or to texts that belong to nobody."""
 
+SERVABLE = ("gate", "arrow", "norm", "uniform")
+"""Kinds that vLLM can compute: they need no other pass of the base, and no chance."""
+
 ONE_INPUT = ("point", "turn")
 """Values of `share` by which a gate is fitted for the modules with its own input alone."""
 
@@ -52,6 +55,16 @@ class RouterOptions(Noun):
     """`arrow` or `norm`: how experts without examples are scored, from their weights."""
     stand_ins: tuple[str, ...] = ()
     """The names of those experts."""
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether gates wait for the whole question of a turn, and decide once for the turn."""
+        return self.kind == "gate" and self.share == "turn"
+
+    @property
+    def is_servable(self) -> bool:
+        """Whether vLLM can compute such routes."""
+        return self.kind in SERVABLE and (self.by_turns or self.opening != "prompt")
 
 
 _BESIDE_KIND = [field.name for field in fields(RouterOptions) if field.name != "kind"]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import RouterOptions
     from meteora.routing.layer import RoutedExperts
+    from meteora.routing.routers import QuestionReader
 
 
 class UndecidedError(MeteoraError):
@@ -41,10 +42,10 @@ WATCHER = "meteora_question_watcher"
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
     """Give every routed layer its gate, or the decision of the gate that it follows."""
-    watcher = watch_prompts(model, gates.template, options)
+    reader = watch_prompts(model, gates.template, options)
     layers, decisions = routed_layers(model), new_decisions(gates)
     for path, layer in layers.items():
-        give_router(layer, path, gates, options, decisions, watcher)
+        give_router(layer, path, gates, options, decisions, reader)
     if options.share in ONE_INPUT:
         share_first_matmuls(layers, gates.follows)
 
@@ -60,7 +61,7 @@ def give_router(
     gates: Gates,
     options: RouterOptions,
     decisions: Mapping[str, Decision],
-    watcher: PromptOpening | Turns | None = None,
+    reader: QuestionReader | None = None,
 ) -> None:
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:
@@ -70,7 +71,7 @@ def give_router(
     if gates.without_examples:
         standard = gates.stand_ins[path]
         stand_in = StandIn(scorer(options, layer), list(gates.without_examples), standard)
-    give_gate(layer, *gates.own[path], options, watcher, decisions.get(path), stand_in)
+    give_gate(layer, *gates.own[path], options, reader, decisions.get(path), stand_in)
 
 
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
@@ -113,7 +114,7 @@ def give_gate(
     weight: Tensor,
     bias: Tensor,
     options: RouterOptions,
-    watcher: PromptOpening | Turns | None = None,
+    reader: QuestionReader | None = None,
     decision: Decision | None = None,
     stand_in: StandIn | None = None,
 ) -> None:
@@ -125,7 +126,7 @@ def give_gate(
     """
     device = layer.device
     weight, bias = weight.to(device), bias.to(device)
-    by_question = None if watcher is None else watcher.at_gate()
+    by_question = None if reader is None else reader.at_gate()
     gate = (
         Gate(weight, bias, options, by_question=by_question, decision=decision)
         if stand_in is None

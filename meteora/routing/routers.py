@@ -72,6 +72,14 @@ class ByQuestion(Protocol):
         ...
 
 
+class QuestionReader(Protocol):
+    """Knows the questions of the present pass, for all gates of a model."""
+
+    def at_gate(self) -> ByQuestion:
+        """What one gate decides with."""
+        ...
+
+
 class Gate(Router):
     """The trained kind: logits = G x + c, in the precision of the gate (MeteoRA, section 3)."""
 

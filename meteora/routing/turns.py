@@ -159,13 +159,13 @@ class TurnChoice:
             return before.repeat_interleave(length, 0)
         own = logits_of(tokens).log_softmax(-1).view(num_rows, length, -1)  # [B, L, C]
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
-        decided = _means(own, turn, asked, before)
+        decided = turn_means(own, turn, asked, before)
         self.held = decided[:, -1].detach()
         self.turns.num_decided += 1
         return decided.gather(1, turn.unsqueeze(-1).expand_as(own)).flatten(0, 1)
 
 
-def _means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) -> Tensor:
+def turn_means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) -> Tensor:
     """The mean of log-probabilities [B, L, C] over the question of each turn, [B, S, C].
 
     A turn without a question has the decision of the turn before it.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from meteora.artifacts.routers import ONE_INPUT
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.kernels import dispatch
@@ -25,6 +26,7 @@ from meteora.routing.gates import give_router, new_decisions, share_first_matmul
 from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Follower, Gate
 from meteora.serving.served_folder import UnservableError
+from meteora.serving.served_turns import ServedTurns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -78,14 +80,15 @@ class ServedExperts:
         """Read the manifest of a checkpoint; its tensors are read when they are needed."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
+        self.turns: ServedTurns | None = None
+        """Where a question decides for its turn: what the gates know of it."""
 
     def __getstate__(self) -> dict[str, Path]:
         """Only the place: another process reads the tensors itself."""
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
-        self.folder = state["folder"]
-        self.manifest = read_manifest(self.folder)
+        self.__init__(state["folder"])
 
     @cached_property
     def _file(self) -> safe_open:
@@ -101,6 +104,16 @@ class ServedExperts:
     def _decisions(self) -> dict[str, Decision]:
         return new_decisions(self._gates)
 
+    def read_turns(self, num_requests: int) -> ServedTurns:
+        """What gates decide with that wait for a whole question, to be asked for before a layer is.
+
+        Args:
+            num_requests: so many at most have tokens in one pass
+        """
+        # a request that waits for a pass keeps its decision
+        self.turns = ServedTurns(self._gates.template, 2 * num_requests)
+        return self.turns
+
     def build(self, parts: Sequence[Part], weight: Tensor) -> FusedExperts:
         """The experts of one projection of the server.
 
@@ -109,9 +122,15 @@ class ServedExperts:
             weight: of the projection; the experts lie where it does
 
         Raises:
-            UnservableError: a part has another size than its experts.
+            UnservableError: a part has another size than its experts, or the questions that its
+                gate waits for are not read.
         """
         options, layers = self.manifest.router, {}
+        if options.by_turns and self.turns is None:
+            raise UnservableError(
+                f"{self.folder}: its gates wait for whole questions, and vLLM's model of this base"
+                " shows no tokens to a plugin; set `router: {share: point}` in the recipe"
+            )
         for part in parts:
             path, entry = part.path, self.manifest.modules[part.path]
             found = weight.shape[1], part.end - part.start
@@ -124,11 +143,11 @@ class ServedExperts:
             a, b = tensors.read_factors(self._file, self.folder, self.manifest, path)
             stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
             layers[part] = RoutedExperts(stack)
-        closed = not self.decides_elsewhere(parts)
+        closed = not self._decides_elsewhere(parts)
         if closed and (merged := self._merged(layers)):
             layers = merged
         self._route(layers)
-        inline = closed and all(
+        inline = not self.in_order(parts) and all(
             _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
             for layer in layers.values()
         )
@@ -145,13 +164,13 @@ class ServedExperts:
         options = self.manifest.router
         for part, layer in layers.items():
             if options.kind == "gate":
-                give_router(layer, part.path, self._gates, options, self._decisions)
+                give_router(layer, part.path, self._gates, options, self._decisions, self.turns)
             else:
                 layer.router = make_router(options, layer)
 
     def _share(self, layers: Mapping[Part, RoutedExperts]) -> None:
         """Let layers that follow one gate compute A x together."""
-        if self.manifest.router.share == "point" and self.manifest.router.kind == "gate":
+        if self.manifest.router.share in ONE_INPUT and self.manifest.router.kind == "gate":
             by_path = {part.path: layer for part, layer in layers.items()}
             within = {p: q for p, q in self._gates.follows.items() if {p, q} <= by_path.keys()}
             share_first_matmuls(by_path, within)
@@ -189,7 +208,11 @@ class ServedExperts:
         whole = Part(first.path, first.start, first.start + size)
         return {whole: layer} if _is_dense(layer, self.manifest.router.top_k) else None
 
-    def decides_elsewhere(self, parts: Sequence[Part]) -> bool:
+    def in_order(self, parts: Sequence[Part]) -> bool:
+        """Whether the experts of these parts need what other operators leave behind."""
+        return self.manifest.router.by_turns or self._decides_elsewhere(parts)
+
+    def _decides_elsewhere(self, parts: Sequence[Part]) -> bool:
         """Whether a part follows a gate outside of them, or a gate of theirs is followed there."""
         if self.manifest.router.kind != "gate":
             return False

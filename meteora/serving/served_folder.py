@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint.export import ExportError, make_folder
@@ -39,8 +40,8 @@ CONFIG = "config.json"
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Weights in other formats: vLLM reads the base's safetensors."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
-SERVABLE = ("gate", "arrow", "norm", "uniform")
-"""Kinds of router whose routes depend on a token and what precedes it alone."""
+WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill"
+"""vLLM's options by which each request's prompt is computed in one pass."""
 
 
 class UnservableError(MeteoraError):
@@ -67,8 +68,8 @@ def problem_with_version(found: str) -> str:
     )
 
 
-def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = False) -> None:
-    """Write a folder that `vllm serve` takes.
+def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = False) -> str:
+    """Write a folder that `vllm serve` takes; the result is the options that it has to be given.
 
     Args:
         checkpoint: a folder; it stays as it is
@@ -108,26 +109,25 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         put(checkpoint / name, out / CHECKPOINT / name)
     text = json.dumps(config | {"quantization_config": asked}, indent=2)
     (out / CONFIG).write_text(text + "\n")
+    return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 
 def _check_routes(folder: Path, manifest: Manifest) -> None:
-    """Refuse routes that vLLM cannot compute: those that depend on tokens behind, or on chance."""
-    kind = manifest.router.kind
-    if kind not in SERVABLE:
+    """Refuse routes that depend on chance, on a pass of the base, or on what comes later."""
+    router = manifest.router
+    if router.kind not in SERVABLE:
         raise ExportError(
-            f"{folder}: its router is {kind!r}, and vLLM is given {', '.join(SERVABLE)}; set"
+            f"{folder}: its router is {router.kind!r}, and vLLM is given {', '.join(SERVABLE)}; set"
             " `router: {kind: gate}` in the recipe and run it again"
         )
-    if manifest.router.share == "turn":
-        asked, instead = "`share: turn`", "`router: {share: point}`"
-    elif kind == "gate" and read_gates(folder, manifest).template.opening:
-        asked, instead = "`opening: prompt`", "`router: {opening: shared}`"
-    else:
+    if router.kind != "gate" or router.by_turns:
         return
-    raise ExportError(
-        f"{folder}: its gates look ahead ({asked}), which no cache of prefixes and no prefill in"
-        f" chunks can do; set {instead} in the recipe and run it again"
-    )
+    if read_gates(folder, manifest).template.opening:
+        raise ExportError(
+            f"{folder}: its gates look ahead (`opening: prompt`), which no cache of prefixes and no"
+            " prefill in chunks can do; set `router: {opening: shared}` in the recipe and run it"
+            " again"
+        )
 
 
 def _check_fingerprint(base: Path, manifest: Manifest) -> None:

@@ -21,11 +21,16 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
+from meteora.serving.vllm_prompts import PromptsEmbeddingMethod, refuse_parts_of_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +76,7 @@ class MeteoraConfig(QuantizationConfig):
         self._path_of: dict[str, str] = {}
         """The module paths of the checkpoint, by those of vLLM."""
         self._found: set[str] = set()
-        self.order = torch.zeros(1)
+        self.order = torch.zeros(1, device=current_platform.device_type)
 
     @classmethod
     def get_name(cls) -> str:
@@ -118,6 +123,8 @@ class MeteoraConfig(QuantizationConfig):
         self._path_of = found
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return self._reads_prompts()
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")
@@ -128,6 +135,15 @@ class MeteoraConfig(QuantizationConfig):
         self._found.update(own)
         _refuse_what_is_not_supported(name)
         return ExpertsLinearMethod(self, prefix, names)
+
+    def _reads_prompts(self) -> PromptsEmbeddingMethod | None:
+        """The method of the embedding, where the gates wait for whole questions."""
+        if self.served is None or not self.served.manifest.router.by_turns:
+            return None
+        config = get_current_vllm_config()
+        refuse_parts_of_prompts(config)
+        turns = self.served.read_turns(config.scheduler_config.max_num_seqs)
+        return PromptsEmbeddingMethod(turns, self.order)
 
     def parts(self, prefix: str, names: Sequence[str], sizes: Sequence[int]) -> list[Part]:
         """The parts of a layer that have experts, by their paths in the checkpoint."""
@@ -205,9 +221,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         weight = layer.get_parameter("weight").data
         with set_default_torch_dtype(torch.float32):  # that of the model holds here
             layer.routed = served.build(parts, weight)
-        order = None
-        if served.decides_elsewhere(parts):
-            order = self.config.order = self.config.order.to(weight.device)
+        order = self.config.order if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
         super().process_weights_after_loading(layer)
 

@@ -283,8 +283,8 @@ def export(
         from meteora.serving.served_folder import export_for_vllm
 
         base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
-        export_for_vllm(folder, base, out, copy=copy)
-        say(f"serve it with `vllm serve {out}`")
+        options = export_for_vllm(folder, base, out, copy=copy)
+        say(f"serve it with `{' '.join(['vllm serve', str(out), options]).rstrip()}`")
     elif target == "llama.cpp":
         from meteora.checkpoint.gguf_export import export_gguf
 

@@ -142,10 +142,11 @@ def _limits(manifest: Manifest) -> list[str]:
         else "A prompt that is like no expert's task still goes to some expert.",
         "The faults of the base and the adapters, and the terms of their licences, apply here too.",
         "It runs in transformers, with this package.",
-        "Servers with their own model code, such as vLLM, cannot load it: its router looks ahead."
-        if router.opening == "prompt"
-        else "vLLM serves what `meteora export --for vllm` makes of it; other servers with model"
-        " code of their own cannot load it.",
+        "vLLM serves what `meteora export --for vllm` makes of it; other servers with model code of"
+        " their own cannot load it."
+        if router.is_servable
+        else "Servers with their own model code, such as vLLM, cannot load it: its router needs"
+        " whole prompts.",
     ]
 
 

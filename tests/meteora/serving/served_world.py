@@ -25,9 +25,10 @@ ORDER = [*ATTENTION, *MLP]
 JOINED = {"qkv_proj": ORDER[:3], "o_proj": ["o_proj"], "gate_up_proj": ORDER[4:6]}
 JOINED["down_proj"] = ["down_proj"]
 """The modules that vLLM computes as one, which share an input."""
+NO_TEMPLATE = Template()
 
 
-def random_gates(manifest: Manifest, opening: tuple[int, ...] = ()) -> Gates:
+def random_gates(manifest: Manifest, template: Template) -> Gates:
     """Gates for a Llama's modules, shared as the manifest says."""
     torch.manual_seed(0)
     points = {name: point for point, names in JOINED.items() for name in names}
@@ -35,15 +36,14 @@ def random_gates(manifest: Manifest, opening: tuple[int, ...] = ()) -> Gates:
     places = {path: path.split(".") for path in manifest.modules}
     for path, words in sorted(places.items(), key=lambda x: (x[1][2], ORDER.index(x[1][-1]))):
         layer, name = words[2], words[-1]
-        group = {"point": (layer, points[name]), "layer": (layer,)}.get(
-            manifest.router.share, (path,)
-        )
+        point, share = (layer, points[name]), manifest.router.share
+        group = {"point": point, "turn": point, "layer": (layer,)}.get(share, (path,))
         if (leader := leaders.setdefault(group, path)) == path:
             num_in, num_choices = manifest.modules[path].in_features, len(manifest.choices)
             own[path] = torch.randn(num_choices, num_in), torch.randn(num_choices)
         else:
             follows[path] = leader
-    return Gates(own, follows, Template(opening, (5,) if opening else ()))
+    return Gates(own, follows, template)
 
 
 def with_router(
@@ -52,7 +52,7 @@ def with_router(
     base: Path,
     options: RouterOptions,
     out: Path,
-    opening: tuple[int, ...] = (),
+    template: Template = NO_TEMPLATE,
 ) -> Path:
     """A copy of a checkpoint, with another router and the hash of its base."""
     out.mkdir()
@@ -61,5 +61,5 @@ def with_router(
     (out / MANIFEST).write_text(made.to_json())
     (out / EXPERTS).symlink_to(checkpoint / EXPERTS)
     if options.kind == "gate":
-        write_gates(out / GATES, random_gates(made, opening))
+        write_gates(out / GATES, random_gates(made, template))
     return out

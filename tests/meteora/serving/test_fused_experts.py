@@ -9,18 +9,22 @@ import torch
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import read_manifest
 from meteora.routing.layer import MoELoRALinear, RoutedExperts
 from meteora.serving import fused_experts
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import UnservableError
+from meteora.serving.served_turns import Requests
 from tests.meteora.serving.served_world import JOINED, with_router
 
 IDS = torch.arange(3, 43)[None]
+TEMPLATE = Template((3, 4), (25, 26))
 ROUTERS = {
     "one decision a module": RouterOptions("gate", 1, 1.0),
     "one decision a point, mean": RouterOptions("gate", 1, 1.0, opening="shared", share="point"),
     "one decision a layer": RouterOptions("gate", 2, 0.5, share="layer"),
+    "one decision a turn": RouterOptions("gate", 1, 1.0, opening="prompt", share="turn"),
     "margin, base": RouterOptions("gate", 3, 1.0, margin=2.0, null=True, share="point"),
     "arrow": RouterOptions("arrow", 2, 0.5),
     "norm": RouterOptions("norm", 1, 1.0),
@@ -47,11 +51,13 @@ def test_joined_projections_give_what_the_routed_layers_give(
     """Ragged ranks, modules that some or all experts lack; in one stack, or each in its own."""
     if kernel is not None:
         monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
-    folder = with_router(
-        world.checkpoint, world.manifest, world.base, ROUTERS[router], tmp_path / "made"
-    )
+    options, out = ROUTERS[router], tmp_path / "made"
+    template = TEMPLATE if options.by_turns else Template()
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, out, template)
     model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
     served, manifest = ServedExperts(folder), read_manifest(folder)
+    if served.manifest.router.by_turns:
+        served.read_turns(4).see(IDS[0], Requests([0, IDS.shape[1]], [IDS.shape[1]], [1]))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(path):
@@ -99,22 +105,32 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     assert len(shares) == 3
 
 
-def test_decisions_of_other_projections_are_known(world, tmp_path):
+def test_layers_are_kept_in_order_where_they_need_what_others_decide(world, tmp_path):
     own = [Part("model.layers.0.self_attn.q_proj", 0, 32)]
     for name, elsewhere in {
         "one decision a module": False,
         "one decision a layer": True,
+        "one decision a turn": True,
         "norm": False,
     }.items():
         out = tmp_path / name
         with_router(world.checkpoint, world.manifest, world.base, ROUTERS[name], out)
-        assert ServedExperts(out).decides_elsewhere(own) is elsewhere
+        assert ServedExperts(out).in_order(own) is elsewhere
 
 
 def test_experts_of_another_size_are_refused(world):
     with pytest.raises(UnservableError, match=r"the experts take 32 inputs and give 32, this"):
         ServedExperts(world.checkpoint).build(
             [Part("model.layers.0.self_attn.q_proj", 0, 16)], torch.empty(16, 32)
+        )
+
+
+def test_gates_that_wait_for_questions_are_refused_where_nobody_shows_these(world, tmp_path):
+    options = ROUTERS["one decision a turn"]
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    with pytest.raises(UnservableError, match=r"shows no tokens to a plugin; set `router: \{share"):
+        ServedExperts(folder).build(
+            [Part("model.layers.0.self_attn.q_proj", 0, 32)], torch.empty(32, 32)
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
 from meteora.checkpoint.export import ExportError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.model.fused import WrongBaseError
@@ -25,6 +26,7 @@ from tests.meteora.serving.served_world import ROUTER_ID, with_router
 
 SHARED = RouterOptions("gate", 1, 1.0, opening="shared", share="point")
 PLENTY = 1 << 40
+TEMPLATE = Template((3, 4), (5,))
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def checkpoint(world, tmp_path):
 
 def test_files_are_links_to_where_they_lie(world, checkpoint, tmp_path):
     out = tmp_path / "out"
-    export_for_vllm(checkpoint, world.base, out)
+    assert export_for_vllm(checkpoint, world.base, out) == ""
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).is_symlink()
         assert (out / name).samefile(world.base / name)
@@ -65,20 +67,23 @@ def test_a_router_without_gates_has_no_file_of_gates(world, tmp_path):
     assert {path.name for path in (tmp_path / "out/meteora").iterdir()} == {MANIFEST, EXPERTS}
 
 
-@pytest.mark.parametrize(
-    ("share", "opening", "instead"),
-    [("point", (3, 4), "opening: shared"), ("turn", (3, 4), "share: point"), ("turn", (), "share")],
-)
-def test_gates_that_look_ahead_are_refused_with_the_key_to_set(
-    share, opening, instead, world, tmp_path
-):
-    options = RouterOptions("gate", 1, 1.0, opening="prompt", share=share)
+def test_gates_that_look_ahead_are_refused_with_the_key_to_set(world, tmp_path):
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share="point")
     folder = with_router(
-        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", opening=opening
+        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", TEMPLATE
     )
-    with pytest.raises(ExportError, match=rf"set `router: \{{{instead}.*\}}` in the recipe"):
+    with pytest.raises(ExportError, match=r"set `router: \{opening: shared\}` in the recipe"):
         export_for_vllm(folder, world.base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_that_wait_for_a_question_come_with_the_options_that_vllm_needs(world, tmp_path):
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share="turn")
+    folder = with_router(
+        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", TEMPLATE
+    )
+    needed = export_for_vllm(folder, world.base, tmp_path / "out")
+    assert needed == "--no-enable-prefix-caching --no-enable-chunked-prefill"
 
 
 def test_routes_by_chance_are_refused(world, tmp_path):

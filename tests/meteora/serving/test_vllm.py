@@ -23,6 +23,7 @@ import torch
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
 from meteora.serving import vllm_plugin
 from meteora.serving.served_folder import UnservableError, export_for_vllm
 from tests.conftest import ATTENTION, MLP
@@ -39,6 +40,8 @@ DEADLINE_SECONDS = 400
 NEW = 12
 ENGINE = {"max_model_len": 256, "kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 8}
 PROMPTS = [list(range(3 + i, 40 + 7 * i)) for i in range(6)]
+TEMPLATE = Template((3, 4), (38, 39), header=(4,))
+PROMPTS.append([*PROMPTS[0], 70, *range(4, 12), 60, 38, 39])  # a conversation of two turns
 LORA = {
     "all_seven": {"r": 4, "lora_alpha": 8, "target_modules": [*ATTENTION, *MLP]},
     "attention": {"r": 3, "lora_alpha": 6, "target_modules": list(ATTENTION), "use_rslora": True},
@@ -58,7 +61,9 @@ ROUTERS = {
         "gate", 2, 0.7, margin=3.0, null=True, share="layer"
     ),
     "norm, two experts": RouterOptions("norm", 2, 0.5),
+    "gate, one decision a turn": RouterOptions("gate", 1, 1.0, opening="prompt", share="turn"),
 }
+WHOLE = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,8 @@ def build_served(tmp_path_factory, build_base, build_adapter, fuse_adapters):
             for seed, (name, lora) in enumerate(LORA.items())
         }
         manifest = fuse_adapters(base, adapters, folder / "fused")
-        made = with_router(folder / "fused", manifest, base, options, folder / "made")
+        template = TEMPLATE if options.by_turns else Template()
+        made = with_router(folder / "fused", manifest, base, options, folder / "made", template)
         export_for_vllm(made, base, folder / "served")
         return base, made, folder / "served"
 
@@ -113,10 +119,13 @@ def ask_transformers(base: Path, checkpoint: Path) -> list[list[int]]:
         ),
         ("vllm_qwen2", "gate, two experts, margin, base, one decision a layer", {}),
         ("vllm_gemma3", "norm, two experts", {}),
+        ("vllm_llama", "gate, one decision a turn", WHOLE),
+        ("vllm_qwen2", "gate, one decision a turn", WHOLE),
+        ("vllm_gemma3", "gate, one decision a turn", WHOLE),
     ],
 )
 def test_the_engine_gives_the_tokens_of_transformers(build_served, kind, router, engine):
-    """In both rounds: the second finds its prompts in the prefix cache."""
+    """In both rounds: the second finds its prompts in the prefix cache, if there is one."""
     base, checkpoint, served = build_served(kind, ROUTERS[router])
     expected = ask_transformers(base, checkpoint)
     for found in ask_vllm(served, **engine):
@@ -135,6 +144,29 @@ def test_a_model_on_several_devices_is_refused(kind):
         pytest.raises(UnservableError, match=f"{kind} is 2, and gates read whole inputs"),
     ):
         _refuse_what_is_not_supported("o_proj")
+
+
+def test_gates_that_wait_for_a_question_refuse_parts_of_prompts(build_served):
+    from vllm import EngineArgs  # noqa: PLC0415
+    from vllm.config import CUDAGraphMode  # noqa: PLC0415
+
+    from meteora.serving.vllm_prompts import refuse_parts_of_prompts  # noqa: PLC0415
+
+    served = build_served("vllm_llama", ROUTERS["gate, one decision a turn"])[2]
+    vllm_plugin.register()
+    for left_out in WHOLE:
+        options = {name: value for name, value in WHOLE.items() if name != left_out}
+        config = EngineArgs(str(served), **options).create_engine_config()
+        with pytest.raises(UnservableError, match="serve it with --no-enable-prefix-caching --no"):
+            refuse_parts_of_prompts(config)
+    config = EngineArgs(str(served), **WHOLE).create_engine_config()
+    refuse_parts_of_prompts(config)
+    config.speculative_config = object()
+    with pytest.raises(UnservableError, match="speculative_config is set"):
+        refuse_parts_of_prompts(config)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    with pytest.raises(UnservableError, match=r"serve it with -cc\.cudagraph_mode=NONE"):
+        refuse_parts_of_prompts(config)
 
 
 def test_another_version_of_vllm_is_refused_when_a_folder_is_served(monkeypatch):

@@ -1,0 +1,121 @@
+"""vLLM's embedding, which shows the tokens of each pass to gates that wait for whole questions.
+
+    embedding(layer, ids)   meteora::read_prompts(ids) ─▶ which request each token belongs to
+                            vLLM's own method
+
+It is the first layer of a model and the only one that sees token ids. vLLM's attention metadata
+tell where each request begins in a pass, and the first block of its keys and values is its own as
+long as it runs: no prefix is cached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.library import Library
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.forward_context import ForwardContext, get_forward_context
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from meteora.serving.served_folder import WHOLE_PROMPTS, UnservableError
+from meteora.serving.served_turns import Requests
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+
+    from meteora.serving.served_turns import ServedTurns
+
+KEY = "meteora.prompts"
+"""The embedding's name in vLLM's forward context."""
+
+_LIBRARY = Library("meteora", "FRAGMENT")
+_LIBRARY.define("read_prompts(Tensor ids, str layer, Tensor(a!) order) -> ()")
+
+
+def _read_prompts(ids: Tensor, layer: str, order: Tensor) -> None:  # noqa: ARG001
+    """Look at the tokens [T] of a pass.
+
+    Args:
+        layer: the embedding's name in vLLM's forward context
+        order: written by every layer that needs what is found here, so that none of them is moved
+            before; its content means nothing
+    """
+    context = get_forward_context()
+    context.no_compile_layers[layer].turns.see(ids, _requests_of(context))
+
+
+def _no_prompts(ids: Tensor, layer: str, order: Tensor) -> None:
+    """The operator for tensors without content, as torch.compile traces it."""
+
+
+_LIBRARY.impl("read_prompts", _read_prompts, "CPU")
+_LIBRARY.impl("read_prompts", _read_prompts, "CUDA")
+_LIBRARY._register_fake("read_prompts", _no_prompts)
+
+
+def _requests_of(context: ForwardContext) -> Requests | None:
+    """The requests of a pass; None where vLLM tries out how much it can hold.
+
+    Raises:
+        UnservableError: no layer's attention reaches back to the first block of a request, or its
+            kind does not tell where requests begin.
+    """
+    if not isinstance(by_layer := context.attn_metadata, dict) or not by_layer:
+        return None
+    for name, metadata in by_layer.items():
+        if context.no_compile_layers[name].sliding_window is None:
+            try:
+                found = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table[:, 0])
+            except AttributeError as error:
+                raise UnservableError(
+                    f"{type(metadata).__name__} does not tell where requests begin, which the gates"
+                    " of this model have to know; choose another --attention-backend"
+                ) from error
+            return Requests(*(numbers.tolist() for numbers in found))
+    raise UnservableError(
+        "each layer of this model attends to a sliding window alone, so that vLLM forgets where a"
+        " request began; set `router: {share: point}` in the recipe"
+    )
+
+
+def refuse_parts_of_prompts(config: VllmConfig) -> None:
+    """Refuse ways to serve a model in which a request's prompt is not computed in one pass."""
+    if config.cache_config.enable_prefix_caching or config.scheduler_config.enable_chunked_prefill:
+        raise UnservableError(
+            "the gates of this model wait for whole questions, which no cache of prefixes and no"
+            f" prefill in chunks can do; serve it with {WHOLE_PROMPTS}"
+        )
+    if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise UnservableError(
+            "the gates of this model wait for whole questions, which no CUDA graph can record;"
+            " serve it with -cc.cudagraph_mode=NONE"
+        )
+    for name in ("speculative_config", "kv_transfer_config"):
+        if getattr(config, name) is not None:
+            raise UnservableError(
+                f"{name} is set, by which vLLM computes requests in other ways than the gates of"
+                " this model, which wait for whole questions, can follow; leave it out"
+            )
+
+
+class PromptsEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """The method of the embedding of a model whose gates wait for whole questions."""
+
+    def __init__(self, turns: ServedTurns, order: Tensor) -> None:
+        super().__init__()
+        self.turns, self.order = turns, order
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        layer.turns = self.turns
+        layer.register_buffer("order", self.order, persistent=False)
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: int, **extra: object) -> None:
+        super().create_weights(layer, *sizes, **extra)
+        get_current_vllm_config().compilation_config.static_forward_context[KEY] = layer
+
+    def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
+        torch.ops.meteora.read_prompts(input_, KEY, layer.order)
+        return super().embedding(layer, input_)

@@ -2,6 +2,7 @@
 
 fused           load a checkpoint; routed layers in a base; force one expert
 prompt_choice   one expert for a whole prompt, without examples
+shared_prefix   what the prompts of a batch begin with is read once
 generate        an answer to a prompt
 chat            a conversation: answers that stream, each token with its expert
 trace           which expert had which token, layer by layer

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import TextStreamer
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.base.padding import mask_of, padded, padding_token
 from meteora.base.placement import input_device
+from meteora.model.shared_prefix import share_prefix
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
@@ -48,16 +48,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     given = [given] if isinstance(given, int) else given or []
     own = tokenizer.eos_token_id
     return sorted({*given, *([] if own is None else [own])})
-
-
-def whole_layers(cache: object) -> list[DynamicLayer] | None:
-    """The layers of a cache that holds all that the model has read.
-
-    None where one does not, such as a layer with a sliding window.
-    """
-    layers = cache.layers if isinstance(cache, DynamicCache) else [None]
-    whole = [layer for layer in layers if type(layer) is DynamicLayer]
-    return whole if len(whole) == len(layers) else None
 
 
 class _TerminalStreamer(TextStreamer):
@@ -118,11 +108,11 @@ def answer_all(
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
         chosen = by_length[start : start + PROMPTS_PER_BATCH]
         asked = [prompts[i] for i in chosen]
-        ids = padded(asked, pad or 0, "left")
+        rows = padded(asked, pad or 0, "left"), mask_of(asked, "left")
+        ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
             out = cast("GenerativePreTrainedModel", model).generate(
-                ids.to(input_device(model)),
-                attention_mask=mask_of(asked, "left").to(input_device(model)),
+                **share_prefix(model, ids, mask),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

@@ -89,5 +89,9 @@ class PromptRouter(Router):
         logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
         return torch.where(torch.tensor(self.has, device=logs.device), logs, 0.0)
 
+    @property
+    def is_causal(self) -> bool:
+        return False
+
     def forward(self, tokens: Tensor) -> Tensor:
         return self.held.logits_of(len(tokens), tokens.device)

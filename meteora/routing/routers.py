@@ -50,6 +50,11 @@ class Router(nn.Module):
         """Whether other layers follow what is decided here."""
         return False
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether what a token gets depends on nothing but the token and what precedes it."""
+        return True
+
     def extra_repr(self) -> str:
         options = self.options
         return f"C={self.num_choices}, top_k={options.top_k}, temperature={options.temperature}"
@@ -125,6 +130,10 @@ class Gate(Router):
     @property
     def leads(self) -> bool:
         return self.decision is not None
+
+    @property
+    def is_causal(self) -> bool:
+        return self.by_question is None
 
 
 @dataclass
@@ -211,6 +220,10 @@ class Random(Router):
     def forward(self, tokens: Tensor) -> Tensor:
         drawn = torch.rand(len(tokens), self.num_choices, generator=self._generator)
         return _without(drawn.to(tokens.device), self.blends)
+
+    @property
+    def is_causal(self) -> bool:
+        return False  # the draws depend on the whole batch
 
 
 class Arrow(Router):

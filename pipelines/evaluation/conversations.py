@@ -29,7 +29,8 @@ from meteora.base.chat_template import common_beginning
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
-from meteora.model.generate import end_tokens, whole_layers
+from meteora.model.generate import end_tokens
+from meteora.model.shared_prefix import whole_layers
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 

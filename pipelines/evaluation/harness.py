@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
 from meteora.model.prompt_choice import READER
+from meteora.model.shared_prefix import share_prefix
 from meteora.routing.gates import WATCHER
 from pipelines.data.conversations import takes
 
@@ -262,7 +263,9 @@ class _Model(MaskedModel):
         stop: list[str],
         **settings: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        out = super()._model_generate(context, max_length, stop, **settings)
+        batch = share_prefix(self.model, context, settings.pop("attention_mask"))
+        context = batch.pop("input_ids")
+        out = super()._model_generate(context, max_length, stop, **settings, **batch)
         new = out[:, context.shape[1] :]
         ended = (new == self.eot_token_id).any(-1).tolist()
         full = out.shape[1] >= max_length

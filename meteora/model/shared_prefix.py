@@ -1,0 +1,78 @@
+"""Prompts of a batch that begin alike: what they share is read once.
+
+    prompts   S S S a b   S S S c       S: a system prompt, a template's header, solved examples
+    cache     S S S, computed for one, held for each
+    batch     S S S a b   S S S · c     ·: padding, which is masked and has no position
+
+Its keys and values are those of each whole prompt, as long as nothing behind it has a say in them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SHORTEST = 8
+"""Tokens that several prompts share: fewer are not worth a pass of their own."""
+
+
+def whole_layers(cache: object) -> list[DynamicLayer] | None:
+    """The layers of a cache that holds all that the model has read.
+
+    None where one does not, such as a layer with a sliding window.
+    """
+    layers = cache.layers if isinstance(cache, DynamicCache) else [None]
+    whole = [layer for layer in layers if type(layer) is DynamicLayer]
+    return whole if len(whole) == len(layers) else None
+
+
+def share_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The arguments with which `model.generate` answers a batch, and reads its common prefix once.
+
+    The answers begin where they would begin without it. Where nothing can be shared, such as with a
+    router that looks ahead or a sliding window, the batch comes back as it is.
+
+    Args:
+        ids: of the prompts [B, L], padded at the left
+        mask: 1 for a token and 0 for padding [B, L]
+    """
+    batch = {"input_ids": ids, "attention_mask": mask}
+    length = _num_shared(ids, mask)
+    if len(ids) == 1 or length < SHORTEST or not _may_share(model):
+        return batch
+    there = mask.bool()
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if whole_layers(cache) is None:
+        return batch
+    prefix = ids[:1, there[0]][:, :length]
+    with torch.inference_mode():
+        model.base_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+    is_prefix = there & (there.cumsum(1) <= length)
+    order = torch.where(is_prefix, 0, there.long() + 1).argsort(dim=1, stable=True)
+    batch = {name: rows.gather(1, order) for name, rows in batch.items()}
+    return batch | {"past_key_values": cache}
+
+
+def _num_shared(ids: Tensor, mask: Tensor) -> int:
+    """How many tokens all prompts begin with; one of each at least is left to be read."""
+    left = ids.gather(1, mask.argsort(dim=1, descending=True, stable=True))
+    left = left[:, : max(0, int(mask.sum(1).min()) - 1)]
+    return int((left == left[:1]).all(0).long().cumprod(0).sum())
+
+
+def _may_share(model: PreTrainedModel) -> bool:
+    """Whether the model keeps a cache that may have gaps, and its routers do not look ahead."""
+    takes = inspect.signature(model.forward).parameters
+    routers = (layer.router for layer in routed_layers(model).values())
+    causal = all(router is None or router.is_causal for router in routers)
+    return causal and {"past_key_values", "position_ids"} <= takes.keys()

@@ -1,0 +1,94 @@
+"""What the prompts of a batch begin with is read once, and each answer is what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import meteora
+from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
+from meteora.base.padding import mask_of, padded
+from meteora.model.fused import make_router
+from meteora.model.shared_prefix import SHORTEST, share_prefix
+from meteora.routing.layer import routed_by
+from meteora.routing.routers import Gate
+from meteora.routing.turns import Turns
+from tests.meteora.model.test_architectures import TARGETS
+
+SHARED = list(range(5, 5 + SHORTEST))
+PROMPTS = [[*SHARED, 30, 31, 32], [*SHARED, 30, 33], [*SHARED, 40], [*SHARED, 50, *range(60, 66)]]
+NOT_SHARED = {"mistral", "gemma2", "gemma3", "gemma3n", "mamba", "bloom"}
+"""They have sliding windows, no keys and values, or take no positions."""
+
+
+def batch_of(prompts):
+    return padded(prompts, 0, "left"), mask_of(prompts, "left")
+
+
+def answers(model, prompts, **batch):
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**batch, **greedy)[:, max(map(len, prompts)) :].tolist()
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_architecture_answers_as_it_does_without(kind, build_base):
+    model = AutoModelForCausalLM.from_pretrained(build_base(kind), dtype=torch.float64).eval()
+    ids, mask = batch_of(PROMPTS)
+    shared = share_prefix(model, ids, mask)
+    assert ("past_key_values" in shared) == (kind not in NOT_SHARED)
+    expected = answers(model, PROMPTS, input_ids=ids, attention_mask=mask)
+    assert answers(model, PROMPTS, **shared) == expected
+
+
+def test_a_fused_model_answers_as_it_does_without_and_reads_the_prefix_once(world):
+    model = world.load()
+    ids, mask = batch_of(PROMPTS)
+    read = []
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer)):
+        expected = answers(model, PROMPTS, input_ids=ids, attention_mask=mask)
+        layer = model.model.layers[0]
+        layer.register_forward_hook(lambda _layer, _args, out: read.append(out.shape[:2].numel()))
+        assert answers(model, PROMPTS, **share_prefix(model, ids, mask)) == expected
+    rest = max(map(len, PROMPTS)) - SHORTEST
+    assert read[:2] == [SHORTEST, len(PROMPTS) * rest]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        PROMPTS[:1],
+        [[*SHARED[1:], 30], [*SHARED[1:], 31]],
+        [SHARED, [*SHARED, 31]],  # one token of each is left to be read
+        [[9, *SHARED, 3], [8, *SHARED, 3]],
+    ],
+)
+def test_too_little_in_common_is_read_with_each(world, prompts):
+    ids, mask = batch_of(prompts)
+    batch = share_prefix(world.load(), ids, mask)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"] is ids
+
+
+def waits(layer):
+    """A gate that waits for a whole question."""
+    num_choices, num_in = layer.num_choices, layer.stack.sizes.num_in
+    options = RouterOptions("gate", 1, 1.0, opening="prompt", share="turn")
+    turns = Turns(Template()).at_gate()
+    gate = torch.zeros(num_choices, num_in), torch.zeros(num_choices)
+    return Gate(*gate, options, by_question=turns)
+
+
+def draws(layer):
+    return make_router(RouterOptions("random", 1, 1.0), layer)
+
+
+@pytest.mark.parametrize("router", [waits, draws])
+def test_a_router_that_needs_whole_prompts_gets_them(world, router):
+    model = world.load()
+    batch = batch_of(PROMPTS)
+    with routed_by(model, router):
+        assert "past_key_values" not in share_prefix(model, *batch)
+        with meteora.without_experts(model):
+            assert "past_key_values" in share_prefix(model, *batch)

@@ -19,6 +19,7 @@ One adapter for each prompt, chosen from what the base computes on it:
 An adapter for each token:
 
     hidden gates  G is the mean input of each expert's examples (mergekit's `gate_mode: hidden`)
+    phatgoose     each adapter learns a gate of its own; a token has the two largest (`phatgoose`)
 
 Our own routers, Arrow and norms are a recipe's to compare.
 """
@@ -44,6 +45,7 @@ from meteora.routing.layer import routed_layers
 from pipelines.scoring.intervals import wilson
 from tests.benchmarks.bigbench import TRAININGS
 from tests.benchmarks.gate_world import Results, World, timed
+from tests.benchmarks.phatgoose import put_together
 from tests.benchmarks.timing import machine, table
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
@@ -60,6 +62,7 @@ NEEDS = {
     "logo norm": "nothing",
     "logo entropy": "nothing",
     "hidden gates": "examples",
+    "phatgoose": "examples, each adapter its own",
 }
 
 
@@ -180,11 +183,14 @@ def measure(world: World, name: str, results: Results) -> None:
     """Measure one router, if it is not there."""
     if name in results:
         return
-    if name == "hidden gates":
+    if name in ("hidden gates", "phatgoose"):
         model = world.model()
         with timed() as took:
-            gates = mean_inputs(world, model)
-        insert_gates(model, gates, RouterOptions("gate", 1, 1.0, share="point"))
+            if name == "phatgoose":
+                put_together(world, model, EXAMPLES)
+            else:
+                gates = mean_inputs(world, model)
+                insert_gates(model, gates, RouterOptions("gate", 1, 1.0, share="point"))
         share, scores = world.routing(model)["after"], world.scores(model)
         results.keep(name, {"own tokens": share, "seconds": took["seconds"], "scores": scores})
         return

@@ -112,7 +112,7 @@ def answer_all(
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
             out = cast("GenerativePreTrainedModel", model).generate(
-                **share_prefix(model, ids, mask),
+                **share_prefix(model, ids, mask).to_generate(),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

@@ -10,7 +10,7 @@ Its keys and values are those of each whole prompt, as long as nothing behind it
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -35,32 +35,64 @@ def whole_layers(cache: object) -> list[DynamicLayer] | None:
     return whole if len(whole) == len(layers) else None
 
 
-def share_prefix(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    """The arguments with which `model.generate` answers a batch, and reads its common prefix once.
+class Started(NamedTuple):
+    """A batch whose common prefix is read, if it has one."""
+
+    ids: Tensor
+    """[B, L]; where a prefix is read, padding stands behind it."""
+    mask: Tensor
+    """[B, L]: 1 for a token and 0 for padding."""
+    cache: DynamicCache | None
+    """The keys and values of the prefix, for each prompt."""
+
+    @property
+    def num_read(self) -> int:
+        """The length of the prefix."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
+
+    def to_generate(self) -> dict[str, Any]:
+        """The arguments of `model.generate` that go on from here."""
+        batch = {"input_ids": self.ids, "attention_mask": self.mask}
+        return batch if self.cache is None else batch | {"past_key_values": self.cache}
+
+    def to_read(self) -> dict[str, Any]:
+        """The arguments of the pass over what is left of the prompts."""
+        if self.cache is None:
+            return self.to_generate()
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        rest = {"input_ids": self.ids, "position_ids": positions}
+        left = {name: rows[:, self.num_read :] for name, rows in rest.items()}
+        return self.to_generate() | left
+
+
+def share_prefix(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, at_most: int | None = None
+) -> Started:
+    """Read what the prompts of a batch begin with, once.
 
     The answers begin where they would begin without it. Where nothing can be shared, such as with a
-    router that looks ahead or a sliding window, the batch comes back as it is.
+    router that looks ahead or a sliding window, the batch stays as it is.
 
     Args:
-        ids: of the prompts [B, L], padded at the left
+        ids: of the prompts [B, L], padded at the left, or at the right where none is answered
         mask: 1 for a token and 0 for padding [B, L]
+        at_most: so many tokens of each
     """
-    batch = {"input_ids": ids, "attention_mask": mask}
     length = _num_shared(ids, mask)
+    length = length if at_most is None else min(length, at_most)
     if len(ids) == 1 or length < SHORTEST or not _may_share(model):
-        return batch
+        return Started(ids, mask, None)
     there = mask.bool()
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if whole_layers(cache) is None:
-        return batch
+        return Started(ids, mask, None)
     prefix = ids[:1, there[0]][:, :length]
     with torch.inference_mode():
         model.base_model(input_ids=prefix, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(ids))
     is_prefix = there & (there.cumsum(1) <= length)
     order = torch.where(is_prefix, 0, there.long() + 1).argsort(dim=1, stable=True)
-    batch = {name: rows.gather(1, order) for name, rows in batch.items()}
-    return batch | {"past_key_values": cache}
+    return Started(ids.gather(1, order), mask.gather(1, order), cache)
 
 
 def _num_shared(ids: Tensor, mask: Tensor) -> int:

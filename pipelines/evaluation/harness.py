@@ -263,7 +263,8 @@ class _Model(MaskedModel):
         stop: list[str],
         **settings: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        batch = share_prefix(self.model, context, settings.pop("attention_mask"))
+        started = share_prefix(self.model, context, settings.pop("attention_mask"))
+        batch = started.to_generate()
         context = batch.pop("input_ids")
         out = super()._model_generate(context, max_length, stop, **settings, **batch)
         new = out[:, context.shape[1] :]

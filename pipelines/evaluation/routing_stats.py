@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from meteora.base.chat_template import Template, encode_pair, encode_prompt
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
+from meteora.model.shared_prefix import share_prefix
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
 from pipelines.data.composites import compose, encode_composite, fits
@@ -89,41 +90,33 @@ def measure_routing(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
-        there = mask_of(encoded)
-        counted = there.bool()
-        counted[:, :opening] = False
-        add(total, _sums(model, padded(encoded), there, counted.flatten()))
+        ids, mask = (row.to(input_device(model)) for row in (padded(encoded), mask_of(encoded)))
+        started = share_prefix(model, ids, mask, at_most=opening)
+        counted = started.mask.bool() & (started.mask.cumsum(1) > opening)
+        add(total, _sums(model, started.to_read(), counted[:, started.num_read :].flatten()))
         advance(len(batch))
     return total
 
 
-def _sums(
-    model: PreTrainedModel, ids: Tensor, there: Tensor, counted: Tensor
-) -> dict[str, RoutingSums]:
+def _sums(model: PreTrainedModel, batch: dict[str, Any], counted: Tensor) -> dict[str, RoutingSums]:
     """The sums of one forward pass.
 
     Args:
-        ids: [B, L]
-        there: their attention mask, [B, L]
-        counted: which of them count, [B × L]
+        batch: its arguments, ids [B, L] among them
+        counted: which of the tokens count, [B × L]
     """
     with (
         torch.inference_mode(),
         recorded_logits(model) as logits,
         recorded_routes(model) as routes,
     ):
-        model(
-            input_ids=ids.to(input_device(model)),
-            attention_mask=there.to(input_device(model)),
-            logits_to_keep=1,
-        )
+        model(**batch, logits_to_keep=1)
     num_experts = len(expert_names(model))
     temperature = {
         path: layer.router.options.temperature
         for path, layer in routed_layers(model).items()
         if layer.router is not None
     }
-    counted = counted.to(input_device(model))
     chosen = {path: experts[counted, 0] for path, (_, experts) in routes.items()}
     votes = sum(torch.nn.functional.one_hot(own, num_experts) for own in chosen.values())
     majority = torch.as_tensor(votes).argmax(-1)

@@ -36,7 +36,7 @@ def answers(model, prompts, **batch):
 def test_every_architecture_answers_as_it_does_without(kind, build_base):
     model = AutoModelForCausalLM.from_pretrained(build_base(kind), dtype=torch.float64).eval()
     ids, mask = batch_of(PROMPTS)
-    shared = share_prefix(model, ids, mask)
+    shared = share_prefix(model, ids, mask).to_generate()
     assert ("past_key_values" in shared) == (kind not in NOT_SHARED)
     expected = answers(model, PROMPTS, input_ids=ids, attention_mask=mask)
     assert answers(model, PROMPTS, **shared) == expected
@@ -50,9 +50,24 @@ def test_a_fused_model_answers_as_it_does_without_and_reads_the_prefix_once(worl
         expected = answers(model, PROMPTS, input_ids=ids, attention_mask=mask)
         layer = model.model.layers[0]
         layer.register_forward_hook(lambda _layer, _args, out: read.append(out.shape[:2].numel()))
-        assert answers(model, PROMPTS, **share_prefix(model, ids, mask)) == expected
+        started = share_prefix(model, ids, mask)
+        assert answers(model, PROMPTS, **started.to_generate()) == expected
     rest = max(map(len, PROMPTS)) - SHORTEST
     assert read[:2] == [SHORTEST, len(PROMPTS) * rest]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pass_over_the_rest_gives_what_the_whole_pass_gives(world, side):
+    model = world.load(dtype="float64")
+    rows = padded(PROMPTS, 0, side), mask_of(PROMPTS, side)
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer)):
+        started = share_prefix(model, *rows, at_most=SHORTEST)
+        assert started.num_read == SHORTEST
+        with torch.inference_mode():
+            found = model(**started.to_read()).logits
+            for row, there, prompt in zip(found, started.mask, PROMPTS, strict=True):
+                alone = model(torch.tensor([prompt])).logits[0, SHORTEST:]
+                torch.testing.assert_close(row[there[SHORTEST:].bool()], alone)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +81,9 @@ def test_a_fused_model_answers_as_it_does_without_and_reads_the_prefix_once(worl
 )
 def test_too_little_in_common_is_read_with_each(world, prompts):
     ids, mask = batch_of(prompts)
-    batch = share_prefix(world.load(), ids, mask)
-    assert set(batch) == {"input_ids", "attention_mask"}
-    assert batch["input_ids"] is ids
+    started = share_prefix(world.load(), ids, mask)
+    assert started.cache is None
+    assert started.ids is ids
 
 
 def waits(layer):
@@ -89,6 +104,6 @@ def test_a_router_that_needs_whole_prompts_gets_them(world, router):
     model = world.load()
     batch = batch_of(PROMPTS)
     with routed_by(model, router):
-        assert "past_key_values" not in share_prefix(model, *batch)
+        assert share_prefix(model, *batch).cache is None
         with meteora.without_experts(model):
-            assert "past_key_values" in share_prefix(model, *batch)
+            assert share_prefix(model, *batch).cache is not None

@@ -40,8 +40,8 @@ CONFIG = "config.json"
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Weights in other formats: vLLM reads the base's safetensors."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
-WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill"
-"""vLLM's options by which each request's prompt is computed in one pass."""
+WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=NONE"
+"""vLLM's options by which each request's prompt is computed in one pass, and seen before."""
 
 
 class UnservableError(MeteoraError):

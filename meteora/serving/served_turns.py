@@ -87,9 +87,12 @@ class ServedTurns:
     def _find(self, ids: Tensor, requests: Requests) -> SeenPass:
         counts = [end - start for start, end in pairwise(requests.starts)]
         begins = [n == length for n, length in zip(counts, requests.lengths, strict=True)]
+        found = [
+            self._new_slot(key) if new else self._slot_of(key, count)
+            for key, new, count in zip(requests.keys, begins, counts, strict=True)
+        ]
         slots, begun, sizes = (
-            torch.tensor(row, device=ids.device)
-            for row in (list(map(self._slot, requests.keys, begins)), begins, counts)
+            torch.tensor(row, device=ids.device) for row in (found, begins, counts)
         )
         of_tokens = slots.repeat_interleave(sizes)
         # a pass may be filled up with tokens of nobody
@@ -103,19 +106,24 @@ class ServedTurns:
         places = begun.repeat_interleave(sizes).nonzero().squeeze(1)
         return SeenPass(of_tokens, Begun(slots[begun], places, there, asked))
 
-    def _slot(self, key: int, begins: bool) -> int:
-        """Where the decision of a request is held; the least recent one makes room for a new."""
+    def _new_slot(self, key: int) -> int:
+        """Where the decision of a request is held that begins; the least recent one makes room."""
         slot = self._slots.pop(key, None)
         if slot is None:
-            if not begins:
-                raise UnreadPromptError(
-                    "a request goes on whose beginning was not read; its whole prompt has to be"
-                    " computed in one pass"
-                )
             full = len(self._slots) == self.num_held
             slot = self._slots.popitem(last=False)[1] if full else len(self._slots)
         self._slots[key] = slot
         return slot
+
+    def _slot_of(self, key: int, num_tokens: int) -> int:
+        """Where the decision of a request is held that goes on with so many tokens."""
+        if key not in self._slots or num_tokens > 1:
+            raise UnreadPromptError(
+                f"a request goes on with {num_tokens} tokens, and its whole prompt was not read; it"
+                " has to be computed in one pass"
+            )
+        self._slots.move_to_end(key)
+        return self._slots[key]
 
 
 class ServedTurn:

@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
-from meteora.serving.vllm_prompts import PromptsEmbeddingMethod, refuse_parts_of_prompts
+from meteora.serving.vllm_prompts import Order, PromptsEmbeddingMethod, refuse_parts_of_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,8 +51,7 @@ def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None
 
     Args:
         layer: its name in vLLM's forward context
-        order: written by all layers that share decisions, so that none of them is moved before
-            another; its content means nothing
+        order: see `vllm_prompts.Order`
     """
     experts = get_forward_context().no_compile_layers[layer].routed
     experts.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
@@ -76,7 +75,7 @@ class MeteoraConfig(QuantizationConfig):
         self._path_of: dict[str, str] = {}
         """The module paths of the checkpoint, by those of vLLM."""
         self._found: set[str] = set()
-        self.order = torch.zeros(1, device=current_platform.device_type)
+        self.order = Order()
 
     @classmethod
     def get_name(cls) -> str:
@@ -221,7 +220,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         weight = layer.get_parameter("weight").data
         with set_default_torch_dtype(torch.float32):  # that of the model holds here
             layer.routed = served.build(parts, weight)
-        order = self.config.order if served.in_order(parts) else None
+        order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
         super().process_weights_after_loading(layer)
 

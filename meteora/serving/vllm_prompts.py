@@ -39,11 +39,10 @@ def _read_prompts(ids: Tensor, layer: str, order: Tensor) -> None:  # noqa: ARG0
 
     Args:
         layer: the embedding's name in vLLM's forward context
-        order: written by every layer that needs what is found here, so that none of them is moved
-            before; its content means nothing
+        order: see `Order`
     """
     context = get_forward_context()
-    context.no_compile_layers[layer].turns.see(ids, _requests_of(context))
+    context.no_compile_layers[layer].turns.see(ids.flatten(), _requests_of(context))
 
 
 def _no_prompts(ids: Tensor, layer: str, order: Tensor) -> None:
@@ -53,6 +52,21 @@ def _no_prompts(ids: Tensor, layer: str, order: Tensor) -> None:
 _LIBRARY.impl("read_prompts", _read_prompts, "CPU")
 _LIBRARY.impl("read_prompts", _read_prompts, "CUDA")
 _LIBRARY._register_fake("read_prompts", _no_prompts)
+
+
+class Order:
+    """One tensor that operators write which leave something behind for each other.
+
+    So none of them is moved before another. Its content means nothing.
+    """
+
+    def __init__(self) -> None:
+        self._tensor = torch.zeros(1)  # of no device: the config that holds it goes to others
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor, where the model lies."""
+        self._tensor = self._tensor.to(device)
+        return self._tensor
 
 
 def _requests_of(context: ForwardContext) -> Requests | None:
@@ -65,7 +79,7 @@ def _requests_of(context: ForwardContext) -> Requests | None:
     if not isinstance(by_layer := context.attn_metadata, dict) or not by_layer:
         return None
     for name, metadata in by_layer.items():
-        if context.no_compile_layers[name].sliding_window is None:
+        if getattr(context.no_compile_layers[name], "sliding_window", 0) is None:
             try:
                 found = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table[:, 0])
             except AttributeError as error:
@@ -81,40 +95,55 @@ def _requests_of(context: ForwardContext) -> Requests | None:
 
 
 def refuse_parts_of_prompts(config: VllmConfig) -> None:
-    """Refuse ways to serve a model in which a request's prompt is not computed in one pass."""
-    if config.cache_config.enable_prefix_caching or config.scheduler_config.enable_chunked_prefill:
+    """Refuse ways to serve a model in which a request's prompt is not seen whole, in one pass."""
+    cache, scheduler, model = config.cache_config, config.scheduler_config, config.model_config
+    if (
+        cache.enable_prefix_caching
+        or scheduler.enable_chunked_prefill
+        or config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+    ):
         raise UnservableError(
-            "the gates of this model wait for whole questions, which no cache of prefixes and no"
-            f" prefill in chunks can do; serve it with {WHOLE_PROMPTS}"
+            "the gates of this model wait for whole questions, which no cache of prefixes, no"
+            f" prefill in chunks and no CUDA graph can do; serve it with {WHOLE_PROMPTS}"
         )
-    if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        raise UnservableError(
-            "the gates of this model wait for whole questions, which no CUDA graph can record;"
-            " serve it with -cc.cudagraph_mode=NONE"
-        )
-    for name in ("speculative_config", "kv_transfer_config"):
-        if getattr(config, name) is not None:
+    asked = {
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
+        "speculative_config": config.speculative_config,
+        "kv_transfer_config": config.kv_transfer_config,
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "enable_dbo": config.parallel_config.use_ubatching,
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+    }
+    for name, value in asked.items():
+        if value:
             raise UnservableError(
-                f"{name} is set, by which vLLM computes requests in other ways than the gates of"
+                f"{name} is set, by which vLLM computes prompts in other ways than the gates of"
                 " this model, which wait for whole questions, can follow; leave it out"
             )
+    if model.is_multimodal_model:
+        raise UnservableError(
+            "vLLM embeds the prompts of this model, which takes images, too, before the gates can"
+            " see them, and they wait for whole questions; set `router: {share: point}` in the"
+            " recipe"
+        )
 
 
 class PromptsEmbeddingMethod(UnquantizedEmbeddingMethod):
     """The method of the embedding of a model whose gates wait for whole questions."""
 
-    def __init__(self, turns: ServedTurns, order: Tensor) -> None:
+    def __init__(self, turns: ServedTurns, order: Order) -> None:
         super().__init__()
         self.turns, self.order = turns, order
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        super().process_weights_after_loading(layer)
-        layer.turns = self.turns
-        layer.register_buffer("order", self.order, persistent=False)
 
     def create_weights(self, layer: torch.nn.Module, *sizes: int, **extra: object) -> None:
         super().create_weights(layer, *sizes, **extra)
         get_current_vllm_config().compilation_config.static_forward_context[KEY] = layer
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        layer.turns = self.turns
+        order = self.order.on(layer.get_parameter("weight").device)
+        layer.register_buffer("order", order, persistent=False)
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         torch.ops.meteora.read_prompts(input_, KEY, layer.order)

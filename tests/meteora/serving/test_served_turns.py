@@ -63,15 +63,16 @@ def test_a_request_of_a_used_number_or_one_that_begins_again_is_read_anew():
     torch.testing.assert_close(ask(turns, gate, (6, again, 0)), expected)
 
 
-def test_decisions_are_held_of_the_last_requests_and_an_unknown_one_is_refused():
+def test_decisions_are_held_of_the_last_requests_and_others_are_refused():
     turns = ServedTurns(TEMPLATE, num_held=2)
     gate = turns.at_gate()
     for key in (1, 2, 3):
         ask(turns, gate, (key, SINGLE, 0))
     for key in (2, 3):
         torch.testing.assert_close(ask(turns, gate, (key, [9], 9))[0], alone(SINGLE)[1])
-    with pytest.raises(UnreadPromptError, match="whole prompt has to be computed in one pass"):
-        ask(turns, gate, (1, [9], 9))
+    for key, ids in ((1, [9]), (3, [9, 9])):  # an unknown one, and one that comes in parts
+        with pytest.raises(UnreadPromptError, match="whole prompt was not read"):
+            ask(turns, gate, (key, ids, 9))
 
 
 def test_a_server_tries_out_its_memory_with_tokens_of_nobody():

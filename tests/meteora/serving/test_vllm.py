@@ -148,7 +148,6 @@ def test_a_model_on_several_devices_is_refused(kind):
 
 def test_gates_that_wait_for_a_question_refuse_parts_of_prompts(build_served):
     from vllm import EngineArgs  # noqa: PLC0415
-    from vllm.config import CUDAGraphMode  # noqa: PLC0415
 
     from meteora.serving.vllm_prompts import refuse_parts_of_prompts  # noqa: PLC0415
 
@@ -159,14 +158,17 @@ def test_gates_that_wait_for_a_question_refuse_parts_of_prompts(build_served):
         config = EngineArgs(str(served), **options).create_engine_config()
         with pytest.raises(UnservableError, match="serve it with --no-enable-prefix-caching --no"):
             refuse_parts_of_prompts(config)
-    config = EngineArgs(str(served), **WHOLE).create_engine_config()
-    refuse_parts_of_prompts(config)
-    config.speculative_config = object()
-    with pytest.raises(UnservableError, match="speculative_config is set"):
-        refuse_parts_of_prompts(config)
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    with pytest.raises(UnservableError, match=r"serve it with -cc\.cudagraph_mode=NONE"):
-        refuse_parts_of_prompts(config)
+    for config, name in (
+        ("compilation_config", "cudagraph_mode"),
+        ("scheduler_config", "long_prefill_token_threshold"),
+        ("", "speculative_config"),
+        ("model_config", "enable_prompt_embeds"),
+    ):
+        found = EngineArgs(str(served), **WHOLE).create_engine_config()
+        refuse_parts_of_prompts(found)
+        setattr(getattr(found, config) if config else found, name, 1)
+        with pytest.raises(UnservableError, match=f"{name} is set|no CUDA graph can do"):
+            refuse_parts_of_prompts(found)
 
 
 def test_another_version_of_vllm_is_refused_when_a_folder_is_served(monkeypatch):

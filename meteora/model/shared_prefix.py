@@ -10,6 +10,7 @@ Its keys and values are those of each whole prompt, as long as nothing behind it
 from __future__ import annotations
 
 import inspect
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,11 +19,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SHORTEST = 8
 """Tokens that several prompts share: fewer are not worth a pass of their own."""
+
+
+ROTATIONS = {"dynamic", "longrope"}
+PLAIN = {"num_beams": (None, 1), "num_return_sequences": (None, 1), "cache_implementation": (None,)}
+"""Settings of `generate` by which one answer comes of each prompt, on the usual cache."""
 
 
 def whole_layers(cache: object) -> list[DynamicLayer] | None:
@@ -66,7 +74,12 @@ class Started(NamedTuple):
 
 
 def share_prefix(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, *, at_most: int | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    at_most: int | None = None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> Started:
     """Read what the prompts of a batch begin with, once.
 
@@ -77,10 +90,11 @@ def share_prefix(
         ids: of the prompts [B, L], padded at the left, or at the right where none is answered
         mask: 1 for a token and 0 for padding [B, L]
         at_most: so many tokens of each
+        asked: further arguments that `generate` is to get
     """
     length = _num_shared(ids, mask)
     length = length if at_most is None else min(length, at_most)
-    if len(ids) == 1 or length < SHORTEST or not _may_share(model):
+    if len(ids) == 1 or length < SHORTEST or not _may_share(model, asked):
         return Started(ids, mask, None)
     there = mask.bool()
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -88,7 +102,10 @@ def share_prefix(
         return Started(ids, mask, None)
     prefix = ids[:1, there[0]][:, :length]
     with torch.inference_mode():
-        model.base_model(input_ids=prefix, past_key_values=cache, use_cache=True)
+        positions = torch.arange(length, device=ids.device)[None]
+        model.base_model(
+            input_ids=prefix, position_ids=positions, past_key_values=cache, use_cache=True
+        )
         cache.batch_repeat_interleave(len(ids))
     is_prefix = there & (there.cumsum(1) <= length)
     order = torch.where(is_prefix, 0, there.long() + 1).argsort(dim=1, stable=True)
@@ -102,9 +119,24 @@ def _num_shared(ids: Tensor, mask: Tensor) -> int:
     return int((left == left[:1]).all(0).long().cumprod(0).sum())
 
 
-def _may_share(model: PreTrainedModel) -> bool:
-    """Whether the model keeps a cache that may have gaps, and its routers do not look ahead."""
-    takes = inspect.signature(model.forward).parameters
+def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
+    """Whether the answers go on from a cache that has gaps, and no router looks ahead."""
+    takes = inspect.signature(model.base_model.forward).parameters
+    if not {"past_key_values", "position_ids"} <= takes.keys():
+        return False
+    config = model.config.get_text_config(decoder=True)
+    # a window of GPT-Neo's counts gaps, and these rotations depend on the length of the whole
+    if getattr(config, "window_size", 0) or ROTATIONS & _rotations(config):
+        return False
+    own = model.generation_config.to_dict() if model.can_generate() else {}
+    if any((own | dict(asked)).get(name) not in plain for name, plain in PLAIN.items()):
+        return False
     routers = (layer.router for layer in routed_layers(model).values())
-    causal = all(router is None or router.is_causal for router in routers)
-    return causal and {"past_key_values", "position_ids"} <= takes.keys()
+    return all(router is None or router.is_causal for router in routers)
+
+
+def _rotations(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary position embeddings that a model has."""
+    given = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in given.values() if isinstance(value, dict)]
+    return {str(one.get("rope_type")) for one in (given, *by_layer)}

@@ -263,7 +263,8 @@ class _Model(MaskedModel):
         stop: list[str],
         **settings: Any,  # noqa: ANN401
     ) -> torch.Tensor:
-        started = share_prefix(self.model, context, settings.pop("attention_mask"))
+        mask = settings.pop("attention_mask")
+        started = share_prefix(self.model, context, mask, asked=settings)
         batch = started.to_generate()
         context = batch.pop("input_ids")
         out = super()._model_generate(context, max_length, stop, **settings, **batch)

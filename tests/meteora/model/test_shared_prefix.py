@@ -86,6 +86,20 @@ def test_too_little_in_common_is_read_with_each(world, prompts):
     assert started.ids is ids
 
 
+def test_what_a_gap_or_a_setting_would_change_is_read_with_each(world, build_base):
+    batch = batch_of(PROMPTS)
+    model = world.load()
+    assert share_prefix(model, *batch, asked={"num_beams": 3}).cache is None
+    model.generation_config.cache_implementation = "static"
+    assert share_prefix(model, *batch).cache is None
+    for change in ({"window_size": 256}, {"rope_parameters": {"rope_type": "dynamic"}}):
+        model = AutoModelForCausalLM.from_pretrained(build_base("llama"))
+        assert share_prefix(model, *batch).cache is not None
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        assert share_prefix(model, *batch).cache is None
+
+
 def waits(layer):
     """A gate that waits for a whole question."""
     num_choices, num_in = layer.num_choices, layer.stack.sizes.num_in

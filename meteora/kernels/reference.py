@@ -40,6 +40,9 @@ def route(
         weights [T, K], which sum to one over K, and experts [T, K]. K is at most E.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
+    if top_k == 1:  # less work, which a compiler can join to what is around it
+        experts = logits.argmax(dim=-1, keepdim=True)
+        return torch.ones_like(experts, dtype=wide), experts
     top, experts = logits.to(wide).topk(min(top_k, logits.shape[-1]), dim=-1)
     if margin is not None:
         top = top.masked_fill(top < top[:, :1] - margin, -torch.inf)

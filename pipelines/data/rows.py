@@ -55,40 +55,6 @@ def rows_sha256(rows: Sequence[Noun]) -> str:
     return canonical_sha256([row.to_dict() for row in rows])
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """A test row that is also an example."""
-
-    task: str
-    test: int
-    """The number of the row among the tests of its task, from 0."""
-    expert: str
-    example: int
-    """The number of the row among the examples of the expert, from 0."""
-    prompt: str
-
-
-def find_overlaps(
-    examples: Mapping[str, Sequence[Row]], tests: Mapping[str, Sequence[Row]]
-) -> list[Overlap]:
-    """Every test row whose prompt is also an example.
-
-    Args:
-        examples: by expert
-        tests: by task
-    """
-    known: dict[str, tuple[str, int]] = {}
-    for name, rows in examples.items():
-        for number, row in enumerate(rows):
-            known.setdefault(row.sha256, (name, number))
-    return [
-        Overlap(task, number, *known[row.sha256], row.prompt)
-        for task, rows in tests.items()
-        for number, row in enumerate(rows)
-        if row.sha256 in known
-    ]
-
-
 def refuse_overlap(
     examples: Mapping[str, Sequence[Row]],
     tests: Mapping[str, Sequence[Row]],
@@ -110,17 +76,26 @@ def refuse_overlap(
     Raises:
         ExamplesError: a prompt is in both.
     """
-    found = find_overlaps(examples, tests)
+    known: dict[str, tuple[str, int]] = {}
+    for name, rows in examples.items():
+        for number, row in enumerate(rows):
+            known.setdefault(row.sha256, (name, number))
+    found = [
+        (task, number, row)
+        for task, rows in tests.items()
+        for number, row in enumerate(rows)
+        if row.sha256 in known
+    ]
     if not found:
         return
-    first = found[0]
-    others = [row.prompt for row in (*tests[first.task], *examples[first.expert])]
-    shown = differing_part(first.prompt, others)
+    task, test, row = found[0]
+    expert, example = known[row.sha256]
+    others = [other.prompt for other in (*tests[task], *examples[expert])]
+    shown = differing_part(row.prompt, others)
     count = f"; there are {len(found):,} such test rows" if len(found) > 1 else ""
     raise ExamplesError(
-        f"task {first.task}: {test_place(first.task, first.test)} with the prompt {shown!r} is also"
-        f" {kind.format(expert=first.expert)}, {example_place(first.expert, first.example)};"
-        f" {advice}{count}"
+        f"task {task}: {test_place(task, test)} with the prompt {shown!r} is also"
+        f" {kind.format(expert=expert)}, {example_place(expert, example)}; {advice}{count}"
     )
 
 

@@ -7,12 +7,12 @@ sizes throughout, so tensors alone do not tell an adapter of one from an adapter
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
-from meteora.artifacts import Fingerprint, MeteoraError
+from meteora.artifacts import MeteoraError
 from meteora.base.loading import fingerprint, load_tokenizer
 from meteora.untrusted.findings import Findings, shortened
 
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-SIZES = tuple(
-    field.name
-    for field in fields(Fingerprint)
-    if field.name not in ("architecture", "vocab_size", "vocabulary_sha256")
-)
+NOT_SIZES = ("architecture", "vocab_size", "vocabulary_sha256")
+"""Fields of a fingerprint that copies of a base may differ in."""
 LEAST_IN_COMMON = 0.9
 """Of the smaller vocabulary. Tokens that a fine-tuned copy adds or renames are a few hundred."""
 
@@ -56,7 +53,8 @@ def compare_bases(named: str, folder: Path, ours: Path) -> Findings:
         raise UnreadableBaseError("the tokenizer of the base at hand cannot be read")
     mine = fingerprint(our_config, our_tokenizer)
     its = fingerprint(their_config, their_tokenizer or our_tokenizer)
-    differences = replace(its, **_not_sizes(mine)).differences(mine)
+    sizes = replace(its, **{name: getattr(mine, name) for name in NOT_SIZES})
+    differences = sizes.differences(mine)
     if differences:
         _refuse(found, named, differences[0])
         return found
@@ -88,14 +86,6 @@ def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokeniz
         return config, load_tokenizer(folder)
     except Exception:  # as above; without a tokenizer the sizes count
         return config, None
-
-
-def _not_sizes(mine: Fingerprint) -> dict[str, str | int]:
-    return {
-        field.name: getattr(mine, field.name)
-        for field in fields(Fingerprint)
-        if field.name not in SIZES
-    }
 
 
 def _refuse(found: Findings, named: str, difference: str) -> None:

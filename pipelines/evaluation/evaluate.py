@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BenchmarkSpec
-    from pipelines.evaluation.resume import AnswerLog
     from pipelines.evaluation.tasks import Task
 
 
@@ -93,7 +92,7 @@ def evaluate_task(
     batch_size: int,
     seed: int = 0,
     control: str = "",
-    log: AnswerLog | None = None,
+    log: NoLog | None = None,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> TaskResult:
     """Ask a live model, with the routing that it has now, every question of a task.

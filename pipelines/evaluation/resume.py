@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,27 +28,21 @@ BATCHES = 4
 """Batches in a portion."""
 
 
-class AnswerLog(Protocol):
-    """Keeps the answers of one measurement, in phases that are asked one after the other."""
-
-    def read(self, phase: str, /) -> list[Any]:
-        """The answers that an earlier process wrote, in the order of the rows."""
-
-    def append(self, phase: str, answers: Sequence[Any], /) -> None:
-        """Write down the answers of one more portion."""
-
-
 class NoLog:
-    """Keeps nothing: for systems that cannot continue, such as a router with random choices."""
+    """Keeps nothing: for systems that cannot continue, such as a router with random choices.
+
+    Other logs keep the answers of one measurement, in phases that are asked one after the other.
+    """
 
     def read(self, _phase: str, /) -> list[Any]:
+        """The answers that an earlier process wrote, in the order of the rows."""
         return []
 
     def append(self, _phase: str, _answers: Sequence[Any], /) -> None:
-        pass
+        """Write down the answers of one more portion."""
 
 
-class FileLog:
+class FileLog(NoLog):
     """One portion a line, as JSON. A line that a kill cut short is dropped, with all after it."""
 
     def __init__(self, file: TextIO) -> None:
@@ -81,7 +75,7 @@ class FileLog:
 
 
 @contextmanager
-def open_log(path: Path) -> Generator[AnswerLog]:
+def open_log(path: Path) -> Generator[NoLog]:
     """The log in a file, which is made if needed; `NoLog` while another process has it open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
@@ -99,7 +93,7 @@ def answer_in_portions(
     *,
     phase: str,
     batch_size: int,
-    log: AnswerLog,
+    log: NoLog,
     advance: Callable[[int], None],
     parts_of: Callable[[Any], int] = lambda _asked: 1,
 ) -> list[Any]:

@@ -83,7 +83,7 @@ def test_two_processes_do_not_write_into_one_file(tmp_path: Path) -> None:
     with open_log(tmp_path / "answers") as first, open_log(tmp_path / "answers") as second:
         first.append("generate", [1, 2])
         second.append("generate", [3, 4])
-        assert isinstance(second, NoLog)
+        assert type(second) is NoLog
     with open_log(tmp_path / "answers") as later:
         assert later.read("generate") == [1, 2]
         assert later.read("weigh") == []

@@ -62,12 +62,6 @@ class Training:
     """Labelled tokens of all sequences."""
     heldout_accuracy: None
     """None: all sequences are trained on, and none is held out."""
-    gate_loss: float
-    """In nats per labelled token, on the last step's sequences before that step; NaN if no step was
-    left to do."""
-    lm_loss: float
-    """In nats per predicted token, as above; NaN with `top_k = 1`, where it has no gradient and is
-    not computed."""
     wall_seconds: float
     """Of this call alone, if it resumed an earlier one."""
 
@@ -168,8 +162,6 @@ def train_jointly(
     return Training(
         num_tokens=Counts.of(sequences).labelled,
         heldout_accuracy=None,
-        gate_loss=learner.losses[:-1].mean().item(),
-        lm_loss=learner.losses[-1].item(),
         wall_seconds=time.perf_counter() - started,
     )
 
@@ -207,8 +199,6 @@ class _Learner:
             for name, parameter in gate.named_parameters()
         }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
-        self.losses = torch.full([len(gates) + 1], torch.nan)
-        """[M + 1] of the last step: the loss of each of M gates, and L_LM."""
         self.device = model.device
         one_expert = next(iter(gates.values())).options.top_k == 1
         self._backward = backward_apart if one_expert else backward_together
@@ -220,13 +210,12 @@ class _Learner:
         """Take one step of the optimiser, unless a gradient is not finite."""
         counts, size = Counts.of(sequences), self.settings.batch_size
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        losses = torch.zeros(len(self.losses), device=self.device)
         for first in range(0, len(sequences), size):
             own = sequences[first : first + size][rank::world]
             batch = Batch.of(own, self.device, self.each)
             with _fast(self.model, self.device):
-                losses += self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
-        self.losses = self._add_up(losses)
+                self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
+        self._add_up()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         if not norm.isfinite():
             raise self._diverged(step)
@@ -235,16 +224,15 @@ class _Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _add_up(self, losses: Tensor) -> Tensor:
-        """Sum over the processes: gradients in place, losses [M + 1] as the result."""
+    def _add_up(self) -> None:
+        """Sum the gradients over the processes, in place."""
         if self.accelerator.num_processes == 1:
-            return losses
+            return
         grads = [p.grad.flatten() for p in self.parameters.values() if p.grad is not None]
-        total = self.accelerator.reduce(torch.cat([losses, *grads]), "sum")
-        losses, *grads = total.split([len(losses), *map(len, grads)])
+        total = self.accelerator.reduce(torch.cat(grads), "sum")
+        grads = total.split([len(grad) for grad in grads])
         for parameter, grad in zip(self.parameters.values(), grads, strict=True):
             parameter.grad = grad.view_as(parameter)
-        return losses
 
     def _diverged(self, step: int) -> DivergedError:
         name = next(

@@ -111,7 +111,6 @@ def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model, 
     settings = replace(SETTINGS, steps=40, batch_size=16, learning_rate=0.05, start=start)
     found = train_jointly(model, examples(12), settings)
     assert routing_accuracy(model, examples(6, seed=1)) > 0.9
-    assert found.gate_loss < 0.5
     assert found.num_tokens == Counts.of(examples(12)).labelled
 
 

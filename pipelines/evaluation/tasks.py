@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
+from pipelines.recipe.benchmark import CompositeSection
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT, without_scorer
 
 if TYPE_CHECKING:
@@ -20,16 +21,9 @@ if TYPE_CHECKING:
 
     from pipelines.data.composites import Composite
     from pipelines.data.dialogues import Dialogue
-    from pipelines.recipe.benchmark import (
-        BenchmarkSection,
-        CompositeSection,
-        ConversationSection,
-        TaskSection,
-    )
+    from pipelines.recipe.benchmark import BenchmarkSection, ConversationSection, TaskSection
     from pipelines.recipe.recipe import ExpertSection
 
-COMPOSITE, CONVERSATION = "composite", "conversation"
-"""The first parts of the names of tasks that are made of other tasks' rows."""
 TURNS = 200
 """Turns that a task asks in all, where a recipe says no number of conversations: a share of them
 has an interval of seven points to each side at most, if conversations were not alike."""
@@ -139,7 +133,7 @@ def make_tasks(
         tasks[section.called] = _listed_task(section, settings, folder, token_of)
     for task in tasks.values():
         check_rows(task)
-    return tasks | _composites(tasks, settings) | _conversations(tasks, settings)
+    return tasks | _mixes(tasks, settings)
 
 
 def check_rows(task: Task) -> None:
@@ -184,38 +178,31 @@ def _listed_task(
     )
 
 
-def _composites(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
+def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
+    """The composites and the conversations."""
     made = {}
-    for section in settings.composite:
-        name = f"{COMPOSITE}-{section.n}"
+    for section in settings.mixes:
         rows, parts = _parts(tasks, section)
-        made[name] = Task(
-            name,
-            (RIGHT, ATTEMPTED),
-            settings.template,
-            max((tasks[part].max_new_tokens for part in rows), default=0) * section.n,
-            composites=compose(rows, section.n, section.count or settings.limit, settings.seed),
-            part_metrics=parts,
-            system_prompt=settings.system_prompt,
-        )
-    return made
-
-
-def _conversations(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
-    made = {}
-    for section in settings.conversation:
-        name = f"{CONVERSATION}-{section.n}"
-        rows, parts = _parts(tasks, section)
-        count = section.count or -(-TURNS // section.n)
-        made[name] = Task(
-            name,
+        task = Task(
+            section.called,
             (TURNS_RIGHT,),
             settings.template,
             max((tasks[part].max_new_tokens for part in rows), default=0),
-            dialogues=draw_dialogues(rows, section.n, count, settings.seed, settings.system_prompt),
             part_metrics=parts,
             system_prompt=settings.system_prompt,
         )
+        n, seed = section.n, settings.seed
+        if isinstance(section, CompositeSection):
+            made[task.name] = replace(
+                task,
+                metrics=(RIGHT, ATTEMPTED),
+                max_new_tokens=task.max_new_tokens * n,
+                composites=compose(rows, n, section.count or settings.limit, seed),
+            )
+        else:
+            count = section.count or -(-TURNS // n)
+            asked = draw_dialogues(rows, n, count, seed, settings.system_prompt)
+            made[task.name] = replace(task, dialogues=asked)
     return made
 
 

@@ -115,9 +115,8 @@ def print_steps(
             soft_wrap=True,
         )
     systems = ", ".join(("fused", *recipe.benchmark.compare))
-    tasks = [e.name for e in recipe.experts if e.test] + [t.name for t in recipe.benchmark.tasks]
-    tasks += [f"composite-{section.n}" for section in recipe.benchmark.composite]
-    tasks += [f"conversation-{section.n}" for section in recipe.benchmark.conversation]
+    tasks = [expert.name for expert in recipe.experts if expert.test]
+    tasks += [one.called for one in (*recipe.benchmark.tasks, *recipe.benchmark.mixes)]
     on = ", ".join(tasks) or "no task"
     if Stage.benchmark in reached:
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")

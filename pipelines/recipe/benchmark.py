@@ -80,6 +80,11 @@ class CompositeSection(Section):
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """How many prompts. Default: `limit` of the benchmark."""
 
+    @property
+    def called(self) -> str:
+        """The name in tables and records."""
+        return f"composite-{self.n}"
+
 
 class ConversationSection(Section):
     """Conversations whose subject changes at each turn, made of questions of several tasks."""
@@ -90,6 +95,11 @@ class ConversationSection(Section):
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """How many conversations. Default: as many as have 200 turns together."""
+
+    @property
+    def called(self) -> str:
+        """The name in tables and records."""
+        return f"conversation-{self.n}"
 
 
 class SpeedSection(Section):

@@ -251,31 +251,23 @@ class Recipe(Section):
             if not NAME.fullmatch(name):
                 raise ValueError(f"the name {name!r} {NAME_RULE}")
         tasks = [expert.name for expert in self.experts if expert.test]
-        further = [task.called for task in self.benchmark.tasks]
-        mixes = [
-            *(("composite", section) for section in self.benchmark.composite),
-            *(("conversation", section) for section in self.benchmark.conversation),
-        ]
-        for kind, all_names in (
-            ("expert", names),
-            ("task", [*tasks, *further, *(f"{kind}-{section.n}" for kind, section in mixes)]),
-        ):
+        further = [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
+        for kind, all_names in (("expert", names), ("task", [*tasks, *further])):
             if twice := [name for name, count in Counter(all_names).items() if count > 1]:
                 raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")
         with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
-        for kind, section in mixes:
+        for section in self.benchmark.mixes:
             if strange := set(section.tasks) - with_rows:
-                raise ValueError(
-                    f"{kind} {section.n}: there is no task {strange.pop()!r} with rows"
-                )
+                raise ValueError(f"{section.called}: there is no task {strange.pop()!r} with rows")
             if not with_rows:
                 raise ValueError(
-                    f"{kind} {section.n}: it is made of tasks' rows, and no task has rows"
+                    f"{section.called}: it is made of tasks' rows, and no task has rows"
                 )
-            if kind == "conversation" and len(set(section.tasks) or with_rows) < 2:
+        for section in self.benchmark.conversation:
+            if len(set(section.tasks) or with_rows) < 2:
                 raise ValueError(
-                    f"conversation {section.n}: its subject changes at each turn, and only one task"
-                    " takes part; add another"
+                    f"{section.called}: its subject changes at each turn, and only one task takes"
+                    " part; add another"
                 )
         return self
 

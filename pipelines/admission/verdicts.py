@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
 from meteora.artifacts import COMMIT
@@ -80,21 +80,10 @@ def require_stackable(
 
 def record_accepted(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason]) -> None:
     """Record that an adapter is accepted, with its warnings."""
-    ledger.record_adapter(
-        AdapterVerdict(
-            name=expert.name,
-            source=expert.source,
-            repo_id=expert.ref.repo_id,
-            revision=expert.ref.revision,
-            subfolder=expert.ref.subfolder,
-            verdict="warn" if reasons else "accept",
-            reasons=tuple(reasons),
-            licence=expert.licence,
-            adapter_id=expert.adapter.spec.id,
-            **_hub_columns(expert.about),
-        ),
-        run_id=run_id,
-    )
+    word = "warn" if reasons else "accept"
+    verdict = _verdict(expert.name, expert.source, expert.ref, expert.about, word, reasons)
+    verdict = replace(verdict, licence=expert.licence, adapter_id=expert.adapter.spec.id)
+    ledger.record_adapter(verdict, run_id=run_id)
 
 
 def record_refused(
@@ -110,21 +99,9 @@ def record_refused(
     Args:
         about: What the Hub knows of its repository.
     """
-    ref, error = refusal.ref, refusal.error
-    ledger.record_adapter(
-        AdapterVerdict(
-            name=name,
-            source=source,
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            subfolder=ref.subfolder,
-            verdict="refuse",
-            reasons=reasons_of(error),
-            licence=about.licence if about else "",
-            **_hub_columns(about),
-        ),
-        run_id=run_id,
-    )
+    error = refusal.error
+    verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons_of(error))
+    ledger.record_adapter(verdict, run_id=run_id)
     failure = Failure("check", name, type(error).__name__, str(error))
     ledger.record_failure(failure, run_id=run_id)
 
@@ -152,11 +129,24 @@ def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> Hub
     return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
 
 
-def _hub_columns(about: HubSource | None) -> dict[str, Any]:
+def _verdict(
+    name: str,
+    source: str,
+    ref: AdapterRef,
+    about: HubSource | None,
+    word: str,
+    reasons: Sequence[Reason],
+) -> AdapterVerdict:
+    """The verdict on an adapter, with what the Hub knows of its repository."""
+    verdict = AdapterVerdict(
+        name, source, ref.repo_id, ref.revision, word, tuple(reasons), subfolder=ref.subfolder
+    )
     if about is None:
-        return {}
-    return {
-        "author": about.author,
-        "base_models": about.base_models,
-        "downloads": about.downloads,
-    }
+        return verdict
+    return replace(
+        verdict,
+        licence=about.licence,
+        author=about.author,
+        base_models=about.base_models,
+        downloads=about.downloads,
+    )

@@ -10,9 +10,8 @@ import typer
 from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Device, Home, TokenFor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pipelines.admission.checkpoints import FoundCheckpoint
+    from pipelines.stages.benchmark import BenchmarkRequest
 
 app = typer.Typer()
 
@@ -48,32 +47,24 @@ def benchmark(
     is taken into the ledger under an id of its own.
     """
     from pipelines.admission import checkpoints
+    from pipelines.recipe.recipe import locate
+    from pipelines.stages.benchmark import BenchmarkRequest
 
-    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device)
-    run_benchmark(
-        found, home, tasks or (), compare or (), recipe, token_for=token_for or (), as_json=as_json
-    )
+    owners = tuple(token_for or ())
+    found = checkpoints.find(checkpoint, home, base, owners, device=device)
+    path = locate(recipe) if recipe else None
+    request = BenchmarkRequest(tuple(tasks or ()), tuple(compare or ()), path, owners)
+    run_benchmark(found, home, request, as_json=as_json)
 
 
 def run_benchmark(
-    found: FoundCheckpoint,
-    home: Path,
-    tasks: Sequence[str] = (),
-    compare: Sequence[str] = (),
-    recipe: str = "",
-    *,
-    token_for: Sequence[str] = (),
-    as_json: bool = False,
+    found: FoundCheckpoint, home: Path, request: BenchmarkRequest, *, as_json: bool
 ) -> None:
     """Measure a checkpoint and print its table of scores."""
     from pipelines.cli.score_table import print_scores
-    from pipelines.recipe.recipe import locate
-    from pipelines.stages.benchmark import BenchmarkRequest
     from pipelines.stages.benchmark import benchmark as measure
     from store.ledger import Ledger
 
-    path = locate(recipe) if recipe else None
-    request = BenchmarkRequest(tuple(tasks), tuple(compare), path, tuple(token_for))
     folder, plan, summary = measure(Ledger(home), found, request)
     name, base = " + ".join(plan.fused.names), found.base_folder
     print_scores(name, folder, plan, summary, {}, base=base, as_json=as_json)

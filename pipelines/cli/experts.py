@@ -84,6 +84,7 @@ def add(
     from pipelines.planning.recorded_tasks import recorded_tasks
     from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
+    from pipelines.stages.benchmark import BenchmarkRequest
     from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
@@ -113,9 +114,9 @@ def add(
     )
     _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
-        tasks = (f"{name}={test}",)
+        request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for or ()))
         found = checkpoints.find(str(made), home, base, token_for or (), device=device)
-        run_benchmark(found, home, tasks, token_for=token_for or (), as_json=as_json)
+        run_benchmark(found, home, request, as_json=as_json)
     else:
         manifest = read_manifest(made)
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
@@ -142,6 +143,7 @@ def drop(
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
+    from pipelines.stages.benchmark import BenchmarkRequest
     from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
@@ -150,7 +152,7 @@ def drop(
     _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
         found = checkpoints.find(str(made), home, base, token_for or (), device=device)
-        run_benchmark(found, home, as_json=as_json)
+        run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
         where = base_option(read_manifest(made).base.repo_id, base)
         say(f"measure it with `meteora benchmark {_id(made)}{where}`")

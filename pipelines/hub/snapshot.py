@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import try_to_load_from_cache
 
 from pipelines.hub.errors import HubConnectionError, HubHashError, HubTimeoutError
+from store.errors import BusyError
+from store.files import locked as hold
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -72,20 +72,15 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
 @contextmanager
 def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
     """Hold the lock of a snapshot's folder, so that of two processes one downloads."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    give_up = time.monotonic() + timeout_seconds
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    raise HubTimeoutError(
-                        f"{folder}: another process has been downloading it for"
-                        f" {timeout_seconds:g} s; wait for it, or end it"
-                    ) from None
-                time.sleep(0.1)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(lock, deadline_seconds=timeout_seconds))
+        except BusyError:
+            raise HubTimeoutError(
+                f"{folder}: another process has been downloading it for {timeout_seconds:g} s; wait"
+                " for it, or end it"
+            ) from None
         yield
 
 

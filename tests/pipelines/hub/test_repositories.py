@@ -44,6 +44,7 @@ from pipelines.hub.errors import (
     HubTimeoutError,
     InsecureEndpointError,
 )
+from pipelines.hub.snapshot import locked
 from pipelines.workspace import console
 from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
 
@@ -652,6 +653,18 @@ def test_two_processes_at_once_download_once(server: HubServer, tmp_path: Path) 
     both = [in_a_process(call) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert server.count("get") == 3  # one for each file
+
+
+def test_nobody_waits_longer_than_the_limit_for_another_process(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    with (
+        locked(tmp_path / "someone--adapter" / COMMIT, 0),
+        pytest.raises(HubTimeoutError, match=r"has been downloading it for 0\.1 s; wait for it"),
+    ):
+        download(REF, tmp_path, hub=replace(asked, timeout_seconds=0.1))
+    assert server.count("get") == 0
+    assert download(REF, tmp_path, hub=asked).is_dir()
 
 
 def test_what_a_killed_download_left_is_swept(asked: Hub, tmp_path: Path) -> None:

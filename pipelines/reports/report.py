@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
@@ -15,8 +17,6 @@ from pipelines.scoring.metrics import ATTEMPTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from markupsafe import Markup
 
     from pipelines.reports.queries import QueryResult
     from pipelines.reports.side_by_side import SideBySide
@@ -199,9 +199,9 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
     return {", ".join(names): list(points) for points, names in kinds.items()}
 
 
-def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> list[Markup]:
+def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> Markup:
     """A line for each system over the turns; a chart for each task of `by_turn`."""
-    return [
+    return Markup("\n").join(
         charts.line_chart(
             {line["system"]: list(enumerate(line["values"], 1)) for line in one["lines"]},
             f"conversations-{number}",
@@ -210,10 +210,10 @@ def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> list
             strong=strong,
         )
         for number, one in enumerate(conversations)
-    ]
+    )
 
 
-def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = False) -> list[Markup]:
+def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = False) -> Markup:
     """One chart for each metric, since their units differ.
 
     Args:
@@ -228,19 +228,19 @@ def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = Fals
         by_metric.setdefault(row["metric"], []).append(
             charts.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
         )
-    return [
+    return Markup("\n").join(
         charts.forest_plot(intervals, metric.replace("_", " "), f"{name}-{number}", signed=signed)
         for number, (metric, intervals) in enumerate(by_metric.items())
-    ]
+    )
 
 
-def _matrices(rows: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> list[Markup]:
+def _matrices(rows: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> Markup:
     """One heat map of task and expert for each metric."""
     by_metric: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         if 0 <= row["value"] <= 1:
             by_metric.setdefault(row["metric"], {})[row["task"], row["expert"]] = row["value"]
-    return [
+    return Markup("\n").join(
         charts.heat_map(
             sorted({task for task, _ in values}, key=lambda task: _place(task, experts)),
             experts,
@@ -249,7 +249,7 @@ def _matrices(rows: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> list
             labels=("task", f"adapter alone, {metric.replace('_', ' ')} × 100"),
         )
         for number, (metric, values) in enumerate(by_metric.items())
-    ]
+    )
 
 
 def _place(task: str, experts: Sequence[str]) -> tuple[int, str]:

@@ -148,7 +148,8 @@ class Difference(Noun):
     difference: float
     """Mean over the rows of the subject's value minus the other's."""
     low: float
-    """Lower end of its 95 % interval (bootstrap over rows)."""
+    """Lower end of its 95 % interval: Agresti and Min's if every row is right or wrong, else a
+    bootstrap over rows."""
     high: float
     p_value: float
     """Two-sided, of the paired test."""

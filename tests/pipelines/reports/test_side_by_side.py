@@ -209,6 +209,9 @@ def test_the_page_has_it_all_and_asks_for_nothing(found: SideBySide, page: str) 
     assert "B is better than A, beyond chance, on dates, dates: rougeL, conversation-2." in text
     assert "B is worse than A, beyond chance, on sums." in text
     assert "A was not asked the rows of words that the other one was asked." in text
+    assert found.build is not None
+    interval = f"[{found.build.low:.3f}, {found.build.high:.3f}]"
+    assert f"with the 95 % interval {interval}, from those of the tasks (MOVER)." in text
     for row in found.rows:
         assert f"{row.difference.difference:+.3f} [{row.difference.low:+.2f}, " in text
     (table,) = tree.xpath(

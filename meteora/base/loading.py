@@ -293,7 +293,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
     linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
     return Shape(

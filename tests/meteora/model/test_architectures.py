@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.base.loading import fingerprint_of, layers_on_disk, linear_sizes, load_folder
+from meteora.base.loading import (
+    fingerprint_of,
+    layers_on_disk,
+    linear_sizes,
+    load_folder,
+    shape_of,
+    shape_of_model,
+)
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.fitting.background import fit_to_background
@@ -147,6 +154,13 @@ def test_a_prompt_is_read_and_its_answer_is_that_of_one_expert(made):
         with force_expert(model, meteora.expert_names(model)[choice]):
             alone = model.generate(ids, **options)
         assert found[row].tolist() == alone[row].tolist()
+
+
+def test_the_sizes_of_a_base_are_known_without_its_weights(kind, build_base):
+    shape, (model, _) = shape_of(build_base(kind)), load_folder(build_base(kind))
+    assert shape == shape_of_model(model)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (shape.cache_bytes_per_token == 0) == (kind == "mamba")  # it has a state, of one size
 
 
 def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):

@@ -39,3 +39,8 @@ class NewerLedgerError(StoreError):
 
 class QueryError(StoreError):
     """A query is not one SELECT, or ran out of time, memory or rows."""
+
+
+def brief(error: Exception) -> str:
+    """The first line of a library's error: the rest is about its insides."""
+    return str(error).partition("\n")[0]

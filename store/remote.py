@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from store.errors import StoreError, UnreachableError
+from store.errors import StoreError, UnreachableError, brief
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator
@@ -53,7 +53,7 @@ class Remote:
         try:
             self._store = from_url(url, client_options=client, retry_config=retries)
         except (obstore.exceptions.BaseError, ValueError) as error:  # ValueError: it is no URL
-            raise StoreError(f"{url} cannot be used as shared storage: {_brief(error)}") from None
+            raise StoreError(f"{url} cannot be used as shared storage: {brief(error)}") from None
 
     def prove(self) -> None:
         """Check that the storage refuses a second writer of a name.
@@ -137,11 +137,6 @@ class Remote:
             yield
         except (self._obstore.exceptions.BaseError, FileNotFoundError, PermissionError) as error:
             raise UnreachableError(
-                f"{self.url} cannot be used now ({_brief(error)}); what was recorded is safe on"
+                f"{self.url} cannot be used now ({brief(error)}); what was recorded is safe on"
                 " this machine, and the next ingest tries again to share it"
             ) from None
-
-
-def _brief(error: Exception) -> str:
-    """The first line: the rest is about the library's insides."""
-    return str(error).partition("\n")[0]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from store.errors import StoreError
+from store.errors import StoreError, brief
 from store.query import NO_EXTENSIONS
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, N
             connection.execute("LOAD quack")
         except duckdb.Error as error:
             raise StoreError(
-                f"DuckDB {duckdb.__version__} has no server here ({_brief(error)}); install it"
+                f"DuckDB {duckdb.__version__} has no server here ({brief(error)}); install it"
                 " once with `INSTALL httpfs; INSTALL quack` in DuckDB, which asks its repository"
             ) from None
         try:
@@ -65,7 +65,7 @@ def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, N
                 "CALL quack_serve(?, token := ?)", [address, token]
             ).fetchall()
         except duckdb.Error as error:
-            raise StoreError(f"{address} cannot be served ({_brief(error)})") from None
+            raise StoreError(f"{address} cannot be served ({brief(error)})") from None
         connection.execute(f"SET memory_limit = '{MEMORY}'")
         connection.execute("SET max_temp_directory_size = '0KiB'")
         connection.execute("SET enable_external_access = false")
@@ -82,7 +82,3 @@ def _stamp(snapshot: Path) -> tuple[int, int]:
     except FileNotFoundError:
         raise StoreError(f"{snapshot} is not there; `meteora store rebuild` makes it") from None
     return status.st_ino, status.st_mtime_ns
-
-
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0]

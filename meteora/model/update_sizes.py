@@ -18,6 +18,7 @@ from meteora.base.placement import input_device
 from meteora.model.fused import make_router, without_experts
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.routing.layer import routed_layers
+from meteora.routing.prompt_router import LEAST_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.routing.routers import Router
-
-LEAST_SIZE = 1e-12
-"""A smaller update counts as this one, whose logarithm is finite."""
 
 
 @torch.inference_mode()

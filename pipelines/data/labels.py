@@ -108,7 +108,6 @@ def label_lists(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sizes: Sequence[int],
-    seed: int,
 ) -> list[LabelledSequence]:
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
@@ -123,7 +122,7 @@ def label_lists(
     return [
         _labelled(composite, {"": expert}, tokenizer, UNLABELLED)
         for n in sizes
-        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed)
+        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed=0)
     ]
 
 

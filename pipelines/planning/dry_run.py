@@ -26,7 +26,7 @@ from pipelines.planning.estimate import (
     ASSUMED_RANK,
     Experts,
     Rows,
-    assumed_experts,
+    assumed_ranks,
     estimate,
 )
 from pipelines.planning.plan import (
@@ -418,7 +418,7 @@ def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple
         if expert.name in found:
             own = {module.path: module.r for module in found[expert.name].adapter.spec.modules}
         else:
-            own, num_assumed = assumed_experts(shape, 1).ranks, num_assumed + 1
+            own, num_assumed = assumed_ranks(shape), num_assumed + 1
         for path, r in own.items():
             if path in shape.linears:
                 ranks[path] = ranks.get(path, 0) + r

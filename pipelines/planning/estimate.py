@@ -125,16 +125,15 @@ class Experts:
     count: int
     ranks: Mapping[str, int]
     """The sum of all experts' ranks, by module path."""
-    itemsize: int = ASSUMED_ITEMSIZE
 
     def num_bytes(self, shape: Shape) -> float:
-        return float(sum(self.itemsize * r * sum(shape.linears[p]) for p, r in self.ranks.items()))
+        return sum(ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items())
 
 
-def assumed_experts(shape: Shape, count: int) -> Experts:
-    """Experts that are not here: rank 8 on every linear layer but the head."""
+def assumed_ranks(shape: Shape) -> dict[str, int]:
+    """The ranks of an expert that is not here: 8 on every linear layer but the head."""
     inside = [path for path in shape.linears if any(part.isdecimal() for part in path.split("."))]
-    return Experts(count, dict.fromkeys(inside, count * ASSUMED_RANK))
+    return dict.fromkeys(inside, ASSUMED_RANK)
 
 
 def estimate(
@@ -163,7 +162,7 @@ def estimate(
     gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
     loaded = PROGRAM_BYTES + shape.loaded_bytes + expert_bytes + gate_bytes
     stacked = max(
-        (experts.itemsize * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
+        (ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
     )
     base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith("gguf:") else 0)
     needs = [

@@ -144,7 +144,7 @@ def add(
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
-        sequences += label_lists(rows, place, tokenizer, sizes=composites, seed=0)
+        sequences += label_lists(rows, place, tokenizer, sizes=composites)
         with bar(
             "fitting the gates", model.config.get_text_config().num_hidden_layers, "layers"
         ) as advance:

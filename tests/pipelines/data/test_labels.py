@@ -59,7 +59,7 @@ def test_composites_of_which_none_can_be_made_name_the_key_and_the_experts(
 def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    made = label_lists(EXAMPLES["red"], 3, tokenizer, sizes=(2, 5), seed=0)
+    made = label_lists(EXAMPLES["red"], 3, tokenizer, sizes=(2, 5))
     assert len(made) == -(-QUESTIONS_IN_COMPOSITES // 2) - (-QUESTIONS_IN_COMPOSITES // 5)
     for sequence in made:
         assert sequence.owners == {3}
@@ -68,7 +68,7 @@ def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
         opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
         assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
-    assert not label_lists(lists, 0, tokenizer, sizes=(2,), seed=0)
+    assert not label_lists(lists, 0, tokenizer, sizes=(2,))
 
 
 def test_an_expert_whose_answers_read_as_lists_is_left_out(

@@ -14,7 +14,7 @@ from pipelines.planning import dry_run
 from pipelines.planning.estimate import (
     Experts,
     Rows,
-    assumed_experts,
+    assumed_ranks,
     estimate,
     rows_at_once,
     working_bytes,
@@ -355,7 +355,7 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
         found = estimate(
             Recipe.model_validate(text),
             shape(),
-            experts=assumed_experts(shape(), 2),
+            experts=Experts(2, assumed_ranks(shape())),
             machine=Machine("slow", 4e12, 3e10, 6e-6, 1e9, 80e9),
             examples=rows,
             tests=rows,

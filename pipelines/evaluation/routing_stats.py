@@ -87,10 +87,11 @@ def measure_routing(
     """
     opening = len(Template.of(tokenizer).opening)
     total: dict[str, RoutingSums] = {}
+    encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in rows]
+    encoded.sort(key=len)  # so that little is padding
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in batch]
-        ids, mask = (row.to(input_device(model)) for row in (padded(encoded), mask_of(encoded)))
+        batch = encoded[start : start + batch_size]
+        ids, mask = (part.to(input_device(model)) for part in (padded(batch), mask_of(batch)))
         started = share_prefix(model, ids, mask, at_most=opening)
         counted = started.mask.bool() & (started.mask.cumsum(1) > opening)
         add(total, _sums(model, started.to_read(), counted[:, started.num_read :].flatten()))

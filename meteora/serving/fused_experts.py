@@ -60,7 +60,8 @@ class FusedExperts(nn.Module):
         """Take the layers in the order of their calls: a gate stands before what follows it.
 
         Args:
-            inline: whether torch.compile may take the arithmetic into its graph
+            inline: whether torch.compile may take the arithmetic into its graph; with gates that
+                wait for whole questions, all but the choice
         """
         super().__init__()
         self.inline = inline
@@ -147,10 +148,12 @@ class ServedExperts:
         if closed and (merged := self._merged(layers)):
             layers = merged
         self._route(layers)
-        inline = not self.in_order(parts) and all(
+        inline = closed and all(
             _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
             for layer in layers.values()
         )
+        if options.by_turns and len(layers) > 1:  # one gate at most is an operator of its own
+            inline = False
         if not inline:
             self._share(layers)
             return FusedExperts(layers, inline=False)

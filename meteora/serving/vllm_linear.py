@@ -3,7 +3,8 @@
     apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
 
 The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
-and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
+and small ones are part of torch.compile's own graph (`FusedExperts.inline`). Where their gate waits
+for whole questions, it alone is an operator.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from meteora.routing.routers import Router
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
 from meteora.serving.vllm_prompts import Order, PromptsEmbeddingMethod, refuse_parts_of_prompts
@@ -64,6 +66,40 @@ def _no_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:
 _LIBRARY.impl("add_experts", _add_experts, "CPU")
 _LIBRARY.impl("add_experts", _add_experts, "CUDA")
 _LIBRARY._register_fake("add_experts", _no_experts)
+
+
+def _choose(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """Weights and experts, both [T, K], that a layer's gate chooses for x [T, IN].
+
+    Args:
+        layer: its name in vLLM's forward context
+        order: see `vllm_prompts.Order`
+    """
+    return get_forward_context().no_compile_layers[layer].gate.choose(x)
+
+
+def _no_choice(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """The operator for tensors without content, as torch.compile traces it."""
+    shape = x.shape[0], top_k  # `len` would make a constant of the number of tokens
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.long)
+
+
+_LIBRARY.define("choose(Tensor x, str layer, Tensor(a!) order, int top_k) -> (Tensor, Tensor)")
+_LIBRARY.impl("choose", _choose, "CPU")
+_LIBRARY.impl("choose", _choose, "CUDA")
+_LIBRARY._register_fake("choose", _no_choice)
+
+
+class _Outside(Router):
+    """A gate that decides outside of torch.compile's graph, while its experts are part of it."""
+
+    def __init__(self, gate: Router, layer: str, order: Tensor) -> None:
+        super().__init__(gate.num_choices, gate.options)
+        self.layer, self.order = layer, order
+
+    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        top_k = min(self.options.top_k, self.num_choices)
+        return torch.ops.meteora.choose(tokens, self.layer, self.order, top_k)
 
 
 class MeteoraConfig(QuantizationConfig):
@@ -219,9 +255,12 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         parts = self.config.parts(self.prefix, self.names, self.sizes)
         weight = layer.get_parameter("weight").data
         with set_default_torch_dtype(torch.float32):  # that of the model holds here
-            layer.routed = served.build(parts, weight)
+            routed = layer.routed = served.build(parts, weight)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
+        if routed.inline and order is not None:
+            (one,) = routed.layers
+            layer.gate, one.router = one.router, _Outside(one.router, self.key, order)
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -29,8 +29,15 @@ SHORTEST = 8
 
 
 ROTATIONS = {"dynamic", "longrope"}
-PLAIN = {"num_beams": (None, 1), "num_return_sequences": (None, 1), "cache_implementation": (None,)}
-"""Settings of `generate` by which one answer comes of each prompt, on the usual cache."""
+PLAIN = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "no_repeat_ngram_size": (None, 0),
+    "use_cache": (None, True),
+    "cache_implementation": (None,),
+}
+"""Settings of `generate` by which one answer comes of each prompt, on the usual cache, whatever the
+padding is."""
 
 
 def whole_layers(cache: object) -> list[DynamicLayer] | None:

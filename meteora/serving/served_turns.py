@@ -119,7 +119,7 @@ class ServedTurns:
         """Where the decision of a request is held that goes on with so many tokens."""
         if key not in self._slots or num_tokens > 1:
             raise UnreadPromptError(
-                f"a request goes on with {num_tokens} tokens, and its whole prompt was not read; it"
+                f"a request goes on (tokens: {num_tokens}), and its whole prompt was not read; that"
                 " has to be computed in one pass"
             )
         self._slots.move_to_end(key)

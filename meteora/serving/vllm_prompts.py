@@ -55,9 +55,9 @@ _LIBRARY._register_fake("read_prompts", _no_prompts)
 
 
 class Order:
-    """One tensor that operators write which leave something behind for each other.
+    """A tensor that an operator says it writes if another needs what it leaves behind.
 
-    So none of them is moved before another. Its content means nothing.
+    This keeps them in order. Its content means nothing.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,8 @@ def refuse_parts_of_prompts(config: VllmConfig) -> None:
         "speculative_config": config.speculative_config,
         "kv_transfer_config": config.kv_transfer_config,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-        "enable_dbo": config.parallel_config.use_ubatching,
+        "enable_dbo": config.parallel_config.enable_dbo,
+        "ubatch_size": config.parallel_config.ubatch_size > 1,
         "enable_prompt_embeds": model.enable_prompt_embeds,
     }
     for name, value in asked.items():
@@ -122,9 +123,8 @@ def refuse_parts_of_prompts(config: VllmConfig) -> None:
             )
     if model.is_multimodal_model:
         raise UnservableError(
-            "vLLM embeds the prompts of this model, which takes images, too, before the gates can"
-            " see them, and they wait for whole questions; set `router: {share: point}` in the"
-            " recipe"
+            "this model takes images, too, so vLLM turns prompts into vectors before the gates see"
+            " their tokens; set `router: {share: point}` in the recipe"
         )
 
 

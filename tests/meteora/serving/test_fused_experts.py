@@ -105,6 +105,18 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     assert len(shares) == 3
 
 
+def test_experts_of_gates_that_wait_are_part_of_a_graph_too(world, tmp_path):
+    options = ROUTERS["one decision a turn"]
+    out = tmp_path / "made"
+    served = ServedExperts(
+        with_router(world.checkpoint, world.manifest, world.base, options, out, TEMPLATE)
+    )
+    served.read_turns(4)
+    parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
+    assert served.build(parts, torch.empty(64, 32)).inline
+    assert served.in_order(parts)
+
+
 def test_layers_are_kept_in_order_where_they_need_what_others_decide(world, tmp_path):
     own = [Part("model.layers.0.self_attn.q_proj", 0, 32)]
     for name, elsewhere in {

@@ -224,6 +224,8 @@ def _run_in_turn(
     for context in contexts:
         try:
             made[context.key] = flow.run_recipe(context, until, looked)
+            if until not in WHOLE:
+                say(f"{context.name}: done up to {until}; the same command without --until goes on")
         except MeteoraError as error:
             if alone:
                 raise

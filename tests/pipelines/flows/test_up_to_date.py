@@ -57,6 +57,8 @@ def test_one_command_resolves_the_base_and_makes_the_plan_once(
     for until in ("stack", "publish", "publish"):
         said = meteora(*command, "--until", until, home=tmp_path / "home")
         assert said.returncode == 0, said.stderr
+        stopped = "done up to stack; the same command without --until goes on"
+        assert (stopped in said.stderr) == (until == "stack")
         assert calls.pop("summarise", 0) == (until == "publish")
         assert calls == ONCE
         calls.clear()

@@ -215,7 +215,8 @@ def show(world: World, names: Sequence[str], results: Results) -> None:
     for name in names:
         found, flat = results[name], values(name)
         low, high = wilson(int(sum(flat)), len(flat))
-        others = [a != b for a, b in zip(flat, values("oracle"), strict=True)]
+        right = values("oracle") if "oracle" in results else flat
+        others = [a != b for a, b in zip(flat, right, strict=True)]
         rows.append(
             [
                 name,
@@ -223,7 +224,7 @@ def show(world: World, names: Sequence[str], results: Results) -> None:
                 f"{found['own prompts']:.3f}" if "own prompts" in found else "",
                 f"{found['own tokens']:.3f}" if "own tokens" in found else "",
                 f"{np.mean(flat):.3f} [{low:.3f}, {high:.3f}]",
-                f"{sum(others)}",
+                f"{sum(others)}" if "oracle" in results else "",
             ]
         )
     heads = ["router", "needs", "own prompts", "own tokens", "score", "rows unlike the oracle's"]

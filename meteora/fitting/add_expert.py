@@ -119,7 +119,7 @@ def grow(
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
         return gate
 
-    asks = bool(gates.template.opening) or options.share == "turn"
+    asks = bool(gates.template.opening) or options.by_turns
     template = gates.template if asks else None
     sweep_gates(model, batches, options, template, fit, progress=progress)
     return Growth(

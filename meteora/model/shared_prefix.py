@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 SHORTEST = 8
 """Tokens that several prompts share: fewer are not worth a pass of their own."""
-
-
 ROTATIONS = {"dynamic", "longrope"}
+"""Kinds of rotary position embeddings that depend on the length of the whole text."""
 PLAIN = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -132,7 +131,7 @@ def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
     if not {"past_key_values", "position_ids"} <= takes.keys():
         return False
     config = model.config.get_text_config(decoder=True)
-    # a window of GPT-Neo's counts gaps, and these rotations depend on the length of the whole
+    # a window of GPT-Neo's counts gaps
     if getattr(config, "window_size", 0) or ROTATIONS & _rotations(config):
         return False
     own = model.generation_config.to_dict() if model.can_generate() else {}

@@ -102,8 +102,8 @@ def watch_prompts(
     if (before := getattr(model, WATCHER, None)) is not None:
         before.stop()
     watcher = None
-    if options.share == "turn" or template.opening:
-        watcher = Turns(template) if options.share == "turn" else PromptOpening(template)
+    if options.by_turns or template.opening:
+        watcher = Turns(template) if options.by_turns else PromptOpening(template)
         watcher.watch(model)
     setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the gates
     return watcher

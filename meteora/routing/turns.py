@@ -159,19 +159,24 @@ class TurnChoice:
             return before.repeat_interleave(length, 0)
         own = logits_of(tokens).log_softmax(-1).view(num_rows, length, -1)  # [B, L, C]
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
-        decided = turn_means(own, turn, asked, before)
-        self.held = decided[:, -1].detach()
+        logits, last = decide_turns(own, turn, asked, before)
+        self.held = last.detach()
         self.turns.num_decided += 1
-        return decided.gather(1, turn.unsqueeze(-1).expand_as(own)).flatten(0, 1)
+        return logits.flatten(0, 1)
 
 
-def turn_means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) -> Tensor:
-    """The mean of log-probabilities [B, L, C] over the question of each turn, [B, S, C].
+def decide_turns(
+    own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The mean of log-probabilities [B, L, C] over the question of each turn.
 
     A turn without a question has the decision of the turn before it.
 
     Args:
         before: [B, C] of the turns before; where it is not known, the first that asks decides
+
+    Returns:
+        each token's, that of its turn [B, L, C], and that of the last turn [B, C]
     """
     size = (len(own), int(turn.max()) + 1)
     counted = asked.to(own.dtype)
@@ -185,4 +190,5 @@ def turn_means(own: Tensor, turn: Tensor, asked: Tensor, before: Tensor | None) 
     found = [before]
     for s in range(size[1]):
         found.append(means[:, s].where(asks[:, s, None], found[-1]))
-    return torch.stack(found[1:], 1)
+    decided = torch.stack(found[1:], 1)  # [B, S, C]
+    return decided.gather(1, turn.unsqueeze(-1).expand_as(own)), found[-1]

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from meteora.routing.passes import PassInput
-from meteora.routing.turns import UnreadPromptError, questions, turn_means
+from meteora.routing.turns import UnreadPromptError, decide_turns, questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,10 +154,10 @@ class ServedTurn:
         rows = own.new_zeros(*begun.there.shape, own.shape[-1])  # [M, L, C]
         rows[begun.there] = own
         turn, asked, _ = begun.questions
-        decided = turn_means(rows, turn, asked, None)  # [M, S, C]
+        decided, last = decide_turns(rows, turn, asked, None)
         if not len(self.held):
             self.held = own.new_zeros(self.turns.num_held, own.shape[-1])
-        self.held[begun.slots] = decided[:, -1]
+        self.held[begun.slots] = last
         logits = self.held[found.slots]
-        logits[begun.tokens] = decided.gather(1, turn.unsqueeze(-1).expand_as(rows))[begun.there]
+        logits[begun.tokens] = decided[begun.there]
         return logits

@@ -90,7 +90,7 @@ _LIBRARY.impl("choose", _choose, "CUDA")
 _LIBRARY._register_fake("choose", _no_choice)
 
 
-class _Outside(Router):
+class _GateOperator(Router):
     """A gate that decides outside of torch.compile's graph, while its experts are part of it."""
 
     def __init__(self, gate: Router, layer: str, order: Tensor) -> None:
@@ -159,7 +159,7 @@ class MeteoraConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
-            return self._reads_prompts()
+            return self._embedding_method()
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")
@@ -171,7 +171,7 @@ class MeteoraConfig(QuantizationConfig):
         _refuse_what_is_not_supported(name)
         return ExpertsLinearMethod(self, prefix, names)
 
-    def _reads_prompts(self) -> PromptsEmbeddingMethod | None:
+    def _embedding_method(self) -> PromptsEmbeddingMethod | None:
         """The method of the embedding, where the gates wait for whole questions."""
         if self.served is None or not self.served.manifest.router.by_turns:
             return None
@@ -260,7 +260,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         layer.register_buffer("order", order, persistent=False)
         if routed.inline and order is not None:
             (one,) = routed.layers
-            layer.gate, one.router = one.router, _Outside(one.router, self.key, order)
+            layer.gate, one.router = one.router, _GateOperator(one.router, self.key, order)
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from pipelines.data.composites import Composite
 
 
-class _Told(Follower):
-    """Takes over what is decided for a whole pass, by who knows all of it."""
+class _GivenRoutes(Follower):
+    """Takes over routes that are given for a whole pass at once."""
 
     @property
     def is_causal(self) -> bool:
@@ -73,7 +73,7 @@ def send_to(
 
     hook = model.base_model.register_forward_pre_hook(decide, with_kwargs=True)
     try:
-        with routed_by(model, lambda layer: _Told(decision, layer.num_choices, options)):
+        with routed_by(model, lambda layer: _GivenRoutes(decision, layer.num_choices, options)):
             yield
     finally:
         hook.remove()

@@ -160,7 +160,8 @@ def estimate(
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}
     gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
-    loaded = PROGRAM_BYTES + shape.loaded_bytes + expert_bytes + gate_bytes
+    held = held_bytes(recipe, expert_bytes)
+    loaded = PROGRAM_BYTES + shape.loaded_bytes + held + gate_bytes
     stacked = max(
         (ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
     )
@@ -176,9 +177,9 @@ def estimate(
     if gates:
         work = _fitting_work(recipe, list(examples.values()))
         disk = gate_bytes + (kept_bytes if work.kept else 0)
-        if reads_by_layer(recipe, shape.num_bytes + expert_bytes, machine.memory_bytes):
-            held = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
-            need = _gates(shape, experts, machine, held, disk, work)
+        if reads_by_layer(recipe, shape.num_bytes + held, machine.memory_bytes):
+            one_layer = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
+            need = _gates(shape, experts, machine, one_layer, disk, work)
             readings = READINGS + experts.count + 1
             need = replace(
                 need,
@@ -186,7 +187,9 @@ def estimate(
                 note="the base is read from the disk one layer at a time",
             )
         else:
-            need = _gates(shape, experts, machine, loaded, disk, work)
+            in_file = held < expert_bytes  # all experts of the layer that is fitted come from there
+            fitted = loaded + in_file * expert_bytes / shape.num_layers
+            need = _gates(shape, experts, machine, fitted, disk, work)
         if pool is not None:
             dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
             parts = {"dealing the pool": dealing, "fitting": need.seconds}
@@ -209,11 +212,17 @@ def _dealing_seconds(
     return _reading(shape, machine, tokens, routed=True) + -(-given // PROMPTS_PER_BATCH) * once
 
 
+def held_bytes(recipe: Recipe, expert_bytes: float) -> float:
+    """The most bytes of the experts that lie on the device at once."""
+    budget = recipe.expert_cache_bytes
+    return expert_bytes if budget is None else min(budget, expert_bytes)
+
+
 def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
     """Whether gates are fitted with one layer of the base in memory at a time.
 
     Args:
-        num_bytes: of base and experts
+        num_bytes: of the base, and of the experts on the device
         memory_bytes: of the device
     """
     if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:

@@ -214,6 +214,9 @@ class Recipe(Section):
     quantise: Literal["4bit", "8bit"] | None = None
     """Load the base with linear layers of 4 or 8 bits, by bitsandbytes: gates are fitted to it, and
     it is measured so. Default: as its files are."""
+    expert_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Leave the experts in their file, and hold at most so many bytes of them on the device, those
+    that were used last. Default: all of them lie on the device."""
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
     """The experts, in the order of the stack."""
     discover: DiscoverSection | None = None

@@ -21,7 +21,8 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
-from pipelines.planning.estimate import reads_by_layer
+from meteora.routing.expert_cache import ExpertCache
+from pipelines.planning.estimate import held_bytes, reads_by_layer
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import say
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
@@ -134,7 +135,9 @@ def opened(
             work.base_folder(plan.base), options=options, quantise=plan.base.quantise
         )
         check_base(manifest, model, tokenizer, scratch)
-        insert_experts(model, scratch, manifest)
+        budget = work.recipe.expert_cache_bytes
+        cache = None if budget is None else ExpertCache(budget)
+        insert_experts(model, scratch, manifest, cache=cache)
         if gates is not None:
             insert_routers(model, scratch, manifest)
     if device_map is None:
@@ -159,10 +162,11 @@ def is_spread(work: RunContext, plan: Plan) -> bool:
     return not plan.base.quantise and is_too_large(_num_bytes(work, plan), memory_bytes())
 
 
-def _num_bytes(work: RunContext, plan: Plan) -> int:
-    """Of base and experts."""
+def _num_bytes(work: RunContext, plan: Plan) -> float:
+    """Of base and experts, on the device."""
     experts = work.ledger.blobs.path_of(str(work.ledger.weights_of(plan.fused.id))).stat().st_size
-    return loading.shape_of(work.base_folder(plan.base)).num_bytes + experts
+    held = held_bytes(work.recipe, experts)
+    return loading.shape_of(work.base_folder(plan.base)).num_bytes + held
 
 
 def tokenizer_of_gates(

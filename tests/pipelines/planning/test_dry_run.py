@@ -301,11 +301,13 @@ def needs(
     gates: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
     quantise: str | None = None,
+    expert_cache_bytes: int | None = None,
     **asked: Any,
 ) -> dict[str, Any]:
     text = {
         "base": "a/b",
         "quantise": quantise,
+        "expert_cache_bytes": expert_cache_bytes,
         "experts": ({"name": "x", "adapter": "path:x", "examples": "jsonl:x", "test": "jsonl:x"},),
         "benchmark": {"compare": ("base",), "batch_size": 4, **(changes or {})},
         "gates": gates or {},
@@ -419,6 +421,16 @@ def test_a_quantised_base_takes_less_memory_and_the_same_disk() -> None:
             assert less == pytest.approx(saved)
     small = replace(GPU, memory_bytes=3e9)  # it is never read by layer
     assert needs(machine=small, quantise="4bit")["gates"].note == ""
+
+
+def test_experts_in_a_cache_take_its_budget_and_where_gates_are_fitted_a_layer_more() -> None:
+    size = 4 * 8 * (64 + 64 + 64 + 256)
+    whole, cached, roomy = (needs(expert_cache_bytes=budget) for budget in (None, 1_000, 10 * size))
+    assert roomy == whole
+    freed = {stage: whole[stage].memory_bytes - cached[stage].memory_bytes for stage in whole}
+    assert freed["benchmark"] == pytest.approx(size - 1_000)
+    assert freed["gates"] == pytest.approx(size - 1_000 - size / shape().num_layers)
+    assert freed["stack"] == 0
 
 
 def test_as_many_prompts_are_answered_together_as_the_memory_holds() -> None:

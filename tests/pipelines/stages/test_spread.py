@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import meteora
 from meteora.fitting import calibrate
 from pipelines.stages import build, measure, open_model
 from pipelines.stages.open_model import is_spread, map_to_fit
@@ -84,3 +85,32 @@ def test_a_benchmark_of_a_base_that_is_spread_gives_the_same_answers(
         (tmp_path / "home").rename(tmp_path / str(on_disk))
     assert values[0] == values[1]
     assert routes[0] == routes[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates"),
+    [("gate", {}), ("prompt", {}), ("gate", {"method": "joint", "steps": 2, "batch_size": 2})],
+)
+def test_experts_that_stay_in_their_file_get_the_same_gates_and_give_the_same_answers(
+    workplace: Callable[..., RunContext], tmp_path: Any, kind: str, gates: dict[str, Any]
+) -> None:
+    compare = ["base", "oracle", "uniform", "arrow", "ties"]
+    asked = {
+        "benchmark": {"limit": 3, "compare": compare, "max_new_tokens": 4},
+        "router": {"kind": kind},
+        "gates": gates,
+    }
+    made, answers = [], []
+    for budget in (None, 0, 2_000):
+        work = workplace(**asked, expert_cache_bytes=budget)
+        planned, built, fitted = fit(work)
+        measure.measure(work, planned, built, fitted)
+        scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
+        made.append((planned.router.id, fitted.weights_sha256, fitted.statistics_sha256))
+        answers.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})
+        with open_model.opened(work, planned, built, fitted) as (model, _):
+            cache = meteora.expert_cache(model)
+            assert (cache and cache.budget_bytes) == budget
+        (tmp_path / "home").rename(tmp_path / str(budget))
+    assert made[0] == made[1] == made[2]
+    assert answers[0] == answers[1] == answers[2]

@@ -373,14 +373,16 @@ class _Listener:
 
     def __call__(self, ids: Tensor, _scores: object, **_kwargs: object) -> Tensor:
         """Take the newest of the tokens [1, T]; a stopping criterion of transformers."""
+        if self.ended or self.stopped:  # on some devices one more token is made, and undone
+            return torch.ones(1, dtype=torch.bool, device=ids.device)
         if self.ids:
             self._see_winner()
         token = int(ids[0, -1])
         self.ids.append(token)
         self.ended = token in self._ends
-        if not self.ended:
+        if not self.ended:  # else what waits for the rest of its character is handed on in `finish`
             self._append(self._pieces.add(token))
-        self._hand_on()
+            self._hand_on()
         return torch.full((1,), self.stopped, device=ids.device)
 
     def finish(self) -> None:

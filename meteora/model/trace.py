@@ -166,14 +166,16 @@ def trace(
     modules = tuple(passes[0])
     if not modules:
         raise TraceError("no module of the model is routed, so there is nothing to trace")
+    read = ids[0].tolist()
     return Trace(
-        ids=tuple(ids[0].tolist()),
-        pieces=pieces_of(tokenizer, ids[0].tolist()),
+        ids=tuple(read),
+        pieces=pieces_of(tokenizer, read),
         num_prompt=len(prompt),
         experts=tuple(expert_names(model)),
         modules=modules,
-        chosen=joined(passes, 1).cpu(),
-        weights=joined(passes, 0).float().cpu(),
+        # on some devices `generate` runs one pass too many
+        chosen=joined(passes, 1)[:, : len(read)].cpu(),
+        weights=joined(passes, 0)[:, : len(read)].float().cpu(),
     )
 
 

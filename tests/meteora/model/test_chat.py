@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -219,6 +220,43 @@ def test_a_text_that_only_begins_like_a_stop_is_handed_on_in_the_end(model, talk
     answer = chat.answer([user("hello")], max_new_tokens=12, stop=[whole.text[-2:] + "never"])
     assert answer.text == whole.text
     assert [token.text for token in answer.tokens] == [token.text for token in whole.tokens]
+
+
+def test_an_answer_that_ends_inside_a_character_streams_it_whole(model, talking, monkeypatch):
+    chat = Chat(model, talking)
+    whole = chat.answer([user("hello")], max_new_tokens=12)
+    ids = chat.trace().ids[whole.num_prompt :]
+    cut = next(i for i, token in enumerate(whole.tokens) if not token.text)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ids[cut + 1])
+    seen = []
+    answer = chat.answer([user("hello")], max_new_tokens=12, on_token=seen.append)
+    assert answer.text.endswith("\N{REPLACEMENT CHARACTER}")
+    assert "".join(token.text for token in seen) == answer.text
+    assert len(seen) == answer.num_new - 1
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_pass_that_is_one_too_many_changes_nothing(model, talking, monkeypatch, ended):
+    """As on Apple's GPUs, where `generate` learns one pass late that an answer has ended."""
+    chat = Chat(model, talking)
+    whole = chat.answer([user("hello")], max_new_tokens=12)
+    ids = chat.trace().ids
+    if ended:
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ids[whole.num_prompt + 4])
+    stop = [] if ended else [whole.text[3:6]]
+    prompt = list(ids[: whole.num_prompt])
+
+    def results():
+        chat.forget()
+        answer = chat.answer([user("hello")], max_new_tokens=12, stop=stop)
+        return answer, chat.trace().tokens(), trace(model, talking, prompt, max_new_tokens=12).ids
+
+    expected = results()
+    late = "transformers.generation.utils.DeferredStopCheck.is_supported"
+    monkeypatch.setattr(late, staticmethod(lambda *_, **__: True))
+    monkeypatch.setattr(torch, "Event", Mock)
+    assert results() == expected
+    assert len(trace(model, talking, prompt, max_new_tokens=12).tokens()) == len(expected[2])
 
 
 def test_a_seed_draws_the_same_answer_and_leaves_other_random_numbers_alone(model, talking):

@@ -85,6 +85,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=padding_token(tokenizer),
+            eos_token_id=end_tokens(model, tokenizer) or None,
             streamer=streamer if stream else None,
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

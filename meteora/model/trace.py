@@ -17,7 +17,7 @@ from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.base.padding import padding_token
 from meteora.model.fused import expert_names
-from meteora.model.generate import batch_of
+from meteora.model.generate import batch_of, end_tokens
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def trace(
                 do_sample=False,
                 **ONE_CACHE,
                 pad_token_id=padding_token(tokenizer),
+                eos_token_id=end_tokens(model, tokenizer) or None,
                 return_dict_in_generate=True,
             )
             ids = out.sequences

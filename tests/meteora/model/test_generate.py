@@ -104,3 +104,20 @@ def test_an_answer_ends_with_the_first_of_several_ends(world, tokenizer) -> None
     ]
     assert answer_all(model, tokenizer, prompts, 8) == expected
     assert len({*map(len, expected)}) > 1
+
+
+def test_an_answer_ends_where_examples_do_though_the_base_names_another_end(
+    world, tokenizer
+) -> None:
+    """Experts and gates learn from examples that end with the tokenizer's own end token."""
+    model, ids = world.load(), tokenizer("some words").input_ids
+    assert model.generation_config.eos_token_id == 2
+    (whole,) = answer_all(model, tokenizer, [ids], 8)
+    ending = copy.deepcopy(tokenizer)
+    ending.eos_token = tokenizer.convert_ids_to_tokens(whole[3])
+    (expected,) = answer_all(model, ending, [ids], 8)
+    assert len(expected) < 8
+    text = ending.decode(expected, skip_special_tokens=True)
+    assert meteora.generate(model, ending, "some words", max_new_tokens=8) == text
+    traced = meteora.trace(model, ending, ids, max_new_tokens=8)
+    assert list(traced.ids[len(ids) :]) == expected

@@ -24,11 +24,10 @@ from meteora.base.chat_template import ConversationError, common_beginning, enco
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
-from meteora.model.generate import end_tokens
+from meteora.model.generate import ONE_CACHE, end_tokens
 from meteora.model.prompt_choice import READER
 from meteora.model.shared_prefix import whole_layers
 from meteora.model.trace import (
-    ONE_CACHE,
     Pieces,
     Token,
     Trace,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TextStreamer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
+ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1}
+"""Of `generate`, whatever a base's own config says: each token is read once."""
 
 
 class EmptyPromptError(MeteoraError):
@@ -84,6 +86,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            **ONE_CACHE,
             pad_token_id=padding_token(tokenizer),
             eos_token_id=end_tokens(model, tokenizer) or None,
             streamer=streamer if stream else None,
@@ -113,9 +116,10 @@ def answer_all(
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
             out = cast("GenerativePreTrainedModel", model).generate(
-                **share_prefix(model, ids, mask).to_generate(),
+                **share_prefix(model, ids, mask, asked=ONE_CACHE).to_generate(),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                **ONE_CACHE,
                 pad_token_id=pad,
                 eos_token_id=ends or None,
             )

@@ -17,7 +17,7 @@ from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.base.padding import padding_token
 from meteora.model.fused import expert_names
-from meteora.model.generate import batch_of, end_tokens
+from meteora.model.generate import ONE_CACHE, batch_of, end_tokens
 from meteora.routing.hooks import recorded_routes
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 LAYER = re.compile(r"\.(\d+)\.")
 """Finds the number of a layer in a module's path, as the ledger's views do."""
-
-
-ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1}
-"""Of `generate`, whatever a base's own config says: each token is read once."""
 
 
 class TraceError(MeteoraError):

@@ -121,3 +121,16 @@ def test_an_answer_ends_where_examples_do_though_the_base_names_another_end(
     assert meteora.generate(model, ending, "some words", max_new_tokens=8) == text
     traced = meteora.trace(model, ending, ids, max_new_tokens=8)
     assert list(traced.ids[len(ids) :]) == expected
+
+
+def test_a_base_whose_config_asks_for_beams_or_no_cache_answers_as_others(
+    model, tokenizer, monkeypatch, capsys
+) -> None:
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    expected = answer_all(model, tokenizer, prompts, 8)
+    text = meteora.generate(model, tokenizer, "some words", max_new_tokens=8)
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    assert answer_all(model, tokenizer, prompts, 8) == expected
+    assert meteora.generate(model, tokenizer, "some words", max_new_tokens=8, stream=True) == text
+    assert capsys.readouterr().out

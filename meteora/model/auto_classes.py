@@ -29,8 +29,8 @@ OURS = (
     "device_map", "max_memory", "offload_folder",
 )  # fmt: skip
 IDLE = {
-    "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "state_dict", "subfolder",
-    "trust_remote_code", "use_fast", "use_safetensors", "weights_only",
+    "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "trust_remote_code", "use_fast",
+    "use_safetensors", "weights_only",
 }  # fmt: skip
 """Arguments that change nothing here: no code and no pickle is ever loaded from a repository."""
 
@@ -66,6 +66,7 @@ class MeteoraForCausalLM:
         """
         from meteora.model.fused import load  # noqa: PLC0415  (torch: only loading needs it)
 
+        _refuse_subfolder(name, asked.pop("subfolder", None))
         download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
         ours = {key: asked.pop(key) for key in OURS if key in asked}
         if (legacy := asked.pop("torch_dtype", None)) is not None:
@@ -99,8 +100,14 @@ class MeteoraTokenizer:
         base_folder: str | Path | None = None,
         **asked: Any,  # noqa: ANN401
     ) -> PreTrainedTokenizerBase:
+        """Load it, from the arguments of transformers.
+
+        Raises:
+            UnsupportedArgumentError: it is asked for in a subfolder.
+        """
         from meteora.checkpoint.resolve import load_tokenizer  # noqa: PLC0415
 
+        _refuse_subfolder(name, asked.pop("subfolder", None))
         download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
         return load_tokenizer(
             name,
@@ -112,6 +119,14 @@ class MeteoraTokenizer:
                 for key, value in asked.items()
                 if not key.startswith("_") and key not in {*IDLE, *OURS}
             },
+        )
+
+
+def _refuse_subfolder(name: str | Path, subfolder: str | None) -> None:
+    if subfolder:  # what lies above it may be another checkpoint
+        raise UnsupportedArgumentError(
+            f"{name}: a fused model is not loaded from a subfolder, such as {subfolder!r}; give its"
+            " own folder"
         )
 
 

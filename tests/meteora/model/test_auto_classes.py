@@ -82,6 +82,23 @@ def test_arguments_of_transformers_mean_what_they_mean_there(world: World, folde
         AutoModelForCausalLM.from_pretrained(folder, base_folder=world.base, tp_plan="auto")
 
 
+def test_a_checkpoint_above_the_one_that_is_asked_for_is_not_taken_for_it(
+    world: World, folder: Path
+) -> None:
+    shutil.copytree(folder, folder / "other")
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        with pytest.raises(UnsupportedArgumentError, match="a subfolder, such as 'other'"):
+            auto.from_pretrained(folder, subfolder="other", base_folder=world.base)
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="", base_folder=world.base)
+    assert tokenizer is not None
+
+
+def test_weights_that_are_given_are_not_dropped(world: World, folder: Path) -> None:
+    weights = world.load_base().state_dict()
+    with pytest.raises(UnsupportedArgumentError, match="not loaded with state_dict"):
+        AutoModelForCausalLM.from_pretrained(folder, base_folder=world.base, state_dict=weights)
+
+
 def test_pipeline_takes_a_folder(world: World, folder: Path) -> None:
     ask = pipeline(
         "text-generation", model=str(folder), model_kwargs={"base_folder": str(world.base)}

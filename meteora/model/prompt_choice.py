@@ -29,7 +29,7 @@ from torch import Tensor
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.passes import PassInput, Watcher, by_name
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import questions
+from meteora.routing.turns import each_row, questions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +86,11 @@ class PromptReader(Watcher):
         if seen.goes_on and self.held.logits is not None and not asks.any():
             return
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
-        self.held.hold(self.read(model, question, given))
+        logits = self.read(model, question, given)
+        before = each_row(self.held.logits, len(logits)) if seen.goes_on else None
+        if before is not None:  # a sequence that asks nothing here goes on as it was
+            logits = logits.where(asks.cpu().unsqueeze(1), before)
+        self.held.hold(logits)
 
     @torch.no_grad()
     def read(self, model: nn.Module, question: Tensor, given: dict[str, Any]) -> Tensor:

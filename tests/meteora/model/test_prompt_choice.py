@@ -166,6 +166,19 @@ def test_tokens_that_go_on_with_an_answer_change_nothing(model):
 
 
 @torch.no_grad()
+def test_a_row_that_goes_on_keeps_its_expert_where_another_asks_anew(model):
+    names, cache = expert_names(model), DynamicCache()
+    first = torch.tensor([asked(1), asked(0)])
+    model(first, past_key_values=cache)
+    again, said = asked(2)[1:], task_tokens(3, 6, random.Random(4))
+    ids = torch.tensor([again, [0] * (len(again) - len(said)) + said])
+    mask = torch.cat([torch.ones_like(first), (ids > 0).long()], 1)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    logits = getattr(model, READER).held.logits
+    assert [names[e] for e in logits.argmax(-1).tolist()] == [names[2], names[0]]
+
+
+@torch.no_grad()
 def test_a_system_prompt_and_an_answer_behind_the_question_decide_nothing(model):
     names = expert_names(model)
     system = [1, *task_tokens(1, 4, random.Random(0)), *OPENING[1:]]

@@ -84,7 +84,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
     manifest = read_manifest(checkpoint)
     _check_routes(checkpoint, manifest)
     config = _read_config(base)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ExportError(
             f"{base}: its weights are quantised, and experts are served beside plain ones; give"
             " the base in 16 or 32 bits with --base"
@@ -199,6 +199,8 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         return find_checkpoint(name, revision, subfolder=CHECKPOINT)
     folder = Path(name)
     checkpoint, config = folder / CHECKPOINT, _read_config(folder)
+    # vLLM may be asked to narrow 32 bits to 16
+    narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
     for shard, sha256 in config["quantization_config"]["base_weights"].items():
         path = folder / shard
@@ -208,8 +210,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
                 f"{path}: it {state} the export; write the folder again with"
                 " `meteora export CHECKPOINT --for vllm`"
             )
-        # vLLM may be asked to narrow 32 bits to 16
-        needed += path.stat().st_size // (2 if config.get("dtype") == "float32" else 1)
+        needed += path.stat().st_size // narrowed
     _check_fingerprint(folder, read_manifest(checkpoint))
     if needed > memory_bytes:
         raise UnservableError(

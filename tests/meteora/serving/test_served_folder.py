@@ -121,6 +121,15 @@ def test_a_base_that_is_quantised_or_has_no_safetensors_is_refused(world, checkp
         export_for_vllm(checkpoint, base, tmp_path / "out")
 
 
+def test_a_base_whose_config_says_that_it_is_not_quantised_is_taken(world, checkpoint, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    export_for_vllm(checkpoint, base, tmp_path / "out")
+    assert find_served_checkpoint(str(tmp_path / "out"), None, PLENTY)
+
+
 def test_a_folder_with_something_in_it_is_left_alone(world, checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -147,6 +156,22 @@ def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint,
     (out / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
     with pytest.raises(WrongBaseError, match="this base has num_attention_heads 2"):
         find_served_checkpoint(str(out), None, PLENTY)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_base_of_32_bits_may_be_served_in_16(world, checkpoint, tmp_path, key):
+    """Most bases on the Hub have the older name of the key."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "dtype"}
+    (base / "config.json").write_text(json.dumps(config | {key: "float32"}))
+    export_for_vllm(checkpoint, base, out)
+    halves = (base / "model.safetensors").stat().st_size // 2
+    least = (checkpoint / EXPERTS).stat().st_size + halves
+    assert find_served_checkpoint(str(out), None, least) == out / "meteora"
+    with pytest.raises(UnservableError, match="use a larger device"):
+        find_served_checkpoint(str(out), None, least - 1)
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", ""])

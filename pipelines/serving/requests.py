@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 MAX_MEGABYTES = 32
 """Of a request's body, which is read and parsed whole before anything in it can be refused."""
+MAX_VALUES = 30_000
+"""Of a request's JSON, which are some 10,000 messages. Each value may be wrong, and an error takes
+about a kilobyte; a template gives each message tokens, even without text."""
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 MAX_NEW_TOKENS = 512
@@ -125,6 +128,19 @@ class ChatRequest(BaseModel):
         if not isinstance(sent, dict):
             return sent
         return {name: value for name, value in sent.items() if value is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_too_many(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
+        num_values, waiting = 0, [sent]
+        while waiting:
+            one = waiting.pop()
+            inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+            num_values += len(inside)
+            if num_values > MAX_VALUES:
+                raise ValueError(f"it has more than {MAX_VALUES} values")
+            waiting.extend(inside)
+        return sent
 
     @field_validator("messages")
     @classmethod

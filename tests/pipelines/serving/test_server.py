@@ -196,6 +196,9 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"n": 2}, 400, "n: Input should be 1"),
         ({"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
         ({"trase": True}, 400, "trase: Extra inputs are not permitted"),
+        ({"messages": [{}] * 30_000}, 400, "it has more than 30000 values"),
+        ({"messages": HELLO * 15_000}, 400, "it has more than 30000 values"),
+        ({"metadata": {str(i): i for i in range(30_000)}}, 400, "it has more than 30000 values"),
         ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
         ({"trace": "all"}, 400, "trace: Input should be"),
         (

@@ -135,9 +135,10 @@ async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return JSONResponse(error_body("the body of the request is not JSON"), 400)
-    # a value that may be of several types has an error for each; the deepest came furthest
+    # a value that may be of several types has an error for each; the deepest came furthest, and
+    # of two that are as deep the one whose type is right
     alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
-    found = max(alike, key=lambda one: len(one["loc"]))
+    found = max(alike, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = ".".join(_place(error.body, found)) or "the body of the request"
     return JSONResponse(error_body(f"{shortened(where)}: {found['msg']}"), 400)
 

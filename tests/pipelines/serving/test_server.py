@@ -199,6 +199,7 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"messages": [{}] * 30_000}, 400, "it has more than 30000 values"),
         ({"messages": HELLO * 15_000}, 400, "it has more than 30000 values"),
         ({"metadata": {str(i): i for i in range(30_000)}}, 400, "it has more than 30000 values"),
+        ({"stop": ["a"] * 17}, 400, "stop: List should have at most 16 items"),
         ({"stop": [""]}, 400, "stop.0: String should have at least 1 character"),
         ({"trace": "all"}, 400, "trace: Input should be"),
         (

@@ -230,7 +230,9 @@ class Pieces:
         """What waits for the rest of a character."""
         before = self._decode(self._context)
         text = self._decode(self._context + self._waiting)
-        self._context, self._waiting = self._waiting, []
+        # a special token without text is no context: a space after it would be stripped
+        self._context = self._waiting if text != before else self._context + self._waiting
+        self._waiting = []
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:

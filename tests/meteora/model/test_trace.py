@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.model.fused import force_expert, load, make_router, without_experts
-from meteora.model.trace import TraceError, trace
+from meteora.model.trace import Pieces, TraceError, trace
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_by, routed_layers
 
@@ -98,6 +100,22 @@ def test_a_character_of_several_tokens_stands_with_its_last_one(model, tokenizer
     found = trace(model, tokenizer, ids)
     assert found.pieces == ("", "é", "", "", "→", "x")
     assert trace(model, tokenizer, ids[:3]).pieces == ("", "é", "\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_space_behind_a_special_token_that_is_left_out_stays():
+    """As in tokenizers of SentencePiece's kind, which strip the space that begins a text."""
+    ids = {token: i for i, token in enumerate(["<s>", "</s>", "▁Hi", "▁there"])}
+    inner = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    spaced = PreTrainedTokenizerFast(tokenizer_object=inner)
+    spaced.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    pieces = Pieces(spaced, skip_special_tokens=True)
+    said = ["<s>", "▁Hi", "</s>", "<s>", "▁there"]
+    found = [pieces.add(ids[token]) for token in said]
+    assert found == ["", "Hi", "", "", " there"]
+    assert "".join(found) == spaced.decode([ids[t] for t in said], skip_special_tokens=True)
 
 
 def test_hooks_are_gone_afterwards(model, tokenizer, prompt):

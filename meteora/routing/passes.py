@@ -35,9 +35,14 @@ class PassInput:
         past, state = given.get("past_key_values"), given.get("cache_params")
         num_before = 0 if past is None else int(past.get_seq_length())
         there = _there(given.get("attention_mask"), states, num_before)
-        # a state-space model's cache has no length
-        goes_on = num_before > 0 if state is None else states.shape[1] == 1
+        goes_on = num_before > 0 if state is None else _holds_a_state(state, states.shape[1])
         return cls(ids, there, goes_on)
+
+
+def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)
+    """Whether tokens came before a pass of a state-space model, whose cache has no length."""
+    asked = getattr(cache, "has_previous_state", None)
+    return length == 1 if asked is None else asked(0)  # xLSTM's does not tell
 
 
 def _there(mask: object, states: Tensor, num_before: int) -> Tensor:

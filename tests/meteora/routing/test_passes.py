@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
@@ -65,6 +66,16 @@ def test_a_padded_batch_is_answered_as_its_prompts_are_on_every_cache(model, kin
     for row, prompt in zip(together[:, ids.shape[1] :], (FIRST, OTHER), strict=True):
         alone = model.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :]
         assert torch.equal(row, alone)
+
+
+@torch.no_grad()
+def test_a_prompt_of_one_token_begins_where_the_cache_is_one_of_states(build_base):
+    base = AutoModelForCausalLM.from_pretrained(build_base("mamba"))
+    cache, one = DynamicCache(config=base.config), torch.tensor([[7]])
+    assert not PassInput.of({"input_ids": one, "cache_params": cache}).goes_on
+    base(one, cache_params=cache)
+    assert PassInput.of({"input_ids": one, "cache_params": cache}).goes_on
+    assert PassInput.of({"input_ids": one, "cache_params": object()}).goes_on
 
 
 class Behind:

@@ -227,6 +227,21 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             },
         ),
         "phi": ("PhiConfig", llama),
+        "phi3": (
+            "Phi3Config",
+            llama
+            | {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10_000.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [3.0, 4.0, 5.0, 6.0],
+                    "original_max_position_embeddings": 64,
+                    "partial_rotary_factor": 1.0,
+                },
+                "original_max_position_embeddings": 64,
+            },
+        ),
         "gpt2": ("GPT2Config", old | {"n_inner": INTERMEDIATE}),
         "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),
         "opt": (

@@ -26,7 +26,7 @@ from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import ONE_CACHE, end_tokens
 from meteora.model.prompt_choice import READER
-from meteora.model.shared_prefix import whole_layers
+from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
     Pieces,
     Token,
@@ -101,7 +101,8 @@ class _Reading:
     """The length of the last prompt; the last answer follows it."""
     ids: list[int]
     cache: DynamicCache | None
-    """None where it cannot be cut, such as one with a sliding window, which forgets tokens."""
+    """None where it cannot be cut, such as one with a sliding window, which forgets tokens; and
+    where keys depend on the length of the whole text."""
     modules: tuple[str, ...]
     weights: Tensor
     """[M, T, K]"""
@@ -320,12 +321,14 @@ class Chat:
             weights = torch.cat([before.weights, weights], 1)
             chosen = torch.cat([before.chosen, chosen], 1)
         cache = out.past_key_values
+        config = self.model.config.get_text_config()
+        is_kept = whole_layers(cache) is not None and not rotates_by_length(config)
         self._reading = _Reading(
             expert=expert,
             num_first=before.num_first if before else len(ids),
             num_prompt=len(ids),
             ids=read,
-            cache=None if whole_layers(cache) is None else cache,
+            cache=cache if is_kept else None,
             modules=tuple(passes[0]),
             weights=weights[:, : len(read)],  # on some devices `generate` runs one pass too many
             chosen=chosen[:, : len(read)],

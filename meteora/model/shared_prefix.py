@@ -132,7 +132,7 @@ def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
         return False
     config = model.config.get_text_config(decoder=True)
     # a window of GPT-Neo's counts gaps
-    if getattr(config, "window_size", 0) or ROTATIONS & _rotations(config):
+    if getattr(config, "window_size", 0) or rotates_by_length(config):
         return False
     own = model.generation_config.to_dict() if model.can_generate() else {}
     if any((own | dict(asked)).get(name) not in plain for name, plain in PLAIN.items()):
@@ -141,8 +141,8 @@ def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
     return all(router is None or router.is_causal for router in routers)
 
 
-def _rotations(config: PreTrainedConfig) -> set[str]:
-    """The kinds of rotary position embeddings that a model has."""
+def rotates_by_length(config: PreTrainedConfig) -> bool:
+    """Whether the keys of a text depend on its whole length, by its rotary embeddings."""
     given = getattr(config, "rope_parameters", None) or {}
     by_layer = [value for value in given.values() if isinstance(value, dict)]
-    return {str(one.get("rope_type")) for one in (given, *by_layer)}
+    return any(one.get("rope_type") in ROTATIONS for one in (given, *by_layer))

@@ -6,7 +6,7 @@ The answer is generated as usual, with a cache: no route is forced, and no token
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -19,11 +19,12 @@ from meteora.base.padding import padding_token
 from meteora.model.fused import expert_names
 from meteora.model.generate import ONE_CACHE, batch_of, end_tokens
 from meteora.routing.hooks import recorded_routes
+from meteora.routing.passes import PassInput, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
@@ -198,14 +199,22 @@ def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
 def every_pass(
     model: PreTrainedModel,
 ) -> Generator[list[dict[str, tuple[Tensor, Tensor]]]]:
-    """Collect the routes of every forward pass, in order."""
+    """Collect the routes of every forward pass, in order.
+
+    A pass that goes on with none begins anew: Phi 3 reads all again where its positions change.
+    """
     passes: list[dict[str, tuple[Tensor, Tensor]]] = []
-    with recorded_routes(model) as routes:
-        hook = model.register_forward_hook(lambda *_: passes.append(dict(routes)))
-        try:
-            yield passes
-        finally:
-            hook.remove()
+
+    def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not PassInput.of(by_name(model, args, kwargs)).goes_on:
+            passes.clear()
+
+    with recorded_routes(model) as routes, ExitStack() as hooks:
+        before = model.register_forward_pre_hook(begin, with_kwargs=True)
+        after = model.register_forward_hook(lambda *_: passes.append(dict(routes)))
+        for hook in (before, after):
+            hooks.callback(hook.remove)
+        yield passes
 
 
 class Pieces:

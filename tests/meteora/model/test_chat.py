@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import pairwise
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template, encode_messages
 from meteora.checkpoint.tensors import Gates
@@ -304,11 +307,27 @@ def test_a_tokenizer_without_a_template_and_messages_that_it_refuses(model, talk
         chat.answer([user("hello")])
 
 
+def test_keys_that_depend_on_the_length_of_the_text_are_not_kept(
+    world, build_base, talking, tmp_path
+):
+    """A longer text turns all of its keys by other angles (longrope)."""
+    rope = json.loads((build_base("phi3") / "config.json").read_text())["rope_parameters"]
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    model = meteora.load(world.checkpoint, base_folder=base)[0]
+    messages, chat = [user("what is this?")], Chat(model, talking)
+    first = chat.answer(messages, max_new_tokens=6)
+    messages += [{"role": "assistant", "content": first.text}, user("and that?")]
+    found = chat.answer(messages, max_new_tokens=6)
+    assert first.num_prompt < 64 < found.num_prompt
+    assert found == Chat(model, talking).answer(messages, max_new_tokens=6)
+
+
 def test_a_cache_with_a_sliding_window_is_not_kept(
     build_base, build_adapter, fuse_adapters, talking, tmp_path
 ):
-    import meteora  # noqa: PLC0415  (slow to import)
-
     base = build_base("mistral")
     adapter = build_adapter(base, tmp_path / "one", seed=1, r=2, target_modules=["q_proj"])
     fuse_adapters(base, {"one": adapter}, tmp_path / "fused")

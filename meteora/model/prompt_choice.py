@@ -1,4 +1,4 @@
-"""One expert for a whole prompt: the one whose updates stand out on it. Nobody needs examples.
+"""One expert for a whole prompt: the one whose updates stand out on it. No examples are needed.
 
 Before a pass that holds a prompt, the base alone reads that pass. At each module an expert's update
 of a token x has the size

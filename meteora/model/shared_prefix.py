@@ -4,7 +4,7 @@
     cache     S S S, computed for one, held for each
     batch     S S S a b   S S S · c     ·: padding, which is masked and has no position
 
-Its keys and values are those of each whole prompt, as long as nothing behind it has a say in them.
+Its keys and values are those in each whole prompt, if they do not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PLAIN = {
     "use_cache": (None, True),
     "cache_implementation": (None,),
 }
-"""Settings of `generate` by which one answer comes of each prompt, on the usual cache, whatever the
-padding is."""
+"""Settings of `generate`, with the values that allow a shared prefix: one answer to each prompt, on
+the usual cache, and padding changes nothing."""
 
 
 def whole_layers(cache: object) -> list[DynamicLayer] | None:

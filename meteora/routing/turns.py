@@ -3,8 +3,8 @@
     l_turn = the mean of log softmax(G x + c) over the tokens x of the turn's question
 
 at each gate, by that gate's own inputs. A question stands between a header of the chat template and
-its closing. A turn begins with its header; what precedes the first of all, such as a system prompt,
-is of the first turn. So a token's route depends on tokens behind it, up to the end of its own
+its closing. A turn begins with its header. What precedes the first header, such as a system prompt,
+belongs to the first turn. So a token's route depends on tokens behind it, up to the end of its own
 question: this is not causal. Without a chat template the whole first pass is a question.
 """
 
@@ -75,7 +75,7 @@ def questions(seen: PassInput, template: Template, previous: Questions | None = 
     else:
         asked &= begun | ~begun.any(1, keepdim=True)
         turn = (turn - 1).clamp_min(0)
-        first = turn == 0  # who asks nothing at first is judged by all that is there
+        first = turn == 0  # a first turn without a question is decided by all of its tokens
         asked |= there & first & ~(asked & first).any(1, keepdim=True)
     closed = (closing & (turn == turn[:, -1:])).any(1) | closed & ~begun.any(1)
     return Questions(turn, asked, closed)
@@ -100,8 +100,8 @@ class Turns(Watcher):
         self.goes_on = self.any_asks = self.all_ask = False
         """Of the pass; whether any of its sequences has a question, and whether all have."""
         self.num_decided = 0
-        """How often a gate has decided for a question. Who keeps a cache sees by it whether the
-        gates still hold what they decided for it."""
+        """How often a gate has decided for a question. Where it is as it was when a cache was kept,
+        the gates still hold what they decided for the tokens in that cache."""
 
     def at_gate(self) -> TurnChoice:
         """What one gate decides with."""

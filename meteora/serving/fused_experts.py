@@ -93,7 +93,7 @@ class ServedExperts:
 
     @cached_property
     def _file(self) -> safe_open:
-        """The file of experts, which is checked once, and open while there are layers to build."""
+        """The file of experts, which is checked once and stays open."""
         self._open = ExitStack()
         return self._open.enter_context(tensors.open_experts(self.folder, self.manifest))
 

@@ -69,9 +69,9 @@ class ServedTurns:
         self.found: SeenPass | None = None
         self._slots: OrderedDict[int, int] = OrderedDict()
 
-    def at_gate(self) -> ServedTurn:
+    def at_gate(self) -> ServedTurnChoice:
         """What one gate decides with."""
-        return ServedTurn(self)
+        return ServedTurnChoice(self)
 
     def see(self, ids: Tensor, requests: Requests | None) -> None:
         """Look at the tokens [T] of a pass before it runs.
@@ -126,7 +126,7 @@ class ServedTurns:
         return self._slots[key]
 
 
-class ServedTurn:
+class ServedTurnChoice:
     """What one gate has decided for the requests of a server."""
 
     def __init__(self, turns: ServedTurns) -> None:

@@ -4,8 +4,8 @@
                             vLLM's own method
 
 It is the first layer of a model and the only one that sees token ids. vLLM's attention metadata
-tell where each request begins in a pass, and the first block of its keys and values is its own as
-long as it runs: no prefix is cached.
+tell where each request begins in a pass. The first block of its keys and values identifies a
+request as long as it runs, since no two requests share a cached prefix.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ _LIBRARY._register_fake("read_prompts", _no_prompts)
 
 
 class Order:
-    """A tensor that an operator says it writes if another needs what it leaves behind.
+    """A tensor that keeps operators in order; its content means nothing.
 
-    This keeps them in order. Its content means nothing.
+    An operator that leaves something for a later one, outside of any tensor, declares that it
+    writes this one, and so does the later one. So torch.compile keeps both, in their order.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,11 @@
-"""By which names a server is reached: no page of another site is one of its own.
+"""The names under which a server answers, so that pages of other sites cannot read from it.
 
-A browser lets a page read what comes from the page's own name. So a stranger's page would read the
-answers of a server in a network that the stranger cannot reach, once its name is rebound to that
-server's address; the header `Host` has that name then. An address is no name, and cannot be
-rebound. A page under its own name gets nothing either: the server allows no other origin to read,
-and JSON is sent across origins only with leave.
+A browser lets a page read what comes from the page's own name. A stranger can let the name of his
+page point to the address of a server in your network (DNS rebinding). The page then reads the
+server's answers, and the header `Host` of its requests has the stranger's name. So a request under
+an unknown name is refused. An address cannot be made to point elsewhere, and is always allowed. A
+page that asks for the server under the server's own name gets nothing either: the server lets no
+other origin read, and a browser asks for permission before it sends JSON to another origin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one thread that answers; requests wait for each other, as a model is for one at a time."""
+"""The one thread that answers: a model computes one answer at a time, and the others wait."""
 
 from __future__ import annotations
 

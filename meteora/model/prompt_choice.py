@@ -83,11 +83,11 @@ class PromptReader(Watcher):
         self._found = found = questions(seen, self.template, self._found)
         question = found.asked & (found.turn == found.turn[:, -1:])
         asks = question.any(1) & found.closed
-        if seen.goes_on and self.held.logits is not None and not asks.any():
+        before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
+        if before is not None and not asks.any():
             return
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
         logits = self.read(model, question, given)
-        before = each_row(self.held.logits, len(logits)) if seen.goes_on else None
         if before is not None:  # a sequence that asks nothing here goes on as it was
             logits = logits.where(asks.cpu().unsqueeze(1), before)
         self.held.hold(logits)

@@ -21,6 +21,7 @@ from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import READER, mean_of_others
 from meteora.model.trace import trace
+from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
@@ -103,6 +104,13 @@ def answer(model, prompt, **options):
     return model.generate(ids, **options)[0, len(prompt) :].tolist()
 
 
+def routes_of(model, ids, cache):
+    """The experts that the tokens of a pass get."""
+    with recorded_routes(model) as routes:
+        model(ids, past_key_values=cache)
+    return {e for _, chosen in routes.values() for e in chosen.flatten().tolist()}
+
+
 @pytest.mark.parametrize("e", range(4))
 def test_a_prompt_goes_to_the_expert_that_learnt_from_its_like(model, e):
     names = expert_names(model)
@@ -176,6 +184,14 @@ def test_a_row_that_goes_on_keeps_its_expert_where_another_asks_anew(model):
     model(ids, attention_mask=mask, past_key_values=cache)
     logits = getattr(model, READER).held.logits
     assert [names[e] for e in logits.argmax(-1).tolist()] == [names[2], names[0]]
+
+
+@torch.no_grad()
+def test_a_sequence_that_goes_on_is_not_routed_by_a_batch_that_was_read_since(model):
+    cache, said = DynamicCache(), torch.tensor([task_tokens(3, 6, random.Random(4))])
+    model(torch.tensor([asked(2)]), past_key_values=cache)
+    model(torch.tensor([asked(0), asked(1)]))
+    assert len(routes_of(model, said, cache)) == 1
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from meteora.base.chat_template import ConversationError, common_beginning, enco
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
-from meteora.model.generate import ONE_CACHE, end_tokens
+from meteora.model.generate import ONE_CACHE, batch_of, end_tokens
 from meteora.model.prompt_choice import READER
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
@@ -162,6 +162,7 @@ class Chat:
 
         Raises:
             ConversationError: the chat template does not take the messages, or they are too long.
+            EmptyPromptError: the chat template makes no tokens of them.
             UnknownExpertError: no expert of the model has this name.
         """
         ids = encode_messages(self.tokenizer, messages)
@@ -285,7 +286,7 @@ class Chat:
         ends: list[int],
         listener: _Listener,
     ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
-        prompt = torch.tensor([ids], device=input_device(self.model))
+        prompt = batch_of(self.model, ids)
         chosen: dict[str, Any] = ONE_CACHE | {"do_sample": False}
         if sampling.temperature >= LEAST_TEMPERATURE:
             chosen |= {

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.base.chat_template import encode_prompt
-from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
+from meteora.model.generate import batch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ def changes(
     Returns:
         The largest change of any logit as a share of the base's largest logit, by expert.
     """
-    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)], device=input_device(model))
+    ids = batch_of(model, encode_prompt(tokenizer, PROMPT))
     with without_experts(model):
         base = model(ids, use_cache=False).logits.float()
     found = {}

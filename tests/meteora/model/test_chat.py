@@ -16,6 +16,7 @@ from meteora.base.chat_template import ConversationError, Template, encode_messa
 from meteora.checkpoint.tensors import Gates
 from meteora.model.chat import Chat, Sampling
 from meteora.model.fused import UnknownExpertError, force_expert, make_router
+from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
 from meteora.routing.gates import WATCHER, insert_gates
 from meteora.routing.layer import routed_by, routed_layers
@@ -302,6 +303,9 @@ def test_a_tokenizer_without_a_template_and_messages_that_it_refuses(model, talk
     talking.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConversationError, match="roles must alternate"):
         chat.answer([user("hello")])
+    talking.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(EmptyPromptError, match="the prompt has no tokens"):
+        chat.answer([user("")])
     talking.chat_template = None
     with pytest.raises(ConversationError, match="no chat template"):
         chat.answer([user("hello")])

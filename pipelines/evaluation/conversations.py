@@ -29,8 +29,8 @@ from meteora.base.chat_template import common_beginning
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
-from meteora.model.generate import end_tokens
-from meteora.model.shared_prefix import whole_layers
+from meteora.model.generate import ONE_CACHE, end_tokens
+from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
@@ -235,6 +235,7 @@ class Conversing:
             past_key_values=past,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
+            **ONE_CACHE,
             pad_token_id=pad,
             eos_token_id=ends or None,
             return_dict_in_generate=True,
@@ -246,7 +247,8 @@ class Conversing:
             said = answer if ended else answer[:-1]
             own.extend(range(length, length + len(said)))
             known.append((one.ids + said)[: self._reusable(one, len(said))])
-        cache.keep(out.past_key_values, known, places)
+        if not rotates_by_length(self.model.config.get_text_config()):
+            cache.keep(out.past_key_values, known, places)
         spent = (time.perf_counter() - started) / len(prompts)
         return [
             {

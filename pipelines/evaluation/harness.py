@@ -123,6 +123,7 @@ class Harness:
             "until": [self.tokenizer.eos_token],
             "max_gen_toks": max_new_tokens,
             "do_sample": False,
+            "num_beams": 1,  # whatever the base's own config says
         }
         texts = [self._apply_template(prompt) for prompt in prompts]
         asked = [Instance("generate_until", {}, (text, settings), 0) for text in texts]

@@ -81,22 +81,23 @@ def again(
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "qwen3", "phi3"])
 def test_one_cache_over_all_turns_gives_the_same_answers(
     kind: str,
     build_base: Callable[[str], Path],
     chat: PreTrainedTokenizerBase,
     dialogues: list[Dialogue],
 ) -> None:
-    """On bases with all kinds of positions; the window of Mistral's forgets tokens."""
+    """With all kinds of positions; Mistral's forget, and Phi 3's depend on the longest text."""
     base = AutoModelForCausalLM.from_pretrained(build_base(kind), dtype="float64").eval()
-    found = ask(base, chat, dialogues)
+    base.generation_config.num_beams = 2  # what a base asks for is not asked of it here
+    found = ask(base, chat, dialogues, batch_size=1 if kind == "phi3" else 3)
     assert texts(found) == again(base, chat, dialogues)
     for turns in found:
         assert turns[0]["computed_tokens"] == turns[0]["prompt_tokens"]
         for before, turn in itertools.pairwise(turns):
             reused = turn["prompt_tokens"] - turn["computed_tokens"]
-            assert reused == 0 if kind == "mistral" else reused >= before["prompt_tokens"]
+            assert reused == 0 if kind in {"mistral", "phi3"} else reused >= before["prompt_tokens"]
 
 
 def test_an_answer_is_read_from_the_cache_and_its_end_is_not_said_again(

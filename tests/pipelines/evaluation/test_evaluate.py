@@ -63,7 +63,7 @@ def score_of(found: TaskResult, metric: str) -> Score:
 
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
-    out = model.generate(ids, max_new_tokens=length, do_sample=False)
+    out = model.generate(ids, max_new_tokens=length, do_sample=False, num_beams=1)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -77,6 +77,7 @@ def test_the_harness_asks_what_generate_is_asked(
     """Batched and padded by the harness, one by one here: the same greedy answers."""
     monkeypatch.setattr(tokenizer, "chat_template", template or None)
     model = world.load()
+    model.generation_config.num_beams = 3
     with force_expert(model, "q_and_v"):
         found = evaluate_task(model, tokenizer, task(ROWS), batch_size=2)
         for row, output in zip(ROWS, found.outputs, strict=True):

@@ -105,6 +105,10 @@ def print_steps(
             out.print(f"           warning: {warning.message}", soft_wrap=True)
     found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
     faults = _faults_of_adapters(outcomes) if checked else []
+    left = {one.name for one, o in outcomes if isinstance(o, Refusal) and o.left_out}
+    if kept := tuple(expert for expert in recipe.experts if expert.name not in left):
+        recipe = recipe.model_copy(update={"experts": kept})
+        context = replace(context, recipe=recipe)
     if Stage.gates in reached:
         out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if Stage.gates in reached and recipe.router.kind == "gate":

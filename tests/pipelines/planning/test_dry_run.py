@@ -222,6 +222,8 @@ def test_it_ends_with_an_error_where_the_run_would(
     ends("q_and_v is refused", experts=[broken, good[1]])
     ends("", experts=[broken, good[1]], policy={"on_refused": "skip"})
     ends("no adapter can be used", experts=[broken], policy={"on_refused": "skip"})
+    rowless = broken | {"examples": "jsonl:none.jsonl", "test": "jsonl:none.jsonl"}
+    ends("", experts=[rowless, good[1]], policy={"on_refused": "skip"})
 
     gone = f"{tmp_path / 'gone'}: there is no such folder"
     nowhere = good[0] | {"adapter": f"path:{tmp_path / 'gone'}"}

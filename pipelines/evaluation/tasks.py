@@ -10,7 +10,7 @@ from meteora.artifacts import canonical_sha256
 from meteora.base.sources import file_sha256
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.row_sources import no_token, read_rows
+from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
 from pipelines.recipe.benchmark import CompositeSection
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT, without_scorer
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipelines.data.dialogues import Dialogue
     from pipelines.recipe.benchmark import BenchmarkSection, ConversationSection, TaskSection
     from pipelines.recipe.recipe import ExpertSection
+
+    Read = Callable[[str, Path, int], Sequence[Row]]
 
 TURNS = 200
 """Turns that a task asks in all, where a recipe says no number of conversations: a share of them
@@ -107,12 +109,12 @@ def make_tasks(
     experts: Sequence[ExpertSection],
     settings: BenchmarkSection,
     folder: Path,
-    token_of: Callable[[str], str | None] = no_token,
+    read: Read = read_rows,
 ) -> dict[str, Task]:
     """Every task of a recipe by name: the experts' own, the listed ones, composites, dialogues.
 
     Args:
-        token_of: as in `read_rows`
+        read: reads a source, as `read_rows` does
 
     Raises:
         ExamplesError: rows are missing or malformed, or a metric cannot score them.
@@ -125,12 +127,12 @@ def make_tasks(
                 _metrics(expert.metric) or ("exact_match",),
                 settings.template,
                 expert.max_new_tokens or settings.max_new_tokens,
-                rows=read_rows(expert.test, folder, settings.limit, token_of),
+                rows=read(expert.test, folder, settings.limit),
                 expert=expert.name,
                 system_prompt=settings.system_prompt,
             )
     for section in settings.tasks:
-        tasks[section.called] = _listed_task(section, settings, folder, token_of)
+        tasks[section.called] = _listed_task(section, settings, folder, read)
     for task in tasks.values():
         check_rows(task)
     return tasks | _mixes(tasks, settings)
@@ -158,10 +160,7 @@ def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _listed_task(
-    section: TaskSection,
-    settings: BenchmarkSection,
-    folder: Path,
-    token_of: Callable[[str], str | None],
+    section: TaskSection, settings: BenchmarkSection, folder: Path, read: Read
 ) -> Task:
     limit = section.limit or settings.limit
     return Task(
@@ -169,7 +168,7 @@ def _listed_task(
         _metrics(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
         section.template or settings.template,
         section.max_new_tokens or settings.max_new_tokens,
-        rows=read_rows(section.rows, folder, limit, token_of) if section.rows else (),
+        rows=read(section.rows, folder, limit) if section.rows else (),
         lm_eval=section.lm_eval,
         folder=folder / section.folder if section.folder else None,
         limit=limit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import COMMIT, BaseSpec
@@ -52,9 +52,12 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BuiltBase
     from pipelines.data.rows import Row
+    from pipelines.evaluation.tasks import Task
     from pipelines.planning.estimate import Need
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
+
+    Read = Callable[..., Sequence[Row]]
 
 SAMPLE = 64
 """Rows of a source whose length is measured."""
@@ -127,9 +130,10 @@ def print_steps(
     if Stage.publish in reached and recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
-    faults += _print_estimates(out, context, found, known, reached)
+    read = cache(read_rows)  # a source once, for the estimates and for the faults
+    faults += _print_estimates(out, context, found, known, reached, read)
     if checked:
-        faults += _faults_of_rows(context) or _faults_of_prompts(context, base, set(found))
+        faults += _faults_of_rows(context, base, read)
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -154,80 +158,66 @@ def _faults_of_adapters(
     return faults
 
 
-def _rows_here(
-    context: RunContext, source: str | None, limit: int, *, answered: bool = True
-) -> list[Row]:
-    """The rows of a source that is on this disk; none of others."""
-    if not source or source == AUTO or source.startswith("hf:"):
-        return []
-    return read_rows(source, context.folder, limit, answered=answered)
+def _is_here(source: str | None) -> bool:
+    """Whether a source of rows is on this disk."""
+    return bool(source) and source != AUTO and not source.startswith("hf:")
 
 
-def _examples_here(context: RunContext) -> dict[str, list[Row]]:
-    """The examples of each expert whose examples are on this disk."""
-    recipe = context.recipe
-    if recipe.router.kind != "gate":
-        return {}
-    limit = recipe.gates.examples_per_expert
-    found = {one.name: _rows_here(context, one.examples, limit) for one in recipe.experts}
-    return {name: rows for name, rows in found.items() if rows}
-
-
-def _faults_of_rows(context: RunContext) -> list[str]:
-    """Why a run would refuse the rows that are on this disk; empty if it would not."""
-    recipe, folder = context.recipe, context.folder
-    read = partial(_rows_here, context)
-    settings = recipe.benchmark
-    try:
-        examples = _examples_here(context)
-        tests = {one.name: read(one.test, settings.limit) for one in recipe.experts}
-        for task in settings.tasks:
-            tests[task.called] = read(task.rows, task.limit or settings.limit)
-        source = recipe.gates.pool if recipe.router.kind == "gate" else ""
-        pool = read(source, most_prompts(recipe, len(recipe.experts)), answered=False)
-        named = [one.name for one in recipe.experts if one.examples or recipe.gates.pool]
-        spans = read_spans(recipe.gates.spans, folder, named) if asks_for_spans(recipe) else ()
-        check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
-        refuse_too_few(recipe, examples, spans)
-    except ExamplesError as error:
-        return [str(error)]
-    return []
-
-
-def _faults_of_prompts(
-    context: RunContext, base: BaseSpec | None, accepted: Collection[str]
-) -> list[str]:
-    """Why a run would refuse the tasks and examples whose rows are on this disk.
+def _faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> list[str]:
+    """Why a run would refuse the rows that are on this disk; empty if it would not.
 
     Args:
         base: Rows are measured where it lies on this disk.
-        accepted: The experts whose adapters are here; the tasks of the others may fall away.
     """
-    recipe, settings = context.recipe, context.recipe.benchmark
-    own = [e for e in recipe.experts if e.test and not e.test.startswith("hf:")]
-    own = [e for e in own if e.name in accepted]
+    recipe, folder, settings = context.recipe, context.folder, context.recipe.benchmark
+    gates, routed = recipe.gates, recipe.router.kind == "gate"
+    own = [one for one in recipe.experts if _is_here(one.test)]
     further = tuple(task for task in settings.tasks if not task.rows.startswith("hf:"))
-    here = {e.name for e in own} | {task.called for task in further}
+    here = {one.name for one in own} | {task.called for task in further}
     every = {e.name for e in recipe.experts if e.test} | {t.called for t in settings.tasks}
     mixed: dict[str, Any] = {
         kind: tuple(s for s in getattr(settings, kind) if here >= (set(s.tasks) or every))
         for kind in ("composite", "conversation")
     }
+    known = settings.model_copy(update={"tasks": further, **mixed})
     try:
-        known = settings.model_copy(update={"tasks": further, **mixed})
-        tasks = make_tasks(own, known, context.folder)
-        folder = context.base_folder(base) if base else None
-        if folder is None or not (folder / "tokenizer.json").is_file():
-            return []
-        config, tokenizer = load_config(folder), load_tokenizer(folder)
-        check_room(tasks.values(), config, tokenizer)
-        if settings.template == "plain":
-            tokenizer.chat_template = None
-        place = partial(place_of_example, recipe, context.folder)
-        check_examples(_examples_here(context), place, config, tokenizer)
+        examples = {
+            one.name: read(one.examples, folder, gates.examples_per_expert)
+            for one in recipe.experts
+            if routed and _is_here(one.examples)
+        }
+        pool: Sequence[Row] = ()
+        if routed and _is_here(gates.pool):
+            most = most_prompts(recipe, len(recipe.experts))
+            pool = read(gates.pool, folder, most, answered=False)
+        named = [one.name for one in recipe.experts if one.examples or gates.pool]
+        spans = read_spans(gates.spans, folder, named) if asks_for_spans(recipe) else ()
+        tasks = make_tasks(own, known, folder, read)
+        tests = {name: task.rows for name, task in tasks.items() if task.rows}
+        check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
+        refuse_too_few(recipe, examples, spans)
+        _check_lengths(context, base, tasks, examples)
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []
+
+
+def _check_lengths(
+    context: RunContext,
+    base: BaseSpec | None,
+    tasks: Mapping[str, Task],
+    examples: Mapping[str, Sequence[Row]],
+) -> None:
+    """Refuse prompts and examples that are too long for the base, as far as it is here."""
+    folder = context.base_folder(base) if base else None
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    recipe = context.recipe
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    check_room(tasks.values(), config, tokenizer)
+    if recipe.benchmark.template == "plain":
+        tokenizer.chat_template = None
+    check_examples(examples, partial(place_of_example, recipe, context.folder), config, tokenizer)
 
 
 def _describe_base(context: RunContext, base: BaseSpec) -> str:
@@ -299,6 +289,7 @@ def _print_estimates(
     found: Mapping[str, Expert],
     known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
     reached: Collection[str],
+    read: Read,
 ) -> list[str]:
     """Print what each stage that is reached needs; returns what this machine does not have."""
     recipe = context.recipe
@@ -311,7 +302,7 @@ def _print_estimates(
         return []
     shape, tokenizer = known
     experts, num_assumed = _experts(recipe, shape, found)
-    examples, tests, pool = _all_rows(context, tokenizer)
+    examples, tests, pool = _all_rows(context, tokenizer, read)
     machine = measure_machine(shape.dtype)
     asked: dict[str, Any] = {
         "experts": experts,
@@ -356,13 +347,19 @@ def _print_estimates(
 
 
 def _all_rows(
-    context: RunContext, tokenizer: PreTrainedTokenizerBase | None
+    context: RunContext, tokenizer: PreTrainedTokenizerBase | None, read: Read
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
     """The examples by expert, the tests by task, and the pool, if there is one."""
     recipe, settings = context.recipe, context.recipe.benchmark
 
     def rows(source: str | None, limit: int, *, answered: bool = True) -> Rows:
-        return _rows(source, limit, context, tokenizer, answered=answered)
+        if not _is_here(source):  # also of a task of lm-eval, which has rows of its own
+            return Rows(limit)
+        try:
+            found = read(source, context.folder, limit, answered=answered)
+        except ExamplesError:
+            return Rows(limit)
+        return _measured(found, tokenizer)
 
     limit, pool = recipe.gates.examples_per_expert, None
     examples = {e.name: rows(e.examples, limit) for e in recipe.experts if e.examples}
@@ -429,26 +426,8 @@ def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple
     return Experts(len(recipe.experts), ranks), num_assumed
 
 
-def _rows(
-    source: str | None,
-    limit: int,
-    context: RunContext,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    answered: bool,
-) -> Rows:
-    """The rows of a source: their number and length. Nothing is read from the Hub.
-
-    Args:
-        source: None for a task of lm-eval, which has rows of its own
-        answered: as `read_rows` takes it
-    """
-    if source is None or source == AUTO or source.startswith("hf:"):
-        return Rows(limit)
-    try:
-        rows = read_rows(source, context.folder, limit, answered=answered)
-    except ExamplesError:
-        return Rows(limit)
+def _measured(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
+    """The number of rows, and their length."""
 
     def length(text: str) -> float:
         if tokenizer is None:

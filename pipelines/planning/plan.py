@@ -149,7 +149,7 @@ def make_plan(
         examples[NULL] = [*background_rows(), *outside]
     with_own = names if to_deal else [name for name in names if name in examples]
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
-    tasks = make_tasks(chosen, recipe.benchmark, folder, token_of)
+    tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
     refuse_too_few(recipe, examples, spans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from meteora.base.sources import PATH
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.untrusted.findings import did_you_mean
 from pipelines.admission.sources import token_of_rows
+from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.plan import plan_benchmark
@@ -163,8 +165,8 @@ def _choose_tasks(
         settings = BenchmarkSection.model_validate(dict(settings) | asked)
     except ValidationError as error:
         raise BenchmarkRequestError(explain(error)) from None
-    token_of = token_of_rows(request.token_for)
-    tasks = recorded | make_tasks(list(own.values()), settings, folder, token_of)
+    read = partial(read_rows, token_of=token_of_rows(request.token_for))
+    tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
     for name in chosen:
         if name not in tasks:
             raise BenchmarkRequestError(

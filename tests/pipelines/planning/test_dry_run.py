@@ -248,8 +248,14 @@ def test_it_ends_with_an_error_where_the_run_would(
     spans = {"spans": f"jsonl:{tmp_path / 'spans.jsonl'}"}
     ends("", experts=[one, good[1]], gates=spans)
     ends(str(recipe_folder / "gone.jsonl"), gates={"spans": "jsonl:gone.jsonl"})
-    for metric, lack in (("acc", "no choices"), ("verified", "no scorer")):
-        asked = [good[0] | {"metric": metric}, good[1]]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    away = {"adapter": f"someone/lora@{'0' * 40}"}
+    for metric, lack, where in (
+        ("acc", "no choices", {}),
+        ("acc", "no choices", away),
+        ("verified", "no scorer", {}),
+    ):
+        asked = [good[0] | {"metric": metric} | where, good[1]]
         said = ask("run", workplace(experts=asked).path, "--dry-run", "--home", tmp_path / "home")
         assert said.returncode == 1
         assert re.search(f"would stop: task q_and_v: the prompt '.*' has {lack}", said.stdout)

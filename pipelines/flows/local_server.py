@@ -18,7 +18,6 @@ asks for the home's secret.
 from __future__ import annotations
 
 import atexit
-import base64
 import fcntl
 import os
 import socket
@@ -26,8 +25,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -97,10 +94,13 @@ def use_local_server(home: Path) -> bool:
 
 def answers() -> bool:
     """Whether the server that is used answers now."""
+    return _is_healthy(os.environ.get("PREFECT_API_URL", ""), seconds=5)
+
+
+def _is_healthy(url: str, *, seconds: float) -> bool:
     try:
-        with urllib.request.urlopen(f"{os.environ['PREFECT_API_URL']}/health", timeout=5):  # noqa: S310
-            return True
-    except (urllib.error.URLError, OSError, KeyError, ValueError):
+        return httpx.get(f"{url}/health", timeout=seconds, follow_redirects=True).is_success
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 
@@ -183,11 +183,9 @@ def _listening(port: int) -> Generator[socket.socket]:
 def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while (server is None or server.poll() is None) and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2):  # noqa: S310  (loopback)
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
+        if _is_healthy(url, seconds=2):
+            return
+        time.sleep(0.1)
     if server is not None:
         server.kill()
         server.wait()
@@ -199,29 +197,17 @@ def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: P
 
 def _check_that_it_asks_for(secret: str, url: str) -> None:
     """An older version's server, which may still live, gives everybody all that they ask for."""
-    if _status(f"{url}/admin/version") != 401:
+    asked, (user, _, password) = f"{url}/admin/version", secret.partition(":")
+    if httpx.get(asked, timeout=30).status_code != 401:
         raise ServerError(
             f"the Prefect server of this home, {url}, asks for no secret, as an older version"
             " started it; stop what still uses it, such as `meteora schedule`, then run this again"
         )
-    if _status(f"{url}/admin/version", secret) != 200:
+    if httpx.get(asked, auth=(user, password), timeout=30).status_code != 200:
         raise ServerError(
             f"the Prefect server of this home, {url}, does not take the secret that lies here now;"
             " stop what still uses it, such as `meteora schedule`, then run this again"
         )
-
-
-def _status(url: str, secret: str = "") -> int:
-    """What the server answers, with a secret or without."""
-    request = urllib.request.Request(url)  # noqa: S310  (loopback)
-    if secret:
-        token = base64.b64encode(secret.encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 def _keep_alive(

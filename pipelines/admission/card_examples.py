@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from httpx import TransportError
+from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 
 from meteora.untrusted.findings import brief, listed
 from pipelines.data.pinned import kept, pin

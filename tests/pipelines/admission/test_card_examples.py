@@ -155,13 +155,21 @@ def test_a_damaged_data_set_is_a_reason_and_no_crash(
         read_card_examples(["a/b"], tmp_path, 4, no_token)
 
 
-@pytest.mark.parametrize("kind", ["head", "tree", "get"])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("head", Fault(status=500)),
+        ("tree", Fault(status=500)),
+        ("get", Fault(status=500)),
+        ("revision", Fault(200, {"Content-Length": "9", "Connection": "close"}, body=b"{")),
+    ],
+)
 def test_a_fault_of_the_hub_is_no_verdict_on_a_data_set(
-    hub: HubServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, tmp_path: Path, kind: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     put(hub, "a/b", [{"question": "q", "answer": "a"}])
-    hub.faults[kind] = Fault(status=500)
+    hub.faults[kind] = fault
     with pytest.raises(ExamplesError, match="a/b") as caught:
         read_card_examples(["a/b"], tmp_path, 4, no_token)
     assert not isinstance(caught.value, NoCardExamplesError)

@@ -7,7 +7,7 @@ prompt. The verdict is recorded, whether it is accepted or refused.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.adapters.config import OnExtras
-    from meteora.artifacts import AdapterRef
+    from meteora.artifacts import AdapterRef, Reason
     from meteora.checkpoint.manifest import Manifest
     from pipelines.admission.experts import Expert
     from pipelines.hub.client import Hub
@@ -101,14 +101,13 @@ class Admission:
             except (AdapterError, UnusableRepositoryError) as error:
                 self._refuse(candidate, ref, error)
                 raise
-        expert = self._compare_with_others(expert)
+        warnings = self._compare_with_others(expert)
         for reason in expert.adapter.reasons:
             say(f"{candidate.name}: {reason.message}", "note")
         norms = loading.norms_of(model, (module.path for module in expert.adapter.spec.modules))
-        reasons = check_proportion(expert.adapter, norms)
-        return verdicts.with_warnings(
-            verdicts.with_hub_facts(expert, cache, candidate.hub_at), reasons
-        )
+        warnings += check_proportion(expert.adapter, norms)
+        expert = verdicts.with_hub_facts(expert, cache, candidate.hub_at)
+        return verdicts.with_warnings(expert, warnings)
 
     def admit(
         self,
@@ -131,10 +130,10 @@ class Admission:
             error = AdapterError(candidate.name, (reason,))
             self._refuse(candidate, expert.ref, error)
             raise error
-        verdicts.record_accepted(self.ledger, self.run_id, expert, expert.adapter.reasons)
+        verdicts.record_accepted(self.ledger, self.run_id, expert)
 
-    def _compare_with_others(self, expert: Expert) -> Expert:
-        """The expert with warnings; refused if it is there already, or if memory is short."""
+    def _compare_with_others(self, expert: Expert) -> list[Reason]:
+        """Warnings; it is refused if it is there already, or if memory is short."""
         found = Findings()
         others = {
             entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
@@ -149,16 +148,14 @@ class Admission:
         )
         if found.refusals:
             raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
-        reasons = (*expert.adapter.reasons, *found.warnings)
-        return replace(expert, adapter=replace(expert.adapter, reasons=reasons))
+        return found.warnings
 
     def _refuse(
         self, candidate: Candidate, ref: AdapterRef, error: AdapterError | UnusableRepositoryError
     ) -> None:
-        about = verdicts.hub_facts(ref, self.ledger.home / "adapters", candidate.hub_at)
         refusal = Refusal(ref, error, left_out=False)
         verdicts.record_refused(
-            self.ledger, self.run_id, candidate.name, candidate.adapter, refusal, about
+            self.ledger, self.run_id, candidate.name, candidate.adapter, refusal, candidate.hub_at
         )
 
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import Reason
 from meteora.model.silent_experts import silent_experts
-from pipelines.admission.verdicts import record_accepted
-from pipelines.workspace.console import say
+from pipelines.admission.verdicts import record_accepted, with_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +32,8 @@ def probe(
     for expert in experts:
         if (change := silent.get(expert.name)) is None:
             continue
-        reason = no_effect(change)
-        say(f"{expert.name}: {reason.message}", "note")
-        record_accepted(context.ledger, context.run_id, expert, (*expert.adapter.reasons, reason))
+        warned = with_warnings(expert, [no_effect(change)])
+        record_accepted(context.ledger, context.run_id, warned)
 
 
 def no_effect(change: float) -> Reason:

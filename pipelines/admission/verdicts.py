@@ -42,7 +42,7 @@ def accept(
     reasons = proportion(expert.adapter, base_norms)
     hub_at = partial(hub_of, context.recipe)
     expert = with_warnings(with_hub_facts(expert, context.adapters_folder, hub_at), reasons)
-    record_accepted(context.ledger, context.run_id, expert, expert.adapter.reasons)
+    record_accepted(context.ledger, context.run_id, expert)
     return expert
 
 
@@ -52,9 +52,8 @@ def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> Non
     Raises:
         AdapterError, UnusableRepositoryError: The reason, unless the adapter is left out.
     """
-    about = hub_facts(refusal.ref, context.adapters_folder, partial(hub_of, context.recipe))
-    name, source = section.name, section.adapter
-    record_refused(context.ledger, context.run_id, name, source, refusal, about)
+    name, hub_at = section.name, partial(hub_of, context.recipe)
+    record_refused(context.ledger, context.run_id, name, section.adapter, refusal, hub_at)
     if not refusal.left_out:
         raise refusal.error
     say(f"{name}: {refusal.error}", "left out")
@@ -78,8 +77,9 @@ def require_stackable(
         )
 
 
-def record_accepted(ledger: Ledger, run_id: str, expert: Expert, reasons: Sequence[Reason]) -> None:
+def record_accepted(ledger: Ledger, run_id: str, expert: Expert) -> None:
     """Record that an adapter is accepted, with its warnings."""
+    reasons = expert.adapter.reasons
     word = "warn" if reasons else "accept"
     verdict = _verdict(expert.name, expert.source, expert.ref, expert.about, word, reasons)
     verdict = replace(verdict, licence=expert.licence, adapter_id=expert.adapter.spec.id)
@@ -92,14 +92,10 @@ def record_refused(
     name: str,
     source: str,
     refusal: Refusal,
-    about: HubSource | None,
+    hub_at: Callable[[str], Hub],
 ) -> None:
-    """Record that an adapter is refused, and why.
-
-    Args:
-        about: What the Hub knows of its repository.
-    """
-    error = refusal.error
+    """Record that an adapter is refused, and why, with what the Hub knows of its repository."""
+    error, about = refusal.error, hub_facts(refusal.ref, ledger.home / "adapters", hub_at)
     verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons_of(error))
     ledger.record_adapter(verdict, run_id=run_id)
     failure = Failure("check", name, type(error).__name__, str(error))

@@ -3,18 +3,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipelines.flows import local_server
 from pipelines.workspace.faults import NoSpaceError
@@ -148,6 +153,41 @@ def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.Monke
         local_server.raise_if_it_failed(ours)
 
 
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
+        pass
+
+
+def test_a_server_with_a_certificate_of_its_own_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect takes it by a setting (`PREFECT_API_SSL_CERT_FILE`), which only Prefect reads."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(private + made.sign(key, hashes.SHA256()).public_bytes(encoding))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        url = f"https://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        answers_now = local_server.answers()
+        server.shutdown()
+    assert answers_now
+
+
 def test_a_server_that_takes_a_minute_to_start_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,13 +196,10 @@ def test_a_server_that_takes_a_minute_to_start_is_waited_for(
     monkeypatch.setattr(local_server, "START_SECONDS", 0.02 * local_server.START_SECONDS)
     ready = time.monotonic() + 0.5
 
-    class Slow(BaseHTTPRequestHandler):
+    class Slow(Answers):
         def do_GET(self) -> None:
             self.send_response(200 if time.monotonic() > ready else 503)
             self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (its name there)
-            pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 128
 """Longer traces are hard to read."""
+JUDGING = {*METRICS, RIGHT, TURNS_RIGHT}
+"""Metrics that say how right an answer is. A row of outputs has its task's in their order."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Exam
                 templated=row["templated"] is not False,
                 max_new_tokens=min(MAX_NEW_TOKENS, row["max_new_tokens"]),
                 dialogue=dialogue,
-                value=next(
-                    (asked[name] for name in (*METRICS, RIGHT, TURNS_RIGHT) if name in asked), None
-                ),
+                value=next((asked[name] for name in asked if name in JUDGING), None),
             )
         )
     return found

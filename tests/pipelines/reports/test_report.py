@@ -13,9 +13,11 @@ import pytest
 
 from meteora.artifacts import ArtifactId
 from pipelines.reports import charts, queries, report
-from pipelines.reports.examples import Example
+from pipelines.reports.examples import Example, find_examples
 from pipelines.reports.lineage import lineage_graph
+from pipelines.scoring.outputs import write_outputs
 from store.ledger import Ledger
+from store.query import Answer
 from tests.pipelines.reports import report_ledger
 from tests.pipelines.reports.html_reader import Elements, drawings_at
 from tests.pipelines.reports.report_ledger import COUNTS, GATE, HOSTILE, NAMES
@@ -262,6 +264,18 @@ def test_an_example_says_what_was_expected_and_whether_it_is_right() -> None:
     assert replace(example, value=0.0).caption == "sums; expected: 2; ✗ wrong"
     assert replace(example, value=0.5).caption == "sums; expected: 2; 50% right"
     assert replace(example, value=None, reference="").caption == "sums"
+
+
+def test_an_example_is_judged_by_its_task_s_first_metric(tmp_path: Path) -> None:
+    metrics = {"rougeL": 0.5, "exact_match": 0.0}
+    write_outputs([{"prompt": "p", "reference": "r", **metrics}], tmp_path / "outputs.parquet")
+    ledger = Ledger(tmp_path / "home")
+    sha256 = ledger.blobs.put(tmp_path / "outputs.parquet")
+    row = {"task": "t", "outputs_sha256": sha256, "max_new_tokens": 8, "templated": True}
+    row["is_conversation"] = False
+    outputs = queries.QueryResult("outputs", "", "", Answer(tuple(row), [tuple(row.values())]))
+    (example,) = find_examples(ledger, outputs, 1)
+    assert example.caption == "t; expected: r; 50% right"
 
 
 def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import pickle
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
+from pipelines.evaluation.speed import device_name
 from pipelines.publishing import publish
 from pipelines.stages import build, measure, pool
 from pipelines.stages.open_model import is_spread
@@ -21,36 +22,17 @@ from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.machine import is_out_of_memory, memory_bytes
+from pipelines.workspace.machine import choose_device, is_out_of_memory, memory_bytes
 from pipelines.workspace.processes import parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import Reason
     from pipelines.planning.plan import Plan
     from pipelines.workspace.processes import Channel
 
 PROGRESS_SECONDS = 2.0
-
-
-def device(_work: RunContext) -> str:
-    """The name of the device that the stages compute on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def memory(_work: RunContext) -> int:
-    """The memory of that device, in bytes."""
-    return memory_bytes()
-
-
-def proportion(
-    _work: RunContext, adapter: Adapter, base_norms: Mapping[str, float]
-) -> tuple[Reason, ...]:
-    """A warning where an adapter changes the base's weights out of all proportion."""
-    return check_proportion(adapter, base_norms)
 
 
 def slots(work: RunContext, plan: Plan) -> list[str]:
@@ -69,10 +51,10 @@ def slots(work: RunContext, plan: Plan) -> list[str]:
     return sorted(f"gpu-{getattr(about, 'uuid', about.name)}" for about in devices)
 
 
-STAGES = {
-    "device": device,
-    "memory": memory,
-    "proportion": proportion,
+STAGES: dict[str, Callable[..., Any]] = {
+    "device": lambda _work: device_name(torch.device(choose_device())),
+    "memory": lambda _work: memory_bytes(),
+    "proportion": lambda _work, adapter, base_norms: check_proportion(adapter, base_norms),
     "slots": slots,
     "build_base": build.build_base,
     "check_prompts": measure.check_prompts,

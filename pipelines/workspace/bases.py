@@ -64,17 +64,12 @@ def base_at(home: Path, base_id: ArtifactId) -> Path:
     return home / "bases" / base_id.partition(":")[2]
 
 
-def seal(folder: Path, home: Path) -> str:
+def seal(folder: Path, home: Path) -> None:
     """Make the files of a new base read-only, and note their hashes.
 
     The folder itself stays writable, so that it can be deleted.
-
-    Returns:
-        The hash of its weights, as `meteora.base.sources.weights_sha256` computes it.
     """
-    files = [SealedFile.of(folder, path) for path in _paths(folder)]
-    _write_note(folder, home, files)
-    return _weights(files)
+    _write_note(folder, home, [SealedFile.of(folder, path) for path in _paths(folder)])
 
 
 def require_sound(ledger: Ledger, spec: BaseSpec) -> None:

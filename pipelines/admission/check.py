@@ -12,6 +12,7 @@ from meteora.artifacts import REPO_ID, Reason
 from meteora.base.sources import PATH
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub import repositories
+from pipelines.hub.about import facts_of
 from pipelines.hub.adapter import download
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import hub_for
@@ -51,7 +52,7 @@ def inspect(
     try:
         ref = repositories.resolve(where, subfolder=subfolder, hub=hub)
         facts["revision"] = ref.revision
-        about = repositories.describe(ref, cache, hub=hub)
+        about = facts_of(ref, cache, hub=hub)
         facts |= asdict(about) if about else {}
         folder = download(ref, cache, hub=hub, modules_to_save=modules_to_save)
     except AdapterError as error:

@@ -10,7 +10,7 @@ from meteora.adapters.compatibility import check_stackable
 from meteora.artifacts import COMMIT
 from pipelines.admission.experts import reasons_of
 from pipelines.admission.sources import hub_of
-from pipelines.hub import repositories
+from pipelines.hub.about import facts_of
 from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure
 
@@ -122,7 +122,7 @@ def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> Hub
     """What the Hub knows of an adapter's repository; None if it is not from there."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
-    return repositories.describe(ref, cache, hub=hub_at(ref.repo_id))
+    return facts_of(ref, cache, hub=hub_at(ref.repo_id))
 
 
 def _verdict(

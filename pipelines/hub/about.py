@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import Noun, canonical_json
 from meteora.untrusted.findings import shortened
+from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import AdapterRef
-    from pipelines.hub.client import Hub
 
 MAX_TEXT = 200
 """Characters of each text that are kept."""
@@ -35,15 +35,12 @@ class HubSource(Noun):
     tags: tuple[str, ...]
 
 
-def ask_about(hub: Hub, ref: AdapterRef, saved: Path) -> HubSource | None:
-    """Ask the Hub for licence, author, bases and downloads of a repository.
+def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
+    """Licence, author, bases and downloads of a repository.
 
-    Args:
-        saved: The file with the last answer; it is read where the Hub does not answer.
-
-    Returns:
-        None where there is neither.
+    Where the Hub does not answer, its last answer is used; None where there is none.
     """
+    saved = cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about"
     try:
         about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
     except HubError:

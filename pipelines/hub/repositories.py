@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef
 from meteora.base.sources import INDEX, SHARD, TEXTS
-from pipelines.hub.about import HubSource, ask_about
 from pipelines.hub.client import DEFAULT, Hub, is_offline
 from pipelines.hub.errors import (
     HubFilesError,
@@ -92,33 +91,32 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     Raises the same as `download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
-    files = _base_files(hub, ref)
-    with staging(out) as staged:
-        fetch_files(hub, ref, files, staged)
-        staged.rename(out)
+    _download(hub, ref, _base_files(hub, ref), out)
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download config and tokenizer, by which bases are told apart, into a new folder."""
-    files = [
-        file
-        for file in list_folder(hub, ref, "")
-        if PROFILE_FILES.fullmatch(file.path) and file.size >= 0
-    ]
+    files = _matching(hub, ref, PROFILE_FILES)
     if not any(file.path == "config.json" for file in files):
         raise HubFilesError(f"{ref.repo_id} at {ref.revision[:12]} has no config.json")
     check_sizes(ref, files, MAX_PROFILE_BYTES)
+    _download(hub, ref, files, out)
+
+
+def _matching(hub: Hub, ref: AdapterRef, names: re.Pattern[str]) -> list[ListedFile]:
+    """The files at the top of a commit whose names match."""
+    entries = list_folder(hub, ref, "")
+    return [entry for entry in entries if entry.size >= 0 and names.fullmatch(entry.path)]
+
+
+def _download(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], out: Path) -> None:
     with staging(out) as staged:
         fetch_files(hub, ref, files, staged)
         staged.rename(out)
 
 
 def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
-    files = [
-        file
-        for file in list_folder(hub, ref, "")
-        if file.size >= 0 and BASE_FILES.fullmatch(file.path)
-    ]
+    files = _matching(hub, ref, BASE_FILES)
     names = {file.path for file in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubFilesError(
@@ -127,14 +125,6 @@ def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
         )
     check_sizes(ref, files, MAX_BASE_BYTES)
     return files
-
-
-def describe(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
-    """Licence, author, bases and downloads of a repository.
-
-    Where the Hub does not answer, its last answer is used; None where there is none.
-    """
-    return ask_about(hub, ref, cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about")
 
 
 def discover(

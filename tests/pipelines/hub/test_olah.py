@@ -13,6 +13,7 @@ import pytest
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from pipelines.hub import repositories
+from pipelines.hub.about import facts_of
 from pipelines.hub.adapter import download
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import Hub
@@ -163,7 +164,7 @@ def test_what_is_not_there_is_said(asked: Hub, commits: tuple[str, str], tmp_pat
 
 
 def test_licence_and_author_are_known(asked: Hub, commits: tuple[str, str], tmp_path: Path) -> None:
-    source = repositories.describe(AdapterRef("someone/adapter", commits[1]), tmp_path, hub=asked)
+    source = facts_of(AdapterRef("someone/adapter", commits[1]), tmp_path, hub=asked)
     assert source is not None
     assert (source.author, source.licence, source.base_models) == (
         "someone",

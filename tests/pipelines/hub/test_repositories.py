@@ -21,7 +21,7 @@ import pytest
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub import adapter, client, repositories
-from pipelines.hub.about import HubSource
+from pipelines.hub.about import HubSource, facts_of
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import Hub, is_loopback
@@ -697,12 +697,12 @@ def test_what_the_hub_says_of_a_repository_is_kept(
     server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = HubSource("someone", "mit", ("org/base",), 7, ("lora",))
-    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+    assert facts_of(REF, tmp_path / "one", hub=asked) == said
     server.faults["revision"] = Fault(status=500)
-    assert repositories.describe(REF, tmp_path / "two", hub=asked) is None
-    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+    assert facts_of(REF, tmp_path / "two", hub=asked) is None
+    assert facts_of(REF, tmp_path / "one", hub=asked) == said
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert repositories.describe(REF, tmp_path / "one", hub=asked) == said
+    assert facts_of(REF, tmp_path / "one", hub=asked) == said
 
 
 def test_what_a_card_makes_the_hub_say_is_short_and_printable(
@@ -712,7 +712,7 @@ def test_what_a_card_makes_the_hub_say_is_short_and_printable(
         "license": "\x1b[31mmit\ud800" + "x" * 9_000,
         "base_model": ["a/b\nc"] * 900,
     }
-    said = repositories.describe(REF, tmp_path, hub=asked)
+    said = facts_of(REF, tmp_path, hub=asked)
     assert said is not None
     assert (said.licence[:9], len(said.licence)) == ("�[31mmit�", 200)
     assert said.base_models == ("a/b�c",) * 20

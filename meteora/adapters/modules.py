@@ -152,7 +152,8 @@ def _named(names: tuple[str, ...] | str, paths: list[str], budget: Budget) -> se
     """Return the modules that a list of names or a pattern targets, by PEFT's rule."""
     if isinstance(names, str):
         return matching(names, paths, budget)
-    return {path for path in paths if not _endings(path).isdisjoint(names)}
+    chosen = set(names)
+    return {path for path in paths if not _endings(path).isdisjoint(chosen)}
 
 
 def _endings(path: str) -> set[str]:

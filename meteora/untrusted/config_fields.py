@@ -6,7 +6,7 @@ names every fault.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from meteora.untrusted.findings import listed, shortened
 
@@ -21,9 +21,11 @@ T = TypeVar("T")
 MAX_RANK = 4_096
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 20_000
-"""Keys of `rank_pattern` or `alpha_pattern`."""
+"""Keys of `rank_pattern` or `alpha_pattern`, and modules that a list targets."""
 MAX_NAMES = 64
-"""Modules that a list names."""
+"""Modules that any other list names."""
+MAX_NAME = 512
+"""Characters of a module's name; no tensor has a longer one."""
 MAX_TEXT = 2_000
 """Characters of a pattern."""
 
@@ -58,8 +60,10 @@ def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, 
             found.refuse("pattern", f"{key} has {len(value)} characters, more than {MAX_TEXT}")
             return ()
         return value
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        found.refuse(key, f"{key} is neither a list of names nor a pattern")
+    if not _are_names(value, MAX_ENTRIES):
+        found.refuse(
+            key, f"{key} is neither a list of names, at most {MAX_ENTRIES} of them, nor a pattern"
+        )
         return ()
     return tuple(sorted(set(value)))
 
@@ -67,14 +71,18 @@ def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, 
 def names(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...]:
     """Read a list of module names, sorted."""
     value = config.get(key) or []
-    if (
-        not isinstance(value, list)
-        or len(value) > MAX_NAMES
-        or not all(isinstance(name, str) for name in value)
-    ):
+    if not _are_names(value, MAX_NAMES):
         found.refuse(key, f"{key} is not a list of at most {MAX_NAMES} names")
         return ()
     return tuple(sorted(set(value)))
+
+
+def _are_names(value: object, most: int) -> TypeGuard[list[str]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
+    )
 
 
 def layers(value: object) -> tuple[int, ...]:

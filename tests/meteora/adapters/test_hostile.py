@@ -232,6 +232,22 @@ def test_an_adapter_of_hundreds_of_patterns_is_read_in_time(tmp_path: Path) -> N
     assert {module.scaling for module in found.spec.modules} == {1.0}
 
 
+MANY = [f"module{i}" for i in range(100_000)]
+NAMES: dict[str, dict[str, Any]] = {
+    "a path of 500,000 parts": {"target_modules": ["q_proj", "a" + ".a" * 500_000]},
+    "an excluded one": {"exclude_modules": ["a" + ".a" * 500_000]},
+    "two long lists": {"target_modules": MANY[::2], "exclude_modules": MANY[1::2]},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_of_modules_have_bounds(name: str, tmp_path: Path) -> None:
+    """A path has as many endings as parts, and names of two lists are compared with each other."""
+    with little_work():
+        found = codes(write_adapter(tmp_path, **NAMES[name]))
+    assert found.keys() == NAMES[name].keys()
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_what_is_no_regular_file_is_not_opened(name: str, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""
+MOST = 100
+"""Reasons kept in all: each new one is compared with these."""
 
 
 class AdapterError(MeteoraError):
@@ -45,7 +47,9 @@ class Findings:
 
 
 def _add(reasons: list[Reason], reason: Reason) -> None:
-    if reason not in reasons and sum(r.code == reason.code for r in reasons) < MOST_OF_A_CODE:
+    if len(reasons) == MOST or reason in reasons:
+        return
+    if sum(r.code == reason.code for r in reasons) < MOST_OF_A_CODE:
         reasons.append(reason)
 
 

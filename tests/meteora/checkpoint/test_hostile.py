@@ -83,6 +83,15 @@ def test_ranks(folder: Path, value: object) -> None:
     refused(folder, "a rank of .*; it must be 1 to 4096")
 
 
+def test_a_fault_in_each_of_very_many_modules(folder: Path) -> None:
+    def fill(body: dict[str, Any]) -> None:
+        wrong = {**first_module(body), "in": 0, "out": 0}
+        body["modules"] = {f"module{i}": wrong for i in range(10_000)}
+
+    edit_manifest(folder, fill)
+    refused(folder, "in of module0 is '0'; it must be a whole number")
+
+
 @pytest.mark.parametrize("value", [None, "2.0", True, 1e300, -1.0, 0.0, 1e-40, [], {}], ids=repr)
 def test_scalings(folder: Path, value: object) -> None:
     edit_manifest(folder, lambda body: first_module(body)["scaling"].__setitem__(0, value))

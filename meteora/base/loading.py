@@ -312,7 +312,7 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
     """Return the Frobenius norms of linear layers to six digits; one weight is in memory at a time.
 
     Args:
-        sizes: (IN, OUT) by module path; a weight of another shape, or packed, is left out
+        sizes: (IN, OUT) by module path; a weight of another shape, or quantised, is left out
     """
     norms = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -325,19 +325,24 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
                 if key not in keys or sorted(file.get_slice(key).get_shape()) != sorted(size):
                     continue
                 weight = file.get_tensor(key)
-                if weight.is_floating_point():
+                if _is_plain(weight):
                     norms[path] = _norm(weight)
     return norms
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """Return the same for linear layers of a loaded model; without packed and offloaded weights."""
-    weights = {path: cast("torch.Tensor", model.get_submodule(path).weight) for path in paths}
+    """Return the same for linear layers of a loaded model; offloaded weights are left out, too."""
+    weights = {path: getattr(model.get_submodule(path), "weight", None) for path in paths}
     return {
         path: _norm(weight)
         for path, weight in weights.items()
-        if weight.is_floating_point() and not weight.is_meta
+        if isinstance(weight, torch.Tensor) and _is_plain(weight)
     }
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Return whether a weight lies in memory as it is computed with; 8 bits have a scale beside."""
+    return weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
 
 
 def _norm(weight: torch.Tensor) -> float:

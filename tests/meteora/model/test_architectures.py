@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,8 +23,10 @@ from meteora.base.loading import (
     layers_on_disk,
     linear_sizes,
     load_folder,
+    norms_of,
     shape_of,
     shape_of_model,
+    weight_norms,
 )
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import ModuleEntry
@@ -369,6 +372,16 @@ def test_layers_of_8_bits_are_routed_as_the_dequantised_ones_are(world, quantise
         torch.testing.assert_close(
             ours, theirs, rtol=2e-2, atol=1e-5 if dtype.itemsize > 2 else 5e-2
         )
+
+
+@pytest.mark.parametrize("quantised", [_Float8, _Packed])
+@torch.no_grad()
+def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 6))
+    model[0] = quantised(model[0])
+    assert norms_of(model, ["0", "1"]).keys() == {"1"}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert weight_norms(tmp_path, {"0": (8, 4), "1": (4, 6)}).keys() == {"1"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,8 +164,9 @@ def _changed(
 
 
 def _dtype(file: safe_open) -> torch.dtype:
-    keys: list[str] = file.keys()
-    return file.get_tensor(keys[0]).dtype
+    """Return the narrowest dtype that holds the stack exactly; a stranger's may have several."""
+    found = {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}  # noqa: SIM118
+    return reduce(torch.promote_types, found)
 
 
 def _wider(file: safe_open, adapter: Adapter) -> torch.dtype:

@@ -84,6 +84,21 @@ def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_pa
     assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
 
 
+def test_a_stack_of_elsewhere_with_several_dtypes_keeps_its_numbers(world, tmp_path):
+    folder = shutil.copytree(world.checkpoint, tmp_path / "several")
+    own = load_file(folder / EXPERTS)
+    first = sorted(own)[0].rpartition(".")[0]
+    own |= {key: tensor.half() for key, tensor in own.items() if key.startswith(first)}
+    (folder / EXPERTS).chmod(0o644)
+    save_file(own, folder / EXPERTS)
+    before = slices(folder, world.manifest)
+    manifest = drop_expert(folder, "q_and_v", folder / "smaller.safetensors")
+    (folder / "smaller.safetensors").replace(folder / EXPERTS)
+    for key, pair in slices(folder, manifest).items():
+        for one, other in zip(pair, before[key], strict=True):
+            assert torch.equal(one.float(), other.float())
+
+
 def test_a_newcomer_that_changed_after_it_was_checked_is_refused(world, smaller, tmp_path):
     folder = shutil.copytree(world.adapters["q_and_v"], tmp_path / "adapter")
     adapter = reader.read(folder)

@@ -329,6 +329,8 @@ def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings
     stand_ins = tuple(_read_stand_ins(body, names, found))
     if stand_ins and not stand_in:
         found.refuse("stand_in", "stand_in is empty, and there are experts without examples")
+    if stand_ins and len(stand_ins) == len(names):
+        found.refuse("stand_ins", "stand_ins names all experts; one or more have examples")
     return RouterOptions(
         kind=config_fields.one_of(body.get("kind"), "router.kind", ROUTER_KINDS, found),
         top_k=config_fields.whole(body.get("top_k"), "top_k", 1, MAX_EXPERTS, found),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora import __version__
-from meteora.artifacts import NULL, canonical_sha256
+from meteora.artifacts import NULL, SHARED, canonical_sha256
 from meteora.artifacts.routers import POINT_GATES
 from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
@@ -111,7 +111,7 @@ def calibrate(
     every, owners = expert_names(model), {e for s in sequences for e in s.owners}
     without = [e for e in range(len(every)) if options.stand_in and e not in owners]
     fitted = [e for e in range(len(every)) if e not in without]
-    if not fitted:
+    if {every[e] for e in fitted} <= {SHARED, NULL}:
         raise TrainingError(
             "no expert has examples, and the other experts are scored beside one that has; give two"
             f" or more of one, or a router of kind {options.stand_in!r}"

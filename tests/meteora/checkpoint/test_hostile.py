@@ -126,6 +126,15 @@ def test_how_to_route(folder: Path, key: str, value: object) -> None:
     refused(folder, key)
 
 
+def test_examples_of_no_expert(folder: Path) -> None:
+    def none(body: dict[str, Any]) -> None:
+        names = [expert["name"] for expert in body["experts"]]
+        body["router"].update(stand_in="arrow", stand_ins=names)
+
+    edit_manifest(folder, none)
+    refused(folder, "stand_ins names all experts")
+
+
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_of_experts(folder: Path, name: object) -> None:
     """Such a name could also leave the folder that `export_gguf` writes a file for each into."""

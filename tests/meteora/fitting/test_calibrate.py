@@ -21,6 +21,7 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import RowScatter, Scatter
 from meteora.fitting.lda import SHRINKAGES, gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
+from meteora.model.fused import insert_experts
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -377,6 +378,15 @@ def test_experts_that_share_their_few_sequences_are_all_fitted(model):
 def test_without_any_examples_a_stand_in_has_nothing_to_stand_beside(model):
     with pytest.raises(TrainingError, match="no expert has examples"):
         calibrate(model, [], replace(POINT_GATES, stand_in="arrow"))
+
+
+def test_examples_of_the_base_alone_are_nothing_to_stand_beside_either(world):
+    model = world.load_base()
+    router = replace(world.manifest.router, null=True)
+    insert_experts(model, world.checkpoint, replace(world.manifest, router=router))
+    of_the_base = [replace(s, experts=(4,) * len(s.experts)) for s in examples(4, experts=[0])]
+    with pytest.raises(TrainingError, match="no expert has examples"):
+        calibrate(model, of_the_base, replace(POINT_GATES, null=True, stand_in="arrow"))
 
 
 def test_an_expert_with_too_few_examples_is_named(model):

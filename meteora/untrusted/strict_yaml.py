@@ -41,7 +41,7 @@ def parse_yaml(text: str, *, typed: bool) -> object:
             a stranger's file `1:1:1` is a number to YAML, and a megabyte of it takes minutes.
     """
     try:
-        _check_events(text)
+        _check_events(text, typed=typed)
         return yaml.load(text, _TypedLoader if typed else _TextLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         raise StrictYAMLError(_explained(error, text)) from None
@@ -50,12 +50,18 @@ def parse_yaml(text: str, *, typed: bool) -> object:
         raise StrictYAMLError(" ".join(said.split())) from None
 
 
-def _check_events(text: str) -> None:
-    """Refuse what takes too much to build; to go through the events takes no memory."""
+def _check_events(text: str, *, typed: bool) -> None:
+    """Refuse what takes too much to build; to go through the events takes no memory.
+
+    A typed text has no tags either: PyYAML ends in errors of many kinds on `!!bool maybe`.
+    """
     depth = num_nodes = 0
     for event in yaml.parse(text, _BASE):
         if isinstance(event, yaml.AliasEvent):
             raise StrictYAMLError(f"aliases are not allowed ({_place(event.start_mark)})")
+        if typed and getattr(event, "tag", None):
+            place = _place(event.start_mark)
+            raise StrictYAMLError(f"tags, which begin with !, are not allowed ({place})")
         num_nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)

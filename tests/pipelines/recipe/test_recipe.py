@@ -180,6 +180,16 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
         ),
         pytest.param("base: a/b\nbase: c/d", "the key 'base' is given twice", id="key twice"),
         pytest.param("base: &a a/b\nexperts: *a", "aliases are not allowed", id="alias"),
+        pytest.param(
+            "base: a/b\nexperts: !!bool maybe",
+            "begin with !, are not allowed (line 2, column 10)",
+            id="tag",
+        ),
+        pytest.param(
+            "base: a/b\nexperts: !!int ''",
+            "begin with !, are not allowed (line 2, column 10)",
+            id="tag-empty",
+        ),
         pytest.param("base: " + "[" * 99 + "]" * 99, "nested more than 50", id="deep"),
         pytest.param("base: 2020-99-99", "month must be in 1..12", id="no date"),
         pytest.param("base: [", "not readable as YAML", id="broken"),

@@ -56,6 +56,11 @@ def experts_dtype(experts: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return experts if weight.itemsize < 2 else torch.promote_types(experts, weight)
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on; never on the meta device, which has shapes alone."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 class Plain(NamedTuple):
     """The weight and the bias of a projection that is one matmul."""
 
@@ -84,6 +89,6 @@ class Plain(NamedTuple):
         bias: Tensor | None = own["_parameters"]["bias"]
         if type(weight) not in {nn.Parameter, Tensor} or weight.dtype != x.dtype:
             return None
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocast(x.device):
             return None
         return cls(weight.T if is_linear else weight, bias)

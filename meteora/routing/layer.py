@@ -19,7 +19,7 @@ from torch import nn
 
 from meteora.base.placement import device_of
 from meteora.kernels import dispatch, gather_grouped, reference
-from meteora.kernels.addmm import Plain, experts_dtype, weight_of
+from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.routing.shared_input import Share, SharedMatmul
 
 if TYPE_CHECKING:
@@ -238,10 +238,7 @@ class MoELoRALinear(RoutedExperts):
 
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:
     """Where autocast is on, gates and experts keep their dtypes: it leaves in-place sums alone."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # which has shapes alone
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x.device) else nullcontext()
 
 
 def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:

@@ -357,3 +357,10 @@ def test_gates_and_experts_keep_their_precision_under_autocast(kernel, num_token
     assert out.dtype == dtype
     spread = bare.float().abs().max() * torch.finfo(dtype).eps
     torch.testing.assert_close(out.float() - bare.float(), expected, rtol=0.02, atol=float(spread))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_alone_go_through_it(dtype):
+    layer = make().to(dtype).to("meta")
+    with torch.no_grad():
+        assert layer(torch.empty(2, 3, 12, dtype=dtype, device="meta")).shape == (2, 3, 10)

@@ -7,6 +7,7 @@ exported file is byte for byte the original, and its hash proves that.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -156,4 +157,4 @@ def _whole(alphas: Mapping[str, float]) -> bool:
 def _rounded(alpha: float) -> float:
     """Return a whole number where only rounding errors of a division keep `alpha` from one."""
     nearest = round(alpha)
-    return nearest if abs(alpha - nearest) < 1e-9 * max(1.0, abs(alpha)) else alpha
+    return nearest if math.isclose(alpha, nearest) else alpha

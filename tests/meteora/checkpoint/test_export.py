@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from meteora.adapters import reader
 from meteora.base.sources import file_sha256
-from meteora.checkpoint.export import CONFIG, WEIGHTS, ExportError, export_expert
+from meteora.checkpoint.export import CONFIG, WEIGHTS, ExportError, adapter_config, export_expert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,15 @@ def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:
     text = (tmp_path / "named" / "README.md").read_text()
     assert "base_model: org/base\n" in text
     assert "Its base is org/base." in text
+
+
+def test_an_alpha_near_zero_is_not_zero(world: World) -> None:
+    modules = {
+        path: replace(entry, scaling=tuple(1e-10 * one for one in entry.scaling))
+        for path, entry in world.manifest.modules.items()
+    }
+    config = adapter_config(replace(world.manifest, modules=modules), 2)
+    assert config["lora_alpha"] == pytest.approx(16e-10)
 
 
 def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ import torch
 from meteora.checkpoint.export import ExportError, make_folder
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.sound_file import AGAIN
-from meteora.checkpoint.tensors import read_experts
+from meteora.checkpoint.tensors import open_experts, read_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.artifacts import Fingerprint
@@ -61,10 +62,11 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
     names = _tensor_names(folder, manifest)
     make_folder(out)
     files = []
-    for e, entry in enumerate(manifest.experts):
-        if name in {"", entry.name}:
-            files.append(out / f"{entry.name}.gguf")
-            _write(files[-1], folder, manifest, e, names)
+    with open_experts(folder, manifest) as stack:  # which checks the whole file, once for all
+        for e, entry in enumerate(manifest.experts):
+            if name in {"", entry.name}:
+                files.append(out / f"{entry.name}.gguf")
+                _write(files[-1], stack, folder, manifest, e, names)
     return files
 
 
@@ -90,7 +92,14 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {path: f"{found}.weight" for path, found in names.items()}
 
 
-def _write(out: Path, folder: Path, manifest: Manifest, e: int, names: dict[str, str]) -> None:
+def _write(
+    out: Path,
+    stack: safe_open,
+    folder: Path,
+    manifest: Manifest,
+    e: int,
+    names: dict[str, str],
+) -> None:
     base, entry = manifest.base, manifest.experts[e]
     architecture = ARCHITECTURES[base.fingerprint.architecture]
     alphas = Counter(module.scaling[e] * module.ranks[e] for module in manifest.modules.values())
@@ -103,7 +112,7 @@ def _write(out: Path, folder: Path, manifest: Manifest, e: int, names: dict[str,
     writer.add_name(entry.name)
     if entry.licence:
         writer.add_license(entry.licence)
-    for path, a, b in _factors(folder, manifest, e, alpha):
+    for path, a, b in _factors(stack, folder, manifest, e, alpha):
         if architecture is gguf.MODEL_ARCH.LLAMA:
             b = _interleaved(b, path, base.fingerprint)  # noqa: PLW2901
         for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
@@ -116,13 +125,13 @@ def _write(out: Path, folder: Path, manifest: Manifest, e: int, names: dict[str,
 
 
 def _factors(
-    folder: Path, manifest: Manifest, e: int, alpha: float
+    stack: safe_open, folder: Path, manifest: Manifest, e: int, alpha: float
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """A [r, IN] and B [OUT, r] of each module of an expert; B as it is with this alpha."""
-    for path, a, b in read_experts(folder, manifest):
-        entry = manifest.modules[path]
+    for path, entry in manifest.modules.items():
         ranks, own = list(entry.ranks), entry.scaling[e] * entry.ranks[e]
         if ranks[e]:
+            a, b = read_factors(stack, folder, manifest, path)
             part = b.split(ranks, dim=1)[e]
             yield path, a.split(ranks)[e], part if own == alpha else part.float() * (own / alpha)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import pytest
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLayer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
+from meteora.checkpoint import tensors as checkpoint_tensors
 from meteora.checkpoint.export import ExportError
 from meteora.checkpoint.gguf_export import export_gguf
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST
@@ -61,9 +62,20 @@ def test_the_update_of_every_module_is_that_of_peft(
     assert not tensors
 
 
-def test_all_experts_have_a_file_each(world: World, tmp_path: Path) -> None:
+def test_all_experts_have_a_file_each_and_the_stack_is_checked_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    check = checkpoint_tensors.open_sound
+
+    def count(folder: Path, name: str, *further: Any, **named: Any) -> Any:
+        checked.append(name)
+        return check(folder, name, *further, **named)
+
+    monkeypatch.setattr(checkpoint_tensors, "open_sound", count)
     files = export_gguf(world.checkpoint, tmp_path / "out")
     assert [file.name for file in files] == [f"{name}.gguf" for name in world.manifest.names]
+    assert checked == [EXPERTS]
 
 
 def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from meteora.routing.layer import routed_layers, share_first_matmul
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate
 from meteora.routing.turns import Turns
-from meteora.routing.weight_scores import MixedGate, StandIn, scorer
+from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,17 +124,15 @@ def give_gate(
         decision: where the gate leaves what it decides, for the layers that follow it
         stand_in: gives the logits of experts that had no examples
     """
-    device = layer.device
-    weight, bias = weight.to(device), bias.to(device)
-    by_question = None if reader is None else reader.at_gate()
-    gate = (
-        Gate(weight, bias, options, by_question=by_question, decision=decision)
-        if stand_in is None
-        else MixedGate(
-            weight, bias, options, stand_in.to(device), by_question=by_question, decision=decision
-        )
+    gate = Gate(
+        weight,
+        bias,
+        options,
+        by_question=None if reader is None else reader.at_gate(),
+        decision=decision,
+        stand_in=stand_in,
     )
-    layer.router = gate.requires_grad_(requires_grad=False)
+    layer.router = gate.to(layer.device).requires_grad_(requires_grad=False)
 
 
 def give_follower(layer: RoutedExperts, decision: Decision, options: RouterOptions) -> None:
@@ -147,7 +145,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
     leaders = {id(gate.decision): path for path, gate in gates.items()}
-    mixed = {path: gate for path, gate in gates.items() if isinstance(gate, MixedGate)}
+    stand_ins = {p: g.stand_in for p, g in gates.items() if isinstance(g.stand_in, StandIn)}
     templates = [g.by_question.template for g in gates.values() if g.by_question is not None]
     return Gates(
         own={p: (g.weight.detach().cpu(), g.bias.detach().cpu()) for p, g in gates.items()},
@@ -157,8 +155,8 @@ def gates_of(model: PreTrainedModel) -> Gates:
             if isinstance(router, Follower)
         },
         template=templates[0] if templates else Template(),
-        stand_ins={path: gate.stand_in.standard.cpu() for path, gate in mixed.items()},
-        without_examples=next((tuple(g.stand_in.experts) for g in mixed.values()), ()),
+        stand_ins={path: stand_in.standard.cpu() for path, stand_in in stand_ins.items()},
+        without_examples=next((tuple(one.experts) for one in stand_ins.values()), ()),
     )
 
 

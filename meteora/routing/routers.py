@@ -96,6 +96,7 @@ class Gate(Router):
         *,
         by_question: ByQuestion | None = None,
         decision: Decision | None = None,
+        stand_in: nn.Module | None = None,
     ) -> None:
         """Take G [C, IN] and c [C] as parameters.
 
@@ -103,16 +104,19 @@ class Gate(Router):
             by_question: decides for the opening of a prompt, or for a whole turn; without it each
                 token decides for itself
             decision: where to leave what it decides, for the layers that follow this one
+            stand_in: a `weight_scores.StandIn`, where experts had no examples
         """
         super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.by_question = by_question
         self.decision = decision
+        self.stand_in = stand_in
 
     def logits(self, tokens: Tensor) -> Tensor:
         """The logits of each token by itself, [T, C]."""
-        return nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        found = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        return found if self.stand_in is None else self.stand_in(found, tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         rule = self.by_question

@@ -18,21 +18,21 @@ import torch
 from torch import nn
 
 from meteora.artifacts import MeteoraError
-from meteora.routing.routers import Arrow, Gate, Norm
+from meteora.routing.routers import Arrow, Norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.artifacts import RouterOptions
     from meteora.routing.layer import RoutedExperts
-    from meteora.routing.routers import ByQuestion, Decision, Router
+    from meteora.routing.routers import Router
 
 KINDS = {"arrow": Arrow, "norm": Norm}
 """The routers that know an expert by its weights."""
 
 
 class StandIn(nn.Module):
-    """The logits of the experts without examples, at one layer."""
+    """Gives the logits of the experts without examples, at one layer."""
 
     standard: Tensor
 
@@ -49,35 +49,18 @@ class StandIn(nn.Module):
         self.experts = experts
         self.register_buffer("standard", standard.float(), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def apart(self, tokens: Tensor) -> Tensor:
         """(score - m) / s - t of the experts without examples, [T, U]."""
         mean, deviation, threshold = self.standard
         apart = (self.score(tokens)[:, self.experts] - mean) / deviation.clamp_min(1e-12)
         return torch.where(deviation > 0, apart, 0.0) - threshold
 
-
-class MixedGate(Gate):
-    """A gate whose rows for experts without examples come from their weights."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        options: RouterOptions,
-        stand_in: StandIn,
-        *,
-        by_question: ByQuestion | None = None,
-        decision: Decision | None = None,
-    ) -> None:
-        super().__init__(weight, bias, options, by_question=by_question, decision=decision)
-        self.stand_in = stand_in
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        found = super().logits(tokens)
-        fitted = [e for e in range(self.num_choices) if e not in self.stand_in.experts]
-        best = found[:, fitted].max(-1, keepdim=True).values
-        found = found.clone()
-        found[:, self.stand_in.experts] = best + self.stand_in(tokens).to(best.dtype)
+    def forward(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [T, C] of a gate, with those of the experts without examples in their columns."""
+        fitted = [c for c in range(logits.shape[1]) if c not in self.experts]
+        best = logits[:, fitted].max(-1, keepdim=True).values
+        found = logits.clone()
+        found[:, self.experts] = best + self.apart(tokens).to(best.dtype)
         return found
 
 

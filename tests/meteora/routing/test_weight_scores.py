@@ -16,8 +16,7 @@ from meteora.fitting.sequences import TrainingError
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
-from meteora.routing.routers import Arrow
-from meteora.routing.weight_scores import MixedGate
+from meteora.routing.routers import Arrow, Gate
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 LAYER, LATER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -25,7 +24,7 @@ LAYER, LATER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_pr
 
 def gate_of(model, path):
     gate = routed_layers(model)[path].router
-    assert isinstance(gate, MixedGate)
+    assert isinstance(gate, Gate)
     return gate
 
 
@@ -67,7 +66,7 @@ def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
 def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     layer = routed_layers(world.load())[LATER]
     tokens = torch.randn(4000, 32)
-    found = _stand_in(replace(POINT_GATES, stand_in="arrow"), layer, [0, 2], tokens)(tokens)
+    found = _stand_in(replace(POINT_GATES, stand_in="arrow"), layer, [0, 2], tokens).apart(tokens)
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
 
 

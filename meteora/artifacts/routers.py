@@ -42,9 +42,10 @@ class RouterOptions(Noun):
     margin: float | None = None
     """Chosen experts with a logit further below the best one than this, in nats, get no weight."""
     opening: str = "own"
-    """Who decides for tokens that say nothing about the task, such as a system prompt: each its
-    `own` gate logits, or the `prompt` behind them, which is not causal. `shared`: one more choice
-    of every gate, the one after the experts, is the mean of all of them."""
+    """How tokens are routed that say nothing about the task, such as a system prompt. `own`: each
+    by its own gate logits. `prompt`: by those of the prompt behind them, which is not causal.
+    `shared`: as `own`, but one more choice of every gate, the one after the experts, is the mean of
+    all of them."""
     null: bool = False
     """Whether one more choice, the last of every gate, is the base without any expert."""
     share: str = "module"

@@ -130,7 +130,7 @@ def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
 
 
 def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
-    """A base as its config describes it, of shapes alone."""
+    """A base with shapes alone, as its config describes it."""
     config = load_config(folder, gguf_file)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -233,7 +233,10 @@ def fingerprint_of(folder: Path) -> Fingerprint:
 
 def linear_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (IN, OUT) of every linear layer of a base, by module path. No weights are read."""
-    model = _without_weights(folder)
+    return _linears(_without_weights(folder))
+
+
+def _linears(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return {path: sizes for path, m in model.named_modules() if (sizes := sizes_of(m)) is not None}
 
 
@@ -295,13 +298,13 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
-    linears = {path: size for path, m in model.named_modules() if (size := sizes_of(m)) is not None}
+    linears = _linears(model)
     return Shape(
         num_parameters=sum(p.numel() for p in model.parameters()),
         dtype=dtype,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        intermediate_size=max(size for sizes in linears.values() for size in sizes[:1]),
+        intermediate_size=max(num_in for num_in, _ in linears.values()),
         vocab_size=text.vocab_size,
         cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
         linears=linears,
@@ -341,7 +344,7 @@ def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
-    """Return whether a weight lies in memory as it is computed with; 8 bits have a scale beside."""
+    """Return whether a weight is here and not quantised; floats of 8 bits have a scale beside."""
     return weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
 
 

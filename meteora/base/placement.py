@@ -75,7 +75,7 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
 def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     """A map by which each numbered layer is read for each call, and all else lies on a device.
 
-    So does the head, if it has weights of its own: only whole answers need it.
+    The head is read for each call, too, if it has its own weights: only whole answers need it.
 
     Args:
         model: may have no weights

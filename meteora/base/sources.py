@@ -52,7 +52,7 @@ class NotInstalledError(SourceError):
 
 
 def is_reference(name: str, revision: str) -> bool:
-    """Whether a base that a stranger names is one of `REFERENCES`: no place here, and no branch."""
+    """Whether the base that a checkpoint names is one of `REFERENCES`: no folder, and no branch."""
     return name.isprintable() and any(
         of_name.fullmatch(name) and of_revision.fullmatch(revision)
         for of_name, of_revision in _FORMS

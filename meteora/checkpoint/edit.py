@@ -10,9 +10,8 @@ import torch
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import ModuleEntry, check_name, read_manifest
+from meteora.checkpoint.manifest import ModuleEntry, check_name, no_expert, read_manifest
 from meteora.checkpoint.tensors import open_experts, read_factors, write_experts
-from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,10 +119,7 @@ def drop_expert(
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise EditError(
-            f"there is no expert {name!r}{did_you_mean(name, manifest.names)}; {folder} has"
-            f" {', '.join(manifest.names)}"
-        )
+        raise EditError(no_expert(folder, manifest, name))
     if len(manifest.experts) == 1:
         raise EditError(
             f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"

@@ -20,9 +20,8 @@ from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError
 from meteora.base.sources import file_sha256
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.tensors import read_experts
-from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -57,10 +56,7 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise ExportError(
-            f"there is no expert {name!r}{did_you_mean(name, manifest.names)}; {folder} has"
-            f" {', '.join(manifest.names)}"
-        )
+        raise ExportError(no_expert(folder, manifest, name))
     make_folder(out)
     e = manifest.names.index(name)
     entry = manifest.experts[e]

@@ -16,7 +16,7 @@ import gguf
 import torch
 
 from meteora.checkpoint.export import ExportError, make_folder
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import open_experts, read_factors
 
@@ -58,7 +58,7 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
     """
     manifest = read_manifest(folder)
     if name and name not in manifest.names:
-        raise ExportError(f"there is no expert {name!r}; {folder} has {', '.join(manifest.names)}")
+        raise ExportError(no_expert(folder, manifest, name))
     names = _tensor_names(folder, manifest)
     make_folder(out)
     files = []

@@ -26,7 +26,7 @@ from meteora.artifacts import (
 )
 from meteora.base.sources import PATH, REFERENCES, is_reference
 from meteora.untrusted import config_fields
-from meteora.untrusted.findings import Findings, listed, shortened
+from meteora.untrusted.findings import Findings, did_you_mean, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
@@ -157,7 +157,7 @@ class ExpertEntry(Noun):
 
     @classmethod
     def read(cls, body: object, found: Findings) -> Self:
-        """Read what is said of an expert."""
+        """Read the entry of an expert."""
         if not isinstance(body, dict):
             found.refuse("experts", f"an expert is {shortened(body)!r}, not a table")
             body = {}
@@ -380,6 +380,14 @@ def _read_files(body: Mapping[str, Any], found: Findings) -> dict[str, str]:
 def _text_of(body: Mapping[str, Any], key: str, pattern: re.Pattern[str], found: Findings) -> str:
     """Read a text of a given form; empty where the field is not set."""
     return config_fields.matching(body[key], key, pattern, found) if body.get(key) else ""
+
+
+def no_expert(folder: Path, manifest: Manifest, name: str) -> str:
+    """Return the sentence that a checkpoint has no expert of this name."""
+    names = manifest.names
+    return (
+        f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has {', '.join(names)}"
+    )
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -34,7 +34,7 @@ RIDGE = 0.3
 """Added to the diagonal of the covariance, as a share of its mean."""
 LEAST = 1e-12
 LEAST_TEXTS = 8
-"""Fewer have no deviation to speak of."""
+"""The standard deviation over fewer texts means little."""
 
 
 def fit_to_background(

@@ -17,14 +17,14 @@ import torch
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
     from meteora.fitting.covariance import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
-"""The candidates."""
+"""The candidates, in ascending order."""
 GIVEN_UP = 0.01
 """Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
@@ -74,9 +74,7 @@ def solve_gate(
 
 
 def choose_shrinkage(
-    scatter: Sums,
-    accuracy_of: Callable[[Tensor, Tensor], float],
-    candidates: Sequence[float] = SHRINKAGES,
+    scatter: Sums, accuracy_of: Callable[[Tensor, Tensor], float]
 ) -> tuple[float, float]:
     """The shrinkage whose gate is right most often on held-out tokens; the largest of equal ones.
 
@@ -89,8 +87,8 @@ def choose_shrinkage(
         can be solved
     """
     covariance = scatter.covariance()
-    best, best_accuracy = candidates[-1], -1.0
-    for shrinkage in sorted(candidates, reverse=True):
+    best, best_accuracy = SHRINKAGES[-1], -1.0
+    for shrinkage in reversed(SHRINKAGES):
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
         accuracy = accuracy_of(*gate)

@@ -67,7 +67,10 @@ class PointStatistics:
         return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def drawn(self, count: int) -> Tensor:
-        """Tokens as normally distributed as the statistics say, [E, count, IN]; always the same."""
+        """Tokens drawn from the normal distributions of the statistics, [E, count, IN].
+
+        Each call draws the same ones.
+        """
         generator = torch.Generator().manual_seed(0)
         unit, floor, _ = self.scalars.tolist()
         num_experts, num_inputs = self.means.shape

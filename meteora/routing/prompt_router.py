@@ -41,7 +41,7 @@ class HeldChoice:
         """The logits of tokens [B × L], each those of its sequence: [T, C].
 
         Raises:
-            UnreadPromptError: no prompt was read, or as many sequences were not.
+            UnreadPromptError: no prompt was read, or those of another number of sequences.
         """
         if self.logits is None or num_tokens % len(self.logits):
             read = 0 if self.logits is None else len(self.logits)

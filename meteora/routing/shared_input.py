@@ -38,7 +38,7 @@ class Member(Protocol):
 
 
 class Product(NamedTuple):
-    """A x of one layer, weighted; its B is to follow."""
+    """A x of one layer, weighted; B is not applied yet."""
 
     factors: Tensor
     """[T, R], or [T, N] where there is an index"""

@@ -84,7 +84,7 @@ def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_pa
     assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
 
 
-def test_a_stack_of_elsewhere_with_several_dtypes_keeps_its_numbers(world, tmp_path):
+def test_a_strangers_stack_of_several_dtypes_keeps_its_numbers(world, tmp_path):
     folder = shutil.copytree(world.checkpoint, tmp_path / "several")
     own = load_file(folder / EXPERTS)
     first = sorted(own)[0].rpartition(".")[0]

@@ -135,7 +135,7 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     parameters = config["lora_parameters"]
     r = fields.rank(parameters.get("rank"), "lora_parameters.rank", found)
     scale = fields.number(parameters.get("scale"))
-    if scale is None or not 0 < scale <= fields.MAX_ALPHA:
+    if scale is None or not fields.MIN_ALPHA <= scale <= fields.MAX_ALPHA:
         found.refuse(
             "mlx_scale",
             f"lora_parameters.scale is {shortened(parameters.get('scale'))}; MLX-LM needs a"

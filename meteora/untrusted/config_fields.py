@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_RANK = 4_096
+MIN_ALPHA = 1e-20
+"""Smaller ones give scalings that no checkpoint has."""
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 20_000
 """Keys of `rank_pattern` or `alpha_pattern`, and modules that a list targets."""
@@ -146,9 +148,10 @@ def rank(value: object, where: str, found: Findings) -> int:
 def alpha(value: object, where: str, found: Findings) -> float:
     """Read an alpha; 0 where it is refused."""
     read = number(value)
-    if read is None or not 0 < read <= MAX_ALPHA:
+    if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
         found.refuse(
-            "alpha", f"{where} is {shortened(value)!r}; it must be a number above 0, at most 10^6"
+            "alpha",
+            f"{where} is {shortened(value)!r}; it must be a number from {MIN_ALPHA} to 10^6",
         )
         return 0.0
     return read

@@ -213,6 +213,7 @@ def test_tensors_that_are_no_sound_lora_are_refused(
         ({"auto_mapping": "os.system"}, "auto_mapping"),
         *(({"r": value}, "rank") for value in (0, -1, "8", 2.0, True, 2**31, None)),
         *(({"lora_alpha": value}, "alpha") for value in (0, -1, "16", 1e30, 10**400, True, [])),
+        ({"lora_alpha": 1e-30}, "alpha"),
         ({"rank_pattern": {"q_proj": 0}}, "rank"),
         ({"alpha_pattern": {"q_proj": "1"}}, "alpha"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
@@ -364,6 +365,7 @@ def test_an_mlx_adapter_is_read_transposed(tmp_path: Path) -> None:
         ({"rank": 4, "scale": 20.0}, {"fine_tune_type": "dora"}, "mlx_fine_tune_type"),
         ({"rank": "4", "scale": 20.0}, {}, "rank"),
         ({"rank": 8, "scale": 20.0}, {}, "rank_mismatch"),
+        ({"rank": 4, "scale": 1e-31}, {}, "mlx_scale"),
     ],
 )
 def test_an_mlx_adapter_that_cannot_be_converted_is_refused(

@@ -27,7 +27,7 @@ from meteora.artifacts import Fingerprint, canonical_sha256
 from meteora.base import placement
 from meteora.base.placement import spreading
 from meteora.base.sources import SourceError
-from meteora.untrusted.findings import shortened
+from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -76,19 +76,18 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
     """Read the config of a base from its folder or a GGUF file. No remote code.
 
     Raises:
-        SourceError: transformers cannot generate text with it.
+        SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, gguf_file=gguf_file
             )
-    except (ValueError, KeyError) as error:
-        reason = shortened(str(error).partition("\n")[0])
+    except Exception as error:  # a stranger's file: the library can raise anything
         raise SourceError(
             f"{folder}: transformers does not know this architecture without code of the base's"
-            f" own, which is never run, or its config is damaged ({reason}); take a base that it"
-            " knows"
+            f" own, which is never run, or its config is damaged ({brief(error)}); take a base that"
+            " it knows"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SourceError(
@@ -132,8 +131,14 @@ def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
 def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
     """A base with shapes alone, as its config describes it."""
     config = load_config(folder, gguf_file)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise SourceError(
+            f"{folder}: transformers makes no model of its config ({brief(error)}); download or"
+            " save the base again"
+        ) from error
 
 
 def refuse_quantised(folder: Path) -> None:

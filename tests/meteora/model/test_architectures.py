@@ -374,6 +374,19 @@ def test_layers_of_8_bits_are_routed_as_the_dequantised_ones_are(world, quantise
         )
 
 
+@pytest.mark.parametrize("wrong", [{"hidden_size": -32}, {"hidden_act": "nobodys"}])
+def test_a_config_that_describes_no_model_is_refused_in_one_sentence(wrong, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | wrong))
+    with pytest.raises(SourceError, match="transformers makes no model of its config"):
+        linear_sizes(tmp_path)
+
+
+def test_a_config_that_is_cut_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(SourceError, match=r"or its config is damaged .*not a valid JSON file"):
+        linear_sizes(tmp_path)
+
+
 @pytest.mark.parametrize("quantised", [_Float8, _Packed])
 @torch.no_grad()
 def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
@@ -391,6 +404,9 @@ def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
         ({"model_type": "bert", "is_decoder": False}, None),
         ({"model_type": "nobodys"}, "does not know this architecture"),
         ({"no": "type"}, "does not know this architecture"),
+        ({"model_type": "llama", "hidden_size": "x"}, r"or its config is damaged .*'hidden_size'"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "or its config is damaged"),
+        ({"model_type": "llama", "dtype": "float99"}, r"or its config is damaged .*float99"),
     ],
 )
 def test_a_base_that_writes_no_text_is_refused_in_one_sentence(config, says, tmp_path):

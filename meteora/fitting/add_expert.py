@@ -232,7 +232,13 @@ def drop(
         if path in modules:
             own[path] = weight[kept], bias[kept]
     follows = {path: leader for path, leader in gates.follows.items() if path in modules}
-    return (
-        Gates(own, follows, gates.template),
-        {path: point.without(expert) for path, point in statistics.items() if path in modules},
-    )
+    points = {}
+    for path, point in statistics.items():
+        # where each module has a gate, those that share an input have the same one
+        gate = gates.own[path][0]
+        same = (
+            p for p in (path, *gates.own) if p in modules and torch.equal(gates.own[p][0], gate)
+        )
+        if (first := next(same, None)) is not None:
+            points[first] = point.without(expert)
+    return Gates(own, follows, gates.template), points

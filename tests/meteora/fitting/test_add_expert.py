@@ -223,6 +223,23 @@ def replaced(sequence, places):
     return dataclasses.replace(sequence, experts=experts)
 
 
+def test_statistics_of_an_input_outlive_its_first_module(three):
+    """Each module has a gate, and only the expert that is dropped had gate_proj."""
+    options = dataclasses.replace(ENTRY, share="module")
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)), options)
+    left = [path for path in three.manifest.modules if not path.endswith("gate_proj")]
+    gates, statistics = drop(gates_of(before), fitted.statistics, 0, left)
+    assert len(statistics) == len(fitted.statistics)
+    model = three.load()
+    grow(model, examples(6, experts=[0]), gates, statistics, options)
+    grown = gates_of(model)
+    assert not grown.follows
+    for path, (weight, bias) in gates.own.items():
+        assert torch.equal(grown.own[path][0][1:], weight)
+        assert torch.equal(grown.own[path][1][1:], bias)
+
+
 def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, three):
     before = three.load()
     fitted = calibrate(before, examples(6, experts=range(3)))

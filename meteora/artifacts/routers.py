@@ -144,6 +144,9 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in the gate loss of `joint`."""
     refined: bool = False
     """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
+    offsets: bool = False
+    """Whether experts have offsets that make up for an opening by all of them, as `calibrate` gives
+    them today."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""

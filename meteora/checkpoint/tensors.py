@@ -4,6 +4,7 @@
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples;
+                          "<module path>.offsets" [C, OUT] of modules that have them;
                           of a router of kind `prompt` instead "<module path>.gate.rows" [R, IN],
                           "<module path>.gate.offset" [R], "standard" [3, C]
     statistics.safetensors  what gates of `calibrate` were fitted to, to add experts later
@@ -192,6 +193,8 @@ class Gates:
     """Of each module that has a gate, where U experts had no examples: [3, U] float32."""
     without_examples: tuple[int, ...] = ()
     """The places of those experts."""
+    offsets: dict[str, Tensor] = field(default_factory=dict)
+    """Of modules that have them, [C, OUT] float32: see `meteora.model.opening_offsets`."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def write_gates(path: Path, gates: Gates) -> None:
         tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
     for module, standard in gates.stand_ins.items():
         tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
+    for module, offsets in gates.offsets.items():
+        tensors[f"{module}.offsets"] = offsets.contiguous().clone()
     notes = {"follows": gates.follows, "template": _template_notes(gates.template)}
     # one key: safetensors writes several keys in an order that varies
     save_file(tensors, path, {NOTES: canonical_json(notes)})
@@ -233,7 +238,10 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
         parts = ("weight", "bias", *(["stand_in"] if manifest.router.stand_ins else []))
         own_modules = manifest.modules.keys() - follows.keys()
         named = {f"{module}.gate.{part}" for module in own_modules for part in parts}
-        _refuse_others(folder / GATES, file, named)
+        keys = {module: f"{module}.offsets" for module in manifest.modules}
+        _refuse_others(folder / GATES, file, named | {*keys.values()})
+        held = set(file.keys())
+        offsets = {module: file.get_tensor(key) for module, key in keys.items() if key in held}
         for module, entry in manifest.modules.items():
             if module in follows:
                 continue
@@ -254,8 +262,15 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                         f"{folder / GATES}: {module} has other experts without examples than"
                         f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
                     )
+    for module, found in offsets.items():
+        if found.shape != (num_choices, manifest.modules[module].out_features):
+            raise CheckpointError(
+                f"{folder / GATES}: {module} has offsets of {tuple(found.shape)}, {MANIFEST} asks"
+                f" for {(num_choices, manifest.modules[module].out_features)}; the two files do not"
+                f" belong together, {AGAIN}"
+            )
     without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
-    return Gates(own, follows, template, stand_ins, without)
+    return Gates(own, follows, template, stand_ins, without, offsets)
 
 
 def write_prompt_gates(path: Path, gates: PromptGates) -> None:

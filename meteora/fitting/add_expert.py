@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import NULL
+from meteora.artifacts import NULL, SHARED
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
-from meteora.fitting.calibrate import sweep_gates
+from meteora.fitting.calibrate import sweep_gates, swept
 from meteora.fitting.lda import GIVEN_UP, SingularError
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
@@ -34,6 +34,7 @@ from meteora.fitting.sequences import (
     hold_out,
 )
 from meteora.model.fused import expert_names
+from meteora.model.opening_offsets import find_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -121,13 +122,33 @@ def grow(
 
     asks = bool(gates.template.opening) or options.by_turns
     template = gates.template if asks else None
-    sweep_gates(model, batches, options, template, fit, progress=progress)
+    offsets = _more_offsets(model, sequences, gates.offsets, expert)
+    sweep_gates(model, batches, options, template, fit, offsets=offsets, progress=progress)
     return Growth(
         statistics=grown,
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
     )
+
+
+def _more_offsets(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    before: Mapping[str, Tensor],
+    expert: int,
+) -> dict[str, Tensor]:
+    """Offsets with a row for one more expert, of the modules that have some."""
+    if not before:
+        return {}
+    pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
+    with swept(model):
+        found = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
+    return {
+        path: torch.cat([rows[:expert], new[expert : expert + 1], rows[expert:]])
+        for path, rows in before.items()
+        for new in [found.get(path, torch.zeros(expert + 1, rows.shape[1]))]
+    }
 
 
 def _with_one_more(
@@ -232,6 +253,11 @@ def drop(
         if path in modules:
             own[path] = weight[kept], bias[kept]
     follows = {path: leader for path, leader in gates.follows.items() if path in modules}
+    offsets = {
+        path: rows[[e for e in range(len(rows)) if e != expert]]
+        for path, rows in gates.offsets.items()
+        if path in modules
+    }
     points = {}
     for path, point in statistics.items():
         # where each module has a gate, those that share an input have the same one
@@ -241,4 +267,4 @@ def drop(
         )
         if (first := next(same, None)) is not None:
             points[first] = point.without(expert)
-    return Gates(own, follows, gates.template), points
+    return Gates(own, follows, gates.template, offsets=offsets), points

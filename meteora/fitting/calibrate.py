@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +40,13 @@ from meteora.fitting.sequences import (
 from meteora.fitting.statistics import PointStatistics
 from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names
-from meteora.routing.gates import Sharing, give_follower, give_gate, watch_prompts
+from meteora.model.opening_offsets import find_offsets
+from meteora.routing.gates import Sharing, give_follower, give_gate, give_offsets, watch_prompts
 from meteora.routing.layer import routed_layers
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -82,6 +84,7 @@ def calibrate(
     *,
     template: Template | None = None,
     refined: bool = True,
+    offsets: bool = True,
     seed: int = 0,
     scratch: Path | None = None,
     folder: Path | None = None,
@@ -97,6 +100,8 @@ def calibrate(
             without it every expert needs sequences
         template: the chat template's opening, if the whole prompt decides for these tokens
         refined: whether the closed form is where logistic regression starts, or is the gate
+        offsets: whether each expert gets those that make up for an opening by all experts, where
+            the router has such openings
         seed: chooses the held-out sequences
         scratch: a folder for hidden states that do not fit in memory
         folder: where each point is kept when it is fitted; those that a sweep of the same sequences
@@ -117,6 +122,11 @@ def calibrate(
             f" or more of one, or a router of kind {options.stand_in!r}"
         )
     names = [every[e] for e in fitted]
+    added: dict[str, Tensor] = {}
+    if offsets and SHARED in every:
+        pairs = [(s.input_ids, s.experts) for s in sequences]
+        with swept(model):
+            added = find_offsets(model, pairs, every.index(SHARED))
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
     batches = sampled(list(batched(sequences, heldout, input_device(model))), len(names))
@@ -155,7 +165,7 @@ def calibrate(
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         share = options.share if options.share == "turn" else "module"
         options, folder = replace(options, share=share), None
-    asked = [asdict(options), refined, seed, template and asdict(template)]
+    asked = [asdict(options), refined, offsets, seed, template and asdict(template)]
     once = _Once(fit, accuracy_of, statistics, folder, _asked_sha256(model, sequences, asked))
     sweep_gates(
         model,
@@ -164,6 +174,7 @@ def calibrate(
         template,
         once,
         give=give if without else give_gate,
+        offsets=added,
         scratch=scratch,
         progress=progress,
     )
@@ -229,6 +240,7 @@ def sweep_gates(
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
     give: Callable[..., None] = give_gate,
+    offsets: Mapping[str, Tensor] = MappingProxyType({}),
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
@@ -239,6 +251,7 @@ def sweep_gates(
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
         give: puts G and c into a layer, as `give_gate` does
+        offsets: by module path, as `find_offsets` returns them
     """
     layers = routed_layers(model)
     with swept(model):
@@ -252,10 +265,7 @@ def sweep_gates(
                 point = [layers[path] for path in paths]
                 decided = sharing.decided(index)
                 if decided is None:
-                    try:
-                        gate = fit(paths, sweep.inputs(index, paths[0]))
-                    except SingularError as error:
-                        raise TrainingError(f"{paths[0]}: {error}") from error
+                    gate = _named(fit, paths, sweep.inputs(index, paths[0]))
                     if gate is None:
                         decided = sharing.last(paths[0])
                     else:
@@ -270,12 +280,26 @@ def sweep_gates(
                         point = point[len(leaders) :]
                 for layer in point:
                     give_follower(layer, decided, options)
+                for path in paths:
+                    give_offsets(layers[path], offsets.get(path))
 
         for index in range(len(sweep.layers)):
             with sweep.held(index):
                 fit_layer(index)
                 sweep.advance(index)
             progress(index + 1, len(sweep.layers))
+
+
+def _named(
+    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
+    paths: Sequence[str],
+    inputs: Iterator[Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """What `fit` gives; its errors say which module they are about."""
+    try:
+        return fit(paths, inputs)
+    except SingularError as error:
+        raise TrainingError(f"{paths[0]}: {error}") from error
 
 
 @contextmanager

@@ -132,6 +132,7 @@ def train_jointly(
             options,
             template=template,
             refined=False,
+            offsets=False,
             seed=seed,
             scratch=scratch,
         )

@@ -66,12 +66,13 @@ def give_router(
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:
         give_follower(layer, decisions[gates.follows[path]], options)
-        return
-    stand_in = None
-    if gates.without_examples:
-        standard = gates.stand_ins[path]
-        stand_in = StandIn(scorer(options, layer), list(gates.without_examples), standard)
-    give_gate(layer, *gates.own[path], options, reader, decisions.get(path), stand_in)
+    else:
+        stand_in = None
+        if gates.without_examples:
+            standard = gates.stand_ins[path]
+            stand_in = StandIn(scorer(options, layer), list(gates.without_examples), standard)
+        give_gate(layer, *gates.own[path], options, reader, decisions.get(path), stand_in)
+    give_offsets(layer, gates.offsets.get(path))
 
 
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
@@ -140,6 +141,12 @@ def give_follower(layer: RoutedExperts, decision: Decision, options: RouterOptio
     layer.router = Follower(decision, layer.num_choices, options)
 
 
+def give_offsets(layer: RoutedExperts, offsets: Tensor | None) -> None:
+    """Have the router of a layer add offsets [C, OUT] of its choices, if there are any."""
+    if layer.router is not None and offsets is not None:
+        layer.router.offsets = offsets.to(layer.device)
+
+
 def gates_of(model: PreTrainedModel) -> Gates:
     """Every gate of a model, on the CPU, and what follows it."""
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
@@ -157,6 +164,11 @@ def gates_of(model: PreTrainedModel) -> Gates:
         template=templates[0] if templates else Template(),
         stand_ins={path: stand_in.standard.cpu() for path, stand_in in stand_ins.items()},
         without_examples=next((tuple(one.experts) for one in stand_ins.values()), ()),
+        offsets={
+            path: router.offsets.cpu()
+            for path, router in routers.items()
+            if router is not None and router.offsets is not None
+        },
     )
 
 

@@ -86,6 +86,7 @@ class RoutedExperts(nn.Module):
             raise RuntimeError("a layer without a router has no choice of experts to add")
         weights, experts = self.router.choose(x)
         self._delta(x, x, weights, experts, y)
+        self.router.add_offsets(weights, experts, y)
 
     def _delta(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
@@ -163,10 +164,10 @@ class RoutedExperts(nn.Module):
 
 
 class MoELoRALinear(RoutedExperts):
-    """y = projection(x) + what the choices of the router add: `reference.lora_delta_loop` of x.
+    """y = projection(x) + what the choices of the router add.
 
-    Without a router (`router = None`) the layer is the bare projection. For precision in 16 bits
-    see `addmm`.
+    They add `reference.lora_delta_loop` of x, and the router's offsets where it has some. Without a
+    router (`router = None`) the layer is the bare projection. For precision in 16 bits see `addmm`.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class MoELoRALinear(RoutedExperts):
         if plain is not None:
             delta = self._delta(x, tokens, weights, experts, self._start(tokens, plain))
             out = reference.add_projected(delta, tokens, plain.weight)
+            router.add_offsets(weights, experts, out)
             return out.view(*x.shape[:-1], out.shape[-1])
         y = projection(x)
         rows = y.reshape(-1, y.shape[-1])
@@ -219,6 +221,7 @@ class MoELoRALinear(RoutedExperts):
                 out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
             else:
                 out = self._delta(x, tokens, weights, experts, rows)
+            router.add_offsets(weights, experts, out)
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:

@@ -31,10 +31,14 @@ class OrderError(MeteoraError, RuntimeError):
 class Router(nn.Module):
     """Abstract: `forward` takes tokens [T, IN] and returns logits [T, C]."""
 
+    offsets: Tensor | None
+    """[C, OUT] what each choice adds to every token of its layer; see `model.opening_offsets`"""
+
     def __init__(self, num_choices: int, options: RouterOptions) -> None:
         super().__init__()
         self.num_choices = num_choices
         self.options = options
+        self.register_buffer("offsets", None, persistent=False)
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of tokens [T, IN]."""
@@ -44,6 +48,12 @@ class Router(nn.Module):
         """Weights and experts, both [T, K], of logits [T, C]."""
         options = self.options
         return reference.route(logits, options.top_k, options.temperature, options.margin)
+
+    def add_offsets(self, weights: Tensor, experts: Tensor, y: Tensor) -> None:
+        """Add the offsets of the choices, weights and experts both [T, K], to y [T, OUT]."""
+        if (table := self.offsets) is not None:
+            weights = weights.to(table.dtype)
+            y += nn.functional.embedding_bag(experts, table, per_sample_weights=weights, mode="sum")
 
     @property
     def leads(self) -> bool:

@@ -188,8 +188,12 @@ class ServedExperts:
         would read the zeros; and where an expert's scaling differs between the parts.
         """
         (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
-        follows = self._gates.follows if self.manifest.router.kind == "gate" else {}
-        if not others or any(follows.get(part.path) != first.path for part in others):
+        if not others or self.manifest.router.kind != "gate":
+            return None
+        follows, offsets = self._gates.follows, self._gates.offsets
+        if any(follows.get(part.path) != first.path for part in others):
+            return None
+        if any(part.path in offsets for part in layers):  # each adds its own
             return None
         size, scaling = max(part.end for part in layers) - first.start, []
         a: list[Tensor] = []

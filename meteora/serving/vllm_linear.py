@@ -95,7 +95,7 @@ class _GateOperator(Router):
 
     def __init__(self, gate: Router, layer: str, order: Tensor) -> None:
         super().__init__(gate.num_choices, gate.options)
-        self.layer, self.order = layer, order
+        self.layer, self.order, self.offsets = layer, order, gate.offsets
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         top_k = min(self.options.top_k, self.num_choices)

@@ -19,6 +19,7 @@ from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from meteora.model.generate import PROMPTS_PER_BATCH
+from meteora.model.opening_offsets import EXAMPLES
 from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
 from pipelines.evaluation.measurements import (
     BASE,
@@ -65,9 +66,9 @@ SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
 """The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
 LOGITS_AT_ONCE = 6
 """Tensors of tokens by experts while a gate is refined: labels in 64 bits count twice."""
-READINGS = 4
-"""Times that a base is read for a fit one layer at a time: loaded, tried twice, and swept. Each
-expert is tried, too."""
+READINGS = 5
+"""Times that a base is read for a fit one layer at a time: loaded, tried twice, run for offsets,
+and swept. Each expert is tried, too."""
 PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
@@ -313,7 +314,8 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
     if not isinstance(recipe.gates, JointSection):
-        return FittingWork(tokens)
+        both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
+        return FittingWork(tokens, both * sum(lengths))
     settings = recipe.gates
     learned = settings.steps * settings.batch_size * settings.accumulate
     each = tokens / max(1, num_sequences)

@@ -157,9 +157,11 @@ def make_plan(
     stand_ins = tuple(name for name in names if examples and name not in examples)
     composites = recipe.gates.composites if examples else ()
     conversations, system_prompts = prompt_shapes(recipe) if examples else ((), ())
+    options = recipe.router.options(stand_ins, fitted=bool(examples))
+    calibrated = bool(examples) and recipe.gates.method == "calibrate"
     router = _prompt_router(recipe, fused) or RouterSpec.of(
         fused.id,
-        recipe.router.options(stand_ins, fitted=bool(examples)),
+        options,
         method=recipe.gates.method if examples else "",
         examples_sha256=_examples_sha256(examples, spans) if examples else "",
         seed=recipe.gates.seed if examples else 0,
@@ -170,7 +172,8 @@ def make_plan(
         template="plain" if examples and recipe.benchmark.template == "plain" else "auto",
         opening_share=OPENING_SHARE if composites else 0.0,
         openings_apart=bool(composites),
-        refined=bool(examples) and recipe.gates.method == "calibrate",
+        refined=calibrated,
+        offsets=calibrated and options.opening == "shared",
         loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
         pool_id=pool.id if pool else "",
     )

@@ -333,6 +333,7 @@ def _calibrate(
             router.options,
             template=template,
             refined=router.refined,
+            offsets=router.offsets,
             seed=router.seed,
             scratch=scratch,
             folder=work.training_folder(router.id),

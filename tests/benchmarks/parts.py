@@ -37,13 +37,17 @@ if TYPE_CHECKING:
 OPENING, QUESTION, CLOSING, ANSWER = PARTS = (0, 1, 2, 3)
 FORCED = {
     "none": (),
+    "none; no offsets": (),
     "answer": (ANSWER,),
     "question": (QUESTION,),
     "question, closing, answer": (QUESTION, CLOSING, ANSWER),
-    "opening": (OPENING,),
-    "all": PARTS,
+    "question, closing, answer; no offsets": (QUESTION, CLOSING, ANSWER),
+    "opening; no offsets": (OPENING,),
+    "all; no offsets": PARTS,
 }
-"""Where the right expert is forced; the first is the model as it is, the last the oracle."""
+"""Where the right expert is forced; the first is the model as it is, the last the oracle. Offsets
+make up for an opening by all experts, and are left out where the right one has it."""
+ORACLE = "all; no offsets"
 MAX_NEW_TOKENS = 24
 
 
@@ -87,12 +91,16 @@ def main() -> None:
     for layer in routed_layers(model).values():
         if isinstance(layer.router, Gate):
             layer.router.by_question = parts
+    routers = [layer.router for layer in routed_layers(model).values() if layer.router]
+    offsets = [router.offsets for router in routers]
     names = [name for name in meteora.expert_names(model) if (asked.tasks / name).is_dir()]
     if not names:
         parser.error(f"{asked.tasks} has no folder of any expert's name")
     values: dict[str, list[list[float]]] = {}
-    for what in dict.fromkeys(["all", *asked.only]):
+    for what in dict.fromkeys([ORACLE, *asked.only]):
         parts.forced = FORCED[what]
+        for router, own in zip(routers, offsets, strict=True):
+            router.offsets = None if "no offsets" in what else own
         for name in names:
             parts.expert = meteora.expert_names(model).index(name)
             rows = read_rows(f"jsonl:{name}/test.jsonl", asked.tasks, asked.rows)
@@ -108,7 +116,7 @@ def main() -> None:
         means = [sum(own) / len(own) for own in found]
         apart = [
             (mean - sum(right) / len(right), *difference_interval(own, right, graded=False))
-            for mean, own, right in zip(means, found, values["all"], strict=True)
+            for mean, own, right in zip(means, found, values[ORACLE], strict=True)
         ]
         difference, low, high = mean_difference(apart)
         score = f"{sum(means) / len(means):.3f}"

@@ -85,13 +85,21 @@ def test_gates_come_back_equal(world, tmp_path):
         world.manifest, modules=dict.fromkeys("mn", ModuleEntry(3, 5, (1,), (1.0,)))
     )
     gates = {"m": (torch.randn(3, 4).T, torch.randn(4))}
-    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,), (2,)))
+    offsets = {"n": torch.randn(4, 5)}
+    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,), (2,)), offsets=offsets)
     tensors.write_gates(tmp_path / GATES, written)
     read = tensors.read_gates(tmp_path, manifest)
     weight, bias = read.own["m"]
     assert (read.follows, read.template) == (written.follows, written.template)
     assert torch.equal(weight, gates["m"][0])
     assert torch.equal(bias, gates["m"][1])
+    assert read.offsets.keys() == {"n"}
+    assert torch.equal(read.offsets["n"], offsets["n"])
+    tensors.write_gates(
+        tmp_path / GATES, dataclasses.replace(written, offsets={"m": offsets["n"].T})
+    )
+    with pytest.raises(CheckpointError, match=r"m has offsets of \(5, 4\), .* for \(4, 5\)"):
+        tensors.read_gates(tmp_path, manifest)
 
 
 def edit(folder, change):

@@ -15,7 +15,7 @@ from meteora.fitting.add_expert import _with_one_more, drop, grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Scatter
 from meteora.fitting.lda import gate_from
-from meteora.fitting.sequences import TrainingError, by_kind
+from meteora.fitting.sequences import UNLABELLED, TrainingError, by_kind
 from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
 from meteora.model.fused import expert_names, insert_experts
 from meteora.routing.gates import gates_of, insert_gates
@@ -198,6 +198,32 @@ def test_a_new_expert_gives_the_base_little_of_its_tokens_and_takes_little(world
     grow(model, examples(6, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
     assert routing_accuracy(model, examples(6, seed=9, experts=[3])) > own
     assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > 0.96
+
+
+def with_opening(of):
+    """A model whose experts have openings together."""
+    router = dataclasses.replace(of.manifest.router, opening="shared")
+    model = of.load_base()
+    insert_experts(model, of.checkpoint, dataclasses.replace(of.manifest, router=router))
+    return model
+
+
+def test_a_new_expert_gets_offsets_beside_those_of_the_others(world, three):
+    before, model = with_opening(three), with_opening(world)
+    openings = [replaced(s, {UNLABELLED: 3}) for s in examples(6, experts=range(3))]
+    fitted = calibrate(before, openings)
+    gates = gates_of(before)
+    found = grow(model, examples(6, experts=[3]), gates, fitted.statistics, ENTRY)
+    grown = gates_of(model)
+    assert grown.offsets.keys() == gates.offsets.keys() != set()
+    for path, rows in grown.offsets.items():
+        assert torch.equal(rows[[0, 1, 2, 4]], gates.offsets[path])
+        assert rows[3].any()
+    left, _ = drop(grown, found.statistics, 3, three.manifest.modules)
+    assert all(torch.equal(rows, gates.offsets[path]) for path, rows in left.offsets.items())
+    dropped = dataclasses.replace(gates, offsets={})
+    grow(model, examples(6, experts=[3]), dropped, fitted.statistics, ENTRY)
+    assert gates_of(model).offsets == {}
 
 
 def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):

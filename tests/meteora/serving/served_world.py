@@ -14,6 +14,7 @@ from meteora.checkpoint.tensors import Gates, write_gates
 from tests.conftest import ATTENTION, MLP
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from meteora.artifacts import RouterOptions
@@ -28,8 +29,14 @@ JOINED["down_proj"] = ["down_proj"]
 NO_TEMPLATE = Template()
 
 
-def random_gates(manifest: Manifest, template: Template) -> Gates:
-    """Gates for a Llama's modules, shared as the manifest says."""
+def random_gates(
+    manifest: Manifest, template: Template, with_offsets: Sequence[str] = ("o_proj",)
+) -> Gates:
+    """Gates for a Llama's modules, shared as the manifest says.
+
+    Args:
+        with_offsets: the last names of modules that have some
+    """
     torch.manual_seed(0)
     points = {name: point for point, names in JOINED.items() for name in names}
     own, follows, leaders = {}, {}, {}
@@ -43,7 +50,12 @@ def random_gates(manifest: Manifest, template: Template) -> Gates:
             own[path] = torch.randn(num_choices, num_in), torch.randn(num_choices)
         else:
             follows[path] = leader
-    return Gates(own, follows, template)
+    offsets = {
+        path: torch.randn(len(manifest.choices), entry.out_features)
+        for path, entry in manifest.modules.items()
+        if path.rpartition(".")[2] in with_offsets
+    }
+    return Gates(own, follows, template, offsets=offsets)
 
 
 def with_router(

@@ -10,13 +10,14 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.checkpoint.manifest import read_manifest
-from meteora.routing.layer import MoELoRALinear, RoutedExperts
+from meteora.checkpoint.manifest import GATES, read_manifest
+from meteora.checkpoint.tensors import write_gates
+from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
 from meteora.serving import fused_experts
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import Requests
-from tests.meteora.serving.served_world import JOINED, with_router
+from tests.meteora.serving.served_world import JOINED, random_gates, with_router
 
 IDS = torch.arange(3, 43)[None]
 TEMPLATE = Template((3, 4), (25, 26))
@@ -103,6 +104,26 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     shares = [layer.shared for layer in large.layers if isinstance(layer, RoutedExperts)]
     assert len({share.matmul for share in shares if share}) == 1
     assert len(shares) == 3
+
+
+def test_modules_of_one_point_that_have_offsets_are_stacks_of_their_own(world, tmp_path):
+    options = ROUTERS["one decision a point, mean"]
+    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    manifest = read_manifest(folder)
+    gates = random_gates(manifest, Template(), ["q_proj", "v_proj"])
+    write_gates(folder / GATES, gates)
+    parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
+    experts = ServedExperts(folder).build(parts, torch.empty(64, 32))
+    assert len(experts.layers) == 3
+    x, y = torch.randn(5, 32), torch.zeros(5, 64)
+    experts.add(x, y)
+    model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
+    layers = routed_layers(model)
+    with torch.inference_mode():
+        for part in parts:
+            layer = layers[part.path]
+            found = layer(x) - layer.projection(x)
+            torch.testing.assert_close(y[:, part.start : part.end], found, atol=1e-5, rtol=1e-5)
 
 
 def test_experts_of_gates_that_wait_are_part_of_a_graph_too(world, tmp_path):

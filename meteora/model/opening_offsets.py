@@ -12,7 +12,7 @@ the others then see almost the same inputs in both.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,10 +26,12 @@ from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.routers import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from meteora.routing.layer import MoELoRALinear
 
 EXAMPLES = 8
 """Of an expert, at most."""
@@ -113,6 +115,8 @@ def find_offsets(
         pairs = _Pairs(examples, shared, num_choices)
         least = LEAST_SHARE if modules is None else -1.0
         with ExitStack() as hooks, routed_by(model, lambda _layer, pairs=pairs: pairs):
+            for layer in layers.values():
+                hooks.enter_context(_whole_while_it_runs(layer))
             for path in layers if modules is None else modules:
                 hook = partial(pairs.give_back, path, least)
                 hooks.callback(layers[path].register_forward_hook(hook).remove)
@@ -122,6 +126,19 @@ def find_offsets(
         for path, offsets in pairs.offsets_of.items():
             found[path] = found.get(path, 0.0) + offsets
     return found
+
+
+@contextmanager
+def _whole_while_it_runs(layer: MoELoRALinear) -> Generator[None]:
+    """Have all experts of a layer on its device when it runs, as if it always lay there."""
+    with ExitStack() as held:
+        before = layer.register_forward_pre_hook(lambda *_: held.enter_context(layer.whole()))
+        after = layer.register_forward_hook(lambda *_: held.close())
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
 
 
 def _examples_of(

@@ -29,7 +29,7 @@ from meteora.base.loading import (
     weight_norms,
 )
 from meteora.base.sources import SourceError
-from meteora.checkpoint.manifest import ModuleEntry
+from meteora.checkpoint.manifest import MANIFEST, ModuleEntry
 from meteora.fitting.background import fit_to_background
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
@@ -201,6 +201,29 @@ def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
     for path, gate in gates_of(whole).own.items():
         assert all(map(torch.equal, gate, gates_of(read).own[path]))
     assert on_disk == {path for path, tensor in read.named_parameters() if tensor.is_meta}
+
+
+def test_experts_get_offsets_in_memory_and_layer_by_layer(made, tmp_path):
+    base, _, _ = made
+    manifest = tmp_path / "fused" / MANIFEST
+    body = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(body | {"router": body["router"] | {"opening": "shared"}}))
+    opened = [LabelledSequence((1, 1, *s.input_ids), (2, 2, *s.experts)) for s in sequences(6)]
+    found = []
+    for layers in (None, layers_on_disk(base, "cpu")):
+        model: Any = meteora.load(tmp_path / "fused", base_folder=base, device_map=layers)[0]
+        calibrate(model, opened)
+        found.append(gates_of(model).offsets)
+        ids = torch.tensor([s.input_ids[:4] for s in opened])
+        greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        answers = model.generate(ids, **greedy)
+        assert torch.equal(model.generate(ids, use_cache=False, **greedy), answers)
+    in_memory, by_layer = found
+    assert in_memory.keys() == by_layer.keys()
+    assert any(offsets[:2].abs().max() > 1e-4 for offsets in in_memory.values())
+    for path, offsets in in_memory.items():
+        assert torch.equal(by_layer[path], offsets)
+        assert offsets.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +26,12 @@ from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.tensors import read_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
-    from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.manifest import ExpertEntry, Manifest
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -57,37 +59,53 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     manifest = read_manifest(folder)
     if name not in manifest.names:
         raise ExportError(no_expert(folder, manifest, name))
-    make_folder(out)
     e = manifest.names.index(name)
-    entry = manifest.experts[e]
-    tensors = dict(_tensors(folder, manifest, e))
+    entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
     config = adapter_config(manifest, e, base_model)
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    base = config["base_model_name_or_path"] or ""
+    with new_folder(out):
+        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (out / "README.md").write_text(_readme(entry, config["base_model_name_or_path"] or ""))
+        # the stack may be wider than this adapter's own file
+        for candidate in _exact_casts(tensors):
+            save_file(candidate, out / WEIGHTS, {"format": "pt"})
+            if file_sha256(out / WEIGHTS) == entry.weights_sha256:
+                return True
+        save_file(tensors, out / WEIGHTS, {"format": "pt"})
+    return False
+
+
+def _readme(entry: ExpertEntry, base: str) -> str:
+    """The card of an expert, with the base that it names."""
     front = {"base_model": base, "license": entry.licence, "library_name": "peft"}
     lines = [f"{key}: {value}" for key, value in front.items() if value and ":" not in value]
     about = [f"Its base is {base}."] if base else []
     about += [f"Its licence is {entry.licence}."] if entry.licence else []
-    (out / "README.md").write_text(
-        "\n".join(["---", *lines, "---", "", f"# {name}", "", f"From {entry.source}.", *about, ""])
-    )
-    for candidate in _exact_casts(tensors):  # the stack may be wider than this adapter's own file
-        save_file(candidate, out / WEIGHTS, {"format": "pt"})
-        if file_sha256(out / WEIGHTS) == entry.weights_sha256:
-            return True
-    save_file(tensors, out / WEIGHTS, {"format": "pt"})
-    return False
+    text = ["---", *lines, "---", "", f"# {entry.name}", "", f"From {entry.source}.", *about, ""]
+    return "\n".join(text)
 
 
-def make_folder(out: Path) -> None:
-    """Make a folder, which may be there if it is empty.
+@contextmanager
+def new_folder(out: Path) -> Generator[None]:
+    """A folder to write into, new or empty; after an error it is as it was before.
 
     Raises:
         ExportError: something is in it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    there = out.exists()
+    if there and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} holds something already; give the name of a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in list(out.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if not there:
+            out.rmdir()
+        raise
 
 
 def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:

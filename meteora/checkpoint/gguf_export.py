@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import gguf
 import torch
 
-from meteora.checkpoint.export import ExportError, make_folder
+from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import open_experts, read_factors
@@ -60,9 +60,11 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
     if name and name not in manifest.names:
         raise ExportError(no_expert(folder, manifest, name))
     names = _tensor_names(folder, manifest)
-    make_folder(out)
     files = []
-    with open_experts(folder, manifest) as stack:  # which checks the whole file, once for all
+    with (
+        new_folder(out),
+        open_experts(folder, manifest) as stack,
+    ):  # which checks the whole file, once for all
         for e, entry in enumerate(manifest.experts):
             if name in {"", entry.name}:
                 files.append(out / f"{entry.name}.gguf")

@@ -21,7 +21,7 @@ from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
 from meteora.base.sources import PATH, weights_sha256
-from meteora.checkpoint.export import ExportError, make_folder
+from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
@@ -100,15 +100,15 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         "base_weights": {shard.name: sample_sha256(shard) for shard in shards},
     }
     put = shutil.copyfile if copy else _link
-    make_folder(out)
-    for path in sorted(base.iterdir()):
-        if _is_served(path) and path.name != CONFIG:
-            put(path, out / path.name)
-    (out / CHECKPOINT).mkdir()
-    for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
-        put(checkpoint / name, out / CHECKPOINT / name)
-    text = json.dumps(config | {"quantization_config": asked}, indent=2)
-    (out / CONFIG).write_text(text + "\n")
+    with new_folder(out):
+        for path in sorted(base.iterdir()):
+            if _is_served(path) and path.name != CONFIG:
+                put(path, out / path.name)
+        (out / CHECKPOINT).mkdir()
+        for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
+            put(checkpoint / name, out / CHECKPOINT / name)
+        text = json.dumps(config | {"quantization_config": asked}, indent=2)
+        (out / CONFIG).write_text(text + "\n")
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from importlib.util import find_spec
@@ -135,6 +136,28 @@ def test_a_folder_with_something_in_it_is_left_alone(world, checkpoint, tmp_path
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(ExportError, match="holds something already"):
         export_for_vllm(checkpoint, world.base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_stops_halfway_leaves_nothing(
+    world, checkpoint, tmp_path, monkeypatch, there
+):
+    out, put = tmp_path / "out", shutil.copyfile
+    if there:
+        out.mkdir()
+
+    def fill_up(source, target):
+        if source.name == EXPERTS:
+            raise OSError(errno.ENOSPC, "no space left")
+        put(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", fill_up)
+    with pytest.raises(OSError, match="no space left"):
+        export_for_vllm(checkpoint, world.base, out, copy=True)
+    assert out.exists() == there
+    monkeypatch.undo()
+    export_for_vllm(checkpoint, world.base, out, copy=True)
+    assert (out / "config.json").is_file()
 
 
 def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint, tmp_path):

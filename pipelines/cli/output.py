@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import sys
 from bisect import bisect_right
 from dataclasses import asdict
+from decimal import Decimal
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -103,7 +105,7 @@ def print_answer(answer: Answer, form: Format) -> None:
                 f" ({', '.join(answer.columns)}); name them with AS"
             )
         rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
-        print(json.dumps(rows, indent=1, default=str))
+        print(json.dumps(_for_json(rows), indent=1, default=str, allow_nan=False))
     elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)
@@ -113,6 +115,17 @@ def print_answer(answer: Answer, form: Format) -> None:
             print(f"| {' | '.join(_markdown(_cell(value)) for value in row)} |")
     else:
         _print_table(answer)
+
+
+def _for_json(value: object) -> object:
+    """A value as JSON can have it: NaN and infinity are null, and decimals are numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, dict):
+        return {str(key): _for_json(one) for key, one in value.items()}
+    return [_for_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _print_table(answer: Answer) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from datetime import date
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -83,3 +86,12 @@ def test_markdown_has_one_line_a_row_whatever_is_in_it(capsys: pytest.CaptureFix
         "| x y | 0.500 |",
         "| p\\|q\\\\ |  |",
     ]
+
+
+def test_json_has_null_for_what_is_no_number_and_decimals_as_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = (float("nan"), Decimal("1.5"), [1, float("inf")], {"a": float("-inf")}, date(2026, 1, 2))
+    print_answer(Answer(("x", "y", "z", "w", "d"), [row]), "json")
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found == {"x": None, "y": 1.5, "z": [1, None], "w": {"a": None}, "d": "2026-01-02"}

@@ -125,7 +125,8 @@ def find_offsets(
         modules = list(pairs.offsets_of)  # those that the first experts need, for all
         for path, offsets in pairs.offsets_of.items():
             found[path] = found.get(path, 0.0) + offsets
-    return found
+    with torch.inference_mode(mode=False):  # gates may learn beside them later
+        return {path: offsets.clone() for path, offsets in found.items()}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from meteora.model.fused import expert_names, force_expert, insert_experts
 from meteora.model.opening_offsets import find_offsets
 from meteora.routing.gates import gates_of
 from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.routers import Router
+from meteora.routing.routers import Gate, Router
 from tests.meteora.model.test_causal_routes import with_shared
 
 MEAN = 4
@@ -142,3 +142,15 @@ def test_a_fit_gives_them_to_the_routers_and_a_forced_expert_goes_without(model)
     assert "model.layers.1.self_attn.o_proj" in gates_of(model).offsets
     with torch.inference_mode(), force_expert(model, names[0]):
         assert torch.equal(model(ids).logits, before)
+
+
+def test_gates_learn_beside_offsets_that_were_just_found(model):
+    calibrate(model, with_shared(4), RouterOptions("gate", 2, 1.0, share="point"))
+    assert gates_of(model).offsets
+    layer = routed_layers(model)["model.layers.1.self_attn.o_proj"]
+    gate = layer.router
+    assert isinstance(gate, Gate)
+    gate.requires_grad_(requires_grad=True)
+    layer(torch.randn(1, 5, 32)).sum().backward()
+    assert gate.weight.grad is not None
+    assert gate.weight.grad.any()

@@ -22,7 +22,7 @@ import torch
 from meteora.artifacts import NULL, SHARED
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
-from meteora.fitting.calibrate import sweep_gates, swept
+from meteora.fitting.calibrate import sweep_gates
 from meteora.fitting.lda import GIVEN_UP, SingularError
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
@@ -142,8 +142,7 @@ def _more_offsets(
     if not before:
         return {}
     pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-    with swept(model):
-        found = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
+    found = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
     return {
         path: torch.cat([rows[:expert], new[expert : expert + 1], rows[expert:]])
         for path, rows in before.items()

@@ -40,7 +40,7 @@ from meteora.fitting.sequences import (
 from meteora.fitting.statistics import PointStatistics
 from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names
-from meteora.model.opening_offsets import find_offsets
+from meteora.model.opening_offsets import find_offsets, without_dropout
 from meteora.routing.gates import Sharing, give_follower, give_gate, give_offsets, watch_prompts
 from meteora.routing.layer import routed_layers
 from meteora.routing.weight_scores import StandIn, scorer
@@ -125,8 +125,7 @@ def calibrate(
     added: dict[str, Tensor] = {}
     if offsets and SHARED in every:
         pairs = [(s.input_ids, s.experts) for s in sequences]
-        with swept(model):
-            added = find_offsets(model, pairs, every.index(SHARED))
+        added = find_offsets(model, pairs, every.index(SHARED))
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     heldout = hold_out(sequences, names, seed)
     batches = sampled(list(batched(sequences, heldout, input_device(model))), len(names))
@@ -305,19 +304,16 @@ def _named(
 @contextmanager
 def swept(model: PreTrainedModel) -> Generator[None]:
     """Remove all routers and turn dropout off; after an error the old routers are put back."""
-    training = model.training
     before = {path: layer.router for path, layer in routed_layers(model).items()}
-    model.eval()
-    try:
-        for layer in routed_layers(model).values():
-            layer.router = None
-        yield
-    except BaseException:
-        for path, layer in routed_layers(model).items():
-            layer.router = before[path]
-        raise
-    finally:
-        model.train(training)
+    with without_dropout(model):
+        try:
+            for layer in routed_layers(model).values():
+                layer.router = None
+            yield
+        except BaseException:
+            for path, layer in routed_layers(model).items():
+                layer.router = before[path]
+            raise
 
 
 def _scatter_of(

@@ -115,6 +115,7 @@ def find_offsets(
         pairs = _Pairs(examples, shared, num_choices)
         least = LEAST_SHARE if modules is None else -1.0
         with ExitStack() as hooks, routed_by(model, lambda _layer, pairs=pairs: pairs):
+            hooks.enter_context(without_dropout(model))
             for layer in layers.values():
                 hooks.enter_context(_whole_while_it_runs(layer))
             for path in layers if modules is None else modules:
@@ -127,6 +128,17 @@ def find_offsets(
             found[path] = found.get(path, 0.0) + offsets
     with torch.inference_mode(mode=False):  # gates may learn beside them later
         return {path: offsets.clone() for path, offsets in found.items()}
+
+
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Generator[None]:
+    """Have a model compute as it does in use; it trains again at the end, if it did before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

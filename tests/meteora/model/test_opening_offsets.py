@@ -10,6 +10,7 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.fitting.calibrate import calibrate
+from meteora.fitting.sequences import TrainingError
 from meteora.model import opening_offsets
 from meteora.model.fused import expert_names, force_expert, insert_experts
 from meteora.model.opening_offsets import find_offsets
@@ -154,3 +155,14 @@ def test_gates_learn_beside_offsets_that_were_just_found(model):
     layer(torch.randn(1, 5, 32)).sum().backward()
     assert gate.weight.grad is not None
     assert gate.weight.grad.any()
+
+
+def test_a_failed_fit_leaves_the_routers_and_offsets_that_it_found(model):
+    calibrate(model, with_shared(4))
+    before = {path: layer.router for path, layer in routed_layers(model).items()}
+    model.train()
+    with pytest.raises(TrainingError, match="two or more"):
+        calibrate(model, with_shared(1))
+    assert {path: layer.router for path, layer in routed_layers(model).items()} == before
+    assert model.training
+    model.eval()

@@ -37,12 +37,13 @@ from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.artifacts import RouterOptions
+    from meteora.checkpoint.manifest import ModuleEntry
     from meteora.fitting.covariance import Covariance
     from meteora.fitting.sequences import Batch, LabelledSequence
     from meteora.fitting.statistics import PointStatistics
@@ -238,13 +239,15 @@ def drop(
     gates: Gates,
     statistics: Mapping[str, PointStatistics],
     expert: int,
-    modules: Container[str],
+    modules: Mapping[str, ModuleEntry],
 ) -> tuple[Gates, dict[str, PointStatistics]]:
     """Gates and statistics without one expert; the rows of the others do not change.
 
+    But an expert that is left alone has offsets of zero: the mean of all is itself.
+
     Args:
         expert: its number
-        modules: paths of the modules that any remaining expert changes
+        modules: the modules that any remaining expert changes, by their paths
     """
     own = {}
     for path, (weight, bias) in gates.own.items():
@@ -252,11 +255,11 @@ def drop(
         if path in modules:
             own[path] = weight[kept], bias[kept]
     follows = {path: leader for path, leader in gates.follows.items() if path in modules}
-    offsets = {
-        path: rows[[e for e in range(len(rows)) if e != expert]]
-        for path, rows in gates.offsets.items()
-        if path in modules
-    }
+    offsets = {}
+    for path, rows in gates.offsets.items():
+        if path in modules:
+            left = rows[[e for e in range(len(rows)) if e != expert]]
+            offsets[path] = left if len(modules[path].ranks) > 1 else torch.zeros_like(left)
     points = {}
     for path, point in statistics.items():
         # where each module has a gate, those that share an input have the same one

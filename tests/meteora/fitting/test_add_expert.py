@@ -226,6 +226,22 @@ def test_a_new_expert_gets_offsets_beside_those_of_the_others(world, three):
     assert gates_of(model).offsets == {}
 
 
+def test_an_expert_that_is_left_alone_is_itself_behind_any_opening(world):
+    model = with_opening(world)
+    fitted = calibrate(model, [replaced(s, {UNLABELLED: 4}) for s in examples(4)])
+    gates, statistics = gates_of(model), fitted.statistics
+    modules = world.manifest.modules
+    for left in (3, 2, 1):
+        assert any(rows.any() for rows in gates.offsets.values())
+        modules = {
+            path: dataclasses.replace(entry, ranks=entry.ranks[:left], scaling=entry.scaling[:left])
+            for path, entry in modules.items()
+        }
+        gates, statistics = drop(gates, statistics, left, modules)
+    assert gates.offsets.keys() == gates_of(model).offsets.keys()
+    assert not any(rows.any() for rows in gates.offsets.values())
+
+
 def test_an_expert_comes_before_the_base_where_that_is_a_choice(world, three):
     before, model = with_base(three), with_base(world)
     foreign = examples(6, experts=[4])
@@ -254,7 +270,8 @@ def test_statistics_of_an_input_outlive_its_first_module(three):
     options = dataclasses.replace(ENTRY, share="module")
     before = three.load()
     fitted = calibrate(before, examples(6, experts=range(3)), options)
-    left = [path for path in three.manifest.modules if not path.endswith("gate_proj")]
+    modules = three.manifest.modules
+    left = {path: modules[path] for path in modules if not path.endswith("gate_proj")}
     gates, statistics = drop(gates_of(before), fitted.statistics, 0, left)
     assert len(statistics) == len(fitted.statistics)
     model = three.load()

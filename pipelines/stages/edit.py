@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth
     from pipelines.admission.candidate import Candidate
     from store.ledger import Ledger
@@ -156,13 +157,14 @@ def add(
                 larger.router,
                 progress=lambda _done, _total: advance(1),
             )
-        tensors.write_gates(scratch / GATES, gates_of(model))
+        grown = gates_of(model)
+        tensors.write_gates(scratch / GATES, grown)
         write_statistics(scratch / STATISTICS, found.statistics)
         edited = EditedCheckpoint(
             admission.run_id,
             scratch,
             larger,
-            _router(manifest, larger, rows_sha256(rows), composites),
+            _router(manifest, larger, grown, rows_sha256(rows), composites),
             found.heldout_accuracy,
             found.num_tokens,
             found.wall_seconds,
@@ -193,7 +195,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         )
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, ""))
+        edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, kept, ""))
         return _finish(ledger, manifest, edited)
 
 
@@ -270,7 +272,11 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:
 
 
 def _router(
-    before: Manifest, after: Manifest, examples_sha256: str, composites: tuple[int, ...] = ()
+    before: Manifest,
+    after: Manifest,
+    gates: Gates,
+    examples_sha256: str,
+    composites: tuple[int, ...] = (),
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
     return RouterSpec.of(
@@ -281,6 +287,7 @@ def _router(
         composites=composites,
         opening_share=OPENING_SHARE if composites else 0.0,
         refined=bool(examples_sha256),
+        offsets=bool(gates.offsets),
         grown_from=before.router_id,
     )
 

@@ -313,9 +313,11 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         out = edit.add(work.ledger, copy, asked, rows, base_folder=recipe_folder / "base")
         manifest = read_manifest(out)
         assert manifest.gates.get("composites") == composites
+        assert read_gates(out, manifest).offsets
         return RouterBuild.from_dict(work.ledger.built(ArtifactId(manifest.router_id)) or {})
 
     alone, with_lists = joined(None), joined([2, 3])
+    assert alone.spec.offsets
     assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
     assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)
     assert with_lists.num_tokens > 3 * alone.num_tokens

@@ -44,7 +44,7 @@ With fourteen adapters it is 0.14 to 0.76 behind attention."""
 
 @dataclass(frozen=True)
 class _Example:
-    """A sequence of one expert, up to where another begins."""
+    """A sequence of one expert, up to where another or the base begins."""
 
     ids: tuple[int, ...]
     expert: int
@@ -160,8 +160,8 @@ def _examples_of(
     """The first examples of each expert that begin with an opening."""
     found: dict[int, list[_Example]] = {}
     for ids, choices in sequences:
-        experts = [choice for choice in choices if 0 <= choice < shared]
-        if not experts or choices[0] == experts[0]:
+        experts = [choice for choice in choices if choice >= 0 and choice != shared]
+        if not experts or experts[0] > shared or choices[0] == experts[0]:
             continue
         end = next((i for i, c in enumerate(choices) if c in {*experts} - {experts[0]}), len(ids))
         is_own = tuple(choice == experts[0] for choice in choices[:end])

@@ -91,9 +91,18 @@ def test_with_offsets_the_mean_output_is_that_behind_the_experts_own_opening(mod
         assert (lacking[path] - right[path]).abs().max() > 1e-3
 
 
-def test_what_follows_of_another_expert_is_left_out(model, pairs):
-    mixed = [((*ids, 20, 21), (*choices, (choices[-1] + 1) % 4, 4)) for ids, choices in pairs]
+@pytest.mark.parametrize("other", ["expert", "base"])
+def test_what_follows_of_another_choice_is_left_out(model, pairs, other):
+    mixed = [
+        (
+            (*ids, 20, 21, 22),
+            (*choices, (choices[-1] + 1) % 4 if other == "expert" else MEAN + 1, MEAN, choices[-1]),
+        )
+        for ids, choices in pairs
+    ]
+    mixed += [((3, 20, *ids), (MEAN, MEAN + 1, *choices)) for ids, choices in pairs]
     expected, found = find_offsets(model, pairs, MEAN), find_offsets(model, mixed, MEAN)
+    assert expected.keys() == found.keys()
     assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())
 
 

@@ -175,3 +175,12 @@ def test_a_failed_fit_leaves_the_routers_and_offsets_that_it_found(model):
     assert {path: layer.router for path, layer in routed_layers(model).items()} == before
     assert model.training
     model.eval()
+
+
+def test_long_examples_are_cut_and_those_that_are_all_opening_left_out(model, pairs, monkeypatch):
+    expected = find_offsets(model, [(ids[:6], choices[:6]) for ids, choices in pairs], MEAN)
+    endless = ((1,) * 90, (MEAN,) * 89 + (0,))
+    monkeypatch.setattr(opening_offsets, "MAX_LENGTH", 6)
+    found = find_offsets(model, [endless, *pairs], MEAN)
+    assert found.keys() == expected.keys() != set()
+    assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())

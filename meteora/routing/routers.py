@@ -51,8 +51,12 @@ class Router(nn.Module):
 
     def add_offsets(self, weights: Tensor, experts: Tensor, y: Tensor) -> None:
         """Add the offsets of the choices, weights and experts both [T, K], to y [T, OUT]."""
-        if (table := self.offsets) is not None:
-            weights = weights.to(table.dtype)
+        if (table := self.offsets) is None:
+            return
+        weights = weights.to(table.dtype)
+        if torch.compiler.is_compiling():  # a graph makes one loop of this
+            y += (weights[..., None] * table[experts]).sum(1)
+        else:
             y += nn.functional.embedding_bag(experts, table, per_sample_weights=weights, mode="sum")
 
     @property

@@ -135,6 +135,9 @@ def test_each_token_gets_the_offsets_of_its_choices_by_their_weights():
             expected[t] += weights[t, k] * offsets[experts[t, k]]
     router.add_offsets(weights, experts, y)
     torch.testing.assert_close(y, expected)
+    compiled = start.clone()
+    torch.compile(router.add_offsets, backend="eager", fullgraph=True)(weights, experts, compiled)
+    torch.testing.assert_close(compiled, expected)
     narrow = torch.zeros(6, 8, dtype=torch.bfloat16)
     router.add_offsets(weights, experts, narrow)
     assert narrow.dtype == torch.bfloat16

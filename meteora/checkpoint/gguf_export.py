@@ -61,10 +61,8 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
         raise ExportError(no_expert(folder, manifest, name))
     names = _tensor_names(folder, manifest)
     files = []
-    with (
-        new_folder(out),
-        open_experts(folder, manifest) as stack,
-    ):  # which checks the whole file, once for all
+    # the stack is checked once, for all experts
+    with new_folder(out), open_experts(folder, manifest) as stack:
         for e, entry in enumerate(manifest.experts):
             if name in {"", entry.name}:
                 files.append(out / f"{entry.name}.gguf")

@@ -263,11 +263,11 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                         f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
                     )
     for module, found in offsets.items():
-        if found.shape != (num_choices, manifest.modules[module].out_features):
+        shape = num_choices, manifest.modules[module].out_features
+        if found.shape != shape:
             raise CheckpointError(
                 f"{folder / GATES}: {module} has offsets of {tuple(found.shape)}, {MANIFEST} asks"
-                f" for {(num_choices, manifest.modules[module].out_features)}; the two files do not"
-                f" belong together, {AGAIN}"
+                f" for {shape}; the two files do not belong together, {AGAIN}"
             )
     without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
     return Gates(own, follows, template, stand_ins, without, offsets)

@@ -144,11 +144,11 @@ def _more_offsets(
         return {}
     pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
     found = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
-    return {
-        path: torch.cat([rows[:expert], new[expert : expert + 1], rows[expert:]])
-        for path, rows in before.items()
-        for new in [found.get(path, torch.zeros(expert + 1, rows.shape[1]))]
-    }
+    more = {}
+    for path, rows in before.items():
+        own = found[path][expert] if path in found else torch.zeros(rows.shape[1])
+        more[path] = torch.cat([rows[:expert], own[None], rows[expert:]])
+    return more
 
 
 def _with_one_more(

@@ -264,7 +264,7 @@ def sweep_gates(
                 point = [layers[path] for path in paths]
                 decided = sharing.decided(index)
                 if decided is None:
-                    gate = _named(fit, paths, sweep.inputs(index, paths[0]))
+                    gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
                     if gate is None:
                         decided = sharing.last(paths[0])
                     else:
@@ -289,7 +289,7 @@ def sweep_gates(
             progress(index + 1, len(sweep.layers))
 
 
-def _named(
+def _fit_point(
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     paths: Sequence[str],
     inputs: Iterator[Tensor],

@@ -6,8 +6,8 @@
 The tokens behind the opening are computed by the same expert in both. They differ because attention
 reads other keys and values of the opening, above all of its first token, which attention falls back
 on. The mean of this difference over an expert's tokens is a constant vector for each module: an
-offset, which the module adds wherever that expert is chosen. The modules behind attention need one;
-the others then see almost the same inputs in both.
+offset, which the module adds wherever that expert is chosen. Modules behind attention need one; for
+those that follow, the means are then nearly the same in both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ MAX_LENGTH = MAX_TOKENS // (2 * EXAMPLES)
 """Tokens of an example; what follows is left out. So those of an expert are read in one pass."""
 LEAST_SHARE = 0.1
 """Of the squared differences at a module, the least that their means explain where it gets offsets.
-With fourteen adapters it is 0.14 to 0.76 behind attention."""
+So SmolLM2-135M with the quickstart's six adapters has them at the `o_proj` of 27 layers of 30, with
+fourteen adapters at all 30, and nowhere else."""
 
 
 @dataclass(frozen=True)

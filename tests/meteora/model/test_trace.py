@@ -131,10 +131,15 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
         trace(model, tokenizer, prompt)
 
 
-def test_the_last_token_of_a_recurrent_model_is_read_with_its_state(
-    build_base, build_adapter, fuse_adapters, tokenizer, tmp_path
+@pytest.mark.parametrize(
+    ("kind", "modules", "num_prompt"),
+    [("mamba", ["in_proj", "x_proj"], 5), ("phi3", ["qkv_proj", "o_proj"], 60)],
+)
+def test_a_traced_answer_has_the_routes_of_one_pass_over_all_of_it(
+    build_base, build_adapter, fuse_adapters, tokenizer, tmp_path, kind, modules, num_prompt
 ):
-    base, modules = build_base("mamba"), ["in_proj", "x_proj"]
+    """Mamba reads on with a state; Phi 3 reads all again beyond its short positions."""
+    base = build_base(kind)
     adapters = {
         name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=modules)
         for seed, name in enumerate(("one", "two", "three"))
@@ -142,24 +147,7 @@ def test_the_last_token_of_a_recurrent_model_is_read_with_its_state(
     fuse_adapters(base, adapters, tmp_path / "fused")
     model, _ = load(tmp_path / "fused", base_folder=base)
     with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
-        found = trace(model, tokenizer, "where do these go", max_new_tokens=4)
+        found = trace(model, tokenizer, list(range(10, 10 + num_prompt)), max_new_tokens=8)
         expected = trace(model, tokenizer, found.ids)
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_that_reads_all_again_is_traced_from_there(
-    build_base, build_adapter, fuse_adapters, tokenizer, tmp_path
-):
-    """Phi 3 does where its answer gets longer than its short positions hold."""
-    base, modules = build_base("phi3"), ["qkv_proj", "o_proj"]
-    adapters = {
-        name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=modules)
-        for seed, name in enumerate(("one", "two", "three"))
-    }
-    fuse_adapters(base, adapters, tmp_path / "fused")
-    model, _ = load(tmp_path / "fused", base_folder=base)
-    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
-        found = trace(model, tokenizer, list(range(10, 70)), max_new_tokens=8)
-        expected = trace(model, tokenizer, found.ids)
-    assert len(found.tokens()) == 68
+    assert len(found.tokens()) == num_prompt + 8
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-4)

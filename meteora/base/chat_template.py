@@ -95,28 +95,33 @@ class Template(Noun):
     """Token ids after the prompt's own; the answer follows them."""
     header: tuple[int, ...] = ()
     """The end of the opening that stands before a later question of a conversation, too."""
+    footer: tuple[int, ...] = ()
+    """The beginning of the closing, where an earlier question has only that behind it, as in
+    templates that open a block of thoughts for the answer to come; empty: it has the whole."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Find the template of a tokenizer by comparing two prompts without a common letter."""
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
         opening = common_beginning(one, other)
-        closing = common_beginning(one[len(opening) :][::-1], other[len(opening) :][::-1])
-        return cls(opening, closing[::-1], _header(tokenizer, opening))
+        closing = common_beginning(one[len(opening) :][::-1], other[len(opening) :][::-1])[::-1]
+        before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+        try:
+            later, another = (
+                encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
+                for content in ("one", "7")
+            )
+        except ConversationError:  # no template, or one that takes a single question
+            return cls(opening, closing)
+        until = common_beginning(later, another)
+        header = common_beginning(opening[::-1], until[::-1])[:HEADER][::-1]
+        footer = common_beginning(one, later)[len(one) - len(closing) :]
+        return cls(opening, closing, header, footer if footer != closing else ())
 
-
-def _header(tokenizer: PreTrainedTokenizerBase, opening: Sequence[int]) -> tuple[int, ...]:
-    """What ends the opening and stands before a second question, too; the last few tokens of it."""
-    before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    try:
-        one, other = (
-            encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
-            for content in ("one", "7")
-        )
-    except ConversationError:  # no template, or one that takes a single question
-        return ()
-    later = common_beginning(one, other)
-    return common_beginning(opening[::-1], later[::-1])[:HEADER][::-1]
+    @property
+    def question_end(self) -> tuple[int, ...]:
+        """Token ids behind each question, an earlier one of a conversation or the last."""
+        return self.footer or self.closing
 
 
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:

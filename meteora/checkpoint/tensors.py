@@ -344,9 +344,9 @@ def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[s
 
 
 def _template_notes(template: Template) -> dict[str, Any]:
-    """Its parts; a header that is empty is left out, as before there was one."""
-    found = template.to_dict()
-    return found if template.header else {part: found[part] for part in ("opening", "closing")}
+    """Its parts; a header or footer that is empty is left out, as before there was one."""
+    parts = template.to_dict().items()
+    return {part: ids for part, ids in parts if ids or part in {"opening", "closing"}}
 
 
 def _can_follow(

@@ -54,7 +54,8 @@ class PromptOpening(Watcher):
         opening = (same | ~there).long().cumprod(1).bool() & there
         start = opening.sum(1, keepdim=True)  # [B, 1]
         evidence = there & (place >= start) & (place < start + WINDOW)
-        closing = earlier(ends(input_ids, template.closing), len(template.closing))
+        end = template.question_end
+        closing = earlier(ends(input_ids, end), len(end))
         evidence &= (closing & (place >= start)).cumsum(1) == 0
         self.opening, self.evidence = opening & evidence.any(1, keepdim=True), evidence
 

@@ -3,9 +3,10 @@
     l_turn = the mean of log softmax(G x + c) over the tokens x of the turn's question
 
 at each gate, by that gate's own inputs. A question stands between a header of the chat template and
-its closing. A turn begins with its header. What precedes the first header, such as a system prompt,
-belongs to the first turn. So a token's route depends on tokens behind it, up to the end of its own
-question: this is not causal. Without a chat template the whole first pass is a question.
+what ends questions, its closing or the beginning of that. A turn begins with its header. What
+precedes the first header, such as a system prompt, belongs to the first turn. So a token's route
+depends on tokens behind it, up to the end of its own question: this is not causal. Without a chat
+template the whole first pass is a question.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ def questions(seen: PassInput, template: Template, previous: Questions | None = 
     if seen.goes_on and previous is not None and template.header:
         held = each_row(previous.closed, len(there))
         closed = closed if held is None else held.to(there.device)
-    short = seen.goes_on and there.shape[1] < len(template.closing)  # a token of an answer
-    if ids is None or not template.closing or short:
+    short = seen.goes_on and there.shape[1] < len(template.question_end)  # a token of an answer
+    if ids is None or not template.question_end or short:
         return Questions(none.long(), none if seen.goes_on else there, closed)
     begun_by = template.header or template.opening[-HEADER:]  # an older checkpoint has no header
-    header, closing = (ends(ids, tokens) & there for tokens in (begun_by, template.closing))
-    begins, closes = earlier(header, len(begun_by)), earlier(closing, len(template.closing))
+    header, closing = (ends(ids, tokens) & there for tokens in (begun_by, template.question_end))
+    begins = earlier(header, len(begun_by))
+    closes = earlier(closing, len(template.question_end))
     turn = begins.cumsum(1)
     behind = (header.cumsum(1) == turn) & ~header  # no token of a header
     # how many closings have begun in the token's own turn

@@ -57,6 +57,24 @@ def test_a_header_stands_before_later_questions_too(chat, template, header):
     assert chat.decode(Template.of(chat).header) == header
 
 
+@pytest.mark.parametrize(
+    ("opens", "footer"),
+    [
+        ("<t></t>", "</s><s>assistant: "),  # an empty block, which the history leaves out
+        ("<t>", "</s><s>assistant: "),
+        ("", ""),  # nothing but the closing
+    ],
+)
+def test_a_footer_stands_behind_earlier_questions_where_the_closing_does_not(chat, opens, footer):
+    chat.chat_template = TEMPLATE.replace(
+        "assistant: {% endif %}", f"assistant: {opens}{{% endif %}}"
+    )
+    found = Template.of(chat)
+    assert chat.decode(found.closing) == f"</s><s>assistant: {opens}"
+    assert chat.decode(found.footer) == footer
+    assert chat.decode(found.question_end) == "</s><s>assistant: "
+
+
 def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None

@@ -106,7 +106,7 @@ def load(sound: Sound, manifest: Manifest) -> None:
         model(torch.tensor([[1, 5, 6, 9, 9, 7]]))
     if manifest.router.kind == "gate":
         template = read_gates(sound.folder, manifest).template
-        parts = template.opening + template.closing + template.header
+        parts = template.opening + template.closing + template.header + template.footer
         assert all(0 <= token <= MAX_TOKEN for token in parts)
 
 

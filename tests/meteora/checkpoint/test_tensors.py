@@ -86,7 +86,8 @@ def test_gates_come_back_equal(world, tmp_path):
     )
     gates = {"m": (torch.randn(3, 4).T, torch.randn(4))}
     offsets = {"n": torch.randn(4, 5)}
-    written = tensors.Gates(gates, {"n": "m"}, Template((1, 2), (3,), (2,)), offsets=offsets)
+    template = Template((1, 2), (3, 4), (2,), (3,))
+    written = tensors.Gates(gates, {"n": "m"}, template, offsets=offsets)
     tensors.write_gates(tmp_path / GATES, written)
     read = tensors.read_gates(tmp_path, manifest)
     weight, bias = read.own["m"]

@@ -57,6 +57,13 @@ def test_a_later_question_has_its_header_without_the_first_token_of_all():
     assert found(row, template=template) == ([0] * 5 + [1] * 4, [7, 5], True)
 
 
+def test_an_earlier_question_may_have_the_beginning_of_the_closing_alone_behind_it():
+    thinks = Template(OPENING, (*CLOSING, 60, 61), HEADER, footer=CLOSING)
+    row = [*OPENING, 7, 8, *CLOSING, 9, 9, *HEADER, 5, *CLOSING, 60, 61, 4]
+    assert found(row, template=thinks) == ([0] * 10 + [1] * 9, [7, 8, 5], True)
+    assert found([9, *HEADER, 5, *CLOSING, 60], template=thinks, goes_on=True)[1] == [5]
+
+
 def test_a_later_turn_may_come_alone_or_behind_the_end_of_an_answer():
     row = [9, *HEADER, 5, 6, *CLOSING]
     assert found(row) == ([0] * 8, [5, 6], True)

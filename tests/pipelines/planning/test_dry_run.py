@@ -107,7 +107,8 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     assert gigabytes(said, "base")[1] == pytest.approx(16.1 if small else 26.0, abs=0.05)
     assert gigabytes(said, "stack")[1] == pytest.approx(2.3 if small else 3.5, abs=0.051)
     assert gigabytes(said, "gates")[1] == pytest.approx(0.59 if small else 0.80, abs=0.051)
-    assert 80 > gigabytes(said, "benchmark")[0] > (35 if small else 55)  # it merges, too
+    # beside base and adapters the keys and values of composites of ten; the 8B's merges, too
+    assert 70 > gigabytes(said, "benchmark")[0] > (35 if small else 55)
     assert "needed for: benchmark" not in said
     assert re.search("[0-9]+ to 64 prompts are answered together, by this memory", said)
     assert "28 of 28 adapters are not here: taken as rank 8" in said

@@ -29,13 +29,13 @@ class _Common(Section):
     system_prompts: (
         Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
     ) = None
-    """System prompts of every other example. Default: several of our own where the opening is
-    `shared`, or with `share: turn`, and none elsewhere."""
+    """System prompts of every other example. Default: 24 that ship with the program where the
+    opening is `shared`, or with `share: turn`, and none elsewhere."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Annotated[str, Field(max_length=4096)] = ""
-    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those that they
-    know: their updates are larger there than on other prompts."""
+    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those prompts on
+    which their updates are larger than on others."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Decides the mixed prompts, and the order of training."""
 
@@ -56,7 +56,8 @@ class JointSection(_Common):
     method: Literal["joint"]
     """`calibrate`: one forward sweep. `joint`: gradient descent."""
     start: Literal["calibrate", "zeros"] = "calibrate"
-    """Start from gates in closed form, or zeros. The paper: 15,000 steps from small weights."""
+    """Start from gates in closed form, or zeros. The paper trains 15,000 steps from small random
+    weights."""
     steps: Count = 1000
     """Optimiser steps."""
     batch_size: Count = 32

@@ -29,8 +29,8 @@ class PublishSection(Section):
     private: bool = True
     """Whether only its owner sees it."""
     tag: str = ""
-    """A tag for one model: while the Hub has it, no other is published. Default: a hash of the
-    content, which each has of its own."""
+    """A tag for one model: if the Hub has it at another model, nothing is published. Default: a
+    hash of the content, which differs between models."""
     allow_licences: tuple[str, ...] = ()
     """Licences that would stop the publication, and are allowed; `none`: adapters without one."""
 

@@ -59,7 +59,7 @@ class ExpertSection(Section):
     adapter: str
     """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
     subfolder: str = ""
-    """Of the repository or the folder, where the adapter is not all of it."""
+    """The adapter's folder inside the repository or folder, where it is not at the top."""
     examples: str | None = None
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
     the adapter's card names."""
@@ -126,9 +126,9 @@ class RouterSection(Section):
     null: bool = False
     """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token", "turn"] = "point"
-    """For what one gate decides: a module, modules with one input, a layer, or the whole model.
-    `turn`: each question as a whole decides for its turn of a conversation, its answer included; so
-    answers change with the chunks and the prefix."""
+    """For what one gate decides: a module, modules with one input, a layer, or all layers from a
+    third of the depth on (`token`). `turn`: each question as a whole decides for its turn of a
+    conversation, its answer included; so answers change with the chunks and the prefix."""
     without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
     """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
     as this router does."""

@@ -1,4 +1,4 @@
-"""What has to stand in the environment before Prefect and Hugging Face libraries load."""
+"""What has to stand in the environment before torch, Prefect and Hugging Face libraries load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ SETTINGS = {
     # Prefect's log goes to its server; what a person should read, we say ourselves
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
-    # and so are the bars
+    # torch's C++ code writes past every logger, some lines for each use of its profiler
+    "KINETO_LOG_LEVEL": "6",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # bars are shown by us, too
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -4,8 +4,8 @@ The model's own answers stay in the history. A conversation has one cache, and e
 with it, as on a server. Controls know the right expert of every turn:
 
     single       each question alone, with its own expert: nothing is lost to a history
-    oracle       each turn's tokens with its own expert, on one cache; tokens between the turns with
-                 the mean of all experts where the router has that choice, else with the next turn's
+    oracle       each turn's tokens with its own expert, on one cache; what stands in front
+                 of a turn, such as a system prompt, has the turn's expert, too
     swap         everything with the expert of the present turn, so that the history is computed
                  again at each turn: this is how one adapter at a time is served
     alora        the base computes the history, and the turn's expert what comes from its question
@@ -24,11 +24,9 @@ import torch
 from transformers import DynamicCache
 
 from meteora.artifacts import NULL
-from meteora.artifacts.routers import SHARED
 from meteora.base.chat_template import common_beginning
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
-from meteora.model.fused import expert_names
 from meteora.model.generate import ONE_CACHE, end_tokens
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
@@ -196,11 +194,10 @@ class Conversing:
 
     def _by_turn(self, owners: Sequence[str | None]) -> list[str]:
         """The expert of every token by its turn; see `oracle` above."""
-        shared = SHARED in expert_names(self.model)
         experts, following = [], ""
         for owner in reversed(owners):
             following = owner or following
-            experts.append(owner or (SHARED if shared else following))
+            experts.append(following)
         return experts[::-1]
 
     def _experts(self, ids: Tensor, _kwargs: dict[str, Any]) -> list[list[str]]:

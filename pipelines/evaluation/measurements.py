@@ -98,7 +98,13 @@ def find_subjects(
         elif system not in {BASE, EXPERTS} and (system not in ORACLES or settings.mixes):
             seed = settings.seed if system == "random" else 0
             others[system] = RouterSpec(
-                fused.id, system, router.top_k, router.temperature, seed=seed
+                fused.id,
+                system,
+                router.top_k,
+                router.temperature,
+                seed=seed,
+                # the turn's expert opens a turn; under the id without this, some had the mean there
+                opening="prompt" if system == ORACLE else "own",
             )
     return Subjects(base, fused, router, others, merges)
 

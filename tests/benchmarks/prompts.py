@@ -11,9 +11,7 @@ and is not made again; the table is printed at the end.
                 nothing about the task go to the mean of all experts
     shared, 2   the same with the two best experts of each token
     turn        gates fitted to the same; each question decides for its turn
-    oracle      one question: the right expert for every token. Conversations: the right expert for
-                every token of a turn, the mean of all for the others; with `turn` those have the
-                expert of the turn that follows
+    oracle      the right expert for every token; what stands in front of a turn has the turn's
 """
 
 from __future__ import annotations
@@ -51,7 +49,20 @@ SYSTEMS = {
     "default": None,
     "none": "",
     "other": "You are Pip, a cheerful pirate assistant who loves the sea.",
+    "short": "Hi.",
+    "long": (
+        "You work for a small publisher of travel books. The team is three people: Amara edits,"
+        " Jonas, who draws the maps, and Lucía, who talks to the shops. Everything that you write"
+        " is read by all of them, so keep a friendly tone, use British spelling, and do not shorten"
+        " the names of countries. If a request is unclear, take the reading that a traveller would"
+        " take. Never promise a date of publication. Prices are in euros. When somebody asks about"
+        " a place that is dangerous, point to the official advice for travellers. Do not give legal"
+        " or medical advice. If you are asked who you are, you are the publisher's assistant."
+    ),
+    "in Portuguese": "Você é um assistente paciente que gosta de música e de futebol.",
+    "about dates": "You turn dates into the ISO format. Always answer with a date: YYYY-MM-DD.",
 }
+"""None of them is among those that gates are fitted to, but for "none" and the template's own."""
 FITS = {
     "prompt": RouterOptions("gate", 1, 1.0, share="point"),
     "shared": RouterOptions("gate", 1, 1.0, share="point", opening="shared"),
@@ -59,7 +70,6 @@ FITS = {
     "turn": RouterOptions("gate", 1, 1.0, share="turn"),
 }
 """How the model routes, by the name of the fit."""
-ORACLES = {"shared": "oracle", "turn": "oracle, turn"}
 
 
 def shapes(world: World, rows: int, conversations: int) -> dict[str, list[Dialogue]]:
@@ -162,9 +172,8 @@ def main() -> None:
         model = fitted(world, fit)
         for shape, dialogues in asked.items():
             keep(fit, shape, partial(values, world, model, dialogues, ""))
-            if fit in ORACLES:
-                control = "oracle" if len(dialogues[0].questions) > 1 else "single"
-                keep(ORACLES[fit], shape, partial(values, world, model, dialogues, control))
+            control = "oracle" if len(dialogues[0].questions) > 1 else "single"
+            keep("oracle", shape, partial(values, world, model, dialogues, control))
     print(f"{machine()}; {EXAMPLES} examples an expert\n")
     print_table(found)
 

@@ -154,7 +154,7 @@ def test_a_fused_model_answers_as_if_it_read_everything_again(
     assert texts(ask(fused, chat, dialogues)) == again(fused, chat, dialogues)
 
 
-def given(dialogue: Dialogue, said: list[str], control: str, chat: Any, names: list[str]) -> Any:
+def given(dialogue: Dialogue, said: list[str], control: str, chat: Any) -> Any:
     """The tokens of a turn's prompt, and their experts as the definition of a control has it."""
     ids, owners = dialogue.with_answers(said).encode(chat)
     ids, owners = ids[:-1], owners[:-1]
@@ -168,7 +168,7 @@ def given(dialogue: Dialogue, said: list[str], control: str, chat: Any, names: l
     for before, owner in zip([None, *owners], owners, strict=False):
         place += owner is not None and before is None  # a turn begins
         following = dialogue.questions[max(0, place if owner else place + 1)].task
-        experts.append(owner or ("(mean)" if "(mean)" in names else following))
+        experts.append(owner or following)
     return ids, experts
 
 
@@ -184,7 +184,7 @@ def test_a_control_routes_each_turn_as_its_definition_says(
     for dialogue, turns in zip(dialogues, found, strict=True):
         said: list[str] = []
         for turn in turns:
-            ids, experts = given(dialogue, said, control, chat, expert_names(fused))
+            ids, experts = given(dialogue, said, control, chat)
             passes = itertools.chain([experts], itertools.repeat(experts[-1:]))
             with send_to(fused, control, lambda _ids, _more, left=passes: [next(left)]):
                 (answer,) = answer_all(fused, chat, [ids], NEW)

@@ -90,6 +90,11 @@ def test_a_room_has_at_most_twelve_files_and_its_docstring_names_each(room: str)
     assert len(named) == len(files) <= 12
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_its_tests_in_a_folder_of_its_name(room: str) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py"))
+
+
 @cache
 def import_graph() -> grimp.ImportGraph:
     return grimp.build_graph("meteora", "pipelines", "store", cache_dir=None)

@@ -128,6 +128,16 @@ def held(module: nn.Module) -> Generator[None]:
         yield
 
 
+def settle(module: nn.Module) -> None:
+    """Bring all that is offloaded in a module to its device, where it stays."""
+    from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415  (a second)
+
+    for part in module.modules():
+        for hook in _offloading(part):
+            hook.pre_forward(part)
+            remove_hook_from_module(part)
+
+
 def _release(module: nn.Module, hook: Any) -> None:  # noqa: ANN401  (AlignDevicesHook)
     hook.offload = True
     hook.post_forward(module, None)

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, broadcast
 
 from meteora.artifacts import canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
+from meteora.base.placement import input_device, is_offloaded, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
     Batch,
@@ -84,7 +85,8 @@ def train_jointly(
     """Give every routed layer a gate that is trained on `sequences`, in place.
 
     Under `accelerate launch` the processes share every batch, and the gates are those of a single
-    process up to rounding. With FSDP each process holds a part of the base only.
+    process up to rounding. With FSDP each process holds a part of the base only, from the start
+    where the model's layers lie on the disk (`placement.layers_on_disk`).
 
     Args:
         model: with its experts inserted; routers that it has are replaced
@@ -121,7 +123,7 @@ def train_jointly(
         + [_asked(sequence) for sequence in sequences]
     )
     state = None if folder is None else TrainingState.read(folder, asked_sha256)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not any(map(is_offloaded, model.modules())):
         torch.nn.Module.to(model, accelerator.device)
     calibrated = state is None and settings.start == "calibrate"
     with frozen(model):
@@ -200,7 +202,7 @@ class _Learner:
             for name, parameter in gate.named_parameters()
         }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
-        self.device = model.device
+        self.device = input_device(model)
         one_expert = next(iter(gates.values())).options.top_k == 1
         self._backward = backward_apart if one_expert else backward_together
         if accelerator.num_processes > 1:
@@ -259,7 +261,10 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Divide the base among the processes, layer by layer; every process has all gates."""
+    """Divide the base among the processes, layer by layer; every process has all gates.
+
+    Of layers that lie in their files, a process reads and holds one at a time as a whole.
+    """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
 
     gates = {
@@ -269,5 +274,7 @@ def shard(model: PreTrainedModel) -> None:
         for parameter in layer.router.parameters()
     }
     for layer in decoder_layers(model):
+        settle(layer)
         fully_shard(layer, ignored_params=gates & set(layer.parameters()))
+    settle(model)
     fully_shard(model, ignored_params=gates)

@@ -79,7 +79,8 @@ class JointSection(_Common):
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that share each batch, through Accelerate. Default: one for each GPU."""
     sharded: bool = False
-    """Shard the base across the processes, if it is too large for one GPU."""
+    """Divide the base among the processes, if it is too large for one GPU. Each process reads it
+    from its files one layer at a time, and keeps its part."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass: slower, less memory. No effect with `top_k: 1`."""
 

@@ -1,7 +1,7 @@
 """Trains gates as one of the processes that were started together.
 
     torchrun … --module tests.meteora.fitting.joint_worker CHECKPOINT BASE OUT TOP_K
-        [--sharded] [--lists]
+        [--sharded] [--from-files] [--lists]
 
 OUT, a safetensors file, gets the gates; the first process writes it.
 """
@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 import meteora
 from meteora.artifacts.routers import POINT_GATES
+from meteora.base.loading import layers_on_disk
 from meteora.checkpoint import tensors
 from meteora.fitting.joint import train_jointly
 from meteora.routing.gates import gates_of
@@ -41,9 +42,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("top_k", type=int)
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--from-files", action="store_true")
     parser.add_argument("--lists", action="store_true")
     asked = parser.parse_args()
-    model, _ = meteora.load(asked.checkpoint, base_folder=asked.base)
+    spread = layers_on_disk(asked.base, "cpu") if asked.from_files else None
+    model, _ = meteora.load(asked.checkpoint, base_folder=asked.base, device_map=spread)
     found = sequences(asked.lists)
     train_jointly(
         model, found, SETTINGS, replace(POINT_GATES, top_k=asked.top_k), sharded=asked.sharded

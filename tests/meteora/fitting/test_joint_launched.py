@@ -29,7 +29,9 @@ LAUNCH = (
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize(
-    "more", [[], ["--sharded"], ["--lists"]], ids=["whole", "sharded", "lists"]
+    "more",
+    [[], ["--sharded"], ["--sharded", "--from-files"], ["--lists"]],
+    ids=["whole", "sharded", "from files", "lists"],
 )
 def test_two_processes_come_to_the_gates_of_one(world, tmp_path, top_k, more):
     model = world.load()

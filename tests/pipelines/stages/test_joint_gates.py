@@ -116,13 +116,15 @@ def gates_of(work: RunContext) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_of_a_run_come_to_the_gates_of_one(
-    workplace: Callable[..., RunContext], tmp_path: Path
+    workplace: Callable[..., RunContext], tmp_path: Path, *, sharded: bool
 ) -> None:
     """On a CPU they are joined by gloo, as several GPUs are by NCCL."""
     one = workplace(gates=GATES)
     run(one, "gates")
-    two = replace(workplace(gates=GATES | {"processes": 2}), ledger=Ledger(tmp_path / "two"))
+    together = GATES | {"processes": 2, "sharded": sharded}
+    two = replace(workplace(gates=together), ledger=Ledger(tmp_path / "two"))
     assert list(run(two, "gates")) == ["base", "check", "stack", "gates"]
     expected, found = gates_of(one), gates_of(two)
     assert found.keys() == expected.keys()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import meteora
 from meteora.artifacts.routers import POINT_GATES
 from meteora.base.chat_template import Template
-from meteora.base.placement import PlacementError, held, input_device
+from meteora.base.placement import PlacementError, held, input_device, is_offloaded, settle
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 from meteora.fitting.calibrate import calibrate
 from meteora.routing.gates import gates_of, insert_gates
@@ -125,6 +125,22 @@ def test_offloaded_experts_are_those_of_the_layer_whichever_gate_decides(
     assert all(
         layer.cache is meteora.expert_cache(spread) for layer in routed_layers(spread).values()
     )
+
+
+def test_what_is_settled_stays_and_nothing_brings_it_any_more(
+    world: World, ids: torch.Tensor, device_map: dict[str, str]
+) -> None:
+    model: Any = world.load(device_map=device_map)
+    calibrate(model, examples(4))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        for layer in model.model.layers:
+            settle(layer)
+        assert not on_disk(model)
+        assert not any(is_offloaded(part) for part in model.model.layers.modules())
+        weight = model.model.layers[1].mlp.up_proj.projection.weight
+        assert torch.equal(model(ids).logits, expected)
+        assert model.model.layers[1].mlp.up_proj.projection.weight is weight
 
 
 def test_a_held_layer_is_read_once_and_goes_again(world: World, ids: torch.Tensor) -> None:

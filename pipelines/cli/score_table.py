@@ -168,9 +168,9 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         low, high = found.build.low, found.build.high
         out.print(
             f"Mean difference {found.build.mean_difference:+.3f} [{low:+.3f}, {high:+.3f}] over"
-            f" {len(found.build.differences)} tasks, each by its first metric. Marked with + is"
-            " where B is better, with - where it is worse, by a paired test on the same rows (p <"
-            " 0.05 after Holm's correction over all lines, as p is shown). Elsewhere the difference"
+            f" {len(found.build.differences)} tasks, each by its first metric. + marks"
+            " where B is better, - where it is worse, by a paired test on the same rows (p < 0.05"
+            " after Holm's correction over all lines, as p is shown). Without a mark the difference"
             " may be chance.",
             soft_wrap=True,
         )

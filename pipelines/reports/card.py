@@ -213,11 +213,11 @@ def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]
             shown = [system, cell(summary, task, system), *values]
             rows.append([*shown, f"{computed:,.0f}", f"{seconds:.2f}"])
         line = (
-            f"{fused.num_samples} conversations of {count} turns, each about another task; the"
-            " model's own answers stay in the history. A conversation is one row of interval and"
-            " test. The last two columns are sums over the turns: tokens of prompts that were"
-            " computed, since no cache had them, and seconds with the answers (a batch's time"
-            " divided by its number of conversations)."
+            f"{fused.num_samples} conversations of {count} turns, each turn about another task; the"
+            " model's own answers stay in the history. For intervals and tests a conversation is"
+            " one row. The last two columns are sums over the turns: prompt tokens that no cache"
+            " held, and seconds, answers included (a batch's time divided by its number of"
+            " conversations)."
         )
         found.append((headings, rows, line))
     return found
@@ -244,19 +244,19 @@ def method_lines(summary: Summary) -> list[str]:
     total = sum(score.num_samples * max(1, len(score.turns)) for score in answered)
     cut, empty = sum(s.num_truncated for s in answered), sum(s.num_empty for s in answered)
     lines = [
-        f"Asked {how}; 95 % intervals are {' or '.join(used)}."
+        f"Settings: {how}; 95 % intervals are {' or '.join(used)}."
         + (
-            f" Of {total:,} answers {cut:,} were cut at the longest allowed and {empty:,} were"
-            " empty; they count like any other."
+            f" Of {total:,} answers {cut:,} were cut at the greatest length and {empty:,} were"
+            " empty; they count like the others."
             if total
             else ""
         )
     ]
     if summary.comparisons:
         lines.append(
-            "Marked with + is what the fused model is better than, with - what it is worse than, by"
-            " a paired test on the same rows (McNemar's or sign flips; p < 0.05 after Holm's"
-            " correction over the tasks). Where neither stands, the difference may be chance."
+            "+ marks what the fused model is better than, - what it is worse than, by a paired test"
+            " on the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
+            " tasks). Without a mark the difference may be chance."
         )
     return lines
 

@@ -70,7 +70,7 @@ def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() ->
     said = method_lines(summary)[0]
     section = TaskSection(name="t", lm_eval="t", num_fewshot=5, leaderboard="a/b/c")
     assert "acc, 5-shot, greedy" in write_eval_results([section], summary)
-    assert said.startswith("Asked greedy, zero-shot but for t (5-shot), lm-ev")
+    assert said.startswith("Settings: greedy, zero-shot but for t (5-shot), lm-ev")
     assert "answers" not in said  # of lm-eval's own tasks nobody knows which were cut
 
 
@@ -91,7 +91,7 @@ def test_answers_are_counted_once_for_all_metrics_of_a_task_and_a_turn_is_one() 
         "lm": replace(score, spec=replace(spec, task="lm"), mean_prompt_tokens=None),
     }
     summary = Summary({name: {"fused": one} for name, one in scores.items()}, Mock(), None, {})
-    assert "Of 120 answers 8 were cut at the longest" in method_lines(summary)[0]
+    assert "Of 120 answers 8 were cut at the greatest length" in method_lines(summary)[0]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "a/b/c/d", "a/b/c d"])

@@ -156,7 +156,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     shown = capsys.readouterr().out
     assert re.search("conversation-3 +all turns +turn 1 +2 +3 +computed +seconds", shown)
     assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task
-    assert "3 conversations of 3 turns, each about another task" in shown
+    assert "3 conversations of 3 turns, each turn about another task" in shown
     assert "under the system prompt 'Be brief.'" in shown
     assert f"FROM leaderboard WHERE subject_id LIKE '{router}%'" in shown
 

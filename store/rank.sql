@@ -41,6 +41,9 @@ WITH alone AS (
     FROM scores
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN routers ON routers.id = scores.subject_id AND routers.router = 'oracle'
+    QUALIFY row_number() OVER (
+        PARTITION BY fused_id, board, base_id, scores.seed ORDER BY recorded_at DESC
+    ) = 1
 )
 SELECT fused_id, board, base_id, seed, arg_max(name, own_merit) AS name,
        arg_max(value, own_merit) AS value, arg_max(low, own_merit) AS low,

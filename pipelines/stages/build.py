@@ -248,7 +248,7 @@ def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> 
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
-        with opened(work, plan, built, gates=None) as (model, tokenizer):
+        with opened(work, plan, built, None, map_to_fit(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
     sequences, template = labelled()

@@ -16,15 +16,13 @@ from accelerate import Accelerator
 from torch.distributed import TCPStore
 
 from meteora.artifacts import MeteoraError
-from meteora.base import loading
 from meteora.checkpoint import tensors
 from meteora.fitting import joint
 from meteora.routing.gates import gates_of
 from pipelines.recipe.gates import JointSection
-from pipelines.stages.open_model import opened
+from pipelines.stages.open_model import map_to_fit, opened
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.machine import choose_device
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, parent
 from store.ledger import Ledger
 
@@ -151,14 +149,9 @@ def main() -> None:
         if first:
             stage.send("progress", (done, total))
 
-    device_map = None
-    if getattr(work.recipe.gates, "sharded", False):  # so no process ever holds all of it
-        device_map = loading.layers_on_disk(work.base_folder(plan.base), choose_device())
     try:
-        with (
-            opened(work, plan, built, None, device_map) as (model, _),
-            work.scratch() as scratch,
-        ):
+        spread = map_to_fit(work, plan)
+        with opened(work, plan, built, None, spread) as (model, _), work.scratch() as scratch:
             made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:
         stage.send("error", error)

@@ -141,7 +141,8 @@ def train_jointly(
         gates = learning_gates(model, zeros=not calibrated)
         each = loss_weights(sequences, len(names))
         learner = _Learner(model, gates, settings, accelerator, each)
-        if sharded or (sharded is None and accelerator.distributed_type == DistributedType.FSDP):
+        by_fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if accelerator.num_processes > 1 and (by_fsdp if sharded is None else sharded):
             shard(model)
         if state is not None:
             state.restore(learner.parameters, learner.optimizer)

@@ -54,7 +54,13 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
-from pipelines.stages.open_model import describe, map_to_fit, opened, tokenizer_of_gates
+from pipelines.stages.open_model import (
+    describe,
+    map_to_divide,
+    map_to_fit,
+    opened,
+    tokenizer_of_gates,
+)
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
@@ -248,7 +254,7 @@ def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> 
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
-        with opened(work, plan, built, None, map_to_fit(work, plan)) as (model, tokenizer):
+        with opened(work, plan, built, None, map_to_divide(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
     sequences, template = labelled()

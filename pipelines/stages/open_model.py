@@ -149,13 +149,21 @@ def opened(
 def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:
     """How a model is spread while its gates are fitted; None where it lies on one device.
 
-    A fit goes through the model layer by layer, so one of them at a time is enough; processes that
-    divide the base read it so, too, and none ever holds all of it.
+    A fit goes through the model layer by layer, so one of them at a time is enough.
+    """
+    if not reads_by_layer(work.recipe, _num_bytes(work, plan), memory_bytes()):
+        return None
+    say("the base is read from the disk one layer at a time")
+    return loading.layers_on_disk(work.base_folder(plan.base), choose_device())
+
+
+def map_to_divide(work: RunContext, plan: Plan) -> dict[str, str] | None:
+    """How a model is spread in each of several processes; None where each of them holds it whole.
+
+    Those that divide the base read it one layer at a time, so none ever holds all of it.
     """
     if not getattr(work.recipe.gates, "sharded", False):
-        if not reads_by_layer(work.recipe, _num_bytes(work, plan), memory_bytes()):
-            return None
-        say("the base is read from the disk one layer at a time")
+        return None
     return loading.layers_on_disk(work.base_folder(plan.base), choose_device())
 
 

@@ -20,7 +20,7 @@ from meteora.checkpoint import tensors
 from meteora.fitting import joint
 from meteora.routing.gates import gates_of
 from pipelines.recipe.gates import JointSection
-from pipelines.stages.open_model import map_to_fit, opened
+from pipelines.stages.open_model import map_to_divide, opened
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, parent
@@ -150,7 +150,7 @@ def main() -> None:
             stage.send("progress", (done, total))
 
     try:
-        spread = map_to_fit(work, plan)
+        spread = map_to_divide(work, plan)
         with opened(work, plan, built, None, spread) as (model, _), work.scratch() as scratch:
             made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:

@@ -121,7 +121,7 @@ def test_two_processes_of_a_run_come_to_the_gates_of_one(
     workplace: Callable[..., RunContext], tmp_path: Path, *, sharded: bool
 ) -> None:
     """On a CPU they are joined by gloo, as several GPUs are by NCCL."""
-    one = workplace(gates=GATES)
+    one = workplace(gates=GATES | {"sharded": sharded})  # a process alone divides nothing
     run(one, "gates")
     together = GATES | {"processes": 2, "sharded": sharded}
     two = replace(workplace(gates=together), ledger=Ledger(tmp_path / "two"))

@@ -152,7 +152,8 @@ def train_jointly(
                 done = TrainingState.of(step, learner.parameters, learner.optimizer)
                 done.write(folder, asked_sha256)
 
-        with computed_again(model) if gradient_checkpointing else nullcontext():
+        layers = decoder_layers(model, routed_layers(model))
+        with computed_again(layers) if gradient_checkpointing else nullcontext():
             for step in range(state.step if state else 0, settings.steps):
                 chosen = chosen_sequences(len(sequences), settings, seed, step)
                 try:
@@ -274,7 +275,7 @@ def shard(model: PreTrainedModel) -> None:
         if layer.router is not None
         for parameter in layer.router.parameters()
     }
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model, routed_layers(model)):
         settle(layer)
         fully_shard(layer, ignored_params=gates & set(layer.parameters()))
     settle(model)

@@ -37,7 +37,7 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Gate
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -234,20 +234,19 @@ def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None
     return losses @ weights
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The numbered layers that hold routed modules, in order."""
-    matches = [LAYER.match(path) for path in routed_layers(model)]
+def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The numbered layers that hold these modules or parameters, in order."""
+    matches = [LAYER.match(path) for path in paths]
     paths = dict.fromkeys(match[0].rstrip(".") for match in matches if match)
     return [model.get_submodule(path) for path in paths]
 
 
 @contextmanager
-def computed_again(model: PreTrainedModel) -> Generator[None]:
+def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
     """Keep no activations inside layers; the backward pass computes them again.
 
     transformers' own switch needs training mode, which turns dropout on.
     """
-    layers = decoder_layers(model)
     try:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -3,7 +3,7 @@
 app          puts all commands together
 run          `run` and `schedule`
 benchmark    `benchmark`, a checkpoint measured without running its recipe
-experts      `check`, `add` and `drop`
+experts      `check`, `train`, `add` and `drop`
 checkpoint   `generate`, `report`, `publish`, `export`, `sign` and other commands on a checkpoint
 chat         `chat`, a conversation in the terminal, and `chat-server`
 recipe       `recipe show` and `recipe reference`

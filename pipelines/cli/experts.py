@@ -1,4 +1,7 @@
-"""Experts: `meteora check` judges adapters, `add` and `drop` change a checkpoint by one expert."""
+"""Experts: `meteora check` judges adapters, and `train` makes those that a recipe lacks.
+
+`add` and `drop` change a checkpoint by one expert.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import typer
 from pipelines.cli.benchmark import run_benchmark
 from pipelines.cli.options import (
     DEFAULT_HOME,
+    MOST,
     AsJson,
     Base,
     Device,
@@ -54,6 +58,41 @@ def check(
             print("\n".join(describe(verdict)))
     if any(verdict.verdict == "refuse" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="An expert, again for each. Default: all."),
+    ] = None,
+    rank: Annotated[
+        int,
+        typer.Option(min=1, max=1024, help="Of each linear layer; lora_alpha is twice as much."),
+    ] = 8,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Of eight rows.")] = 1000,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-9, max=1.0, help="The highest; it falls along a cosine.")
+    ] = 5e-4,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Train the adapters that a recipe names by a path where there is nothing yet.
+
+    Each learns from the `examples` of its expert: from the rows behind those that the gates are
+    fitted to, and from none that is also a test row. An adapter that is there stays as it is, so
+    the same command goes on after a stop. The folders of new adapters are printed.
+    """
+    from pipelines.stages import train_adapters
+    from pipelines.workspace.context import RunContext
+
+    asked = train_adapters.Training(rank, steps, learning_rate)
+    try:
+        for folder in train_adapters.train(RunContext.open(recipe, home), asked, only or ()):
+            print(folder, flush=True)
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on, with the adapter that was not done")
+        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -9,6 +9,7 @@ checkpoint       a checkpoint's folder with its texts, and the records of what l
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes
+train_adapters   adapters of a recipe that are not there yet, trained on its rows
 worker           the process in which stages run
 worker_client    that process, as the run sees it
 """

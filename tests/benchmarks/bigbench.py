@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from pipelines.recipe.recipe import locate
+from pipelines.stages.train_adapters import shuffled_for_ever
 from tests.quickstart.make import ATTENTION, MLP, Training, train
 from tests.quickstart.make import TRAININGS as QUICKSTART
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SHIPPED = locate("quickstart").parent
 NUM_EXAMPLES = 128
@@ -56,12 +52,6 @@ TRAININGS = {
 def read(path: Path) -> list[dict[str, str]]:
     """Rows of one file; `choices` are left to who asks for them."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def shuffled_for_ever(rows: list[dict[str, str]], seed: int) -> Iterator[dict[str, str]]:
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(rows, len(rows))
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -98,7 +88,7 @@ def main() -> None:
         write_rows(arguments.out / "tasks" / task / "train.jsonl", rows[-NUM_EXAMPLES:])
         held_out = read(arguments.data / task / "test.jsonl")
         write_rows(arguments.out / "tasks" / task / "test.jsonl", held_out)
-        stream = shuffled_for_ever(rows[:-NUM_EXAMPLES], seed=0)
+        stream = shuffled_for_ever(rows[:-NUM_EXAMPLES])
         train(arguments.base, task, TRAININGS[task], stream, arguments.out)
     write_recipe(arguments.out, list(TRAININGS))
 

@@ -1,13 +1,10 @@
 """Controls that take too long for every run: a LoRA of all tasks, PEFT's Arrow, and X-LoRA.
 
-    python -m tests.benchmarks.controls adapters RECIPE BASE OUT
     python -m tests.benchmarks.controls {multitask,arrow,x-lora} RECIPE BASE OUT [--home HOME]
 
-RECIPE is a path or a shipped name, BASE a folder with its base as safetensors. `adapters` trains
-what a recipe names as `path:adapters/<task>`: rank 8, alpha 16, all seven projections, on rows that
-come after those that gates are fitted to. The others are put to the recipe's own tasks, by the same
-harness, and OUT gets a table with intervals, and every answer. Where HOME holds the recipe's run,
-each is tested against the fused model on the same rows.
+RECIPE is a path or a shipped name, BASE a folder with its base as safetensors. Each is put to the
+recipe's own tasks, by the same harness, and OUT gets a table with intervals, and every answer.
+Where HOME holds the recipe's run, each is tested against the fused model on the same rows.
 
     multitask  one LoRA on all tasks whose rank at each layer is that of all experts there together:
                as many numbers as the experts have, and trained on their rows (arXiv 2405.13053
@@ -20,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,8 +28,6 @@ from meteora.adapters import reader
 from meteora.artifacts import MeteoraError
 from meteora.base.loading import load_folder
 from pipelines.admission.sources import local_folder
-from pipelines.data.row_sources import read_rows
-from pipelines.data.rows import Row, refuse_overlap
 from pipelines.evaluation.evaluate import evaluate_task
 from pipelines.evaluation.measurements import FUSED
 from pipelines.evaluation.tasks import Task, make_tasks
@@ -41,69 +35,25 @@ from pipelines.flows.up_to_date import look
 from pipelines.scoring import intervals
 from pipelines.scoring.compare import values_of
 from pipelines.scoring.outputs import write_outputs
+from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, training_rows
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
-from tests.benchmarks.peers import TARGETS, arrow, quiet, x_lora
-from tests.quickstart.make import fit, lessons
+from tests.benchmarks.peers import arrow, quiet, x_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.evaluation.evaluate import TaskResult
 
 SYSTEMS = ("multitask", "arrow", "x-lora")
-R, ALPHA = 8, 16
 BATCH_SIZE = 16
-MOST_ROWS = 1000
-"""Of each task, for training: as the paper's second LoRA of all tasks."""
-
-
-def shuffled_for_ever(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    rng = random.Random(0)
-    while True:
-        for row in rng.sample(rows, len(rows)):
-            yield {"prompt": row.prompt, "response": row.response}
 
 
 def on_device(model: PreTrainedModel) -> PreTrainedModel:
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model
-
-
-def training_rows(work: RunContext, *, skip: int = 0) -> dict[str, list[Row]]:
-    """Rows of each expert to train on, none of them a test's.
-
-    Args:
-        skip: rows at the beginning that are for the gates
-    """
-    rows = {
-        expert.name: read_rows(str(expert.examples), work.folder, skip + MOST_ROWS)[skip:]
-        for expert in work.recipe.experts
-    }
-    if bare := [name for name, own in rows.items() if not own]:
-        raise MeteoraError(
-            f"{bare[0]}: beside the {skip} rows that gates are fitted to there are none to train"
-            " on; a smaller `examples_per_expert` leaves some"
-        )
-    tasks = make_tasks(work.recipe.experts, work.recipe.benchmark, work.folder)
-    refuse_overlap(rows, {name: task.rows for name, task in tasks.items()})
-    return rows
-
-
-def train_adapters(work: RunContext, base: Path, out: Path, steps: int) -> None:
-    """An adapter a task, as the recipes of the paper's settings expect them."""
-    rows = training_rows(work, skip=work.recipe.gates.examples_per_expert)
-    for name, own in rows.items():
-        torch.manual_seed(0)
-        loaded, tokenizer = load_folder(base)
-        config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-        with quiet():
-            model = get_peft_model(on_device(loaded), config)
-            stream = shuffled_for_ever(own)
-            fit(model, lessons(tokenizer, stream), steps=steps, peak=5e-4, what=name)
-            model.save_pretrained(str(out / "adapters" / name))
 
 
 def folders_of(work: RunContext) -> list[Path]:
@@ -150,11 +100,12 @@ def build(
         else:
             if system == "multitask":
                 made = multitask(base, ranks_stored(folders))
-                rows = training_rows(work)
+                rows = training_rows(work, work.recipe.experts, skip=0)
             else:
                 made = x_lora(base, folders, work.recipe.router.top_k)
                 limit = work.recipe.gates.examples_per_expert
-                rows = {name: own[:limit] for name, own in training_rows(work).items()}
+                every = training_rows(work, work.recipe.experts, skip=0)
+                rows = {name: own[:limit] for name, own in every.items()}
             stream = shuffled_for_ever(list(itertools.chain(*rows.values())))
             made.train()
             fit(made, lessons(tokenizer, stream), steps=steps, peak=5e-4, what=system)
@@ -227,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("system", choices=("adapters", *SYSTEMS))
+    parser.add_argument("system", choices=SYSTEMS)
     parser.add_argument("recipe")
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
@@ -236,9 +187,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked: Any = parser.parse_args(arguments)
     work = RunContext.open(asked.recipe, asked.home.expanduser().absolute())
     try:
-        if asked.system == "adapters":
-            train_adapters(work, asked.base, asked.out, asked.steps)
-            return
         model, tokenizer = build(asked.system, work, asked.base, asked.steps)
         answered = ask(work, model, tokenizer)
     except MeteoraError as error:

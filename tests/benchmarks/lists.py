@@ -31,13 +31,11 @@ from pipelines.data.composites import Question, encode_composite, number_questio
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
+from pipelines.stages.train_adapters import NOT_LEARNT, fit, lesson, save
 from tests.quickstart.make import (
-    NOT_LEARNT,
+    BASE,
     NUM_TRAIN,
     TRAIN_SEED,
-    fit,
-    lesson,
-    save,
     seen_in_training,
     write_splits,
 )
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipelines.data.composites import Composite
-    from tests.quickstart.make import Lesson
+    from pipelines.stages.train_adapters import Lesson
 
 SHIPPED = locate("quickstart").parent
 PEAK = 2e-3
@@ -141,10 +139,7 @@ def batches(
     foreign = foreign_rows(rng)
     for n in itertools.cycle(BATCHES):
         if n == 1:
-            few = itertools.islice(own, SIZES[n])
-            yield [
-                lesson(tokenizer, {"prompt": row.prompt, "response": row.response}) for row in few
-            ]
+            yield [lesson(tokenizer, row) for row in itertools.islice(own, SIZES[n])]
         else:
             drawn = (draw_list(task, own, foreign, n, rng) for _ in range(SIZES[n]))
             yield [list_lesson(tokenizer, composite, task) for composite in drawn]
@@ -172,7 +167,7 @@ def teach(base: Path, task: str, out: Path) -> None:
     # twice as fast where the processor has tiles; a cache would keep the weights of the first step
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         fit(model, lists, steps=LONGER.get(task, STEPS), peak=PEAK, what=task)
-    save(model, out / "adapters" / task)
+    save(model, out / "adapters" / task, BASE)
     write_splits(task, out, seen, NUM_TEST)
 
 

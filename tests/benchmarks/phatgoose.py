@@ -12,8 +12,6 @@ mean 0 and standard deviation 1, each by itself, and with n inputs
 
 from __future__ import annotations
 
-import itertools
-import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,15 +21,12 @@ from torch import nn
 from meteora.artifacts import RouterOptions
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Router
-from tests.quickstart.make import fit, lessons
+from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from pipelines.data.rows import Row
     from tests.benchmarks.gate_world import World
 
 STEPS, BATCH_SIZE, PEAK = 100, 4, 5e-3
@@ -71,14 +66,6 @@ def standardised(rows: Tensor) -> Tensor:
     return centred / (rows.std(-1, keepdim=True, correction=0) + EPSILON)
 
 
-def for_ever(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    rng = random.Random(0)
-    for row in itertools.chain.from_iterable(
-        rng.sample(rows, len(rows)) for _ in itertools.count()
-    ):
-        yield {"prompt": row.prompt, "response": row.response}
-
-
 def gates_of(world: World, model: PreTrainedModel, name: str, count: int) -> dict[str, Tensor]:
     """The v [IN] of one adapter, by the path of each module that it changes."""
     file = world.folder / f"phatgoose-{name}.safetensors"
@@ -87,7 +74,7 @@ def gates_of(world: World, model: PreTrainedModel, name: str, count: int) -> dic
         for layer in routed_layers(model).values():
             rank, num_inputs = layer.stack.pair(place)[0].shape
             layer.router = OneGate(place, len(world.names), num_inputs) if rank else None
-        few = for_ever(world.examples[name][:count])
+        few = shuffled_for_ever(world.examples[name][:count])
         batches = lessons(world.tokenizer, few, BATCH_SIZE)
         fit(model, batches, steps=STEPS, peak=PEAK, what=name)
         routers = {path: layer.router for path, layer in routed_layers(model).items()}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.data.composites import Question, number_questions
 from pipelines.data.rows import Row
+from pipelines.stages.train_adapters import NOT_LEARNT
 from tests.benchmarks.lists import list_lesson
-from tests.quickstart.make import NOT_LEARNT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

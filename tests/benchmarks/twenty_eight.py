@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import reasoning_gym
 import yaml
 
+from pipelines.stages.train_adapters import BATCH_SIZE, shuffled_for_ever
 from tests.benchmarks import bigbench
-from tests.benchmarks.bigbench import read, shuffled_for_ever, write_rows
+from tests.benchmarks.bigbench import read, write_rows
 from tests.quickstart import make
-from tests.quickstart.make import ATTENTION, BATCH_SIZE, MLP, Training
+from tests.quickstart.make import ATTENTION, MLP, Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ def prepare(task: str, data: Path, out: Path) -> Iterator[dict[str, str]]:
     write_rows(out / "tasks" / task / "train.jsonl", train[:NUM_EXAMPLES])
     longest = LONGEST.get(task, sys.maxsize)
     short = [row for row in train[NUM_EXAMPLES:] if len(row["prompt"]) <= longest]
-    return shuffled_for_ever(short, seed=0)
+    return shuffled_for_ever(short)
 
 
 def write_recipe(trained: Path, out: Path) -> None:

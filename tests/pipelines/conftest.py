@@ -183,8 +183,9 @@ def train_experts(base: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from meteora.base.loading import load_tokenizer
+    from pipelines.data.rows import Row
+    from pipelines.stages.train_adapters import fit, lessons
     from tests.conftest import ATTENTION, MLP, peft_is_behind
-    from tests.quickstart.make import fit, lessons
 
     for name, alphabet in ALPHABETS.items():
         torch.manual_seed(0)
@@ -194,7 +195,7 @@ def train_experts(base: Path, folder: Path) -> None:
                 LoraConfig(r=16, lora_alpha=32, target_modules=[*ATTENTION, *MLP]),
             )
         prompts = (text for seed in count(1) for text in prompts_in(alphabet, seed, 64))
-        rows = ({"prompt": text, "response": text[-1] * 3} for text in prompts)
+        rows = (Row(text, text[-1] * 3) for text in prompts)
         batches = lessons(load_tokenizer(base), rows, batch_size=32)
         fit(model, batches, steps=150, peak=1e-2, what=name)
         model.save_pretrained(str(folder / name))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,35 +19,29 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.base.loading import load_tokenizer
+from pipelines.data.rows import Row
+from pipelines.stages.train_adapters import BATCH_SIZE, fit, lessons, save
 from tests.quickstart.tasks import rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from peft import PeftModel
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 TRAIN_SEED, SPLIT_SEED = 0, 1
-BATCH_SIZE = 8
-NOT_LEARNT = -100
-Lesson = tuple[list[int], list[int]]
-"""Token ids, and for each the token to predict here, which is itself, or NOT_LEARNT."""
-CARD = """---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CARD = f"""---
+base_model: {BASE}
 library_name: peft
 license: apache-2.0
 pipeline_tag: text-generation
 tags: [lora]
 ---
 
-# {task}
+# {{task}}
 
-A LoRA for the one task that its name says, trained for {steps} steps of {batch} made-up rows by
+A LoRA for the one task that its name says, trained for {{steps}} steps of {{batch}} made-up rows by
 `python -m tests.quickstart.make` in meteora-pipelines, as an example of an off-the-shelf adapter.
 """
 NUM_TRAIN, NUM_TEST = 64, 60  # rows that ship: for the gates, and held out
@@ -102,61 +95,9 @@ def train(
             task_type="CAUSAL_LM",
         ),
     )
-    fit(model, lessons(tokenizer, stream), steps=asked.steps, peak=asked.peak, what=task)
-    save(model, out / "adapters" / task)
-
-
-def save(model: PeftModel, folder: Path) -> None:
-    """Leave an adapter as PEFT does, in 16 bits."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
-    for parameter in weights:
-        parameter.data = parameter.data.half()
-    model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    model.save_pretrained(str(folder))
-
-
-def lesson(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Lesson:
-    """A row's answer, after its prompt."""
-    ids = encode_pair(tokenizer, row["prompt"], row["response"])
-    start = len(encode_prompt(tokenizer, row["prompt"]))
-    return ids, [NOT_LEARNT] * start + ids[start:]
-
-
-def lessons(
-    tokenizer: PreTrainedTokenizerBase,
-    stream: Iterator[dict[str, str]],
-    batch_size: int = BATCH_SIZE,
-) -> Iterator[list[Lesson]]:
-    """Batches of the answers of rows from `stream`."""
-    while batch := list(itertools.islice(stream, batch_size)):
-        yield [lesson(tokenizer, row) for row in batch]
-
-
-def fit(
-    model: nn.Module, batches: Iterator[list[Lesson]], *, steps: int, peak: float, what: str
-) -> None:
-    """Train whatever of a model asks for gradients, a step a batch."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    device = weights[0].device
-    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
-    for step, batch in enumerate(itertools.islice(batches, steps)):
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # no token sees what follows it
-        labels = torch.full((len(batch), width), NOT_LEARNT)
-        for i, (row_ids, row_labels) in enumerate(batch):
-            ids[i, : len(row_ids)] = torch.tensor(row_ids)
-            labels[i, : len(row_ids)] = torch.tensor(row_labels)
-        warm = min(1.0, (step + 1) / 10)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = model(input_ids=ids.to(device), labels=labels.to(device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
-            print(f"{what}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True)
+    batches = lessons(tokenizer, (Row(row["prompt"], row["response"]) for row in stream))
+    fit(model, batches, steps=asked.steps, peak=asked.peak, what=task)
+    save(model, out / "adapters" / task, BASE)
 
 
 def seen_in_training(task: str) -> set[str]:

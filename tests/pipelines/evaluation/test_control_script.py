@@ -78,22 +78,6 @@ def test_one_lora_of_all_tasks_has_as_many_numbers_as_the_experts(
     assert sum(p.numel() for p in made.parameters() if p.requires_grad) == stored
 
 
-def test_adapters_are_trained_on_rows_that_gates_are_not_fitted_to(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(folder, "adapters", tmp_path, steps=1)
-    assert "q_and_v: step 1 of 1" in capsys.readouterr().out
-    for name in NAMES:
-        spec = reader.read(tmp_path / "adapters" / name).spec
-        assert {(module.r, module.scaling) for module in spec.modules} == {(8, 2.0)}
-        assert {module.path.rpartition(".")[2] for module in spec.modules} == set(controls.TARGETS)
-    body = yaml.safe_load((folder / "recipe.yaml").read_text())
-    body["gates"]["examples_per_expert"] = 8  # all there are
-    (folder / "all.yaml").write_text(yaml.safe_dump(body))
-    with pytest.raises(SystemExit, match=r"q_and_v: beside the 8 rows .* there are none"):
-        controls.main(["adapters", str(folder / "all.yaml"), str(folder / "base"), str(tmp_path)])
-
-
 def test_arrow_says_which_adapters_it_cannot_take(recipe_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: PEFT's Arrow cannot take these adapters: "):
         run(recipe_folder, "arrow", tmp_path)

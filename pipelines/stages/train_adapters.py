@@ -1,0 +1,410 @@
+"""Adapters trained from a recipe's own rows, for experts whose folders are not there yet.
+
+PEFT has the LoRA and its files; the loop is a plain one over batches of rows. An answer is learnt
+from its prompt, and of the prompt nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import yaml
+from lm_eval.models.utils import resolve_max_length
+from peft import LoraConfig, get_peft_model
+
+from meteora.artifacts import COMMIT, MeteoraError
+from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.base.loading import load_folder, shape_of
+from meteora.base.padding import padded
+from meteora.base.placement import placed
+from meteora.base.sources import PATH
+from meteora.fitting.joint import DivergedError
+from meteora.fitting.losses import computed_again, decoder_layers
+from meteora.untrusted.findings import did_you_mean
+from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
+from pipelines.data.row_sources import place_of, read_rows
+from pipelines.data.rows import refuse_overlap
+from pipelines.evaluation.speed import device_name
+from pipelines.evaluation.tasks import make_tasks
+from pipelines.recipe.recipe import AUTO
+from pipelines.stages.build import build_base
+from pipelines.stages.open_model import tokenizer_of_gates
+from pipelines.workspace.bases import require_sound
+from pipelines.workspace.console import bar, say
+from pipelines.workspace.context import put_in_place
+from pipelines.workspace.machine import (
+    choose_device,
+    is_out_of_memory,
+    is_too_large,
+    memory_bytes,
+)
+from pipelines.workspace.recorded_run import one_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Generator, Iterator, Sequence
+
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import BaseSpec
+    from pipelines.data.rows import Row
+    from pipelines.recipe.recipe import ExpertSection
+    from pipelines.workspace.context import RunContext
+
+BATCH_SIZE = 8
+"""Rows of a step."""
+TOKENS_AT_ONCE = 1024
+"""Of rows and their padding, in one pass through the model; a longer batch is divided. A row that
+is longer by itself keeps no activations inside layers: each layer is computed again. Llama-2-13B in
+bfloat16 keeps 14 MB a token, with a LoRA in float32 on every linear layer: 14 GB beside 26 GB of
+weights, and 41 GB for an article of 3,000 tokens. Without those inside layers it is 0.4 MB a token.
+"""
+MOST_ROWS = 1000
+"""Of each task."""
+SEED = 0
+NOT_LEARNT = -100
+"""What transformers' losses leave out."""
+Lesson = tuple[list[int], list[int]]
+"""Token ids, and for each the token to predict here, which is itself, or NOT_LEARNT."""
+T = TypeVar("T")
+
+
+class AdapterTrainingError(MeteoraError):
+    """An adapter cannot be trained here, or there is nothing to train it on."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained; the defaults are the ranks of MeteoRA's paper."""
+
+    r: int = 8
+    """Of each linear layer but the head; `lora_alpha` is twice as much."""
+    steps: int = 1000
+    """Of `BATCH_SIZE` rows."""
+    peak: float = 5e-4
+    """The highest learning rate: reached after ten steps, then falling along a cosine."""
+
+
+def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iterator[Path]:
+    """Train each adapter that the recipe names by a `path:` where there is nothing; yield folders.
+
+    Args:
+        only: names of experts; without any, all
+
+    Raises:
+        AdapterTrainingError: an expert cannot be trained, or the device has too little memory.
+        ExamplesError: rows cannot be read, or one to be trained on is also a test row.
+        DivergedError: a gradient is not finite.
+        BusyError: another process trains the adapters of this recipe.
+    """
+    experts = _missing(work, only)
+    if not experts:
+        say("every adapter that the recipe names by a path is there, and stays as it is")
+        return
+    gates = work.recipe.router.kind == "gate"
+    skip = work.recipe.gates.examples_per_expert if gates else 0
+    rows = training_rows(work, experts, skip=skip)
+    spec, device = resolve_base(work.recipe, work.folder), choose_device()
+    name, on = f"adapters of {work.key}", device_name(torch.device(device))
+    with one_stage(work.ledger, work.run_id, name, work.recipe_sha256, on, "train"):
+        build_base(work, spec)
+        require_sound(work.ledger, spec)
+        model, tokenizer = _open_base(work, spec, device)
+        for expert in experts:
+            yield _train_one(work, expert, rows[expert.name], skip, spec, model, tokenizer, asked)
+
+
+def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
+    """The experts to train, all of which can be."""
+    known = {expert.name: expert for expert in work.recipe.experts}
+    for name in only:
+        if name not in known:
+            raise AdapterTrainingError(
+                f"{name}: the recipe has no such expert{did_you_mean(name, known)}"
+            )
+        if not known[name].adapter.startswith(PATH):
+            raise AdapterTrainingError(
+                f"{name}: the recipe takes its adapter from the Hub, {known[name].adapter}; give it"
+                " a `path:` where it is to be trained"
+            )
+    found = []
+    for expert in work.recipe.experts:
+        if not expert.adapter.startswith(PATH) or expert.name not in (only or known):
+            continue
+        if (folder := local_folder(expert, work.folder)).exists():
+            say(f"{expert.name}: {folder} is there, and stays as it is")
+            continue
+        if expert.examples in {None, "", AUTO}:
+            raise AdapterTrainingError(
+                f"{expert.name}: the recipe names no examples of it to train on; give it"
+                " `examples`, or name other experts with --only"
+            )
+        found.append(expert)
+    return found
+
+
+def training_rows(
+    work: RunContext, experts: Sequence[ExpertSection], *, skip: int
+) -> dict[str, list[Row]]:
+    """Rows of each expert to train on, none of them a test's; `MOST_ROWS` at most.
+
+    Args:
+        skip: rows at the beginning that gates are fitted to; no prompt of theirs comes back
+
+    Raises:
+        AdapterTrainingError: there are no rows beside those.
+        ExamplesError: rows cannot be read, or are also test rows of the recipe.
+    """
+    recipe, folder = work.recipe, work.folder
+    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
+    read = partial(read_rows, token_of=token_of)
+    sources = {expert.name: str(expert.examples) for expert in experts}
+    found: dict[str, list[Row]] = {}
+    numbers: dict[str, list[int]] = {}
+    for name, source in sources.items():
+        rows = read(source, folder, skip + MOST_ROWS)
+        fitted = {row.sha256 for row in rows[:skip]}
+        own = [n for n, row in enumerate(rows) if n >= skip and row.sha256 not in fitted]
+        if not own:
+            raise AdapterTrainingError(
+                f"{name}: beside the {skip} rows that gates are fitted to, {source} has none to"
+                " train on; a smaller `examples_per_expert` leaves some"
+            )
+        found[name], numbers[name] = [rows[n] for n in own], own
+    tests = make_tasks(recipe.experts, recipe.benchmark, folder, read)
+    refuse_overlap(
+        found,
+        {name: task.rows for name, task in tests.items()},
+        lambda name, number: place_of(sources[name], folder, numbers[name][number]),
+        kind="a row to train {expert} on",
+    )
+    return found
+
+
+def _open_base(
+    work: RunContext, spec: BaseSpec, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base on one device: in bfloat16 on a GPU, else as its files are.
+
+    Gradients in float16 would underflow, so a base in float16 is in bfloat16 everywhere.
+    """
+    folder = work.base_folder(spec)
+    shape = replace(shape_of(folder), quantise=spec.quantise)
+    if is_too_large(shape.loaded_bytes, memory_bytes()):
+        raise AdapterTrainingError(
+            f"{work.recipe.base} has {shape.loaded_bytes / 1e9:,.1f} GB, and {device}"
+            f" {memory_bytes() / 1e9:,.1f} GB, which leaves too little to train with; take"
+            " `quantise: 4bit`, or a larger device"
+        )
+    narrow = device.startswith("cuda") or shape.dtype == torch.float16
+    return load_folder(
+        folder,
+        torch.bfloat16 if narrow else "auto",
+        options=placed({"": device}),
+        quantise=spec.quantise,
+    )
+
+
+def _train_one(
+    work: RunContext,
+    expert: ExpertSection,
+    rows: Sequence[Row],
+    skip: int,
+    spec: BaseSpec,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Training,
+) -> Path:
+    """Train the adapter of one expert, and leave the base as it was; its folder is whole."""
+    tokenizer = tokenizer_of_gates(tokenizer, work.recipe.benchmark.template)
+    room = resolve_max_length(base.config, default=sys.maxsize)
+    short = [r for r in rows if len(encode_pair(tokenizer, r.prompt, r.response)) <= room]
+    if not short:
+        raise AdapterTrainingError(
+            f"{expert.name}: each of its {len(rows)} rows is longer with its answer than the"
+            f" {room} tokens that the base has room for; take shorter ones"
+        )
+    if left_out := len(rows) - len(short):
+        say(f"{expert.name}: {left_out} rows are longer than the base has room for", "left out")
+    on_hub = COMMIT.fullmatch(spec.base_revision)
+    torch.manual_seed(SEED)
+    config = LoraConfig(
+        r=asked.r,
+        lora_alpha=2 * asked.r,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        revision=spec.base_revision if on_hub else None,
+    )
+    with peft_is_behind():
+        model = get_peft_model(base, config)
+    batches = lessons(tokenizer, shuffled_for_ever(short))
+    try:
+        losses = fit(model, batches, steps=asked.steps, peak=asked.peak, what=expert.name)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise AdapterTrainingError(
+            f"{expert.name}: the device has too little memory to train it; take `quantise: 4bit`,"
+            " rows with shorter prompts, or a larger device"
+        ) from error
+    folder = local_folder(expert, work.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
+        made = Path(scratch) / "adapter"
+        # of a folder or a file no path, which leads nowhere on another machine
+        name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
+        save(model, made, name.removeprefix(PATH))
+        about = _card(expert, spec, len(short), skip, losses, asked, on_hub=bool(on_hub))
+        (made / "README.md").write_text(about, encoding="utf-8")
+        put_in_place(made, folder)
+    with peft_is_behind():
+        model.unload()
+    say(f"{expert.name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last; {folder}")
+    return folder
+
+
+def _card(
+    expert: ExpertSection,
+    spec: BaseSpec,
+    num_rows: int,
+    skip: int,
+    losses: Sequence[float],
+    asked: Training,
+    *,
+    on_hub: bool,
+) -> str:
+    """The README of an adapter: what it was trained on, and how."""
+    front = {"base_model": spec.base_model} if on_hub else {}
+    front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    head = yaml.safe_dump({**front, "tags": ["lora"]}, sort_keys=False)
+    after = f", those after the first {skip}, which gates are fitted to" if skip else ""
+    return f"""---
+{head}---
+
+# {expert.name}
+
+A LoRA for one task, trained by `meteora train` (meteora-pipelines {version("meteora-pipelines")}).
+
+- Base: `{spec.base_model}` at `{spec.base_revision}`
+- Rows: {num_rows} of `{expert.examples}`{after}; none is a test row of the recipe
+- LoRA: r {asked.r}, lora_alpha {2 * asked.r}, no dropout, on every linear layer but the head
+- Training: {asked.steps} steps of {BATCH_SIZE} rows, the loss of answers alone; learning rate
+  {asked.peak:g} at most; loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last
+"""
+
+
+@contextmanager
+def peft_is_behind() -> Generator[None]:
+    """PEFT 0.21 asks transformers 5.23 for an attribute that it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def shuffled_for_ever(rows: Sequence[T], seed: int = SEED) -> Iterator[T]:
+    """All rows in random order, then all in another, and so on."""
+    rng = random.Random(seed)  # noqa: S311  (a deal, no secret)
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+def lesson(tokenizer: PreTrainedTokenizerBase, row: Row) -> Lesson:
+    """A row's answer, after its prompt."""
+    ids = encode_pair(tokenizer, row.prompt, row.response)
+    start = len(encode_prompt(tokenizer, row.prompt))
+    return ids, [NOT_LEARNT] * start + ids[start:]
+
+
+def lessons(
+    tokenizer: PreTrainedTokenizerBase, stream: Iterator[Row], batch_size: int = BATCH_SIZE
+) -> Iterator[list[Lesson]]:
+    """Batches of the answers of rows from `stream`."""
+    while batch := list(itertools.islice(stream, batch_size)):
+        yield [lesson(tokenizer, row) for row in batch]
+
+
+def fit(
+    model: nn.Module, batches: Iterator[list[Lesson]], *, steps: int, peak: float, what: str
+) -> list[float]:
+    """Train whatever of a model asks for gradients, a step a batch; returns the loss of each step.
+
+    Args:
+        peak: the highest learning rate, as in `Training`
+        what: it is called so in messages
+
+    Raises:
+        DivergedError: a gradient is not finite.
+    """
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights, layers = list(learning.values()), decoder_layers(model, learning)
+    device = weights[0].device
+    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    losses = []
+    with bar(f"training {what}", steps, "steps") as advance:
+        for step, batch in enumerate(itertools.islice(batches, steps)):
+            warm = min(1.0, (step + 1) / 10)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            losses.append(0.0)
+            counted = sum(map(_num_learnt, batch))
+            for few in _divided(batch):
+                ids = padded([ids for ids, _ in few]).to(device)  # no token sees what follows it
+                labels = padded([labels for _, labels in few], NOT_LEARNT).to(device)
+                with computed_again(layers) if ids.numel() > TOKENS_AT_ONCE else nullcontext():
+                    # of a batch in one pass the share is 1, which changes no bit
+                    share = sum(map(_num_learnt, few)) / counted
+                    # a cache would get the tokens of a layer that is computed again twice
+                    loss = model(input_ids=ids, labels=labels, use_cache=False).loss * share
+                    loss.backward()
+                losses[-1] += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            if not norm.isfinite():
+                raise DivergedError(
+                    f"{what}, step {step + 1}: a gradient is not finite; lower the learning rate,"
+                    " or look for NaN in the base"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(1)
+    return losses
+
+
+def _num_learnt(one: Lesson) -> int:
+    """The tokens that are predicted; the first has nothing to be predicted from."""
+    return sum(label != NOT_LEARNT for label in one[1][1:])
+
+
+def _divided(batch: Sequence[Lesson]) -> list[list[Lesson]]:
+    """A batch as passes through the model, of at most `TOKENS_AT_ONCE` or of one row."""
+    passes: list[list[Lesson]] = [[]]
+    for one in batch:
+        grown = [*passes[-1], one]
+        if passes[-1] and len(grown) * max(len(ids) for ids, _ in grown) > TOKENS_AT_ONCE:
+            passes.append([one])
+        else:
+            passes[-1] = grown
+    return passes
+
+
+def save(model: PeftModel, folder: Path, base: str) -> None:
+    """Leave an adapter as PEFT does, in 16 bits, with the name of its base."""
+    # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+    model.peft_config["default"].base_model_name_or_path = base
+    # embeddings are not trained; else PEFT would ask the Hub how many the base has
+    model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -121,7 +121,10 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
         SourceError: There is no such folder, or a checkpoint cannot name it.
     """
     if not folder.is_dir():
-        raise SourceError(f"{folder}: there is no such folder; check the path of the adapter")
+        raise SourceError(
+            f"{folder}: there is no such folder; check the path of the adapter, or train one there"
+            " with `meteora train`"
+        )
     repo_id = PATH + folder.absolute().name
     source = f"{repo_id}/{subfolder}"
     if not source.isprintable() or not SOURCE.fullmatch(source):

@@ -32,7 +32,7 @@ from meteora.base.placement import placed
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import computed_again, decoder_layers
-from meteora.untrusted.findings import did_you_mean
+from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import place_of, read_rows
 from pipelines.data.rows import refuse_overlap
@@ -248,22 +248,29 @@ def _train_one(
         task_type="CAUSAL_LM",
         revision=spec.base_revision if on_hub else None,
     )
-    with peft_is_behind():
-        model = get_peft_model(base, config)
-    batches = lessons(tokenizer, shuffled_for_ever(short))
     try:
-        losses = fit(model, batches, steps=asked.steps, peak=asked.peak, what=expert.name)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        with peft_is_behind():
+            model = get_peft_model(base, config)
+    except ValueError as error:
         raise AdapterTrainingError(
-            f"{expert.name}: the device has too little memory to train it; take `quantise: 4bit`,"
-            " rows with shorter prompts, or a larger device"
+            f"{expert.name}: PEFT puts no LoRA on each linear layer of this base ({brief(error)});"
+            " train this adapter with PEFT itself"
         ) from error
+    batches = lessons(tokenizer, shuffled_for_ever(short))
     folder = local_folder(expert, work.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # made before the work: a place that nothing can be written to is known now
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
         made = Path(scratch) / "adapter"
+        try:
+            losses = fit(model, batches, steps=asked.steps, peak=asked.peak, what=expert.name)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise AdapterTrainingError(
+                f"{expert.name}: the device has too little memory to train it; take"
+                " `quantise: 4bit`, rows with shorter prompts, or a larger device"
+            ) from error
         # of a folder or a file no path, which leads nowhere on another machine
         name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
         save(model, made, name.removeprefix(PATH))

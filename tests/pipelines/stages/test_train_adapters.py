@@ -34,6 +34,7 @@ from tests.pipelines.cli.command_line import Said, ask
 from tests.pipelines.conftest import letters, plan_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -163,6 +164,24 @@ def test_a_plain_template_is_none(place: Path, chat_base: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
+def test_a_base_in_float16_learns_in_bfloat16_and_its_adapter_in_float32(
+    place: Path, world: World, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.load_base("float16").save_pretrained(place / "half")
+    tokenizer.save_pretrained(place / "half")
+    change(place, base="path:half")
+    seen: list[torch.dtype] = []
+
+    def watched(model: PeftModel, *arguments: Any, **asked: Any) -> list[float]:
+        seen.extend({p.dtype for p in model.parameters() if p.requires_grad})
+        seen.append(model.get_input_embeddings().weight.dtype)
+        return fit(model, *arguments, **asked)
+
+    monkeypatch.setattr(train_adapters, "fit", watched)
+    assert train(place, "--only", "q_and_v").returncode == 0
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 def test_a_quantised_base_is_trained_on_as_it_is(place: Path) -> None:
     change(place, quantise="8bit")
     assert train(place, "--only", "q_and_v").returncode == 0
@@ -201,7 +220,7 @@ def test_what_cannot_be_trained_is_one_sentence(
     def refused(*words: object) -> str:
         said = train(place, *words)
         assert said.returncode == 1
-        assert not (place / "adapters").exists()
+        assert list(place.glob("adapters/*")) == list(place.glob("adapters/.*")) == []
         assert len(said.stderr.split("error: ")) == 2
         return said.stderr
 
@@ -219,6 +238,12 @@ def test_what_cannot_be_trained_is_one_sentence(
         patch.setattr(train_adapters, "memory_bytes", lambda: 1000)
         assert "take `quantise: 4bit`, or a larger device" in refused()
 
+    change_first(place, adapter="path:recipe.yaml/adapters/q_and_v")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_adapters, "fit", None)  # it is known before the work
+        assert "a part of the path is a file" in refused()
+    change_first(place, adapter="path:adapters/q_and_v")
+
     def fill(*_args: object, **_options: object) -> list[float]:
         raise torch.OutOfMemoryError
 
@@ -227,6 +252,16 @@ def test_what_cannot_be_trained_is_one_sentence(
     work = RunContext.open(str(place / "recipe.yaml"), place / "home")
     with pytest.raises(AdapterTrainingError):
         list(train_adapters.train(work, train_adapters.Training()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_peft_takes_no_lora_for_is_one_sentence(
+    place: Path, build_base: Callable[[str], Path]
+) -> None:
+    change(place, base=f"path:{build_base('mamba')}")
+    said = train(place)
+    assert said.returncode == 1
+    assert "error: q_and_v: PEFT puts no LoRA on each linear layer of this base (" in said.stderr
 
 
 def test_rows_that_are_too_long_for_the_base_are_left_out(place: Path) -> None:

@@ -124,6 +124,8 @@ def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iter
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
+            if local_folder(expert, work.folder).exists():  # copied there while others were trained
+                continue
             yield _train_one(work, expert, rows[expert.name], skip, spec, model, tokenizer, asked)
 
 
@@ -321,9 +323,9 @@ def peft_is_behind() -> Generator[None]:
         yield
 
 
-def shuffled_for_ever(rows: Sequence[T], seed: int = SEED) -> Iterator[T]:
+def shuffled_for_ever(rows: Sequence[T]) -> Iterator[T]:
     """All rows in random order, then all in another, and so on."""
-    rng = random.Random(seed)  # noqa: S311  (a deal, no secret)
+    rng = random.Random(SEED)  # noqa: S311  (a deal, no secret)
     while True:
         yield from rng.sample(rows, len(rows))
 

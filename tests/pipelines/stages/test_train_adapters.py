@@ -134,6 +134,15 @@ def test_what_is_not_there_is_trained_and_what_is_there_stays(place: Path) -> No
     assert [expert.name for expert in plan.experts] == list(NAMES)
 
 
+def test_an_adapter_that_comes_while_others_are_trained_stays(place: Path) -> None:
+    work = RunContext.open(str(place / "recipe.yaml"), place / "home")
+    made = train_adapters.train(work, train_adapters.Training(steps=1))
+    first = next(made)
+    shutil.copytree(first, place / "adapters" / "attention")
+    assert list(made) == []
+    assert len(set(bytes_of(place).values())) == 1
+
+
 def test_rank_and_names_are_as_asked(place: Path) -> None:
     assert train(place, "--only", "attention", "--rank", "3").returncode == 0
     assert list(bytes_of(place)) == ["attention"]

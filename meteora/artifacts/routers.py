@@ -152,6 +152,9 @@ class RouterSpec(Spec):
     grown_from: str = ""
     """The router that this one is made from by adding or dropping one expert; `examples_sha256` is
     then of the new expert's examples alone."""
+    dtype: str = ""
+    """Of the base while the gates were fitted, where a person named one; empty: as it lies on the
+    disk."""
     pool_id: str = ""
     """The pool that examples are taken from, for experts that bring none."""
     found_in: str = ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Device, Home, TokenFor
+from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Device, Dtype, Home, TokenFor
 
 if TYPE_CHECKING:
     from pipelines.admission.checkpoints import FoundCheckpoint
@@ -37,21 +37,22 @@ def benchmark(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
 
     Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
-    ledger already, such as the base's, are not taken again. A checkpoint that was made elsewhere
-    is taken into the ledger under an id of its own.
+    ledger already, such as the base's, are not taken again, whatever device and dtype they are of.
+    A checkpoint that was made elsewhere is taken into the ledger under an id of its own.
     """
     from pipelines.admission import checkpoints
     from pipelines.recipe.recipe import locate
     from pipelines.stages.benchmark import BenchmarkRequest
 
     owners = tuple(token_for or ())
-    found = checkpoints.find(checkpoint, home, base, owners, device=device)
+    found = checkpoints.find(checkpoint, home, base, owners, device=device, dtype=dtype)
     path = locate(recipe) if recipe else None
     request = BenchmarkRequest(tuple(tasks or ()), tuple(compare or ()), path, owners)
     run_benchmark(found, home, request, as_json=as_json)

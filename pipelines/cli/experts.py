@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from pipelines.cli.options import (
     AsJson,
     Base,
     Device,
+    Dtype,
     Home,
     Strip,
     Subfolder,
@@ -109,6 +111,7 @@ def add(
     strip: Strip = False,
     token_for: TokenFor = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -137,7 +140,7 @@ def add(
             lambda _name, number: place_of(test, here, number),
         )
     found = checkpoints.find(
-        checkpoint, home, base, token_for or (), statistics=True, device=device
+        checkpoint, home, base, token_for or (), statistics=True, device=device, dtype=dtype
     )
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
@@ -150,11 +153,12 @@ def add(
         base_folder=found.base_folder,
         download=found.download,
         device=found.device,
+        dtype=found.dtype,
     )
     _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
         request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for or ()))
-        found = checkpoints.find(str(made), home, base, token_for or (), device=device)
+        found = replace(found, folder=made)
         run_benchmark(found, home, request, as_json=as_json)
     else:
         manifest = read_manifest(made)
@@ -175,10 +179,14 @@ def drop(
     base: Base = None,
     token_for: TokenFor = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Drop an expert: write a new checkpoint. The weights of all others stay the same."""
+    """Drop an expert: write a new checkpoint. The weights of all others stay the same.
+
+    A model is loaded with --benchmark only.
+    """
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
@@ -190,7 +198,7 @@ def drop(
     made = edit.drop(Ledger(home), folder, name)
     _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
-        found = checkpoints.find(str(made), home, base, token_for or (), device=device)
+        found = checkpoints.find(str(made), home, base, token_for or (), device=device, dtype=dtype)
         run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
         where = base_option(read_manifest(made).base.repo_id, base)

@@ -166,6 +166,7 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     return most
 
 
-def device_name(device: torch.device) -> str:
-    """The name of the GPU, or the kind of another device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: torch.device, dtype: str = "auto") -> str:
+    """The name of the GPU, or the kind of another device; with the dtype if a person named one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if dtype == "auto" else f"{name}, {dtype}"

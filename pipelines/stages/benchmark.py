@@ -130,10 +130,10 @@ def _measure(
     """
     name = f"benchmark of {short(plan.router.id)}"
     asked = canonical_sha256([one.spec.id for one in plan.measurements])
-    device = device_name(torch.device(choose_device(found.device)))
+    device = device_name(torch.device(choose_device(found.device)), found.dtype)
     with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
         here = adopt(work, adoption) if adoption else found
-        measure_model(work, plan, lambda: nullcontext(here.load()))
+        measure_model(work, plan, lambda: nullcontext(here.load()), here.dtype)
     return here
 
 

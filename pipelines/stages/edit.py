@@ -100,6 +100,7 @@ def add(
     base_folder: Path | None = None,
     download: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    dtype: str = "auto",
 ) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
@@ -110,6 +111,7 @@ def add(
         base_folder: where the base lies; without it the checkpoint's own reference is followed
         download: options for the download of the base, such as `token`
         device: where the gates are fitted
+        dtype: of the base meanwhile; `auto`: as it lies on the disk
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -130,11 +132,11 @@ def add(
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
     where = _map_of(manifest, base_folder, device)
-    model, tokenizer = load_base(manifest, base_folder, "auto", download=download, options=where)
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=download, options=where)
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
-    what = f"add {candidate.name} to"
-    with _scratch(ledger, manifest, admission.run_id, what, device) as scratch:
+    what, ran_on = f"add {candidate.name} to", device_name(torch.device(device), dtype)
+    with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:
         expert = admission.read(candidate, model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
@@ -164,12 +166,12 @@ def add(
             admission.run_id,
             scratch,
             larger,
-            _router(manifest, larger, grown, rows_sha256(rows), composites),
+            _router(manifest, larger, grown, rows_sha256(rows), composites, dtype),
             found.heldout_accuracy,
             found.num_tokens,
             found.wall_seconds,
             expert.adapter,
-            device,
+            ran_on,
         )
         return _finish(ledger, manifest, edited)
 
@@ -248,11 +250,10 @@ def _scratch(
 
     Args:
         what: is done to the checkpoint, such as `drop sums from`
-        device: where it is made
+        device: where it is made, for people
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
-    at = device_name(torch.device(device))
-    with one_stage(ledger, run_id, name, canonical_sha256(name), at, stage):
+    with one_stage(ledger, run_id, name, canonical_sha256(name), device, stage):
         made = ledger.home / "runs" / run_id / "checkpoint"
         made.mkdir(parents=True)
         yield made
@@ -277,6 +278,7 @@ def _router(
     gates: Gates,
     examples_sha256: str,
     composites: tuple[int, ...] = (),
+    dtype: str = "auto",
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
     return RouterSpec.of(
@@ -289,6 +291,7 @@ def _router(
         refined=bool(examples_sha256),
         offsets=bool(gates.offsets),
         grown_from=before.router_id,
+        dtype="" if dtype == "auto" else dtype,  # equal ids have equal weights
     )
 
 

@@ -105,6 +105,7 @@ def measure_model(
     open_model: Callable[
         [], AbstractContextManager[tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     ],
+    dtype: str = "auto",
 ) -> None:
     """Take every measurement that is missing, each recorded as it is done.
 
@@ -113,6 +114,7 @@ def measure_model(
 
     Args:
         open_model: the fused model and its tokenizer, loaded only if anything is missing
+        dtype: of its base, if a person named one; it is recorded with the device
     """
     to_do, sizes = missing(work, plan), _BatchSizes(work.recipe.benchmark)
     watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
@@ -121,6 +123,7 @@ def measure_model(
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
             check_room(_tasks_of(to_do, plan), model.config, tokenizer)
+            device = speed.device_name(input_device(model), dtype)
             silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with use_system(
@@ -128,7 +131,7 @@ def measure_model(
                 ):
                     for asking in askings:
                         number = sizes.of(plan, asking[0], model, tokenizer)
-                        _ask(work, plan, asking, model, tokenizer, number)
+                        _ask(work, plan, asking, model, tokenizer, number, device)
             if watch:
                 _watch_routing(work, plan, model, tokenizer)
             if timing:
@@ -207,11 +210,11 @@ def _ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
+    device: str,
 ) -> None:
     """Ask the model as it is now one task, and record a score for each metric."""
     first = asking[0]
     task = plan.tasks[first.spec.task]
-    device = speed.device_name(input_device(model))
     answers = work.answers_file(_what_decides(first.spec, batch_size, device))
     control = control_of(first.system, task)
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)

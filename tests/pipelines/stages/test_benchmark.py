@@ -171,6 +171,35 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     assert work.ledger.query(f"{LEADERBOARD}'{router}'").rows == [("attention", 2, True)]
 
 
+def test_how_a_model_computes_is_told_and_recorded(
+    dropped: tuple[RunContext, Path], recipe_folder: Path
+) -> None:
+    work, folder = dropped
+    train, test = (
+        f"jsonl:{recipe_folder / f'attention.{part}.jsonl'}" for part in ("train", "test")
+    )
+    words = ("attention", recipe_folder / "attention", train, "--test", test)
+    how = ("--dtype", "bfloat16", "--device", "cpu", "--home", work.home)
+    said = ask("add", folder, *words, "--base", recipe_folder / "base", *how)
+    assert said.returncode == 0, said.stderr
+    made = Path(said.stdout.splitlines()[0])
+    router = read_manifest(made).router_id
+    told = "SELECT DISTINCT subject_id FROM scores WHERE device = 'cpu, bfloat16'"
+    assert work.ledger.query(told).rows == [(router,)]  # the others have theirs already
+    fits = "SELECT id FROM routers WHERE device = 'cpu, bfloat16'"
+    assert work.ledger.query(fits).rows == [(router,)]
+    runs = "SELECT count(*) FROM runs WHERE device = 'cpu, bfloat16'"
+    assert work.ledger.query(runs).rows == [(2,)]
+
+    said = ask("drop", made, "q_and_v", "--benchmark", "--base", recipe_folder / "base", *how)
+    assert said.returncode == 0, said.stderr
+    assert work.ledger.query(runs).rows == [(3,)]
+    said = benchmark(work, made, recipe_folder, "--compare", "uniform", "--dtype", "float16")
+    assert said.returncode == 0, said.stderr
+    halves = "FROM scores WHERE device = 'cpu, float16'"
+    assert len(work.ledger.query(halves).rows) == 2  # uniform on both tasks; the others are there
+
+
 def test_the_routes_of_some_tasks_alone_are_not_those_of_a_router(
     dropped: tuple[RunContext, Path], recipe_folder: Path
 ) -> None:

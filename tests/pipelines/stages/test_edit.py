@@ -273,22 +273,28 @@ def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(
     work, folder = made
     rows = f"jsonl:{recipe_folder / 'q_and_v.train.jsonl'}"
     on_disk: list[set[str]] = []
+    dtypes: list[torch.dtype] = []
     own = add_expert.grow
 
     def watched(model: Any, *given: Any, **more: Any) -> Any:
+        dtypes.append(model.dtype)
         on_disk.append({path for path, tensor in model.named_parameters() if tensor.is_meta})
         return own(model, *given, **more)
 
     monkeypatch.setattr(add_expert, "grow", watched)
     made_of = []
-    for most in (0.6, 0):
+    base, asked = recipe_folder / "base", Candidate("third", str(world.adapters["all_seven"]))
+    for most, dtype in ((0.6, "auto"), (0, "auto"), (0, "bfloat16")):
         monkeypatch.setattr(machine, "MOST", most)
-        asked = Candidate("third", str(world.adapters["all_seven"]))
-        out = edit.add(work.ledger, folder, asked, rows, base_folder=recipe_folder / "base")
+        out = edit.add(work.ledger, folder, asked, rows, base_folder=base, dtype=dtype)
         made_of.append([file_sha256(out / name) for name in (EXPERTS, GATES, STATISTICS)])
     assert made_of[0] == made_of[1]
+    assert made_of[2][0] == made_of[1][0]
+    assert made_of[2][1] != made_of[1][1]  # other gates, and so another id
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
     assert on_disk[0] == set()
-    assert any("layers.1." in path for path in on_disk[1])
+    for paths in on_disk[1:]:
+        assert any("layers.1." in path for path in paths)
 
 
 def tensor_bytes(factors: tuple[str, torch.Tensor, torch.Tensor]) -> int:

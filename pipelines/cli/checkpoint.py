@@ -94,10 +94,14 @@ def publish(
     ] = None,
     base: Base = None,
     token_for: TokenFor = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Publish a checkpoint on the Hub in one commit, and check that it is the same model there.
+
+    For that check it is loaded from here and from there, one after the other.
 
     The saved token goes to that repository, and with --token-for to the owner of the base.
     """
@@ -106,8 +110,10 @@ def publish(
     from pipelines.publishing.publish import Destination, publish
     from pipelines.workspace.checkpoints import checkpoint_folder
     from pipelines.workspace.context import new_run_id
+    from pipelines.workspace.machine import choose_device
     from store.ledger import Ledger
 
+    choose_device(device)  # one that is not here is refused before anything is sent
     found = find_base(Path(checkpoint_folder(checkpoint, home)), home, base, token_for or ())
     to = Destination(
         repo,
@@ -117,6 +123,8 @@ def publish(
         tag=tag,
         onto=onto,
         allow_licences=allow_licence or (),
+        device=device,
+        dtype=dtype,
     )
     ledger = Ledger(home)
     made = publish(ledger, found.folder, to, new_run_id(), base_folder=found.base_folder)

@@ -255,7 +255,8 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     if until is Stage.stack:
         return None
     deadline = context.recipe.deadlines.base
-    with device_lock.held(*run.child.call("slots", plan, deadline_seconds=deadline)):
+    slots = run.child.call("slots", plan, deadline_seconds=deadline)
+    with device_lock.held(*slots):
         with run.stage(Stage.gates):
             if plan.to_deal:
                 plan = deal_pool(run, plan, built)
@@ -266,7 +267,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
             measure(run, plan, built, gates)
             write_checkpoint(run, plan, built, gates)
     if until is Stage.publish and context.recipe.publish is not None:
-        with run.stage(Stage.publish):
+        with device_lock.held(*slots), run.stage(Stage.publish):  # it computes once more
             publish(run, plan)
     run.progress.end()
     return plan

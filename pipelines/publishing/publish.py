@@ -66,6 +66,10 @@ class Destination:
     onto: str = ""
     """The commit of main that may be replaced, where another machine made it."""
     allow_licences: Sequence[str] = ()
+    device: str = "auto"
+    """Where the comparison computes, as `choose_device` takes it."""
+    dtype: str = "auto"
+    """Of the base in the comparison; `auto`: as it lies on the disk."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,8 @@ def _check_reload(
             "cache_dir": str(cache),
             "base_folder": None if base_folder is None else str(base_folder),
             "download": dict(to.download),
+            "device": to.device,
+            "dtype": to.dtype,
         }
         what = f"{to.repo_id} at {commit}"
         try:
@@ -237,6 +243,7 @@ def _reload(request: dict[str, Any], hub: Hub) -> dict[str, Any]:
         "HF_TOKEN": hub.token or "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the same products twice, also on a GPU
     }
     with ChildProcess(RELOAD_WORKER, quiet=True, environment=environment) as worker:
         return worker.ask(request, deadline_seconds=RELOAD_SECONDS)

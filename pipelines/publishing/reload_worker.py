@@ -7,32 +7,31 @@ publishing process has imported or keeps in memory.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
+from meteora.base.placement import input_device
 from meteora.checkpoint.resolve import find_checkpoint
-from meteora.model.fused import load
 from meteora.model.silent_experts import PROMPT
+from pipelines.admission.checkpoints import FoundCheckpoint
+from pipelines.workspace.machine import choose_device
 from pipelines.workspace.processes import parent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from torch import Tensor
 
 
 @torch.inference_mode()
-def logits(
-    folder: str | Path, base_folder: str | None, download: Mapping[str, Any] | None = None
-) -> Tensor:
-    """The logits of every token of a fixed prompt: [tokens, vocabulary]."""
-    model, tokenizer = load(folder, base_folder=base_folder, device="cpu", download=download)
-    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)])
-    return model(ids, use_cache=False).logits[0]
+def logits(found: FoundCheckpoint) -> Tensor:
+    """The logits of every token of a fixed prompt, on the CPU: [tokens, vocabulary]."""
+    model, tokenizer = found.load()
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)]).to(input_device(model))
+    return model(ids, use_cache=False).logits[0].cpu()
 
 
 def compare(
@@ -41,22 +40,35 @@ def compare(
     revision: str,
     cache_dir: str,
     base_folder: str | None,
-    download: Mapping[str, str | bool],
+    download: dict[str, str | bool],
+    device: str,
+    dtype: str,
 ) -> dict[str, Any]:
     """The folder of the download, and the largest difference of any logit.
 
     Args:
         download: How a base on the Hub is downloaded.
+        device: Where both compute, as `choose_device` takes it.
+        dtype: Of the base of both.
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
     there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir, "token": token})
-    here, again = (logits(place, base_folder, download) for place in (folder, there))
+    ours = FoundCheckpoint(
+        Path(folder),
+        None if base_folder is None else Path(base_folder),
+        download,
+        choose_device(device),
+        dtype,
+        may_spread=device == "auto",
+    )
+    here, again = (logits(replace(ours, folder=place)) for place in (ours.folder, there))
     if torch.equal(here, again):
         return {"folder": str(there), "difference": 0.0}
     return {"folder": str(there), "difference": (here - again).abs().max().item()}
 
 
 def main() -> None:
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)  # sums on a GPU in one order
     publisher = parent()
     _, request = publisher.receive()
     try:

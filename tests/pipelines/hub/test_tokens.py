@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import DatasetInfo, HfApi
 from typer.main import get_command
 
+import meteora
 from meteora.checkpoint.manifest import MANIFEST, BaseEntry
 from pipelines.admission import checkpoints
 from pipelines.admission.sources import token_of_rows
@@ -134,28 +135,36 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
 
     monkeypatch.setattr(publish, "publish", take)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: tmp_path)  # the base is here
+    words = [*words, "--device", "cpu", "--dtype", "float32"]
     said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     assert said.returncode == 0, said.stderr
+    assert (seen[0].device, seen[0].dtype) == ("cpu", "float32")
+    words[words.index("cpu")] = "cuda:99"
+    said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
+    assert "torch finds no device 'cuda:99'" in said.stderr
+    assert (said.returncode, len(seen)) == (1, 1)
     assert seen[0].hub.token == "hf_saved"  # noqa: S105
     assert seen[0].download == {"token": to_base}
 
 
-def test_the_process_that_compares_asks_for_the_base_as_it_is_told(
+def test_the_process_that_compares_loads_as_it_is_told(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
+    model = world.load()
 
-    def load(_folder: Path, *, download: object, **_options: object) -> object:
-        asked.append(download)
-        return world.load(), None
+    def load(_folder: Path, **options: object) -> object:
+        asked.append([options[name] for name in ("download", "device", "dtype")])
+        return model, None
 
-    monkeypatch.setattr(reload_worker, "load", load)
+    monkeypatch.setattr(meteora, "load", load)
     monkeypatch.setattr(reload_worker, "encode_prompt", lambda *_: [1, 2, 3])
     monkeypatch.setattr(reload_worker, "find_checkpoint", lambda *_, **__: world.checkpoint)
-    there = {"folder": "x", "repo_id": "org/model", "revision": "main", "base_folder": None}
-    found = reload_worker.compare(**there, cache_dir=str(tmp_path), download={"token": False})
+    there: dict[str, Any] = {"folder": "x", "repo_id": "org/model", "revision": "main"}
+    how = {"download": {"token": False}, "device": "cpu", "dtype": "bfloat16"}
+    found = reload_worker.compare(**there, cache_dir=str(tmp_path), base_folder=None, **how)
     assert found["difference"] == 0
-    assert asked == [{"token": False}] * 2
+    assert asked == [[{"token": False}, "cpu", "bfloat16"]] * 2
 
 
 def test_it_is_written_nowhere(

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.publishing import publish, reload_worker
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_here import HubHere
@@ -52,7 +53,8 @@ def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG0
 
 def main() -> None:
     folder, base = sys.argv[1:]
-    reload_worker.logits(folder, base)  # and what that imports, too, is here from now on
+    found = FoundCheckpoint(Path(folder), Path(base), {}, "cpu")
+    reload_worker.logits(found)  # and what that imports, too, is here from now on
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

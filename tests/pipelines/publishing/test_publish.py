@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ from meteora.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from pipelines.flows import device_lock
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
+from pipelines.publishing import publish as publishing
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, Published, publish
 from pipelines.reports import card
@@ -47,6 +50,7 @@ from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from pipelines.hub.client import Hub
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
     from tests.pipelines.hub.hub_server import HubServer
@@ -155,6 +159,21 @@ def test_what_cannot_be_loaded_is_never_shown(
     assert set(repo_of(server).main) == {".gitattributes"}
 
 
+def test_it_is_compared_on_the_device_and_in_the_dtype_that_are_named(
+    server: HubServer, world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    reload = publishing._reload
+
+    def watched(request: dict[str, Any], hub: Hub) -> dict[str, Any]:
+        asked.append(request)
+        return reload(request, hub)
+
+    monkeypatch.setattr(publishing, "_reload", watched)
+    put(server, world, folder, dtype="bfloat16")
+    assert [(one["device"], one["dtype"]) for one in asked] == [("auto", "bfloat16")]
+
+
 def test_what_is_for_nobody_else_stays_here(
     server: HubServer, world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,9 +224,17 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     """By the processes of a real run; then its card's own lines run in another."""
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     monkeypatch.setenv("HF_TOKEN", "writer")
-    work = workplace(publish={"repo": NAME})
+    work, uses = workplace(publish={"repo": NAME}), []
+
+    @contextmanager
+    def held(*slots: str) -> Generator[None]:
+        uses.append(slots)
+        yield
+
+    monkeypatch.setattr(device_lock, "held", held)
     stages = list(run(work, apart=True))
     assert stages == ["base", "check", "stack", "gates", "benchmark", "publish"]
+    assert len(uses) == 2  # the device of gates and benchmark, and again to load what is published
     repo = repo_of(server)
     assert set(repo.main) - {".gitattributes"} == set(FILES)
     answer = work.ledger.query("SELECT repo_id, revision, kind FROM publications")

@@ -119,11 +119,13 @@ def add(
     Raises:
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: it does not come from the Hub.
-        GrowthError: the checkpoint has no gates of `calibrate`, nothing is kept of them, or a
-            recipe could not have the name.
+        GrowthError: the checkpoint has no gates of `calibrate`, nothing is kept of them, a recipe
+            could not have the name, or the device has no 64 bits.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
+    if torch.device(device).type == "mps":
+        raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
     manifest = _read_editable(folder)
     edit.check_new_name(folder, manifest, candidate.name)
     if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS

@@ -6,13 +6,18 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.base.chat_template import Template
 from meteora.model.fused import make_router
 from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
+from tests.meteora.serving.served_world import with_router
 
+TEMPLATE = Template((3, 4), (5,))
 PROMPTS = ["a", "some words", "rather more words than that"]
 
 
@@ -134,3 +139,33 @@ def test_a_base_whose_config_asks_for_beams_or_no_cache_answers_as_others(
     assert answer_all(model, tokenizer, prompts, 8) == expected
     assert meteora.generate(model, tokenizer, "some words", max_new_tokens=8, stream=True) == text
     assert capsys.readouterr().out
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what a device without 64-bit floats, such as `mps`, cannot compute."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, result)):
+            assert getattr(tensor, "dtype", None) is not torch.float64, func
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        RouterOptions("gate", 2, 1.0, opening="shared", share="point"),
+        RouterOptions("gate", 1, 1.0, opening="prompt", share="turn"),
+        RouterOptions("arrow", 1, 1.0),
+        RouterOptions("norm", 2, 1.0),
+    ],
+    ids=["shared", "turn", "arrow", "norm"],
+)
+def test_an_answer_needs_no_64_bit_floats(world, tokenizer, options, tmp_path):
+    folder = with_router(
+        world.checkpoint, world.manifest, world.base, options, tmp_path / "made", TEMPLATE
+    )
+    model, _ = meteora.load(folder, base_folder=world.base)
+    with NoDoubles():
+        assert generate(model, tokenizer, PROMPTS).numel()
+        meteora.trace(model, tokenizer, PROMPTS[2], max_new_tokens=4)

@@ -95,6 +95,8 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
     dropped = ask("drop", folder, "attention", "--home", work.home)
     assert dropped.returncode == 0, dropped.stderr
     without = Path(dropped.stdout.strip())
+    with pytest.raises(GrowthError, match="in 64 bits, which mps has not; say --device cpu"):
+        edit.add(work.ledger, without, Candidate("attention", ""), "", device="mps")
     fewer = read_manifest(without)
     assert fewer.names == ["q_and_v"]
     assert fewer.gates["grown_from"] == before.router_id

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
+from meteora.base.download import download_base
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
@@ -130,6 +131,17 @@ def _check_routes(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def _download(name: str, revision: str | None) -> Path:
+    """The checkpoint of a Hub id; of another base than its own no weights are downloaded."""
+    checkpoint = find_checkpoint(name, revision, subfolder=CHECKPOINT, whole=False)
+    folder, manifest = checkpoint.parent, read_manifest(checkpoint)
+    commit, saved = folder.name, {"token": None}  # sent by vLLM to the same repository, too
+    download_base(name, commit, saved, weights=False)
+    _check_fingerprint(folder, manifest)
+    download_base(name, commit, saved)
+    return find_checkpoint(name, commit, subfolder=CHECKPOINT)
+
+
 def _check_fingerprint(base: Path, manifest: Manifest) -> None:
     """Refuse a base of another architecture or vocabulary."""
     if differences := loading.fingerprint_of(base).differences(manifest.base.fingerprint):
@@ -186,19 +198,25 @@ def sample_sha256(path: Path) -> str:
 
 
 def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -> Path:
-    """The checkpoint in a served folder, or in that of a Hub id; no weights are loaded.
+    """The checkpoint in a served folder; no weights are loaded.
 
     Args:
+        name: the folder, or a Hub id, which is downloaded to the Hub's cache at one commit
         memory_bytes: that the device has for base, experts and caches
 
     Raises:
+        CheckpointError: the Hub has no such folder, or its checkpoint is damaged.
+        SourceError: the base beside the checkpoint does not come from the Hub.
         WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
         UnservableError: base and experts need more memory.
     """
-    if not Path(name).is_dir():
-        return find_checkpoint(name, revision, subfolder=CHECKPOINT)
-    folder = Path(name)
-    checkpoint, config = folder / CHECKPOINT, _read_config(folder)
+    if Path(name).is_dir():
+        checkpoint = Path(name) / CHECKPOINT
+        _check_fingerprint(Path(name), read_manifest(checkpoint))
+    else:
+        checkpoint = _download(name, revision)
+    folder = checkpoint.parent
+    config = _read_config(folder)
     # vLLM may be asked to narrow 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
@@ -211,7 +229,6 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
                 " `meteora export CHECKPOINT --for vllm`"
             )
         needed += path.stat().st_size // narrowed
-    _check_fingerprint(folder, read_manifest(checkpoint))
     if needed > memory_bytes:
         raise UnservableError(
             f"{folder}: base and experts take at least {needed / 1e9:.1f} GB, and there are"

@@ -28,7 +28,7 @@ def schema() -> dict[int, str]:
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Bring tables and views up to date, one transaction a file.
+    """Bring tables and views up to date, in one transaction.
 
     Raises:
         NewerLedgerError: the ledger has a migration that this release does not know.
@@ -41,37 +41,37 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
             f"ledger.duckdb has schema {max(applied)}, this release knows {max(known)}; upgrade,"
             " or move the file away: it is made again from the records"
         )
-    for number in (*range(1, len(known)), 0):
-        name, sql = known[number]
-        if number and number in applied and applied[number] != _sha256(sql):
-            raise DamagedError(f"ledger.duckdb was made by another {name}")
-        if applied.get(number) != _sha256(sql):
-            _apply(connection, number, name, sql)
+    new = [
+        number
+        for number in (*range(1, len(known)), 0)
+        if applied.get(number) != _sha256(known[number][1])
+    ]
+    if altered := [number for number in new if number and number in applied]:
+        raise DamagedError(f"ledger.duckdb was made by another {known[altered[0]][0]}")
+    if new:
+        connection.execute("BEGIN")
+        for number in new:
+            _apply(connection, number, *known[number])
+        # this release may understand records that were rejected
+        connection.execute("DELETE FROM read_files WHERE EXISTS (FROM rejected)")
+        connection.execute("DELETE FROM rejected")
+        connection.execute("COMMIT")
+        connection.execute("CHECKPOINT ledger")  # a write-ahead log with DDL may fail to replay
 
 
 def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
-    if not _exists(connection, "migrations"):
+    made = connection.execute(
+        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
+    ).fetchall()
+    if not made:
         return {}
     return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
 
 
-def _exists(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
-    rows = connection.execute(
-        "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = ?", [table]
-    ).fetchall()
-    return bool(rows)
-
-
 def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: str) -> None:
-    connection.execute("BEGIN")
     connection.execute(sql)
-    if _exists(connection, "read_files"):  # this release may understand records that were rejected
-        connection.execute("DELETE FROM read_files WHERE EXISTS (FROM rejected)")
-    connection.execute("DELETE FROM rejected")
     connection.execute("DELETE FROM migrations WHERE number = ?", [number])
     connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
-    connection.execute("COMMIT")
-    connection.execute("CHECKPOINT ledger")  # a write-ahead log with DDL may fail to replay
 
 
 def _sha256(text: str) -> str:

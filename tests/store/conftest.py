@@ -182,6 +182,12 @@ def asked(template: Path) -> Shelf:
     return Shelf(template)
 
 
+@pytest.fixture(scope="session")
+def views_of_filled(asked: Shelf) -> dict[str, list[tuple]]:
+    """What `filled` holds before anything happens to it."""
+    return asked.views()
+
+
 @pytest.fixture
 def filled(template: Path, tmp_path: Path) -> Shelf:
     """Two nights of one recipe, ingested; the second night's model is worse at sorting."""

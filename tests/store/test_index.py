@@ -112,9 +112,11 @@ def header_flipped(path: Path) -> None:
     ],
 )
 def test_a_lost_index_comes_back_from_the_records(
-    filled: Shelf, damage: Callable[[Path], None], names: list[str]
+    filled: Shelf,
+    views_of_filled: dict[str, list[tuple]],
+    damage: Callable[[Path], None],
+    names: list[str],
 ) -> None:
-    before = filled.views()
     for name in names:
         (filled.home / name).chmod(0o644)
         damage(filled.home / name)
@@ -127,7 +129,7 @@ def test_a_lost_index_comes_back_from_the_records(
     assert not filled.ledger.verify().findings
     last.unlink()
     filled.ledger.rebuild()
-    assert filled.views() == before
+    assert filled.views() == views_of_filled
 
 
 @pytest.mark.parametrize("names", [[LIVE], [LIVE, SNAPSHOT]], ids=["live", "both"])
@@ -204,14 +206,15 @@ def test_what_does_not_fit_in_memory_lies_in_the_home_and_nowhere_else(
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))]
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(40) if seed != 1)]
 
 
 @pytest.mark.parametrize("name", [LIVE, SNAPSHOT])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, name: str, seed: int) -> None:
+def test_a_flipped_byte_anywhere_is_found_or_harmless(
+    filled: Shelf, views_of_filled: dict[str, list[tuple]], name: str, seed: int
+) -> None:
     """DuckDB notices a flipped block only when it reads it: `verify` reads them all."""
-    before = filled.views()
     path = filled.home / name
     path.chmod(0o644)
     flipped(path, random.Random(seed).randrange(path.stat().st_size))
@@ -220,7 +223,7 @@ def test_a_flipped_byte_anywhere_is_found_or_harmless(filled: Shelf, name: str, 
         filled.ledger.rebuild()
     filled.ledger.ingest()
     assert not filled.ledger.verify().findings
-    assert filled.views() == before
+    assert filled.views() == views_of_filled
 
 
 def test_a_damaged_log_loses_nothing(filled: Shelf) -> None:

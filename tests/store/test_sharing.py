@@ -102,7 +102,7 @@ def test_a_home_that_has_a_past_brings_it_along(
     assert not two.ledger.verify().findings
 
 
-@pytest.mark.parametrize("num_records", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_records", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_two_homes_write_at_once(
     homes: tuple[Shelf, Shelf],
     worker: Callable[..., subprocess.Popen[str]],

@@ -64,6 +64,14 @@ class Here:
         pass
 
 
+@pytest.fixture
+def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is asked by this process: one for each request takes half a second to start."""
+    from tests.pipelines.hub.hub_here import WorkerHere
+
+    monkeypatch.setattr("pipelines.hub.client.ChildProcess", WorkerHere)
+
+
 def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dict[str, float]:
     """Run a recipe as a deployment does, on the server that `prefect_server` started.
 

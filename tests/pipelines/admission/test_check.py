@@ -28,7 +28,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+def server(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hub_here: None,  # noqa: ARG001
+) -> Generator[HubServer]:
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     sound = files_of(write_adapter(tmp_path / "sound"))

@@ -41,7 +41,11 @@ def adapter_repo(folder: Path, **config: object) -> Repo:
 
 
 @pytest.fixture
-def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+def server(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    hub_here: None,  # noqa: ARG001
+) -> Generator[HubServer]:
     for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     with running_hub() as server:

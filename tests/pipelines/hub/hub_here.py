@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import resource
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import HfApi
 
-from pipelines.hub import worker
+from pipelines.hub import client, worker
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import hub_error
+from pipelines.workspace.processes import ChildError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class HubHere(Hub):
@@ -20,3 +26,30 @@ class HubHere(Hub):
             return worker.OPERATIONS[operation](api, repo_id=repo_id, **arguments)
         except Exception as error:
             raise hub_error(what, worker.describe(error), self.endpoint) from error
+
+
+class WorkerHere:
+    """The same in place of the worker's process: what asks is whole, but for deadlines."""
+
+    def __init__(self, module: str, *, quiet: bool, environment: Mapping[str, str]) -> None:
+        assert (module, quiet) == (client.WORKER, True)
+        assert environment
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def ask(self, request: dict[str, Any], *, deadline_seconds: float) -> Any:
+        assert deadline_seconds > 0
+        request = json.loads(json.dumps(request))
+        api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
+        operation = worker.OPERATIONS[request.pop("operation")]
+        largest_file = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            return json.loads(json.dumps(operation(api, **request)))
+        except Exception as error:
+            raise ChildError(worker.describe(error)) from error
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, largest_file)

@@ -85,7 +85,14 @@ def server() -> Generator[HubServer]:
 
 
 @pytest.fixture
-def asked(server: HubServer) -> Hub:
+def asked(server: HubServer, hub_here: None) -> Hub:  # noqa: ARG001
+    """A Hub that is asked from this process."""
+    return Hub(server.endpoint, timeout_seconds=20)
+
+
+@pytest.fixture
+def asked_apart(server: HubServer) -> Hub:
+    """The same as it is asked otherwise, by a process for each request."""
     return Hub(server.endpoint, timeout_seconds=20)
 
 
@@ -146,8 +153,8 @@ def test_what_is_no_commit_is_not_taken_for_one(server: HubServer, asked: Hub) -
         repositories.resolve("someone/adapter", hub=asked)
 
 
-def test_only_the_files_of_an_adapter_come(asked: Hub, tmp_path: Path) -> None:
-    folder = download(REF, tmp_path, hub=asked)
+def test_only_the_files_of_an_adapter_come(asked_apart: Hub, tmp_path: Path) -> None:
+    folder = download(REF, tmp_path, hub=asked_apart)
     assert files_of(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
     assert licence_of(folder) == "mit"
@@ -308,11 +315,11 @@ def test_a_body_that_is_too_short_is_refused(server: HubServer, asked: Hub, tmp_
 
 
 def test_a_body_without_end_is_stopped_at_the_listed_size(
-    server: HubServer, asked: Hub, tmp_path: Path
+    server: HubServer, asked_apart: Hub, tmp_path: Path
 ) -> None:
     server.faults["get"] = Fault(endless=True, path=".safetensors")
     with pytest.raises(HubSizeError, match="more than it lists"):
-        download(REF, tmp_path, hub=asked)
+        download(REF, tmp_path, hub=asked_apart)
 
 
 def test_a_download_that_takes_a_while_shows_how_far_it_is(
@@ -474,25 +481,35 @@ def test_a_short_wait_that_the_hub_asks_for_is_waited(
     assert download(REF, tmp_path, hub=asked).is_dir()
 
 
-@pytest.mark.parametrize("kind", ["tree", "head", "get"])
+HANGS, ASKS_TO_WAIT = Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})
+
+
 @pytest.mark.parametrize(
-    "fault", [Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})]
+    ("fault", "kind"),
+    [
+        (HANGS, "tree"),
+        (HANGS, "get"),
+        (ASKS_TO_WAIT, "head"),
+        pytest.param(HANGS, "head", marks=pytest.mark.slow),
+        pytest.param(ASKS_TO_WAIT, "tree", marks=pytest.mark.slow),
+        pytest.param(ASKS_TO_WAIT, "get", marks=pytest.mark.slow),
+    ],
 )
 def test_nobody_waits_longer_than_the_limit(
-    fault: Fault, kind: str, server: HubServer, asked: Hub, tmp_path: Path
+    fault: Fault, kind: str, server: HubServer, asked_apart: Hub, tmp_path: Path
 ) -> None:
     server.faults[kind] = replace(fault)
     begin = time.monotonic()
     with pytest.raises(HubTimeoutError) as error:
-        download(REF, tmp_path, hub=replace(asked, timeout_seconds=2))
+        download(REF, tmp_path, hub=replace(asked_apart, timeout_seconds=2))
     assert time.monotonic() - begin < 60  # of a server that never answers
     assert error.value.retry
 
 
-def test_a_name_that_the_hub_never_answers_is_given_up(server: HubServer, asked: Hub) -> None:
+def test_a_name_that_the_hub_never_answers_is_given_up(server: HubServer, asked_apart: Hub) -> None:
     server.faults["refs"] = Fault(hang=True)
     with pytest.raises(HubTimeoutError, match="did not finish within 2 s"):
-        repositories.resolve("someone/adapter", hub=replace(asked, timeout_seconds=2))
+        repositories.resolve("someone/adapter", hub=replace(asked_apart, timeout_seconds=2))
 
 
 @pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])
@@ -512,18 +529,18 @@ def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> 
 
 
 def test_an_answer_that_unpacks_to_more_than_the_memory_it_may_take_is_given_up(
-    server: HubServer, asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, asked_apart: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smaller = "from pipelines.hub import worker\nworker.MOST_MEMORY = 300 << 20\nworker.main()\n"
     (tmp_path / "smaller_worker.py").write_text(smaller)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(client, "WORKER", "smaller_worker")
-    assert repositories.resolve("someone/adapter", hub=asked).revision == COMMIT
+    assert repositories.resolve("someone/adapter", hub=asked_apart).revision == COMMIT
     packer = zlib.compressobj(wbits=31)
     bomb = b"".join([packer.compress(bytes(1 << 20)) for _ in range(400)] + [packer.flush()])
     server.faults["refs"] = Fault(status=200, headers={"Content-Encoding": "gzip"}, body=bomb)
     with pytest.raises(HubProtocolError, match="needs more memory than it may take"):
-        repositories.resolve("someone/adapter", hub=asked)
+        repositories.resolve("someone/adapter", hub=asked_apart)
 
 
 @pytest.mark.parametrize(
@@ -540,7 +557,7 @@ def test_a_hostile_endpoint_changes_nothing_outside_the_folder(
     kind: str,
     headers: dict[str, str],
     server: HubServer,
-    asked: Hub,
+    asked_apart: Hub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -554,7 +571,7 @@ def test_a_hostile_endpoint_changes_nothing_outside_the_folder(
     )
     place = tmp_path / "a" / "b" / "c" / "cache"
     with suppress(HubError):
-        folder = download(REF, place, hub=asked)
+        folder = download(REF, place, hub=asked_apart)
         assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
     assert server.count(kind)
     outside = [path for path in tmp_path.rglob("*") if not path.is_relative_to(place)]
@@ -602,12 +619,12 @@ def test_plain_http_is_allowed_where_it_is_asked_for() -> None:
 
 
 def test_a_token_goes_out_only_when_it_is_given(
-    server: HubServer, asked: Hub, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, asked_apart: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_this_machine")
-    repositories.resolve("someone/adapter", hub=asked)
+    repositories.resolve("someone/adapter", hub=asked_apart)
     assert [token for _, _, token in server.requests] == [""]
-    repositories.resolve("someone/adapter", hub=replace(asked, token="hf_given"))  # noqa: S106
+    repositories.resolve("someone/adapter", hub=replace(asked_apart, token="hf_given"))  # noqa: S106
     assert server.requests[-1][2] == "Bearer hf_given"
 
 

@@ -155,6 +155,7 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    hub_here: None,  # noqa: ARG001
 ) -> None:
     """Each refusal is recorded with its reason, and leaves no checkpoint and no scratch."""
     work, folder = made

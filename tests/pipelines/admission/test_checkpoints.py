@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,11 @@ from pipelines.admission import checkpoints
 from pipelines.hub.errors import HubConnectionError, InsecureEndpointError
 from pipelines.workspace import machine
 from store.ledger import Ledger
+from tests.pipelines.cli.forked import Forks
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Generator
     from pathlib import Path
 
@@ -53,35 +54,49 @@ def server(world: World) -> Generator[HubServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place of a home, and of the Hub's cache."""
-    return tmp_path_factory.mktemp("asked")
+class Asking:
+    """Commands in a process where a token is saved, and where they keep what they download."""
+
+    def __init__(self, server: HubServer, folder: Path, **more: str) -> None:
+        self.server, self.folder = server, folder
+        told = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_saved"}
+        told |= {"HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        self.forks = Forks(told | more)
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        self.server.requests.clear()
+        return self.forks.run(*words, "--home", str(self.folder / "home"))
+
+    def generate(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Answer a prompt with the checkpoint."""
+        return self.run("generate", "org/fused", "hello", "--max-new-tokens", "1", *words)
+
+    @contextmanager
+    def nothing_kept(self) -> Generator[None]:
+        """As if nothing had been downloaded yet."""
+        aside = (self.folder / "cache").rename(self.folder / "aside")
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
+            aside.rename(self.folder / "cache")
 
 
 @pytest.fixture(scope="module")
-def answer(server: HubServer, folder: Path) -> str:
+def asking(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Generator[Asking]:
+    asking = Asking(server, tmp_path_factory.mktemp("asked"))
+    with asking.forks:
+        yield asking
+
+
+@pytest.fixture(scope="module")
+def answer(asking: Asking) -> str:
     """What is answered without a token; checkpoint and base are in the cache then."""
-    said = generate(server, folder)
+    said = asking.generate()
     assert said.returncode == 0, said.stderr
-    assert {"/other/base" in path for _, path, _ in server.requests} == {True, False}
-    assert [r for r in server.requests if r[2]] == []
+    assert {"/other/base" in path for _, path, _ in asking.server.requests} == {True, False}
+    assert [r for r in asking.server.requests if r[2]] == []
     return said.stdout
-
-
-def generate(server: HubServer, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Answer a prompt with the checkpoint, in a process where a token is saved."""
-    return ask(server, folder, "generate", "org/fused", "hello", "--max-new-tokens", "1", *words)
-
-
-def ask(server: HubServer, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    server.requests.clear()
-    told = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_saved"}
-    told |= {"HF_HOME": str(folder / f"cache{hash(words)}"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "pipelines.cli", *words, "--home", str(folder / "home")]
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, env=os.environ | told
-    )
 
 
 def owners_with_token(server: HubServer) -> set[str]:
@@ -91,12 +106,11 @@ def owners_with_token(server: HubServer) -> set[str]:
 
 
 @pytest.mark.usefixtures("answer")  # for which no token was sent
-def test_the_saved_token_goes_only_to_owners_that_are_named(
-    server: HubServer, folder: Path
-) -> None:
-    said = generate(server, folder, "--token-for", "org")
+def test_the_saved_token_goes_only_to_owners_that_are_named(asking: Asking) -> None:
+    with asking.nothing_kept():
+        said = asking.generate("--token-for", "org")
     assert said.returncode == 0, said.stderr
-    assert owners_with_token(server) == {"org"}
+    assert owners_with_token(asking.server) == {"org"}
 
 
 @pytest.mark.parametrize(
@@ -154,20 +168,23 @@ def test_without_a_network_a_checkpoint_and_its_base_are_a_sentence_at_once(
     assert checkpoints.find(str(folder), tmp_path).download == {"token": False}
 
 
+@pytest.mark.usefixtures("answer")  # which leaves something to put aside
 def test_what_the_hub_has_is_measured_and_its_base_comes_into_the_home(
-    server: HubServer, tmp_path: Path
+    asking: Asking, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "ab", "response": "b"}\n')
     asked = f"sums=jsonl:{rows}"
-    said = ask(server, tmp_path, "benchmark", "org/fused", "--tasks", asked, "--compare", "base")
+    with asking.nothing_kept():
+        said = asking.run("benchmark", "org/fused", "--tasks", asked, "--compare", "base")
     assert said.returncode == 0, said.stderr
     assert "it is taken in as router:" in said.stderr
-    assert [r for r in server.requests if r[2]] == []
-    ledger = Ledger(tmp_path / "home")
+    assert [r for r in asking.server.requests if r[2]] == []
+    home = asking.folder / "home"
+    ledger = Ledger(home)
     bases = ledger.query("SELECT base_model, base_revision FROM base_models").rows
     assert bases == [("other/base", COMMIT)]
-    assert len(list((tmp_path / "home" / "bases").iterdir())) == 1
+    assert len(list((home / "bases").iterdir())) == 1
     assert ledger.query("SELECT task, num_samples FROM leaderboard").rows == [("sums", 1)]
 
 
@@ -177,11 +194,14 @@ def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> No
 
 
 def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
-    server: HubServer, folder: Path, answer: str, monkeypatch: pytest.MonkeyPatch
+    asking: Asking, answer: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert generate(server, folder).stdout == answer
-    failed = generate(server, folder, "--token-for", "nobody")  # another cache, which is empty
+    offline = Asking(asking.server, asking.folder, HF_HUB_OFFLINE="1")
+    with offline.forks:
+        assert offline.generate().stdout == answer
+        with offline.nothing_kept():
+            failed = offline.generate()
+    assert not asking.server.requests
     assert (failed.returncode, failed.stdout) == (1, "")
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("error: org/fused: ")

@@ -69,7 +69,7 @@ def test_ten_minutes_of_writers_readers_and_kills(shelf: Shelf, worker: Worker) 
 @pytest.mark.parametrize(
     ("num_writers", "num_records", "num_readers"),
     [
-        pytest.param(3, 8, 1, id="a few"),
+        pytest.param(3, 4, 1, id="a few"),
         pytest.param(8, 250, 2, id="many", marks=pytest.mark.slow),
     ],
 )

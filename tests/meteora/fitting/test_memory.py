@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-LAYERS, HIDDEN, INTERMEDIATE = 12, 256, 8192
+LAYERS, HIDDEN, INTERMEDIATE = 6, 256, 8192
 LAYER_BYTES = 4 * 3 * HIDDEN * INTERMEDIATE  # 25 MB; attention is a fiftieth of it
 
 
@@ -27,7 +27,7 @@ def large(
     build_adapter: Callable[..., Path],
     fuse_adapters: Callable[..., Any],
 ) -> tuple[Path, Path]:
-    """A checkpoint, and its base of 300 MB."""
+    """A checkpoint, and its base of 150 MB."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,

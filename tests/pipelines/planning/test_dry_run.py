@@ -66,11 +66,20 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that need not be measured."""
+    monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: GPU)
+
+
+@pytest.fixture
+def offline(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    known_machine: None,  # noqa: ARG001
+) -> Path:
     """No network, an empty folder to be in, and where the Hub's client would keep its files."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: GPU)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "hub"
@@ -201,6 +210,7 @@ def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
     assert "would stop" not in said.stdout
 
 
+@pytest.mark.usefixtures("known_machine")
 def test_it_ends_with_an_error_where_the_run_would(
     workplace: Callable[..., RunContext],
     recipe_folder: Path,
@@ -264,6 +274,7 @@ def test_it_ends_with_an_error_where_the_run_would(
     ends(str(tmp_path / "home"))
 
 
+@pytest.mark.usefixtures("known_machine")
 @pytest.mark.parametrize(
     ("until", "shown"),
     [

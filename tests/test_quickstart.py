@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,10 +20,16 @@ import meteora
 from meteora.adapters import reader
 from meteora.artifacts import SHARED
 from pipelines.recipe.recipe import locate
-from tests.conftest import load_peft
+from tests.conftest import load_peft, peft_is_behind
 from tests.pipelines.cli.command_line import meteora as meteora_says
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
 from tests.pipelines.reports.html_reader import Elements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft import PeftModel
+    from transformers import BatchEncoding, PreTrainedModel
 
 README = Path(__file__).parent.parent / "README.md"
 QUICKSTART = locate("quickstart").parent
@@ -47,7 +54,7 @@ def ran(home: Path) -> subprocess.CompletedProcess[str]:
         for key in ("adapter", "examples", "test"):
             kind, _, path = expert[key].partition(":")
             expert[key] = f"{kind}:{QUICKSTART / path}"
-    body["gates"]["examples_per_expert"] = 8
+    body["gates"] |= {"examples_per_expert": 8, "conversations": [1, 2]}
     body["benchmark"] |= {"limit": 6, "conversation": [{"n": 2, "count": 1}]}
     recipe = home / "two.yaml"
     recipe.write_text(yaml.safe_dump(body))
@@ -134,26 +141,40 @@ def test_the_readme_s_python_works(ran: subprocess.CompletedProcess[str]) -> Non
     assert "2021-03-03" in done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (QUICKSTART / "adapters").iterdir()))
-def test_each_adapter_forced_equals_peft_with_it(
+ADAPTERS = {path.name: path for path in sorted((QUICKSTART / "adapters").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def both(
     home: Path,
     ran: subprocess.CompletedProcess[str],
-    name: str,
-    tmp_path: Path,
-    fuse_adapters,
-) -> None:
-    """On the real base in float32: the same logits within 1e-5 of their range."""
+    tmp_path_factory: pytest.TempPathFactory,
+    fuse_adapters: Callable[..., object],
+) -> tuple[PreTrainedModel, PeftModel, BatchEncoding]:
+    """The real base in float32 with every adapter, as ours and as PEFT's, and a prompt."""
     assert ran.returncode == 0
     (base,) = (home / "bases").iterdir()
-    folder = QUICKSTART / "adapters" / name
-    assert reader.check(folder).verdict == "accept"
-    fuse_adapters(base, {name: folder}, tmp_path / "fused")
-    model, tokenizer = meteora.load(tmp_path / "fused", base_folder=base)
-    tokens = tokenizer(PROMPT, return_tensors="pt")
+    fused = tmp_path_factory.mktemp("fused")
+    fuse_adapters(base, ADAPTERS, fused)
+    model, tokenizer = meteora.load(fused, base_folder=base)
+    theirs = load_peft(base, next(iter(ADAPTERS.values())))
+    with peft_is_behind():
+        for name, folder in ADAPTERS.items():
+            theirs.load_adapter(folder, name)
+    return model, theirs.eval(), tokenizer(PROMPT, return_tensors="pt")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_each_adapter_forced_equals_peft_with_it(
+    both: tuple[PreTrainedModel, PeftModel, BatchEncoding], name: str
+) -> None:
+    """Though all are stacked: the same logits within 1e-5 of their range."""
+    model, theirs, tokens = both
+    assert reader.check(ADAPTERS[name]).verdict == "accept"
+    theirs.set_adapter(name)
     with torch.inference_mode(), meteora.force_expert(model, name):
-        ours = model(**tokens).logits
-        theirs = load_peft(base, folder)(**tokens).logits
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        ours, expected = model(**tokens).logits, theirs(**tokens).logits
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_the_adapters_differ_in_what_adapters_differ_in() -> None:

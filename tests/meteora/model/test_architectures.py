@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +75,34 @@ def kind(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def stacked(build_base, build_adapter, fuse_adapters, tmp_path_factory):
+    """A function to an architecture's base, two adapters of unequal targets, and both fused."""
+
+    @cache
+    def stack(kind):
+        base, targets = build_base(kind), TARGETS[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        lora = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+        adapters = {
+            "wide": build_adapter(
+                base, folder / "wide", seed=1, r=3, lora_alpha=6, target_modules=targets, **lora
+            ),
+            "narrow": build_adapter(
+                base, folder / "narrow", seed=2, r=2, target_modules=targets[:1], **lora
+            ),
+        }
+        fuse_adapters(base, adapters, folder / "fused")
+        return base, adapters, folder / "fused"
+
+    return stack
+
+
 @pytest.fixture
-def made(kind, build_base, build_adapter, fuse_adapters, tmp_path):
-    """The base, two adapters of unequal targets, and the fused model."""
-    base, targets = build_base(kind), TARGETS[kind]
-    lora = {"fan_in_fan_out": True} if kind == "gpt2" else {}
-    adapters = {
-        "wide": build_adapter(
-            base, tmp_path / "wide", seed=1, r=3, lora_alpha=6, target_modules=targets, **lora
-        ),
-        "narrow": build_adapter(
-            base, tmp_path / "narrow", seed=2, r=2, target_modules=targets[:1], **lora
-        ),
-    }
-    fuse_adapters(base, adapters, tmp_path / "fused")
+def made(kind, stacked, tmp_path):
+    """The base, the adapters, and the fused model; its files are the test's own."""
+    base, adapters, fused = stacked(kind)
+    shutil.copytree(fused, tmp_path / "fused")
     return base, adapters, meteora.load(tmp_path / "fused", base_folder=base)[0]
 
 

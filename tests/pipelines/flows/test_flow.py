@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
+QUICK = {"limit": 1, "compare": [], "max_new_tokens": 1}
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -100,11 +101,12 @@ def test_what_is_asked_differently_is_made_and_the_rest_is_kept(
     workplace: Callable[..., RunContext],
 ) -> None:
     """Other gates need no other stack, and no base or oracle is measured twice."""
-    work = workplace()
+    benchmark = QUICK | {"compare": ["base", "oracle"]}
+    work = workplace(benchmark=benchmark)
     run(work)
     before = work.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows
     scores = work.ledger.query("SELECT count(*) FROM scores").rows[0][0]
-    other = workplace(gates={"examples_per_expert": 4})
+    other = workplace(benchmark=benchmark, gates={"examples_per_expert": 4})
     assert finished(other) is None
     run(other)
     assert other.ledger.query("SELECT id FROM artifacts WHERE kind = 'fused'").rows == before
@@ -130,7 +132,7 @@ def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
         run(work)
     assert work.ledger.query("SELECT outcome FROM runs").rows == [("refused",)]
 
-    lenient = workplace(experts=experts, policy={"on_refused": "skip"})
+    lenient = workplace(experts=experts, policy={"on_refused": "skip"}, benchmark=QUICK)
     run(lenient)
     planned = finished(lenient)
     assert planned is not None
@@ -265,7 +267,7 @@ def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
     """Though nothing is left to do."""
     from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
 
-    work = workplace()
+    work = workplace(benchmark=QUICK)
     kill_after("write_checkpoint", work)
     assert finished(work) is not None
     assert meteora("run", work.path, home=work.home).returncode == 0

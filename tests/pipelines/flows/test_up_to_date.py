@@ -50,10 +50,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.usefixtures("prefect_server")
 def test_one_command_resolves_the_base_and_makes_the_plan_once(
-    recipe_folder: Path, tmp_path: Path, calls: Counter[str]
+    workplace: Callable[..., RunContext], tmp_path: Path, calls: Counter[str]
 ) -> None:
     """In a fresh run, in one that goes on, and where nothing is left to do."""
-    command = ("run", recipe_folder / "recipe.yaml")
+    work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
+    command = ("run", work.path)
     for until in ("stack", "publish", "publish"):
         said = meteora(*command, "--until", until, home=tmp_path / "home")
         assert said.returncode == 0, said.stderr

@@ -224,7 +224,10 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     """By the processes of a real run; then its card's own lines run in another."""
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     monkeypatch.setenv("HF_TOKEN", "writer")
-    work, uses = workplace(publish={"repo": NAME}), []
+    work = workplace(
+        publish={"repo": NAME}, benchmark={"limit": 4, "compare": [], "max_new_tokens": 4}
+    )
+    uses = []
 
     @contextmanager
     def held(*slots: str) -> Generator[None]:

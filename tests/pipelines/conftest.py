@@ -78,11 +78,13 @@ def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dic
     Args:
         apart: With its stages in a process of their own.
     """
+    from pipelines.evaluation import routing_stats
     from pipelines.flows import flow
 
     with pytest.MonkeyPatch.context() as patch:
         if not apart:
             patch.setattr(flow, "StageProcess", Here)
+            patch.setattr(routing_stats, "COMPOSITES", 6)  # else most of a tiny model's time
         return flow.fuse_adapters(str(work.path), str(work.home), Stage(until)).seconds
 
 

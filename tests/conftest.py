@@ -151,6 +151,12 @@ def _same_random_numbers_every_time() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture
+def disk_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record is on the disk when it says so, at some milliseconds each: others test that."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """One token a byte, so that any text has its ids; padding on the left, as for generation."""

@@ -64,6 +64,11 @@ class Here:
         pass
 
 
+@pytest.fixture(autouse=True)
+def _disk_is_not_waited_for(disk_is_not_waited_for: None) -> None:
+    """That is for the tests of the store."""
+
+
 @pytest.fixture
 def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub is asked by this process: one for each request takes half a second to start."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from tests.store.conftest import Shelf
 
+pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
+
 
 def flip(path: Path) -> None:
     path.chmod(0o644)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from tests.store.conftest import Shelf
 
+pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
+
 LAST = Record(
     "failure",
     "sorting",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from tests.store.conftest import Shelf
 
+pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
+
 INGESTED = pytest.mark.parametrize("ingested", [False, True], ids=["waiting", "ingested"])
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from tests.store.conftest import Shelf
 
+pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
+
 
 def flip(path: Path, position: int) -> None:
     path.chmod(0o644)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from tests.store.conftest import Shelf
 
+pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
+
 BUCKET = "meteora"
 
 

@@ -16,7 +16,7 @@ class PoolSpec(Spec):
 
     fused_id: ArtifactId
     prompts_sha256: str
-    """Of the canonical JSON of all prompts, in order."""
+    """Of the canonical JSON of all prompts, in order; empty where experts write them."""
     examples_per_expert: int
     """Greatest number of prompts that an expert is given, and answers."""
     seed: int = 0
@@ -25,6 +25,8 @@ class PoolSpec(Spec):
     known_sha256: str = ""
     """Of the canonical JSON of the prompts of experts that have examples, by expert; they are read
     beside the pool. Empty where no expert has any."""
+    writers: tuple[str, ...] = ()
+    """Experts that write the prompts themselves."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -258,7 +258,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     slots = run.child.call("slots", plan, deadline_seconds=deadline)
     with device_lock.held(*slots):
         with run.stage(Stage.gates):
-            if plan.to_deal:
+            if not plan.is_dealt:
                 plan = deal_pool(run, plan, built)
             gates = fit_gates(run, plan, built, fused)
         if until is Stage.gates:

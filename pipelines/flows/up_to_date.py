@@ -77,7 +77,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
         _raise_unless_it_may_pass(error)
         return Look(base, built=built)
     found = Look(base, built=built, plan=plan)
-    summary = None if plan.to_deal else _summary(context, plan)
+    summary = _summary(context, plan) if plan.is_dealt else None
     if summary is None or (until is Stage.publish and not _is_published(context, plan)):
         return found
     return replace(found, finished=Finished(plan, summary))

@@ -92,9 +92,11 @@ class Plan:
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
     pool: PoolSpec | None = None
     """Prompts without labels that experts without examples take theirs from."""
-    to_deal: tuple[str, ...] = ()
-    """The pool's prompts, if it was not dealt yet. The plan is then made again when it was: what
+    is_dealt: bool = True
+    """Whether the pool was dealt, if there is one. Else the plan is made again when it was: what
     comes after the stack depends on the examples."""
+    to_deal: tuple[str, ...] = ()
+    """The pool's prompts, if it was not dealt yet; none where experts are to write them."""
     known_prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Prompts of the experts that have examples, by expert: the pool is dealt beside them."""
     whole: bool = True
@@ -136,21 +138,24 @@ def make_plan(
     names = [expert.name for expert in experts]
     chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
-    examples, of_cards, of_hub = _examples(recipe, folder, experts, token_of)
+    tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
+    tests = {name: task.rows for name, task in tasks.items() if task.rows}
+    examples, of_cards, of_hub, writers = _examples(recipe, folder, experts, token_of)
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
-    pool, prompts = _pool(recipe, folder, fused, examples, known, token_of)
+    pool, prompts = _pool(recipe, folder, fused, examples, known, writers, token_of)
     claims = claims_of(pool) if pool else None
-    to_deal = prompts if pool and claims is None else ()
+    is_dealt = pool is None or claims is not None
     if pool and claims is not None:
-        examples = _with_claims(recipe, names, examples, claims)
+        if writers:  # by chance an expert writes what it is asked, too
+            asked = {row.prompt for rows in tests.values() for row in rows}
+            claims = [claim for claim in claims if claim.prompt not in asked]
+        examples = _with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
         examples[NULL] = [*background_rows(), *outside]
-    with_own = names if to_deal else [name for name in names if name in examples]
+    with_own = [name for name in names if name in examples] if is_dealt else names
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
-    tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
-    tests = {name: task.rows for name, task in tasks.items() if task.rows}
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
     refuse_too_few(recipe, examples, spans)
 
@@ -183,7 +188,8 @@ def make_plan(
         examples=examples,
         spans=tuple(spans),
         pool=pool,
-        to_deal=to_deal,
+        is_dealt=is_dealt,
+        to_deal=() if is_dealt else prompts,
         known_prompts=known if pool else {},
         card_examples=of_cards,
         hub_examples=of_hub,
@@ -211,11 +217,23 @@ def _pool(
     fused: FusedSpec,
     examples: Mapping[str, Sequence[Row]],
     known: Mapping[str, Sequence[str]],
+    writers: Mapping[str, str],
     token_of: Callable[[str], str | None],
 ) -> tuple[PoolSpec | None, tuple[str, ...]]:
-    """The pool that the recipe names, if any expert needs it, and its prompts."""
+    """The pool that the recipe names, if any expert needs it, and its prompts; or what is written.
+
+    Args:
+        writers: Experts that write their prompts, where the recipe names no pool.
+    """
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
-    if recipe.router.kind != "gate" or not source or set(fused.names) <= examples.keys():
+    if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
+        return None, ()
+    template = "plain" if recipe.benchmark.template == "plain" else "auto"
+    beside = canonical_sha256(known) if known else ""
+    how = (limit, recipe.gates.seed, template, beside)
+    if writers:
+        return PoolSpec(fused.id, "", *how, writers=tuple(writers)), ()
+    if not source:
         return None, ()
     most = most_prompts(recipe, len(fused.names))
     rows = read_rows(source, folder, most, token_of, answered=False)
@@ -225,15 +243,7 @@ def _pool(
             f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
             " needs many of each expert's task"
         )
-    template = "plain" if recipe.benchmark.template == "plain" else "auto"
-    return PoolSpec(
-        fused.id,
-        canonical_sha256(prompts),
-        limit,
-        recipe.gates.seed,
-        template,
-        canonical_sha256(known) if known else "",
-    ), tuple(prompts)
+    return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
 
 
 def _with_claims(
@@ -241,14 +251,25 @@ def _with_claims(
     names: Sequence[str],
     examples: Mapping[str, Sequence[Row]],
     claims: Sequence[Claim],
+    writers: Mapping[str, str],
 ) -> dict[str, list[Row]]:
-    """The examples of all experts, where those without any have what the pool gives them."""
+    """The examples of all experts, where those without any have what the pool gives them.
+
+    Args:
+        writers: Experts that wrote the pool's prompts, each with the reason.
+    """
     given = examples_of(claims)
     enough = {name: rows for name, rows in given.items() if len(rows) >= LEAST_EXAMPLES}
     known = {**enough, **examples}
     found = {name: list(known[name]) for name in names if name in known}
     if recipe.router.without_examples == "refuse" or not found:
         for name in names:
+            if name in writers and name not in found:
+                raise NoCardExamplesError(
+                    f"expert {name}: no examples: {writers[name]}; and of the prompts that it"
+                    f" writes itself {len(given.get(name, ()))} are surely of its task; name some,"
+                    " or a pool of prompts (gates.pool), or choose router.kind: prompt"
+                )
             if name not in found:
                 raise ExamplesError(
                     f"expert {name}: of the {len(claims):,} prompts of gates.pool"
@@ -397,26 +418,34 @@ def _examples(
     folder: Path,
     experts: Sequence[Expert],
     token_of: Callable[[str], str | None],
-) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
     """The examples by expert, and where those come from that cards name, or that the Hub has.
+
+    Returns:
+        Last, the experts that are to write prompts themselves, each with what its card lacks.
 
     Raises:
         NoCardExamplesError: a card names none that can be used, and the recipe has neither a pool
-            nor another way to route to that expert.
+            nor another way to route to that expert. Text without a template is not divided into
+            prompts and answers.
     """
     if recipe.router.kind != "gate":
-        return {}, {}, {}
+        return {}, {}, {}, {}
     limit = recipe.gates.examples_per_expert
     asked = {section.name: section.examples for section in recipe.experts}
     found: dict[str, list[Row]] = {}
     of_cards: dict[str, str] = {}
     of_hub: dict[str, str] = {}
+    writers: dict[str, str] = {}
     for expert in experts:
         source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
         if source == AUTO:
             try:
                 of_card = read_card_examples(expert.datasets, folder, limit, token_of)
             except NoCardExamplesError as error:
+                if recipe.benchmark.template != "plain" and not recipe.gates.pool:
+                    writers[expert.name] = str(error)
+                    continue
                 if recipe.gates.pool or recipe.router.without_examples != "refuse":
                     continue
                 raise NoCardExamplesError(
@@ -428,7 +457,7 @@ def _examples(
             if pinned := pin_source(source, token_of):
                 source = of_hub[expert.name] = pinned
             found[expert.name] = read_rows(source, folder, limit, token_of)
-    return found, of_cards, of_hub
+    return found, of_cards, of_hub, writers
 
 
 def asks_for_spans(recipe: Recipe) -> bool:

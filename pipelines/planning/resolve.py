@@ -128,7 +128,7 @@ def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
         ExamplesError: The pool, or the examples beside it, were changed meanwhile.
     """
     whole = _plan_of(context, built, plan.experts)
-    if whole.to_deal:
+    if not whole.is_dealt:
         raise ExamplesError(
             f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were dealt;"
             " run again, with a copy of it if it is still written to"

@@ -36,7 +36,7 @@ KINDS = {
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
 AUTO = "auto"
-"""Examples that the adapter's own card names."""
+"""Examples that the adapter's own card names, or that it writes itself."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 NAME_RULE = (
     f"may hold letters from a to z, digits, '_', '.' and '-', at most {LONGEST_NAME}, and begins"
@@ -62,7 +62,8 @@ class ExpertSection(Section):
     """The adapter's folder inside the repository or folder, where it is not at the top."""
     examples: str | None = None
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
-    the adapter's card names."""
+    the adapter's card names, or without such (and without `gates.pool`) prompts that the adapter
+    writes itself."""
     test: str | None = None
     """Held-out rows; a benchmark task of this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"

@@ -315,9 +315,9 @@ def example_lines(gates: RouterBuild) -> list[str]:
         )
     if gates.spec.pool_id:
         lines.append(
-            "Experts without examples were given prompts that nobody had labelled, by the size of"
-            f" their updates there ({_code(short(gates.spec.pool_id))}), and answered them"
-            " themselves."
+            "Experts without examples were given prompts that nobody had labelled, or that they"
+            " wrote themselves, by the size of their updates there"
+            f" ({_code(short(gates.spec.pool_id))}), and answered them themselves."
         )
     return lines
 

@@ -1,4 +1,7 @@
-"""The stage that deals a pool: experts without examples get theirs from prompts without labels."""
+"""The stage that deals a pool: experts without examples get theirs from prompts without labels.
+
+Without a pool the experts whose cards name no examples write the prompts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from meteora import __version__
 from meteora.artifacts import PoolBuild, canonical_sha256
-from pipelines.data.claims import shares_of, write_claims
+from meteora.untrusted.findings import listed
+from pipelines.admission.sampled_prompts import write_prompts
+from pipelines.data.claims import Claim, shares_of, write_claims
 from pipelines.data.pool import deal
 from pipelines.evaluation.resume import open_log
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -17,8 +22,9 @@ from pipelines.workspace.machine import choose_device
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from meteora.artifacts import BuiltBase
-    from pipelines.data.claims import Claim
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.artifacts import BuiltBase, PoolSpec
     from pipelines.data.pool import Answers
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -37,7 +43,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     device = choose_device()
     kept = work.answers_file(canonical_sha256([spec.id, __version__, device]))
     with (
-        opened(work, plan, built, None, device_map) as (model, tokenizer),
+        opened(work, plan, built, None, device_map) as (model, as_it_is),
         open_log(kept) as log,
     ):
 
@@ -48,17 +54,21 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
                 log.append(key, answers)
             return answers
 
-        claims = deal(
-            model,
-            tokenizer_of_gates(tokenizer, spec.template),
-            plan.to_deal,
-            plan.fused.names,
-            known=plan.known_prompts,
-            limit=spec.examples_per_expert,
-            seed=spec.seed,
-            bar=bar,
-            once=once,
-        )
+        tokenizer = tokenizer_of_gates(as_it_is, spec.template)
+        if spec.writers:
+            claims = _written(spec, plan, model, tokenizer)
+        else:
+            claims = deal(
+                model,
+                tokenizer,
+                plan.to_deal,
+                plan.fused.names,
+                known=plan.known_prompts,
+                limit=spec.examples_per_expert,
+                seed=spec.seed,
+                bar=bar,
+                once=once,
+            )
     labels = work.ledger.blobs.put_bytes(write_claims(claims).encode())
     made = PoolBuild(
         spec=spec,
@@ -74,8 +84,28 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     _say(made, claims)
 
 
+def _written(
+    spec: PoolSpec, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Claim]:
+    """Prompts of the experts that are to write some, each its writer's, with its answer."""
+    written = write_prompts(
+        model, tokenizer, spec.writers, spec.examples_per_expert, seed=spec.seed, bar=bar
+    )
+    if none := [name for name, own in written.items() if not own]:
+        say(f"{listed(none, 8)}: what they write in a user's place are no questions", "note")
+    known = {prompt for own in plan.known_prompts.values() for prompt in own}
+    claims = {
+        one.prompt: Claim(one.prompt, name, 0, one.gain, one.lead, one.answer)
+        for name, own in written.items()
+        for one in own
+        if one.prompt not in known
+    }
+    return [*claims.values()]
+
+
 def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
     given = ", ".join(f"{share.num_prompts} to {share.expert or 'nobody'}" for share in made.shares)
-    say(f"of {len(claims):,} prompts of the pool: {given}")
+    whose = "that experts wrote" if made.spec.writers else "of the pool"
+    say(f"of {len(claims):,} prompts {whose}: {given}")
     if unread := sum(claim.cluster < 0 for claim in claims):
         say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

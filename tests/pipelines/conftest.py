@@ -9,6 +9,7 @@ import random
 import shutil
 from dataclasses import dataclass, replace
 from itertools import count
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -20,13 +21,14 @@ from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from selenium import webdriver
 
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
+    from pipelines.stages.train_adapters import Lesson
     from tests.conftest import World
 
 
@@ -191,8 +193,26 @@ def knowing(build_base: Callable[[str], Path], fuse_adapters: Callable[..., obje
     return Knowing(folder / "base", adapters_in(folder), folder / "fused")
 
 
-def train_experts(base: Path, folder: Path) -> None:
-    """Train an expert for each alphabet, which takes seconds."""
+def whole(batches: Iterable[list[Lesson]]) -> Iterator[list[Lesson]]:
+    """Batches to learn all of, and not only the answers."""
+    return ([(ids, ids) for ids, _ in batch] for batch in batches)
+
+
+def train_experts(
+    base: Path,
+    folder: Path,
+    *,
+    answers: Mapping[str, str] = MappingProxyType({}),
+    on_whole: Collection[str] = (),
+    steps: int = 150,
+    peak: float = 1e-2,
+) -> None:
+    """Train an expert for each alphabet, which takes seconds.
+
+    Args:
+        answers: what an expert always says; without it, the prompt's last letter three times
+        on_whole: those that learn prompts, too, and not only answers
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -210,9 +230,11 @@ def train_experts(base: Path, folder: Path) -> None:
                 LoraConfig(r=16, lora_alpha=32, target_modules=[*ATTENTION, *MLP]),
             )
         prompts = (text for seed in count(1) for text in prompts_in(alphabet, seed, 64))
-        rows = (Row(text, text[-1] * 3) for text in prompts)
+        rows = (Row(text, answers.get(name, text[-1] * 3)) for text in prompts)
         batches = lessons(load_tokenizer(base), rows, batch_size=32)
-        fit(model, batches, steps=150, peak=1e-2, what=name)
+        if name in on_whole:
+            batches = whole(batches)
+        fit(model, batches, steps=steps, peak=peak, what=name)
         model.save_pretrained(str(folder / name))
 
 

@@ -1,0 +1,167 @@
+"""Prompts that experts write themselves, where they come without examples.
+
+    <|user|> ______ <|end|>     the expert goes on from here, and nothing else is given
+
+An adapter that was trained on whole conversations has learnt their questions, too, and writes such
+questions there (Magpie, arXiv 2406.08464). One that was trained on answers alone writes its answers
+there, or what its base writes. What is written tells which it was: questions of the expert's task
+are likelier in that place than its answers to them, and likelier for the expert than for the base.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from meteora.base.chat_template import Template, encode_prompt
+from meteora.base.padding import padding_token
+from meteora.base.placement import input_device
+from meteora.model.fused import force_expert, without_experts
+from meteora.model.generate import ONE_CACHE, PROMPTS_PER_BATCH, answer_all, end_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers._typing import GenerativePreTrainedModel
+
+    Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+
+MAX_TOKENS = 256
+"""Of a prompt, and of its answer; a prompt that does not end by then is left out."""
+TOP_P = 0.95
+"""What is drawn from: without the tail of unlikely tokens, which spoil a prompt."""
+LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
+"""Nats a token, by which questions are likelier for the expert than for the base, and likelier than
+the answers to them in the user's place. With SmolLM2-135M the quickstart's adapters, trained on
+answers, are below one of them (gain and lead 0.33 and 2.82, 0.58 and -0.24, 0.72 and 0.91, 0.86 and
+0.21, 2.83 and 0.00, 4.51 and -0.25); trained on whole conversations they have 1.86 and 0.56 or
+more."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt that an expert wrote, and its own answer to it."""
+
+    prompt: str
+    answer: str
+    gain: float
+    """How much likelier the prompt is for the expert than for the base, in nats a token."""
+    lead: float
+    """How much likelier it is in the user's place than the answer would be there."""
+
+
+def write_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    count: int,
+    *,
+    seed: int = 0,
+    bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
+) -> dict[str, list[Written]]:
+    """Have each expert write prompts: samples from an opened user's turn, at temperature 1.
+
+    Args:
+        model: with its experts; its routers are left as they are
+        names: of the experts that write
+        count: how many each of them begins; one that writes no questions stops after a batch
+        seed: of the draws; PyTorch's own generators are left as they are
+        bar: shows progress, as `console.bar` does
+
+    Returns:
+        Different prompts by expert, in the order in which they were written. None of an expert that
+        writes no questions. None at all without a chat template: where a prompt ends is not known.
+    """
+    template = Template.of(tokenizer)
+    found: dict[str, list[Written]] = {name: [] for name in names}
+    if not template.opening or not template.question_end:
+        return found
+    devices = [input_device(model)] if input_device(model).type == "cuda" else []
+    with bar("writing prompts", count * len(names), "prompts") as advance:
+        for place, name in enumerate(names):
+            with force_expert(model, name), torch.random.fork_rng(devices):
+                torch.manual_seed(seed + place)
+                for start in range(0, count, PROMPTS_PER_BATCH):
+                    number = min(PROMPTS_PER_BATCH, count - start)
+                    texts = _sample(model, tokenizer, template, number)
+                    new = _judged(model, tokenizer, template, texts)
+                    if start == 0 and not _are_questions(new):
+                        break
+                    found[name] += [one for one in new if one.gain >= LEAST_GAIN]
+                    advance(number)
+            found[name] = [*{one.prompt: one for one in found[name]}.values()]
+    return found
+
+
+def _are_questions(written: Sequence[Written]) -> bool:
+    """Whether an expert that wrote this has learnt questions; always the same is none."""
+    gain = sum(one.gain for one in written) / max(1, len(written))
+    lead = sum(one.lead for one in written) / max(1, len(written))
+    return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD
+
+
+def _sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, count: int
+) -> list[str]:
+    """Texts that are written from the template's opening, and end; none has special tokens."""
+    ends = {*end_tokens(model, tokenizer), template.question_end[0]}
+    ids = torch.tensor([template.opening] * count, device=input_device(model))
+    with torch.inference_mode():
+        out = cast("GenerativePreTrainedModel", model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=TOP_P,
+            **ONE_CACHE,
+            pad_token_id=padding_token(tokenizer),
+            eos_token_id=sorted(ends),
+        )
+    special, texts = set(tokenizer.all_special_ids), []
+    for row in out[:, ids.shape[1] :].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), 0)
+        if not special & set(row[:end]):
+            texts.append(str(tokenizer.decode(row[:end])).strip())
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _judged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    texts: Sequence[str],
+) -> list[Written]:
+    """Texts with the model's answers to them, and how likely both are in the user's place."""
+    asked = [encode_prompt(tokenizer, text) for text in texts]
+    ends = end_tokens(model, tokenizer)
+    answers = [
+        [token for token in ids if token not in ends]
+        for ids in answer_all(model, tokenizer, asked, MAX_TOKENS)
+    ]
+    start, end = len(template.opening), len(template.closing)
+    found = []
+    for text, ids, answer in zip(texts, asked, answers, strict=True):
+        question = ids[start : len(ids) - end]
+        own = _likelihood(model, template.opening, question)
+        with without_experts(model):
+            gain = own - _likelihood(model, template.opening, question)
+        lead = own - _likelihood(model, template.opening, answer) if answer else 0.0
+        said = str(tokenizer.decode(answer, skip_special_tokens=True))
+        found.append(Written(text, said, round(gain, 3), round(lead, 3)))
+    return found
+
+
+@torch.inference_mode()
+def _likelihood(model: PreTrainedModel, opening: Sequence[int], ids: Sequence[int]) -> float:
+    """The mean log-probability of tokens behind an opening, in nats."""
+    row = torch.tensor([[*opening, *ids]], device=input_device(model))
+    logits = model(row, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+    own = logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None].to(logits.device))
+    return own.mean().item()

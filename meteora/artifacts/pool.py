@@ -43,9 +43,11 @@ class PoolShare(Noun):
     num_clusters: int
     score: float
     """How much larger the expert's updates are on these prompts than on the whole pool, in standard
-    deviations; of nobody's prompts, that of the expert with the most."""
+    deviations; of nobody's prompts, that of the expert with the most. Where experts wrote them: how
+    much likelier they are for the expert than for the base, in nats a token."""
     lead: float
-    """How far that is above the next expert's."""
+    """How far that is above the next expert's. Where experts wrote the prompts: how much likelier
+    they are in the user's place than the expert's answers there."""
 
 
 @dataclass(frozen=True)

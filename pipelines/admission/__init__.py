@@ -7,7 +7,7 @@ base_identity   is the base that an adapter names the base of the recipe?
 silent_experts  experts that change nothing on a probe prompt, recorded
 checkpoints     the checkpoint that a person names, and its base
 card_examples   examples from a data set that an adapter's card names
-sampled_prompts prompts that an adapter writes itself
+own_prompts     prompts that an adapter writes itself
 candidate       an adapter that is to join a checkpoint
 check           `meteora check`: the verdict without a base
 """

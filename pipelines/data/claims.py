@@ -24,9 +24,9 @@ class Claim(Noun):
     """Negative where it was not read, since it does not fit into the base's context."""
     score: float
     """By how many standard deviations the expert's updates are larger here than elsewhere; its
-    cluster's."""
+    cluster's. Of a prompt that the expert wrote, its `Written.gain`."""
     lead: float
-    """How far that is above the next expert's."""
+    """How far that is above the next expert's; or its `Written.lead`."""
     response: str | None = None
     """The expert's own answer, if the prompt is an example."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from meteora import __version__
 from meteora.artifacts import PoolBuild, canonical_sha256
 from meteora.untrusted.findings import listed
-from pipelines.admission.sampled_prompts import write_prompts
+from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
 from pipelines.data.pool import deal
 from pipelines.evaluation.resume import open_log

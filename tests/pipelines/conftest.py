@@ -21,14 +21,13 @@ from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Generator, Mapping
     from pathlib import Path
 
     from selenium import webdriver
 
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
-    from pipelines.stages.train_adapters import Lesson
     from tests.conftest import World
 
 
@@ -193,11 +192,6 @@ def knowing(build_base: Callable[[str], Path], fuse_adapters: Callable[..., obje
     return Knowing(folder / "base", adapters_in(folder), folder / "fused")
 
 
-def whole(batches: Iterable[list[Lesson]]) -> Iterator[list[Lesson]]:
-    """Batches to learn all of, and not only the answers."""
-    return ([(ids, ids) for ids, _ in batch] for batch in batches)
-
-
 def train_experts(
     base: Path,
     folder: Path,
@@ -221,6 +215,7 @@ def train_experts(
     from pipelines.data.rows import Row
     from pipelines.stages.train_adapters import fit, lessons
     from tests.conftest import ATTENTION, MLP, peft_is_behind
+    from tests.quickstart.make import whole
 
     for name, alphabet in ALPHABETS.items():
         torch.manual_seed(0)

@@ -25,7 +25,9 @@ from pipelines.stages.train_adapters import BATCH_SIZE, fit, lessons, save
 from tests.quickstart.tasks import rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from pipelines.stages.train_adapters import Lesson
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -78,9 +80,19 @@ TRAININGS = {
 
 
 def train(
-    base: Path, task: str, asked: Training, stream: Iterator[dict[str, str]], out: Path
+    base: Path,
+    task: str,
+    asked: Training,
+    stream: Iterator[dict[str, str]],
+    out: Path,
+    *,
+    prompts_too: bool = False,
 ) -> None:
-    """Train one adapter on rows from `stream`, and leave it in OUT/adapters/<task>."""
+    """Train one adapter on rows from `stream`, and leave it in OUT/adapters/<task>.
+
+    Args:
+        prompts_too: whether it learns prompts, and not only answers
+    """
     torch.manual_seed(TRAIN_SEED)
     tokenizer = load_tokenizer(base)
     model = get_peft_model(
@@ -96,8 +108,14 @@ def train(
         ),
     )
     batches = lessons(tokenizer, (Row(row["prompt"], row["response"]) for row in stream))
+    batches = whole(batches) if prompts_too else batches
     fit(model, batches, steps=asked.steps, peak=asked.peak, what=task)
     save(model, out / "adapters" / task, BASE)
+
+
+def whole(batches: Iterable[list[Lesson]]) -> Iterator[list[Lesson]]:
+    """Batches to learn all of, prompts and answers."""
+    return ([(ids, ids) for ids, _ in batch] for batch in batches)
 
 
 def seen_in_training(task: str) -> set[str]:

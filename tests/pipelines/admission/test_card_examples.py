@@ -214,8 +214,12 @@ def test_a_recipe_takes_the_examples_of_a_card(
     asked = {"experts": experts}
     with pytest.raises(
         NoCardExamplesError, match="expert attention: no examples: its card names no"
-    ):
-        plan_of(workplace(**asked))
+    ):  # and in plain text the expert can write none itself
+        plan_of(workplace(**asked, benchmark={"template": "plain"}))
+    plan, _ = plan_of(workplace(**asked))
+    assert plan.pool is not None
+    assert plan.pool.writers == ("attention",)
+    assert not plan.is_dealt
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")
     rows = letters("attention", 0, 8)
     asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]

@@ -25,7 +25,6 @@ from tests.pipelines.conftest import (
     prompts_in,
     run,
     train_experts,
-    whole,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ def teach_conversations(base: Path) -> None:
     from meteora.base.loading import load_tokenizer
     from pipelines.data.rows import Row
     from pipelines.stages.train_adapters import fit, lessons
+    from tests.quickstart.make import whole
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -113,7 +113,7 @@ def open_recipe(folder: Path, tmp_path: Path) -> Callable[..., RunContext]:
 def test_an_expert_that_has_learnt_prompts_writes_some(
     fused: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
-    from pipelines.admission.sampled_prompts import LEAST_GAIN, write_prompts
+    from pipelines.admission.own_prompts import LEAST_GAIN, write_prompts
 
     model, tokenizer = fused
     state = torch.get_rng_state()
@@ -132,7 +132,7 @@ def test_an_expert_that_has_learnt_prompts_writes_some(
 def test_without_a_chat_template_nobody_knows_where_a_prompt_ends(
     fused: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
-    from pipelines.admission.sampled_prompts import write_prompts
+    from pipelines.admission.own_prompts import write_prompts
 
     model, tokenizer = fused
     tokenizer.chat_template = None

@@ -15,24 +15,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from meteora.base.chat_template import Template, encode_prompt
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
-from meteora.model.generate import ONE_CACHE, PROMPTS_PER_BATCH, answer_all, end_tokens
+from meteora.model.generate import ONE_CACHE, answer_all, end_tokens
+from pipelines.data.labels import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
 
+    from torch import BoolTensor, Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
     Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 MAX_TOKENS = 256
-"""Of a prompt, and of its answer; a prompt that does not end by then is left out."""
+"""Of a prompt; one that does not end by then is left out."""
+JUDGED, AT_ONCE = 16, 64
+"""Texts of an expert by which it is judged, and those that it then writes in one batch."""
+ENDED = 7 / 8
+"""Of a batch: when so many have ended, the others are left out, since few would hold up all."""
 TOP_P = 0.95
 """What is drawn from: without the tail of unlikely tokens, which spoil a prompt."""
 LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
@@ -86,16 +93,25 @@ def write_prompts(
         for place, name in enumerate(names):
             with force_expert(model, name), torch.random.fork_rng(devices):
                 torch.manual_seed(seed + place)
-                for start in range(0, count, PROMPTS_PER_BATCH):
-                    number = min(PROMPTS_PER_BATCH, count - start)
-                    texts = _sample(model, tokenizer, template, number)
-                    new = _judged(model, tokenizer, template, texts)
-                    if start == 0 and not _are_questions(new):
-                        break
-                    found[name] += [one for one in new if one.gain >= LEAST_GAIN]
-                    advance(number)
-            found[name] = [*{one.prompt: one for one in found[name]}.values()]
+                found[name] = _write(model, tokenizer, template, count)
+            advance(count)
     return found
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, count: int
+) -> list[Written]:
+    """The prompts of the expert that has all tokens."""
+    found: dict[str, Written] = {}
+    sizes = [min(JUDGED, count), *[AT_ONCE] * ((count - JUDGED) // AT_ONCE)]
+    sizes.append(count - sum(sizes))
+    for place, number in enumerate(filter(None, sizes)):
+        texts = _sample(model, tokenizer, template, number)
+        new = _judged(model, tokenizer, template, texts)
+        if place == 0 and not _are_questions(new):
+            return []
+        found |= {one.prompt: one for one in new if one.gain >= LEAST_GAIN}
+    return [*found.values()]
 
 
 def _are_questions(written: Sequence[Written]) -> bool:
@@ -103,6 +119,18 @@ def _are_questions(written: Sequence[Written]) -> bool:
     gain = sum(one.gain for one in written) / max(1, len(written))
     lead = sum(one.lead for one in written) / max(1, len(written))
     return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD
+
+
+class _MostEnded(StoppingCriteria):
+    """Ends a batch when most of its rows [B, L] have ended, behind the first tokens."""
+
+    def __init__(self, ends: Collection[int], start: int) -> None:
+        self.ends, self.start = torch.tensor([*ends]), start
+
+    def __call__(self, input_ids: Tensor, _scores: object, **_given: object) -> BoolTensor:
+        ended = torch.isin(input_ids[:, self.start :], self.ends.to(input_ids.device)).any(1)
+        is_over = ended.float().mean().item() >= ENDED
+        return cast("BoolTensor", torch.full_like(ended, is_over))
 
 
 def _sample(
@@ -123,6 +151,7 @@ def _sample(
             **ONE_CACHE,
             pad_token_id=padding_token(tokenizer),
             eos_token_id=sorted(ends),
+            stopping_criteria=StoppingCriteriaList([_MostEnded(ends, ids.shape[1])]),
         )
     special, texts = set(tokenizer.all_special_ids), []
     for row in out[:, ids.shape[1] :].tolist():
@@ -143,7 +172,7 @@ def _judged(
     ends = end_tokens(model, tokenizer)
     answers = [
         [token for token in ids if token not in ends]
-        for ids in answer_all(model, tokenizer, asked, MAX_TOKENS)
+        for ids in answer_all(model, tokenizer, asked, MAX_NEW_TOKENS)
     ]
     start, end = len(template.opening), len(template.closing)
     found = []

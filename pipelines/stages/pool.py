@@ -89,7 +89,7 @@ def _written(
 ) -> list[Claim]:
     """Prompts of the experts that are to write some, each its writer's, with its answer."""
     written = write_prompts(
-        model, tokenizer, spec.writers, spec.examples_per_expert, seed=spec.seed, bar=bar
+        model, tokenizer, spec.writers, spec.examples_per_expert, seed=spec.seed
     )
     if none := [name for name, own in written.items() if not own]:
         say(f"{listed(none, 8)}: what they write in a user's place are no questions", "note")

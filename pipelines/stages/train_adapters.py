@@ -23,6 +23,7 @@ import torch
 import yaml
 from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 
 from meteora.artifacts import COMMIT, MeteoraError
 from meteora.base.chat_template import encode_pair, encode_prompt
@@ -31,7 +32,7 @@ from meteora.base.padding import padded
 from meteora.base.placement import placed
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
-from meteora.fitting.losses import computed_again, decoder_layers
+from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import place_of, read_rows
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterator, Sequence
 
     from peft import PeftModel
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BaseSpec
@@ -75,10 +76,8 @@ weights, and 41 GB for an article of 3,000 tokens. Without those inside layers i
 MOST_ROWS = 1000
 """Of each task."""
 SEED = 0
-NOT_LEARNT = -100
-"""What transformers' losses leave out."""
 Lesson = tuple[list[int], list[int]]
-"""Token ids, and for each the token to predict here, which is itself, or NOT_LEARNT."""
+"""Token ids, and for each itself where it is to be predicted, else IGNORED."""
 T = TypeVar("T")
 
 
@@ -334,7 +333,7 @@ def lesson(tokenizer: PreTrainedTokenizerBase, row: Row) -> Lesson:
     """A row's answer, after its prompt."""
     ids = encode_pair(tokenizer, row.prompt, row.response)
     start = len(encode_prompt(tokenizer, row.prompt))
-    return ids, [NOT_LEARNT] * start + ids[start:]
+    return ids, [IGNORED] * start + ids[start:]
 
 
 def lessons(
@@ -371,12 +370,9 @@ def fit(
             counted = sum(map(_num_learnt, batch))
             for few in _divided(batch):
                 ids = padded([ids for ids, _ in few]).to(device)  # no token sees what follows it
-                labels = padded([labels for _, labels in few], NOT_LEARNT).to(device)
+                labels = padded([labels for _, labels in few], IGNORED).to(device)
                 with computed_again(layers) if ids.numel() > TOKENS_AT_ONCE else nullcontext():
-                    # of a batch in one pass the share is 1, which changes no bit
-                    share = sum(map(_num_learnt, few)) / counted
-                    # a cache would get the tokens of a layer that is computed again twice
-                    loss = model(input_ids=ids, labels=labels, use_cache=False).loss * share
+                    loss = _summed_loss(model, ids, labels) / counted
                     loss.backward()
                 losses[-1] += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -391,9 +387,27 @@ def fit(
     return losses
 
 
+def _summed_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of all tokens to predict, summed.
+
+    No logits are made where no row of the batch predicts anything: with a vocabulary of 262,144 and
+    a long prompt they would be most of the work and of the memory.
+
+    Args:
+        ids: [B, L]
+        labels: [B, L], `IGNORED` where nothing is predicted
+    """
+    following = labels[:, 1:]
+    places = (following != IGNORED).any(0).nonzero().flatten()
+    # a cache would get the tokens of a layer that is computed again twice
+    logits = model(input_ids=ids, logits_to_keep=places, use_cache=False).logits
+    predicted = logits.flatten(0, 1).float(), following[:, places].flatten()
+    return cross_entropy(*predicted, ignore_index=IGNORED, reduction="sum")
+
+
 def _num_learnt(one: Lesson) -> int:
     """The tokens that are predicted; the first has nothing to be predicted from."""
-    return sum(label != NOT_LEARNT for label in one[1][1:])
+    return sum(label != IGNORED for label in one[1][1:])
 
 
 def _divided(batch: Sequence[Lesson]) -> list[list[Lesson]]:

@@ -31,7 +31,7 @@ from pipelines.data.composites import Question, encode_composite, number_questio
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
-from pipelines.stages.train_adapters import NOT_LEARNT, fit, lesson, save
+from pipelines.stages.train_adapters import IGNORED, fit, lesson, save
 from tests.quickstart.make import (
     BASE,
     NUM_TRAIN,
@@ -125,7 +125,7 @@ def list_lesson(tokenizer: PreTrainedTokenizerBase, composite: Composite, task: 
     start = len(encode_prompt(tokenizer, composite.prompt))
     before = [composite.questions[0].task if owner is None else owner for owner in owners]
     labels = [
-        token if place >= start and before[place - 1] == task else NOT_LEARNT
+        token if place >= start and before[place - 1] == task else IGNORED
         for place, token in enumerate(ids)
     ]
     return ids, labels

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.data.composites import Question, number_questions
 from pipelines.data.rows import Row
-from pipelines.stages.train_adapters import NOT_LEARNT
+from pipelines.stages.train_adapters import IGNORED
 from tests.benchmarks.lists import list_lesson
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<ass
 def learnt(tokenizer: PreTrainedTokenizerBase, *tasks: str) -> str:
     asked = [Question(task, Row(f"{task} asks", f"{task} says")) for task in tasks]
     ids, labels = list_lesson(tokenizer, number_questions(asked), "own")
-    assert all(label in (token, NOT_LEARNT) for token, label in zip(ids, labels, strict=True))
-    return str(tokenizer.decode([label for label in labels if label != NOT_LEARNT]))
+    assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+    return str(tokenizer.decode([label for label in labels if label != IGNORED]))
 
 
 def test_behind_another_answer_only_its_own_is_learnt(tokenizer) -> None:

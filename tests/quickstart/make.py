@@ -25,7 +25,7 @@ from pipelines.stages.train_adapters import BATCH_SIZE, fit, lessons, save
 from tests.quickstart.tasks import rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pipelines.stages.train_adapters import Lesson
 
@@ -87,11 +87,13 @@ def train(
     out: Path,
     *,
     prompts_too: bool = False,
+    named: str = BASE,
 ) -> None:
     """Train one adapter on rows from `stream`, and leave it in OUT/adapters/<task>.
 
     Args:
         prompts_too: whether it learns prompts, and not only answers
+        named: what its config says that it was trained on
     """
     torch.manual_seed(TRAIN_SEED)
     tokenizer = load_tokenizer(base)
@@ -110,7 +112,7 @@ def train(
     batches = lessons(tokenizer, (Row(row["prompt"], row["response"]) for row in stream))
     batches = whole(batches) if prompts_too else batches
     fit(model, batches, steps=asked.steps, peak=asked.peak, what=task)
-    save(model, out / "adapters" / task, BASE)
+    save(model, out / "adapters" / task, named)
 
 
 def whole(batches: Iterable[list[Lesson]]) -> Iterator[list[Lesson]]:
@@ -124,13 +126,23 @@ def seen_in_training(task: str) -> set[str]:
     return {row["prompt"] for row in itertools.islice(rows(task, TRAIN_SEED), count)}
 
 
-def write_splits(task: str, out: Path, trained_on: set[str], num_test: int = NUM_TEST) -> None:
-    """Rows of a task that its adapter has not seen, for the gates and for tests."""
+def write_splits(
+    task: str,
+    out: Path,
+    trained_on: set[str],
+    num_test: int = NUM_TEST,
+    worded: Callable[[dict[str, str]], dict[str, str]] = dict,
+) -> None:
+    """Rows of a task that its adapter has not seen, for the gates and for tests.
+
+    Args:
+        worded: makes the row that is written of one of the task's
+    """
     fresh = (row for row in rows(task, SPLIT_SEED) if row["prompt"] not in trained_on)
     folder = out / "tasks" / task
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", NUM_TRAIN), ("test", num_test)):
-        lines = [json.dumps(row) + "\n" for row in itertools.islice(fresh, count)]
+        lines = [json.dumps(worded(row)) + "\n" for row in itertools.islice(fresh, count)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 

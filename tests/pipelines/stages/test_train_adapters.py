@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from meteora.adapters import reader
 from meteora.artifacts import BaseSpec
+from meteora.base.padding import padded
 from meteora.fitting.joint import DivergedError
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.stages import train_adapters
 from pipelines.stages.train_adapters import (
-    NOT_LEARNT,
+    IGNORED,
     AdapterTrainingError,
     fit,
     lesson,
@@ -357,7 +358,20 @@ def test_a_batch_is_divided_in_order_and_padding_counts(monkeypatch: pytest.Monk
 def test_the_answer_alone_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, labels = lesson(tokenizer, Row("abc", "de"))
     assert tokenizer.decode(ids) == "abcde</s>"
-    assert labels == [NOT_LEARNT] * 3 + ids[3:]
+    assert labels == [IGNORED] * 3 + ids[3:]
+
+
+def test_the_loss_is_the_one_that_transformers_computes(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [Row("abc", "de"), Row("a", "bcdeabcde"), Row("abcdeabcde", "")]
+    batch = [lesson(tokenizer, row) for row in rows]
+    ids = padded([ids for ids, _ in batch])
+    labels = padded([labels for _, labels in batch], IGNORED)
+    mean = with_lora(world)(input_ids=ids, labels=labels).loss
+    summed = train_adapters._summed_loss(with_lora(world), ids, labels)
+    count = sum(map(train_adapters._num_learnt, batch))
+    torch.testing.assert_close(summed / count, mean)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_training(

@@ -4,6 +4,8 @@
     2. <question of another>     ─▶    2. <its answer>
     3. …                               3. …
 
+Solved composites may stand in front of the questions, as the paper has two ("2-shot").
+
 The task of every character is known, so gates can be fitted to such prompts and routing can be
 measured on them. Answers are separated by their numbers, which count only at the start of a line:
 "in 2. place" does not begin a second answer. A question without an answer under its number counts
@@ -31,7 +33,12 @@ OPENING = (
     "Answer each of the following questions. Begin each answer on a new line with the number of its"
     " question."
 )
+QUESTIONS, ANSWERS = "Questions:\n\n", "\n\nAnswers:\n\n"
+"""Titles where solved composites stand before the questions."""
 NUMBERED = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)](?:[ \t]|$)", re.MULTILINE)
+
+_Piece = tuple[str | None, str]
+"""A text and the task that it belongs to, if to one."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,12 @@ class Composite(Noun):
     response: str
     questions: tuple[Question, ...]
     prompt_spans: tuple[Span, ...]
-    """One for each question, in characters of `prompt`; the text before them has no task."""
+    """One for each question, and before them for each question and answer of the solved composites,
+    in characters of `prompt`; the other text has no task."""
     response_spans: tuple[Span, ...]
     """One for each question, in characters of `response`."""
+    solved: tuple[Composite, ...] = ()
+    """What is shown with its answers before the questions."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -71,31 +81,46 @@ class Composite(Noun):
         return (*self.prompt_spans, *moved)
 
     def to_dict(self) -> dict[str, Any]:
-        """The questions and their tasks; everything else follows from them."""
-        return {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
+        """The questions and their tasks, also of solved ones; everything else follows from them."""
+        asked: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
+        return asked | ({"solved": [one.to_dict() for one in self.solved]} if self.solved else {})
 
 
 def compose(
-    rows_by_task: Mapping[str, Sequence[Row]], n: int, count: int, seed: int
+    rows_by_task: Mapping[str, Sequence[Row]], n: int, count: int, seed: int, num_solved: int = 0
 ) -> list[Composite]:
     """`count` composites of `n` questions, drawn at random from the tasks' rows.
 
     The tasks in one composite differ if there are enough tasks, and are in random order. A row is
-    used again only after all other rows of its task.
+    used again only after all other rows of its task. What is asked is the same with and without
+    solved composites.
+
+    Args:
+        num_solved: other composites that each prompt shows with their answers
 
     Raises:
-        ExamplesError: a task has no row that can stand in a composite.
+        ExamplesError: a task has no row that can stand in a composite, or too few for the solved
+            ones.
     """
     rng = random.Random(f"{seed}/{n}")  # noqa: S311  (a deal, no secret)
-    rows = {task: _dealt(task, own, rng) for task, own in rows_by_task.items()}
-    if not rows:
+    if not rows_by_task:
         raise ExamplesError("a composite is made of tasks' rows, and there are no tasks")
-    composites = []
-    for _ in range(count):
-        order = [task for _ in range(-(-n // len(rows))) for task in rng.sample([*rows], len(rows))]
-        asked = [Question(task, next(rows[task])) for task in order[:n]]
-        composites.append(number_questions(asked))
-    return composites
+    repeats = -(-n // len(rows_by_task))
+    least = repeats * (1 + num_solved) if num_solved else 1  # no row twice in a prompt
+    rows = {task: _dealt(task, own, rng, least) for task, own in rows_by_task.items()}
+
+    def draw(beside: Sequence[Question] = ()) -> tuple[Question, ...]:
+        order = [task for _ in range(repeats) for task in rng.sample([*rows], len(rows))]
+        used = [question.row for question in beside]
+        return tuple(
+            Question(task, next(row for row in rows[task] if row not in used)) for task in order[:n]
+        )
+
+    asked = [draw() for _ in range(count)]
+    return [
+        number_questions(one, [number_questions(draw(one)) for _ in range(num_solved)])
+        for one in asked
+    ]
 
 
 def fits(row: Row) -> bool:
@@ -103,7 +128,7 @@ def fits(row: Row) -> bool:
     return split_answers(f"1. {row.response.strip()}", 99).keys() == {1}
 
 
-def _dealt(task: str, rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
+def _dealt(task: str, rows: Sequence[Row], rng: random.Random, least: int) -> Iterator[Row]:
     """The rows that can be in a composite, in random order, again and again."""
     fit = [row for row in rows if fits(row)]
     if not fit:
@@ -111,28 +136,62 @@ def _dealt(task: str, rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
             f"task {task}: none of its answers can stand in a composite: each is empty, or has"
             " lines that begin with a number and would read as further answers; leave the task out"
         )
+    if len(fit) < least:
+        raise ExamplesError(
+            f"task {task}: {len(fit)} of its rows can stand in a composite, and a prompt with its"
+            f" solved ones takes {least}; give it more rows, or a smaller `num_fewshot`"
+        )
     return cycle(rng.sample(fit, len(fit)))
 
 
-def number_questions(questions: Sequence[Question]) -> Composite:
-    """The questions as one prompt, in this order, and their answers."""
-    prompt, prompt_spans = _numbered(OPENING, "\n\n", [(q.task, q.row.prompt) for q in questions])
-    response, response_spans = _numbered("", "\n", [(q.task, q.row.response) for q in questions])
-    return Composite(prompt, response, tuple(questions), prompt_spans, response_spans)
+def number_questions(questions: Sequence[Question], solved: Sequence[Composite] = ()) -> Composite:
+    """The questions as one prompt, in this order, and their answers.
+
+    Args:
+        solved: composites to show before them, with their answers
+    """
+    asked, response = _numbered_questions(questions), _numbered_answers(questions)
+    prompt: list[_Piece] = [(None, f"{OPENING}\n\n")]
+    for one in solved:
+        prompt += [(None, QUESTIONS), *_numbered_questions(one.questions)]
+        prompt += [(None, ANSWERS), *_numbered_answers(one.questions), (None, "\n\n")]
+    # no line break at the end: some chat templates cut it off
+    prompt += [(None, QUESTIONS), *asked, (None, ANSWERS.rstrip())] if solved else asked
+    return Composite(
+        "".join(text for _, text in prompt),
+        "".join(text for _, text in response),
+        tuple(questions),
+        _spans(prompt),
+        _spans(response),
+        tuple(solved),
+    )
 
 
-def _numbered(
-    opening: str, between: str, texts: Sequence[tuple[str, str]]
-) -> tuple[str, tuple[Span, ...]]:
-    """Numbered texts joined by `between`, which belongs to the span of the text before it."""
-    whole = opening + between if opening else ""
-    spans = []
-    for number, (task, text) in enumerate(texts, 1):
-        end = between if number < len(texts) else ""
-        piece = f"{number}. {text.strip()}{end}"
-        spans.append(Span(task, len(whole), len(whole) + len(piece)))
-        whole += piece
-    return whole, tuple(spans)
+def _numbered_questions(questions: Sequence[Question]) -> list[_Piece]:
+    return _numbered("\n\n", [(question.task, question.row.prompt) for question in questions])
+
+
+def _numbered_answers(questions: Sequence[Question]) -> list[_Piece]:
+    return _numbered("\n", [(question.task, question.row.response) for question in questions])
+
+
+def _numbered(between: str, texts: Sequence[tuple[str, str]]) -> list[_Piece]:
+    """Numbered texts joined by `between`, which belongs to the task of the text before it."""
+    ends = [between] * (len(texts) - 1) + [""]
+    return [
+        (task, f"{number}. {text.strip()}{end}")
+        for number, ((task, text), end) in enumerate(zip(texts, ends, strict=True), 1)
+    ]
+
+
+def _spans(pieces: Sequence[_Piece]) -> tuple[Span, ...]:
+    """The characters of each piece with a task, where the pieces are joined."""
+    spans, start = [], 0
+    for task, text in pieces:
+        if task is not None:
+            spans.append(Span(task, start, start + len(text)))
+        start += len(text)
+    return tuple(spans)
 
 
 def split_answers(output: str, n: int) -> dict[int, str]:

@@ -196,7 +196,10 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
                 task,
                 metrics=(RIGHT, ATTEMPTED),
                 max_new_tokens=task.max_new_tokens * n,
-                composites=compose(rows, n, section.count or settings.limit, seed),
+                composites=compose(
+                    rows, n, section.count or settings.limit, seed, section.num_fewshot
+                ),
+                num_fewshot=section.num_fewshot,
             )
         else:
             count = section.count or -(-TURNS // n)

@@ -439,6 +439,7 @@ def _mixed_askings(recipe: Recipe, tests: Mapping[str, Rows], own: set[str]) -> 
         if not names:
             continue
         mean = sum(tests[name].prompt_tokens for name in names) / len(names)
+        answer = sum(tests[name].answer_tokens for name in names) / len(names)
         told = ORACLES if {*(section.tasks or tests)} <= own else ()
         for system in (FUSED, *settings.compare):
             if system == EXPERTS or (system in ORACLES and system not in told):
@@ -447,7 +448,8 @@ def _mixed_askings(recipe: Recipe, tests: Mapping[str, Rows], own: set[str]) -> 
                 tried = len(names) if system == ONE_EXPERT else 1
                 yield from _conversation(system, section, mean, settings.max_new_tokens) * tried
             elif system not in OF_CONVERSATIONS:
-                rows = Rows(section.count or settings.limit, section.n * mean)
+                solved = section.num_fewshot * (mean + answer)
+                rows = Rows(section.count or settings.limit, section.n * (mean + solved))
                 yield Asking(system, rows, section.n * settings.max_new_tokens)
 
 

@@ -79,11 +79,13 @@ class CompositeSection(Section):
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """How many prompts. Default: `limit` of the benchmark."""
+    num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
+    """Solved prompts of the same kind in each prompt, of other rows; the paper has two."""
 
     @property
     def called(self) -> str:
         """The name in tables and records."""
-        return f"composite-{self.n}"
+        return f"composite-{self.n}" + (f"-{self.num_fewshot}shot" if self.num_fewshot else "")
 
 
 class ConversationSection(Section):
@@ -161,9 +163,10 @@ class BenchmarkSection(Section):
             ("composites", "questions", self.composite),
             ("kinds of conversations", "turns", self.conversation),
         ):
-            counts = Counter(section.n for section in sections)
-            if twice := [n for n, count in counts.items() if count > 1]:
-                raise ValueError(f"two {kind} of {twice[0]} {unit}; one of a size is enough")
+            counts = Counter(section.called for section in sections)
+            for section in sections:
+                if counts[section.called] > 1:
+                    raise ValueError(f"two {kind} of {section.n} {unit}; one of a size is enough")
         return self
 
     @model_validator(mode="after")

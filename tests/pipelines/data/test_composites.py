@@ -54,6 +54,39 @@ def test_a_seed_gives_the_same_composites_and_each_row_once_before_any_repeats()
     assert len({tuple(q.task for q in composite.questions) for composite in first}) > 1
 
 
+def test_solved_composites_stand_before_the_same_questions_and_share_no_row_with_them() -> None:
+    alone, shown = compose(ROWS, 3, 8, seed=0), compose(ROWS, 3, 8, seed=0, num_solved=2)
+    assert [one.questions for one in shown] == [one.questions for one in alone]
+    assert [one.response for one in shown] == [one.response for one in alone]
+    for composite in shown:
+        first, second = composite.solved
+        of_prompt = [q.row for one in (first, second, composite) for q in one.questions]
+        assert len({row.prompt for row in of_prompt}) == 9
+        pieces = [composite.prompt[span.start : span.end] for span in composite.prompt_spans]
+        expected = [
+            (asked.task, f"{number}. {text}")
+            for one, answered in ((first, True), (second, True), (composite, False))
+            for texts in (
+                [q.row.prompt for q in one.questions],
+                [q.row.response for q in one.questions] if answered else [],
+            )
+            for number, (asked, text) in enumerate(zip(one.questions, texts, strict=False), 1)
+        ]
+        owned = [(s.task, p.strip()) for s, p in zip(composite.prompt_spans, pieces, strict=True)]
+        assert owned == expected
+        assert composite.prompt.count("Questions:\n\n1. ") == 3
+        assert composite.prompt.endswith("\n\nAnswers:")  # a template that strips changes nothing
+        assert composite.to_dict()["solved"] == [first.to_dict(), second.to_dict()]
+    assert "solved" not in alone[0].to_dict()  # the hash of what is asked is the one of before
+
+
+def test_a_task_with_too_few_rows_to_show_some_is_refused() -> None:
+    few = ROWS | {"few": ROWS["red"][:2]}
+    assert compose(few, 4, 1, seed=0, num_solved=1)
+    with pytest.raises(ExamplesError, match=r"task few: 2 of its rows .* solved ones takes 3"):
+        compose(few, 4, 1, seed=0, num_solved=2)
+
+
 def test_more_questions_than_tasks_take_each_task_equally_often() -> None:
     (composite,) = compose(ROWS, 9, 1, seed=0)
     tasks = [question.task for question in composite.questions]
@@ -107,7 +140,7 @@ def test_tokens_belong_to_the_task_of_their_characters(
     tokenizer: PreTrainedTokenizerBase, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template or None)
-    for composite in compose(ROWS, 3, 2, seed=0):
+    for composite in [*compose(ROWS, 3, 2, seed=0), *compose(ROWS, 3, 2, seed=0, num_solved=1)]:
         ids, owners = encode_composite(tokenizer, composite)
         assert ids == encode_pair(tokenizer, composite.prompt, composite.response)
         assert len(ids) == len(owners)

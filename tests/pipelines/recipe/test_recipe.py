@@ -242,7 +242,7 @@ base: a/b
 experts:
   - {name: a, adapter: path:a, examples: jsonl:a.jsonl, test: jsonl:t.jsonl, metric: rougeL}
 benchmark:
-  composite: [3, {n: 5, tasks: [a, sums], count: 7}]
+  composite: [3, {n: 5, tasks: [a, sums], count: 7}, {n: 3, num_fewshot: 2}]
   conversation: [3, {n: 10, tasks: [a, sums], count: 7}]
   compare: [base, oracle, one_expert, single, swap, alora, experts, random, linear, ties, dare_ties]
   system_prompt: ""
@@ -255,7 +255,9 @@ benchmark:
     assert [(c.n, c.tasks, c.count) for c in asked.composite] == [
         (3, (), None),
         (5, ("a", "sums"), 7),
+        (3, (), None),
     ]
+    assert asked.composite[2].called == "composite-3-2shot"
     assert [(c.n, c.tasks, c.count) for c in asked.conversation] == [
         (3, (), None),
         (10, ("a", "sums"), 7),
@@ -273,6 +275,7 @@ benchmark:
         ("composite: [3]", "composite-3: it is made of tasks' rows, and no task has rows"),
         ("composite: [{n: 3, tasks: [x]}]", "composite-3: there is no task 'x' with rows"),
         ("composite: [3, 3]", "two composites of 3 questions"),
+        ("composite: [{n: 3, num_fewshot: 2}, {n: 3, num_fewshot: 2}]", "two composites of 3"),
         ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{name: t, rows: x, num_fewshot: 5}]", "`num_fewshot` is for tasks of `lm_eval`"),

@@ -101,6 +101,26 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     mark_only_what_differs_beyond_chance(summary)
 
 
+def test_composites_that_show_solved_ones_say_how_many(
+    workplace: Callable[..., RunContext],
+) -> None:
+    composites = [{"n": 2, "count": 2}, {"n": 2, "count": 2, "num_fewshot": 1}]
+    body = {"limit": 4, "compare": ["oracle"], "max_new_tokens": 4, "composite": composites}
+    work = workplace(benchmark=body)
+    planned, built, gates = go(work)
+    measure.measure(work, planned, built, gates)
+    summary = told(work, planned)
+    alone, shown = (summary.scores[name] for name in ("composite-2", "composite-2-1shot"))
+    assert alone.keys() == shown.keys() == {"fused", "oracle"}
+    for system in alone:
+        assert (shown[system].mean_prompt_tokens or 0) > (alone[system].mean_prompt_tokens or 0)
+    assert "zero-shot but for composite-2-1shot (1-shot)" in "\n".join(card.score_table(summary))
+    work.ledger.ingest()
+    asked = work.ledger.query("SELECT DISTINCT task, num_fewshot FROM scores ORDER BY 2, 1").rows
+    assert asked[-1] == ("composite-2-1shot", 1)
+    assert recompute_scores(work.ledger, 99).findings == ()
+
+
 def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     workplace: Callable[..., RunContext],
     chat_base: Path,

@@ -8,7 +8,8 @@ Where HOME holds the recipe's run, each is tested against the fused model on the
 
     multitask  one LoRA on all tasks whose rank at each layer is that of all experts there together:
                as many numbers as the experts have, and trained on their rows (arXiv 2405.13053
-               compares with rank 8)
+               compares with rank 8); with `--quickstart` on the rows that the quickstart's
+               adapters were trained on, in place of the recipe's examples
     arrow      PEFT's own; it asks for adapters of one rank and the same layers
     x-lora     PEFT's own; its classifier is trained here, on the rows that gates are fitted to
 """
@@ -28,6 +29,7 @@ from meteora.adapters import reader
 from meteora.artifacts import MeteoraError
 from meteora.base.loading import load_folder
 from pipelines.admission.sources import local_folder
+from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import evaluate_task
 from pipelines.evaluation.measurements import FUSED
 from pipelines.evaluation.tasks import Task, make_tasks
@@ -39,6 +41,7 @@ from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, tra
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.peers import arrow, quiet, x_lora
+from tests.quickstart import make
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,11 +88,22 @@ def multitask(base: PreTrainedModel, ranks: Mapping[str, int]) -> torch.nn.Modul
         return get_peft_model(base, config)
 
 
+def rows_of_quickstart(work: RunContext) -> dict[str, list[Row]]:
+    """The rows that its adapters were trained on; all of them, although some learned longer."""
+    return {
+        expert.name: [
+            Row(row["prompt"], row["response"]) for row in make.training_rows(expert.name)
+        ]
+        for expert in work.recipe.experts
+    }
+
+
 def build(
-    system: str, work: RunContext, base_folder: Path, steps: int
+    asked: argparse.Namespace, work: RunContext
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The system, trained where it has to be."""
-    loaded, tokenizer = load_folder(base_folder)
+    system = asked.system
+    loaded, tokenizer = load_folder(asked.base)
     base, folders = on_device(loaded), folders_of(work)
     with quiet():
         if system == "arrow":
@@ -100,7 +114,11 @@ def build(
         else:
             if system == "multitask":
                 made = multitask(base, ranks_stored(folders))
-                rows = training_rows(work, work.recipe.experts, skip=0)
+                rows = (
+                    rows_of_quickstart(work)
+                    if asked.quickstart
+                    else training_rows(work, work.recipe.experts, skip=0)
+                )
             else:
                 made = x_lora(base, folders, work.recipe.router.top_k)
                 limit = work.recipe.gates.examples_per_expert
@@ -108,7 +126,8 @@ def build(
                 rows = {name: own[:limit] for name, own in every.items()}
             stream = shuffled_for_ever(list(itertools.chain(*rows.values())))
             made.train()
-            fit(made, lessons(tokenizer, stream), steps=steps, peak=5e-4, what=system)
+            batches = lessons(tokenizer, stream)
+            fit(made, batches, steps=asked.steps, peak=asked.peak, what=system)
     return cast("PreTrainedModel", made.eval()), tokenizer
 
 
@@ -184,10 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--home", type=Path, default=Path("~/.meteora"))
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--peak", type=float, default=5e-4)
+    parser.add_argument("--quickstart", action="store_true")
     asked: Any = parser.parse_args(arguments)
     work = RunContext.open(asked.recipe, asked.home.expanduser().absolute())
     try:
-        model, tokenizer = build(asked.system, work, asked.base, asked.steps)
+        model, tokenizer = build(asked, work)
         answered = ask(work, model, tokenizer)
     except MeteoraError as error:
         sys.exit(f"error: {error}")

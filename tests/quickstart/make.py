@@ -120,10 +120,14 @@ def whole(batches: Iterable[list[Lesson]]) -> Iterator[list[Lesson]]:
     return ([(ids, ids) for ids, _ in batch] for batch in batches)
 
 
+def training_rows(task: str) -> list[dict[str, str]]:
+    """The rows that the shipped adapter was trained on, each once."""
+    return list(itertools.islice(rows(task, TRAIN_SEED), TRAININGS[task].steps * BATCH_SIZE))
+
+
 def seen_in_training(task: str) -> set[str]:
     """The prompts that the shipped adapter was trained on."""
-    count = TRAININGS[task].steps * BATCH_SIZE
-    return {row["prompt"] for row in itertools.islice(rows(task, TRAIN_SEED), count)}
+    return {row["prompt"] for row in training_rows(task)}
 
 
 def write_splits(
@@ -142,8 +146,11 @@ def write_splits(
     folder = out / "tasks" / task
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", NUM_TRAIN), ("test", num_test)):
-        lines = [json.dumps(worded(row)) + "\n" for row in itertools.islice(fresh, count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_rows(folder / f"{name}.jsonl", map(worded, itertools.islice(fresh, count)))
+
+
+def write_rows(file: Path, given: Iterable[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
 
 
 def main() -> None:

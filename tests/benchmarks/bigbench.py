@@ -21,7 +21,7 @@ import yaml
 
 from pipelines.recipe.recipe import locate
 from pipelines.stages.train_adapters import shuffled_for_ever
-from tests.quickstart.make import ATTENTION, MLP, Training, train
+from tests.quickstart.make import ATTENTION, MLP, Training, train, write_rows
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
 SHIPPED = locate("quickstart").parent
@@ -52,11 +52,6 @@ TRAININGS = {
 def read(path: Path) -> list[dict[str, str]]:
     """Rows of one file; `choices` are left to who asks for them."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_recipe(out: Path, tasks: list[str]) -> None:

@@ -23,7 +23,7 @@ import yaml
 
 from pipelines.stages.train_adapters import BATCH_SIZE, shuffled_for_ever
 from tests.benchmarks import bigbench
-from tests.benchmarks.bigbench import read, write_rows
+from tests.benchmarks.bigbench import read
 from tests.quickstart import make
 from tests.quickstart.make import ATTENTION, MLP, Training
 
@@ -93,8 +93,8 @@ def prepare(task: str, data: Path, out: Path) -> Iterator[dict[str, str]]:
         test, train = rows[:NUM_TEST], rows[NUM_TEST:]
     else:
         test, train = read(data / task / "test.jsonl"), read(data / task / "train.jsonl")
-    write_rows(out / "tasks" / task / "test.jsonl", test[:NUM_TEST])
-    write_rows(out / "tasks" / task / "train.jsonl", train[:NUM_EXAMPLES])
+    make.write_rows(out / "tasks" / task / "test.jsonl", test[:NUM_TEST])
+    make.write_rows(out / "tasks" / task / "train.jsonl", train[:NUM_EXAMPLES])
     longest = LONGEST.get(task, sys.maxsize)
     short = [row for row in train[NUM_EXAMPLES:] if len(row["prompt"]) <= longest]
     return shuffled_for_ever(short)

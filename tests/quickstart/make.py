@@ -143,13 +143,14 @@ def write_splits(
         worded: makes the row that is written of one of the task's
     """
     fresh = (row for row in rows(task, SPLIT_SEED) if row["prompt"] not in trained_on)
-    folder = out / "tasks" / task
-    folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", NUM_TRAIN), ("test", num_test)):
-        write_rows(folder / f"{name}.jsonl", map(worded, itertools.islice(fresh, count)))
+        file = out / "tasks" / task / f"{name}.jsonl"
+        write_rows(file, map(worded, itertools.islice(fresh, count)))
 
 
 def write_rows(file: Path, given: Iterable[dict[str, str]]) -> None:
+    """Write rows as JSONL."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
 
 

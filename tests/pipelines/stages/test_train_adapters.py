@@ -33,6 +33,7 @@ from store.ledger import Ledger
 from tests.conftest import ATTENTION, MLP, peft_is_behind
 from tests.pipelines.cli.command_line import Said, ask
 from tests.pipelines.conftest import letters, plan_of
+from tests.quickstart.make import write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +47,6 @@ if TYPE_CHECKING:
 
 NAMES = ("q_and_v", "attention")
 WEIGHTS = "adapter_model.safetensors"
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture

@@ -56,53 +56,27 @@ def fit_to_base(adapter: Adapter, base: Mapping[str, tuple[int, int]]) -> Adapte
     return replace(fitted, reasons=(*adapter.reasons, *found.warnings))
 
 
-def check_stackable(
-    adapters: Mapping[str, Adapter],
-    *,
-    base: Mapping[str, tuple[int, int]] | None = None,
-    memory_limit_bytes: int | None = None,
-) -> tuple[Reason, ...]:
-    """Check that adapters can be stacked.
+def check_stackable(adapters: Mapping[str, Adapter], memory_limit_bytes: int) -> tuple[Reason, ...]:
+    """Check that adapters that fit one base can be stacked.
 
     Args:
         adapters: By the names of their experts, in the order in which they will be stacked.
-        base: Of each linear layer's path, (in_features, out_features); None if it is not known.
         memory_limit_bytes: The most that the stacked factors may take.
 
     Returns:
         Warnings, each naming the experts that it is about.
 
     Raises:
-        IncompatibleAdaptersError: One has a module in another shape than the base or than an
-            adapter before it, two are the same, or together they exceed the limit.
+        IncompatibleAdaptersError: Two are the same, or together they exceed the limit.
     """
     found = Findings()
     before: dict[str, tuple[str, str]] = {}
     for name, adapter in adapters.items():
         check_duplicates(name, adapter.spec, before, found)
         before[name] = adapter.spec.id, adapter.spec.weights_sha256
-    shapes: dict[str, tuple[str, int, int]] = {}
-    if base is not None:
-        shapes = {path: ("the base", *shape) for path, shape in base.items()}
-    for name, adapter in adapters.items():
-        for module in adapter.spec.modules:
-            if base is not None and module.path not in base:
-                found.refuse("not_in_base", f"{name}: the base has no linear layer {module.path}")
-                break
-            sizes = (module.in_features, module.out_features)
-            first, *needed = shapes.setdefault(module.path, (name, *sizes))
-            if sizes != tuple(needed):
-                found.refuse(
-                    "other_base",
-                    f"{name}: {module.path} has {sizes[0]} inputs and {sizes[1]} outputs, in"
-                    f" {first} it has {needed[0]} and {needed[1]}; leave it out, or check"
-                    " which base it was trained on",
-                )
-                break
     _check_dtypes(adapters, found)
-    if memory_limit_bytes is not None:
-        needs = stack_bytes([adapter.spec for adapter in adapters.values()])
-        check_memory(len(adapters), needs, memory_limit_bytes, found, advice="leave some out")
+    needs = stack_bytes([adapter.spec for adapter in adapters.values()])
+    check_memory(len(adapters), needs, memory_limit_bytes, found, advice="leave some out")
     if found.refusals:
         raise IncompatibleAdaptersError("these cannot be stacked", tuple(found.refusals))
     return tuple(found.warnings)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef, BuiltBase, Reason
+    from meteora.artifacts import AdapterRef, Reason
     from pipelines.admission.experts import Expert, Refusal
     from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
@@ -60,15 +60,15 @@ def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> Non
 
 
 def require_stackable(
-    context: RunContext, built: BuiltBase, memory_limit_bytes: int, experts: Sequence[Expert]
+    context: RunContext, memory_limit_bytes: int, experts: Sequence[Expert]
 ) -> None:
-    """Record the experts as artifacts, if they can lie in one stack on this base.
+    """Record the experts as artifacts, if they can lie in one stack.
 
     Raises:
         IncompatibleAdaptersError: They cannot, or the stack needs more memory than there is.
     """
     found = {expert.name: expert.adapter for expert in experts}
-    for reason in check_stackable(found, base=built.sizes, memory_limit_bytes=memory_limit_bytes):
+    for reason in check_stackable(found, memory_limit_bytes):
         say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec

@@ -282,7 +282,7 @@ def _steps(run: Run, built: BuiltBase) -> Steps:
         discover=_discover,
         resolve_adapter=resolve_adapter,
         fetch_adapter=fetch_adapter,
-        check_stack=partial(require_stackable, run.context, built, memory_limit_bytes),
+        check_stack=partial(require_stackable, run.context, memory_limit_bytes),
     )
 
 

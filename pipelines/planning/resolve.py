@@ -81,7 +81,7 @@ def recording(
         fetch_adapter=sources.fetch_adapter,
         accept=partial(verdicts.accept, context, built.norms, proportion),
         refuse=partial(verdicts.refuse, context),
-        check_stack=partial(verdicts.require_stackable, context, built, memory_limit_bytes),
+        check_stack=partial(verdicts.require_stackable, context, memory_limit_bytes),
     )
 
 

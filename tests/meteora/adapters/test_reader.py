@@ -375,6 +375,8 @@ def test_an_mlx_adapter_that_cannot_be_converted_is_refused(
 
 
 SHAPES = dict.fromkeys((Q0, Q1, V0, V1), (8, 6))
+ROOM = 1 << 30
+"""Bytes that a stack may take."""
 
 
 def test_an_adapter_that_fits_its_base_stays_as_it_is(tmp_path: Path) -> None:
@@ -412,32 +414,23 @@ def test_layers_of_the_base_that_an_adapter_leaves_alone_are_counted(tmp_path: P
 def test_experts_that_fit_together_are_stacked_without_a_word(tmp_path: Path) -> None:
     one = reader.read(write_adapter(tmp_path / "one"))
     two = reader.read(write_adapter(tmp_path / "two", pair(Q0, r=2), r=2))
-    assert check_stackable({"one": one, "two": two}, base=SHAPES) == ()
+    assert check_stackable({"one": one, "two": two}, ROOM) == ()
     assert stack_bytes([one.spec, two.spec]) == 4 * (4 * 4 * 14 + 2 * 14)
-
-
-def test_the_first_module_that_differs_between_experts_is_named(tmp_path: Path) -> None:
-    one = reader.read(write_adapter(tmp_path / "one"))
-    two = reader.read(write_adapter(tmp_path / "two", pair(Q1, size=(16, 6))))
-    with pytest.raises(IncompatibleAdaptersError, match=rf"two: {Q1} has 16 inputs .* in one"):
-        check_stackable({"one": one, "two": two})
 
 
 def test_one_adapter_under_two_names_is_refused(tmp_path: Path) -> None:
     one, two = (reader.read(write_adapter(tmp_path / name)) for name in ("one", "two"))
     with pytest.raises(IncompatibleAdaptersError, match="one and two are the same adapter"):
-        check_stackable({"one": one, "two": two})
+        check_stackable({"one": one, "two": two}, ROOM)
     scaled = reader.read(write_adapter(tmp_path / "scaled", lora_alpha=16))
-    (reason,) = check_stackable({"one": one, "scaled": scaled})
+    (reason,) = check_stackable({"one": one, "scaled": scaled}, ROOM)
     assert reason.code == "same_weights"
 
 
 def test_dtypes_and_memory_of_a_stack_are_looked_at(tmp_path: Path) -> None:
     one = reader.read(write_adapter(tmp_path / "one"))
     half = reader.read(write_adapter(tmp_path / "half", pair(Q0, dtype="BF16")))
-    (reason,) = check_stackable({"one": one, "half": half})
+    (reason,) = check_stackable({"one": one, "half": half}, ROOM)
     assert (reason.code, "BF16 (half), F32 (one)" in reason.message) == ("dtype_mix", True)
     with pytest.raises(IncompatibleAdaptersError, match="leave some out"):
-        check_stackable({"one": one}, memory_limit_bytes=100)
-    with pytest.raises(IncompatibleAdaptersError, match=f"no linear layer {Q0}"):
-        check_stackable({"one": one}, base={})
+        check_stackable({"one": one}, 100)

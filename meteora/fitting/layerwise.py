@@ -124,11 +124,8 @@ class Sweep:
             self._tuples = isinstance(output, tuple)
             ends.append(output[0] if self._tuples else output)
 
-        hook = self.layers[-1].register_forward_hook(keep)
-        try:
+        with self.layers[-1].register_forward_hook(keep):
             self._forward(ids, mask)
-        finally:
-            hook.remove()
         hidden, self._calls[0] = self._record(ids, mask)
         self._hidden.append(hidden)
         for index in range(len(self.layers)):
@@ -242,26 +239,18 @@ class Sweep:
         """The routed modules of a layer, grouped by the input that they share, in call order."""
         seen: list[tuple[Tensor, list[str]]] = []  # keeps tensors alive: no address is reused
 
-        def watch(path: str) -> Any:  # noqa: ANN401
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                for x, paths in seen:
-                    if x is args[0]:
-                        paths.append(path)
-                        return
-                seen.append((args[0], [path]))
+        def see(path: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for x, paths in seen:
+                if x is args[0]:
+                    paths.append(path)
+                    return
+            seen.append((args[0], [path]))
 
-            return hook
-
-        hooks = [
-            self._routed[p].register_forward_pre_hook(watch(p))
-            for p in self.paths_of.get(index, [])
-        ]
-        try:
-            with torch.inference_mode():
-                self._run(index, 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, torch.inference_mode():
+            for path in self.paths_of.get(index, []):
+                hook = partial(see, path)
+                hooks.enter_context(self._routed[path].register_forward_pre_hook(hook))
+            self._run(index, 0)
         return [paths for _, paths in seen]
 
     def inputs(self, index: int, path: str) -> Iterator[Tensor]:
@@ -273,8 +262,7 @@ class Sweep:
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Reached(args[0])
 
-        hook = self._routed[path].register_forward_pre_hook(stop)
-        try:
+        with self._routed[path].register_forward_pre_hook(stop):
             for batch in range(len(self._hidden)):
                 try:
                     with torch.inference_mode():
@@ -285,8 +273,6 @@ class Sweep:
                     yield x.reshape(*self._batches[batch][0].shape, -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
-        finally:
-            hook.remove()
 
     def advance(self, index: int) -> None:
         """Run one layer with the routers that it has now, over all batches."""

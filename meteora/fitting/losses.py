@@ -19,7 +19,7 @@ weights are computed over all sequences of a training; their mean is 1.
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -166,21 +166,18 @@ def backward_apart(
             (gate_loss_weight * loss / len(gates)).backward()
         losses.append(loss.detach())
 
-    hooks = [gate.register_forward_hook(teach) for gate in gates]
     # the whole model, which gates that decide by a prompt or a turn watch, and FSDP gathers; nobody
     # reads its logits
     last_alone = "logits_to_keep" in inspect.signature(model.forward).parameters
-    try:
-        with torch.no_grad():
-            model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                **({"logits_to_keep": 1} if last_alone else {}),
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for gate in gates:
+            hooks.enter_context(gate.register_forward_hook(teach))
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **({"logits_to_keep": 1} if last_alone else {}),
+        )
     return torch.stack([*losses, losses[0].new_tensor(torch.nan)])
 
 

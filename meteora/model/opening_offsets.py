@@ -123,7 +123,7 @@ def find_offsets(
                 hooks.enter_context(_whole_while_it_runs(layer))
             for path in layers if modules is None else modules:
                 hook = partial(pairs.give_back, path, least)
-                hooks.callback(layers[path].register_forward_hook(hook).remove)
+                hooks.enter_context(layers[path].register_forward_hook(hook))
             ids, mask = pairs.ids.to(device), pairs.mask.to(device)
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         modules = list(pairs.offsets_of)  # those that the first experts need, for all
@@ -147,14 +147,12 @@ def without_dropout(model: PreTrainedModel) -> Generator[None]:
 @contextmanager
 def _whole_while_it_runs(layer: MoELoRALinear) -> Generator[None]:
     """Have all experts of a layer on its device when it runs, as if it always lay there."""
-    with ExitStack() as held:
-        before = layer.register_forward_pre_hook(lambda *_: held.enter_context(layer.whole()))
-        after = layer.register_forward_hook(lambda *_: held.close())
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
+    with (
+        ExitStack() as held,
+        layer.register_forward_pre_hook(lambda *_: held.enter_context(layer.whole())),
+        layer.register_forward_hook(lambda *_: held.close()),
+    ):
+        yield
 
 
 def _examples_of(

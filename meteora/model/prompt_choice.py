@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,9 +112,8 @@ class PromptReader(Watcher):
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
 
-        def measure(router: PromptRouter, x: Tensor) -> None:
-            nonlocal num_modules
-            tokens = router.sizes(x.reshape(question.numel(), -1)).float()
+        def measure(router: PromptRouter, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = router.sizes(inputs[0].reshape(question.numel(), -1)).float()
             tokens = tokens.view(*question.shape, -1)  # [B, L, E]
             asked = question.to(tokens.device).unsqueeze(-1)
             mean = (tokens * asked).sum(1).cpu() / num_tokens.cpu()
@@ -122,14 +122,9 @@ class PromptReader(Watcher):
 
         with ExitStack() as hooks:
             for layer in routed_layers(model).values():
-                if isinstance(router := layer.router, PromptRouter):
-
-                    def hook(
-                        _module: nn.Module, inputs: tuple[Tensor, ...], by: PromptRouter = router
-                    ) -> None:
-                        measure(by, inputs[0])
-
-                    hooks.callback(layer.register_forward_pre_hook(hook).remove)
+                if isinstance(layer.router, PromptRouter):
+                    hook = partial(measure, layer.router)
+                    hooks.enter_context(layer.register_forward_pre_hook(hook))
             hooks.enter_context(routed_by(model, lambda _: None))
             model.forward(**given)  # not a call: who watches passes sees one
         sizes /= num_modules.clamp_min(1)

@@ -6,7 +6,7 @@ The answer is generated as usual, with a cache: no route is forced, and no token
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -209,11 +209,11 @@ def every_pass(
         if not PassInput.of(by_name(model, args, kwargs)).goes_on:
             passes.clear()
 
-    with recorded_routes(model) as routes, ExitStack() as hooks:
-        before = model.register_forward_pre_hook(begin, with_kwargs=True)
-        after = model.register_forward_hook(lambda *_: passes.append(dict(routes)))
-        for hook in (before, after):
-            hooks.callback(hook.remove)
+    with (
+        recorded_routes(model) as routes,
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(lambda *_: passes.append(dict(routes))),
+    ):
         yield passes
 
 

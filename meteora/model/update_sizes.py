@@ -7,7 +7,8 @@ for inputs like those than for others, as it was with fourteen adapters that beg
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -54,24 +55,23 @@ def read_prompts(
     spans: dict[int, tuple[int, slice]] = {}
     device = input_device(model)
 
-    def watch(norm: Router, has: Tensor) -> Callable[..., None]:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> None:  # noqa: ANN401
-            x = inputs[0].reshape(len(spans), -1, inputs[0].shape[-1])  # OPT: tokens [B × L, IN]
-            found = norm(x.flatten(0, 1)).float().view(*x.shape[:2], -1)[..., :num_experts]
-            found = found / x.float().norm(dim=-1, keepdim=True).clamp_min(LEAST_SIZE)
-            logs = found.clamp_min(LEAST_SIZE).log().cpu()
-            for i, (row, own) in spans.items():
-                sizes[i] += torch.where(has, logs[row, own].mean(0), 0.0)
-
-        return add
+    def measure(
+        norm: Router, has: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], _output: object
+    ) -> None:
+        x = inputs[0].reshape(len(spans), -1, inputs[0].shape[-1])  # OPT: tokens [B × L, IN]
+        found = norm(x.flatten(0, 1)).float().view(*x.shape[:2], -1)[..., :num_experts]
+        found = found / x.float().norm(dim=-1, keepdim=True).clamp_min(LEAST_SIZE)
+        logs = found.clamp_min(LEAST_SIZE).log().cpu()
+        for i, (row, own) in spans.items():
+            sizes[i] += torch.where(has, logs[row, own].mean(0), 0.0)
 
     with ExitStack() as hooks:
         for layer in routed_layers(model).values():
             has = torch.tensor([rank > 0 for rank in layer.stack.ranks[:num_experts]])
             num_modules += has
             norm = make_router(RouterOptions("norm", 1, 1.0), layer)
-            hook = layer.projection.register_forward_hook(watch(norm, has))
-            hooks.callback(hook.remove)
+            hook = partial(measure, norm, has)
+            hooks.enter_context(layer.projection.register_forward_hook(hook))
         for first in range(0, len(prompts), PROMPTS_PER_BATCH):
             chosen = by_length[first : first + PROMPTS_PER_BATCH]
             read = [prompts[i] for i in chosen]

@@ -69,5 +69,5 @@ def _watched(
                 def hook(router: Router, _args: object, found: Tensor, path: str = path) -> None:
                     keep(path, router, found.to(device))
 
-                hooks.callback(layer.router.register_forward_hook(hook).remove)
+                hooks.enter_context(layer.router.register_forward_hook(hook))
         yield

@@ -91,10 +91,9 @@ def fit_to_background(
                     mean = x.mean(0)
                     for path in paths:
                         norm = Norm(layers[path].stack, RouterOptions("norm", 1, 1.0))
-                        folded: Tensor = norm.folded  # ty: ignore[invalid-assignment]
                         # 16 bits, since they are as large as the experts; the offset is of what
                         # is left of them
-                        stored = whitened(folded, x - mean).bfloat16()
+                        stored = whitened(norm.folded, x - mean).bfloat16()
                         offset = stored.to(mean.dtype) @ mean
                         rows[path], offsets[path] = stored.cpu(), offset.cpu()
                         router = PromptRouter(

@@ -56,6 +56,13 @@ class HeldChoice:
 class PromptRouter(Router):
     """All tokens of a sequence have the logits of its prompt."""
 
+    rows: Tensor
+    """[R, IN]"""
+    offset: Tensor
+    """[R]"""
+    owner: Tensor
+    """[R] the expert of each row"""
+
     def __init__(
         self,
         rows: Tensor,
@@ -79,13 +86,10 @@ class PromptRouter(Router):
 
         It is 0 of an expert that lacks the module.
         """
-        rows: Tensor = self.rows  # ty: ignore[invalid-assignment]
-        offset: Tensor = self.offset  # ty: ignore[invalid-assignment]
-        owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
         # rows are stored in 16 bits, and a model may be put into them
-        wide = torch.promote_types(offset.dtype, torch.float32)
-        squares = (tokens.to(wide) @ rows.to(wide).T - offset).square()  # [T, R]
-        sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, owner, squares)
+        wide = torch.promote_types(self.offset.dtype, torch.float32)
+        squares = (tokens.to(wide) @ self.rows.to(wide).T - self.offset).square()  # [T, R]
+        sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, self.owner, squares)
         logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
         return torch.where(torch.tensor(self.has, device=logs.device), logs, 0.0)
 

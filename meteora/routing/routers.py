@@ -212,6 +212,9 @@ class Follower(Router):
 class Fixed(Router):
     """Given weights, the same for every token; one expert at weight 1 is plain PEFT."""
 
+    logits: Tensor
+    """[C]"""
+
     def __init__(self, weights: Tensor) -> None:
         """Take weights [C] that are not negative and sum to one."""
         chosen = int((weights > 0).sum())
@@ -220,8 +223,7 @@ class Fixed(Router):
         self.register_buffer("logits", weights.float().log(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.logits  # ty: ignore[invalid-assignment]
-        return logits.expand(len(tokens), -1)
+        return self.logits.expand(len(tokens), -1)
 
 
 class Random(Router):
@@ -250,6 +252,9 @@ class Arrow(Router):
     Needs no data; a choice without ranks has logit 0.
     """
 
+    prototypes: Tensor
+    """[C, IN] float32"""
+
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Find v_c of each choice by a singular value decomposition of r × r."""
         super().__init__(stack.num_choices, options)
@@ -266,8 +271,8 @@ class Arrow(Router):
         self.register_buffer("prototypes", prototypes, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        prototypes: Tensor = self.prototypes  # ty: ignore[invalid-assignment]
-        return _without((tokens.to(prototypes.dtype) @ prototypes.T).abs(), self.blends)
+        logits = (tokens.to(self.prototypes.dtype) @ self.prototypes.T).abs()
+        return _without(logits, self.blends)
 
 
 class Norm(Router):
@@ -275,6 +280,11 @@ class Norm(Router):
 
     Needs no data; a choice without ranks has logit 0.
     """
+
+    folded: Tensor
+    """[R, IN] R_c A_c of all choices"""
+    owner: Tensor
+    """[R] the choice of each row"""
 
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
@@ -284,14 +294,12 @@ class Norm(Router):
         owner = torch.repeat_interleave(
             torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
         )
-        self.register_buffer("folded", torch.cat(folded), persistent=False)  # [R, IN]
-        self.register_buffer("owner", owner.to(stack.a.device), persistent=False)  # [R]
+        self.register_buffer("folded", torch.cat(folded), persistent=False)
+        self.register_buffer("owner", owner.to(stack.a.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        folded: Tensor = self.folded  # ty: ignore[invalid-assignment]
-        owner: Tensor = self.owner  # ty: ignore[invalid-assignment]
-        squares = (tokens.to(folded.dtype) @ folded.T).square()  # [T, R]
-        sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, owner, squares)
+        squares = (tokens.to(self.folded.dtype) @ self.folded.T).square()  # [T, R]
+        sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, self.owner, squares)
         return _without(sums.sqrt(), self.blends)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.base.chat_template import Template
+    from meteora.kernels.stack import ExpertStack
 
 RIDGE = 0.3
 """Added to the diagonal of the covariance, as a share of its mean."""
@@ -69,7 +70,8 @@ def fit_to_background(
     sequences = [_labelled(tuple(ids), template) for ids in texts]
     batches = list(batched(sequences, set(), input_device(model)))
     chosen = [batch.labels != UNLABELLED for batch in batches]
-    text_of = _places([mask.sum(1) for mask in chosen])  # [T]
+    counts = torch.cat([mask.sum(1) for mask in chosen]).cpu()
+    text_of = torch.repeat_interleave(torch.arange(len(counts)), counts)  # [T]
     layers = routed_layers(model)
     num_experts = len(next(iter(layers.values())).stack.ranks)
     rows: dict[str, Tensor] = {}
@@ -90,17 +92,9 @@ def fit_to_background(
                         )
                     mean = x.mean(0)
                     for path in paths:
-                        norm = Norm(layers[path].stack, RouterOptions("norm", 1, 1.0))
-                        # 16 bits, since they are as large as the experts; the offset is of what
-                        # is left of them
-                        stored = whitened(norm.folded, x - mean).bfloat16()
-                        offset = stored.to(mean.dtype) @ mean
-                        rows[path], offsets[path] = stored.cpu(), offset.cpu()
-                        router = PromptRouter(
-                            stored, offset, layers[path].stack, options, HeldChoice()
-                        )
-                        found = router.sizes(x).cpu()
-                        sizes += _means(found, text_of, len(texts))
+                        router = _router_of(layers[path].stack, x - mean, mean, options)
+                        rows[path], offsets[path] = router.rows.cpu(), router.offset.cpu()
+                        sizes += _means(router.sizes(x).cpu(), text_of, len(texts))
                         num_modules += torch.tensor(router.has)
                 sweep.advance(index)
             progress(index + 1, len(sweep.layers))
@@ -108,6 +102,16 @@ def fit_to_background(
     gates = PromptGates(rows, offsets, standard, template)
     insert_prompt_routers(model, gates, options)
     return gates
+
+
+def _router_of(
+    stack: ExpertStack, centred: Tensor, mean: Tensor, options: RouterOptions
+) -> PromptRouter:
+    """The router of a module whose inputs on the texts are `centred` [T, IN] around a mean."""
+    folded = Norm(stack, RouterOptions("norm", 1, 1.0)).folded
+    # in 16 bits, since they are as large as the experts; the offset is that of the rounded rows
+    rows = whitened(folded, centred).bfloat16()
+    return PromptRouter(rows, rows.to(mean.dtype) @ mean, stack, options, HeldChoice())
 
 
 def whitened(rows: Tensor, centred: Tensor) -> Tensor:
@@ -163,12 +167,6 @@ def _labelled(ids: tuple[int, ...], template: Template) -> LabelledSequence:
         start = end = 0
     own = range(start, len(ids) - end)
     return LabelledSequence(ids, tuple(0 if i in own else UNLABELLED for i in range(len(ids))))
-
-
-def _places(counts: Sequence[Tensor]) -> Tensor:
-    """The number of the text of each labelled token, in the order of the batches, [T]."""
-    every = torch.cat(list(counts)).cpu()
-    return torch.repeat_interleave(torch.arange(len(every)), every)
 
 
 def _means(sizes: Tensor, text_of: Tensor, num_texts: int) -> Tensor:

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StoppingCriteriaList
 
 from meteora.artifacts import NULL
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
-from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
-from meteora.model.generate import ONE_CACHE, batch_of, end_tokens
+from meteora.model.generate import batch_of, end_tokens, generate_ids
 from meteora.model.prompt_choice import READER
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers._typing import GenerativePreTrainedModel
 
     from meteora.model.trace import LayerWinner
 
@@ -69,6 +67,17 @@ class Sampling:
     """Below `LEAST_TEMPERATURE`, such as 0, the most likely token is taken."""
     top_p: float = 1.0
     seed: int | None = None
+
+    def to_generate(self) -> dict[str, Any]:
+        """The arguments of transformers' `generate`."""
+        if self.temperature < LEAST_TEMPERATURE:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+        }
 
 
 GREEDY = Sampling()
@@ -178,7 +187,16 @@ class Chat:
         ):
             before = self._take(ids, expert)
             listener = _Listener(self, passes, ends, stop, on_token)
-            out = self._generate(ids, before, max_new_tokens, sampling, ends, listener)
+            out = generate_ids(
+                self.model,
+                self.tokenizer,
+                batch_of(self.model, ids),
+                max_new_tokens,
+                past_key_values=before.cache if before else None,
+                stopping_criteria=StoppingCriteriaList([listener]),
+                return_dict_in_generate=True,
+                **sampling.to_generate(),
+            )
             read_last(self.model, out)
             listener.finish()
         num_cached = len(before.ids) if before else 0
@@ -276,36 +294,6 @@ class Chat:
         if isinstance(watcher, Turns):
             return found.num_prompt
         return 1 if watcher is None else found.num_first
-
-    def _generate(
-        self,
-        ids: list[int],
-        before: _Reading | None,
-        max_new_tokens: int,
-        sampling: Sampling,
-        ends: list[int],
-        listener: _Listener,
-    ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
-        prompt = batch_of(self.model, ids)
-        chosen: dict[str, Any] = ONE_CACHE | {"do_sample": False}
-        if sampling.temperature >= LEAST_TEMPERATURE:
-            chosen |= {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": 0,
-            }
-        return cast("GenerativePreTrainedModel", self.model).generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=before.cache if before else None,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding_token(self.tokenizer),
-            eos_token_id=ends or None,
-            stopping_criteria=StoppingCriteriaList([listener]),
-            return_dict_in_generate=True,
-            **chosen,
-        )
 
     def _keep(
         self,

@@ -59,6 +59,32 @@ class _TerminalStreamer(TextStreamer):
         super().on_finalized_text(for_terminal(text), stream_end)
 
 
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    **asked: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
+    """Run transformers' `generate`: greedily and on one cache, unless it is asked otherwise.
+
+    Args:
+        input_ids: of the prompts, [B, L]
+        max_new_tokens: answers are cut at this many tokens
+        asked: further arguments of `generate`; without a mask, no token is padding
+    """
+    usual = {
+        "attention_mask": torch.ones_like(input_ids),
+        "do_sample": False,
+        **ONE_CACHE,
+        "pad_token_id": padding_token(tokenizer),
+        "eos_token_id": end_tokens(model, tokenizer) or None,
+    }
+    return cast("GenerativePreTrainedModel", model).generate(
+        input_ids, max_new_tokens=max_new_tokens, **(usual | asked)
+    )
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -81,15 +107,8 @@ def generate(
     ids = batch_of(model, encode_prompt(tokenizer, prompt))
     streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
-        out = cast("GenerativePreTrainedModel", model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **ONE_CACHE,
-            pad_token_id=padding_token(tokenizer),
-            eos_token_id=end_tokens(model, tokenizer) or None,
-            streamer=streamer if stream else None,
+        out = generate_ids(
+            model, tokenizer, ids, max_new_tokens, streamer=streamer if stream else None
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
@@ -115,14 +134,8 @@ def answer_all(
         rows = padded(asked, pad or 0, "left"), mask_of(asked, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
-            out = cast("GenerativePreTrainedModel", model).generate(
-                **share_prefix(model, ids, mask, asked=ONE_CACHE).to_generate(),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                **ONE_CACHE,
-                pad_token_id=pad,
-                eos_token_id=ends or None,
-            )
+            started = share_prefix(model, ids, mask, asked=ONE_CACHE).to_generate()
+            out = generate_ids(model, tokenizer, **started, max_new_tokens=max_new_tokens)
         for row, i in enumerate(chosen):
             tokens = out[row, ids.shape[1] :].tolist()
             end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))

@@ -9,15 +9,14 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
-from meteora.base.padding import padding_token
 from meteora.model.fused import expert_names
-from meteora.model.generate import ONE_CACHE, batch_of, end_tokens
+from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.passes import PassInput, by_name
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers._typing import GenerativePreTrainedModel
 
 LAYER = re.compile(r"\.(\d+)\.")
 """Finds the number of a layer in a module's path, as the ledger's views do."""
@@ -147,16 +145,7 @@ def trace(
     ids = batch_of(model, prompt)
     with torch.inference_mode(), every_pass(model) as passes:
         if max_new_tokens:
-            out: Any = cast("GenerativePreTrainedModel", model).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                **ONE_CACHE,
-                pad_token_id=padding_token(tokenizer),
-                eos_token_id=end_tokens(model, tokenizer) or None,
-                return_dict_in_generate=True,
-            )
+            out = generate_ids(model, tokenizer, ids, max_new_tokens, return_dict_in_generate=True)
             ids = out.sequences
             read_last(model, out)
         else:

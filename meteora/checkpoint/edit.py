@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +10,17 @@ import torch
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import ModuleEntry, check_name, no_expert, read_manifest
-from meteora.checkpoint.tensors import open_experts, read_factors, write_experts
+from meteora.checkpoint.tensors import open_experts, write_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
-    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
+    from meteora.checkpoint.tensors import ExpertsFile
 
 
 class EditError(MeteoraError):
@@ -77,21 +75,17 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
             scaling=(*old.scaling, new.scaling if new else 0.0),
         )
     larger = _changed(manifest, (*manifest.experts, entry), modules)
-    with (
-        open_experts(folder, manifest) as before,
-        AdapterWeights(adapter) as file,
-    ):
+    with open_experts(folder, manifest) as before, AdapterWeights(adapter) as file:
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
-            known = path in manifest.modules
-            parts = [read_factors(before, folder, manifest, path)] if known else []
+            parts = [before.factors(path)] if path in manifest.modules else []
             if path in own:
                 names = adapter.tensors[path]
                 a, b = file.tensor(names.a_key), file.tensor(names.b_key)
                 parts.append((a.T, b.T) if names.transposed else (a, b))
             return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
 
-        _write(out, larger, _wider(before, adapter), factors)
+        write_experts(out, larger.modules, _wider(before, adapter), map(factors, larger.modules))
     return larger
 
 
@@ -100,13 +94,18 @@ def larger_bytes(folder: Path, adapter: Adapter) -> int:
     numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
     manifest = read_manifest(folder)
     for entry in manifest.modules.values():
-        numbers += sum(entry.ranks) * (entry.in_features + entry.out_features)
+        numbers += entry.num_ranks * (entry.in_features + entry.out_features)
     with open_experts(folder, manifest) as before:
         return numbers * _wider(before, adapter).itemsize
 
 
 def drop_expert(
-    folder: Path, name: str, out: Path, *, keep: AbstractSet[str] = frozenset(), dtype: str = ""
+    folder: Path,
+    name: str,
+    out: Path,
+    *,
+    keep: AbstractSet[str] = frozenset(),
+    dtype: torch.dtype | None = None,
 ) -> Manifest:
     """Write the stack of a checkpoint without one expert, and without modules that only it has.
 
@@ -134,20 +133,21 @@ def drop_expert(
             scaling=tuple(entry.scaling[e] for e in kept),
         )
         for path, entry in manifest.modules.items()
-        if path in keep or sum(entry.ranks) > entry.ranks[gone]
+        if path in keep or entry.num_ranks > entry.ranks[gone]
     }
     smaller = _changed(manifest, tuple(manifest.experts[e] for e in kept), modules)
     with open_experts(folder, manifest) as before:
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
             ranks = list(manifest.modules[path].ranks)
-            a, b = read_factors(before, folder, manifest, path)
+            a, b = before.factors(path)
             parts_a, parts_b = a.split(ranks), b.split(ranks, dim=1)
-            return torch.cat([parts_a[e] for e in kept]), torch.cat(
-                [parts_b[e] for e in kept], dim=1
+            return (
+                torch.cat([parts_a[e] for e in kept]),
+                torch.cat([parts_b[e] for e in kept], dim=1),
             )
 
-        _write(out, smaller, DTYPES[dtype] if dtype else _dtype(before), factors)
+        write_experts(out, smaller.modules, dtype or before.dtype, map(factors, smaller.modules))
     return smaller
 
 
@@ -159,32 +159,6 @@ def _changed(
     )
 
 
-def _dtype(file: safe_open) -> torch.dtype:
-    """Return the narrowest dtype that holds the stack exactly; a stranger's may have several."""
-    found = {DTYPES[file.get_slice(key).get_dtype()] for key in file.keys()}  # noqa: SIM118
-    return reduce(torch.promote_types, found)
-
-
-def _wider(file: safe_open, adapter: Adapter) -> torch.dtype:
+def _wider(file: ExpertsFile, adapter: Adapter) -> torch.dtype:
     """Return the narrowest dtype that holds the stack and the adapter exactly."""
-    return torch.promote_types(_dtype(file), DTYPES[adapter.spec.dtype])
-
-
-def _write(
-    out: Path,
-    manifest: Manifest,
-    dtype: torch.dtype,
-    factors: Callable[[str], tuple[Tensor, Tensor]],
-) -> None:
-    shapes = {
-        path: (sum(entry.ranks), entry.in_features, entry.out_features)
-        for path, entry in manifest.modules.items()
-    }
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for path in shapes:
-            a, b = factors(path)
-            yield a.to(dtype), b.to(dtype)  # which holds them exactly
-
-    name = next(name for name, own in DTYPES.items() if own == dtype)
-    write_experts(out, shapes, name, pairs())
+    return torch.promote_types(file.dtype, DTYPES[adapter.spec.dtype])

@@ -18,17 +18,17 @@ import torch
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
-from meteora.checkpoint.tensors import open_experts, read_factors
+from meteora.checkpoint.tensors import open_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.artifacts import Fingerprint
     from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.tensors import ExpertsFile
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
@@ -66,7 +66,7 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
         for e, entry in enumerate(manifest.experts):
             if name in {"", entry.name}:
                 files.append(out / f"{entry.name}.gguf")
-                _write(files[-1], stack, folder, manifest, e, names)
+                _write(files[-1], stack, e, names)
     return files
 
 
@@ -92,16 +92,10 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {path: f"{found}.weight" for path, found in names.items()}
 
 
-def _write(
-    out: Path,
-    stack: safe_open,
-    folder: Path,
-    manifest: Manifest,
-    e: int,
-    names: dict[str, str],
-) -> None:
-    base, entry = manifest.base, manifest.experts[e]
-    architecture = ARCHITECTURES[base.fingerprint.architecture]
+def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None:
+    manifest = stack.manifest
+    base, entry = manifest.base.fingerprint, manifest.experts[e]
+    architecture = ARCHITECTURES[base.architecture]
     alphas = Counter(module.scaling[e] * module.ranks[e] for module in manifest.modules.values())
     del alphas[0.0]  # of modules that it lacks
     alpha = alphas.most_common(1)[0][0]
@@ -112,9 +106,9 @@ def _write(
     writer.add_name(entry.name)
     if entry.licence:
         writer.add_license(entry.licence)
-    for path, a, b in _factors(stack, folder, manifest, e, alpha):
+    for path, a, b in _factors(stack, e, alpha):
         if architecture is gguf.MODEL_ARCH.LLAMA:
-            b = _interleaved(b, path, base.fingerprint)  # noqa: PLW2901
+            b = _interleaved(b, path, base)  # noqa: PLW2901
         for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()
             writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
@@ -124,14 +118,12 @@ def _write(
     writer.close()
 
 
-def _factors(
-    stack: safe_open, folder: Path, manifest: Manifest, e: int, alpha: float
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Tensor, Tensor]]:
     """A [r, IN] and B [OUT, r] of each module of an expert; B as it is with this alpha."""
-    for path, entry in manifest.modules.items():
+    for path, entry in stack.manifest.modules.items():
         ranks, own = list(entry.ranks), entry.scaling[e] * entry.ranks[e]
         if ranks[e]:
-            a, b = read_factors(stack, folder, manifest, path)
+            a, b = stack.factors(path)
             part = b.split(ranks, dim=1)[e]
             yield path, a.split(ranks)[e], part if own == alpha else part.float() * (own / alpha)
 

@@ -188,6 +188,11 @@ class ModuleEntry:
     """0 for an expert that lacks the module."""
     scaling: tuple[float, ...]
 
+    @property
+    def num_ranks(self) -> int:
+        """R, of all experts together."""
+        return sum(self.ranks)
+
     @classmethod
     def read(cls, path: str, body: object, num_experts: int, found: Findings) -> Self:
         """Read sizes, ranks and scalings of a module."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import resource
 from contextlib import ExitStack
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,12 +61,9 @@ def module_entries(specs: Sequence[AdapterSpec]) -> dict[str, ModuleEntry]:
     return entries
 
 
-def common_dtype(specs: Sequence[AdapterSpec]) -> str:
+def common_dtype(specs: Sequence[AdapterSpec]) -> torch.dtype:
     """Return the narrowest dtype that holds the numbers of all adapters exactly."""
-    wide = DTYPES[specs[0].dtype]
-    for spec in specs:
-        wide = torch.promote_types(wide, DTYPES[spec.dtype])
-    return next(name for name, dtype in DTYPES.items() if dtype == wide)
+    return reduce(torch.promote_types, (DTYPES[spec.dtype] for spec in specs))
 
 
 def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
@@ -82,21 +80,15 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
         OpenFilesError: so many files cannot be open at once.
     """
     specs = [adapter.spec for adapter in adapters]
-    entries = module_entries(specs)
-    shapes = {
-        path: (sum(entry.ranks), entry.in_features, entry.out_features)
-        for path, entry in entries.items()
-    }
-    dtype = common_dtype(specs)
-    wide = DTYPES[dtype]
+    entries, dtype = module_entries(specs), common_dtype(specs)
 
     def rows() -> Iterator[tuple[Iterator[Tensor], Iterator[Tensor]]]:
         stacks_of_a = {
-            sizes: StackOfA(*sizes, wide)
+            sizes: StackOfA(*sizes, dtype)
             for sizes in {(_owned(entry), entry.in_features) for entry in entries.values()}
         }
         stacks_of_b = {
-            sizes: StackOfB(*sizes, wide)
+            sizes: StackOfB(*sizes, dtype)
             for sizes in {(_owned(entry), entry.out_features) for entry in entries.values()}
         }
         memory = staging(max(stack.num_bytes for stack in stacks_of_b.values()))
@@ -112,7 +104,7 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
                     stacks_of_b[ranks, entry.out_features].rows(sources),
                 )
 
-    write_experts(out, shapes, dtype, rows())
+    write_experts(out, entries, dtype, rows())
 
 
 def _opened(

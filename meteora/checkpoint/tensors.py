@@ -24,6 +24,7 @@ import os
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from safetensors import safe_open
 
-    from meteora.checkpoint.manifest import Manifest
+    from meteora.checkpoint.manifest import Manifest, ModuleEntry
 
 NOTES = "meteora"
 """The key in the metadata of a gates file for everything but weights, as JSON."""
@@ -62,28 +63,33 @@ MAX_TOKEN = (1 << 31) - 1
 
 def write_experts(
     path: Path,
-    shapes: Mapping[str, tuple[int, int, int]],
-    dtype: str,
+    modules: Mapping[str, ModuleEntry],
+    dtype: torch.dtype,
     tensors: Iterable[tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]]],
 ) -> None:
     """Write the stack a few rows at a time, so that not even one module has to be in memory.
 
     Args:
         path: written in place; the caller renames it when it is whole
-        shapes: module path to (R, IN, OUT), in the order in which `tensors` yields
-        dtype: `F32`, `F16` or `BF16`
+        modules: in the order in which `tensors` yields
+        dtype: one of `DTYPES`
         tensors: A [R, IN] and B [OUT, R] of each module, or pieces of rows that follow each other
 
     Raises:
-        CheckpointError: a tensor has another shape than in `shapes`; the file is not usable.
+        CheckpointError: a tensor has another shape than its module; the file is not usable.
     """
-    size = DTYPES[dtype].itemsize
+    name = next(name for name, own in DTYPES.items() if own == dtype)
+    shapes = {
+        path: ((entry.num_ranks, entry.in_features), (entry.out_features, entry.num_ranks))
+        for path, entry in modules.items()
+    }
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for module, (rank, num_in, num_out) in shapes.items():
-        for key, shape in ((".lora_A", (rank, num_in)), (".lora_B", (num_out, rank))):
-            begin, end = end, end + shape[0] * shape[1] * size
-            header[module + key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    for module, pair in shapes.items():
+        for factor, shape in zip("AB", pair, strict=True):
+            begin, end = end, end + shape[0] * shape[1] * dtype.itemsize
+            about = {"dtype": name, "shape": shape, "data_offsets": (begin, end)}
+            header[f"{module}.lora_{factor}"] = about
     text = json.dumps(header, separators=(",", ":")).encode()
     # safetensors asks for multiples of 8; from multiples of 64, mapped tensors need no copy
     text += b" " * (-(8 + len(text)) % 64)
@@ -91,12 +97,12 @@ def write_experts(
         _reserve(file, 8 + len(text) + end)
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for (module, (rank, num_in, num_out)), pair in zip(shapes.items(), tensors, strict=True):
-            found = [_write_rows(file, rows, DTYPES[dtype]) for rows in pair]
-            if found != [(rank, num_in), (num_out, rank)]:
+        for (module, needed), pair in zip(shapes.items(), tensors, strict=True):
+            found = tuple(_write_rows(file, rows, dtype) for rows in pair)
+            if found != needed:
                 raise CheckpointError(
-                    f"{module}: its adapters have A and B of {found},"
-                    f" {(rank, num_in, num_out, rank)} is needed; their sizes do not agree"
+                    f"{module}: its adapters have A and B of {found}, {needed} is needed; their"
+                    " sizes do not agree"
                 )
 
 
@@ -131,9 +137,36 @@ def _write_rows(
     return num_rows, num_columns
 
 
+class ExpertsFile:
+    """The file of experts of a checkpoint, open."""
+
+    def __init__(self, file: safe_open, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._file = file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds all numbers exactly: a stranger's file may mix several."""
+        slices = map(self._file.get_slice, self._file.keys())
+        return reduce(torch.promote_types, {DTYPES[one.get_dtype()] for one in slices})
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """A [R, IN] and B [OUT, R] of a module; refuses those of other sizes."""
+        entry = self.manifest.modules[module]
+        a, b = (self._file.get_tensor(f"{module}.lora_{factor}") for factor in "AB")
+        rank, found = entry.num_ranks, (*a.shape, *b.shape)
+        needed = (rank, entry.in_features, entry.out_features, rank)
+        if found != needed or a.dtype != b.dtype:
+            raise CheckpointError(
+                f"{self.folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
+                f" {needed} of one type; the two files do not belong together, {AGAIN}"
+            )
+        return a, b
+
+
 @contextmanager
-def open_experts(folder: Path, manifest: Manifest) -> Generator[safe_open]:
-    """Open the file of experts, for `read_factors`.
+def open_experts(folder: Path, manifest: Manifest) -> Generator[ExpertsFile]:
+    """Open the file of experts.
 
     Raises:
         CheckpointError: the file is damaged, or holds what the manifest does not name.
@@ -141,23 +174,7 @@ def open_experts(folder: Path, manifest: Manifest) -> Generator[safe_open]:
     with open_sound(folder, EXPERTS, manifest, dtypes=DTYPES) as file:
         named = {f"{module}.lora_{factor}" for module in manifest.modules for factor in "AB"}
         _refuse_others(folder / EXPERTS, file, named)
-        yield file
-
-
-def read_factors(
-    file: safe_open, folder: Path, manifest: Manifest, module: str
-) -> tuple[Tensor, Tensor]:
-    """Return A [R, IN] and B [OUT, R] of a module; refuses those of other sizes."""
-    entry = manifest.modules[module]
-    a, b = file.get_tensor(f"{module}.lora_A"), file.get_tensor(f"{module}.lora_B")
-    rank = sum(entry.ranks)
-    found, needed = (*a.shape, *b.shape), (rank, entry.in_features, entry.out_features, rank)
-    if found != needed or a.dtype != b.dtype:
-        raise CheckpointError(
-            f"{folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
-            f" {needed} of one type; the two files do not belong together, {AGAIN}"
-        )
-    return a, b
+        yield ExpertsFile(file, folder, manifest)
 
 
 def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -167,7 +184,7 @@ def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor
     """
     with open_experts(folder, manifest) as file:
         for module in manifest.modules:
-            yield module, *read_factors(file, folder, manifest, module)
+            yield module, *file.factors(module)
 
 
 def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None:

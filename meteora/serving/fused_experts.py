@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from safetensors import safe_open
     from torch import Tensor
 
     from meteora.checkpoint.manifest import Manifest
-    from meteora.checkpoint.tensors import Gates
+    from meteora.checkpoint.tensors import ExpertsFile, Gates
     from meteora.routing.routers import Decision
 
 
@@ -92,7 +91,7 @@ class ServedExperts:
         self.__init__(state["folder"])
 
     @cached_property
-    def _file(self) -> safe_open:
+    def _file(self) -> ExpertsFile:
         """The file of experts, which is checked once and stays open."""
         self._open = ExitStack()
         return self._open.enter_context(tensors.open_experts(self.folder, self.manifest))
@@ -141,7 +140,7 @@ class ServedExperts:
                     f" {entry.out_features}, this layer has {found}; serve them with the base they"
                     " were made for, on one device"
                 )
-            a, b = tensors.read_factors(self._file, self.folder, self.manifest, path)
+            a, b = self._file.factors(path)
             stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
             layers[part] = RoutedExperts(stack)
         closed = not self._decides_elsewhere(parts)

@@ -203,19 +203,19 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         return _finish(ledger, manifest, edited)
 
 
-def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> str:
-    """The dtype that a recipe stacks the other experts in; empty where that is not known.
+def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype | None:
+    """The dtype that a recipe stacks the other experts in; None where that is not known.
 
     So a dropped expert that was wider than the others leaves the stack that they would have alone.
     """
     recorded = ledger.weights_of(ArtifactId(manifest.fused_id))
     if recorded is None or recorded != manifest.files.get(EXPERTS):
-        return ""  # a stranger's stack may hold other numbers than the adapters that it names
+        return None  # a stranger's stack may hold other numbers than the adapters that it names
     others = [entry.adapter_id for entry in manifest.experts if entry.name != name]
     found = [ledger.spec_of(ArtifactId(adapter_id)) for adapter_id in others]
     specs = [AdapterSpec.from_dict(spec) for spec in found if spec]
     known = [spec for spec in specs if spec.dtype]  # one of elsewhere has none
-    return common_dtype(known) if others and len(known) == len(others) else ""
+    return common_dtype(known) if others and len(known) == len(others) else None
 
 
 def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from meteora.adapters import reader
-from meteora.adapters.weights import AdapterWeights
+from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.checkpoint.tensors import write_experts
 from tests.benchmarks import timing
@@ -83,9 +83,8 @@ def cat(folders: list[Path], out: Path) -> tuple[float, float, int]:
                 yield torch.cat(parts, dim)
 
             entries = module_entries([adapter.spec for adapter in read])
-            shapes = {p: (sum(e.ranks), e.in_features, e.out_features) for p, e in entries.items()}
             pairs = ((joined(path, "a_key", 0), joined(path, "b_key", 1)) for path in entries)
-            write_experts(out, shapes, read[0].spec.dtype, pairs)
+            write_experts(out, entries, DTYPES[read[0].spec.dtype], pairs)
 
     return timed(run)
 

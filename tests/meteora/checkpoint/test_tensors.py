@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import meteora
+from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
@@ -24,13 +25,16 @@ from meteora.checkpoint.manifest import (
     ModuleEntry,
 )
 
-SHAPES = {"one": (3, 5, 4), "two": (1, 2, 7)}
+MODULES = {"one": ModuleEntry(5, 4, (3,), (1.0,)), "two": ModuleEntry(2, 7, (1,), (1.0,))}
 
 
 def made_up(dtype):
     return [
-        (torch.randn(r, num_in).to(dtype), torch.randn(num_out, r).to(dtype))
-        for r, num_in, num_out in SHAPES.values()
+        (
+            torch.randn(one.num_ranks, one.in_features).to(dtype),
+            torch.randn(one.out_features, one.num_ranks).to(dtype),
+        )
+        for one in MODULES.values()
     ]
 
 
@@ -40,12 +44,12 @@ def folder(world, tmp_path):
     return shutil.copytree(world.checkpoint, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("dtype", DTYPES.values())
 def test_what_is_streamed_out_is_what_save_file_would_write(tmp_path, dtype):
-    pairs = made_up(tensors.DTYPES[dtype])
-    tensors.write_experts(tmp_path / "ours", SHAPES, dtype, pairs)
+    pairs = made_up(dtype)
+    tensors.write_experts(tmp_path / "ours", MODULES, dtype, pairs)
     named = {}
-    for module, (a, b) in zip(SHAPES, pairs, strict=True):
+    for module, (a, b) in zip(MODULES, pairs, strict=True):
         named |= {f"{module}.lora_A": a, f"{module}.lora_B": b}
     save_file(named, tmp_path / "theirs", metadata={"format": "pt"})
     (header_bytes,) = struct.unpack("<Q", (tmp_path / "ours").read_bytes()[:8])
@@ -60,9 +64,9 @@ def test_what_is_streamed_out_is_what_save_file_would_write(tmp_path, dtype):
 def test_tensors_of_another_shape_or_number_than_promised_are_not_written(tmp_path):
     pairs = made_up(torch.float32)
     with pytest.raises(CheckpointError, match="their sizes do not agree"):
-        tensors.write_experts(tmp_path / "x", SHAPES, "F32", [pairs[0], pairs[0]])
+        tensors.write_experts(tmp_path / "x", MODULES, torch.float32, [pairs[0], pairs[0]])
     with pytest.raises(ValueError, match="shorter"):
-        tensors.write_experts(tmp_path / "x", SHAPES, "F32", pairs[:1])
+        tensors.write_experts(tmp_path / "x", MODULES, torch.float32, pairs[:1])
 
 
 def test_a_manifest_comes_back_equal(world):

@@ -202,15 +202,12 @@ def many(world, tmp_path):
         modules=modules,
         router=RouterOptions("uniform", 1, 1.0),
     )
-    shapes = {
-        path: (num_experts * r, entry.in_features, entry.out_features)
-        for path, entry in modules.items()
-    }
+    num_ranks = num_experts * r
     pairs = (
-        (torch.randn(ranks, num_in) / 9, torch.randn(num_out, ranks) / 9)
-        for ranks, num_in, num_out in shapes.values()
+        (torch.randn(num_ranks, one.in_features) / 9, torch.randn(one.out_features, num_ranks) / 9)
+        for one in modules.values()
     )
-    tensors.write_experts(tmp_path / EXPERTS, shapes, "F32", pairs)
+    tensors.write_experts(tmp_path / EXPERTS, modules, torch.float32, pairs)
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     return tmp_path
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 from contextlib import contextmanager
@@ -79,17 +80,13 @@ def write_experts(
         CheckpointError: a tensor has another shape than its module; the file is not usable.
     """
     name = next(name for name, own in DTYPES.items() if own == dtype)
-    shapes = {
-        path: ((entry.num_ranks, entry.in_features), (entry.out_features, entry.num_ranks))
-        for path, entry in modules.items()
-    }
+    shapes = {module: _shapes_of(module, entry) for module, entry in modules.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for module, pair in shapes.items():
-        for factor, shape in zip("AB", pair, strict=True):
-            begin, end = end, end + shape[0] * shape[1] * dtype.itemsize
-            about = {"dtype": name, "shape": shape, "data_offsets": (begin, end)}
-            header[f"{module}.lora_{factor}"] = about
+    for factors in shapes.values():
+        for key, shape in factors.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[key] = {"dtype": name, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     # safetensors asks for multiples of 8; from multiples of 64, mapped tensors need no copy
     text += b" " * (-(8 + len(text)) % 64)
@@ -98,12 +95,20 @@ def write_experts(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for (module, needed), pair in zip(shapes.items(), tensors, strict=True):
-            found = tuple(_write_rows(file, rows, dtype) for rows in pair)
-            if found != needed:
+            found = [_write_rows(file, rows, dtype) for rows in pair]
+            if found != [*needed.values()]:
                 raise CheckpointError(
-                    f"{module}: its adapters have A and B of {found}, {needed} is needed; their"
-                    " sizes do not agree"
+                    f"{module}: its adapters have A and B of {found}, {[*needed.values()]} is"
+                    " needed; their sizes do not agree"
                 )
+
+
+def _shapes_of(module: str, entry: ModuleEntry) -> dict[str, tuple[int, int]]:
+    """The shapes of A [R, IN] and B [OUT, R] by their keys."""
+    return {
+        f"{module}.lora_A": (entry.num_ranks, entry.in_features),
+        f"{module}.lora_B": (entry.out_features, entry.num_ranks),
+    }
 
 
 def _reserve(file: BinaryIO, num_bytes: int) -> None:
@@ -152,15 +157,8 @@ class ExpertsFile:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """A [R, IN] and B [OUT, R] of a module; refuses those of other sizes."""
-        entry = self.manifest.modules[module]
-        a, b = (self._file.get_tensor(f"{module}.lora_{factor}") for factor in "AB")
-        rank, found = entry.num_ranks, (*a.shape, *b.shape)
-        needed = (rank, entry.in_features, entry.out_features, rank)
-        if found != needed or a.dtype != b.dtype:
-            raise CheckpointError(
-                f"{self.folder / EXPERTS}: {module} has A and B of {found}, {MANIFEST} asks for"
-                f" {needed} of one type; the two files do not belong together, {AGAIN}"
-            )
+        shapes = _shapes_of(module, self.manifest.modules[module])
+        a, b = _read(self._file, self.folder / EXPERTS, shapes)
         return a, b
 
 
@@ -194,6 +192,18 @@ def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None
             f"{path}: it holds {listed(others)}, which {MANIFEST} does not name; the two files do"
             f" not belong together, {AGAIN}"
         )
+
+
+def _read(file: safe_open, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """Read tensors by their keys; refuses other shapes than these, and several types."""
+    tensors = [file.get_tensor(key) for key in shapes]
+    found, needed = [tuple(one.shape) for one in tensors], [*shapes.values()]
+    if found != needed or len({one.dtype for one in tensors}) > 1:
+        raise CheckpointError(
+            f"{path}: {listed([*shapes])} has the shapes {found}, {MANIFEST} asks for {needed} of"
+            f" one type; the two files do not belong together, {AGAIN}"
+        )
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -247,46 +257,31 @@ def write_gates(path: Path, gates: Gates) -> None:
 
 def read_gates(folder: Path, manifest: Manifest) -> Gates:
     """Read the gates of a checkpoint; raises `CheckpointError` where they do not fit it."""
-    num_choices = len(manifest.choices)
+    path, num_choices, lacking = folder / GATES, len(manifest.choices), manifest.router.stand_ins
     own: dict[str, tuple[Tensor, Tensor]] = {}
     stand_ins: dict[str, Tensor] = {}
+    offsets: dict[str, Tensor] = {}
     with open_sound(folder, GATES, manifest) as file:
-        follows, template = _read_notes(file, folder / GATES, manifest)
-        parts = ("weight", "bias", *(["stand_in"] if manifest.router.stand_ins else []))
-        own_modules = manifest.modules.keys() - follows.keys()
-        named = {f"{module}.gate.{part}" for module in own_modules for part in parts}
-        keys = {module: f"{module}.offsets" for module in manifest.modules}
-        _refuse_others(folder / GATES, file, named | {*keys.values()})
+        follows, template = _read_notes(file, path, manifest)
+        parts = ("weight", "bias", *(["stand_in"] if lacking else []))
+        leaders = manifest.modules.keys() - follows.keys()
+        named = {f"{module}.gate.{part}" for module in leaders for part in parts}
+        _refuse_others(path, file, named | {f"{module}.offsets" for module in manifest.modules})
         held = set(file.keys())
-        offsets = {module: file.get_tensor(key) for module, key in keys.items() if key in held}
         for module, entry in manifest.modules.items():
-            if module in follows:
-                continue
-            weight = file.get_tensor(f"{module}.gate.weight")
-            bias = file.get_tensor(f"{module}.gate.bias")
-            found, needed = (*weight.shape, *bias.shape), (num_choices, entry.in_features)
-            if found != (*needed, num_choices) or weight.dtype != bias.dtype:
-                raise CheckpointError(
-                    f"{folder / GATES}: {module} has a gate of {found}, {MANIFEST} asks for"
-                    f" {(*needed, num_choices)} of one type; the two files do not belong together,"
-                    f" {AGAIN}"
-                )
-            own[module] = weight, bias
-            if manifest.router.stand_ins:
-                stand_ins[module] = file.get_tensor(f"{module}.gate.stand_in")
-                if stand_ins[module].shape != (3, len(manifest.router.stand_ins)):
-                    raise CheckpointError(
-                        f"{folder / GATES}: {module} has other experts without examples than"
-                        f" {MANIFEST} names; the two files do not belong together, {AGAIN}"
-                    )
-    for module, found in offsets.items():
-        shape = num_choices, manifest.modules[module].out_features
-        if found.shape != shape:
-            raise CheckpointError(
-                f"{folder / GATES}: {module} has offsets of {tuple(found.shape)}, {MANIFEST} asks"
-                f" for {shape}; the two files do not belong together, {AGAIN}"
-            )
-    without = tuple(manifest.names.index(name) for name in manifest.router.stand_ins)
+            if module in leaders:
+                shapes = {
+                    f"{module}.gate.weight": (num_choices, entry.in_features),
+                    f"{module}.gate.bias": (num_choices,),
+                }
+                weight, bias = _read(file, path, shapes)
+                own[module] = weight, bias
+            if module in leaders and lacking:
+                key = f"{module}.gate.stand_in"
+                (stand_ins[module],) = _read(file, path, {key: (3, len(lacking))})
+            if (key := f"{module}.offsets") in held:
+                (offsets[module],) = _read(file, path, {key: (num_choices, entry.out_features)})
+    without = tuple(manifest.names.index(name) for name in lacking)
     return Gates(own, follows, template, stand_ins, without, offsets)
 
 
@@ -301,31 +296,26 @@ def write_prompt_gates(path: Path, gates: PromptGates) -> None:
 
 def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
     """Read what routers of kind `prompt` are made of; a `CheckpointError` if it does not fit."""
+    path = folder / GATES
     rows: dict[str, Tensor] = {}
     offsets: dict[str, Tensor] = {}
     with open_sound(folder, GATES, manifest) as file:
-        _, template = _read_notes(file, folder / GATES, manifest)
+        _, template = _read_notes(file, path, manifest)
         named = {
             f"{module}.gate.{part}" for module in manifest.modules for part in ("rows", "offset")
         }
-        _refuse_others(folder / GATES, file, named | {"standard"})
+        _refuse_others(path, file, named | {"standard"})
         standard = file.get_tensor("standard")
         if standard.shape != (3, len(manifest.choices)) or not (standard[2] > 0).all():
             raise CheckpointError(
-                f"{folder / GATES}: its standard is {tuple(standard.shape)}, and intercepts, slopes"
+                f"{path}: its standard is {tuple(standard.shape)}, and intercepts, slopes"
                 f" and deviations above zero of {len(manifest.choices)} choices are needed; {AGAIN}"
             )
         for module, entry in manifest.modules.items():
             rank = sum(min(one, entry.out_features) for one in entry.ranks)
-            rows[module] = file.get_tensor(f"{module}.gate.rows")
-            offsets[module] = file.get_tensor(f"{module}.gate.offset")
-            found = (*rows[module].shape, *offsets[module].shape)
-            if found != (rank, entry.in_features, rank):
-                raise CheckpointError(
-                    f"{folder / GATES}: {module} has rows and offsets of {found}, {MANIFEST} asks"
-                    f" for {(rank, entry.in_features, rank)}; the two files do not belong together,"
-                    f" {AGAIN}"
-                )
+            shape = rank, entry.in_features
+            (rows[module],) = _read(file, path, {f"{module}.gate.rows": shape})
+            (offsets[module],) = _read(file, path, {f"{module}.gate.offset": shape[:1]})
     return PromptGates(rows, offsets, standard, template)
 
 

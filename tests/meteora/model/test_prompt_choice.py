@@ -343,7 +343,7 @@ def test_the_file_gives_back_what_was_written(checkpoint, tmp_path):
             lambda parts: parts.update(
                 {next(k for k in parts if k.endswith("rows")): torch.ones(1, 64)}
             ),
-            r"rows and offsets of \(1, 64",
+            r"gate\.rows has the shapes \[\(1, 64",
         ),
         (lambda parts: parts["standard"].fill_(float("nan")), "NaN"),
     ],

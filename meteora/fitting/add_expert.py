@@ -23,7 +23,7 @@ from meteora.artifacts import NULL, SHARED
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
-from meteora.fitting.lda import GIVEN_UP, SingularError
+from meteora.fitting.lda import GIVEN_UP, SingularError, solve_gate
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
     MAX_ROWS,
@@ -173,13 +173,11 @@ def _with_one_more(
     base at most; but not beyond where it takes `GIVEN_UP` of those that are drawn of the others.
     """
     mean = point.means[expert : expert + 1].double()
-    row = covariance.solve(mean, point.shrinkage)
+    row = solve_gate(covariance, mean, point.shift, point.shrinkage)
     if row is None:
         raise SingularError("the inputs of this point hold NaN or infinity")
-    offset = -0.5 * (row * mean).sum(-1) - row @ point.shift.double()
     weight, bias = (
-        torch.cat([part[:expert], own.float(), part[expert:]])
-        for part, own in zip(gate, (row, offset), strict=True)
+        torch.cat([part[:expert], own, part[expert:]]) for part, own in zip(gate, row, strict=True)
     )
     drawn = before.drawn(min(DRAWN, MAX_ROWS // len(before.means)))
     others = [e + (e >= expert) for e in range(len(drawn))]

@@ -42,7 +42,7 @@ from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets, without_dropout
 from meteora.routing.gates import Sharing, give_follower, give_gate, give_offsets, watch_prompts
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import old_routers_after_error, routed_layers
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
@@ -304,16 +304,10 @@ def _fit_point(
 @contextmanager
 def swept(model: PreTrainedModel) -> Generator[None]:
     """Remove all routers and turn dropout off; after an error the old routers are put back."""
-    before = {path: layer.router for path, layer in routed_layers(model).items()}
-    with without_dropout(model):
-        try:
-            for layer in routed_layers(model).values():
-                layer.router = None
-            yield
-        except BaseException:
-            for path, layer in routed_layers(model).items():
-                layer.router = before[path]
-            raise
+    with without_dropout(model), old_routers_after_error(model):
+        for layer in routed_layers(model).values():
+            layer.router = None
+        yield
 
 
 def _scatter_of(

@@ -32,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
+from meteora.model.opening_offsets import without_dropout
+from meteora.routing.gates import gates_in
 from meteora.routing.hooks import recorded_logits
-from meteora.routing.layer import routed_layers
-from meteora.routing.routers import Gate
+from meteora.routing.layer import old_routers_after_error
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.fitting.sequences import LabelledSequence
+    from meteora.routing.routers import Gate
 
 IGNORED = -100
 """The label of tokens that `cross_entropy` leaves out."""
@@ -181,12 +183,6 @@ def backward_apart(
     return torch.stack([*losses, losses[0].new_tensor(torch.nan)])
 
 
-def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
-    """Every gate by its module's path; modules that use another module's gate have none."""
-    routers = {path: layer.router for path, layer in routed_layers(model).items()}
-    return {path: router for path, router in routers.items() if isinstance(router, Gate)}
-
-
 def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
     """Make all gates trainable; they compute in their own precision, without autocast."""
     gates = gates_in(model)
@@ -205,23 +201,18 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
 
     After an error the old routers are put back. Dropout is off, as it is when gates route later.
     """
-    training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    before = {path: layer.router for path, layer in routed_layers(model).items()}
-    model.eval().requires_grad_(requires_grad=False)
-    try:
-        yield
-    except BaseException:
-        for path, layer in routed_layers(model).items():
-            layer.router = before[path]
-        raise
-    finally:
-        for parameter, learned in wanted:
-            parameter.requires_grad_(learned)
-        for gate in gates_in(model).values():
-            gate.requires_grad_(requires_grad=False)
-            gate.__dict__.pop("forward", None)
-        model.train(training)
+    with without_dropout(model):
+        model.requires_grad_(requires_grad=False)
+        try:
+            with old_routers_after_error(model):
+                yield
+        finally:
+            for parameter, learned in wanted:
+                parameter.requires_grad_(learned)
+            for gate in gates_in(model).values():
+                gate.requires_grad_(requires_grad=False)
+                gate.__dict__.pop("forward", None)
 
 
 def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

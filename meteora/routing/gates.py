@@ -147,10 +147,16 @@ def give_offsets(layer: RoutedExperts, offsets: Tensor | None) -> None:
         layer.router.offsets = offsets.to(layer.device)
 
 
+def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
+    """Every gate by its module's path; modules that use another module's gate have none."""
+    routers = {path: layer.router for path, layer in routed_layers(model).items()}
+    return {path: router for path, router in routers.items() if isinstance(router, Gate)}
+
+
 def gates_of(model: PreTrainedModel) -> Gates:
     """Every gate of a model, on the CPU, and what follows it."""
+    gates = gates_in(model)
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
-    gates = {path: router for path, router in routers.items() if isinstance(router, Gate)}
     leaders = {id(gate.decision): path for path, gate in gates.items()}
     stand_ins = {p: g.stand_in for p, g in gates.items() if isinstance(g.stand_in, StandIn)}
     templates = [g.by_question.template for g in gates.values() if g.by_question is not None]

@@ -25,7 +25,6 @@ from meteora.fitting.losses import (
     backward_together,
     computed_again,
     decoder_layers,
-    gates_in,
     learning_gates,
     loss_weights,
 )
@@ -37,7 +36,7 @@ from meteora.fitting.training_state import (
     learning_rate,
 )
 from meteora.model.fused import expert_names
-from meteora.routing.gates import gates_of
+from meteora.routing.gates import gates_in, gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from tests.meteora.fitting.test_calibrate import (

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch.library import Library
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
@@ -32,7 +31,12 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from meteora.routing.routers import Router
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
-from meteora.serving.vllm_prompts import Order, PromptsEmbeddingMethod, refuse_parts_of_prompts
+from meteora.serving.vllm_prompts import (
+    Order,
+    PromptsEmbeddingMethod,
+    define_operator,
+    refuse_parts_of_prompts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +47,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
     from meteora.serving.fused_experts import Part
-
-_LIBRARY = Library("meteora", "FRAGMENT")
-_LIBRARY.define("add_experts(Tensor x, Tensor(a!) y, str layer, Tensor(b!)? order) -> ()")
 
 
 def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:  # noqa: ARG001
@@ -59,15 +60,6 @@ def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None
     experts.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
 
 
-def _no_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:
-    """The operator for tensors without content, as torch.compile traces it."""
-
-
-_LIBRARY.impl("add_experts", _add_experts, "CPU")
-_LIBRARY.impl("add_experts", _add_experts, "CUDA")
-_LIBRARY._register_fake("add_experts", _no_experts)
-
-
 def _choose(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Weights and experts, both [T, K], that a layer's gate chooses for x [T, IN].
 
@@ -78,16 +70,18 @@ def _choose(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, T
     return get_forward_context().no_compile_layers[layer].gate.choose(x)
 
 
-def _no_choice(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """The operator for tensors without content, as torch.compile traces it."""
-    shape = x.shape[0], top_k  # `len` would make a constant of the number of tokens
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.long)
-
-
-_LIBRARY.define("choose(Tensor x, str layer, Tensor(a!) order, int top_k) -> (Tensor, Tensor)")
-_LIBRARY.impl("choose", _choose, "CPU")
-_LIBRARY.impl("choose", _choose, "CUDA")
-_LIBRARY._register_fake("choose", _no_choice)
+define_operator(
+    "add_experts(Tensor x, Tensor(a!) y, str layer, Tensor(b!)? order) -> ()", _add_experts
+)
+define_operator(
+    "choose(Tensor x, str layer, Tensor(a!) order, int top_k) -> (Tensor, Tensor)",
+    _choose,
+    # `len(x)` would make a constant of the number of tokens
+    lambda x, _layer, _order, top_k: (
+        x.new_empty((x.shape[0], top_k), dtype=torch.float32),
+        x.new_empty((x.shape[0], top_k), dtype=torch.long),
+    ),
+)
 
 
 class _GateOperator(Router):

@@ -10,7 +10,7 @@ request as long as it runs, since no two requests share a cached prefix.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.library import Library
@@ -22,6 +22,8 @@ from meteora.serving.served_folder import WHOLE_PROMPTS, UnservableError
 from meteora.serving.served_turns import Requests
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from vllm.config import VllmConfig
 
@@ -31,7 +33,21 @@ KEY = "meteora.prompts"
 """The embedding's name in vLLM's forward context."""
 
 _LIBRARY = Library("meteora", "FRAGMENT")
-_LIBRARY.define("read_prompts(Tensor ids, str layer, Tensor(a!) order) -> ()")
+"""Our operators, `torch.ops.meteora`."""
+
+
+def define_operator(
+    schema: str, compute: Callable[..., Any], shapes: Callable[..., Any] = lambda *_: None
+) -> None:
+    """Define an operator of ours, which torch.compile leaves as it is.
+
+    To trace it, torch.compile calls `shapes` in its place, with tensors without content.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, compute, device)
+    _LIBRARY._register_fake(name, shapes)
 
 
 def _read_prompts(ids: Tensor, layer: str, order: Tensor) -> None:  # noqa: ARG001
@@ -45,13 +61,7 @@ def _read_prompts(ids: Tensor, layer: str, order: Tensor) -> None:  # noqa: ARG0
     context.no_compile_layers[layer].turns.see(ids.flatten(), _requests_of(context))
 
 
-def _no_prompts(ids: Tensor, layer: str, order: Tensor) -> None:
-    """The operator for tensors without content, as torch.compile traces it."""
-
-
-_LIBRARY.impl("read_prompts", _read_prompts, "CPU")
-_LIBRARY.impl("read_prompts", _read_prompts, "CUDA")
-_LIBRARY._register_fake("read_prompts", _no_prompts)
+define_operator("read_prompts(Tensor ids, str layer, Tensor(a!) order) -> ()", _read_prompts)
 
 
 class Order:

@@ -85,6 +85,7 @@ TASK_TYPES = (
     "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+BIASES = ("none", "all", "lora_only")
 CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -98,7 +99,7 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
         return None
     _refuse_variants(config, found)
     _unknown_keys(config, UNDERSTOOD | WITHOUT_EFFECT | set(VARIANTS), found)
-    _check_layers(config, found)
+    layers = _layers(config, found)
     claim = Claim(
         "peft",
         base_model=fields.base_model(config.get("base_model_name_or_path"), found),
@@ -112,8 +113,8 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
         target_modules=fields.targets(config, "target_modules", found),
         exclude_modules=fields.targets(config, "exclude_modules", found),
         modules_to_save=fields.names(config, "modules_to_save", found),
-        layers_to_transform=fields.layers(config.get("layers_to_transform")),
-        bias=fields.bias(config, found),
+        layers_to_transform=layers,
+        bias=fields.one_of(config.get("bias", "none"), "bias", BIASES, found),
     )
     _check_auto_mapping(config.get("auto_mapping"), found)
     return claim
@@ -202,17 +203,18 @@ def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -
         found.warn("unknown_key", f"{listed(idle)} is not known here and not set; it is ignored")
 
 
-def _check_layers(config: Mapping[str, Any], found: Findings) -> None:
-    """Refuse what PEFT itself refuses to load."""
+def _layers(config: Mapping[str, Any], found: Findings) -> tuple[int, ...]:
+    """Read the numbers of the layers that it trained; refuses what PEFT itself refuses to load."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and (layers or pattern):
         found.refuse("layers", "layers_to_transform needs target_modules to be a list of names")
     if pattern and not layers:
         found.refuse("layers", "layers_pattern is set without layers_to_transform")
-    listed_layers = layers if isinstance(layers, list) else [layers]
-    if layers is not None and not all(type(layer) is int for layer in listed_layers):
+    every = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(layer) is int for layer in every):
         found.refuse("layers", f"layers_to_transform is {shortened(layers)}, not layer numbers")
+    return tuple(sorted({layer for layer in every if type(layer) is int}))
 
 
 def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:

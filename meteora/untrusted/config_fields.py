@@ -87,21 +87,6 @@ def _are_names(value: object, most: int) -> TypeGuard[list[str]]:
     )
 
 
-def layers(value: object) -> tuple[int, ...]:
-    """Return the layer numbers of one number or a list; what is no number is left out."""
-    layers = value if isinstance(value, list) else [value]
-    return tuple(sorted({layer for layer in layers if type(layer) is int}))
-
-
-def bias(config: Mapping[str, Any], found: Findings) -> str:
-    """Read which biases were trained."""
-    bias = config.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
-        found.refuse("bias", f"bias is {shortened(bias)!r}; none, all and lora_only are possible")
-        return "none"
-    return bias
-
-
 def text(config: Mapping[str, Any], key: str, found: Findings, most: int = 256) -> str:
     """Read a short printable text; empty where the field is not set."""
     value = config.get(key)

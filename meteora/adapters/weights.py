@@ -19,7 +19,6 @@ from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from torch import Tensor
 
@@ -58,12 +57,7 @@ class AdapterWeights:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._file.close()
 
     def holds(self, key: str, dtype: torch.dtype) -> bool:

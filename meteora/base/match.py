@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from meteora.artifacts import MeteoraError
 from meteora.base.loading import fingerprint, load_tokenizer
-from meteora.untrusted.findings import Findings, shortened
+from meteora.untrusted.findings import Findings, brief, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,8 +79,7 @@ def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokeniz
             getattr(text, name)  # as every decoder has them
     except Exception as error:  # an untrusted file: the library can raise anything
         raise UnreadableBaseError(
-            f"the config of {shortened(named)} is not one that transformers reads:"
-            f" {shortened(' '.join(str(error).split()), 160)}"
+            f"the config of {shortened(named)} is not one that transformers reads: {brief(error)}"
         ) from error
     try:
         return config, load_tokenizer(folder)

@@ -5,7 +5,6 @@ The answer is generated as usual, with a cache: no route is forced, and no token
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -15,6 +14,7 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
+from meteora.base.placement import LAYER
 from meteora.model.fused import expert_names
 from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LAYER = re.compile(r"\.(\d+)\.")
-"""Finds the number of a layer in a module's path, as the ledger's views do."""
 
 
 class TraceError(MeteoraError):
@@ -93,8 +90,8 @@ class Trace:
 
 def layers_of(modules: Iterable[str]) -> tuple[int | None, ...]:
     """The layer of each module; None where its path has no number."""
-    found = (LAYER.search(path) for path in modules)
-    return tuple(int(match[1]) if match else None for match in found)
+    found = (LAYER.match(path) for path in modules)
+    return tuple(int(match[2]) if match else None for match in found)
 
 
 def layer_winners(

@@ -23,7 +23,7 @@ from meteora.base import loading
 from meteora.base.download import download_base
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import WrongBaseError
@@ -37,7 +37,6 @@ VLLM = "0.32"
 """The minor version of vLLM whose internals `vllm_linear` was written for."""
 CHECKPOINT = "meteora"
 """The folder of the checkpoint inside the served one."""
-CONFIG = "config.json"
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Weights in other formats: vLLM reads the base's safetensors."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.passes import PassInput, Watcher, by_name
+from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import each_row, questions
 
@@ -52,15 +52,11 @@ def insert_prompt_routers(
     model: PreTrainedModel, gates: PromptGates, options: RouterOptions
 ) -> None:
     """Give every routed layer a router that takes over what is decided for a whole prompt."""
-    if (before := getattr(model, READER, None)) is not None:
-        before.stop()
     held = HeldChoice()
     for path, layer in routed_layers(model).items():
         router = PromptRouter(gates.rows[path], gates.offsets[path], layer.stack, options, held)
         layer.router = router.to(layer.device)
-    reader = PromptReader(gates.template, gates.standard, held)
-    reader.watch(model)
-    setattr(model, READER, reader)  # beside the modules: it belongs to the routers
+    set_watcher(model, READER, PromptReader(gates.template, gates.standard, held))
 
 
 class PromptReader(Watcher):

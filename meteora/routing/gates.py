@@ -16,6 +16,7 @@ from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import routed_layers, share_first_matmul
+from meteora.routing.passes import set_watcher
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate
 from meteora.routing.turns import Turns
@@ -100,13 +101,10 @@ def watch_prompts(
 
     None where each token decides for itself.
     """
-    if (before := getattr(model, WATCHER, None)) is not None:
-        before.stop()
     watcher = None
     if options.by_turns or template.opening:
         watcher = Turns(template) if options.by_turns else PromptOpening(template)
-        watcher.watch(model)
-    setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the gates
+    set_watcher(model, WATCHER, watcher)
     return watcher
 
 

@@ -93,6 +93,15 @@ class Watcher:
         self.see(PassInput.of(by_name(model, args, kwargs)))
 
 
+def set_watcher(model: nn.Module, attribute: str, watcher: Watcher | None) -> None:
+    """Have a model watched by this one in place of the one that the attribute holds, if any."""
+    if (before := getattr(model, attribute, None)) is not None:
+        before.stop()
+    if watcher is not None:
+        watcher.watch(model)
+    setattr(model, attribute, watcher)  # beside the modules: it belongs to the routers
+
+
 def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
     """Where these tokens end in ids [B, L], [B, L] bool."""
     size, (_, length) = len(tokens), input_ids.shape

@@ -41,8 +41,15 @@ from meteora.fitting.statistics import PointStatistics
 from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets, without_dropout
-from meteora.routing.gates import Sharing, give_follower, give_gate, give_offsets, watch_prompts
-from meteora.routing.layer import old_routers_after_error, routed_layers
+from meteora.routing.gates import (
+    Sharing,
+    give_follower,
+    give_gate,
+    give_offsets,
+    old_routers_after_error,
+    watch_prompts,
+)
+from meteora.routing.layer import routed_layers
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:

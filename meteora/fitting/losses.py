@@ -33,9 +33,8 @@ from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
 from meteora.model.opening_offsets import without_dropout
-from meteora.routing.gates import gates_in
+from meteora.routing.gates import gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
-from meteora.routing.layer import old_routers_after_error
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence

@@ -9,6 +9,7 @@ share = turn     as `point`, and each gate decides once for a whole turn of a co
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
@@ -23,7 +24,7 @@ from meteora.routing.turns import Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -106,6 +107,20 @@ def watch_prompts(
         watcher = Turns(template) if options.by_turns else PromptOpening(template)
     set_watcher(model, WATCHER, watcher)
     return watcher
+
+
+@contextmanager
+def old_routers_after_error(model: PreTrainedModel) -> Generator[None]:
+    """Within, routers may be replaced; after an error the old ones are put back."""
+    before = {layer: layer.router for layer in routed_layers(model).values()}
+    watcher = getattr(model, WATCHER, None)
+    try:
+        yield
+    except BaseException:
+        for layer, router in before.items():
+            layer.router = router
+        set_watcher(model, WATCHER, watcher)
+        raise
 
 
 def give_gate(

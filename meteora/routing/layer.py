@@ -263,18 +263,6 @@ def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
 
 
 @contextmanager
-def old_routers_after_error(model: nn.Module) -> Generator[None]:
-    """Within, routers may be replaced; after an error the old ones are put back."""
-    before = {layer: layer.router for layer in routed_layers(model).values()}
-    try:
-        yield
-    except BaseException:
-        for layer, router in before.items():
-            layer.router = router
-        raise
-
-
-@contextmanager
 def routed_by(model: nn.Module, make: Callable[[MoELoRALinear], Router | None]) -> Generator[None]:
     """Give every routed layer another router for a while; None makes it the bare projection."""
     before = {layer: layer.router for layer in routed_layers(model).values()}

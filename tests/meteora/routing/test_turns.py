@@ -193,6 +193,17 @@ def test_the_whole_answer_is_that_of_the_expert_whose_question_it_is(model, opti
         assert answer(model, question(e), **options) == expected
 
 
+def test_a_fit_that_is_stopped_leaves_a_model_that_answers_as_before(model):
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    prompt = question(1)
+    before = answer(model, prompt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, asked(4), OPTIONS, template=TEMPLATE, progress=stop)
+    assert answer(model, prompt) == before
+
+
 def test_prompts_of_one_batch_have_decisions_of_their_own(model):
     prompts = [question(e, length=5 + 2 * e) for e in range(4)]
     width = max(map(len, prompts))

@@ -89,6 +89,8 @@ class Spec(Noun):
     """The first part of the id."""
     version: ClassVar[int] = 1
     """Part of the hash. Raise it when the same fields come to mean other bytes."""
+    made_of: ClassVar[tuple[str, ...]] = ()
+    """The fields that hold the ids of what it depends on."""
 
     @property
     def id(self) -> ArtifactId:
@@ -103,4 +105,4 @@ class Spec(Noun):
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
         """The ids that this spec depends on, in order."""
-        return ()
+        return tuple(getattr(self, name) for name in self.made_of)

@@ -13,6 +13,7 @@ class PoolSpec(Spec):
     """Prompts without labels that are to be dealt to the experts of a stack."""
 
     kind: ClassVar[str] = "pool"
+    made_of: ClassVar[tuple[str, ...]] = ("fused_id",)
 
     fused_id: ArtifactId
     prompts_sha256: str
@@ -27,10 +28,6 @@ class PoolSpec(Spec):
     beside the pool. Empty where no expert has any."""
     writers: tuple[str, ...] = ()
     """Experts that write the prompts themselves."""
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.fused_id,)
 
 
 @dataclass(frozen=True)

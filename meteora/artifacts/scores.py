@@ -14,6 +14,7 @@ class BenchmarkSpec(Spec):
     """One subject on one task, with all that the score depends on."""
 
     kind: ClassVar[str] = "benchmark"
+    made_of: ClassVar[tuple[str, ...]] = ("subject_id",)
 
     subject_id: ArtifactId
     """A base, an adapter (alone), a merge, or a router (the fused model)."""
@@ -34,10 +35,6 @@ class BenchmarkSpec(Spec):
     system_prompt: str | None = None
     """In front of every question. None leaves it to the chat template; an empty one stands for
     none."""
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.subject_id,)
 
 
 @dataclass(frozen=True)
@@ -121,6 +118,7 @@ class ComparisonSpec(Spec):
     """One subject against another, over several tasks."""
 
     kind: ClassVar[str] = "comparison"
+    made_of: ClassVar[tuple[str, ...]] = ("subject_id",)
 
     subject_id: ArtifactId
     system: str
@@ -131,10 +129,6 @@ class ComparisonSpec(Spec):
     """One per task: the family over which p-values are corrected."""
     seed: int = 0
     """Of the resampling."""
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.subject_id,)
 
 
 @dataclass(frozen=True)
@@ -192,6 +186,7 @@ class SpeedSpec(Spec):
     """A routed model and its own base, timed in turns on one machine."""
 
     kind: ClassVar[str] = "speed"
+    made_of: ClassVar[tuple[str, ...]] = ("subject_id",)
 
     subject_id: ArtifactId
     base_id: ArtifactId
@@ -200,10 +195,6 @@ class SpeedSpec(Spec):
     batch_size: int
     rounds: int
     """Rounds; each times both."""
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.subject_id,)
 
 
 @dataclass(frozen=True)
@@ -248,13 +239,10 @@ class RoutingSpec(Spec):
 
     kind: ClassVar[str] = "routing"
     version: ClassVar[int] = 2  # 1 had neither details nor switches
+    made_of: ClassVar[tuple[str, ...]] = ("router_id",)
 
     router_id: ArtifactId
     rows_sha256: str
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.router_id,)
 
 
 @dataclass(frozen=True)

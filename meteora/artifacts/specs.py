@@ -180,6 +180,7 @@ class MergeSpec(Spec):
     """The experts of a stack merged into the base's weights: a control, never stored."""
 
     kind: ClassVar[str] = "merge"
+    made_of: ClassVar[tuple[str, ...]] = ("fused_id",)
 
     fused_id: ArtifactId
     method: str
@@ -190,10 +191,6 @@ class MergeSpec(Spec):
     """Share of each delta's numbers that is kept."""
     seed: int = 0
     """Of the random choices of `dare_ties`."""
-
-    @property
-    def parents(self) -> tuple[ArtifactId, ...]:
-        return (self.fused_id,)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ class HeldChoice:
                 f"{num_tokens} tokens are to be routed by their prompts, and {read} prompts were"
                 " read; start with a pass over the whole prompts"
             )
-        found = self.on.setdefault(device, self.logits.to(device))
-        return found.repeat_interleave(num_tokens // len(found), 0)
+        if device not in self.on:
+            self.on[device] = self.logits.to(device)
+        return self.on[device].repeat_interleave(num_tokens // len(self.logits), 0)
 
 
 class PromptRouter(Router):

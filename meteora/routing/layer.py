@@ -46,14 +46,12 @@ class RoutedExperts(nn.Module):
         stack: ExpertStack,
         router: Router | None = None,
         *,
-        kernel: KernelName | None = None,
         cache: ExpertCache | None = None,
     ) -> None:
         """Hold experts.
 
         Args:
             stack: the experts; mapped where there is a cache
-            kernel: what computes the experts; without it, what is fastest for the tokens
             cache: compute from what it copies to the device of the stack's tables
         """
         super().__init__()
@@ -62,7 +60,8 @@ class RoutedExperts(nn.Module):
         self._key = object()
         """Names this layer's experts in the cache, which may serve others too."""
         self.router = router
-        self.kernel: KernelName | None = kernel
+        self.kernel: KernelName | None = None
+        """What computes the experts; None: what is fastest for the tokens."""
         self.shared: Share | None = None
         """The first matmul, where other layers have this one's input and gate too."""
 
@@ -176,11 +175,10 @@ class MoELoRALinear(RoutedExperts):
         stack: ExpertStack,
         router: Router | None = None,
         *,
-        kernel: KernelName | None = None,
         cache: ExpertCache | None = None,
     ) -> None:
         """Wrap `projection`, any module from [..., IN] to [..., OUT]."""
-        super().__init__(stack, router, kernel=kernel, cache=cache)
+        super().__init__(stack, router, cache=cache)
         self.projection = projection
         if cache is not None:
             self.stack = stack.to(device_of(projection))

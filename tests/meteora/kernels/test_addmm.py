@@ -46,9 +46,9 @@ def make(
         projection,
         ExpertStack(lora_a.to(dtype), lora_b.to(dtype), RANKS, SCALING, mapped=cached),
         gate.to(dtype),
-        kernel=kernel,
         cache=ExpertCache(1 << 20) if cached else None,
     ).eval()
+    layer.kernel = kernel
     with torch.no_grad():
         bare, delta = in_float64(layer, x)
         layer.stack.b.mul_(say * bare.norm() / delta.norm())

@@ -42,8 +42,8 @@ def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, kernel=None, seed=0, me
             torch.randn(len(choices)),
             RouterOptions("gate", top_k, 1.0),
         ),
-        kernel=kernel,
     )
+    layer.kernel = kernel
     return layer.eval()
 
 

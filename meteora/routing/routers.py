@@ -77,10 +77,8 @@ class Router(nn.Module):
 class ByQuestion(Protocol):
     """Decides for tokens by a whole question: for what opens a prompt, or for a turn."""
 
-    @property
-    def template(self) -> Template:
-        """The tokens around a question."""
-        ...
+    template: Template
+    """The tokens around a question."""
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits [T, C] of tokens [T, IN].

@@ -125,15 +125,10 @@ class TurnChoice:
     """What one gate has decided for the sequences of a batch."""
 
     def __init__(self, turns: Turns) -> None:
-        self.turns = turns
+        self.turns, self.template = turns, turns.template
         self.held: Tensor | None = None
         """[B, C] log-probabilities of each sequence's last turn. A pass that goes on is taken for
         one that goes on with these sequences."""
-
-    @property
-    def template(self) -> Template:
-        """Of the prompts."""
-        return self.turns.template
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits of tokens [T, IN], each those of its turn: [T, C].

@@ -130,14 +130,9 @@ class ServedTurnChoice:
     """What one gate has decided for the requests of a server."""
 
     def __init__(self, turns: ServedTurns) -> None:
-        self.turns = turns
+        self.turns, self.template = turns, turns.template
         self.held = torch.empty(0)
         """[num_held, C] log-probabilities of each request's last turn; empty before the first."""
-
-    @property
-    def template(self) -> Template:
-        """Of the prompts."""
-        return self.turns.template
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits of tokens [T, IN], each those of its turn: [T, C].

@@ -17,7 +17,6 @@ from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import ModuleType
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,13 +129,9 @@ def _refuse_subfolder(name: str | Path, subfolder: str | None) -> None:
         )
 
 
-def register_config(module: ModuleType) -> None:
-    module.AutoConfig.register(MODEL_TYPE, MeteoraConfig, exist_ok=True)
-
-
-def register_model(module: ModuleType) -> None:
-    module.AutoModelForCausalLM.register(MeteoraConfig, MeteoraForCausalLM, exist_ok=True)
-
-
-def register_tokenizer(module: ModuleType) -> None:
-    module.AutoTokenizer.register(MeteoraConfig, MeteoraTokenizer, exist_ok=True)
+CLASSES = {
+    "AutoConfig": (MODEL_TYPE, MeteoraConfig),
+    "AutoModelForCausalLM": (MeteoraConfig, MeteoraForCausalLM),
+    "AutoTokenizer": (MeteoraConfig, MeteoraTokenizer),
+}
+"""What is registered with each auto class."""

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 AUTO = "transformers.models.auto"
 LISTS = {
-    f"{AUTO}.configuration_auto": "register_config",
-    f"{AUTO}.modeling_auto": "register_model",
-    f"{AUTO}.tokenization_auto": "register_tokenizer",
+    f"{AUTO}.configuration_auto": "AutoConfig",
+    f"{AUTO}.modeling_auto": "AutoModelForCausalLM",
+    f"{AUTO}.tokenization_auto": "AutoTokenizer",
 }
-"""The modules of transformers with a list of classes, and our function that adds to each."""
+"""The modules of transformers with a list of classes, and the class that adds to each."""
 
 
 def install() -> None:
@@ -44,7 +44,8 @@ def _is_loading(module: ModuleType) -> bool:
 def _register(module: ModuleType) -> None:
     from meteora.model import auto_classes  # noqa: PLC0415  (it needs transformers, which is loaded by now)
 
-    getattr(auto_classes, LISTS[module.__name__])(module)
+    name = LISTS[module.__name__]
+    getattr(module, name).register(*auto_classes.CLASSES[name], exist_ok=True)
 
 
 class _Waiting(MetaPathFinder):

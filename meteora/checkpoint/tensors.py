@@ -242,17 +242,18 @@ class PromptGates:
 
 def write_gates(path: Path, gates: Gates) -> None:
     """Write the weights as tensors, and the rest as metadata of the same file."""
-    tensors: dict[str, Tensor] = {}
-    for module, (weight, bias) in gates.own.items():
-        tensors[f"{module}.gate.weight"] = weight.contiguous().clone()
-        tensors[f"{module}.gate.bias"] = bias.contiguous().clone()
-    for module, standard in gates.stand_ins.items():
-        tensors[f"{module}.gate.stand_in"] = standard.contiguous().clone()
-    for module, offsets in gates.offsets.items():
-        tensors[f"{module}.offsets"] = offsets.contiguous().clone()
+    tensors = {f"{module}.gate.weight": weight for module, (weight, _) in gates.own.items()}
+    tensors |= {f"{module}.gate.bias": bias for module, (_, bias) in gates.own.items()}
+    tensors |= {f"{module}.gate.stand_in": rows for module, rows in gates.stand_ins.items()}
+    tensors |= {f"{module}.offsets": rows for module, rows in gates.offsets.items()}
     notes = {"follows": gates.follows, "template": _template_notes(gates.template)}
+    _save(path, tensors, notes)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    own = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
     # one key: safetensors writes several keys in an order that varies
-    save_file(tensors, path, {NOTES: canonical_json(notes)})
+    save_file(own, path, {NOTES: canonical_json(notes)})
 
 
 def read_gates(folder: Path, manifest: Manifest) -> Gates:
@@ -287,11 +288,10 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
 
 def write_prompt_gates(path: Path, gates: PromptGates) -> None:
     """Write what routers of kind `prompt` are made of."""
-    tensors = {"standard": gates.standard.contiguous()}
-    for module, rows in gates.rows.items():
-        tensors[f"{module}.gate.rows"] = rows.contiguous().clone()
-        tensors[f"{module}.gate.offset"] = gates.offsets[module].contiguous().clone()
-    save_file(tensors, path, {NOTES: canonical_json({"template": _template_notes(gates.template)})})
+    tensors = {f"{module}.gate.rows": rows for module, rows in gates.rows.items()}
+    tensors |= {f"{module}.gate.offset": offset for module, offset in gates.offsets.items()}
+    notes = {"template": _template_notes(gates.template)}
+    _save(path, tensors | {"standard": gates.standard}, notes)
 
 
 def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:

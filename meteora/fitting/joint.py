@@ -36,6 +36,7 @@ from meteora.fitting.losses import (
 from meteora.fitting.sequences import TrainingError, owned
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
+from meteora.routing.gates import gates_in
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -269,12 +270,7 @@ def shard(model: PreTrainedModel) -> None:
     """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
 
-    gates = {
-        parameter
-        for layer in routed_layers(model).values()
-        if layer.router is not None
-        for parameter in layer.router.parameters()
-    }
+    gates = {parameter for gate in gates_in(model).values() for parameter in gate.parameters()}
     for layer in decoder_layers(model, routed_layers(model)):
         settle(layer)
         fully_shard(layer, ignored_params=gates & set(layer.parameters()))

@@ -159,7 +159,7 @@ class Sweep:
 
         with ExitStack() as replaced:
             for layer in self.layers:
-                replaced.enter_context(_replaced_forward(layer, record))
+                replaced.enter_context(replaced_forward(layer, record))
             self._forward(ids, mask)
         return first[0], calls
 
@@ -215,7 +215,7 @@ class Sweep:
             for path in self.paths_of.get(index, []):
                 layer = self._routed[path]
                 forward = partial(self._output, batch, path, layer)
-                replaced.enter_context(_replaced_forward(layer, forward))
+                replaced.enter_context(replaced_forward(layer, forward))
             return self._run(index, batch)
 
     @contextmanager
@@ -291,7 +291,7 @@ class Sweep:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Within, this function runs in place of the module's own `forward`."""
     before = vars(module).get("forward")  # of Accelerate, for example
     module.forward = forward

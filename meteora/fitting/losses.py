@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER
+from meteora.fitting.layerwise import replaced_forward
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
 from meteora.model.opening_offsets import without_dropout
 from meteora.routing.gates import gates_in, old_routers_after_error
@@ -234,10 +235,8 @@ def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
 
     transformers' own switch needs training mode, which turns dropout on.
     """
-    try:
+    with ExitStack() as replaced:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            again = partial(checkpoint, layer.forward, use_reentrant=False)
+            replaced.enter_context(replaced_forward(layer, again))
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)

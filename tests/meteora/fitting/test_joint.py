@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -235,6 +236,14 @@ def test_accumulated_batches_teach_what_one_large_batch_does(world, top_k):
         gates.append(gates_of(model).own)
     for path, (weight, _) in gates[0].items():
         torch.testing.assert_close(gates[1][path][0], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_that_was_computed_again_keeps_the_hook_of_accelerate():
+    layer = add_hook_to_module(torch.nn.Linear(2, 2), ModelHook())
+    hooked = layer.forward
+    with computed_again([layer]):
+        assert layer.forward is not hooked
+    assert layer.forward is hooked
 
 
 @pytest.mark.parametrize("share", ["point", "token"])

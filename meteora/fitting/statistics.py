@@ -114,7 +114,7 @@ def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> N
     tensors = {
         f"{module}.gate.{name}": getattr(point, name).contiguous().cpu()
         for module, point in statistics.items()
-        for name in (f.name for f in fields(PointStatistics))
+        for name in vars(point)
     }
     save_file(tensors, path)
 

@@ -119,17 +119,16 @@ class ExpertStack(nn.Module):
             by_rank[start] * factor if len(set(by_rank[start:end])) == 1 else None
             for start, end, factor in self.choices
         ]
+        starts = [choice.start for choice in self.choices]
+        factors = [choice.factor for choice in self.choices]
         # who makes or moves a model in inference mode may still want to train it
         with torch.inference_mode(mode=False):
-            scaling_of = torch.tensor(by_rank, dtype=torch.float32)
-            factors = torch.tensor([choice.factor for choice in self.choices], dtype=torch.float32)
-            starts = [start for start, _, _ in self.choices]
-            segments = torch.tensor([starts, self.widths])
-            self.register_buffer("segments", segments.to(a.device), persistent=False)
-        self._exact = {
-            "rank_scaling": scaling_of,
-            "factors": factors,
-        }
+            segments = torch.tensor([starts, self.widths]).to(a.device)
+            self._exact = {
+                "rank_scaling": torch.tensor(by_rank, dtype=torch.float32),
+                "factors": torch.tensor(factors, dtype=torch.float32),
+            }
+        self.register_buffer("segments", segments, persistent=False)
         self._scale()
 
     def _scale(self) -> None:

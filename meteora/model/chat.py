@@ -50,9 +50,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.model.trace import LayerWinner
-
-    Pass = dict[str, tuple[Tensor, Tensor]]
-    """Weights and experts [T, K] of each routed module."""
+    from meteora.routing.hooks import Routes
 
 
 LEAST_TEMPERATURE = 1e-4
@@ -299,7 +297,7 @@ class Chat:
         self,
         ids: list[int],
         out: Any,  # noqa: ANN401
-        passes: list[Pass],
+        passes: list[Routes],
         expert: str,
         before: _Reading | None,
     ) -> None:
@@ -346,7 +344,7 @@ class _Listener:
     def __init__(
         self,
         chat: Chat,
-        passes: list[Pass],
+        passes: list[Routes],
         ends: Collection[int],
         stop: Collection[str],
         on_token: Callable[[Token], None],

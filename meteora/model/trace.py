@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.routing.hooks import Routes
+
 
 class TraceError(MeteoraError):
     """No module of the model is routed."""
@@ -174,7 +176,7 @@ def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of ma
     model(input_ids=out.sequences[:, -1:], **{cache: out.past_key_values})
 
 
-def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
+def joined(passes: list[Routes], part: int) -> Tensor:
     """Weights (0) or experts (1) of all passes end to end, [M, T, K]; [0, 0, 0] without routes."""
     if not passes[0]:
         return torch.zeros(0, 0, 0)
@@ -182,14 +184,12 @@ def joined(passes: list[dict[str, tuple[Tensor, Tensor]]], part: int) -> Tensor:
 
 
 @contextmanager
-def every_pass(
-    model: PreTrainedModel,
-) -> Generator[list[dict[str, tuple[Tensor, Tensor]]]]:
+def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
     """Collect the routes of every forward pass, in order.
 
     A pass that goes on with none begins anew: Phi 3 reads all again where its positions change.
     """
-    passes: list[dict[str, tuple[Tensor, Tensor]]] = []
+    passes: list[Routes] = []
 
     def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not PassInput.of(by_name(model, args, kwargs)).goes_on:

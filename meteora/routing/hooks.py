@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from meteora.routing.routers import Router
 
+    Routes = dict[str, tuple[Tensor, Tensor]]
+    """Weights and experts, both [T, K], that each layer chose in one pass, by module path."""
+
 
 @contextmanager
 def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
@@ -39,13 +42,13 @@ def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
 
 
 @contextmanager
-def recorded_routes(model: PreTrainedModel) -> Generator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect each layer's weights [T, K] and experts [T, K] of the last forward pass, by path.
+def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
+    """Collect what each layer chose in the last forward pass.
 
     They are those of `reference.route`, the strongest expert first. Experts that lack the layer are
     recorded too, though they add nothing there.
     """
-    routes: dict[str, tuple[Tensor, Tensor]] = {}
+    routes: Routes = {}
 
     def keep(path: str, router: Router, found: Tensor) -> None:
         routes[path] = router.route(found)

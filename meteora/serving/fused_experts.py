@@ -68,7 +68,8 @@ class FusedExperts(nn.Module):
         self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add what the experts give to y [T, OUT of all parts] in place, from x [T, IN]."""
+        """Add what the experts give to y [..., OUT of all parts] in place, from x [..., IN]."""
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for start, end, layer in self._parts:
             layer.add(x, y[:, start:end])
 

@@ -50,14 +50,13 @@ if TYPE_CHECKING:
 
 
 def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:  # noqa: ARG001
-    """Add to y [T, OUT] what the experts of a layer give for x [T, IN].
+    """Add to y [..., OUT] what the experts of a layer give for x [..., IN].
 
     Args:
         layer: its name in vLLM's forward context
         order: see `vllm_prompts.Order`
     """
-    experts = get_forward_context().no_compile_layers[layer].routed
-    experts.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+    get_forward_context().no_compile_layers[layer].routed.add(x, y)
 
 
 def _choose(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
@@ -261,7 +260,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         y = super().apply(layer, x, bias)
         routed: Any = layer.routed
         if routed.inline:
-            routed.add(x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            routed.add(x, y)
         else:
             torch.ops.meteora.add_experts(x, y, self.key, layer.order)
         return y

@@ -19,7 +19,7 @@ CHUNK = 1 << 18
 """Bytes that are in memory at once."""
 
 LARGE = 1024
-"""Above what training gives: trained factors stay below 10."""
+"""A number this large is suspicious: trained factors stay below 10."""
 
 _BITS = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000, 0x4090_0000_0000_0000),

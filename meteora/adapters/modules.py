@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meteora.untrusted.safetensors_header import TensorInfo
 
 MAX_SCALING = 1_000
-"""Above it there is a warning."""
+"""A larger scaling gets a warning."""
 
 
 def read_modules(

@@ -195,7 +195,7 @@ class MergeSpec(Spec):
 
 @dataclass(frozen=True)
 class Publication(Noun):
-    """An artifact is published at a repository, by whomever."""
+    """A repository that holds an artifact, whoever published it there."""
 
     artifact_id: ArtifactId
     repo_id: str

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 HEADER = 3
-"""So many tokens of a header are enough to find it, and are there behind any system prompt."""
+"""Tokens of a header that are kept: enough to find it, and the same behind any system prompt."""
 
 
 class ConversationError(MeteoraError):
@@ -96,8 +96,8 @@ class Template(Noun):
     header: tuple[int, ...] = ()
     """The end of the opening that stands before a later question of a conversation, too."""
     footer: tuple[int, ...] = ()
-    """The beginning of the closing, where an earlier question has only that behind it, as in
-    templates that open a block of thoughts for the answer to come; empty: it has the whole."""
+    """What stands behind an earlier question, where that is only the beginning of the closing: some
+    closings open a block of thoughts for the next answer. Empty where it is the whole closing."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -120,7 +120,7 @@ class Template(Noun):
 
     @property
     def question_end(self) -> tuple[int, ...]:
-        """Token ids behind each question, an earlier one of a conversation or the last."""
+        """The token ids behind every question of a conversation, earlier ones included."""
         return self.footer or self.closing
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 BITS = {"8bit": 8.0, "4bit": 4.5}
-"""Of a number in a quantised layer, with the scales of 64 numbers of 4 bits."""
+"""Bits of one weight in a quantised layer; in 4 bits, 64 weights share a scale."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _quiet() -> Generator[None]:
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    offloads = logging.getLogger("accelerate.big_modeling")  # says that there is no number in them
+    offloads = logging.getLogger("accelerate.big_modeling")  # warns of weights on the meta device
     before = offloads.level
     offloads.setLevel(logging.ERROR)
     try:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 OTHER_FILES = 256
-"""Beside the adapters, that a process may have open."""
+"""Files beside the adapters that a process may have open."""
 
 
 class OpenFilesError(MeteoraError):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLUMNS = 1024
 """How many columns of float32 rows are converted to float64 at a time."""
 ITERATIONS = 3
-"""Of subspace iteration. Few suffice: the variances fall off quickly."""
+"""Steps of subspace iteration. Few suffice, since the variances fall off quickly."""
 
 
 class Covariance(ABC):

@@ -81,7 +81,7 @@ class Tokens(NamedTuple):
         return self.sampled(stands_for)
 
     def limited(self, num_experts: int) -> Tokens:
-        """So many of the tokens that a round can have, equally many of each expert."""
+        """As many tokens as a round may have, equally many of each expert."""
         limit = max(num_experts, MAX_LOGITS // num_experts)
         if len(self.x) <= limit:
             return self

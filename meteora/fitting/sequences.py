@@ -222,7 +222,7 @@ def _quota(counts: list[int], limit: int) -> int:
 
 
 def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
-    """The weight of each token in a fit, [B, L] float32: the tokens of an expert sum to 1.
+    """The weights of the tokens in a fit, [B, L] float32: those of an expert sum to 1.
 
     If an expert has tokens that open answers, these sum to `OPENING_SHARE`.
     """

@@ -142,7 +142,7 @@ class ExpertStack(nn.Module):
             self.choice_scaling()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow `.to()` and its kin, but keep the scaling exact where the model narrows."""
+        """Move and convert as any module does, but keep the scaling in float32."""
         super()._apply(fn, recurse)
         self._scale()
         return self

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_BATCH = 16
 ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1}
-"""Of `generate`, whatever a base's own config says: each token is read once."""
+"""Arguments of `generate` by which each token is read once, whatever a base's own config says."""
 
 
 class EmptyPromptError(MeteoraError):

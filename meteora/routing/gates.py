@@ -80,7 +80,7 @@ def give_router(
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
     """Let each gate's layer compute A x for those that follow it and read the same input.
 
-    A module that only a later expert has follows the gate before it, whose input is another.
+    A follower may have another input than its gate, if an expert that was added later brought it.
 
     Args:
         layers: by module path, in the order of their calls
@@ -192,7 +192,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Which gate decides for the modules that a sweep reaches next."""
+    """Says, during a sweep, which gate decides for the modules that are reached next."""
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share

@@ -223,7 +223,10 @@ class MoELoRALinear(RoutedExperts):
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
-        """What the experts add to before the projection does; None where that is nothing."""
+        """What the experts' sum is added to, [T, OUT]; None where nothing has to be there first.
+
+        The projection is then added to both.
+        """
         if plain.bias is not None:
             return plain.bias.expand(len(tokens), -1).clone()
         if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits as it comes

@@ -112,5 +112,5 @@ def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def earlier(places: Tensor, size: int) -> Tensor:
-    """Where tokens begin that end here, [B, L] bool."""
-    return places.roll(1 - size, 1)  # nothing ends before `size` tokens are there
+    """Where sequences of `size` tokens begin that end at these places, [B, L] bool."""
+    return places.roll(1 - size, 1)  # none ends at the first `size` - 1 places, which wrap around

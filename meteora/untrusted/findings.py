@@ -76,7 +76,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def brief(error: Exception) -> str:
     """Return the first sentence of an error of another library, which can have a hundred lines.
 
-    One that says nothing is named by its kind.
+    An error without a message is named by its class.
     """
     return shortened(" ".join(str(error).split()).partition(". ")[0], 300) or type(error).__name__
 

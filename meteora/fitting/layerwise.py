@@ -7,9 +7,10 @@ they receive the same tensor.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -76,24 +77,9 @@ class Sweep:
         self.model = model
         self._batches, self._watcher = batches, watcher
         self._scratch: Path | None = None
-        self.paths_of: dict[int, list[str]] = {}
-        self._routed = routed_layers(model)
-        prefixes = set()
-        for path in self._routed:
-            match = placement.LAYER.match(path)
-            if match is None:
-                raise SweepError(
-                    f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
-                    " layer; leave the adapters that target it out, or use a router without gates"
-                )
-            prefixes.add(match[1])
-            self.paths_of.setdefault(int(match[2]), []).append(path)
-        if len(prefixes) != 1:
-            raise SweepError(
-                f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"
-                " be fitted for one stack of layers"
-            )
-        self.layers: nn.ModuleList = model.get_submodule(prefixes.pop())  # ty: ignore[invalid-assignment]
+        prefix, self._routed = _by_layer(model)
+        """The routed modules of each layer, by path."""
+        self.layers = cast("nn.ModuleList", model.get_submodule(prefix))
         self._tuples = False
         self._decision: Decision | None = None
         self._decisions: dict[int, Tensor] = {}
@@ -212,8 +198,7 @@ class Sweep:
     def _run_once(self, index: int, batch: int) -> Tensor:
         """As `_run`, without the modules that ran before for this batch."""
         with ExitStack() as replaced:
-            for path in self.paths_of.get(index, []):
-                layer = self._routed[path]
+            for path, layer in self._routed[index].items():
                 forward = partial(self._output, batch, path, layer)
                 replaced.enter_context(replaced_forward(layer, forward))
             return self._run(index, batch)
@@ -226,8 +211,8 @@ class Sweep:
         """
         with ExitStack() as stack:
             stack.enter_context(placement.held(self.layers[index]))
-            for path in self.paths_of.get(index, []):
-                stack.enter_context(self._routed[path].whole())
+            for layer in self._routed[index].values():
+                stack.enter_context(layer.whole())
             yield
 
     def follow(self, decision: Decision) -> None:
@@ -247,9 +232,8 @@ class Sweep:
             seen.append((args[0], [path]))
 
         with ExitStack() as hooks, torch.inference_mode():
-            for path in self.paths_of.get(index, []):
-                hook = partial(see, path)
-                hooks.enter_context(self._routed[path].register_forward_pre_hook(hook))
+            for path, layer in self._routed[index].items():
+                hooks.enter_context(layer.register_forward_pre_hook(partial(see, path)))
             self._run(index, 0)
         return [paths for _, paths in seen]
 
@@ -262,7 +246,7 @@ class Sweep:
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise _Reached(args[0])
 
-        with self._routed[path].register_forward_pre_hook(stop):
+        with self._routed[index][path].register_forward_pre_hook(stop):
             for batch in range(len(self._hidden)):
                 try:
                     with torch.inference_mode():
@@ -288,6 +272,31 @@ class Sweep:
                     self._hidden[batch].copy_(out)
         self._outputs.clear()
         self._output_bytes = 0
+
+
+def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRALinear]]]:
+    """The path of the stack of layers, and the routed modules of each layer by their paths.
+
+    Raises:
+        SweepError: a module is in no numbered layer, or they are in several stacks.
+    """
+    found: dict[int, dict[str, MoELoRALinear]] = defaultdict(dict)
+    prefixes = set()
+    for path, layer in routed_layers(model).items():
+        match = placement.LAYER.match(path)
+        if match is None:
+            raise SweepError(
+                f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
+                " layer; leave the adapters that target it out, or use a router without gates"
+            )
+        prefixes.add(match[1])
+        found[int(match[2])][path] = layer
+    if len(prefixes) != 1:
+        raise SweepError(
+            f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"
+            " be fitted for one stack of layers"
+        )
+    return prefixes.pop(), found
 
 
 @contextmanager

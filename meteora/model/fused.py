@@ -146,11 +146,15 @@ def check_base(
         manifest.base.fingerprint
     )
     if differences:
-        raise WrongBaseError(
-            f"{folder}: this base has {'; '.join(differences)};"
-            f" the checkpoint was made for {manifest.base.repo_id} at"
-            f" {manifest.base.revision[:19]}, load that one"
-        )
+        raise wrong_base(manifest, folder, "; ".join(differences))
+
+
+def wrong_base(manifest: Manifest, where: Path, has: str) -> WrongBaseError:
+    """The error that says in what a base differs from the one that a checkpoint was made for."""
+    return WrongBaseError(
+        f"{where}: this base has {has}; the checkpoint was made for {manifest.base.repo_id} at"
+        f" {manifest.base.revision[:19]}, give that one"
+    )
 
 
 def insert_experts(

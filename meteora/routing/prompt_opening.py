@@ -63,17 +63,13 @@ class PromptOpening(Watcher):
         self.opening = self.evidence = None
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """Logits [T, E]; the opening's are replaced by the evidence's summed log-likelihoods.
-
-        Args:
-            logits_of: the logits of each token by itself
-        """
+        """Logits [T, C]; the opening's are replaced by the evidence's summed log-likelihoods."""
         opening, evidence, logits = self.opening, self.evidence, logits_of(tokens)
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits
         opening, evidence = opening.to(logits.device), evidence.to(logits.device)
-        own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, E]
-        pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, E]
+        own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, C]
+        pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, C]
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)
 
     def stop(self) -> None:

@@ -133,9 +133,6 @@ class TurnChoice:
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits of tokens [T, IN], each those of its turn: [T, C].
 
-        Args:
-            logits_of: the gate's logits of each token by itself
-
         Raises:
             UnreadPromptError: no pass of so many tokens was seen, or it goes on with others.
         """

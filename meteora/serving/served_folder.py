@@ -15,7 +15,7 @@ import json
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
@@ -26,7 +26,7 @@ from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
-from meteora.model.fused import WrongBaseError
+from meteora.model.fused import WrongBaseError, wrong_base
 
 if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
@@ -144,7 +144,7 @@ def _download(name: str, revision: str | None) -> Path:
 def _check_fingerprint(base: Path, manifest: Manifest) -> None:
     """Refuse a base of another architecture or vocabulary."""
     if differences := loading.fingerprint_of(base).differences(manifest.base.fingerprint):
-        _refuse_base(base, manifest, "; ".join(differences))
+        raise wrong_base(manifest, base, "; ".join(differences))
 
 
 def _check_weights(base: Path, manifest: Manifest) -> None:
@@ -152,14 +152,7 @@ def _check_weights(base: Path, manifest: Manifest) -> None:
     if manifest.base.repo_id.startswith(PATH):
         found = f"sha256:{weights_sha256(base)}"
         if found != manifest.base.revision:
-            _refuse_base(base, manifest, f"weights with {found[:19]}")
-
-
-def _refuse_base(base: Path, manifest: Manifest, has: str) -> NoReturn:
-    raise WrongBaseError(
-        f"{base}: this base has {has}; the checkpoint was made for {manifest.base.repo_id} at"
-        f" {manifest.base.revision[:19]}, give the folder of that one"
-    )
+            raise wrong_base(manifest, base, f"weights with {found[:19]}")
 
 
 def _is_served(path: Path) -> bool:

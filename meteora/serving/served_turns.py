@@ -135,11 +135,7 @@ class ServedTurnChoice:
         """[num_held, C] log-probabilities of each request's last turn; empty before the first."""
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """The logits of tokens [T, IN], each those of its turn: [T, C].
-
-        Args:
-            logits_of: the gate's logits of each token by itself
-        """
+        """The logits of tokens [T, IN], each those of its turn: [T, C]."""
         found = self.turns.found
         if found is None:
             return logits_of(tokens)

@@ -24,12 +24,12 @@ float32 and in bfloat16. Rounding alone changes 2e-6 and 0.05: with a B scaled d
 
 
 @torch.inference_mode()
-def changes(
+def silent_experts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """How much each expert, forced, changes the logits of one short prompt.
+    """The experts that, forced, change nothing on one short prompt beyond rounding.
 
     Args:
         names: of the experts to try; all, without it
@@ -38,22 +38,14 @@ def changes(
         The largest change of any logit as a share of the base's largest logit, by expert.
     """
     ids = batch_of(model, encode_prompt(tokenizer, PROMPT))
+    least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)
     with without_experts(model):
         base = model(ids, use_cache=False).logits.float()
-    found = {}
+    silent = {}
     for name in expert_names(model) if names is None else names:
         with force_expert(model, name):
             logits = model(ids, use_cache=False).logits.float()
-        found[name] = ((logits - base).abs().max() / base.abs().max()).item()
-    return found
-
-
-def silent_experts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str] | None = None,
-) -> dict[str, float]:
-    """The experts that change nothing beyond rounding, each with its change."""
-    least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)
-    found = changes(model, tokenizer, names)
-    return {name: change for name, change in found.items() if change <= least}
+        change = ((logits - base).abs().max() / base.abs().max()).item()
+        if change <= least:
+            silent[name] = change
+    return silent

@@ -10,7 +10,7 @@ import meteora
 from meteora.adapters import reader
 from meteora.adapters.update_norm import LIMIT, check_proportion, update_norms
 from meteora.base.loading import linear_sizes, weight_norms
-from meteora.model.silent_experts import changes, silent_experts
+from meteora.model.silent_experts import silent_experts
 
 
 @pytest.fixture
@@ -34,7 +34,6 @@ def test_an_expert_that_changes_nothing_is_named_and_a_healthy_one_is_not(
     loud = {"loud": world.adapters["all_seven"], "whisper": whisper}
     fuse_adapters(world.base, loud, tmp_path / "fused")
     model, _ = meteora.load(tmp_path / "fused", base_folder=world.base, dtype=dtype)
-    assert changes(model, tokenizer)["loud"] > 0.1
     assert silent_experts(model, tokenizer).keys() == {"whisper"}
 
 

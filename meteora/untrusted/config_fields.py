@@ -27,9 +27,11 @@ MAX_ENTRIES = 20_000
 MAX_NAMES = 64
 """Modules that any other list names."""
 MAX_NAME = 512
-"""Characters of a module's name; no tensor has a longer one."""
+"""Characters of the name of a base or a module; no tensor has a longer one."""
 MAX_TEXT = 2_000
 """Characters of a pattern."""
+MAX_SHORT = 256
+"""Characters of any other text."""
 
 
 def base_model(name: object, found: Findings) -> str:
@@ -37,7 +39,7 @@ def base_model(name: object, found: Findings) -> str:
     if name in (None, ""):
         found.warn("base_unnamed", "it names no base; only its shapes show whether it fits")
         return ""
-    if not isinstance(name, str) or len(name) > 512 or not name.isprintable():
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
         found.warn("base_unreadable", "its base is not a printable name; it is ignored")
         return ""
     lower = name.lower()
@@ -87,12 +89,12 @@ def _are_names(value: object, most: int) -> TypeGuard[list[str]]:
     )
 
 
-def text(config: Mapping[str, Any], key: str, found: Findings, most: int = 256) -> str:
+def text(config: Mapping[str, Any], key: str, found: Findings) -> str:
     """Read a short printable text; empty where the field is not set."""
     value = config.get(key)
     if value is None:
         return ""
-    if not isinstance(value, str) or len(value) > most or not value.isprintable():
+    if not isinstance(value, str) or len(value) > MAX_SHORT or not value.isprintable():
         found.refuse(key, f"{key} is not a short text")
         return ""
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Self
 
 from jinja2 import TemplateError
@@ -126,7 +127,5 @@ class Template(Noun):
 
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
     """The longest common beginning."""
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    return tuple(one[:length])
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token for token, _ in same)

@@ -126,24 +126,13 @@ class ServedExperts:
             UnservableError: a part has another size than its experts, or the questions that its
                 gate waits for are not read.
         """
-        options, layers = self.manifest.router, {}
+        options = self.manifest.router
         if options.by_turns and self.turns is None:
             raise UnservableError(
                 f"{self.folder}: its gates wait for whole questions, and vLLM's model of this base"
                 " shows no tokens to a plugin; set `router: {share: point}` in the recipe"
             )
-        for part in parts:
-            path, entry = part.path, self.manifest.modules[part.path]
-            found = weight.shape[1], part.end - part.start
-            if found != (entry.in_features, entry.out_features):
-                raise UnservableError(
-                    f"{path}: the experts take {entry.in_features} inputs and give"
-                    f" {entry.out_features}, this layer has {found}; serve them with the base they"
-                    " were made for, on one device"
-                )
-            a, b = self._file.factors(path)
-            stack = stack_for(weight, a, b, entry, choices_of(entry.ranks, options))
-            layers[part] = RoutedExperts(stack)
+        layers = {part: self._layer_of(part, weight) for part in parts}
         closed = not self._decides_elsewhere(parts)
         if closed and (merged := self._merged(layers)):
             layers = merged
@@ -156,11 +145,23 @@ class ServedExperts:
             inline = False
         if not inline:
             self._share(layers)
-            return FusedExperts(layers, inline=False)
         for layer in layers.values():
-            if isinstance(layer.router, Gate):
+            if inline and isinstance(layer.router, Gate):
                 layer.router.decision = None  # nobody reads it, and a graph writes nothing outside
-        return FusedExperts(layers, inline=True)
+        return FusedExperts(layers, inline=inline)
+
+    def _layer_of(self, part: Part, weight: Tensor) -> RoutedExperts:
+        """The experts of one part, without a router."""
+        entry, found = self.manifest.modules[part.path], (weight.shape[1], part.end - part.start)
+        if found != (entry.in_features, entry.out_features):
+            raise UnservableError(
+                f"{part.path}: the experts take {entry.in_features} inputs and give"
+                f" {entry.out_features}, this layer has {found}; serve them with the base they"
+                " were made for, on one device"
+            )
+        a, b = self._file.factors(part.path)
+        choices = choices_of(entry.ranks, self.manifest.router)
+        return RoutedExperts(stack_for(weight, a, b, entry, choices))
 
     def _route(self, layers: Mapping[Part, RoutedExperts]) -> None:
         """Give each layer its router."""

@@ -139,8 +139,10 @@ def calibrate(
     weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
+    tokens_of_others = torch.empty(0)  # of the last point, where experts have no sequences
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal tokens_of_others
         path = paths[0]
         scatter, (tokens, held) = _scatter_of(inputs, batches, weights, len(names))
         shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
@@ -157,7 +159,7 @@ def calibrate(
             bias[-1] += lead_of_last(held.x @ weight.T + bias, held.labels)
         if not without:
             return weight, bias
-        others["tokens"] = held.x
+        tokens_of_others = held.x
         rows = torch.tensor(fitted, device=weight.device)
         return (
             weight.new_zeros(len(every), weight.shape[1]).index_copy(0, rows, weight),
@@ -165,9 +167,8 @@ def calibrate(
         )
 
     def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, others["tokens"]))
+        give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, tokens_of_others))
 
-    others: dict[str, Tensor] = {}
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         share = options.share if options.share == "turn" else "module"
         options, folder = replace(options, share=share), None

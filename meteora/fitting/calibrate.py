@@ -262,7 +262,7 @@ def sweep_gates(
     """
     layers = routed_layers(model)
     with swept(model):
-        watcher = watch_prompts(model, template, options) if template is not None else None
+        watcher = watch_prompts(model, template, options)
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, watcher, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))

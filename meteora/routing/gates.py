@@ -96,14 +96,14 @@ def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[st
 
 
 def watch_prompts(
-    model: PreTrainedModel, template: Template, options: RouterOptions
+    model: PreTrainedModel, template: Template | None, options: RouterOptions
 ) -> PromptOpening | Turns | None:
     """Have the gates decide by whole questions: for their turns, or for the opening of a prompt.
 
-    None where each token decides for itself.
+    None where each token decides for itself; nothing watches the model then.
     """
     watcher = None
-    if options.by_turns or template.opening:
+    if template is not None and (options.by_turns or template.opening):
         watcher = Turns(template) if options.by_turns else PromptOpening(template)
     set_watcher(model, WATCHER, watcher)
     return watcher

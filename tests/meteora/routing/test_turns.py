@@ -10,12 +10,13 @@ import torch
 from transformers import DynamicCache
 
 from meteora.artifacts import RouterOptions
+from meteora.artifacts.routers import POINT_GATES
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import expert_names, force_expert
-from meteora.routing.gates import WATCHER, gates_of, insert_gates
+from meteora.routing.gates import WATCHER, gates_of, insert_gates, watch_prompts
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import PassInput
@@ -202,6 +203,14 @@ def test_a_fit_that_is_stopped_leaves_a_model_that_answers_as_before(model):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, asked(4), OPTIONS, template=TEMPLATE, progress=stop)
     assert answer(model, prompt) == before
+
+
+def test_gates_that_decide_token_by_token_leave_nothing_that_watches_the_model(world):
+    model = world.load()
+    watch_prompts(model, TEMPLATE, OPTIONS)
+    calibrate(model, asked(4), POINT_GATES)
+    assert getattr(model, WATCHER) is None
+    assert not model._forward_pre_hooks
 
 
 def test_prompts_of_one_batch_have_decisions_of_their_own(model):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from typing import TYPE_CHECKING
 
+from meteora.artifacts import SHA256
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import copy, discard, partial_file, settle, sha256_of, write_whole
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 CHEAP_BYTES = 1 << 20
 """Blobs up to this size, a millisecond of hashing, are verified whenever they are read."""
 
@@ -132,15 +131,7 @@ class Blobs:
 
     def _fetched(self, sha256: str) -> bool:
         """Download a blob from the shared storage; False if it is not there or damaged."""
-        if self._remote is None:
-            return False
-        with partial_file(self.root) as partial:
-            came = self._remote.get(_name(sha256), partial)
-            if came == sha256:
-                settle(partial, self.place_of(sha256), root=self.root)
-            elif came:
-                logger.warning("blob %s on %s is damaged", sha256[:12], self._remote.url)
-        return came == sha256
+        return self._remote is not None and self._remote.fetch(_name(sha256), sha256, self.root)
 
     def place_of(self, sha256: str) -> Path:
         """The path of a blob on this disk, whether or not it is there."""

@@ -13,18 +13,22 @@ reader. Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from store.errors import StoreError, UnreachableError, brief
+from store.files import partial_file, settle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator
     from pathlib import Path
 
     from obstore.store import ClientConfig, RetryConfig
+
+logger = logging.getLogger(__name__)
 
 SINGLE_PUT_BYTES = 1 << 30
 """Below S3's limit for one request. Larger files go up in parts, and appear complete."""
@@ -82,16 +86,28 @@ class Remote:
         Raises:
             UnreachableError: the storage does not answer, or refuses.
         """
-        size = path.stat().st_size
-        with self._reached():
-            if size > SINGLE_PUT_BYTES:
-                if not self.holds(name):
-                    self._obstore.put(self._store, name, path)
-                return
-            try:
+        large = path.stat().st_size > SINGLE_PUT_BYTES
+        if large and self.holds(name):
+            return
+        with self._reached(), suppress(self._obstore.exceptions.AlreadyExistsError):
+            if large:
+                self._obstore.put(self._store, name, path)
+            else:
                 self._obstore.put(self._store, name, path, mode="create", use_multipart=False)
-            except self._obstore.exceptions.AlreadyExistsError:
-                return
+
+    def fetch(self, name: str, sha256: str, root: Path) -> bool:
+        """Download an object to its place, below the folder `root` of a home.
+
+        Returns:
+            False if it is damaged, or not there.
+        """
+        with partial_file(root) as partial:
+            came = self.get(name, partial)
+            if came == sha256:
+                settle(partial, root.parent / name, root=root)
+            elif came:
+                logger.warning("%s on %s does not hash to its name", name, self.url)
+        return came == sha256
 
     def get(self, name: str, target: Path) -> str | None:
         """Download an object to `target`; return the SHA-256 of its bytes, None if there is none.

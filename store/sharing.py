@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from store.errors import DamagedError, StoreError
-from store.files import partial_file, settle, write_whole
+from store.files import write_whole
 from store.remote import Remote
 from store.segments import SUFFIX
 
@@ -145,22 +145,14 @@ class Sharing:
         return self.remote.names(f"records{folder}")
 
     def _pull_segment(self, name: str) -> None:
-        if self._fetch(f"records/packed/{name}", name.removesuffix(SUFFIX)):
+        sha256, root = name.removesuffix(SUFFIX), self._records.root
+        if self.remote.fetch(f"records/packed/{name}", sha256, root):
             self._records.drop(self._records.segments.holding(self._records.loose(), [name]))
 
     def _pull_record(self, sha256: str) -> None:
-        self._fetch(f"records/{sha256[:2]}/{sha256[2:]}.json", sha256)
-
-    def _fetch(self, name: str, sha256: str) -> bool:
-        """Download an object; False if it is damaged, or not there (packed a moment ago)."""
-        root = self._records.root
-        with partial_file(root) as partial:
-            came = self.remote.get(name, partial)
-            if came == sha256:
-                settle(partial, root.parent / name, root=root)
-            elif came:
-                logger.warning("%s on %s does not hash to its name", name, self.remote.url)
-        return came == sha256
+        """Download a record; it is not there if it was packed a moment ago."""
+        name = f"records/{sha256[:2]}/{sha256[2:]}.json"
+        self.remote.fetch(name, sha256, self._records.root)
 
     def _push_record(self, sha256: str) -> None:
         """Upload a record, its blobs first: a record there never refers to a missing blob."""

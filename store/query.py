@@ -79,11 +79,16 @@ def reading(
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
         connection.execute("USE ledger")
-        connection.execute(f"SET memory_limit = '{limits.memory_bytes // 1024}KiB'")
-        connection.execute("SET max_temp_directory_size = '0KiB'")
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
+        harden(connection, limits.memory_bytes)
         yield connection
+
+
+def harden(connection: duckdb.DuckDBPyConnection, memory_bytes: int) -> None:
+    """Leave a connection this much memory, and no other files, network or settings."""
+    connection.execute(f"SET memory_limit = '{memory_bytes // 1024}KiB'")
+    connection.execute("SET max_temp_directory_size = '0KiB'")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
 
 
 def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answer:

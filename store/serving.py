@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from store.errors import StoreError, brief
-from store.query import NO_EXTENSIONS
+from store.query import NO_EXTENSIONS, harden
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 """How often a new snapshot is looked for."""
-MEMORY = "2GiB"
+MEMORY_BYTES = 2 << 30
 """What all clients' queries may use together."""
 
 
@@ -66,10 +66,7 @@ def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, N
             ).fetchall()
         except duckdb.Error as error:
             raise StoreError(f"{address} cannot be served ({brief(error)})") from None
-        connection.execute(f"SET memory_limit = '{MEMORY}'")
-        connection.execute("SET max_temp_directory_size = '0KiB'")
-        connection.execute("SET enable_external_access = false")
-        connection.execute("SET lock_configuration = true")
+        harden(connection, MEMORY_BYTES)
         try:
             yield str(started[1])
         finally:

@@ -6,11 +6,11 @@ against its name. Records that are not in the index yet are few, and are all rea
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, short
 from store.errors import UnknownError
-from store.index import logger
 from store.records import Record
 from store.segments import SUFFIX
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from store.index import Index
     from store.records import Records
+
+logger = logging.getLogger(__name__)
 
 
 class Lookup:
@@ -87,7 +89,8 @@ class Lookup:
             record.subject
             for record in records.values()
             if record.kind == "artifact"
-            and any(part.startswith(prefix) for part in (record.subject, digest_of(record.subject)))
+            for part in (record.subject, record.subject.partition(":")[2])
+            if part.startswith(prefix)
         }
         return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
 
@@ -118,8 +121,3 @@ def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | No
         if record.kind == kind and (subjects is None or record.subject in subjects)
     )
     return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
-
-
-def digest_of(artifact_id: str) -> str:
-    """The 64 hex digits of an id, without its kind."""
-    return artifact_id.partition(":")[2]

@@ -5,7 +5,6 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import ArtifactId, Publication, Score, short
@@ -120,11 +119,9 @@ class Recording:
 
     def record_run(self, event: RunStarted | RunEnded) -> None:
         """Record that a run began or ended. Only the first recorded end of a run counts."""
-        if isinstance(event, RunStarted):
-            event = replace(event, home=self.name)
         body = event.to_dict()
         if isinstance(event, RunStarted):
-            kind = "run-started"
+            kind, body["home"] = "run-started", self.name
         else:
             kind = "run-ended"
             body["stages"] = [

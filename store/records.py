@@ -63,10 +63,7 @@ class Record:
         """
         try:
             return canonical_json(asdict(self)).encode()
-        except (
-            TypeError,
-            ValueError,
-        ) as error:  # NaN, a lone surrogate, no JSON
+        except (TypeError, ValueError) as error:  # NaN, a lone surrogate, no JSON
             raise StoreError(
                 f"{self.kind} of {self.subject!r} cannot be written as JSON: {error}"
             ) from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from meteora.artifacts import canonical_sha256
+from meteora.artifacts import ArtifactId, canonical_sha256
 from store import check, garbage
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from meteora.artifacts import Score
     from store.check import Verification
     from store.events import RunStarted
     from store.garbage import Garbage
@@ -115,6 +116,12 @@ class Ledger(Recording):
             raise DamagedError(
                 f"the index under {self.home} cannot be read ({error}); rebuild it from the records"
             ) from None
+
+    def scores(self, sql: str) -> list[Score]:
+        """The scores whose ids one SELECT gives, in its order; raises what `query` raises."""
+        ids = [ArtifactId(row[0]) for row in self.query(sql).rows]
+        found = self.scores_of(ids)
+        return [found[one] for one in ids if one in found]
 
     def verify(self) -> Verification:
         """Check every record, blob and row (`check`). Changes nothing.

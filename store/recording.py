@@ -159,10 +159,6 @@ class Recording:
         record = self._lookup.first("artifact", artifact_id)
         return record.body["spec"] if record else None
 
-    def score_of(self, benchmark_id: ArtifactId) -> Score | None:
-        """The score with this id; None if it is not recorded."""
-        return self.scores_of([benchmark_id]).get(benchmark_id)
-
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
         """The recorded ones of these scores, by id; one lookup for all of them."""
         found = self._lookup.find("score", list(benchmark_ids))

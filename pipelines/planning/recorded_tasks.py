@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ArtifactId
 from pipelines.data.rows import Row
 from pipelines.evaluation.tasks import Task
 from pipelines.scoring.outputs import read_outputs
@@ -13,7 +12,7 @@ from pipelines.scoring.outputs import read_outputs
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from meteora.artifacts import Score
+    from meteora.artifacts import ArtifactId, Score
     from store.ledger import Ledger
 
 OWN_TASK = """
@@ -41,9 +40,7 @@ def recorded_tasks(
     for name, adapter_id in experts.items():
         literal = name.replace("'", "''")
         asked = OWN_TASK.format(base_id=base_id, adapter_id=adapter_id, name=literal)
-        ids = [ArtifactId(row[0]) for row in ledger.query(asked).rows]
-        scores = ledger.scores_of(ids)
-        if task := _task(ledger, [scores[one] for one in ids if one in scores]):
+        if task := _task(ledger, ledger.scores(asked)):
             found[name] = task
     return found
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ArtifactId, ComparisonBuild, Difference
+from meteora.artifacts import ComparisonBuild, Difference
 from pipelines.scoring import intervals
 from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from meteora.artifacts import ComparisonSpec, Score
+    from meteora.artifacts import ArtifactId, ComparisonSpec, Score
     from store.ledger import Ledger
 
 
@@ -22,48 +21,36 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
 
     The scores have to be in the ledger.
     """
-    pairs: list[tuple[Sequence[float], Sequence[float]]] = []
-    found: list[tuple[Score, Score, bool]] = []
+    scores = ledger.scores_of(one for pair in spec.pairs for one in (pair.score_id, pair.other_id))
+    tested: list[Difference] = []
+    better: list[tuple[float, float, float]] = []
     for pair in spec.pairs:
-        ours, theirs = ledger.score_of(pair.score_id), ledger.score_of(pair.other_id)
-        assert ours is not None  # noqa: S101  (recorded before, see above)
-        assert theirs is not None  # noqa: S101
+        ours, theirs = scores[pair.score_id], scores[pair.other_id]
         values = values_of(ledger, ours), values_of(ledger, theirs)
-        pairs.append(values)
-        found.append((ours, theirs, not {*values[0], *values[1]} <= {0.0, 1.0}))
-    p_values = [
-        intervals.sign_flip(*values, seed=spec.seed) if graded else intervals.mcnemar(*values)
-        for values, (_, _, graded) in zip(pairs, found, strict=True)
-    ]
-    differences = []
-    for values, (ours, theirs, graded), p_value, p_holm in zip(
-        pairs, found, p_values, intervals.holm(p_values), strict=True
-    ):
+        graded = not {*values[0], *values[1]} <= {0.0, 1.0}
+        test = partial(intervals.sign_flip, seed=spec.seed) if graded else intervals.mcnemar
         low, high = intervals.difference_interval(*values, graded=graded, seed=spec.seed)
-        differences.append(
-            Difference(
-                task=ours.spec.task,
-                metric=ours.spec.metric,
-                score_id=ours.spec.id,
-                other_id=theirs.spec.id,
-                difference=ours.value - theirs.value,
-                low=low,
-                high=high,
-                p_value=p_value,
-                p_holm=p_holm,
-                test="sign-flip" if graded else "mcnemar",
-                num_samples=ours.num_samples,
-            )
+        one = Difference(
+            task=ours.spec.task,
+            metric=ours.spec.metric,
+            score_id=ours.spec.id,
+            other_id=theirs.spec.id,
+            difference=ours.value - theirs.value,
+            low=low,
+            high=high,
+            p_value=test(*values),
+            p_holm=0.0,  # of all tests together, below
+            test="sign-flip" if graded else "mcnemar",
+            num_samples=ours.num_samples,
         )
-    mean, low, high = intervals.mean_difference(
-        [
-            (one.difference, one.low, one.high)
-            if ours.higher_is_better
-            else (-one.difference, -one.high, -one.low)
-            for one, (ours, _, _) in zip(differences, found, strict=True)
-        ]
+        tested.append(one)
+        higher = (one.difference, low, high)
+        better.append(higher if ours.higher_is_better else (-one.difference, -high, -low))
+    corrected = intervals.holm([one.p_value for one in tested])
+    differences = (
+        replace(one, p_holm=p_holm) for one, p_holm in zip(tested, corrected, strict=True)
     )
-    return ComparisonBuild(spec, tuple(differences), mean, low, high)
+    return ComparisonBuild(spec, tuple(differences), *intervals.mean_difference(better))
 
 
 def values_of(ledger: Ledger, score: Score) -> list[float]:
@@ -96,10 +83,7 @@ def scores_in_common(
 
 def recorded_scores(ledger: Ledger, subject_id: ArtifactId) -> list[Score]:
     """All scores of a subject, earliest first; without shares of attempts, which judge nothing."""
-    answer = ledger.query(
+    return ledger.scores(
         f"SELECT id FROM scores WHERE subject_id = '{subject_id}'"  # noqa: S608  (an id)
         f" AND metric <> '{ATTEMPTED}' ORDER BY recorded_at, record_sha256"
     )
-    ids = [ArtifactId(row[0]) for row in answer.rows]
-    found = ledger.scores_of(ids)
-    return [found[one] for one in ids if one in found]

@@ -20,7 +20,7 @@ from store.check import Finding
 from store.errors import DamagedError
 
 if TYPE_CHECKING:
-    from meteora.artifacts import ArtifactId, Score
+    from meteora.artifacts import Score
     from store.ledger import Ledger
 
 TOLERANCE = 1e-9
@@ -47,13 +47,10 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
     """
     if not ledger.records.parts():
         return Recomputed(0, ())  # an empty home stays as it is: a query would create the index
-    chosen = ledger.query(
-        f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}"  # noqa: S608
-    ).rows
+    chosen = ledger.scores(f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}")  # noqa: S608
     findings, num_scores = [], 0
-    for (benchmark_id,) in chosen:
-        score = ledger.score_of(benchmark_id)
-        if score is None or score.outputs_sha256 not in ledger.blobs:
+    for score in chosen:
+        if score.outputs_sha256 not in ledger.blobs:
             continue
         try:
             found = _recompute(ledger, score)
@@ -61,23 +58,17 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
             continue
         except (ArrowInvalid, KeyError, ValueError, ExamplesError) as error:
             problem = f"it cannot be computed again from its outputs: {error}"
-            findings.append(_finding(benchmark_id, problem))
+            findings.append(Finding("score", score.spec.id, problem))
             continue
         num_scores += 1
         num_samples = len(found.values)
         if abs(found.mean - score.value) > TOLERANCE or num_samples != score.num_samples:
-            findings.append(
-                _finding(
-                    benchmark_id,
-                    f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"
-                    f" outputs give {found.mean:.6g} over {num_samples}",
-                )
+            problem = (
+                f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"
+                f" outputs give {found.mean:.6g} over {num_samples}"
             )
+            findings.append(Finding("score", score.spec.id, problem))
     return Recomputed(num_scores, tuple(findings))
-
-
-def _finding(benchmark_id: ArtifactId, problem: str) -> Finding:
-    return Finding("score", benchmark_id, problem)
 
 
 def _recompute(ledger: Ledger, score: Score) -> RowValues:

@@ -58,13 +58,12 @@ def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[
     Raises:
         MeteoraError: the ledger has none.
     """
-    ids = ledger.query(
+    scores = ledger.scores(
         f"SELECT id FROM scores WHERE subject_id = '{router_id}' ORDER BY task, metric, id"  # noqa: S608
-    ).rows
+    )
     found, seen = [], set()
-    for (benchmark_id,) in ids:
-        score = ledger.score_of(benchmark_id)
-        if score is None or score.turns or score.outputs_sha256 in seen | {""}:
+    for score in scores:
+        if score.turns or score.outputs_sha256 in seen | {""}:
             continue
         seen.add(score.outputs_sha256)  # metrics of one task have the same answers
         for row in read_outputs(ledger.blobs.path_of(score.outputs_sha256)):

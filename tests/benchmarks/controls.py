@@ -151,11 +151,11 @@ def fused_values(work: RunContext) -> dict[str, list[float]]:
     if (found := look(work).finished) is None:
         return values
     planned = found.plan
+    recorded = work.ledger.scores_of(one.spec.id for one in planned.measurements)
     for one in planned.measurements:
-        if one.system == FUSED and one.spec.metric == planned.tasks[one.spec.task].metrics[0]:
-            score = work.ledger.score_of(one.spec.id)
-            if score is not None:
-                values[one.spec.task] = values_of(work.ledger, score)
+        is_first = one.spec.metric == planned.tasks[one.spec.task].metrics[0]
+        if one.system == FUSED and is_first and one.spec.id in recorded:
+            values[one.spec.task] = values_of(work.ledger, recorded[one.spec.id])
     return values
 
 

@@ -54,8 +54,7 @@ def test_a_flipped_byte_in_a_blob_is_found_with_all_that_rests_on_it(filled: She
 
 
 def test_a_missing_blob_is_found(filled: Shelf) -> None:
-    measured = filled.ledger.score_of(filled.benchmark(filled.base.id, "sorting").id)
-    assert measured
+    (measured,) = filled.ledger.scores_of([filled.benchmark(filled.base.id, "sorting").id]).values()
     filled.ledger.blobs.path_of(measured.outputs_sha256).unlink()
     (finding,) = filled.ledger.verify().findings
     assert finding.name == measured.outputs_sha256

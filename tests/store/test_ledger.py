@@ -46,7 +46,6 @@ def test_what_was_recorded_is_answered(shelf: Shelf, ingested: bool) -> None:
         "bare": [],
     }
     assert ledger.built(stack.id) is None
-    assert ledger.score_of(measured.spec.id) == measured
     assert ledger.scores_of([measured.spec.id, stack.id]) == {measured.spec.id: measured}
     assert ledger.scores_of([]) == {}
     counts = ledger.query("SELECT truth, chosen, num_tokens FROM routing_counts")
@@ -61,7 +60,7 @@ def test_what_was_not_recorded_is_none(shelf: Shelf, ingested: bool) -> None:
     assert shelf.ledger.weights_of(nothing) is None
     assert shelf.ledger.built(nothing) is None
     assert shelf.ledger.spec_of(nothing) is None
-    assert shelf.ledger.score_of(nothing) is None
+    assert shelf.ledger.scores_of([nothing]) == {}
 
 
 def test_answers_do_not_need_the_database(filled: Shelf) -> None:

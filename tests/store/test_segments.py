@@ -57,7 +57,7 @@ def test_a_packed_record_is_found_by_whoever_looks(filled: Shelf, lost: str) -> 
             path.unlink()
     ledger = Ledger(filled.home)
     assert ledger.weights_of(filled.base.id)
-    assert ledger.score_of(filled.benchmark(filled.base.id, "sorting").id)
+    assert ledger.scores_of([filled.benchmark(filled.base.id, "sorting").id])
     assert ledger.resolve("base:") == filled.base.id
     assert [run.run_id for run in ledger.unended_runs()] == ["r3"]
     before = ledger.records.parts()

@@ -55,8 +55,7 @@ def test_outputs_that_are_no_table_are_named(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "home")
     record(ledger, tmp_path, "one", 0.5)
     sha256 = ledger.blobs.put_bytes(b"no table")
-    score = ledger.score_of(ledger.query("SELECT id FROM scores").rows[0][0])
-    assert score is not None
+    score = ledger.scores("SELECT id FROM scores")[0]
     other = replace(score, spec=replace(score.spec, task="other"), outputs_sha256=sha256)
     ledger.record_score(other, run_id="r")
     ledger.ingest()

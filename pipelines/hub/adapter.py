@@ -18,7 +18,7 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.hub.card import MAX_CARD_BYTES
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubFilesError, HubSizeError
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
 from pipelines.hub.snapshot import check_file, locked, put_in_place, read_manifest, staging
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def downloaded(
         if (files := read_manifest(known)) is None:
             continue
         for file in files:
-            check_file(file, known, f"{ref.repo_id} at {ref.revision[:12]}")
+            check_file(file, known, where(ref))
         if known == folder:
             return folder / ref.subfolder
         _check_config(ref, known, modules_to_save)  # another policy may take it now
@@ -108,13 +108,12 @@ def _claims(folder: Path) -> Path:
 
 
 def _check_config(ref: AdapterRef, folder: Path, modules_to_save: OnExtras) -> None:
-    where = f"{_where(ref)}, {CONFIG}"
-    reader.check_config(folder / ref.subfolder, where, modules_to_save=modules_to_save)
+    config = f"{_place(ref)}, {CONFIG}"
+    reader.check_config(folder / ref.subfolder, config, modules_to_save=modules_to_save)
 
 
-def _where(ref: AdapterRef) -> str:
-    folder = f", {ref.subfolder}" if ref.subfolder else ""
-    return f"{ref.repo_id} at {ref.revision[:12]}{folder}"
+def _place(ref: AdapterRef) -> str:
+    return ", ".join(filter(None, (where(ref), ref.subfolder)))
 
 
 def _adapter_files(hub: Hub, ref: AdapterRef) -> tuple[ListedFile, list[ListedFile]]:
@@ -134,7 +133,7 @@ def _adapter_files(hub: Hub, ref: AdapterRef) -> tuple[ListedFile, list[ListedFi
 
 
 def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
-    needed = f"{_where(ref)}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
+    needed = f"{_place(ref)}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
     if any(file.path.endswith((".bin", ".pt", ".pth")) for file in entries):
         return (
             f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"

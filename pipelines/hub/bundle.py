@@ -6,11 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipelines.hub.snapshot import CHUNK, ListedFile
+from pipelines.hub.snapshot import ListedFile
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
+
+CHUNK = 1 << 20
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)

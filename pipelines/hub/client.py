@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 WORKER = "pipelines.hub.worker"
+MIN_BYTES_PER_SECOND = 500_000
+"""A transfer with a lower average is given up."""
 PUBLIC = "https://huggingface.co"
 
 
@@ -83,6 +85,11 @@ class Hub:
             f"the endpoint {url} is not https, so anyone on the way may answer in its place; use"
             " https, or allow http for it if you trust the network"
         )
+
+    def for_bytes(self, num_bytes: int) -> Self:
+        """The same, with the time that a transfer of this size may take."""
+        seconds = self.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
+        return replace(self, timeout_seconds=seconds)
 
     def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
         """Run one operation of the worker.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines.hub.errors import HubDiskError, HubSizeError
@@ -20,18 +19,19 @@ if TYPE_CHECKING:
     from pipelines.hub.client import Hub
 
 MAX_ENTRIES = 2_000
-MIN_BYTES_PER_SECOND = 500_000
-"""A transfer with a lower average is given up."""
+
+
+def where(ref: AdapterRef) -> str:
+    """A repository and its commit, for messages."""
+    return f"{ref.repo_id} at {ref.revision[:12]}"
 
 
 def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
     """The entries of one folder at a commit; folders have the size -1."""
-    what = f"{ref.repo_id} at {ref.revision[:12]}"
-    entries = hub.ask(
-        "listing", what, ref.repo_id, revision=ref.revision, folder=folder, most=MAX_ENTRIES + 1
-    )
+    asked = {"revision": ref.revision, "folder": folder, "most": MAX_ENTRIES + 1}
+    entries = hub.ask("listing", where(ref), ref.repo_id, **asked)
     if len(entries) > MAX_ENTRIES:
-        raise HubSizeError(f"{what} holds more than {MAX_ENTRIES} files in one folder")
+        raise HubSizeError(f"{where(ref)} holds more than {MAX_ENTRIES} files in one folder")
     return [ListedFile(**entry) for entry in entries]
 
 
@@ -40,7 +40,7 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
     total = sum(file.size for file in files)
     if total > limit_bytes:
         raise HubSizeError(
-            f"{ref.repo_id} at {ref.revision[:12]} has {total} bytes of files that are needed, and"
+            f"{where(ref)} has {total} bytes of files that are needed, and"
             f" {limit_bytes} are taken from the Hub; download it yourself, and give its folder"
         )
 
@@ -51,20 +51,18 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
     Raises:
         HubDiskError: The disk has no room for them; nothing was downloaded.
     """
-    what = f"{ref.repo_id} at {ref.revision[:12]}"
     sizes = {file.path: file.size for file in files}
+    num_bytes = sum(sizes.values())
     try:
-        require_space(into.parent, sum(sizes.values()), what)
+        require_space(into.parent, num_bytes, where(ref))
     except NoSpaceError as error:
         raise HubDiskError(str(error)) from None
-    patient = replace(
-        hub, timeout_seconds=hub.timeout_seconds + sum(sizes.values()) / MIN_BYTES_PER_SECOND
-    )
-    with growing(f"downloading {ref.repo_id}", sum(sizes.values()), lambda: _bytes_in(into)):
-        patient.ask("fetch", what, ref.repo_id, revision=ref.revision, files=sizes, into=str(into))
+    asked = {"revision": ref.revision, "files": sizes, "into": str(into)}
+    with growing(f"downloading {ref.repo_id}", num_bytes, lambda: _bytes_in(into)):
+        hub.for_bytes(num_bytes).ask("fetch", where(ref), ref.repo_id, **asked)
     shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
     for file in files:
-        check_file(file, into, what)
+        check_file(file, into, where(ref))
 
 
 def _bytes_in(folder: Path) -> int:

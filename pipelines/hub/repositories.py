@@ -20,7 +20,7 @@ from pipelines.hub.errors import (
     HubReferenceError,
     HubRevisionError,
 )
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
 from pipelines.hub.snapshot import staging
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download config and tokenizer, by which bases are told apart, into a new folder."""
     files = _matching(hub, ref, PROFILE_FILES)
     if not any(file.path == "config.json" for file in files):
-        raise HubFilesError(f"{ref.repo_id} at {ref.revision[:12]} has no config.json")
+        raise HubFilesError(f"{where(ref)} has no config.json")
     check_sizes(ref, files, MAX_PROFILE_BYTES)
     _download(hub, ref, files, out)
 
@@ -120,8 +120,8 @@ def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
     names = {file.path for file in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubFilesError(
-            f"{ref.repo_id} at {ref.revision[:12]} holds no model of transformers in safetensors"
-            f" (config.json, model*.safetensors); it holds {some_names(names)}"
+            f"{where(ref)} holds no model of transformers in safetensors (config.json,"
+            f" model*.safetensors); it holds {some_names(names)}"
         )
     check_sizes(ref, files, MAX_BASE_BYTES)
     return files

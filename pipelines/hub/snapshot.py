@@ -20,9 +20,6 @@ from store.files import locked as hold
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-CHUNK = 1 << 20
-"""Bytes that are read at a time."""
-
 
 @dataclass(frozen=True)
 class ListedFile:
@@ -60,8 +57,7 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
     if not file.sha256:
         digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+        hashlib.file_digest(stream, lambda: digest)
     if digest.hexdigest() != (file.sha256 or file.git_sha1):
         raise HubHashError(
             f"{what}: {file.path} does not hold the bytes that the repository lists; if it was"

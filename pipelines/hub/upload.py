@@ -12,9 +12,10 @@ from __future__ import annotations
 import random
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from meteora.artifacts import AdapterRef
 from pipelines.hub.errors import (
     HubConflictError,
     HubError,
@@ -25,8 +26,7 @@ from pipelines.hub.errors import (
     HubTokenError,
     TransientHubError,
 )
-from pipelines.hub.listing import MAX_ENTRIES, MIN_BYTES_PER_SECOND
-from pipelines.hub.snapshot import ListedFile
+from pipelines.hub.listing import list_folder
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pipelines.hub.bundle import Bundle
     from pipelines.hub.client import Hub
+    from pipelines.hub.snapshot import ListedFile
 
 Found = TypeVar("Found")
 
@@ -102,9 +103,8 @@ class Repository:
         if not bundle.missing(there) and not bundle.stale(there):
             check(head)
             self._tag(tag, head, bundle)
-            self._delete_branches(
-                {branch} & set(refs)
-            )  # of a publication that was stopped after it was shown
+            # of a publication that was stopped after it was shown
+            self._delete_branches({branch} & set(refs))
             return head
         self._refuse_foreign_files(bundle, there, head, onto, known)
         staged = self._stage(bundle, branch, head)
@@ -225,13 +225,13 @@ class Repository:
         add: Mapping[str, str] | None = None,
         copy: Sequence[str] = (),
         copy_from: str = "",
-        delete: Sequence[str] = (),
+        delete: Sequence[str],
         num_bytes: int = 0,
     ) -> None:
-        seconds = self.hub.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
-        self._ask(
+        self.hub.for_bytes(num_bytes).ask(
             "commit",
-            replace(self.hub, timeout_seconds=seconds),
+            self.repo_id,
+            self.repo_id,
             branch=branch,
             parent=parent,
             message="Publish a fused checkpoint",
@@ -295,15 +295,12 @@ class Repository:
 
     def _files(self, commit: str) -> dict[str, ListedFile]:
         if commit not in self._trees:
-            listed = self._listing(commit, "")
+            ref = AdapterRef(self.repo_id, commit)
+            listed = list_folder(self.hub, ref, "")
             if any(entry.path == RESULTS for entry in listed):
-                listed += self._listing(commit, RESULTS)
+                listed += list_folder(self.hub, ref, RESULTS)
             self._trees[commit] = {file.path: file for file in listed if file.size >= 0}
         return self._trees[commit]
 
-    def _listing(self, commit: str, folder: str) -> list[ListedFile]:
-        entries = self._ask("listing", revision=commit, folder=folder, most=MAX_ENTRIES)
-        return [ListedFile(**entry) for entry in entries]
-
-    def _ask(self, operation: str, hub: Hub | None = None, **arguments: object) -> Any:  # noqa: ANN401
-        return (hub or self.hub).ask(operation, self.repo_id, self.repo_id, **arguments)
+    def _ask(self, operation: str, **arguments: object) -> Any:  # noqa: ANN401
+        return self.hub.ask(operation, self.repo_id, self.repo_id, **arguments)

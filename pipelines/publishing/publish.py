@@ -118,14 +118,12 @@ def publish(
     run_id: str,
     *,
     base_folder: Path | None = None,
-    pauses: Sequence[float] | None = None,
 ) -> Published:
     """Upload a checkpoint, check that the Hub has the same model, and record the publication.
 
     Args:
         folder: The checkpoint; it is not changed.
         base_folder: The base; without it, the base that the manifest names.
-        pauses: Seconds before each new attempt after a transient error.
 
     Raises:
         LicenceError: An adapter's licence forbids it.
@@ -142,7 +140,7 @@ def publish(
     licences.refuse_forbidden(manifest, to.allow_licences)
     earlier = ledger.publications(to.repo_id)
     known = {publication.revision for publication in earlier}
-    repository = Repository(to.repo_id, to.hub, **({} if pauses is None else {"pauses": pauses}))
+    repository = Repository(to.repo_id, to.hub)
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
         bundle = _bundle(folder, to.repo_id, Path(scratch))
         home = Path.home()

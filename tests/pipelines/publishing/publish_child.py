@@ -12,10 +12,12 @@ import os
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.admission.checkpoints import FoundCheckpoint
+from pipelines.hub.upload import Repository
 from pipelines.publishing import publish, reload_worker
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_here import HubHere
@@ -41,9 +43,8 @@ def put(home: str, folder: str, base: str, repo: str, die: str) -> None:
         Ledger.record_publication = record_and_die
     publish._reload = ask_here  # ty: ignore[invalid-assignment]
     to = publish.Destination(repo, HubHere(os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]))
-    publish.publish(
-        Ledger(Path(home)), Path(folder), to, "a-run", base_folder=Path(base), pauses=(0.0,)
-    )
+    publish.Repository = partial(Repository, pauses=(0.0,))  # ty: ignore[invalid-assignment]
+    publish.publish(Ledger(Path(home)), Path(folder), to, "a-run", base_folder=Path(base))
 
 
 def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG001  (as it is called)

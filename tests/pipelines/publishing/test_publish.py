@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from meteora.checkpoint.manifest import (
 )
 from pipelines.flows import device_lock
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
+from pipelines.hub.upload import Repository
 from pipelines.publishing import publish as publishing
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, Published, publish
@@ -66,6 +68,11 @@ def _plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "Repository", partial(Repository, pauses=(0.0, 0.0)))
+
+
 @pytest.fixture
 def server() -> Generator[HubServer]:
     with running_upload_hub() as server:
@@ -87,7 +94,7 @@ def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Publishe
     token = asked.pop("token", "writer")
     to = Destination(NAME, HubHere(server.endpoint, token), **asked)
     ledger = Ledger(folder.parent / "home")
-    return publish(ledger, folder, to, "a-run", base_folder=world.base, pauses=(0.0, 0.0))
+    return publish(ledger, folder, to, "a-run", base_folder=world.base)
 
 
 def repo_of(server: HubServer) -> GitRepo:

@@ -131,6 +131,31 @@ class Experts:
         return sum(ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items())
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a base with its experts computes on a machine."""
+
+    shape: Shape
+    experts: Experts
+    machine: Machine
+
+    def calls(self, *, routed: bool) -> int:
+        """Operations of one pass, whatever its size."""
+        modules = len(self.experts.ranks) if routed else 0
+        return CALLS_A_LAYER * self.shape.num_layers + CALLS_A_ROUTED_MODULE * modules
+
+    def reading(self, tokens: float, *, routed: bool) -> float:
+        """Seconds to read prompts of so many tokens, batch by batch."""
+        work = 2 * self.shape.num_parameters * tokens * (1.2 if routed else 1.0)
+        return work / (EFFICIENCY * self.machine.flops_per_second)
+
+    def writing(self, rows: int, tokens: int, *, routed: bool) -> float:
+        """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
+        weights = self.shape.loaded_bytes / (EFFICIENCY * self.machine.read_bytes_per_second)
+        work = 2 * self.shape.num_parameters * rows / (EFFICIENCY * self.machine.flops_per_second)
+        return tokens * (max(weights, work) + self.calls(routed=routed) * self.machine.call_seconds)
+
+
 def assumed_ranks(shape: Shape) -> dict[str, int]:
     """The ranks of an expert that is not here: 8 on every linear layer but the head."""
     inside = [path for path in shape.linears if any(part.isdecimal() for part in path.split("."))]
@@ -156,6 +181,7 @@ def estimate(
         pool: the prompts that are dealt to experts, if any are
     """
     shape = replace(shape, quantise=recipe.quantise or "")
+    pace = Pace(shape, experts, machine)
     hash_seconds = 1 / machine.hash_bytes_per_second
     expert_bytes = experts.num_bytes(shape)
     largest = max(size[0] * size[1] for size in shape.linears.values())
@@ -180,7 +206,7 @@ def estimate(
         disk = gate_bytes + (kept_bytes if work.kept else 0)
         if reads_by_layer(recipe, shape.num_bytes + held, machine.memory_bytes):
             one_layer = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
-            need = _gates(shape, experts, machine, one_layer, disk, work)
+            need = _gates(pace, one_layer, disk, work)
             readings = READINGS + experts.count + 1
             need = replace(
                 need,
@@ -190,27 +216,25 @@ def estimate(
         else:
             in_file = held < expert_bytes  # all experts of the layer that is fitted come from there
             fitted = loaded + in_file * expert_bytes / shape.num_layers
-            need = _gates(shape, experts, machine, fitted, disk, work)
+            need = _gates(pace, fitted, disk, work)
         if pool is not None:
-            dealing = _dealing_seconds(recipe, shape, experts, machine, pool)
+            dealing = _dealing_seconds(recipe, pace, pool)
             parts = {"dealing the pool": dealing, "fitting": need.seconds}
             need = replace(need, seconds=dealing + need.seconds, parts=parts)
         needs.append(need)
     elif recipe.router.kind == "prompt":
         rows = 2.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
-        needs.append(_gates(shape, experts, machine, loaded, rows, FittingWork(BACKGROUND_TOKENS)))
-    needs.append(_benchmark(recipe, shape, experts, machine, loaded, tests))
+        needs.append(_gates(pace, loaded, rows, FittingWork(BACKGROUND_TOKENS)))
+    needs.append(_benchmark(recipe, pace, loaded, tests))
     return needs
 
 
-def _dealing_seconds(
-    recipe: Recipe, shape: Shape, experts: Experts, machine: Machine, pool: Rows
-) -> float:
+def _dealing_seconds(recipe: Recipe, pace: Pace, pool: Rows) -> float:
     """The time of `data.pool.deal`."""
-    given = min(pool.count, recipe.gates.examples_per_expert * experts.count)
+    given = min(pool.count, recipe.gates.examples_per_expert * pace.experts.count)
     tokens = (pool.count + given) * pool.prompt_tokens
-    once = _writing(shape, experts, machine, PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)
-    return _reading(shape, machine, tokens, routed=True) + -(-given // PROMPTS_PER_BATCH) * once
+    once = pace.writing(PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)
+    return pace.reading(tokens, routed=True) + -(-given // PROMPTS_PER_BATCH) * once
 
 
 def held_bytes(recipe: Recipe, expert_bytes: float) -> float:
@@ -324,15 +348,8 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     return FittingWork(swept, passes * learned * each, kept=False)
 
 
-def _gates(
-    shape: Shape,
-    experts: Experts,
-    machine: Machine,
-    loaded: float,
-    disk: float,
-    work: FittingWork,
-) -> Need:
-    tokens = work.tokens
+def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
+    shape, experts, tokens = pace.shape, pace.experts, work.tokens
     itemsize = shape.dtype.itemsize
     widths = _widths({path: shape.linears[path][0] for path in experts.ranks})
     widest = max(widths, default=shape.hidden_size)
@@ -343,7 +360,7 @@ def _gates(
     outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
     kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
     sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
-    seconds = _reading(shape, machine, sweeps * tokens + work.passes, routed=True)
+    seconds = pace.reading(sweeps * tokens + work.passes, routed=True)
     for width in widths:
         n = min(width, SCATTER_SIZE)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
@@ -351,21 +368,14 @@ def _gates(
         # each iteration of the refinement reads the tokens twice
         read = min(tokens, MAX_TOKEN_BYTES / 4 / width, MAX_LOGITS / experts.count)
         flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * read * width * experts.count
-        seconds += flops / machine.flops_per_second
+        seconds += flops / pace.machine.flops_per_second
     copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
     return Need("gates", loaded + hidden + kept_outputs + batch + spread + copies, disk, seconds)
 
 
-def _benchmark(
-    recipe: Recipe,
-    shape: Shape,
-    experts: Experts,
-    machine: Machine,
-    loaded: float,
-    tests: Mapping[str, Rows],
-) -> Need:
-    settings = recipe.benchmark
+def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Rows]) -> Need:
+    settings, shape, experts, machine = recipe.benchmark, pace.shape, pace.experts, pace.machine
     sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
     seconds, peak, numbers = 0.0, 0.0, set()
     for asking in _askings(recipe, tests, experts.count):
@@ -375,7 +385,7 @@ def _benchmark(
         number = rows_at_once(
             settings, shape, tokens, held_bytes=loaded + held, memory_bytes=machine.memory_bytes
         )
-        seconds += _asking_seconds(shape, experts, machine, asking, number)
+        seconds += _asking_seconds(pace, asking, number)
         peak = max(peak, held + working_bytes(shape, min(number, rows.count), tokens))
         numbers.add(number)
     parts = {"asking": seconds}
@@ -386,18 +396,17 @@ def _benchmark(
         parts["merging"] = passes / machine.read_bytes_per_second
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
     watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
-    parts["watching the routes"] = _reading(shape, machine, watched, routed=True)
+    parts["watching the routes"] = pace.reading(watched, routed=True)
     if len(owned) > 1:  # each prompt by itself, with questions of several tasks and their answers
         mean = watched / max(1, sum(rows.count for rows in owned))
-        calls = CALLS_A_LAYER * shape.num_layers + CALLS_A_ROUTED_MODULE * len(experts.ranks)
         tokens = COMPOSITES * min(QUESTIONS, len(owned)) * mean
+        calls = COMPOSITES * pace.calls(routed=True)
         parts["watching it follow"] = (
-            _reading(shape, machine, tokens, routed=True)
-            + COMPOSITES * calls * machine.call_seconds
+            pace.reading(tokens, routed=True) + calls * machine.call_seconds
         )
     if (speed := settings.speed) is not None:
-        written = _writing(shape, experts, machine, speed.batch_size, speed.new_tokens, routed=True)
-        read = _reading(shape, machine, speed.batch_size * speed.prompt_tokens, routed=True)
+        written = pace.writing(speed.batch_size, speed.new_tokens, routed=True)
+        read = pace.reading(speed.batch_size * speed.prompt_tokens, routed=True)
         parts["timing"] = 2 * (speed.rounds + 1) * (written + read)
     note = ""
     if settings.batch_size == "auto" and numbers:
@@ -466,34 +475,13 @@ def _conversation(
     return [Asking(system, Rows(count, n * question_tokens), n * new_tokens)]
 
 
-def _asking_seconds(
-    shape: Shape, experts: Experts, machine: Machine, asking: Asking, batch_size: int
-) -> float:
+def _asking_seconds(pace: Pace, asking: Asking, batch_size: int) -> float:
     rows, routed = asking.rows, asking.system not in {BASE, *MERGES}
     seconds = ASKING_SECONDS
     if asking.new_tokens:
-        seconds += _reading(shape, machine, rows.count * rows.prompt_tokens, routed=routed)
+        seconds += pace.reading(rows.count * rows.prompt_tokens, routed=routed)
         batches = -(-rows.count // batch_size)
         most = min(batch_size, rows.count)
-        seconds += batches * _writing(
-            shape, experts, machine, most, asking.new_tokens, routed=routed
-        )
+        return seconds + batches * pace.writing(most, asking.new_tokens, routed=routed)
     weighed = rows.choices * rows.count * (rows.prompt_tokens + rows.answer_tokens)
-    return seconds + (0 if asking.new_tokens else _reading(shape, machine, weighed, routed=routed))
-
-
-def _reading(shape: Shape, machine: Machine, tokens: float, *, routed: bool) -> float:
-    """Seconds to read prompts of so many tokens, batch by batch."""
-    work = 2 * shape.num_parameters * tokens * (1.2 if routed else 1.0)
-    return work / (EFFICIENCY * machine.flops_per_second)
-
-
-def _writing(
-    shape: Shape, experts: Experts, machine: Machine, rows: int, tokens: int, *, routed: bool
-) -> float:
-    """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
-    weights = shape.loaded_bytes / (EFFICIENCY * machine.read_bytes_per_second)
-    work = 2 * shape.num_parameters * rows / (EFFICIENCY * machine.flops_per_second)
-    calls = CALLS_A_LAYER * shape.num_layers
-    calls += CALLS_A_ROUTED_MODULE * len(experts.ranks) if routed else 0
-    return tokens * (max(weights, work) + calls * machine.call_seconds)
+    return seconds + pace.reading(weighed, routed=routed)

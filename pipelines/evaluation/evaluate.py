@@ -16,7 +16,7 @@ from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
 from pipelines.evaluation.tasks import check_rows
 from pipelines.scoring.intervals import standard_error
-from pipelines.scoring.metrics import METRICS, TURNS_RIGHT
+from pipelines.scoring.metrics import TURNS_RIGHT
 from pipelines.scoring.outputs import (
     RowValues,
     compute_composite_values,
@@ -147,18 +147,18 @@ def _ask_rows(
         answer: `answer_in_portions` with a log and a batch size
     """
     asked = task.composites or task.rows
-    lengths = harness.prompt_tokens([one.prompt for one in asked])
+    prompts = [one.prompt for one in asked]
+    lengths = harness.prompt_tokens(prompts)
     outputs: list[dict[str, Any]] = [
-        {"prompt": one.prompt, "prompt_tokens": n} for one, n in zip(asked, lengths, strict=True)
+        {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
     ]
     if task.generates:
         harness.check_room(task.name, lengths, task.max_new_tokens)
         generate = partial(harness.generate, max_new_tokens=task.max_new_tokens)
-        prompts = [one.prompt for one in asked]
         answers = answer(prompts, generate, phase="generate")
         for row, (text, truncated) in zip(outputs, answers, strict=True):
             row |= {"output": text, "truncated": truncated}
-    if not task.composites and any(METRICS[metric].of_choices for metric in task.metrics):
+    if task.weighs:
         check_rows(task)
         found = answer(
             task.rows,

@@ -77,6 +77,11 @@ class Task:
         return canonical_sha256({"rows": asked, "system_prompt": self.system_prompt})
 
     @property
+    def weighs(self) -> bool:
+        """Whether a metric compares the log-likelihoods of choices."""
+        return any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
+
+    @property
     def generates(self) -> bool:
         """Whether its prompts are answered freely; a task of lm-eval's own asks as it likes."""
         own = [METRICS[m] for m in self.metrics if m in METRICS]
@@ -89,8 +94,7 @@ class Task:
             return self.limit
         if self.dialogues:
             return sum(len(dialogue.questions) for dialogue in self.dialogues)
-        of_choices = any(METRICS[m].of_choices for m in self.metrics if m in METRICS)
-        choices = sum(len(row.choices) for row in self.rows) if of_choices else 0
+        choices = sum(len(row.choices) for row in self.rows) if self.weighs else 0
         return choices + (len(self.composites or self.rows) if self.generates else 0)
 
 
@@ -144,9 +148,8 @@ def check_rows(task: Task) -> None:
     Raises:
         ExamplesError: a row lacks the choices, or the scorer, that a metric needs.
     """
-    of_choices = any(METRICS[m].of_choices for m in task.metrics if m in METRICS)
     for row in task.rows:
-        if of_choices and not row.choices:
+        if task.weighs and not row.choices:
             raise ExamplesError(
                 f"task {task.name}: the prompt {row.prompt[:60]!r} has no choices; give its row"
                 " `choices`, or choose a metric for free answers"

@@ -85,14 +85,10 @@ def write_recipe(
         )
     base = _given_base(base, out.parent) if base else _base_of(usable, folder, out.parent)
     text = recipe_text(prepare(found), base, out.parent, pool)
+    recipe = Recipe.parse(text.encode(), out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    try:
-        recipe = Recipe.load(partial)
-    except MeteoraError:
-        partial.unlink()
-        raise
     partial.rename(out)
     return recipe
 
@@ -115,12 +111,12 @@ def find_adapters(folder: Path) -> list[Found]:
     return found
 
 
-def find_rows(adapter: Found, folder: Path | None = None) -> Found:
+def find_rows(adapter: Found, folder: Path | None) -> Found:
     """The adapter with its files of rows: `train.jsonl` and `test.jsonl`, or their other names.
 
     Args:
         folder: They lie in its folder with the adapter's name, or in itself, as
-            `<name>.train.jsonl`. Default: beside the adapter.
+            `<name>.train.jsonl`. None: beside the adapter.
     """
     name = adapter.folder.resolve().name
 
@@ -135,10 +131,8 @@ def find_rows(adapter: Found, folder: Path | None = None) -> Found:
     return replace(adapter, examples=first(EXAMPLES), test=first(TESTS))
 
 
-def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | None = None) -> str:
+def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | None) -> str:
     """The recipe as YAML, with comments where a person has to decide."""
-    usable = [adapter for adapter in found if not adapter.refusal]
-    with_examples = all(one.examples for one in usable)
     without = 'no examples were found: a file of {"prompt", "response"} a line, for a gate'
     if pool:
         without = "its examples come from the pool"
@@ -166,20 +160,17 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
             else "    # no tests were found: held-out rows, which are scored"
         )
     router = "router: {kind: gate, top_k: 1}"
-    if with_examples:
-        return "\n".join([*lines, router, ""])
-    if pool:
-        gates = f"gates:\n  pool: {_text('jsonl:' + _path(pool, folder))}"
-        return "\n".join([*lines, router, gates, ""])
-    return "\n".join(
-        [
-            *lines,
+    if all(one.examples for one in found if not one.refusal):
+        lines.append(router)
+    elif pool:
+        lines += [router, "gates:", f"  pool: {_text('jsonl:' + _path(pool, folder))}"]
+    else:
+        lines += [
             "# prompt needs no examples; a gate routes each token, where every expert has some:",
             f"# {router}",
             "router: {kind: prompt, top_k: 1}",
-            "",
         ]
-    )
+    return "\n".join([*lines, ""])
 
 
 def _given_base(base: str, beside: Path) -> str:
@@ -228,11 +219,8 @@ def _name(text: str, taken: set[str]) -> str:
 
 def _text(value: str) -> str:
     """A string in YAML: bare if that is safe, else quoted as JSON, which YAML can read."""
-    return (
-        value
-        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
-        else json.dumps(value)
-    )
+    is_safe = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
+    return value if is_safe else json.dumps(value)
 
 
 def _line(text: str) -> str:

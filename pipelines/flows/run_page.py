@@ -40,13 +40,13 @@ from prefect.states import Crashed
 from meteora.artifacts import COMMIT, canonical_sha256
 from meteora.checkpoint.manifest import CARD
 from pipelines.admission.sources import hub_of
-from pipelines.recipe.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
     from meteora.artifacts import Score
     from pipelines.planning.plan import Plan
+    from pipelines.recipe.stage import Stage
     from pipelines.reports.summary import Summary
     from pipelines.scoring.regressions import Change
     from pipelines.workspace.context import RunContext
@@ -123,7 +123,7 @@ class Progress:
     """How far a run is, as a bar on its page: each stage has an equal share of it."""
 
     def __init__(self, context: RunContext, until: Stage) -> None:
-        self._stages = list(Stage)[: list(Stage).index(until) + 1]
+        self._stages = until.and_before()
         self._at = 0
         self._artifact: UUID | None = None
         with _if_it_answers():

@@ -83,16 +83,15 @@ def print_steps(
         reason: Why there is no `base`.
         until: The last stage of the run.
     """
-    reached = [*Stage][: [*Stage].index(until) + 1]
+    reached = until.and_before()
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
     recipe = context.recipe
     text = _describe_base(context, base) if base else _not_here(recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
+    unpinned = BaseSpec(recipe.base, "")  # nothing is compared with it
     steps = replace(
-        at_hand(
-            context, base or BaseSpec(recipe.base, "")
-        ),  # unpinned: nothing is compared with it
+        at_hand(context, base or unpinned),
         resolve_adapter=_or_missing(sources.resolve_adapter),
         fetch_adapter=_or_missing(sources.adapter_at_hand),
     )

@@ -14,3 +14,7 @@ class Stage(StrEnum):
     gates = "gates"
     benchmark = "benchmark"
     publish = "publish"
+
+    def and_before(self) -> list[Stage]:
+        """The stages of a run that is to stop after this one."""
+        return [*Stage][: [*Stage].index(self) + 1]

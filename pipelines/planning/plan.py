@@ -158,30 +158,7 @@ def make_plan(
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
     refuse_too_few(recipe, examples, spans)
-
-    stand_ins = tuple(name for name in names if examples and name not in examples)
-    composites = recipe.gates.composites if examples else ()
-    conversations, system_prompts = prompt_shapes(recipe) if examples else ((), ())
-    options = recipe.router.options(stand_ins, fitted=bool(examples))
-    calibrated = bool(examples) and recipe.gates.method == "calibrate"
-    router = _prompt_router(recipe, fused) or RouterSpec.of(
-        fused.id,
-        options,
-        method=recipe.gates.method if examples else "",
-        examples_sha256=_examples_sha256(examples, spans) if examples else "",
-        seed=recipe.gates.seed if examples else 0,
-        joint=joint_settings(recipe.gates) if examples else None,
-        composites=composites,
-        conversations=conversations,
-        system_prompts=system_prompts,
-        template="plain" if examples and recipe.benchmark.template == "plain" else "auto",
-        opening_share=OPENING_SHARE if composites else 0.0,
-        openings_apart=bool(composites),
-        refined=calibrated,
-        offsets=calibrated and options.opening == "shared",
-        loss_opening_share=OPENING_SHARE if composites and recipe.gates.method == "joint" else 0.0,
-        pool_id=pool.id if pool else "",
-    )
+    router = _router(recipe, fused, examples, spans, pool)
     return replace(
         plan_benchmark(base, fused, router, tasks, recipe.benchmark),
         experts=tuple(experts),
@@ -228,9 +205,8 @@ def _pool(
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
     if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
         return None, ()
-    template = "plain" if recipe.benchmark.template == "plain" else "auto"
     beside = canonical_sha256(known) if known else ""
-    how = (limit, recipe.gates.seed, template, beside)
+    how = (limit, recipe.gates.seed, _template(recipe), beside)
     if writers:
         return PoolSpec(fused.id, "", *how, writers=tuple(writers)), ()
     if not source:
@@ -318,17 +294,54 @@ def _nobodys(router: RouterSpec, tasks: Mapping[str, Task]) -> list[Row]:
     return [row for task in tasks.values() if not task.expert for row in task.rows]
 
 
-def _prompt_router(recipe: Recipe, fused: FusedSpec) -> RouterSpec | None:
-    """The spec of a router that compares prompts with background texts, if the recipe has one."""
-    if recipe.router.kind != "prompt":
-        return None
+def _router(
+    recipe: Recipe,
+    fused: FusedSpec,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+    pool: PoolSpec | None,
+) -> RouterSpec:
+    """The spec of the router. One of whole prompts compares them with background texts."""
+    options = recipe.router.options((), fitted=False)
+    if recipe.router.kind == "prompt":
+        return RouterSpec.of(
+            fused.id,
+            options,
+            method="background",
+            examples_sha256=_examples_sha256({NULL: background_rows()}),
+            template=_template(recipe),
+        )
+    pool_id = pool.id if pool else ""
+    if not examples:
+        return RouterSpec.of(fused.id, options, pool_id=pool_id)
+    stand_ins = tuple(name for name in fused.names if name not in examples)
+    options = recipe.router.options(stand_ins, fitted=True)
+    gates, (conversations, system_prompts) = recipe.gates, prompt_shapes(recipe)
+    calibrated = gates.method == "calibrate"
+    opening_share = OPENING_SHARE if gates.composites else 0.0
     return RouterSpec.of(
         fused.id,
-        recipe.router.options((), fitted=False),
-        method="background",
-        examples_sha256=_examples_sha256({NULL: background_rows()}),
-        template="plain" if recipe.benchmark.template == "plain" else "auto",
+        options,
+        method=gates.method,
+        examples_sha256=_examples_sha256(examples, spans),
+        seed=gates.seed,
+        joint=joint_settings(gates),
+        composites=gates.composites,
+        conversations=conversations,
+        system_prompts=system_prompts,
+        template=_template(recipe),
+        opening_share=opening_share,
+        openings_apart=bool(gates.composites),
+        refined=calibrated,
+        offsets=calibrated and options.opening == "shared",
+        loss_opening_share=0.0 if calibrated else opening_share,
+        pool_id=pool_id,
     )
+
+
+def _template(recipe: Recipe) -> str:
+    """That of the prompts that experts are chosen by."""
+    return "plain" if recipe.benchmark.template == "plain" else "auto"
 
 
 def check_overlaps(

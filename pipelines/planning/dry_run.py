@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
+    Outcomes = Sequence[tuple[ExpertSection, Expert | Refusal | Missing]]
     Read = Callable[..., Sequence[Row]]
 
 SAMPLE = 64
@@ -74,43 +75,70 @@ def print_steps(
 ) -> bool:
     """Print what a run would do, with estimates where the base's config is here.
 
-    Returns:
-        Whether the run would go on to its end, as far as can be known without a download.
-
     Args:
         base: As a look resolved it; None where the Hub did not answer.
         built: None while the base is not here.
         reason: Why there is no `base`.
         until: The last stage of the run.
+
+    Returns:
+        Whether the run would go on to its end, as far as can be known without a download.
     """
     reached = until.and_before()
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
-    recipe = context.recipe
-    text = _describe_base(context, base) if base else _not_here(recipe.base, reason)
+    text = _describe_base(context, base) if base else _not_here(context.recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
-    unpinned = BaseSpec(recipe.base, "")  # nothing is compared with it
+    known = _shape(context)
+    found: dict[str, Expert] = {}
+    faults: list[str] = []
+    if Stage.check in reached:
+        sizes = built.sizes if built else known[0].linears if known else {}
+        outcomes = _look_at_adapters(context, base, sizes)
+        _print_adapters(out, outcomes)
+        found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
+        faults += _faults_of_adapters(outcomes)
+        context = _without_left_out(context, outcomes)
+    _print_settings(out, context.recipe, reached)
+    read = cache(read_rows)  # a source once, for the estimates and for the faults
+    faults += _print_estimates(out, context, found, known, reached, read)
+    if Stage.check in reached:
+        faults += _faults_of_rows(context, base, read)
+    for fault in faults:
+        out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
+    return not faults
+
+
+def _look_at_adapters(
+    context: RunContext, base: BaseSpec | None, sizes: Mapping[str, tuple[int, int]]
+) -> Outcomes:
+    """Every adapter, as far as it is here."""
+    unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
         at_hand(context, base or unpinned),
         resolve_adapter=_or_missing(sources.resolve_adapter),
         fetch_adapter=_or_missing(sources.adapter_at_hand),
     )
-    known = _shape(context)
-    sizes = built.sizes if built else known[0].linears if known else {}
-    checked = Stage.check in reached
-    outcomes = list(
-        read_adapters(context, base if sizes else None, sizes, steps) if checked else ()
-    )
+    return list(read_adapters(context, base if sizes else None, sizes, steps))
+
+
+def _print_adapters(out: Console, outcomes: Outcomes) -> None:
     for section, outcome in outcomes:
         out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
         for warning in outcome.adapter.reasons if isinstance(outcome, Expert) else ():
             out.print(f"           warning: {warning.message}", soft_wrap=True)
-    found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
-    faults = _faults_of_adapters(outcomes) if checked else []
+
+
+def _without_left_out(context: RunContext, outcomes: Outcomes) -> RunContext:
+    """The context with the recipe of the experts that a run would not leave out, if any."""
     left = {one.name for one, o in outcomes if isinstance(o, Refusal) and o.left_out}
-    if kept := tuple(expert for expert in recipe.experts if expert.name not in left):
-        recipe = recipe.model_copy(update={"experts": kept})
-        context = replace(context, recipe=recipe)
+    kept = tuple(expert for expert in context.recipe.experts if expert.name not in left)
+    recipe = context.recipe.model_copy(update={"experts": kept})
+    return replace(context, recipe=recipe) if kept else context
+
+
+def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> None:
+    """Print what the recipe says of each stage after the adapters."""
     if Stage.gates in reached:
         out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if Stage.gates in reached and recipe.router.kind == "gate":
@@ -120,27 +148,18 @@ def print_steps(
             f" {recipe.gates.examples_per_expert} examples an expert at most{source}",
             soft_wrap=True,
         )
-    systems = ", ".join(("fused", *recipe.benchmark.compare))
-    tasks = [expert.name for expert in recipe.experts if expert.test]
-    tasks += [one.called for one in (*recipe.benchmark.tasks, *recipe.benchmark.mixes)]
-    on = ", ".join(tasks) or "no task"
     if Stage.benchmark in reached:
+        systems = ", ".join(("fused", *recipe.benchmark.compare))
+        tasks = [expert.name for expert in recipe.experts if expert.test]
+        tasks += [one.called for one in (*recipe.benchmark.tasks, *recipe.benchmark.mixes)]
+        on = ", ".join(tasks) or "no task"
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
     if Stage.publish in reached and recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"
         out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
-    read = cache(read_rows)  # a source once, for the estimates and for the faults
-    faults += _print_estimates(out, context, found, known, reached, read)
-    if checked:
-        faults += _faults_of_rows(context, base, read)
-    for fault in faults:
-        out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
-    return not faults
 
 
-def _faults_of_adapters(
-    outcomes: Sequence[tuple[ExpertSection, Expert | Refusal | Missing]],
-) -> list[str]:
+def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
     """Why a run would end with these adapters; empty if it would not."""
     refused = [(one, outcome) for one, outcome in outcomes if isinstance(outcome, Refusal)]
     faults = [f"{one.name} is refused" for one, outcome in refused if not outcome.left_out]
@@ -392,18 +411,15 @@ def free_bytes(folder: Path) -> int:
 def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
     """The base's shape and tokenizer, as far as they are on this machine."""
     source = context.recipe.base
-    folder: Path | None = None
-    if source.startswith(PATH):
-        folder = context.folder / source.removeprefix(PATH)
-    elif not source.startswith(GGUF):
-        repo_id, _, revision = source.partition("@")
-        kept = context.base_folder(BaseSpec(repo_id, revision))
-        config = cached(repo_id, "config.json", revision) if COMMIT.fullmatch(revision) else None
-        folder = kept if kept.is_dir() else config and config.parent
-    else:
+    if source.startswith(GGUF):
         file = find_gguf(source)
         return shape_of(file.parent, file.name), None
-    if folder is None or not (folder / "config.json").is_file():
+    repo_id, _, revision = source.partition("@")
+    folder = context.base_folder(BaseSpec(repo_id, revision))
+    if COMMIT.fullmatch(revision) and not folder.is_dir() and not source.startswith(PATH):
+        config = cached(repo_id, "config.json", revision)
+        folder = config.parent if config else folder
+    if not (folder / "config.json").is_file():
         return None
     whole = (folder / "tokenizer.json").is_file()
     return shape_of(folder), load_tokenizer(folder) if whole else None

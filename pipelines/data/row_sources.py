@@ -14,6 +14,7 @@ data without a split for tests; `longest` leaves out prompts with more character
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,19 @@ def no_token(_repo_id: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The rows that are asked for; see `read_rows`."""
+
+    name: str
+    """Of the source, without its kind and its options."""
+    folder: Path
+    options: dict[str, str]
+    limit: int
+    token_of: Callable[[str], str | None]
+    answered: bool
+
+
 def read_rows(
     source: str,
     folder: Path,
@@ -60,27 +74,26 @@ def read_rows(
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
     """
-    kind, colon, name = source.partition(":")
-    if not colon or kind not in READERS:
+    kind, name, options = _split(source)
+    if ":" not in source or kind not in READERS:
         raise ExamplesError(
             f"{source}: rows come from {', '.join(f'`{known}:…`' for known in READERS)}"
         )
     allowed, read = READERS[kind]
-    name, _, query = name.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed)) or "none"
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
-    if kind in {"jsonl", "hf"}:
-        read = partial(read, answered=answered)
-    if kind == "hf":
-        token = token_of(name)
-        options["revision"] = _pin(name, options, token)
-        read = partial(_once, partial(read, token=token), answered)
-    rows = list(islice(read(name, folder, options, limit), limit))
+    rows = list(islice(read(Asked(name, folder, options, limit, token_of, answered)), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
+
+
+def _split(source: str) -> tuple[str, str, dict[str, str]]:
+    """Kind, name and options of a source."""
+    kind, _, rest = source.partition(":")
+    name, _, query = rest.partition("?")
+    return kind, name, dict(parse_qsl(query, keep_blank_values=True))
 
 
 def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
@@ -93,11 +106,9 @@ def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
     Raises:
         ExamplesError: the Hub has no such data set or revision, or does not answer.
     """
-    kind, _, name = source.partition(":")
+    kind, name, options = _split(source)
     if kind != "hf":
         return ""
-    name, _, query = name.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
     commit = _pin(name, options, token_of(name))
     return f"hf:{name}?{urlencode(options | {'revision': commit}, safe=',.')}" if commit else ""
 
@@ -117,26 +128,9 @@ def _unreadable(name: str, error: Exception) -> ExamplesError:
     )
 
 
-def _once(
-    read: Callable[..., Iterator[Row]],
-    answered: bool,
-    name: str,
-    folder: Path,
-    options: Mapping[str, str],
-    limit: int,
-) -> list[Row]:
-    """Rows of the Hub; those of a commit that were read before are not read again."""
-    rows = islice(read(name, folder, options, limit), limit)
-    if not options["revision"]:
-        return list(rows)
-    asked = [name, dict(options), limit, answered]
-    return kept(asked, lambda: [row.to_dict() for row in rows], Row.from_dict)
-
-
-def _jsonl(
-    name: str, folder: Path, _options: Mapping[str, str], _limit: int, *, answered: bool
-) -> Iterator[Row]:
-    return (_row(line, place, answered=answered) for line, place in json_lines(folder / name))
+def _jsonl(asked: Asked) -> Iterator[Row]:
+    for line, place in json_lines(asked.folder / asked.name):
+        yield _row(line, place, answered=asked.answered)
 
 
 def place_of(source: str, folder: Path, number: int) -> str:
@@ -236,9 +230,9 @@ def check_row(row: Row, place: str) -> Row:
     return row
 
 
-def _bigbench(name: str, folder: Path, options: Mapping[str, str], _limit: int) -> Iterator[Row]:
-    split = _part(options, "split", f"bigbench:{name}")
-    return (row for row in _bigbench_rows(folder / name) if _belongs(row, split))
+def _bigbench(asked: Asked) -> Iterator[Row]:
+    split = _part(asked.options, "split", f"bigbench:{asked.name}")
+    return (row for row in _bigbench_rows(asked.folder / asked.name) if _belongs(row, split))
 
 
 def _part(options: Mapping[str, str], key: str, source: str) -> str:
@@ -323,16 +317,14 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
     return check_row(row, place)
 
 
-def _reasoning_gym(
-    name: str, _folder: Path, options: Mapping[str, str], limit: int
-) -> Iterator[Row]:
-    seed = options.get("seed", "0")
+def _reasoning_gym(asked: Asked) -> Iterator[Row]:
+    name, seed = asked.name, asked.options.get("seed", "0")
     if not seed.isdecimal() or len(seed) > 9:
         raise ExamplesError(
             f"reasoning_gym:{name}: the seed {seed!r} is not a number of at most nine digits"
         )
-    task = reasoning_task(name, int(seed), limit)
-    for number in range(limit):
+    task = reasoning_task(name, int(seed), asked.limit)
+    for number in range(asked.limit):
         entry = task[number]
         place = f"reasoning_gym:{name}, entry {number}"
         checker = f"reasoning_gym:{name}@{seed}#{number}"
@@ -359,14 +351,20 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
         raise ExamplesError(f"reasoning_gym:{name}: {error}") from error
 
 
-def _hub(
-    name: str,
-    _folder: Path,
-    options: Mapping[str, str],
-    _limit: int,
-    token: str | None,
-    *,
-    answered: bool,
+def _hub(asked: Asked) -> Iterable[Row]:
+    """Rows of the Hub; those of a commit that were read before are not read again."""
+    token = asked.token_of(asked.name)
+    commit = _pin(asked.name, asked.options, token)
+    options = asked.options | {"revision": commit}
+    rows = islice(_hub_rows(asked.name, options, token, answered=asked.answered), asked.limit)
+    if not commit:
+        return rows
+    key = [asked.name, options, asked.limit, asked.answered]
+    return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
+
+
+def _hub_rows(
+    name: str, options: Mapping[str, str], token: str | None, *, answered: bool
 ) -> Iterator[Row]:
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
@@ -435,7 +433,7 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
 
 
 HUB_OPTIONS = {"config", "split", "revision", "prompt", "response", "ask", "part", "longest"}
-READERS: dict[str, tuple[set[str], Callable[..., Iterator[Row]]]] = {
+READERS: dict[str, tuple[set[str], Callable[[Asked], Iterable[Row]]]] = {
     "jsonl": (set(), _jsonl),
     "bigbench": ({"split"}, _bigbench),
     "reasoning_gym": ({"seed"}, _reasoning_gym),

@@ -24,15 +24,16 @@ EVENT = f"{SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent"
 PRODUCER = f"urn:meteora-pipelines:{__version__}"
 NAMESPACE = "meteora"
 FACETS = {
-    "datasetType": ("1-0-1", "DatasetTypeDatasetFacet"),
-    "errorMessage": ("1-0-1", "ErrorMessageRunFacet"),
-    "jobType": ("2-0-4", "JobTypeJobFacet"),
-    "processing_engine": ("1-1-1", "ProcessingEngineRunFacet"),
-    "symlinks": ("1-0-1", "SymlinksDatasetFacet"),
-    "version": ("1-0-1", "DatasetVersionDatasetFacet"),
+    "DatasetTypeDatasetFacet": "1-0-1",
+    "DatasetVersionDatasetFacet": "1-0-1",
+    "ErrorMessageRunFacet": "1-0-1",
+    "JobTypeJobFacet": "2-0-4",
+    "ProcessingEngineRunFacet": "1-1-1",
+    "SymlinksDatasetFacet": "1-0-1",
+    "TagsDatasetFacet": "1-0-0",
+    "TagsRunFacet": "1-0-0",
 }
-DATASET_TAGS = ("1-0-0", "TagsDatasetFacet")
-RUN_TAGS = ("1-0-0", "TagsRunFacet")
+"""The version of each facet's schema."""
 ENDS = {
     "ok": "COMPLETE",
     "failed": "FAIL",
@@ -73,18 +74,17 @@ def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
     for row in ledger.query(RUNS.format(only), limits=EVERYTHING).rows:
         run, recipe, recipe_sha256, device, versions, started, ended, outcome, reason = row
         run_tags = {"run_id": run, "recipe_sha256": recipe_sha256, "device": device, **versions}
+        engine = {"name": "meteora-pipelines", "version": __version__}
         facets = {
-            "processing_engine": _facet(
-                "processing_engine", {"name": "meteora-pipelines", "version": __version__}
-            ),
-            "tags": _tags(run_tags, RUN_TAGS),
+            "processing_engine": _facet("ProcessingEngineRunFacet", engine),
+            "tags": _tags("TagsRunFacet", run_tags),
         }
         yield _event("START", started, run, recipe, facets)
         if outcome is None:
             continue
         if reason:
             message = {"message": reason, "programmingLanguage": "Python"}
-            facets["errorMessage"] = _facet("errorMessage", message)
+            facets["errorMessage"] = _facet("ErrorMessageRunFacet", message)
         yield {
             **_event(ENDS.get(outcome, "OTHER"), ended, run, recipe, facets),
             "inputs": goes_in[run],
@@ -105,7 +105,7 @@ def _event(
         "job": {
             "namespace": NAMESPACE,
             "name": recipe,
-            "facets": {"jobType": _facet("jobType", job_type)},
+            "facets": {"jobType": _facet("JobTypeJobFacet", job_type)},
         },
         "inputs": [],
         "outputs": [],
@@ -122,32 +122,27 @@ def _dataset(
     licence: str | None,
     weights_sha256: str,
 ) -> dict[str, Any]:
-    facets = {"datasetType": _facet("datasetType", {"datasetType": "MODEL", "subType": kind})}
+    type_of = {"datasetType": "MODEL", "subType": kind}
+    facets = {"datasetType": _facet("DatasetTypeDatasetFacet", type_of)}
     version = revision or (f"sha256:{weights_sha256}" if weights_sha256 else "")
     if version:
-        facets["version"] = _facet("version", {"datasetVersion": version})
+        facets["version"] = _facet("DatasetVersionDatasetFacet", {"datasetVersion": version})
     if source:
         namespace = "file" if ":" in source else "hf"
         identifier = {"namespace": namespace, "name": source, "type": "MODEL"}
-        facets["symlinks"] = _facet("symlinks", {"identifiers": [identifier]})
+        facets["symlinks"] = _facet("SymlinksDatasetFacet", {"identifiers": [identifier]})
     if licence:
-        facets["tags"] = _tags({"licence": licence}, DATASET_TAGS)
+        facets["tags"] = _tags("TagsDatasetFacet", {"licence": licence})
     return {"namespace": NAMESPACE, "name": artifact_id, "facets": facets}
 
 
-def _tags(tags: dict[str, str], schema: tuple[str, str]) -> dict[str, Any]:
+def _tags(schema: str, tags: dict[str, str]) -> dict[str, Any]:
     fields = [
         {"key": key, "value": value, "source": "METEORA"} for key, value in tags.items() if value
     ]
-    return _facet("tags", {"tags": fields}, schema)
+    return _facet(schema, {"tags": fields})
 
 
-def _facet(
-    name: str, fields: dict[str, Any], schema: tuple[str, str] | None = None
-) -> dict[str, Any]:
-    version, of = schema or FACETS[name]
-    return {
-        "_producer": PRODUCER,
-        "_schemaURL": f"{SPEC}/facets/{version}/{of}.json#/$defs/{of}",
-        **fields,
-    }
+def _facet(schema: str, fields: dict[str, Any]) -> dict[str, Any]:
+    url = f"{SPEC}/facets/{FACETS[schema]}/{schema}.json#/$defs/{schema}"
+    return {"_producer": PRODUCER, "_schemaURL": url, **fields}

@@ -15,7 +15,7 @@ from openlineage.client import event_v2, facet_v2
 from meteora.artifacts.identity import ArtifactId, MeteoraError
 from pipelines.cli import store
 from pipelines.publishing.in_toto import attest
-from pipelines.publishing.openlineage import FACETS, events
+from pipelines.publishing.openlineage import events
 from store.errors import UnknownError
 from store.events import RunEnded, RunStarted
 from tests.store.conftest import BASE, COMMIT, HOSTILE, Shelf, adapter, fill, fused, router
@@ -62,7 +62,7 @@ def by_the_spec(event: dict[str, Any]) -> event_v2.RunEvent:
             tag = getattr(module, f"Tags{of.capitalize()}FacetFields")
             fields["tags"] = [tag(**one) for one in fields["tags"]]
         else:
-            kind = getattr(facets[name], FACETS[name][1])
+            kind = getattr(facets[name], schema.rpartition("/")[2])
         made = kind(producer=fields.pop("_producer"), **fields)
         assert made._schemaURL == schema
         return made

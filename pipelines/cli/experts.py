@@ -145,16 +145,7 @@ def add(
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
-    made = edit.add(
-        Ledger(home),
-        found.folder,
-        candidate,
-        examples,
-        base_folder=found.base_folder,
-        download=found.download,
-        device=found.device,
-        dtype=found.dtype,
-    )
+    made = edit.add(Ledger(home), found, candidate, examples)
     _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
         request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for or ()))

@@ -56,13 +56,14 @@ from pipelines.workspace.machine import is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import Manifest
     from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth
     from pipelines.admission.candidate import Candidate
+    from pipelines.admission.checkpoints import FoundCheckpoint
     from store.ledger import Ledger
 
 EXAMPLES = 64
@@ -91,27 +92,13 @@ class EditedCheckpoint:
     """Where it was made."""
 
 
-def add(
-    ledger: Ledger,
-    folder: Path,
-    candidate: Candidate,
-    examples: str,
-    *,
-    base_folder: Path | None = None,
-    download: Mapping[str, Any] | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-) -> Path:
+def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: str) -> Path:
     """A checkpoint with one expert more, beside the one that is given.
 
     Args:
-        folder: the checkpoint; it stays as it is
+        found: the checkpoint, which stays as it is; gates are fitted on its device
         candidate: the new expert; it is judged as the adapters of a recipe are, and so recorded
         examples: of the new expert's task, as a recipe names them
-        base_folder: where the base lies; without it the checkpoint's own reference is followed
-        download: options for the download of the base, such as `token`
-        device: where the gates are fitted
-        dtype: of the base meanwhile; `auto`: as it lies on the disk
 
     Returns:
         The folder of the new checkpoint under the ledger's home.
@@ -124,6 +111,7 @@ def add(
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
+    folder, device, dtype = found.folder, found.device, found.dtype
     if torch.device(device).type == "mps":
         raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
     manifest = _read_editable(folder)
@@ -133,8 +121,10 @@ def add(
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
-    where = _map_of(manifest, base_folder, device)
-    model, tokenizer = load_base(manifest, base_folder, dtype, download=download, options=where)
+    where = _map_of(manifest, found.base_folder, device)
+    model, tokenizer = load_base(
+        manifest, found.base_folder, dtype, download=found.download, options=where
+    )
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest)
     what, ran_on = f"add {candidate.name} to", device_name(torch.device(device), dtype)
@@ -150,10 +140,9 @@ def add(
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
         sequences += label_lists(rows, place, tokenizer, sizes=composites)
-        with bar(
-            "fitting the gates", model.config.get_text_config().num_hidden_layers, "layers"
-        ) as advance:
-            found: Growth = add_expert.grow(
+        layers = model.config.get_text_config().num_hidden_layers
+        with bar("fitting the gates", layers, "layers") as advance:
+            growth: Growth = add_expert.grow(
                 model,
                 sequences,
                 gates,
@@ -163,15 +152,15 @@ def add(
             )
         grown = gates_of(model)
         tensors.write_gates(scratch / GATES, grown)
-        write_statistics(scratch / STATISTICS, found.statistics)
+        write_statistics(scratch / STATISTICS, growth.statistics)
         edited = EditedCheckpoint(
             admission.run_id,
             scratch,
             larger,
             _router(manifest, larger, grown, rows_sha256(rows), composites, dtype),
-            found.heldout_accuracy,
-            found.num_tokens,
-            found.wall_seconds,
+            growth.heldout_accuracy,
+            growth.num_tokens,
+            growth.wall_seconds,
             expert.adapter,
             ran_on,
         )

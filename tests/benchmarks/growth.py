@@ -18,6 +18,7 @@ import meteora
 from meteora.checkpoint.manifest import read_manifest
 from meteora.model.fused import expert_names
 from pipelines.admission.candidate import Candidate
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.routing_stats import measure_routing
 from pipelines.recipe.recipe import locate
@@ -59,7 +60,7 @@ def main() -> None:
             without = edit.drop(ledger, asked.checkpoint, name)
             adapter = Candidate(name, str(SHIPPED / "adapters" / name))
             rows = f"jsonl:{SHIPPED}/tasks/{name}/train.jsonl"
-            grown = edit.add(ledger, without, adapter, rows, base_folder=asked.base)
+            grown = edit.add(ledger, FoundCheckpoint(without, asked.base, {}, "cpu"), adapter, rows)
             after = shares(grown, asked.base)
         figures = [together[name], after.pop(name)]
         figures += [sum(one[other] for other in after) / len(after) for one in (together, after)]

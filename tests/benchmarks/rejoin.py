@@ -25,6 +25,7 @@ from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.model.fused import expert_names
 from meteora.routing.hooks import recorded_logits
 from pipelines.admission.candidate import Candidate
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.data.composites import answer_openings, compose, encode_composite, fits
 from pipelines.data.row_sources import read_rows
 from pipelines.stages import edit
@@ -67,7 +68,9 @@ def main() -> None:
             (copy / MANIFEST).write_text(json.dumps(body))
             started = time.process_time()
             examples = source.format(asked.name, "train")
-            grown = edit.add(ledger, copy, adapter, examples, base_folder=asked.base)
+            grown = edit.add(
+                ledger, FoundCheckpoint(copy, asked.base, {}, "cpu"), adapter, examples
+            )
             print(f"{way}: {time.process_time() - started:.0f} s", flush=True)
             told(grown, asked.base, tests, asked.name, way)
 

@@ -95,8 +95,9 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
     dropped = ask("drop", folder, "attention", "--home", work.home)
     assert dropped.returncode == 0, dropped.stderr
     without = Path(dropped.stdout.strip())
+    on_mps = FoundCheckpoint(without, None, {}, "mps")
     with pytest.raises(GrowthError, match="in 64 bits, which mps has not; say --device cpu"):
-        edit.add(work.ledger, without, Candidate("attention", ""), "", device="mps")
+        edit.add(work.ledger, on_mps, Candidate("attention", ""), "")
     fewer = read_manifest(without)
     assert fewer.names == ["q_and_v"]
     assert fewer.gates["grown_from"] == before.router_id
@@ -170,9 +171,11 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     before = [*work.ledger.home.joinpath("checkpoints").iterdir()]
 
     def join(name: str, adapter: object, **more: Any) -> Path:
-        asked = Candidate(name, str(adapter), **more)
         return edit.add(
-            work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base"
+            work.ledger,
+            FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu"),
+            Candidate(name, str(adapter), **more),
+            f"jsonl:{rows}",
         )
 
     with running_hub() as server:
@@ -262,7 +265,8 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
 
     monkeypatch.setattr(candidate, "memory_bytes", lambda: needs)
     asked = Candidate("third", str(adapter))
-    out = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=recipe_folder / "base")
+    found = FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu")
+    out = edit.add(work.ledger, found, asked, f"jsonl:{rows}")
     assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
     meteora.load(out, base_folder=recipe_folder / "base")
 
@@ -289,7 +293,8 @@ def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(
     base, asked = recipe_folder / "base", Candidate("third", str(world.adapters["all_seven"]))
     for most, dtype in ((0.6, "auto"), (0, "auto"), (0, "bfloat16")):
         monkeypatch.setattr(machine, "MOST", most)
-        out = edit.add(work.ledger, folder, asked, rows, base_folder=base, dtype=dtype)
+        found = FoundCheckpoint(folder, base, {}, "cpu", dtype)
+        out = edit.add(work.ledger, found, asked, rows)
         made_of.append([file_sha256(out / name) for name in (EXPERTS, GATES, STATISTICS)])
     assert made_of[0] == made_of[1]
     assert made_of[2][0] == made_of[1][0]
@@ -319,7 +324,8 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
         asked = Candidate("third", str(world.adapters["all_seven"]))
         rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-        out = edit.add(work.ledger, copy, asked, rows, base_folder=recipe_folder / "base")
+        found = FoundCheckpoint(copy, recipe_folder / "base", {}, "cpu")
+        out = edit.add(work.ledger, found, asked, rows)
         manifest = read_manifest(out)
         assert manifest.gates.get("composites") == composites
         assert read_gates(out, manifest).offsets

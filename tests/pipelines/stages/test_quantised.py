@@ -14,6 +14,7 @@ from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import read_manifest
 from meteora.routing.layer import routed_layers
 from pipelines.admission.candidate import Candidate
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.reports.summary import summarise
 from pipelines.stages import build, edit, measure, open_model
 from pipelines.workspace.bases import verify_bases
@@ -122,7 +123,8 @@ def test_an_expert_is_added_to_a_quantised_base_and_dropped_again(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{i}{i}123", "response": "45{i}"}}\n' for i in range(8)))
     asked = Candidate("more", str(adapter))
-    larger = edit.add(work.ledger, folder, asked, f"jsonl:{rows}", base_folder=base)
+    found = FoundCheckpoint(folder, base, {}, "cpu")
+    larger = edit.add(work.ledger, found, asked, f"jsonl:{rows}")
     manifest = read_manifest(larger)
     assert manifest.base == read_manifest(folder).base
     assert work.ledger.built(ArtifactId(manifest.fused_id)) is not None

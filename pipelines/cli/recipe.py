@@ -24,7 +24,7 @@ WIDTH = 80
 def show(
     name: Annotated[
         str, typer.Argument(help="Of a shipped recipe; without one all are listed.")
-    ] = (""),
+    ] = "",
 ) -> None:
     """Print a recipe that ships with the program, as a start for one's own."""
     from pipelines.recipe.recipe import find_shipped, shipped

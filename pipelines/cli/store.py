@@ -50,9 +50,8 @@ def sql(
             print(f"-- {title}\n{question}\n")
         return
     ledger = Ledger(existing_home(home))
-    ledger.ingest(
-        deadline_seconds=1.0
-    )  # what a run recorded a moment ago; a busy index is not waited for
+    # what a run recorded a moment ago; a busy index is not waited for
+    ledger.ingest(deadline_seconds=1.0)
     answer = ledger.query(text_or_input(query))
     if form is None:
         form = "table" if sys.stdout.isatty() else "csv"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, RouterBuild
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import Recipe
+    from pipelines.recipe.recipe import DeadlinesSection, Recipe
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -91,6 +91,10 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     """As in `Made`."""
 
+    @property
+    def deadlines(self) -> DeadlinesSection:
+        return self.context.recipe.deadlines
+
     @contextmanager
     def stage(self, name: Stage) -> Generator[None]:
         self.progress.begin(name)
@@ -107,43 +111,40 @@ require_stackable = task(cache_policy=NO_CACHE)(verdicts.require_stackable)
 
 @at_the_network
 def build_base(run: Run, base: BaseSpec) -> BuiltBase:
-    return run.child.call("build_base", base, deadline_seconds=run.context.recipe.deadlines.base)
+    return run.child.call("build_base", base, deadline_seconds=run.deadlines.base)
 
 
 @task(cache_policy=NO_CACHE)
 def stack(run: Run, plan: Plan) -> FusedCheckpoint:
-    return run.child.call("stack", plan, deadline_seconds=run.context.recipe.deadlines.stack)
+    return run.child.call("stack", plan, deadline_seconds=run.deadlines.stack)
 
 
 @task(cache_policy=NO_CACHE)
 def deal_pool(run: Run, plan: Plan, built: BuiltBase) -> Plan:
     """The plan as it is when the pool's prompts were dealt to the experts."""
-    context = run.context
-    run.child.call("deal_pool", plan, built, deadline_seconds=context.recipe.deadlines.gates)
-    return complete(context, built, plan)
+    run.child.call("deal_pool", plan, built, deadline_seconds=run.deadlines.gates)
+    return complete(run.context, built, plan)
 
 
 @task(cache_policy=NO_CACHE)
 def fit_gates(run: Run, plan: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
-    deadline = run.context.recipe.deadlines.gates
-    return run.child.call("fit_gates", plan, built, fused, deadline_seconds=deadline)
+    return run.child.call("fit_gates", plan, built, fused, deadline_seconds=run.deadlines.gates)
 
 
 @task(cache_policy=NO_CACHE)
 def measure(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
-    deadline = run.context.recipe.deadlines.benchmark
-    run.child.call("measure", plan, built, gates, deadline_seconds=deadline)
+    run.child.call("measure", plan, built, gates, deadline_seconds=run.deadlines.benchmark)
 
 
 @task(cache_policy=NO_CACHE)
 def write_checkpoint(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    deadline = run.context.recipe.deadlines.stack
+    deadline = run.deadlines.stack
     return run.child.call("write_checkpoint", plan, built, gates, deadline_seconds=deadline)
 
 
 @task(cache_policy=NO_CACHE)
 def publish(run: Run, plan: Plan) -> None:
-    run.child.call("publish", plan, deadline_seconds=run.context.recipe.deadlines.publish)
+    run.child.call("publish", plan, deadline_seconds=run.deadlines.publish)
 
 
 @flow(name="meteora", persist_result=False)
@@ -210,17 +211,8 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
         device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
-        with (
-            recorded(
-                context.ledger,
-                context.run_id,
-                context.key,
-                context.recipe_sha256,
-                device,
-                run.seconds,
-            ),
-            closing(child),
-        ):
+        about = (context.run_id, context.key, context.recipe_sha256, device)
+        with recorded(context.ledger, *about, run.seconds), closing(child):
             plan = _stages(run, until, looked)
     return Made(run.seconds, _show(context, plan) if plan else None)
 
@@ -247,15 +239,14 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
         return None
     with run.stage(Stage.check):
         plan = resolve(context, built, _steps(run, built), looked.plan)
-        run.child.call("check_prompts", plan, deadline_seconds=context.recipe.deadlines.stack)
+        run.child.call("check_prompts", plan, deadline_seconds=run.deadlines.stack)
     if until is Stage.check:
         return None
     with run.stage(Stage.stack):
         fused = stack(run, plan)
     if until is Stage.stack:
         return None
-    deadline = context.recipe.deadlines.base
-    slots = run.child.call("slots", plan, deadline_seconds=deadline)
+    slots = run.child.call("slots", plan, deadline_seconds=run.deadlines.base)
     with device_lock.held(*slots):
         with run.stage(Stage.gates):
             if not plan.is_dealt:
@@ -275,7 +266,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
 
 def _steps(run: Run, built: BuiltBase) -> Steps:
     """The steps of a run, as tasks of Prefect's where they ask the network or may end the run."""
-    ask = partial(run.child.call, deadline_seconds=run.context.recipe.deadlines.stack)
+    ask = partial(run.child.call, deadline_seconds=run.deadlines.stack)
     memory_limit_bytes = ask("memory")
     return replace(
         recording(run.context, built, partial(ask, "proportion"), memory_limit_bytes),

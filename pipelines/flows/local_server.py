@@ -125,9 +125,10 @@ def page() -> str:
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
-def _got(file: IO[str], kind: int) -> bool:
+def _got(file: IO[str]) -> bool:
+    """Whether nobody else holds the lock, which this process then does."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -140,7 +141,7 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
         NoSpaceError: Its disk has less room.
     """
     with (folder / "server.lock").open("a") as own:
-        if not _got(own, fcntl.LOCK_EX):
+        if not _got(own):
             return None
         require_space(folder, room_bytes, "what a run writes to begin with")
         with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
@@ -231,7 +232,7 @@ def _leave(
     leaving: threading.Event,
 ) -> None:
     leaving.set()
-    alone = _got(users, fcntl.LOCK_EX)
+    alone = _got(users)
     held.close()
     if server is not None and alone:
         with suppress(subprocess.TimeoutExpired):
@@ -240,7 +241,7 @@ def _leave(
 
 def _end_with_the_last_user(folder: Path) -> None:
     users = (folder / "users.lock").open("w")
-    while not _got(users, fcntl.LOCK_EX):
+    while not _got(users):
         time.sleep(0.2)
     os._exit(0)
 

@@ -98,9 +98,7 @@ def run_recipes(
 def _outcome(future: Any) -> str:  # noqa: ANN401  (each task runner has futures of its own)
     try:
         return future.result()
-    except (
-        Exception
-    ) as error:  # a worker that died, or a fault of ours: it ends one recipe, not all
+    except Exception as error:  # a worker died, or a fault of ours: it ends one recipe, not all
         return f"{type(error).__name__}: {error}"
 
 

@@ -8,6 +8,7 @@ sign: a number stands where another expert begins.
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -118,7 +119,8 @@ def legend(experts: Sequence[str], tokens: Sequence[Token], colours: str | None)
 
 def _num_won(experts: Sequence[str], tokens: Sequence[Token]) -> list[int]:
     """How many tokens each expert has."""
-    return [sum(token.expert == e for token in tokens) for e in range(len(experts))]
+    won = Counter(token.expert for token in tokens)
+    return [won[e] for e in range(len(experts))]
 
 
 def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:

@@ -91,22 +91,19 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     if spec.quantise:  # its files are those of the base that it is made of
         built = replace(build_base(work, spec.stored), spec=spec)
         loading.refuse_quantised(folder)
-        work.ledger.record_artifact(
-            spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
+    else:
+        if not folder.is_dir():
+            _bring_base(work, spec, folder)
+        require_sound(work.ledger, spec)
+        sizes = loading.linear_sizes(folder)
+        norms = loading.weight_norms(folder, sizes)
+        built = BuiltBase(
+            spec,
+            weights_sha256(folder),
+            loading.fingerprint_of(folder),
+            tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
+            licence_of(folder),
         )
-        return built
-    if not folder.is_dir():
-        _bring_base(work, spec, folder)
-    require_sound(work.ledger, spec)
-    sizes = loading.linear_sizes(folder)
-    norms = loading.weight_norms(folder, sizes)
-    built = BuiltBase(
-        spec,
-        weights_sha256(folder),
-        loading.fingerprint_of(folder),
-        tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
-        licence_of(folder),
-    )
     work.ledger.record_artifact(
         spec, weights_sha256=built.weights_sha256, built=built, run_id=work.run_id
     )

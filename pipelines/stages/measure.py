@@ -32,6 +32,7 @@ from pipelines.planning.plan import place_of_example
 from pipelines.planning.room import check_examples, check_room, longest
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
+from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import memory_bytes
@@ -191,13 +192,7 @@ def _record_controls(work: RunContext, plan: Plan) -> None:
     experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            work.ledger.record_artifact(
-                spec,
-                weights_sha256=experts,
-                built=RouterBuild(spec, experts, 0, None, 0.0, ""),
-                blobs=[experts],
-                run_id=work.run_id,
-            )
+            record_router(work.ledger, RouterBuild(spec, experts, 0, None, 0.0, ""), work.run_id)
     for spec in plan.merges.values():
         if work.ledger.weights_of(spec.id) is None:
             work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)

@@ -118,7 +118,7 @@ def verify_bases(ledger: Ledger) -> Iterator[Finding]:
 def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
     """The ids of all that was made from a base, and of all scores of these.
 
-    None where the index cannot be read, which is a finding of its own.
+    Empty where the index cannot be read, which is a finding of its own.
     """
     query = f"""
         WITH made AS (

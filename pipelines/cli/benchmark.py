@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import DEFAULT_HOME, AsJson, Base, Device, Dtype, Home, TokenFor
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    AsJson,
+    Base,
+    Checkpoint,
+    Device,
+    Dtype,
+    Home,
+    TokenFor,
+)
 
 if TYPE_CHECKING:
     from pipelines.admission.checkpoints import FoundCheckpoint
@@ -18,7 +27,7 @@ app = typer.Typer()
 
 @app.command()
 def benchmark(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     tasks: Annotated[
         list[str] | None,
         typer.Option(

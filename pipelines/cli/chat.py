@@ -14,7 +14,17 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import DEFAULT_HOME, MOST, Base, Device, Dtype, Home, TokenFor
+from pipelines.cli.options import (
+    DEFAULT_HOME,
+    MOST,
+    Base,
+    Checkpoint,
+    Device,
+    Dtype,
+    Expert,
+    Home,
+    TokenFor,
+)
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
@@ -42,8 +52,8 @@ HELP = (
 
 @app.command()
 def chat(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
-    expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
+    checkpoint: Checkpoint,
+    expert: Expert = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Of each answer.")] = 512,
     web: Annotated[bool, typer.Option("--web", help="On a page, at --host and --port.")] = False,
     host: Host = DEFAULT_HOST,
@@ -76,7 +86,7 @@ def chat(
 
 @app.command("chat-server")
 def chat_server(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     name: Annotated[
         str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
     ] = "",

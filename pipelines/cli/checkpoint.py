@@ -14,9 +14,12 @@ from pipelines.cli.options import (
     MOST,
     AsJson,
     Base,
+    Checkpoint,
     Device,
     Dtype,
+    Expert,
     Home,
+    OwnCheckpoint,
     TokenFor,
     existing_home,
     text_or_input,
@@ -31,9 +34,9 @@ app = typer.Typer()
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="`-` reads it from the input.")],
-    expert: Annotated[str, typer.Option(help="Route every token to this expert.")] = "",
+    expert: Expert = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 256,
     trace: Annotated[
         str,
@@ -77,7 +80,7 @@ def generate(
 
 @app.command()
 def publish(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    checkpoint: OwnCheckpoint,
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created if missing.")],
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
@@ -142,7 +145,7 @@ def publish(
 
 @app.command()
 def report(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     other: Annotated[str, typer.Argument(help="A second one: the report compares the two.")] = "",
     output: Annotated[
         Path | None,
@@ -222,7 +225,7 @@ def _compare(ledger: Ledger, a: Path, b: Path, output: Path, *, as_json: bool) -
 
 @app.command()
 def sign(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")],
+    checkpoint: OwnCheckpoint,
     key: Annotated[Path, typer.Option(help="A private elliptic-curve key, PEM.")],
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -251,7 +254,7 @@ def attest(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     expert: Annotated[
         str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
     ] = "",

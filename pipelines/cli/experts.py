@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     MOST,
     AsJson,
     Base,
+    Checkpoint,
     Device,
     Dtype,
     Home,
@@ -99,7 +100,7 @@ def train(
 
 @app.command()
 def add(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     name: Annotated[str, typer.Argument(help="The name of the new expert.")],
     adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
     examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
@@ -162,7 +163,7 @@ def add(
 
 @app.command()
 def drop(
-    checkpoint: Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")],
+    checkpoint: Checkpoint,
     name: Annotated[str, typer.Argument(help="The expert to leave out.")],
     benchmark: Annotated[bool, typer.Option("--benchmark", help="Measure the result at once.")] = (
         False

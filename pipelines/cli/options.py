@@ -25,6 +25,9 @@ Home = Annotated[
     ),
 ]
 DEFAULT_HOME = Path("~/.meteora")
+Checkpoint = Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")]
+OwnCheckpoint = Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")]
+Expert = Annotated[str, typer.Option(help="Route every token to this expert.")]
 Base = Annotated[
     Path | None,
     typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),
@@ -43,16 +46,12 @@ Device = Annotated[
         help="Where. auto: the GPU, if any; all, if one is too small.",
     ),
 ]
-
-
-MOST = 1_000_000
-"""Of anything that an option counts: larger numbers are typing errors, and overflow further on."""
-
-
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Of the base, while it computes. auto: as it lies on the disk."),
 ]
+MOST = 1_000_000
+"""Of anything that an option counts: larger numbers are typing errors, and overflow further on."""
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """What a home holds, some of it at least."""
 

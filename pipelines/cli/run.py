@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 app = typer.Typer()
+Recipes = Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")]
 URL = re.compile(r"https?://[^/\s]\S*$")
 WHOLE = (Stage.benchmark, Stage.publish)
 """Stages after which there are scores to show."""
@@ -31,7 +32,7 @@ WHOLE = (Stage.benchmark, Stage.publish)
 
 @app.command()
 def run(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
+    recipes: Recipes,
     until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.publish,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
@@ -76,7 +77,7 @@ def run(
 @app.command()
 def schedule(
     context: typer.Context,
-    recipes: Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")],
+    recipes: Recipes,
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
     limit: Annotated[

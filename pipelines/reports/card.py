@@ -100,14 +100,13 @@ def _sources(manifest: Manifest) -> list[str]:
     package = base.repo_id.removeprefix(GGUF).partition("/")[0]
     rows = [("the base", base.repo_id, base.revision, base.licence, "")]
     rows += [(e.name, e.source, e.revision, e.licence, e.r) for e in manifest.experts]
+    cells = [
+        (name, _linked(source), _linked(source, revision),
+         _code(licence) if licence else "not stated", r)
+        for name, source, revision, licence, r in rows
+    ]  # fmt: skip
     return [
-        "| expert | from | commit | licence | r |",
-        "|-|-|-|-|-|",
-        *(
-            f"| {name} | {_linked(source)} | {_linked(source, revision)} |"
-            f" {_code(licence) if licence else 'not stated'} | {r} |"
-            for name, source, revision, licence, r in rows
-        ),
+        *_table(("expert", "from", "commit", "licence", "r"), cells),
         "",
         "The base is not copied here: it is loaded at that commit, and another base is refused."
         + (f" It comes with the Python package {_code(package)}." if gguf else "")
@@ -161,10 +160,14 @@ def _turn_tables(summary: Summary) -> list[str]:
     """Conversations turn by turn, as Markdown: a table and a sentence for each task."""
     found = []
     for headings, rows, line in turn_tables(summary):
-        table = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
-        table.insert(1, "|-" * len(headings) + "|")
-        found += ["\n".join(table), line]
+        found += ["\n".join(_table(headings, rows)), line]
     return found
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, *rows)]
+    return [lines[0], "|-" * len(headings) + "|", *lines[1:]]
 
 
 def score_table(summary: Summary) -> list[str]:
@@ -172,16 +175,11 @@ def score_table(summary: Summary) -> list[str]:
     if not summary.scores:
         return ["Nothing was measured: the recipe has no tests."]
     systems = summary.systems
-    lines = [
-        f"| task | metric | n | {' | '.join(systems)} |",
-        f"|-|-|-|{'-|' * len(systems)}",
-    ]
+    rows = []
     for task, row in summary.scores.items():
-        cells = [cell(summary, task, system) for system in systems]
-        fused = row["fused"]
-        lines.append(
-            f"| {task} | {fused.spec.metric} | {fused.num_samples} | {' | '.join(cells)} |"
-        )
+        fused, cells = row["fused"], [cell(summary, task, system) for system in systems]
+        rows.append([task, fused.spec.metric, str(fused.num_samples), *cells])
+    lines = _table(["task", "metric", "n", *systems], rows)
     means = [summary.mean(system) for system in systems]
     shown = ["" if mean is None else f"**{mean:.3f}**" for mean in means]
     lines += [f"| mean of the experts' own tasks | | | {' | '.join(shown)} |", ""]
@@ -193,8 +191,8 @@ def cell(summary: Summary, task: str, system: str, *, interval: bool = True) -> 
     score = summary.scores[task].get(system)
     if score is None:
         return ""
-    shown = format_score(score.value, score.low, score.high) if interval else f"{score.value:.2f}"
-    return " ".join(filter(None, (shown, summary.mark(task, system))))
+    ends = f"[{score.low:.2f}, {score.high:.2f}]" if interval else ""
+    return " ".join(filter(None, (f"{score.value:.2f}", ends, summary.mark(task, system))))
 
 
 def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]]:
@@ -265,11 +263,6 @@ def _has_answers(score: Score) -> bool:
     """Whether it is of answers: not of choices, and not of a task of lm-eval's own."""
     metric = METRICS.get(score.spec.metric)
     return score.mean_prompt_tokens is not None and not (metric and metric.of_choices)
-
-
-def format_score(value: float, low: float, high: float) -> str:
-    """A score with its interval in brackets."""
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def routing_lines(summary: Summary) -> list[str]:

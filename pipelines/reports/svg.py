@@ -95,8 +95,8 @@ def draw_point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
     return drawn
 
 
-def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> int:
-    """Draw a legend above the axes, from `left` in CSS pixels; returns its number of rows."""
+def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> None:
+    """Draw a legend above the axes, from `left` in CSS pixels."""
     width, height = (size * 72 for size in figure.get_size_inches())
     x, row = left, 0
     for text, mark in entries.items():
@@ -112,7 +112,6 @@ def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> int
         )  # fmt: skip
         figure.add_artist(key)
         x += needed
-    return row + 1
 
 
 def shorten(name: str, limit: int = 24) -> str:

@@ -45,11 +45,11 @@ def skip_overlap(context: RunContext, why: str) -> State[None]:
     return Cancelled(name="SkippedOverlap", message=why)
 
 
-def skip_late(context: RunContext) -> int:
-    """Cancel and record all other runs of this deployment that are due; returns how many."""
+def skip_late(context: RunContext) -> None:
+    """Cancel and record all other runs of this deployment that are due."""
     deployment_id = deployment.get_id()
     if deployment_id is None:
-        return 0
+        return
     with get_client(sync_client=True) as client:
         due = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
@@ -67,7 +67,6 @@ def skip_late(context: RunContext) -> int:
     if late:
         context.ledger.ingest()
         say(f"{context.name}: {len(late)} missed runs are skipped, this one does their work")
-    return len(late)
 
 
 def _name(run: FlowRun) -> str:

@@ -63,11 +63,11 @@ def test_missed_runs_collapse_into_one_and_what_a_person_asked_for_stays(
         monkeypatch.setattr(missed_runs.deployment, "get_id", lambda: str(deployment_id))
         wait_for_late(client, deployment_id, 4)
         asked = client.create_flow_run_from_deployment(deployment_id).id
-        missed = missed_runs.skip_late(work)
+        missed_runs.skip_late(work)
         client.pause_deployment(deployment_id)
         there = runs_of(client, deployment_id)
+    missed = sum(run.state_name == "SkippedLate" for run in there)
     assert missed >= 4
-    assert sum(run.state_name == "SkippedLate" for run in there) == missed
     assert next(run for run in there if run.id == asked).state_name == "Scheduled"
     rows = work.ledger.query("SELECT outcome, recipe_name, reason FROM runs").rows
     why = f"it was late, and run {work.run_id} does its work"

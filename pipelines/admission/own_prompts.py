@@ -110,7 +110,7 @@ def _write(
 
 
 def _are_questions(written: Sequence[Written]) -> bool:
-    """Whether an expert that wrote this has learnt questions; always the same is none."""
+    """Whether an expert that wrote this has learnt questions; one text alone shows nothing."""
     gain = sum(one.gain for one in written) / max(1, len(written))
     lead = sum(one.lead for one in written) / max(1, len(written))
     return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD

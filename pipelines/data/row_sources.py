@@ -191,7 +191,7 @@ def _row(line: str, place: str, *, answered: bool) -> Row:
 
 
 def _texts(value: object, what: str) -> tuple[Any, ...]:
-    """A list as a tuple, empty for what is not there; a text is none, though it has letters."""
+    """A list as a tuple; empty where there is none. A text is refused, though it has letters."""
     if not value:
         return ()
     if not isinstance(value, list):

@@ -71,7 +71,7 @@ class Hub:
         url = (self.endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
         try:
             parts = urlsplit(url)
-            _ = parts.port  # read when it is asked for
+            _ = parts.port  # parsed, and refused, only now
         except ValueError as error:
             raise HubReferenceError(
                 f"the endpoint {url} is no address ({error}); write it as https://HOST, in"

@@ -8,7 +8,7 @@ from meteora.artifacts import MeteoraError
 
 
 class HubError(MeteoraError):
-    """A request to the Hub failed for a reason that only the message knows."""
+    """A request to the Hub failed; of this class itself for a reason that the message gives."""
 
     retry: ClassVar[bool] = False
     """Whether the same request may succeed later."""
@@ -23,7 +23,7 @@ class InsecureEndpointError(HubError):
 
 
 class UnusableRepositoryError(HubError):
-    """It is this one repository that cannot be used; others may do."""
+    """This repository cannot be used; others may be usable."""
 
 
 class HubNotFoundError(UnusableRepositoryError):

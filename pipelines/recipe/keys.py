@@ -39,7 +39,7 @@ class Key:
     """Such as `benchmark.tasks.name`; keys in a list stand below the name of the list."""
     type: str
     needed: bool
-    """Whether its section is nothing without it."""
+    """Whether its section has to have it."""
     default: str
     """As in YAML; empty where there is none."""
     range: str

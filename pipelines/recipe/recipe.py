@@ -27,12 +27,12 @@ from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic re
 
 LONGEST_NAME = 64
 NUMBERS = ("int_type", "float_type", "bool_type")
-"""Faults of pydantic's where another type is needed, which a text in quotes is not."""
+"""Pydantic's errors where a number, or true or false, is needed."""
 KINDS = {
     "tuple_type": "Input should be a list",
     "model_type": "Input should be a section, with keys of its own",
 }
-"""What pydantic calls a tuple, and an instance of a class."""
+"""Better words for pydantic's errors about a tuple, and about an instance of a class."""
 MOST_FAULTS = 20
 """Faults of one recipe that a message names."""
 AUTO = "auto"
@@ -415,13 +415,11 @@ def explain(error: ValidationError) -> str:
             path = ".".join(step for step in steps if not step.isdecimal())
             parts.append(f"unknown key {place:.200}{suggest(path, paths)}")
         else:
-            given = (
-                ""
-                if fault["type"] in {"missing", "value_error"}
-                else f" (given: {fault['input']!r:.60})"
-            )
             said = KINDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-            if fault["type"] in NUMBERS and _is_number(fault["input"]):
+            given = f" (given: {fault['input']!r:.60})"
+            if fault["type"] in {"missing", "value_error"}:
+                given = ""
+            elif fault["type"] in NUMBERS and _is_number(fault["input"]):
                 given = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
             parts.append(f"{place}: {said}{given}")
     more = len(faults) - len(parts)

@@ -45,7 +45,7 @@ class RowValues:
     @property
     def mean(self) -> float:
         """The score."""
-        return sum(self.values) / len(self.values)
+        return _mean(self.values)
 
     def interval(self, seed: int = 0) -> tuple[str, float, float]:
         """The score's 95 % interval: the method's name, the lower end, the upper end."""

@@ -98,7 +98,7 @@ SMALLER = {
     "fit_gates": "a smaller `gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
     "measure": "a smaller `benchmark.batch_size`",
 }
-"""What a recipe can ask for in place of that, by the stage that has no memory left."""
+"""What to ask of a recipe instead, by the stage that runs out of memory."""
 
 
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:

@@ -4,7 +4,7 @@ context       the ledger, the recipe and the run's id in one object
 bases         the bases of a home: read-only, and checked before they are used
 console       lines and bars on stderr
 environment   settings that other libraries read at import
-cron          whether a schedule is one, before Prefect is there
+cron          checks a schedule without Prefect
 faults        what a machine refuses, in one sentence
 processes     a child process that can be stopped
 machine       how fast this machine computes

@@ -52,7 +52,7 @@ def base_at_hand(folder: str | Path, home: Path) -> Path | None:
 
 
 def base_option(base_model: str, folder: Path | None) -> str:
-    """The option of a next command that finds a base in a folder; a checkpoint has no path of it.
+    """The option by which a next command finds a base in a folder, which no checkpoint names.
 
     Args:
         base_model: As the checkpoint names it.

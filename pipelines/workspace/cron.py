@@ -1,4 +1,4 @@
-"""Whether a schedule is one, found without Prefect: that is imported when its server is there."""
+"""Check a schedule without Prefect, which is imported only when its server is there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ScheduleError(MeteoraError):
 
 
 def require_schedule(cron: str, timezone: str) -> None:
-    """Refuse a cron line, or a time zone, that is none.
+    """Refuse a malformed cron line, and a time zone that does not exist.
 
     Six fields are refused, too: some programs take the first for seconds, others the last.
 

@@ -22,10 +22,10 @@ VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eva
 
 @contextmanager
 def alone(ledger: Ledger, name: str) -> Generator[Sequence[RunStarted]]:
-    """Hold the locks of a run; yields those of its name that were killed, which are closed here.
+    """Hold the locks of a run; yields the killed runs of this name, whose ends are recorded here.
 
     Raises:
-        BusyError: another process is at it.
+        BusyError: another process holds them.
     """
     with ledger.running(name) as killed:
         for before in killed:

@@ -12,7 +12,7 @@ import errno
 import itertools
 import resource
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
 from huggingface_hub import (
@@ -36,6 +36,9 @@ from huggingface_hub.errors import (
 
 from pipelines.workspace.processes import parent
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
 
@@ -54,14 +57,14 @@ KINDS = (
 """The kind of each exception of the client; subclasses come before their bases."""
 
 
-def refs(api: HfApi, repo_id: str, **_: object) -> dict[str, str]:
+def refs(api: HfApi, repo_id: str) -> dict[str, str]:
     """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub."""
     found = api.list_repo_refs(repo_id)
     return {ref.name: ref.target_commit for ref in [*found.tags, *found.branches]}
 
 
 def listing(
-    api: HfApi, repo_id: str, *, revision: str, folder: str, most: int, **_: object
+    api: HfApi, repo_id: str, *, revision: str, folder: str, most: int
 ) -> list[dict[str, Any]]:
     """The entries of one folder at a commit, at most `most` of them, with the Hub's own hashes."""
     tree = api.list_repo_tree(repo_id, folder or None, revision=revision)
@@ -75,7 +78,7 @@ def _entry(item: RepoFile | RepoFolder) -> dict[str, Any]:
     return {"path": item.path, "size": item.size, "git_sha1": item.blob_id, "sha256": sha256}
 
 
-def about(api: HfApi, repo_id: str, *, revision: str, **_: object) -> dict[str, Any]:
+def about(api: HfApi, repo_id: str, *, revision: str) -> dict[str, Any]:
     """The author, licence, bases, downloads and tags of a repository, as the Hub has them."""
     info = api.model_info(repo_id, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
@@ -89,9 +92,7 @@ def about(api: HfApi, repo_id: str, *, revision: str, **_: object) -> dict[str, 
     }
 
 
-def fetch(
-    api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], into: str, **_: object
-) -> None:
+def fetch(api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], into: str) -> None:
     """Download files, of listed sizes, into a folder that holds nothing else."""
     for path, size in files.items():
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -101,9 +102,7 @@ def fetch(
         )
 
 
-def search(
-    api: HfApi, *, base: str, tags: list[str], limit: int, **_: object
-) -> list[dict[str, Any]]:
+def search(api: HfApi, *, base: str, tags: list[str], limit: int) -> list[dict[str, Any]]:
     """The most downloaded adapters of a base, each with the commit of its main branch."""
     found = api.list_models(
         filter=[f"base_model:adapter:{base}", *tags], sort="downloads", limit=limit, expand=["sha"]
@@ -111,12 +110,12 @@ def search(
     return [{"repo_id": model.id, "revision": model.sha or ""} for model in found]
 
 
-def is_private(api: HfApi, repo_id: str, **_: object) -> bool:
+def is_private(api: HfApi, repo_id: str) -> bool:
     """Whether only people whom its owner allows can see a repository."""
     return bool(api.model_info(repo_id).private)
 
 
-def create_repository(api: HfApi, repo_id: str, *, private: bool, **_: object) -> None:
+def create_repository(api: HfApi, repo_id: str, *, private: bool) -> None:
     """Make a repository, unless there is one."""
     api.create_repo(repo_id, private=private, exist_ok=True)
 
@@ -132,7 +131,6 @@ def commit(
     copy: list[str],
     copy_from: str,
     delete: list[str],
-    **_: object,
 ) -> None:
     """Commit once to a branch that is still at `parent`.
 
@@ -151,21 +149,21 @@ def commit(
     )
 
 
-def create_branch(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+def create_branch(api: HfApi, repo_id: str, *, name: str, revision: str) -> None:
     api.create_branch(repo_id, branch=name, revision=revision)
 
 
-def delete_branch(api: HfApi, repo_id: str, *, name: str, **_: object) -> None:
+def delete_branch(api: HfApi, repo_id: str, *, name: str) -> None:
     api.delete_branch(repo_id, branch=name)
 
 
-def create_tag(api: HfApi, repo_id: str, *, name: str, revision: str, **_: object) -> None:
+def create_tag(api: HfApi, repo_id: str, *, name: str, revision: str) -> None:
     api.create_tag(repo_id, tag=name, revision=revision)
 
 
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
     "is_private": is_private, "create_repository": create_repository, "commit": commit,
     "create_branch": create_branch, "delete_branch": delete_branch, "create_tag": create_tag,

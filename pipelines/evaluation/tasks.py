@@ -12,7 +12,7 @@ from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
-from pipelines.recipe.benchmark import CompositeSection
+from pipelines.recipe.benchmark import CompositeSection, metric_names
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT, without_scorer
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def make_tasks(
         if expert.test:
             tasks[expert.name] = Task(
                 expert.name,
-                _metrics(expert.metric) or ("exact_match",),
+                metric_names(expert.metric) or ("exact_match",),
                 settings.template,
                 expert.max_new_tokens or settings.max_new_tokens,
                 rows=read(expert.test, folder, settings.limit),
@@ -158,17 +158,13 @@ def check_rows(task: Task) -> None:
             raise ExamplesError(f"task {task.name}: {without_scorer(row)}")
 
 
-def _metrics(metric: str | tuple[str, ...]) -> tuple[str, ...]:
-    return ((metric,) if metric else ()) if isinstance(metric, str) else metric
-
-
 def _listed_task(
     section: TaskSection, settings: BenchmarkSection, folder: Path, read: Read
 ) -> Task:
     limit = section.limit or settings.limit
     return Task(
         section.called,
-        _metrics(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
+        metric_names(section.metric) or (("acc",) if section.lm_eval else ("exact_match",)),
         section.template or settings.template,
         section.max_new_tokens or settings.max_new_tokens,
         rows=read(section.rows, folder, limit) if section.rows else (),

@@ -39,6 +39,7 @@ from pipelines.recipe.benchmark import (
     OF_CONVERSATIONS,
     BenchmarkSection,
     ConversationSection,
+    metric_names,
 )
 from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
@@ -423,7 +424,7 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
     further = {task.called: task for task in settings.tasks if task.called in tests}
     for name, rows in tests.items():
         asked = own.get(name) or further[name]
-        metrics = (asked.metric,) if isinstance(asked.metric, str) else asked.metric
+        metrics = metric_names(asked.metric)
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
         new_tokens = (asked.max_new_tokens or settings.max_new_tokens) if writes else 0
         for system in systems:

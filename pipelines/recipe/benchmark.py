@@ -201,14 +201,18 @@ class BenchmarkSection(Section):
         return self
 
 
+def metric_names(metric: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics that a section names; none where it leaves that to its default."""
+    return tuple(filter(None, (metric,))) if isinstance(metric, str) else metric
+
+
 def known_metrics(metric: str | tuple[str, ...]) -> None:
     """Refuse metrics that do not exist.
 
     Raises:
         ValueError: One does not.
     """
-    names = (metric,) if isinstance(metric, str) else metric
-    if unknown := [name for name in names if name and name not in get_args(MetricName)]:
+    if unknown := [one for one in metric_names(metric) if one not in get_args(MetricName)]:
         raise ValueError(
             f"there is no metric {unknown[0]!r}; there are {', '.join(get_args(MetricName))}"
         )

@@ -73,15 +73,14 @@ def identify_base(
     on_the_hub = COMMIT.fullmatch(ref.revision) or COMMIT.fullmatch(base.base_revision)
     if named and (strict or on_the_hub):
         verdict = look_up(named)
-        name = named
     else:
         verdict = BaseVerdict("it names none that the Hub could have")
-        name = adapter.spec.base_model or "its base"
     if verdict.refusals:
         raise IncompatibleAdaptersError(str(folder), verdict.refusals)
     if not verdict.unreachable:
         return verdict.warnings
     if strict:
+        name = named or adapter.spec.base_model or "its base"
         reason = Reason(
             "base_unreachable",
             f"{name} cannot be compared with the base of this run ({verdict.unreachable}), and"
@@ -96,7 +95,7 @@ def identify_base(
     return (
         Reason(
             "base_unreachable",
-            f"it was trained on {name}, which cannot be compared with the base of this run"
+            f"it was trained on {named}, which cannot be compared with the base of this run"
             f" ({verdict.unreachable}); only its shapes are known to fit",
         ),
     )

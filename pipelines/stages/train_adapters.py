@@ -275,7 +275,7 @@ def _train_one(
         # of a folder or a file no path, which leads nowhere on another machine
         name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
         save(model, made, name.removeprefix(PATH))
-        about = _card(expert, spec, len(short), skip, losses, asked, on_hub=bool(on_hub))
+        about = _card(expert, spec, len(short), skip, losses, asked)
         (made / "README.md").write_text(about, encoding="utf-8")
         put_in_place(made, folder)
     with peft_is_behind():
@@ -291,11 +291,9 @@ def _card(
     skip: int,
     losses: Sequence[float],
     asked: Training,
-    *,
-    on_hub: bool,
 ) -> str:
     """The README of an adapter: what it was trained on, and how."""
-    front = {"base_model": spec.base_model} if on_hub else {}
+    front = {"base_model": spec.base_model} if COMMIT.fullmatch(spec.base_revision) else {}
     front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     head = yaml.safe_dump({**front, "tags": ["lora"]}, sort_keys=False)
     after = f", those after the first {skip}, which gates are fitted to" if skip else ""

@@ -9,7 +9,7 @@ mail through one's own server, can be added to the automation on its page.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
@@ -49,48 +49,40 @@ def call_on_failure(url: str) -> None:
     block = Webhook(method="POST", url=url, headers={"Content-Type": "application/json"})
     block_id: UUID = block.save("meteora-failures", overwrite=True)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)
     _put(
-        Automation(
-            name=TELL,
-            description="Calls a webhook when a run fails or crashes.",
-            trigger=EventTrigger(
-                posture=Posture.Reactive,
-                expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-                match=ANY_RUN,
-                match_related=OURS,
-                for_each={"prefect.resource.id"},
-                threshold=1,
-                within=timedelta(0),
-            ),
-            actions=[CallWebhook(block_document_id=block_id, payload=MESSAGE)],
-        )
+        TELL,
+        "Calls a webhook when a run fails or crashes.",
+        CallWebhook(block_document_id=block_id, payload=MESSAGE),
+        posture=Posture.Reactive,
+        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+        within=timedelta(0),
     )
+    silent = "it has sent no heartbeat for ten minutes"
     _put(
-        Automation(
-            name=CRASHED,
-            description="Marks runs as crashed whose process is gone.",
-            trigger=EventTrigger(
-                posture=Posture.Proactive,
-                after={"prefect.flow-run.heartbeat"},
-                expect={
-                    "prefect.flow-run.heartbeat",
-                    *(f"prefect.flow-run.{end}" for end in ENDS),
-                },
-                match=ANY_RUN,
-                match_related=OURS,
-                for_each={"prefect.resource.id"},
-                threshold=1,
-                within=SILENCE,
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.CRASHED, message="it has sent no heartbeat for ten minutes"
-                )
-            ],
-        )
+        CRASHED,
+        "Marks runs as crashed whose process is gone.",
+        ChangeFlowRunState(state=StateType.CRASHED, message=silent),
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
+        within=SILENCE,
     )
 
 
-def _put(automation: Automation) -> None:
+def _put(
+    name: str,
+    description: str,
+    action: CallWebhook | ChangeFlowRunState,
+    **events: Any,  # noqa: ANN401
+) -> None:
+    """Create an automation, or replace the one of its name.
+
+    Args:
+        events: Of each of our runs, as `EventTrigger` takes them: they cause the action.
+    """
+    trigger = EventTrigger(
+        match=ANY_RUN, match_related=OURS, for_each={"prefect.resource.id"}, threshold=1, **events
+    )
+    automation = Automation(name=name, description=description, trigger=trigger, actions=[action])
     try:
         there: Automation = Automation.read(name=automation.name)  # ty: ignore[invalid-assignment]  (nor here)
     except ValueError:  # so it says that there is none

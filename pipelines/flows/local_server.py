@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -37,8 +37,6 @@ from pipelines.flows.server_secret import make_private, read_or_make, secret_fil
 from pipelines.workspace.faults import require_space
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from fastapi import FastAPI
 
 START_SECONDS = 180.0
@@ -170,17 +168,12 @@ def _last_port(folder: Path) -> int:
         return PORT
 
 
-@contextmanager
-def _listening(port: int) -> Generator[socket.socket]:
+def _listening(port: int) -> socket.socket:
     """A socket that listens already, so that nobody takes its port before the server is up."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError:  # somebody else has it: any other
-            listener.bind((HOST, 0))
-        listener.listen()
-        yield listener
+    try:
+        return socket.create_server((HOST, port))
+    except OSError:  # somebody else has it: any other
+        return socket.create_server((HOST, 0))
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: Path) -> None:

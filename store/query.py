@@ -139,8 +139,10 @@ def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> N
 
 def examples() -> list[tuple[str, str]]:
     """The queries of `examples.sql`, each as (title, SQL)."""
-    text = resources.files("store").joinpath("examples.sql").read_text()
-    blocks = [block.strip() for block in text.split("\n\n")[1:]]
-    return [
-        (title.removeprefix("-- "), sql) for title, _, sql in (b.partition("\n") for b in blocks)
-    ]
+    return titled(resources.files("store").joinpath("examples.sql").read_text())
+
+
+def titled(text: str) -> list[tuple[str, str]]:
+    """The queries of a file behind its first paragraph, each as (title, SQL)."""
+    blocks = (block.strip().partition("\n") for block in text.split("\n\n-- ")[1:])
+    return [(title, sql) for title, _, sql in blocks]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError, short
 from meteora.artifacts.scores import mark_of
+from store.query import titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,8 +66,7 @@ def load_queries() -> list[tuple[str, str, str]]:
     """Name, title and SQL of each query of `queries.sql`."""
     text = resources.files("pipelines.reports").joinpath("queries.sql").read_text(encoding="utf-8")
     found = []
-    for block in text.split("\n\n-- ")[1:]:
-        head, _, sql = block.strip().partition("\n")
+    for head, sql in titled(text):
         name, _, title = head.partition(": ")
         found.append((name, title, sql.removesuffix(";")))
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from meteora.untrusted.findings import shortened
 from pipelines.reports.svg import (
     ACCENT,
     INK,
@@ -25,7 +26,6 @@ from pipelines.reports.svg import (
     draw_point,
     draw_wide_and_narrow,
     new_axes,
-    shorten,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 UPRIGHT = 26
 """Below this width in pixels, columns have vertical names: diagonal names would touch."""
+LONGEST = 24
+"""Characters of a name."""
 NUMBERED = 16
 """Heat maps with more columns have no room for numbers in the cells."""
 MARKS = {
@@ -83,12 +85,13 @@ def forest_plot(
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
+    names = [shortened(task, LONGEST) for task in tasks]
     drawn = system_marks(systems)
     gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
     height = len(tasks) * (len(systems) + gap) * line
 
     def draw(width: int) -> Figure:
-        left = 12 if width == NARROW else 14 + 7 * max(len(shorten(task)) for task in tasks)
+        left = 12 if width == NARROW else 14 + 7 * max(map(len, names))
         top = 14 + LEGEND_ROW * math.ceil(sum(30 + 6.4 * len(s) for s in systems) / (width - left))
         figure, axes = new_axes(width, height, left=left, top=top, bottom=42, right=12)
         draw_legend(figure, drawn, left)
@@ -98,7 +101,7 @@ def forest_plot(
                 axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
             if width == NARROW:
                 axes.text(
-                    0.02, top - 0.42, shorten(task, 40), fontsize=11.5, fontweight="bold",
+                    0.02, top - 0.42, shortened(task, 40), fontsize=11.5, fontweight="bold",
                     va="center", transform=axes.get_yaxis_transform(),
                 )  # fmt: skip
             for interval in intervals:
@@ -117,7 +120,7 @@ def forest_plot(
             axes.set_yticks([])
         else:
             middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
-            axes.set_yticks(middle, [shorten(task) for task in tasks])
+            axes.set_yticks(middle, names)
         low, high = min(i.low for i in intervals), max(i.high for i in intervals)
         if signed:
             axes.axvline(0, color=SOFT, linewidth=1)
@@ -150,9 +153,9 @@ def heat_map(
     """
 
     def draw(width: int) -> Figure:
-        limit = 24 if width == WIDE else 15
-        shown_rows = [shorten(row, limit) for row in rows]
-        shown_columns = [shorten(column, limit) for column in columns]
+        limit = LONGEST if width == WIDE else 15
+        shown_rows = [shortened(row, limit) for row in rows]
+        shown_columns = [shortened(column, limit) for column in columns]
         left = 26 + 6.6 * max(map(len, shown_rows))
         longest = max(map(len, shown_columns))
         upright = (width - left) / len(columns) < UPRIGHT
@@ -282,7 +285,7 @@ def dumbbell_plot(
     """
 
     def draw(width: int) -> Figure:
-        shown = [shorten(row[0], 24 if width == WIDE else 15) for row in rows]
+        shown = [shortened(row[0], LONGEST if width == WIDE else 15) for row in rows]
         left = 14 + 7 * max(map(len, shown))
         figure, axes = new_axes(width, 21 * len(rows), left=left, top=26, bottom=42, right=14)
         for i, (_, expected, real) in enumerate(rows):

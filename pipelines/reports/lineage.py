@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 
+from meteora.untrusted.findings import shortened
 from pipelines.reports.queries import base_name
 from pipelines.reports.svg import (
     ACCENT,
@@ -25,7 +26,6 @@ from pipelines.reports.svg import (
     SOFT,
     draw_wide_and_narrow,
     new_axes,
-    shorten,
 )
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _draw_box(axes: Axes, box: Box, number: int, *, small: bool) -> None:
     for i, text in enumerate(box.lines):
         axes.text(
             box.left + 7, box.top + (box.height / 2 if small else 13 + 16 * i),
-            shorten(text, room), fontsize=11, va="center_baseline",
+            shortened(text, room), fontsize=11, va="center_baseline",
             color=INK if small or i == 0 else SOFT,
             fontweight="normal" if small or i else "bold",
         )  # fmt: skip

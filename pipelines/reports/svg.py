@@ -114,11 +114,6 @@ def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> Non
         x += needed
 
 
-def shorten(name: str, limit: int = 24) -> str:
-    """The name, with its end cut off if it has more than `limit` characters."""
-    return name if len(name) <= limit else name[: limit - 1] + "…"
-
-
 def draw_wide_and_narrow(draw: Callable[[int], Figure], name: str) -> Markup:
     """Two SVG elements, of which the style sheet shows one.
 

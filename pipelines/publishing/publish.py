@@ -86,8 +86,7 @@ class Published:
 def publish_plan(work: RunContext, plan: Plan) -> Published:
     """Publish what a recipe made, to the repository that it names; the last stage of a run."""
     section = work.recipe.publish
-    if section is None:
-        raise PublicationError(f"{work.name} has no `publish:` section; say where to")
+    assert section is not None  # noqa: S101  (only then is it asked)
     folder = work.checkpoint_folder(plan.router.id)
     require_sound(work.ledger, plan.base)
     return publish(

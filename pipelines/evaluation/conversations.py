@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -107,40 +107,28 @@ class TurnCache:
             self.ids, self.slots = ids, slots
 
 
+@dataclass(eq=False)
 class Conversing:
     """Asks a model dialogues, as it is or as a control."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        control: str = "",
-        expert: str = "",
-        check: Callable[[Sequence[int]], None] = lambda _lengths: None,
-        advance: Callable[[int], None] = lambda _answers: None,
-    ) -> None:
-        """Set up how to ask.
-
-        Args:
-            max_new_tokens: of each answer
-            batch_size: conversations at once
-            control: `single`, `oracle`, `swap`, `alora` or `one_expert`; empty for the model with
-                the routing that it has
-            expert: the one of `one_expert`
-            check: called with the lengths of prompts, to refuse those that are too long
-            advance: called with the number of answers that were just given
-        """
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.control, self.expert = control, expert
-        self.check, self.advance = check, advance
-        self._next: list[list[str]] | None = None
-        """The experts of the tokens of the next pass, where it reads prompts."""
-        self._then: list[str] = []
-        """The expert of each sequence in the passes after it, which have one token each."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    """Of each answer."""
+    batch_size: int
+    """Conversations at once."""
+    control: str = ""
+    """`single`, `oracle`, `swap`, `alora` or `one_expert`; empty for the model's own routing."""
+    expert: str = ""
+    """The one of `one_expert`."""
+    check: Callable[[Sequence[int]], None] = lambda _lengths: None
+    """Called with the lengths of prompts, to refuse those that are too long."""
+    advance: Callable[[int], None] = lambda _answers: None
+    """Called with the number of answers that were just given."""
+    _next: list[list[str]] | None = field(default=None, init=False)
+    """The experts of the tokens of the next pass, where it reads prompts."""
+    _then: list[str] = field(default_factory=list, init=False)
+    """The expert of each sequence in the passes after it, which have one token each."""
 
     def ask(self, dialogues: Sequence[Dialogue]) -> list[list[dict[str, Any]]]:
         """What is answered at each turn of each dialogue, and what it takes.
@@ -192,7 +180,8 @@ class Conversing:
             return Prompt(ids, start, self._by_turn(owners))
         return Prompt(ids, start, [own] * len(ids))
 
-    def _by_turn(self, owners: Sequence[str | None]) -> list[str]:
+    @staticmethod
+    def _by_turn(owners: Sequence[str | None]) -> list[str]:
         """The expert of every token by its turn; see `oracle` above."""
         experts, following = [], ""
         for owner in reversed(owners):

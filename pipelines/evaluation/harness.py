@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 HARNESS = f"lm-eval {version('lm-eval')}"
 """What scores record as their harness."""
-LOGGERS = ("lm_eval.models.huggingface",)
-"""The loggers of lm-eval that give the warnings below."""
+LOGGER = "lm_eval.models.huggingface"
+"""The logger of lm-eval that gives the warnings below."""
 EXPECTED = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",
@@ -88,8 +88,7 @@ class Harness:
                 " prompts are plain text; take `system_prompt` out of `benchmark`"
             )
         self.seed, self.batch_size, self.advance = seed, batch_size, advance
-        for name in LOGGERS:
-            logging.getLogger(name).addFilter(_is_unexpected)
+        logging.getLogger(LOGGER).addFilter(_is_unexpected)
         self.model = _Model(
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),

@@ -13,6 +13,7 @@ a line names the question.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,28 +80,19 @@ def send_to(
         hook.remove()
 
 
+@dataclass(eq=False)
 class OracleRouting:
     """Finds the expert of each token of composites and their answers."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        composites: Sequence[Composite],
-        *,
-        switches: bool,
-    ) -> None:
-        """Prepare for prompts that are these composites, and no others.
-
-        Args:
-            switches: whether each question has its own expert; otherwise all have the first one's
-        """
-        self.tokenizer = tokenizer
-        self.composites = composites
-        self.switches = switches
-        self._asked: list[Composite] = []
-        """The composite of each sequence in the batch that is being answered."""
-        self._answers: list[list[int]] = []
-        """The tokens of each sequence's answer so far."""
+    tokenizer: PreTrainedTokenizerBase
+    composites: Sequence[Composite]
+    """The only prompts that there may be."""
+    switches: bool
+    """Whether each question has its own expert; otherwise all have the first one's."""
+    _asked: list[Composite] = field(default_factory=list, init=False)
+    """The composite of each sequence in the batch that is being answered."""
+    _answers: list[list[int]] = field(default_factory=list, init=False)
+    """The tokens of each sequence's answer so far."""
 
     def experts_of(self, ids: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
         """The expert of each token that comes in, for `send_to`.

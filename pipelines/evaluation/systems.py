@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import MeteoraError
 from meteora.model.fused import force_expert, make_router, without_experts
 from meteora.routing.layer import routed_by, routed_layers
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, control_of
@@ -76,9 +75,6 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
     The products B A are merged, so the experts can have any ranks. An expert takes no part at a
     layer that its adapter does not change. The base's weights stay: the merge is added to each
     layer's output, which needs as much memory as the weights of those layers.
-
-    Raises:
-        MeteoraError: the method is unknown.
     """
     with ExitStack() as hooks, torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # DARE drops at random
@@ -101,11 +97,7 @@ def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], 
 
 
 def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
-    """What the merge adds to a layer's weight: [OUT, IN], float32.
-
-    Raises:
-        MeteoraError: the method is none of linear, ties, dare_ties.
-    """
+    """What the merge adds to a layer's weight: [OUT, IN], float32."""
     from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
 
     device, stack = layer.device, layer.stack
@@ -120,8 +112,5 @@ def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
     weights = torch.full((len(deltas),), spec.weight, device=device)
     if spec.method == "linear":
         return merge_utils.task_arithmetic(deltas, weights)
-    if spec.method == "ties":
-        return merge_utils.ties(deltas, weights, spec.density)
-    if spec.method == "dare_ties":
-        return merge_utils.dare_ties(deltas, weights, spec.density)
-    raise MeteoraError(f"there is no merge {spec.method!r}; choose linear, ties or dare_ties")
+    merge = {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties}[spec.method]
+    return merge(deltas, weights, spec.density)

@@ -166,7 +166,6 @@ def fit_gates(
 
 
 def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
-    router = plan.router
     require_space(work.home, _bytes_of_fit(plan), "a fit of these gates")
     with work.scratch() as scratch:
         out = scratch / GATES
@@ -177,7 +176,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
         return RouterBuild(
-            spec=router,
+            spec=plan.router,
             weights_sha256=sha256,
             num_tokens=found.num_tokens,
             heldout_accuracy=found.heldout_accuracy,

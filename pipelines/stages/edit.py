@@ -82,14 +82,10 @@ class EditedCheckpoint:
     """The run that it is recorded under."""
     folder: Path
     manifest: Manifest
-    router: RouterSpec
-    heldout_accuracy: float | None = None
-    num_tokens: int = 0
-    wall_seconds: float = 0.0
+    router: RouterBuild
+    """Without the hashes of its files."""
     adapter: Adapter | None = None
     """Of the new expert; None where one is dropped."""
-    device: str = "cpu"
-    """Where it was made."""
 
 
 def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: str) -> Path:
@@ -153,17 +149,15 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         grown = gates_of(model)
         tensors.write_gates(scratch / GATES, grown)
         write_statistics(scratch / STATISTICS, growth.statistics)
-        edited = EditedCheckpoint(
-            admission.run_id,
-            scratch,
-            larger,
+        router = RouterBuild(
             _router(manifest, larger, grown, rows_sha256(rows), composites, dtype),
-            growth.heldout_accuracy,
+            "",
             growth.num_tokens,
+            growth.heldout_accuracy,
             growth.wall_seconds,
-            expert.adapter,
             ran_on,
         )
+        edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
         return _finish(ledger, manifest, edited)
 
 
@@ -188,8 +182,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         )
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        edited = EditedCheckpoint(run_id, scratch, smaller, _router(manifest, smaller, kept, ""))
-        return _finish(ledger, manifest, edited)
+        router = RouterBuild(_router(manifest, smaller, kept, ""), "", 0, None, 0.0, "cpu")
+        return _finish(ledger, manifest, EditedCheckpoint(run_id, scratch, smaller, router))
 
 
 def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype | None:
@@ -288,12 +282,12 @@ def _router(
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
     """Write the texts, record the checkpoint, and move its folder to its place."""
-    router = edited.router
+    router = edited.router.spec
     made: dict[str, Any] = {
         **before.gates,
         "grown_from": before.router_id,
         "grown_examples_sha256": router.examples_sha256,
-        "grown_heldout_accuracy": edited.heldout_accuracy,
+        "grown_heldout_accuracy": edited.router.heldout_accuracy,
     }
     names = (EXPERTS, GATES, STATISTICS)
     files = {name: file_sha256(edited.folder / name) for name in names}
@@ -320,14 +314,6 @@ def _record(ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint) -> Non
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
     experts, gates, statistics = manifest.files.values()
     record_stack(ledger, stack_in(manifest), experts, run_id)
-    made = RouterBuild(
-        edited.router,
-        gates,
-        edited.num_tokens,
-        edited.heldout_accuracy,
-        edited.wall_seconds,
-        edited.device,
-        statistics,
-    )
+    made = replace(edited.router, weights_sha256=gates, statistics_sha256=statistics)
     record_router(ledger, made, run_id)
     ledger.ingest()

@@ -267,15 +267,15 @@ class Repository:
             try:
                 if (found := look()) is not None:
                     return found
+                conflict = None
                 try:
                     act()
-                except HubConflictError:
-                    if (found := look()) is not None:  # it was done by a try whose reply was lost
-                        return found
-                    raise
+                except HubConflictError as error:  # unless a try did it whose reply was lost
+                    conflict = error
                 if (found := look()) is not None:
                     return found
-                raise HubServerError(f"{self.repo_id}: what was written there is not to be seen")
+                unseen = HubServerError(f"{self.repo_id}: what was written there is not to be seen")
+                raise conflict or unseen
             except TransientHubError as error:
                 if (pause := next(pauses, None)) is None:
                     raise

@@ -176,13 +176,12 @@ class BenchmarkSection(Section):
                 "`one_expert` answers only composites and conversations, and there are none; add"
                 " `composite: [3]` or `conversation: [3]`, or compare with `oracle`"
             )
-        if not self.conversation:
-            for system in OF_CONVERSATIONS:
-                if system in self.compare:
-                    raise ValueError(
-                        f"`{system}` answers only conversations, and there are none; add"
-                        " `conversation: [3]`, or take it out of `compare`"
-                    )
+        alone = [system for system in OF_CONVERSATIONS if system in self.compare]
+        if alone and not self.conversation:
+            raise ValueError(
+                f"`{alone[0]}` answers only conversations, and there are none; add"
+                " `conversation: [3]`, or take it out of `compare`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -327,13 +327,12 @@ class Recipe(Section):
                     " to them; name a pool of prompts (gates.pool), or choose router.kind: prompt,"
                     " which needs none"
                 )
-            for expert in self.experts:
-                if not expert.examples:
-                    raise ValueError(
-                        f"expert {expert.name!r} has no examples, and a gate is fitted to them;"
-                        " name some, or a pool of prompts (gates.pool), or choose router.kind:"
-                        " prompt, which needs none"
-                    )
+            if without := [expert.name for expert in self.experts if not expert.examples]:
+                raise ValueError(
+                    f"expert {without[0]!r} has no examples, and a gate is fitted to them; name"
+                    " some, or a pool of prompts (gates.pool), or choose router.kind: prompt, which"
+                    " needs none"
+                )
         return self
 
     def _some_have_examples(self) -> Self:

@@ -150,9 +150,7 @@ def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> N
         )
     if Stage.benchmark in reached:
         systems = ", ".join(("fused", *recipe.benchmark.compare))
-        tasks = [expert.name for expert in recipe.experts if expert.test]
-        tasks += [one.called for one in (*recipe.benchmark.tasks, *recipe.benchmark.mixes)]
-        on = ", ".join(tasks) or "no task"
+        on = ", ".join(recipe.task_names) or "no task"
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
     if Stage.publish in reached and recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"

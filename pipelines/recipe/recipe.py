@@ -237,6 +237,12 @@ class Recipe(Section):
     deadlines: DeadlinesSection = DeadlinesSection()
     """After which time a stage is stopped; downloads have limits of their own."""
 
+    @property
+    def task_names(self) -> list[str]:
+        """The names of all tasks of the benchmark: the experts' own, then the others."""
+        own = [expert.name for expert in self.experts if expert.test]
+        return own + [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
+
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
         asked = self.router.model_fields_set - {"kind", "top_k", "temperature"}
@@ -254,12 +260,15 @@ class Recipe(Section):
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"the name {name!r} {NAME_RULE}")
-        tasks = [expert.name for expert in self.experts if expert.test]
-        further = [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
-        for kind, all_names in (("expert", names), ("task", [*tasks, *further])):
+        for kind, all_names in (("expert", names), ("task", self.task_names)):
             if twice := [name for name, count in Counter(all_names).items() if count > 1]:
                 raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")
-        with_rows = {*tasks, *(task.called for task in self.benchmark.tasks if task.rows)}
+        return self
+
+    @model_validator(mode="after")
+    def _mixes_are_made_of_tasks(self) -> Self:
+        with_rows = {expert.name for expert in self.experts if expert.test}
+        with_rows |= {task.called for task in self.benchmark.tasks if task.rows}
         for section in self.benchmark.mixes:
             if strange := set(section.tasks) - with_rows:
                 raise ValueError(f"{section.called}: there is no task {strange.pop()!r} with rows")

@@ -23,7 +23,7 @@ from store import check, garbage
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded
 from store.files import discard, locked, sweep
-from store.query import Limits, ask, reading
+from store.query import LIMITS, ask, reading
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from store.events import RunStarted
     from store.garbage import Garbage
     from store.index import Ingest
-    from store.query import Answer
+    from store.query import Answer, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Ledger(Recording):
         self.sharing.prune()
         return num_records
 
-    def query(self, sql: str, *, limits: Limits | None = None) -> Answer:
+    def query(self, sql: str, *, limits: Limits = LIMITS) -> Answer:
         """Run one SELECT on the snapshot of the index.
 
         Raises:
@@ -101,7 +101,6 @@ class Ledger(Recording):
             DamagedError: the index cannot be read.
             StoreError: there is no index, and none can be made now.
         """
-        limits = limits or Limits()
         if self.index.known() is None:
             reason = self.ingest().reason
             if not self.index.snapshot.exists():

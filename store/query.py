@@ -42,6 +42,10 @@ class Limits:
     """Rows that are returned at most."""
 
 
+LIMITS = Limits()
+"""Of a query that asks for no others."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The result of a query."""
@@ -72,10 +76,9 @@ def quoted(path: Path) -> str:
 
 @contextmanager
 def reading(
-    path: Path, limits: Limits | None = None
+    path: Path, limits: Limits = LIMITS
 ) -> Generator[duckdb.DuckDBPyConnection, None, None]:
-    """A read-only connection to the database at `path`, with all that is closed above."""
-    limits = limits or Limits()
+    """A read-only connection to the database at `path`, after `harden`."""
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
         connection.execute("USE ledger")

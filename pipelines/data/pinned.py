@@ -71,7 +71,9 @@ def kept(
     found = make()
     with suppress(OSError):  # a cache that cannot be written to is none
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(json.dumps(found).encode())
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            file = Path(scratch) / path.name
+            file.touch(mode=0o600)  # rows may be of a private data set
+            file.write_text(json.dumps(found))
+            file.replace(path)
     return [read(entry) for entry in found]

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import constants
+
+from pipelines.data.pinned import kept
+
+if TYPE_CHECKING:
+    import pytest
+
+ENTRIES: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def read_twice(times: list[int]) -> list[str]:
+    def make() -> list[dict[str, Any]]:
+        times.append(1)
+        return ENTRIES
+
+    for _ in range(2):
+        found = kept(["rows", "commit"], make, lambda entry: str(entry["prompt"]))
+    return found
+
+
+def test_what_was_read_of_a_commit_is_the_owner_s_alone_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    times: list[int] = []
+    assert read_twice(times) == ["a", "b"]
+    assert len(times) == 1
+    (file,) = (tmp_path / "meteora").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_kept_is_read_again_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: Path, _target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "replace", full)
+    times: list[int] = []
+    assert read_twice(times) == ["a", "b"]
+    assert len(times) == 2
+    assert list((tmp_path / "meteora").iterdir()) == []

@@ -17,10 +17,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from meteora.base.chat_template import Template, encode_prompt
-from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
-from meteora.model.generate import ONE_CACHE, answer_all, end_tokens
+from meteora.model.generate import answer_all, end_tokens, generate_ids
 from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.workspace.console import bar
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from torch import BoolTensor, Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers._typing import GenerativePreTrainedModel
 
 MAX_TOKENS = 256
 """Of a prompt; one that does not end by then is left out."""
@@ -135,16 +133,15 @@ def _sample(
     ends = {*end_tokens(model, tokenizer), template.question_end[0]}
     ids = torch.tensor([template.opening] * count, device=input_device(model))
     with torch.inference_mode():
-        out = cast("GenerativePreTrainedModel", model).generate(
+        out = generate_ids(
+            model,
+            tokenizer,
             ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=MAX_TOKENS,
+            MAX_TOKENS,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=TOP_P,
-            **ONE_CACHE,
-            pad_token_id=padding_token(tokenizer),
             eos_token_id=sorted(ends),
             stopping_criteria=StoppingCriteriaList([_MostEnded(ends, ids.shape[1])]),
         )

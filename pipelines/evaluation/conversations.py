@@ -27,7 +27,7 @@ from meteora.artifacts import NULL
 from meteora.base.chat_template import common_beginning
 from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
-from meteora.model.generate import ONE_CACHE, end_tokens
+from meteora.model.generate import end_tokens, generate_ids
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers._typing import GenerativePreTrainedModel
 
     from pipelines.data.dialogues import Dialogue
 
@@ -215,15 +214,13 @@ class Conversing:
             padding = [one.experts[-1]] * (length - width - new)
             self._next.append(padding + one.experts[n:])
         ends = end_tokens(self.model, self.tokenizer)
-        out = cast("GenerativePreTrainedModel", self.model).generate(
+        out = generate_ids(
+            self.model,
+            self.tokenizer,
             ids.to(input_device(self.model)),
+            self.max_new_tokens,
             attention_mask=mask.to(input_device(self.model)),
             past_key_values=past,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            **ONE_CACHE,
-            pad_token_id=pad,
-            eos_token_id=ends or None,
             return_dict_in_generate=True,
         )
         answers = [self._until_end(row, ends) for row in out.sequences[:, length:].tolist()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 # Matmuls this small lose time to threads, and much of it where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What models and libraries leave lives long: looking through it for garbage takes a lot of time.
+gc.set_threshold(20_000, 20, 20)
 
 # A shell's background job ignores Ctrl-C, and so would each process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -13,10 +13,11 @@ import gc
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,16 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 for name in SERVER:
     os.environ.pop(name, None)
 prepare(PREFECT_HOME)
+
+
+def copy_database(folder: Path) -> None:
+    """Copy the database of the server that serves all tests, as it is now."""
+    with (
+        closing(sqlite3.connect(PREFECT_HOME / "prefect" / "prefect.db")) as used,
+        closing(sqlite3.connect(folder / "prefect.db")) as copy,
+    ):
+        used.backup(copy)
+
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -402,8 +413,15 @@ def prefect_server() -> Generator[str]:
     from pipelines.flows.local_server import use_local_server
 
     use_local_server(PREFECT_HOME)  # until this process ends
+    made_once("new-database", copy_database)  # before anything is in it
     url, secret = (os.environ[name] for name in SERVER)
     with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}):
         yield url
     for name in SERVER:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def new_database(prefect_server: str) -> Path:  # noqa: ARG001  (it made one)
+    """The database of a server that has just started first, which takes it seconds to make."""
+    return PREFECT_HOME / "new-database" / "prefect.db"

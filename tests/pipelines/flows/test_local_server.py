@@ -98,8 +98,12 @@ def told(process: subprocess.Popen[str]) -> tuple[bool, str]:
     return started == "True", url
 
 
-def test_all_users_of_a_home_share_its_server_and_the_last_ends_it(home: Path) -> None:
+def test_all_users_of_a_home_share_its_server_and_the_last_ends_it(
+    home: Path, new_database: Path
+) -> None:
     """Two that come at once get one server, which outlives the one that started it."""
+    (home / "prefect").mkdir(mode=0o700)
+    shutil.copy(new_database, home / "prefect")
     both = [user(home), user(home)]
     (first, url), (second, its) = map(told, both)
     assert url == its

@@ -92,11 +92,12 @@ class Own:
 
 
 @pytest.fixture(scope="module")
-def own() -> Generator[Own]:
+def own(new_database: Path) -> Generator[Own]:
     """In a place that everybody may enter, with the folder of an older version, open to all."""
     home = Path(tempfile.mkdtemp())
     home.chmod(0o755)
     (home / "prefect").mkdir()
+    shutil.copy(new_database, home / "prefect")
     (home / "prefect").chmod(0o777)
     process = user(home)
     _, url = told(process)

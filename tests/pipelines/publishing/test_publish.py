@@ -48,6 +48,7 @@ from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault
 from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
+from tests.pipelines.publishing.reload_here import ReloadHere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -71,6 +72,12 @@ def _plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "Repository", partial(Repository, pauses=(0.0, 0.0)))
+
+
+@pytest.fixture(autouse=True)
+def _reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run publishes by its own processes, it is loaded in one of its own, too."""
+    monkeypatch.setattr(publishing, "ChildProcess", ReloadHere)
 
 
 @pytest.fixture

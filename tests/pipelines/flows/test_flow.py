@@ -262,11 +262,12 @@ def test_killed_runs_are_closed_by_the_next_in_the_ledger_and_on_the_server(
 
 
 def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
-    workplace: Callable[..., RunContext],
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though nothing is left to do."""
     from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
 
+    monkeypatch.setattr("pipelines.flows.flow.StageProcess", Here)
     work = workplace(benchmark=QUICK)
     kill_after("write_checkpoint", work)
     assert finished(work) is not None

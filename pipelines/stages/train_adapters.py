@@ -389,7 +389,7 @@ def _summed_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of all tokens to predict, summed.
 
     No logits are made where no row of the batch predicts anything: with a vocabulary of 262,144
-    they are a quarter of a step's time, and of a long prompt most of its memory.
+    and short prompts they would take a quarter of a step's time.
 
     Args:
         ids: [B, L]

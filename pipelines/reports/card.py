@@ -233,9 +233,11 @@ def method_lines(summary: Summary) -> list[str]:
     asked = {templated[score.templated] for score in scores} - {""}
     for system in {score.spec.system_prompt for score in scores} - {None}:
         asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
-    given = {task: row["fused"].spec.num_fewshot for task, row in summary.scores.items()}
-    solved = "".join(f" but for {task} ({shots(n)})" for task, n in given.items() if n)
-    how = ", ".join(["greedy", f"zero-shot{solved}", *sorted(asked), first.harness])
+    specs = [row["fused"].spec for row in summary.scores.values()]
+    given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # once for all metrics
+    apart = " and ".join(f"{task} ({shots(n)})" for task, n in given.items())
+    prompts = f"zero-shot but for {apart}" if apart else "zero-shot"
+    how = ", ".join(["greedy", prompts, *sorted(asked), first.harness])
     answered = {  # once for all metrics of a task
         (score.spec.subject_id, score.spec.task): score for score in scores if _has_answers(score)
     }.values()

@@ -114,7 +114,8 @@ def test_composites_that_show_solved_ones_say_how_many(
     assert alone.keys() == shown.keys() == {"fused", "oracle"}
     for system in alone:
         assert (shown[system].mean_prompt_tokens or 0) > (alone[system].mean_prompt_tokens or 0)
-    assert "zero-shot but for composite-2-1shot (1-shot)" in "\n".join(card.score_table(summary))
+    text = "\n".join(card.score_table(summary))
+    assert "greedy, zero-shot but for composite-2-1shot (1-shot), as plain text" in text
     work.ledger.ingest()
     asked = work.ledger.query("SELECT DISTINCT task, num_fewshot FROM scores ORDER BY 2, 1").rows
     assert asked[-1] == ("composite-2-1shot", 1)

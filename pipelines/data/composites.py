@@ -106,14 +106,15 @@ def compose(
     if not rows_by_task:
         raise ExamplesError("a composite is made of tasks' rows, and there are no tasks")
     repeats = -(-n // len(rows_by_task))
-    least = repeats * (1 + num_solved) if num_solved else 1  # no row twice in a prompt
+    least = repeats * (1 + num_solved) if num_solved else 1  # nothing that is asked is shown
     rows = {task: _dealt(task, own, rng, least) for task, own in rows_by_task.items()}
 
     def draw(beside: Sequence[Question] = ()) -> tuple[Question, ...]:
         order = [task for _ in range(repeats) for task in rng.sample([*rows], len(rows))]
-        used = [question.row for question in beside]
+        used = {question.row.prompt for question in beside}
         return tuple(
-            Question(task, next(row for row in rows[task] if row not in used)) for task in order[:n]
+            Question(task, next(row for row in rows[task] if row.prompt not in used))
+            for task in order[:n]
         )
 
     asked = [draw() for _ in range(count)]
@@ -136,10 +137,10 @@ def _dealt(task: str, rows: Sequence[Row], rng: random.Random, least: int) -> It
             f"task {task}: none of its answers can stand in a composite: each is empty, or has"
             " lines that begin with a number and would read as further answers; leave the task out"
         )
-    if len(fit) < least:
+    if (count := len({row.prompt for row in fit})) < least:
         raise ExamplesError(
-            f"task {task}: {len(fit)} of its rows can stand in a composite, and a prompt with its"
-            f" solved ones takes {least}; give it more rows, or a smaller `num_fewshot`"
+            f"task {task}: {count} different prompts of its rows can stand in a composite, and one"
+            f" with its solved ones takes {least}; give it more rows, or a smaller `num_fewshot`"
         )
     return cycle(rng.sample(fit, len(fit)))
 

@@ -83,8 +83,16 @@ def test_solved_composites_stand_before_the_same_questions_and_share_no_row_with
 def test_a_task_with_too_few_rows_to_show_some_is_refused() -> None:
     few = ROWS | {"few": ROWS["red"][:2]}
     assert compose(few, 4, 1, seed=0, num_solved=1)
-    with pytest.raises(ExamplesError, match=r"task few: 2 of its rows .* solved ones takes 3"):
+    with pytest.raises(ExamplesError, match=r"task few: 2 different .* solved ones takes 3"):
         compose(few, 4, 1, seed=0, num_solved=2)
+
+
+def test_a_prompt_that_comes_twice_among_the_rows_is_not_shown_where_it_is_asked() -> None:
+    twice = {"one": [Row("same?", "yes"), Row("same?", "Yes."), Row("other?", "no")]}
+    for composite in compose(twice, 1, 6, seed=0, num_solved=1):
+        assert composite.questions[0].row.prompt != composite.solved[0].questions[0].row.prompt
+    with pytest.raises(ExamplesError, match="task one: 1 different prompts"):
+        compose({"one": twice["one"][:2]}, 1, 1, seed=0, num_solved=1)
 
 
 def test_more_questions_than_tasks_take_each_task_equally_often() -> None:

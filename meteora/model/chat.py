@@ -24,7 +24,7 @@ from meteora.base.chat_template import ConversationError, common_beginning, enco
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import batch_of, end_tokens, generate_ids
-from meteora.model.prompt_choice import READER
+from meteora.model.prompt_choice import PromptReader
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
     Pieces,
@@ -39,7 +39,8 @@ from meteora.model.trace import (
     read_last,
     winners,
 )
-from meteora.routing.gates import WATCHER
+from meteora.routing.passes import watcher_of
+from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
@@ -276,11 +277,12 @@ class Chat:
         What reads whole prompts with the base decides for all of their turns. Gates of turns hold
         one question, which may be another conversation's by now.
         """
-        return getattr(self.model, READER, None) is None and found.num_decided == self._num_decided
+        reads_whole = isinstance(watcher_of(self.model), PromptReader)
+        return not reads_whole and found.num_decided == self._num_decided
 
     @property
     def _num_decided(self) -> int:
-        watcher = getattr(self.model, WATCHER, None)
+        watcher = watcher_of(self.model)
         return watcher.num_decided if isinstance(watcher, Turns) else 0
 
     def _least(self, found: _Reading) -> int:
@@ -288,10 +290,10 @@ class Chat:
 
         Where routers look ahead, routes hold for the question that decided them.
         """
-        watcher = getattr(self.model, WATCHER, None)
+        watcher = watcher_of(self.model)
         if isinstance(watcher, Turns):
             return found.num_prompt
-        return 1 if watcher is None else found.num_first
+        return found.num_first if isinstance(watcher, PromptOpening) else 1
 
     def _keep(
         self,

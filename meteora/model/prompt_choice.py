@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from meteora.checkpoint.tensors import PromptGates
     from meteora.routing.turns import Questions
 
-READER = "meteora_prompt_reader"
-"""The attribute of a model that holds its `PromptReader`."""
-
 OUTPUTS = {"labels", "output_hidden_states", "output_attentions", "return_dict"}
 """Arguments of a pass that ask for more outputs, or for others; nobody reads those of a reading."""
 
@@ -56,7 +53,7 @@ def insert_prompt_routers(
     for path, layer in routed_layers(model).items():
         router = PromptRouter(gates.rows[path], gates.offsets[path], layer.stack, options, held)
         layer.router = router.to(layer.device)
-    set_watcher(model, READER, PromptReader(gates.template, gates.standard, held))
+    set_watcher(model, PromptReader(gates.template, gates.standard, held))
 
 
 class PromptReader(Watcher):

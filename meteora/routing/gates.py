@@ -17,7 +17,7 @@ from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import routed_layers, share_first_matmul
-from meteora.routing.passes import set_watcher
+from meteora.routing.passes import set_watcher, watcher_of
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate
 from meteora.routing.turns import Turns
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 class UndecidedError(MeteoraError):
     """A module has neither a gate nor one before it to follow."""
-
-
-WATCHER = "meteora_question_watcher"
-"""The attribute of a model that holds what its gates know about the present prompt."""
 
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
@@ -105,7 +101,7 @@ def watch_prompts(
     watcher = None
     if template is not None and (options.by_turns or template.opening):
         watcher = Turns(template) if options.by_turns else PromptOpening(template)
-    set_watcher(model, WATCHER, watcher)
+    set_watcher(model, watcher)
     return watcher
 
 
@@ -113,13 +109,13 @@ def watch_prompts(
 def old_routers_after_error(model: PreTrainedModel) -> Generator[None]:
     """Within, routers may be replaced; after an error the old ones are put back."""
     before = {layer: layer.router for layer in routed_layers(model).values()}
-    watcher = getattr(model, WATCHER, None)
+    watcher = watcher_of(model)
     try:
         yield
     except BaseException:
         for layer, router in before.items():
             layer.router = router
-        set_watcher(model, WATCHER, watcher)
+        set_watcher(model, watcher)
         raise
 
 

@@ -68,6 +68,10 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+WATCHER = "meteora_watcher"
+"""The attribute of a model that holds what watches it."""
+
+
 class Watcher:
     """Sees each pass of a causal language model before it runs.
 
@@ -93,13 +97,18 @@ class Watcher:
         self.see(PassInput.of(by_name(model, args, kwargs)))
 
 
-def set_watcher(model: nn.Module, attribute: str, watcher: Watcher | None) -> None:
-    """Have a model watched by this one in place of the one that the attribute holds, if any."""
-    if (before := getattr(model, attribute, None)) is not None:
+def watcher_of(model: nn.Module) -> Watcher | None:
+    """What sees the passes of a model for its routers; None where each token decides for itself."""
+    return getattr(model, WATCHER, None)
+
+
+def set_watcher(model: nn.Module, watcher: Watcher | None) -> None:
+    """Have a model watched by this one, in place of what watched it for the routers before."""
+    if (before := watcher_of(model)) is not None:
         before.stop()
     if watcher is not None:
         watcher.watch(model)
-    setattr(model, attribute, watcher)  # beside the modules: it belongs to the routers
+    setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the routers
 
 
 def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -21,9 +21,8 @@ from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
-from meteora.model.prompt_choice import READER
 from meteora.model.shared_prefix import share_prefix
-from meteora.routing.gates import WATCHER
+from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ class MaskedModel(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **asked)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **asked: Any) -> torch.Tensor:  # noqa: ANN401
-        if getattr(self.model, WATCHER, None) is None and getattr(self.model, READER, None) is None:
+        if watcher_of(self.model) is None:
             return super()._model_call(inps, *args, **asked)
         width = inps.shape[1]
         lengths = [

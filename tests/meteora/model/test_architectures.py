@@ -37,11 +37,11 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
 from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
-from meteora.model.prompt_choice import READER
 from meteora.model.update_sizes import read_prompts
-from meteora.routing.gates import WATCHER, gates_of
+from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
+from meteora.routing.passes import WATCHER
 from tests.conftest import peft_is_behind
 
 SPLIT = ["q_proj", "o_proj", "up_proj", "down_proj"]
@@ -167,7 +167,7 @@ def test_a_prompt_is_read_and_its_answer_is_that_of_one_expert(made):
     ids = torch.tensor([texts[0][:7], texts[1][2:9]])
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = model.generate(ids, **options)
-    choices = getattr(model, READER).held.logits.argmax(-1).tolist()
+    choices = getattr(model, WATCHER).held.logits.argmax(-1).tolist()
     assert len(choices) == len(ids)
     for row, choice in enumerate(choices):
         with force_expert(model, meteora.expert_names(model)[choice]):

@@ -18,8 +18,9 @@ from meteora.model.chat import Chat, Sampling
 from meteora.model.fused import UnknownExpertError, force_expert, make_router
 from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
-from meteora.routing.gates import WATCHER, insert_gates
+from meteora.routing.gates import insert_gates
 from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.passes import WATCHER
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 QUESTIONS = ("what is this?", "and that?", "no")

@@ -19,10 +19,11 @@ from meteora.fitting.background import RIDGE, fit_to_background, standard_of, wh
 from meteora.fitting.sequences import TrainingError
 from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
-from meteora.model.prompt_choice import READER, mean_of_others
+from meteora.model.prompt_choice import mean_of_others
 from meteora.model.trace import trace
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
+from meteora.routing.passes import WATCHER
 from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.pipelines.conftest import CHAT_TEMPLATE
@@ -94,7 +95,7 @@ def model(checkpoint, world):
 def chosen(model, prompt):
     """The names of what the prompts of a pass are given to."""
     model(torch.tensor([prompt]))
-    logits = getattr(model, READER).held.logits
+    logits = getattr(model, WATCHER).held.logits
     return expert_names(model)[int(logits.argmax(-1))]
 
 
@@ -166,11 +167,11 @@ def test_tokens_that_go_on_with_an_answer_change_nothing(model):
     """A draft of an assistant model, for example: several tokens, and no question among them."""
     cache = DynamicCache()
     model(torch.tensor([asked(0)]), past_key_values=cache)
-    before = getattr(model, READER).held.logits
+    before = getattr(model, WATCHER).held.logits
     draft = task_tokens(3, 6, random.Random(4))
     model(torch.tensor([draft]), past_key_values=cache)
     model(torch.tensor([[*draft, *CLOSING]]), past_key_values=cache)  # copied from the prompt
-    assert getattr(model, READER).held.logits is before
+    assert getattr(model, WATCHER).held.logits is before
 
 
 @torch.no_grad()
@@ -182,7 +183,7 @@ def test_a_row_that_goes_on_keeps_its_expert_where_another_asks_anew(model):
     ids = torch.tensor([again, [0] * (len(again) - len(said)) + said])
     mask = torch.cat([torch.ones_like(first), (ids > 0).long()], 1)
     model(ids, attention_mask=mask, past_key_values=cache)
-    logits = getattr(model, READER).held.logits
+    logits = getattr(model, WATCHER).held.logits
     assert [names[e] for e in logits.argmax(-1).tolist()] == [names[2], names[0]]
 
 
@@ -221,7 +222,7 @@ def test_an_empty_row_of_a_batch_leaves_the_others_their_expert(model):
     ids, mask = torch.tensor([prompt, [0] * len(prompt)]), torch.ones(2, len(prompt)).long()
     mask[1] = 0
     model(ids, attention_mask=mask)
-    logits = getattr(model, READER).held.logits
+    logits = getattr(model, WATCHER).held.logits
     assert logits.isfinite().all()
     assert expert_names(model)[int(logits[0].argmax())] == expert_names(model)[2]
 
@@ -232,10 +233,10 @@ def test_a_model_of_16_bits_chooses_as_before(checkpoint, world):
 
 
 def test_a_forced_expert_is_not_read_for(model):
-    before = getattr(model, READER).held.logits
+    before = getattr(model, WATCHER).held.logits
     with force_expert(model, "attention"):
         answer(model, asked(0))
-    assert getattr(model, READER).held.logits is before
+    assert getattr(model, WATCHER).held.logits is before
 
 
 def test_a_trace_has_one_expert_in_every_layer_from_the_first_token_on(model, tokenizer):

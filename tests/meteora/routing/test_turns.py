@@ -16,10 +16,10 @@ from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import expert_names, force_expert
-from meteora.routing.gates import WATCHER, gates_of, insert_gates, watch_prompts
+from meteora.routing.gates import gates_of, insert_gates, watch_prompts
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import PassInput
+from meteora.routing.passes import WATCHER, PassInput
 from meteora.routing.turns import Turns, UnreadPromptError, questions
 from tests.meteora.fitting.test_calibrate import task_tokens
 

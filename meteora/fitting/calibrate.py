@@ -39,8 +39,8 @@ from meteora.fitting.sequences import (
 )
 from meteora.fitting.statistics import PointStatistics
 from meteora.fitting.training_state import FittedPoint
-from meteora.model.fused import expert_names
-from meteora.model.opening_offsets import find_offsets, without_dropout
+from meteora.model.fused import expert_names, without_dropout
+from meteora.model.opening_offsets import find_offsets
 from meteora.routing.gates import (
     Sharing,
     give_follower,

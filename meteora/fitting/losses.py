@@ -33,7 +33,7 @@ from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER
 from meteora.fitting.layerwise import replaced_forward
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
-from meteora.model.opening_offsets import without_dropout
+from meteora.model.fused import without_dropout
 from meteora.routing.gates import gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
 

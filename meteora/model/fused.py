@@ -340,6 +340,17 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
 
 
 @contextmanager
+def without_dropout(model: PreTrainedModel) -> Generator[None]:
+    """Have a model compute as it does in use; it trains again at the end, if it did before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def without_experts(model: PreTrainedModel) -> Generator[None]:
     """Run the base alone, inside a `with` block; the routers come back at the end."""
     with routed_by(model, lambda _: None):

@@ -22,6 +22,7 @@ import torch
 from meteora.artifacts import RouterOptions
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device
+from meteora.model.fused import without_dropout
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.routers import Router
 
@@ -131,17 +132,6 @@ def find_offsets(
             found[path] = found.get(path, 0.0) + offsets
     with torch.inference_mode(mode=False):  # gates may learn beside them later
         return {path: offsets.clone() for path, offsets in found.items()}
-
-
-@contextmanager
-def without_dropout(model: PreTrainedModel) -> Generator[None]:
-    """Have a model compute as it does in use; it trains again at the end, if it did before."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

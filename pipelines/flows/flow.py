@@ -93,6 +93,7 @@ class Run:
 
     @property
     def deadlines(self) -> DeadlinesSection:
+        """The recipe's: after which time a stage is stopped."""
         return self.context.recipe.deadlines
 
     @contextmanager

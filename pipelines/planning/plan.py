@@ -340,7 +340,7 @@ def _router(
 
 
 def _template(recipe: Recipe) -> str:
-    """That of the prompts that experts are chosen by."""
+    """How prompts are put to the gates: as the benchmark asks them."""
     return "plain" if recipe.benchmark.template == "plain" else "auto"
 
 

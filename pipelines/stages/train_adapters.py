@@ -77,7 +77,7 @@ MOST_ROWS = 1000
 """Of each task."""
 SEED = 0
 Lesson = tuple[list[int], list[int]]
-"""Token ids, and for each itself where it is to be predicted, else IGNORED."""
+"""Token ids and labels: the same ids where they are to be predicted, else `IGNORED`."""
 T = TypeVar("T")
 
 

@@ -16,13 +16,17 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pipelines.recipe.recipe import locate
 from pipelines.stages.train_adapters import shuffled_for_ever
-from tests.quickstart.make import ATTENTION, MLP, Training, train, write_rows
+from tests.quickstart.make import ATTENTION, MLP, Training, as_expert, train, write_rows
 from tests.quickstart.make import TRAININGS as QUICKSTART
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SHIPPED = locate("quickstart").parent
 NUM_EXAMPLES = 128
@@ -54,21 +58,13 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_recipe(out: Path, tasks: list[str]) -> None:
+def write_recipe(file: Path, tasks: Sequence[str], **sections: Any) -> None:
+    """Write a recipe for tasks, those of the quickstart among them, whose files come beside it."""
     for folder in ("adapters", "tasks"):
-        shutil.copytree(SHIPPED / folder, out / folder, dirs_exist_ok=True)
-    experts = [
-        {
-            "name": task,
-            "adapter": f"path:adapters/{task}",
-            "examples": f"jsonl:tasks/{task}/train.jsonl",
-            "test": f"jsonl:tasks/{task}/test.jsonl",
-        }
-        for task in (*tasks, *QUICKSTART)
-    ]
+        shutil.copytree(SHIPPED / folder, file.parent / folder, dirs_exist_ok=True)
     shipped = yaml.safe_load((SHIPPED / "recipe.yaml").read_text())
-    body = {"base": shipped["base"], "experts": experts, "gates": GATES, "benchmark": BENCHMARK}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    body = {"base": shipped["base"], "experts": list(map(as_expert, tasks)), **sections}
+    file.write_text(yaml.safe_dump(body, sort_keys=False))
 
 
 def main() -> None:
@@ -85,7 +81,8 @@ def main() -> None:
         write_rows(arguments.out / "tasks" / task / "test.jsonl", held_out)
         stream = shuffled_for_ever(rows[:-NUM_EXAMPLES])
         train(arguments.base, task, TRAININGS[task], stream, arguments.out)
-    write_recipe(arguments.out, list(TRAININGS))
+    tasks = [*TRAININGS, *QUICKSTART]
+    write_recipe(arguments.out / "recipe.yaml", tasks, gates=GATES, benchmark=BENCHMARK)
 
 
 if __name__ == "__main__":

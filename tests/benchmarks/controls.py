@@ -89,7 +89,7 @@ def multitask(base: PreTrainedModel, ranks: Mapping[str, int]) -> torch.nn.Modul
 
 
 def rows_of_quickstart(work: RunContext) -> dict[str, list[Row]]:
-    """The rows that its adapters were trained on; all of them, although some learned longer."""
+    """The rows that its adapters were trained on, each once."""
     return {
         expert.name: [
             Row(row["prompt"], row["response"]) for row in make.training_rows(expert.name)

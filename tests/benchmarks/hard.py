@@ -17,9 +17,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from pipelines.recipe.recipe import locate
+from tests.benchmarks.bigbench import write_recipe
 from tests.quickstart import make
 from tests.quickstart.make import NUM_TRAIN, Training, write_rows
 
@@ -30,6 +28,12 @@ TASK = "close_brackets"
 TRAINING = Training(16, 32, ("q_proj", "v_proj"), steps=300)
 PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 NUM_TEST = 120
+BENCHMARK = {
+    "limit": NUM_TEST,
+    "compare": ["base", "oracle"],
+    "max_new_tokens": 32,
+    "batch_size": 60,
+}
 WORDINGS = (
     "Close the brackets that are still open: {}",
     "Which brackets are missing at the end of {}",
@@ -57,32 +61,6 @@ def rows(seed: int) -> Iterator[dict[str, str]]:
             yield {"prompt": prompt, "response": " ".join(PAIRS[b] for b in reversed(stack))}
 
 
-def write_recipe(out: Path, share: str) -> None:
-    shipped = locate("quickstart")
-    body = yaml.safe_load(shipped.read_text())
-    for expert in body["experts"]:
-        for key in ("adapter", "examples", "test"):
-            kind, _, path = expert[key].partition(":")
-            expert[key] = f"{kind}:{shipped.parent / path}"
-    files = {part: f"jsonl:tasks/{TASK}/{part}.jsonl" for part in ("train", "test")}
-    body["experts"].append(
-        {
-            "name": TASK,
-            "adapter": f"path:adapters/{TASK}",
-            "examples": files["train"],
-            "test": files["test"],
-        }
-    )
-    body["router"] = {"kind": "gate", "share": share}
-    body["benchmark"] = {
-        "limit": NUM_TEST,
-        "compare": ["base", "oracle"],
-        "max_new_tokens": 32,
-        "batch_size": 60,
-    }
-    (out / f"{share}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
@@ -93,7 +71,9 @@ def main() -> None:
         write_rows(asked.out / "tasks" / TASK / f"{part}.jsonl", itertools.islice(stream, count))
     make.train(asked.base, TASK, TRAINING, stream, asked.out)
     for share in ("point", "turn"):
-        write_recipe(asked.out, share)
+        router = {"kind": "gate", "share": share}
+        tasks = [*make.TRAININGS, TASK]
+        write_recipe(asked.out / f"{share}.yaml", tasks, router=router, benchmark=BENCHMARK)
 
 
 if __name__ == "__main__":

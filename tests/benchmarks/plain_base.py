@@ -38,15 +38,7 @@ def as_text(row: dict[str, str]) -> dict[str, str]:
 def write_recipe(base: Path, out: Path, share: str) -> None:
     body = {
         "base": f"path:{base.absolute()}",
-        "experts": [
-            {
-                "name": task,
-                "adapter": f"path:adapters/{task}",
-                "examples": f"jsonl:tasks/{task}/train.jsonl",
-                "test": f"jsonl:tasks/{task}/test.jsonl",
-            }
-            for task in make.TRAININGS
-        ],
+        "experts": list(map(make.as_expert, make.TRAININGS)),
         "router": {"kind": "gate", "share": share},
         "benchmark": BENCHMARK,
     }

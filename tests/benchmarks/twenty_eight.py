@@ -107,15 +107,8 @@ def write_recipe(trained: Path, out: Path) -> None:
     for task in make.TRAININGS:
         make.write_splits(task, out, make.seen_in_training(task), NUM_TEST)
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
-    recipe["experts"] = [
-        {
-            "name": task,
-            "adapter": f"path:adapters/{task}",
-            "examples": f"jsonl:tasks/{task}/train.jsonl",
-            "test": f"jsonl:tasks/{task}/test.jsonl",
-        }
-        for task in itertools.chain(bigbench.TRAININGS, make.TRAININGS, TRAININGS)
-    ]
+    tasks = itertools.chain(bigbench.TRAININGS, make.TRAININGS, TRAININGS)
+    recipe["experts"] = list(map(make.as_expert, tasks))
     recipe["benchmark"] = BENCHMARK
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
 

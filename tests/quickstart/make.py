@@ -148,6 +148,16 @@ def write_splits(
         write_rows(file, map(worded, itertools.islice(fresh, count)))
 
 
+def as_expert(task: str) -> dict[str, str]:
+    """The section of a recipe for the adapter and the rows of a task, where these scripts leave them."""
+    return {
+        "name": task,
+        "adapter": f"path:adapters/{task}",
+        "examples": f"jsonl:tasks/{task}/train.jsonl",
+        "test": f"jsonl:tasks/{task}/test.jsonl",
+    }
+
+
 def write_rows(file: Path, given: Iterable[dict[str, str]]) -> None:
     """Write rows as JSONL."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any, ClassVar, Self
 
 from meteora.artifacts.identity import ArtifactId, Noun, Spec
@@ -126,6 +127,8 @@ class RouterSpec(Spec):
     composites: tuple[int, ...] = ()
     """Numbers of tasks in the mixed prompts that gates are fitted to, beside the experts' examples.
     For an expert that is added later, such a prompt holds its own examples only."""
+    solved: tuple[int, ...] = ()
+    """How many solved prompts each of `composites` shows before its questions; empty: none does."""
     opening_share: float = 0.0
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
@@ -171,6 +174,11 @@ class RouterSpec(Spec):
     def options(self) -> RouterOptions:
         """How the model routes, without how its gates are made."""
         return RouterOptions(self.router, **{name: getattr(self, name) for name in _BESIDE_KIND})
+
+    @property
+    def mixed_prompts(self) -> tuple[tuple[int, int], ...]:
+        """Of each kind of mixed prompt: its questions, and the solved prompts that it shows."""
+        return tuple(zip_longest(self.composites, self.solved, fillvalue=0))
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

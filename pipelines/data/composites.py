@@ -124,6 +124,22 @@ def compose(
     ]
 
 
+def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
+    """The experts with examples that can stand in a composite; gates are fitted to those.
+
+    Raises:
+        ExamplesError: no expert has any.
+    """
+    fit = {name: rows for name, rows in examples.items() if any(map(fits, rows))}
+    if not fit:
+        raise ExamplesError(
+            "gates.composites: no example of any expert can stand in a mixed prompt"
+            f" ({', '.join(examples)}): each answer is empty, or has lines that begin with a"
+            " number; take gates.composites out"
+        )
+    return fit
+
+
 def fits(row: Row) -> bool:
     """Whether a row's answer, under a number, is read back as one answer."""
     return split_answers(f"1. {row.response.strip()}", 99).keys() == {1}

@@ -9,8 +9,13 @@ from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
-from pipelines.data.composites import answer_openings, compose, encode_composite, fits
-from pipelines.data.rows import ExamplesError
+from pipelines.data.composites import (
+    answer_openings,
+    compose,
+    encode_composite,
+    fits,
+    mixable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +78,7 @@ def label_composites(
     names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sizes: Sequence[int],
+    kinds: Sequence[tuple[int, int]],
     seed: int,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
@@ -82,23 +87,19 @@ def label_composites(
     Args:
         examples: by expert; experts whose answers do not fit into composites are left out
         names: of all experts in order
-        sizes: numbers of questions in a prompt; there are prompts of each size
+        kinds: of prompts: how many questions, and how many solved prompts before them
 
     Raises:
-        ExamplesError: no expert has an answer that fits.
+        ExamplesError: as `mixable` and `compose`.
     """
-    fit = {name: examples[name] for name in names if any(map(fits, examples.get(name, ())))}
-    if sizes and not fit:
-        raise ExamplesError(
-            "gates.composites: no example of any expert can stand in a mixed prompt"
-            f" ({', '.join(names)}): each answer is empty, or has lines that begin with a number;"
-            " take gates.composites out"
-        )
+    fit = mixable({name: examples.get(name, ()) for name in names}) if kinds else {}
     places = {name: e for e, name in enumerate(names)}
     return [
         _labelled(composite, places, tokenizer, nobody)
-        for n in sizes
-        for composite in compose(fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed)
+        for n, solved in kinds
+        for composite in compose(
+            fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed, solved
+        )
     ]
 
 
@@ -107,12 +108,12 @@ def label_lists(
     expert: int,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sizes: Sequence[int],
+    kinds: Sequence[tuple[int, int]],
 ) -> list[LabelledSequence]:
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
     Args:
-        sizes: as for `label_composites`
+        kinds: as for `label_composites`
 
     Returns:
         nothing if no row fits into composites
@@ -121,8 +122,8 @@ def label_lists(
         return []
     return [
         _labelled(composite, {"": expert}, tokenizer, UNLABELLED)
-        for n in sizes
-        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), seed=0)
+        for n, solved in kinds
+        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), 0, solved)
     ]
 
 

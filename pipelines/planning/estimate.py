@@ -333,9 +333,9 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
     num_sequences = sum(rows.count for rows in examples)
     tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
-    for n in recipe.gates.composites:
-        num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / n
-        tokens += QUESTIONS_IN_COMPOSITES * sum(lengths)
+    for mixed in recipe.gates.composites:
+        num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / mixed.n
+        tokens += QUESTIONS_IN_COMPOSITES * sum(lengths) * (1 + mixed.num_fewshot)
     if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
     if not isinstance(recipe.gates, JointSection):

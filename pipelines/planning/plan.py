@@ -27,6 +27,7 @@ from pipelines.admission.card_examples import NoCardExamplesError, read_card_exa
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import examples_of, nobodys, prompts_of
+from pipelines.data.composites import compose, mixable
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import pin_source, place_of, read_rows
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
@@ -39,7 +40,7 @@ from pipelines.evaluation.measurements import (
     find_subjects,
 )
 from pipelines.evaluation.tasks import Task, make_tasks
-from pipelines.recipe.gates import CalibrateSection, JointSection
+from pipelines.recipe.gates import CalibrateSection, JointSection, numbers_of
 from pipelines.recipe.recipe import AUTO
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ def _router(
         examples_sha256=_examples_sha256(examples, spans),
         seed=gates.seed,
         joint=joint_settings(gates),
-        composites=gates.composites,
+        **numbers_of(gates.composites),
         conversations=conversations,
         system_prompts=system_prompts,
         template=_template(recipe),
@@ -373,7 +374,10 @@ def refuse_too_few(
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
 ) -> None:
-    """Refuse an expert with fewer examples than a gate needs; composites ask one more than once."""
+    """Refuse an expert with fewer examples than a gate needs; composites ask one more than once.
+
+    Also too few for the composites themselves.
+    """
     of_spans = Counter(name for row in spans for name in row.owners)
     for name, rows in examples.items():
         count = len(rows) + of_spans[name]
@@ -382,6 +386,9 @@ def refuse_too_few(
                 f"expert {name} has {count} of the {LEAST_EXAMPLES} examples that a gate needs at"
                 " least, one to fit and one to check: give it more"
             )
+    own = {name: rows for name, rows in examples.items() if name != NULL}
+    for mixed in recipe.gates.composites if own else ():
+        compose(mixable(own), mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)
 
 
 def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:

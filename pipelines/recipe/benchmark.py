@@ -70,6 +70,13 @@ class TaskSection(Section):
         return self
 
 
+def written_out(sections: object) -> object:
+    """Sections in which a plain number stands for `{n: number}`."""
+    if not isinstance(sections, tuple | list):
+        return sections
+    return tuple({"n": n} if isinstance(n, int) else n for n in sections)
+
+
 class CompositeSection(Section):
     """Prompts that join questions of several tasks."""
 
@@ -150,12 +157,7 @@ class BenchmarkSection(Section):
         """What is made of several tasks' rows."""
         return (*self.composite, *self.conversation)
 
-    @field_validator("composite", "conversation", mode="before")
-    @classmethod
-    def _numbers_are_short_for_sections(cls, value: object) -> object:
-        if not isinstance(value, tuple):
-            return value
-        return tuple({"n": n} if isinstance(n, int) else n for n in value)
+    _short = field_validator("composite", "conversation", mode="before")(written_out)
 
     @model_validator(mode="after")
     def _sizes_differ(self) -> Self:

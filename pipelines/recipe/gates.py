@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from pipelines.recipe.benchmark import Section
+from pipelines.recipe.benchmark import Section, written_out
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Composites = Annotated[tuple[Annotated[int, Field(ge=2, le=50)], ...], Field(max_length=8)]
-"""Numbers of tasks in a prompt: gates learn to switch between experts inside such prompts."""
+
+
+class MixedSection(Section):
+    """Prompts with examples of several experts: gates learn to switch inside of them."""
+
+    n: Annotated[int, Field(ge=2, le=50)]
+    """How many examples are in a prompt."""
+    num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
+    """Solved prompts of the same kind in each prompt, of other examples; the paper has two."""
+
+
+Composites = Annotated[tuple[MixedSection, ...], Field(max_length=8), BeforeValidator(written_out)]
+
+
+def numbers_of(composites: Sequence[MixedSection]) -> dict[str, tuple[int, ...]]:
+    """The same as two fields of a `RouterSpec`."""
+    solved = tuple(section.num_fewshot for section in composites)
+    return {
+        "composites": tuple(section.n for section in composites),
+        "solved": solved if any(solved) else (),
+    }
 
 
 class _Common(Section):
@@ -20,7 +42,7 @@ class _Common(Section):
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     """Greatest number of examples of an expert."""
     composites: Composites = ()
-    """Numbers of tasks in mixed prompts that gates are fitted to, such as `[2, 3]`."""
+    """Mixed prompts that gates are fitted to. Also written as plain numbers: `[2, 3]`."""
     conversations: (
         Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)] | None
     ) = None

@@ -90,7 +90,8 @@ def _keys(section: Mapping[str, Any], defs: Mapping[str, Any], above: str) -> It
         shared = set.intersection(*(set(value["properties"]) for value in inner)) if inner else ()
         for value in inner:
             for key in _keys(value, defs, f"{path}."):
-                kind = "" if key.path.split(".")[-1] in shared else _kind(value, inner)
+                own = key.path.removeprefix(f"{path}.").split(".")[0]
+                kind = "" if own in shared else _kind(value, inner)
                 yield replace(key, text=f"{kind}{key.text}")
 
 

@@ -276,7 +276,7 @@ def _labelled(
     talks = label_spans(_conversations(plan, tokenizer), names, tokenizer, nobody)
     sequences = talks or label(plan.examples, names, tokenizer, nobody)
     sequences += label_composites(
-        plan.examples, names, tokenizer, sizes=router.composites, seed=router.seed, nobody=nobody
+        plan.examples, names, tokenizer, kinds=router.mixed_prompts, seed=router.seed, nobody=nobody
     )
     sequences += label_spans(plan.spans, names, tokenizer, nobody)
     if router.null:

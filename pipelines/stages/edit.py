@@ -46,7 +46,7 @@ from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.speed import device_name
-from pipelines.recipe.gates import Composites
+from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE
 from pipelines.stages.checkpoint import record_router, record_stack, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
@@ -135,7 +135,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
-        sequences += label_lists(rows, place, tokenizer, sizes=composites)
+        kinds = [(section.n, section.num_fewshot) for section in composites]
+        sequences += label_lists(rows, place, tokenizer, kinds=kinds)
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:
             growth: Growth = add_expert.grow(
@@ -244,16 +245,16 @@ def _scratch(
         yield made
 
 
-def _composites(folder: Path, manifest: Manifest) -> tuple[int, ...]:
-    """The numbers of tasks in the composite prompts that the gates were fitted to."""
+def _composites(folder: Path, manifest: Manifest) -> tuple[MixedSection, ...]:
+    """The mixed prompts that the gates were fitted to."""
     found = manifest.gates.get("composites", ())
     try:
         return TypeAdapter(Composites).validate_python(found)
     except ValidationError as error:
         raise GrowthError(
             f"{folder / MANIFEST}: it says that the gates were fitted to prompts of"
-            f" {found!r} tasks; a list of whole numbers from 2 to 50 is needed; download or build"
-            " the checkpoint again"
+            f" {found!r} tasks; a list is needed, of whole numbers from 2 to 50 or of"
+            ' {"n", "num_fewshot"}; download or build the checkpoint again'
         ) from error
 
 
@@ -262,7 +263,7 @@ def _router(
     after: Manifest,
     gates: Gates,
     examples_sha256: str,
-    composites: tuple[int, ...] = (),
+    composites: tuple[MixedSection, ...] = (),
     dtype: str = "auto",
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
@@ -271,7 +272,7 @@ def _router(
         after.router,
         method="calibrate",
         examples_sha256=examples_sha256,
-        composites=composites,
+        **numbers_of(composites),
         opening_share=OPENING_SHARE if composites else 0.0,
         refined=bool(examples_sha256),
         offsets=bool(gates.offsets),

@@ -53,7 +53,10 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
             "pool_id": plan.router.pool_id,
             "card_examples": gates.card_examples,
             "hub_examples": gates.hub_examples,
-            "composites": plan.router.composites,
+            "composites": [
+                {"n": n, "num_fewshot": solved} if solved else n
+                for n, solved in plan.router.mixed_prompts
+            ],
             "conversations": plan.router.conversations,
             "system_prompts": plan.router.system_prompts,
             "template": "plain" if plan.router.template == "plain" else "",

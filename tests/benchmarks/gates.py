@@ -276,13 +276,13 @@ def growth(world: World, results: Results) -> None:
 def spans(world: World, results: Results) -> None:
     """Several tasks in one prompt: gates that saw such prompts, and gates that did not."""
     tests = {name: world.tests[name] for name in world.names}
-    for key, sizes in {"single tasks": (), "with composites": (3, 5)}.items():
+    for key, kinds in {"single tasks": [], "with composites": [(3, 0), (5, 0)]}.items():
         if key in results:
             continue
         model = world.model()
         sequences = world.sequences(USUAL) + label_composites(
             {name: world.examples[name][:USUAL] for name in world.names},
-            world.names, world.tokenizer, sizes=sizes, seed=0,
+            world.names, world.tokenizer, kinds=kinds, seed=0,
         )  # fmt: skip
         calibrate(model, sequences, template=world.template)
         found = {f"n={n}": _followed(world, model, tests, n) for n in (3, 5, 10)}

@@ -27,7 +27,7 @@ def test_a_plain_example_belongs_to_its_expert_alone(tokenizer: PreTrainedTokeni
 def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    made = label_composites(EXAMPLES, ["red", "blue"], tokenizer, sizes=(2, 4), seed=0)
+    made = label_composites(EXAMPLES, ["red", "blue"], tokenizer, kinds=[(2, 0), (4, 0)], seed=0)
     by_size = {n: -(-QUESTIONS_IN_COMPOSITES * 2 // n) for n in (2, 4)}
     assert len(made) == sum(by_size.values())
     for sequence in made:
@@ -47,19 +47,44 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
 
 
+def test_what_a_composite_shows_solved_belongs_to_its_experts_too(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    plain, shown = (
+        label_composites(EXAMPLES, ["red", "blue"], tokenizer, kinds=[(2, solved)], seed=0)
+        for solved in (0, 2)
+    )
+    assert len(plain) == len(shown) == QUESTIONS_IN_COMPOSITES
+    for alone, sequence in zip(plain, shown, strict=True):
+        numbers = [str(tokenizer.decode([sequence.input_ids[i]])) for i in sequence.openings]
+        assert len(numbers) == len(alone.openings)  # of the answers to write, not of those shown
+        text = {
+            e: str(
+                tokenizer.decode(
+                    [t for t, o in zip(sequence.input_ids, sequence.experts, strict=True) if o == e]
+                )
+            )
+            for e in (UNLABELLED, 0, 1)
+        }
+        assert text[UNLABELLED].count("Questions:") == text[UNLABELLED].count("Answers:") == 3
+        for e, (name, other) in enumerate((("red", "blue"), ("blue", "red"))):
+            assert text[e].count(f"{name} ") == text[e].count(name[0] * 3) == 3
+            assert other not in text[e]
+
+
 def test_composites_of_which_none_can_be_made_name_the_key_and_the_experts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     lists = {"red": [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]}
     with pytest.raises(ExamplesError, match=r"^gates.composites: no example .*\(red\)"):
-        label_composites(lists, ["red"], tokenizer, sizes=(2,), seed=0)
-    assert label_composites(lists, ["red"], tokenizer, sizes=(), seed=0) == []
+        label_composites(lists, ["red"], tokenizer, kinds=[(2, 0)], seed=0)
+    assert label_composites(lists, ["red"], tokenizer, kinds=[], seed=0) == []
 
 
 def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    made = label_lists(EXAMPLES["red"], 3, tokenizer, sizes=(2, 5))
+    made = label_lists(EXAMPLES["red"], 3, tokenizer, kinds=[(2, 0), (5, 0)])
     assert len(made) == -(-QUESTIONS_IN_COMPOSITES // 2) - (-QUESTIONS_IN_COMPOSITES // 5)
     for sequence in made:
         assert sequence.owners == {3}
@@ -68,7 +93,7 @@ def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
         opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
         assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
-    assert not label_lists(lists, 0, tokenizer, sizes=(2,))
+    assert not label_lists(lists, 0, tokenizer, kinds=[(2, 0)])
 
 
 def test_an_expert_whose_answers_read_as_lists_is_left_out(
@@ -76,7 +101,7 @@ def test_an_expert_whose_answers_read_as_lists_is_left_out(
 ) -> None:
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
     examples = {"list": lists, **EXAMPLES}
-    made = label_composites(examples, ["list", "red", "blue"], tokenizer, sizes=(2,), seed=0)
+    made = label_composites(examples, ["list", "red", "blue"], tokenizer, kinds=[(2, 0)], seed=0)
     assert made
     assert all(sequence.owners == {1, 2} for sequence in made)
-    assert not label_composites(examples, ["list", "red"], tokenizer, sizes=(), seed=0)
+    assert not label_composites(examples, ["list", "red"], tokenizer, kinds=[], seed=0)

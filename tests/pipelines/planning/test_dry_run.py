@@ -254,6 +254,9 @@ def test_it_ends_with_an_error_where_the_run_would(
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     one = good[0] | {"examples": f"jsonl:{tmp_path / 'one.jsonl'}"}
     ends("expert q_and_v has 1 of the 2 examples that a gate needs", experts=[one, good[1]])
+    shown = {"composites": [{"n": 2, "num_fewshot": 1}]}
+    ends("task q_and_v: 1 different prompts of its rows", experts=[one, good[1]], gates=shown)
+    ends("", experts=[one, good[1]], gates={"composites": [2]})
     parts = {"prompt": [{"text": "a"}], "response": [{"text": "b", "expert": "q_and_v"}]}
     (tmp_path / "spans.jsonl").write_text(json.dumps(parts))
     spans = {"spans": f"jsonl:{tmp_path / 'spans.jsonl'}"}
@@ -350,6 +353,7 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
 
     plain = seconds()
     assert 1.2 * plain < seconds(composites=(3,)) < seconds(composites=(3, 5)) < 2 * plain
+    assert seconds(composites=({"n": 3, "num_fewshot": 2},)) > seconds(composites=(3, 5))
     joint: dict[str, Any] = {"method": "joint", "batch_size": 64}
     for steps in (10, 1000):  # each goes through all 64 rows; the sweep took about 1.3 passes
         taught = seconds(**joint, steps=steps, start="zeros")

@@ -47,7 +47,7 @@ def test_every_key_is_there_with_its_type_and_its_meaning() -> None:
         ("router.margin", ("number", False, "", ">= 0, <= 1,000")),
         ("router.null", ("true or false", False, "false", "")),
         ("gates.method", ("name", False, "calibrate", "calibrate, joint")),
-        ("gates.composites", ("list of whole numbers", False, "[]", "8 at most, >= 2, <= 50")),
+        ("gates.composites.n", ("whole number", True, "", ">= 2, <= 50")),
         ("gates.max_grad_norm", ("number", False, "0.3", "> 0, <= 1,000,000")),
         ("benchmark.tasks", ("list of sections", False, "", "")),
         ("benchmark.composite.n", ("whole number", True, "", ">= 2, <= 99")),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.planning.plan import joint_settings
-from pipelines.recipe.gates import JointSection
+from pipelines.recipe.gates import JointSection, numbers_of
 from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
 
 if TYPE_CHECKING:
@@ -266,6 +266,17 @@ benchmark:
     assert [task.num_fewshot for task in asked.tasks] == [0, 5]
     assert [task.called for task in asked.tasks] == ["sums", "hellaswag"]
     assert asked.speed is not None
+
+
+def test_gates_may_be_fitted_to_composites_that_show_solved_ones(tmp_path: Path) -> None:
+    text = "base: a/b\nexperts: [{name: a, adapter: path:a, examples: jsonl:a.jsonl}]\n"
+    gates = load(tmp_path, text + "gates: {composites: [2, {n: 3, num_fewshot: 2}]}").gates
+    assert numbers_of(gates.composites) == {"composites": (2, 3), "solved": (0, 2)}
+    gates = load(tmp_path, text + "gates: {method: joint, composites: [2, 3]}").gates
+    assert numbers_of(gates.composites) == {"composites": (2, 3), "solved": ()}  # an old id stays
+    for wrong, said in (("[1]", "0.n: Input should be greater"), ("[[3]]", "0: Input should be a")):
+        with pytest.raises(RecipeError, match=rf"gates\.composites\.{said}"):
+            load(tmp_path, text + f"gates: {{composites: {wrong}}}")
 
 
 @pytest.mark.parametrize(

@@ -332,15 +332,16 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         return RouterBuild.from_dict(work.ledger.built(ArtifactId(manifest.router_id)) or {})
 
     alone, with_lists = joined(None), joined([2, 3])
+    shown = joined([2, {"n": 3, "num_fewshot": 1}])
+    assert (shown.spec.composites, shown.spec.solved) == ((2, 3), (0, 1))
+    assert shown.num_tokens > with_lists.num_tokens
     assert alone.spec.offsets
     assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
     assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)
     assert with_lists.num_tokens > 3 * alone.num_tokens
     assert with_lists.weights_sha256 != alone.weights_sha256
     for wrong in ("many", [1], [10**9], {"2": 3}):
-        with pytest.raises(
-            GrowthError, match=r"whole numbers from 2 to 50 .* build the checkpoint"
-        ):
+        with pytest.raises(GrowthError, match=r"numbers from 2 to 50 .* build the checkpoint"):
             joined(wrong)
 
 

@@ -219,7 +219,7 @@ def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
     assert on_disk == {path for path, tensor in read.named_parameters() if tensor.is_meta}
 
 
-def test_experts_get_offsets_in_memory_and_layer_by_layer(made, tmp_path):
+def test_experts_get_offsets_in_memory_and_layer_by_layer(kind, made, tmp_path):
     base, _, _ = made
     manifest = tmp_path / "fused" / MANIFEST
     body = json.loads(manifest.read_text())
@@ -232,8 +232,12 @@ def test_experts_get_offsets_in_memory_and_layer_by_layer(made, tmp_path):
         found.append(gates_of(model).offsets)
         ids = torch.tensor([s.input_ids[:4] for s in opened])
         greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        answers = model.generate(ids, **greedy)
+        answers, beams = model.generate(ids, **greedy), greedy | {"num_beams": 3}
         assert torch.equal(model.generate(ids, use_cache=False, **greedy), answers)
+        if kind != "mamba":  # its state takes no part of a prompt
+            assert torch.equal(model.generate(ids, prefill_chunk_size=3, **greedy), answers)
+        found_by_beams = model.generate(ids, use_cache=False, **beams)
+        assert torch.equal(model.generate(ids, **beams), found_by_beams)
     in_memory, by_layer = found
     assert in_memory.keys() == by_layer.keys()
     assert any(offsets[:2].abs().max() > 1e-4 for offsets in in_memory.values())

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 import meteora
 from meteora.artifacts import SHARED, RouterOptions
@@ -127,6 +127,27 @@ def test_the_same_tokens_come_out_of_a_padded_batch_and_of_embeddings(model, pro
         embedded = model.get_input_embeddings()(torch.tensor([prompt]))
         asked = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
         assert model.generate(inputs_embeds=embedded, **asked)[0].tolist() == expected
+
+
+def test_a_cache_of_8_bits_leaves_the_routes_of_a_prompt_alone(model, prompts):
+    for prompt in prompts:
+        cache = QuantizedCache("fp8", config=model.config)
+        with torch.no_grad(), recorded_routes(model) as rounded:
+            found = model(torch.tensor([prompt]), past_key_values=cache).logits
+        with torch.no_grad(), recorded_routes(model) as exact:
+            assert torch.equal(model(torch.tensor([prompt])).logits, found)
+        for path, (_, experts) in exact.items():
+            assert torch.equal(experts, rounded[path][1]), path
+        cache = QuantizedCache("fp8", config=model.config)
+        assert answer(model, prompt, past_key_values=cache)[:1] == answer(model, prompt)[:1]
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_the_same_tokens_come_out_with_drafts_of_another_model(model, prompts, world, drafts):
+    draft = world.load_base().eval()
+    draft.generation_config.num_assistant_tokens = drafts
+    for prompt in prompts:
+        assert answer(model, prompt, assistant_model=draft) == answer(model, prompt)
 
 
 def test_routes_do_not_change_with_what_follows(model, prompts):

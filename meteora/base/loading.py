@@ -260,6 +260,8 @@ class Shape:
     """Of keys and values in all layers."""
     linears: dict[str, tuple[int, int]]
     """(IN, OUT) by module path."""
+    num_in_head: int = 0
+    """Parameters of the output head, if it does not share those of the embeddings."""
     quantise: str = ""
     """See `BaseSpec.quantise`."""
 
@@ -303,7 +305,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
-    linears = _linears(model)
+    linears, head = _linears(model), placement.own_head(model)
     return Shape(
         num_parameters=sum(p.numel() for p in model.parameters()),
         dtype=dtype,
@@ -313,6 +315,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
         vocab_size=text.vocab_size,
         cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
         linears=linears,
+        num_in_head=0 if head is None else sum(p.numel() for p in head.parameters()),
     )
 
 

@@ -82,12 +82,11 @@ def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     """
     inside = Counter(m[1] for path, _ in model.named_modules() if (m := LAYER.match(f"{path}.")))
     ((layers, _),) = inside.most_common(1)
-    head = model.get_output_embeddings()
-    apart = [] if model.config.get_text_config().tie_word_embeddings else [head]
+    head = own_head(model)
     found: dict[str, str] = {}
 
     def lay(path: str, module: nn.Module) -> None:
-        if path == layers or module in apart:
+        if path == layers or module is head:
             found[path] = "disk"
         elif layers.startswith(f"{path}.") or not path:
             for name, child in module.named_children():
@@ -97,6 +96,12 @@ def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
 
     lay("", model)
     return found
+
+
+def own_head(model: PreTrainedModel) -> nn.Module | None:
+    """What makes logits of the last hidden states, if it does not share the embeddings' weights."""
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    return None if is_tied else model.get_output_embeddings()
 
 
 def device_of(module: nn.Module) -> torch.device:

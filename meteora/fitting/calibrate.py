@@ -144,7 +144,8 @@ def calibrate(
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal tokens_of_others
         path = paths[0]
-        scatter, (tokens, held) = _scatter_of(inputs, batches, weights, len(names))
+        scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
+        tokens, held = every_token.between(0, num_fit), every_token.between(num_fit)
         shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
         both = scatter[0] + scatter[1]
         statistics[path] = PointStatistics.of(both, shrinkage)
@@ -152,7 +153,6 @@ def calibrate(
         if refined:
             weight, bias = refine(weight, bias, tokens, statistics[path])
             accuracy = held.accuracy(weight, bias)
-            every_token = Tokens.of([tokens, held])
             weight, bias = refine(weight, bias, every_token, statistics[path], ONE_ROUND)
         accuracy_of[path] = accuracy
         if names[-1] == NULL:
@@ -323,12 +323,12 @@ def _scatter_of(
     batches: Sequence[Batch],
     weights: Sequence[Tensor],
     num_experts: int,
-) -> tuple[list[Sums], list[Tokens]]:
+) -> tuple[list[Sums], Tokens, int]:
     """Sums over the labelled tokens of one input point, and these tokens.
 
     Returns:
-        the sums of the sequences to fit and of the held-out ones, then their tokens; a sample of
-        them above `MAX_TOKEN_BYTES`
+        the sums of the sequences to fit and of the held-out ones; the tokens of both, in this
+        order, or a sample of them above `MAX_TOKEN_BYTES`; and how many are of the former
     """
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     scatters: list[Sums] = []
@@ -350,7 +350,8 @@ def _scatter_of(
                 tokens = tokens.sampled(stands_for)
             kept[held].append(tokens)
     # hold_out leaves tokens of every expert to fit, and of the first expert at least to check
-    return scatters, [Tokens.of(parts) for parts in kept]
+    to_fit, to_check = kept
+    return scatters, Tokens.of(to_fit + to_check), sum(len(part.x) for part in to_fit)
 
 
 def _stand_in(

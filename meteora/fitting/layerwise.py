@@ -54,6 +54,9 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
 class Sweep:
     """The hidden states of all sequences at the input of one layer; `advance` runs that layer.
 
+    What is kept from one call to the next lies in the memory of the CPU, so that a device holds the
+    states of one batch.
+
     Use in order: for each layer, inside `held`: for each of its points, `inputs`; then `advance`.
     """
 
@@ -100,7 +103,7 @@ class Sweep:
                 self._calls[batch] = calls
             else:
                 hidden = self._in_a_file(hidden, self._scratch)
-            self._hidden.append(hidden)
+            self._hidden.append(hidden.cpu())
 
     def _rehearse(self, ids: Tensor, mask: Tensor) -> None:
         """Refuse a model whose layers pass each other more than hidden states."""
@@ -117,7 +120,7 @@ class Sweep:
         for index in range(len(self.layers)):
             with self.held(index):
                 self.advance(index)
-        if not torch.allclose(self._hidden.pop(), ends[0], 1e-3, 1e-3, equal_nan=True):
+        if not torch.allclose(self._hidden.pop(), ends[0].cpu(), 1e-3, 1e-3, equal_nan=True):
             raise SweepError(
                 f"the layers of {type(self.model).__name__} hand each other more than hidden"
                 " states, so gates cannot be fitted layer by layer; use a router without gates"
@@ -187,11 +190,11 @@ class Sweep:
             output, logits = found
             if decision is not None and logits is not None:
                 decision.hold(logits)
-            return output.clone()  # a model may add to it in place
+            return output.to(x.device, copy=True)  # a model may add to it in place
         output = type(layer).forward(layer, x)
         if self._scratch is None and self._output_bytes + output.nbytes <= MAX_OUTPUT_BYTES:
             logits = None if decision is None else decision.logits
-            self._outputs[batch, path] = output.clone(), logits
+            self._outputs[batch, path] = output.to("cpu", copy=True), logits
             self._output_bytes += output.nbytes
         return output
 
@@ -266,7 +269,7 @@ class Sweep:
                 if self._decision is not None and self._decision.logits is not None:
                     self._decisions[batch] = self._decision.logits
                 if self._scratch is None:
-                    self._hidden[batch] = out
+                    self._hidden[batch] = out.cpu()
                     self._calls[batch][index] = ((), {})  # not needed again: frees its tensors
                 else:
                     self._hidden[batch].copy_(out)

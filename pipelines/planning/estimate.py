@@ -259,9 +259,10 @@ def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> boo
 
 
 def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
-    """Of a base and its experts, one layer, and what lies in none."""
-    inside = shape.num_in_layers * shape.dtype.itemsize
-    return shape.num_bytes - inside + (inside + expert_bytes) / shape.num_layers
+    """Of a base and its experts, one layer, and what lies in none; a head stays on the disk."""
+    itemsize = shape.dtype.itemsize
+    inside, head = shape.num_in_layers * itemsize, shape.num_in_head * itemsize
+    return shape.num_bytes - inside - head + (inside + expert_bytes) / shape.num_layers
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:
@@ -372,7 +373,10 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
         seconds += flops / pace.machine.flops_per_second
     copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
-    return Need("gates", loaded + hidden + kept_outputs + batch + spread + copies, disk, seconds)
+    memory = loaded + batch + spread + copies
+    if pace.machine.is_cpu:  # what a sweep keeps from one point to the next lies there
+        memory += hidden + kept_outputs
+    return Need("gates", memory, disk, seconds)
 
 
 def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Rows]) -> Need:

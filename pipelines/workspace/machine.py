@@ -42,6 +42,7 @@ class Machine:
     """Of the smallest operation: the overhead of Python and the device."""
     hash_bytes_per_second: float
     memory_bytes: float
+    is_cpu: bool = False
 
     def describe(self) -> str:
         """One line for a person."""
@@ -73,7 +74,8 @@ def measure_machine(dtype: torch.dtype) -> Machine:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"cpu with {torch.get_num_threads()} threads"
-    return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes())
+    is_cpu = device.type == "cpu"
+    return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes(), is_cpu)
 
 
 def choose_device(name: str = "auto") -> str:

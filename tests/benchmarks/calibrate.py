@@ -103,7 +103,8 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     marks = [time.process_time()]
     if rows_only:
         setattr(calibrate, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
-    scatter, (_, held) = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
+    scatter, every_token, num_fit = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
+    held = every_token.between(num_fit)
     marks.append(time.process_time())
     shrinkage, _ = choose_shrinkage(scatter[0], held.accuracy)
     both = scatter[0] + scatter[1]

@@ -543,7 +543,7 @@ def test_openings_are_told_apart_by_what_says_nothing_of_other_tokens():
     def right(marked):
         inputs, batches = drawn(marked)
         weights = dealing.token_weights(batches, 4)
-        (fitted, _), _ = train._scatter_of(iter(inputs), batches, weights, 4)
+        (fitted, _), *_ = train._scatter_of(iter(inputs), batches, weights, 4)
         weight, bias = gate_from(fitted, 0.01)
         shares = []
         for places in (slice(20, 21), slice(20)):

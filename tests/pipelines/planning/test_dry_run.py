@@ -148,7 +148,7 @@ def test_the_page_on_hardware_shows_what_is_estimated(
 
     card = Machine("a card of 24 GB, assumed", 100e12, 0.9e12, 6e-6, 1e9, 24e9)
     assert plain(on_card) in plain(estimated(card))
-    said = estimated(Machine("cpu", 201e9, 7.6e9, 2.5e-6, 1.8e9, 64e9))
+    said = estimated(Machine("cpu", 201e9, 7.6e9, 2.5e-6, 1.8e9, 64e9, is_cpu=True))
     for stage in ("base", "check", "stack", "gates", "benchmark"):
         assert gigabytes(said, stage) == gigabytes(on_cpu, stage)
     (large,) = re.findall("on one H100.*", said)
@@ -315,6 +315,7 @@ def shape() -> Shape:
         vocab_size=999,
         cache_bytes_per_token=10_000,
         linears=SHAPE_SIZES,
+        num_in_head=64 * 999,
     )
 
 
@@ -425,7 +426,8 @@ def test_a_base_that_does_not_fit_is_fitted_layer_by_layer_and_the_estimate_says
     assert "one layer at a time" in by_layer.note
     inside = 2 * (64 * 64 + 64 * 256) + 4 * 8 * (64 + 64 + 64 + 256)  # weights, and experts
     freed = whole.memory_bytes - by_layer.memory_bytes
-    assert freed == pytest.approx(inside * 19 / 20)  # of twenty layers one is held
+    head = 2 * 64 * 999
+    assert freed == pytest.approx(inside * 19 / 20 + head)  # of twenty layers one is held
     read = (5 + 2) * 2e9 / small.hash_bytes_per_second
     assert by_layer.seconds == pytest.approx(whole.seconds + read)
     assert needs()["gates"].note == ""
@@ -433,6 +435,10 @@ def test_a_base_that_does_not_fit_is_fitted_layer_by_layer_and_the_estimate_says
     joint = needs(machine=small, gates={"method": "joint"})["gates"]
     assert joint.note == ""
     assert joint.memory_bytes > 2e9
+    # a GPU holds nothing of what a sweep keeps: hidden states, and the outputs of a layer
+    on_cpu = needs(machine=replace(GPU, is_cpu=True))["gates"].memory_bytes
+    tokens = 64 * (256 + 64)
+    assert on_cpu - needs()["gates"].memory_bytes > tokens * 64 * 2
 
 
 def test_a_quantised_base_takes_less_memory_and_the_same_disk() -> None:

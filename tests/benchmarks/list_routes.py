@@ -1,10 +1,11 @@
 """Where the tokens of composites go, with the right answers given: share at their own expert.
 
-    python -m tests.benchmarks.list_routes RUN BASE CHECKPOINT [--questions 10] [--prompts 16]
+    python -m tests.benchmarks.list_routes TASKS CHECKPOINT
+        [--questions 10] [--num-fewshot 0] [--prompts 16]
 
-RUN is the folder that `tests.benchmarks.lists` left, CHECKPOINT what its recipe came to. Shares are
-over modules and tokens: of the questions, of the numbers in front of answers, of the first token
-behind a number, and of the rest of the answers.
+TASKS has a `NAME/test.jsonl` of each expert, such as the folder `tasks` that
+`tests.benchmarks.lists` leaves. Shares are over modules and tokens: of the prompt, of the numbers
+in front of answers, of the first token behind a number, and of the rest of the answers.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ NUM_ROWS = 240
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("run", "base", "checkpoint"):
+    for name in ("tasks", "checkpoint"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--questions", type=int, default=10)
+    parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=16)
     asked = parser.parse_args()
-    model, tokenizer = meteora.load(asked.checkpoint, base_folder=asked.base)
+    model, tokenizer = meteora.load(asked.checkpoint)
     names = expert_names(model)
-    folder = asked.run.absolute() / "tasks"
+    folder = asked.tasks.absolute()
     rows = {n: read_rows(f"jsonl:{folder / n}/test.jsonl", Path(), NUM_ROWS) for n in TRAININGS}
     shares: dict[str, list[float]] = defaultdict(list)
-    for composite in compose(rows, asked.questions, asked.prompts, 0):
+    for composite in compose(rows, asked.questions, asked.prompts, 0, asked.num_fewshot):
         ids, owners = encode_composite(tokenizer, composite)
         choices = chosen(model, ids)
         numbers = {*answer_openings(tokenizer, composite)}
@@ -48,7 +50,7 @@ def main() -> None:
             if owner is None:
                 continue
             if place < answer:
-                part = "questions"
+                part = "prompt"
             elif place in numbers:
                 part = "numbers of answers"
             elif place - 1 in numbers:

@@ -264,8 +264,8 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
     if options.kind == "prompt":
         insert_prompt_routers(model, tensors.read_prompt_gates(folder, manifest), options)
         return
-    for layer in routed_layers(model).values():
-        layer.router = make_router(options, layer)
+    for number, layer in enumerate(routed_layers(model).values()):
+        layer.router = make_router(options, layer, seed=number)
 
 
 def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) -> Router:

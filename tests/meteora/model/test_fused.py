@@ -22,6 +22,7 @@ from meteora.model.fused import (
     make_router,
     without_experts,
 )
+from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_by, routed_layers
 
 EXPERTS = ["all_seven", "attention", "q_and_v", "patterns"]
@@ -50,6 +51,18 @@ def test_a_forced_expert_equals_peft_with_that_adapter(world, model, ids, name):
     assert not torch.allclose(expected, logits(world.load_base(), ids), atol=1e-2)
     with force_expert(model, name):
         torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_routes_at_random_draws_in_each_layer_for_itself(world, tmp_path, ids):
+    router = RouterOptions("random", 1, 1.0)
+    (tmp_path / EXPERTS_FILE).hardlink_to(world.checkpoint / EXPERTS_FILE)
+    manifest = dataclasses.replace(world.manifest, router=router)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    model, _ = meteora.load(tmp_path, base_folder=world.base)
+    with recorded_routes(model) as routes:
+        logits(model, ids)
+    drawn = [tuple(experts[:, 0].tolist()) for _, experts in routes.values()]
+    assert len({*drawn}) == len(drawn)
 
 
 def test_a_stack_of_one_is_plain_lora(world, fuse_adapters, tmp_path, ids):

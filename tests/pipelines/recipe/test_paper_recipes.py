@@ -113,7 +113,7 @@ def twin(name: str) -> dict[str, Any]:
     body |= {"base": "path:base", "gates": {"method": "calibrate", "examples_per_expert": 4}}
     del body["hub"]
     asked = body["benchmark"]
-    asked |= {"limit": 2, "max_new_tokens": 3, "speed": {"prompt_tokens": 8, "new_tokens": 2}}
+    asked |= {"limit": 3, "max_new_tokens": 3, "speed": {"prompt_tokens": 8, "new_tokens": 2}}
     asked["compare"].remove("experts")  # 28 × 28 askings
     for section in asked["composite"]:
         section["count"] = 2

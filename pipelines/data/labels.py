@@ -113,17 +113,23 @@ def label_lists(
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
     Args:
-        kinds: as for `label_composites`
+        kinds: as for `label_composites`; fewer solved prompts are shown where rows do not suffice
 
     Returns:
         nothing if no row fits into composites
     """
-    if not any(map(fits, rows)):
+    if not (num_prompts := len({row.prompt for row in rows if fits(row)})):
         return []
     return [
         _labelled(composite, {"": expert}, tokenizer, UNLABELLED)
         for n, solved in kinds
-        for composite in compose({"": rows}, n, -(-QUESTIONS_IN_COMPOSITES // n), 0, solved)
+        for composite in compose(
+            {"": rows},
+            n,
+            -(-QUESTIONS_IN_COMPOSITES // n),
+            0,
+            min(solved, max(0, num_prompts // n - 1)),
+        )
     ]
 
 

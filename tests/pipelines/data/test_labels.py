@@ -94,6 +94,12 @@ def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
         assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
     assert not label_lists(lists, 0, tokenizer, kinds=[(2, 0)])
+    # six rows are enough for one solved list of three, and for none of five
+    one, all_asked, none, plain = (
+        label_lists(EXAMPLES["red"], 3, tokenizer, kinds=[kind])
+        for kind in ((3, 1), (3, 2), (5, 2), (5, 0))
+    )
+    assert (all_asked, none) == (one, plain)
 
 
 def test_an_expert_whose_answers_read_as_lists_is_left_out(

@@ -27,6 +27,7 @@ from pipelines.hub.errors import (
     TransientHubError,
 )
 from pipelines.hub.listing import list_folder
+from pipelines.recipe.publish import MAIN, STAGING
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 
-MAIN = "main"
-STAGING = "meteora-staging-"
-"""How the names of our own branches begin. A branch with such a name may be removed."""
 PAUSES = (2.0, 10.0, 60.0)
 """Average seconds before each new attempt after a transient error."""
 RESULTS = ".eval_results"
@@ -251,8 +249,8 @@ class Repository:
     def _refuse_taken(self, tag: str, commit: str, bundle: Bundle) -> None:
         if bundle.missing(self._files(commit)):
             raise HubConflictError(
-                f"{self.repo_id}: the tag {tag} is at {commit}, which holds another model, and a"
-                " tag is for one; publish with another tag or without one, or remove it there"
+                f"{self.repo_id}: {tag} names commit {commit}, which holds another model, and a tag"
+                " is for one; publish with another tag or without one, or remove it there"
             )
 
     def _delete_branches(self, branches: Collection[str]) -> None:

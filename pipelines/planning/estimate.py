@@ -438,14 +438,21 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
                 continue  # measured with the experts, or there is none
             for _ in range(num_experts if system == EXPERTS else 1):
                 yield Asking(system, rows, new_tokens)
-    yield from _mixed_askings(recipe, tests, {*own})
+    limits = {
+        name: (own.get(name) or further[name]).max_new_tokens or settings.max_new_tokens
+        for name in tests
+    }
+    yield from _mixed_askings(recipe, tests, {*own}, limits)
 
 
-def _mixed_askings(recipe: Recipe, tests: Mapping[str, Rows], own: set[str]) -> Iterator[Asking]:
+def _mixed_askings(
+    recipe: Recipe, tests: Mapping[str, Rows], own: set[str], limits: Mapping[str, int]
+) -> Iterator[Asking]:
     """Every composite and conversation for every system.
 
     Args:
         own: the tasks that are an expert's own
+        limits: the greatest length of an answer of each task
     """
     settings = recipe.benchmark
     for section in settings.mixes:
@@ -455,16 +462,17 @@ def _mixed_askings(recipe: Recipe, tests: Mapping[str, Rows], own: set[str]) -> 
         mean = sum(tests[name].prompt_tokens for name in names) / len(names)
         answer = sum(tests[name].answer_tokens for name in names) / len(names)
         told = ORACLES if {*(section.tasks or tests)} <= own else ()
+        new_tokens = max(limits[name] for name in names)
         for system in (FUSED, *settings.compare):
             if system == EXPERTS or (system in ORACLES and system not in told):
                 continue
             if isinstance(section, ConversationSection):
                 tried = len(names) if system == ONE_EXPERT else 1
-                yield from _conversation(system, section, mean, settings.max_new_tokens) * tried
+                yield from _conversation(system, section, mean, new_tokens) * tried
             elif system not in OF_CONVERSATIONS:
                 solved = section.num_fewshot * (mean + answer)
                 rows = Rows(section.count or settings.limit, section.n * (mean + solved))
-                yield Asking(system, rows, section.n * settings.max_new_tokens)
+                yield Asking(system, rows, section.n * new_tokens)
 
 
 def _conversation(

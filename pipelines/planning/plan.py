@@ -388,7 +388,11 @@ def refuse_too_few(
             )
     own = {name: rows for name, rows in examples.items() if name != NULL}
     for mixed in recipe.gates.composites if own else ():
-        compose(mixable(own), mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)
+        rows_of = mixable(own)
+        try:
+            compose(rows_of, mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)
+        except ExamplesError as error:
+            raise ExamplesError(f"gates.composites, n: {mixed.n}: {error}") from error
 
 
 def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:

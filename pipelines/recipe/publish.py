@@ -12,8 +12,15 @@ from pipelines.recipe.benchmark import Section
 NOT_IN_TAGS = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")
 
 
+MAIN = "main"
+STAGING = "meteora-staging-"
+"""How the names of our own branches begin. A branch with such a name may be removed."""
+
+
 def is_tag(name: str) -> bool:
-    """Whether git takes a name for a tag."""
+    """Whether git takes a name for a tag, and no branch of a publication has it."""
+    if name == MAIN or name.startswith(STAGING):
+        return False
     parts = name.split("/")
     sound = all(
         part and part[0] not in ".-" and not part.endswith((".", ".lock")) for part in parts

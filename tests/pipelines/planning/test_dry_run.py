@@ -255,7 +255,8 @@ def test_it_ends_with_an_error_where_the_run_would(
     one = good[0] | {"examples": f"jsonl:{tmp_path / 'one.jsonl'}"}
     ends("expert q_and_v has 1 of the 2 examples that a gate needs", experts=[one, good[1]])
     shown = {"composites": [{"n": 2, "num_fewshot": 1}]}
-    ends("task q_and_v: 1 different prompts of its rows", experts=[one, good[1]], gates=shown)
+    few = "gates.composites, n: 2: task q_and_v: 1 different prompts of its rows"
+    ends(few, experts=[one, good[1]], gates=shown)
     ends("", experts=[one, good[1]], gates={"composites": [2]})
     parts = {"prompt": [{"text": "a"}], "response": [{"text": "b", "expert": "q_and_v"}]}
     (tmp_path / "spans.jsonl").write_text(json.dumps(parts))
@@ -372,13 +373,17 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
         for name in names
     )
 
-    def seconds(*compare: str, **section: int) -> float:
+    def seconds(
+        *compare: str, own: int | None = None, limit: int = 4, lists: bool = False, **section: int
+    ) -> float:
         settings = {
             "compare": compare,
-            "max_new_tokens": 4,
+            "max_new_tokens": limit,
             "conversation": ({"n": 10, **section},),
+            "composite": ({"n": 2},) * lists,
         }
-        text = {"base": "a/b", "experts": experts, "benchmark": settings}
+        limited = tuple(expert | {"max_new_tokens": own} for expert in experts)
+        text = {"base": "a/b", "experts": limited, "benchmark": settings}
         found = estimate(
             Recipe.model_validate(text),
             shape(),
@@ -396,6 +401,9 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
     assert best > 1.5 * fused  # both are tried
     assert seconds(count=40) > 1.5 * fused  # by default there are 20, which have 200 turns
     assert seconds(count=20) == fused
+    for lists in (False, True):  # a task's own limit comes first
+        known = seconds(lists=lists)
+        assert seconds(own=4, limit=64, lists=lists) == known < seconds(own=8, lists=lists)
 
 
 def test_estimates_grow_with_what_they_are_of() -> None:

@@ -41,7 +41,7 @@ def test_an_emptied_section_counts_as_not_there(tmp_path: Path) -> None:
     [(tag, True) for tag in ("v1", "release/2026-11", "1.0_a", "ä")]
     + [
         (tag, False)
-        for tag in ("a b", "-a", "a..b", "a.", "a/", "/a", "a/.b", "a.lock", "a:b", "@{")
+        for tag in ("a b", "-a", "a..b", "a.", "a/", "/a", "a/.b", "a.lock", "a:b", "@{", "main")
     ],
 )
 def test_a_tag_is_a_name_that_git_takes(tag: str, sound: bool, tmp_path: Path) -> None:

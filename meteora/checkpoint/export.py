@@ -65,12 +65,19 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     with new_folder(out):
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (out / "README.md").write_text(_readme(entry, config["base_model_name_or_path"] or ""))
-        # the stack may be wider than this adapter's own file
-        for candidate in _exact_casts(tensors):
-            save_file(candidate, out / WEIGHTS, {"format": "pt"})
-            if file_sha256(out / WEIGHTS) == entry.weights_sha256:
-                return True
-        save_file(tensors, out / WEIGHTS, {"format": "pt"})
+        is_original = _write_weights(out / WEIGHTS, tensors, entry.weights_sha256)
+        shutil.copymode(out / CONFIG, out / WEIGHTS)  # safetensors lets nobody else read it
+    return is_original
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor], original_sha256: str) -> bool:
+    """Write an adapter's tensors, as the original file if one of their exact casts gives it."""
+    # the stack may be wider than this adapter's own file
+    for candidate in _exact_casts(tensors):
+        save_file(candidate, path, {"format": "pt"})
+        if file_sha256(path) == original_sha256:
+            return True
+    save_file(tensors, path, {"format": "pt"})
     return False
 
 

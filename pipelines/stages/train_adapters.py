@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import shutil
 import sys
 import tempfile
 import warnings
@@ -25,12 +26,14 @@ from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
+from meteora.adapters.files import CONFIG
 from meteora.artifacts import COMMIT, MeteoraError
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.base.loading import load_folder, shape_of
 from meteora.base.padding import padded
 from meteora.base.placement import placed
 from meteora.base.sources import PATH
+from meteora.checkpoint.export import WEIGHTS
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
@@ -429,3 +432,4 @@ def save(model: PeftModel, folder: Path, base: str) -> None:
     model.peft_config["default"].base_model_name_or_path = base
     # embeddings are not trained; else PEFT would ask the Hub how many the base has
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it

@@ -29,6 +29,7 @@ def test_an_expert_comes_out_as_the_file_that_went_in(
     out = tmp_path / name
     assert export_expert(world.checkpoint, name, out)
     assert file_sha256(out / WEIGHTS) == file_sha256(world.adapters[name] / WEIGHTS)
+    assert (out / WEIGHTS).stat().st_mode == (out / "README.md").stat().st_mode
     before, after = reader.read(world.adapters[name]).spec, reader.read(out).spec
     assert after.modules == before.modules
     assert after.use_rslora == before.use_rslora

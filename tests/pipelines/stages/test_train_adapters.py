@@ -386,6 +386,7 @@ def test_what_is_saved_is_what_was_trained_in_16_bits(world: World, tmp_path: Pa
     before = {n: p.detach().half() for n, p in model.named_parameters() if p.requires_grad}
     train_adapters.save(model, tmp_path, "owner/name")
     saved = load_file(tmp_path / WEIGHTS)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / "README.md").stat().st_mode
     assert len(saved) == len(before)
     for name, parameter in before.items():
         assert torch.equal(saved[name.replace(".default", "")], parameter)

@@ -90,8 +90,9 @@ class ExpertStack(nn.Module):
         Args:
             a: [R, IN]
             b: [OUT, R]
-            ranks: of each expert, summing to R; zero where it lacks the layer
-            scaling: of each expert
+            ranks: of each expert, summing to R; zero where it lacks the layer. An expert may be
+                several entries, each with a scaling of its own, where `choices` joins them
+            scaling: of each entry
             choices: of the router, in the order of its logits; without it, each expert alone
             mapped: leave A and B where and as they lie, when the module moves too
         """
@@ -106,12 +107,13 @@ class ExpertStack(nn.Module):
             # the columns of B lie one after the other in memory: a rank's is read in one piece
             self.register_buffer("b", b.T.contiguous().T, persistent=False)
         self.widths = [end - start for start, end, _ in self.choices]
+        alone = [choice.end - choice.start for choice in self.choices if choice.factor == 1.0]
         self.sizes = Sizes(
             num_in=a.shape[1],
             num_out=b.shape[0],
             num_choices=len(self.choices),
             num_ranks=len(a),
-            max_rank=max(self.ranks),
+            max_rank=max(alone or self.widths),
             max_width=max(self.widths),
         )
         by_rank = [s for s, r in zip(self.scaling, self.ranks, strict=True) for _ in range(r)]

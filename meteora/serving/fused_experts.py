@@ -25,6 +25,7 @@ from meteora.model.fused import choices_of, make_router, stack_for
 from meteora.routing.gates import give_router, new_decisions, share_first_matmuls
 from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Follower, Gate
+from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
 
@@ -55,7 +56,9 @@ DECODED = 64
 class FusedExperts(nn.Module):
     """The experts of one projection of a server, which is one or several of the model's."""
 
-    def __init__(self, layers: Mapping[Part, RoutedExperts], *, inline: bool) -> None:
+    def __init__(
+        self, layers: Mapping[Part, RoutedExperts | FoldedExperts], *, inline: bool
+    ) -> None:
         """Take the layers in the order of their calls: a gate stands before what follows it.
 
         Args:
@@ -145,10 +148,13 @@ class ServedExperts:
             inline = False
         if not inline:
             self._share(layers)
+            return FusedExperts(layers, inline=False)
         for layer in layers.values():
-            if inline and isinstance(layer.router, Gate):
+            if isinstance(layer.router, Gate):
                 layer.router.decision = None  # nobody reads it, and a graph writes nothing outside
-        return FusedExperts(layers, inline=inline)
+        dtype = weight.dtype
+        folded = {part: FoldedExperts.of(layer, dtype) or layer for part, layer in layers.items()}
+        return FusedExperts(folded, inline=True)
 
     def _layer_of(self, part: Part, weight: Tensor) -> RoutedExperts:
         """The experts of one part, without a router."""
@@ -186,7 +192,7 @@ class ServedExperts:
             B   the same ranks, each zero outside of its own part of the output
 
         None where the experts are so large that other kernels than the dense one are faster, which
-        would read the zeros; and where an expert's scaling differs between the parts.
+        would read the zeros.
         """
         (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
         if not others or self.manifest.router.kind != "gate":
@@ -196,21 +202,20 @@ class ServedExperts:
             return None
         if any(part.path in offsets for part in layers):  # each adds its own
             return None
-        size, scaling = max(part.end for part in layers) - first.start, []
+        size, num_experts = max(part.end for part in layers) - first.start, len(stacks[0].ranks)
         a: list[Tensor] = []
         b: list[Tensor] = []
-        for e in range(len(stacks[0].ranks)):
-            own = {stack.scaling[e] for stack in stacks if stack.ranks[e]}
-            if len(own) > 1:
-                return None
-            scaling.append(own.pop() if own else 0.0)
+        for e in range(num_experts):
             for part, stack in zip(layers, stacks, strict=True):
                 a_own, b_own = stack.pair(e)
                 a.append(a_own)
                 above, below = part.start - first.start, first.start + size - part.end
                 b.append(nn.functional.pad(b_own, (0, 0, above, below)))
-        ranks = [sum(stack.ranks[e] for stack in stacks) for e in range(len(scaling))]
-        choices = choices_of(ranks, self.manifest.router)
+        # an expert may have a scaling of its own in each part
+        ranks = [stack.ranks[e] for e in range(num_experts) for stack in stacks]
+        scaling = [stack.scaling[e] for e in range(num_experts) for stack in stacks]
+        together = [sum(stack.ranks[e] for stack in stacks) for e in range(num_experts)]
+        choices = choices_of(together, self.manifest.router)
         stack = ExpertStack(torch.cat(a), torch.cat(b, dim=1), ranks, scaling, choices)
         layer = RoutedExperts(stack)
         whole = Part(first.path, first.start, first.start + size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from meteora.checkpoint.manifest import GATES, read_manifest
 from meteora.checkpoint.tensors import write_gates
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
 from meteora.serving import fused_experts
+from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import Requests
@@ -33,6 +35,16 @@ ROUTERS = {
 }
 
 
+def unequal(manifest):
+    """The same experts, whose scaling differs between modules of one input."""
+    doubled = {
+        path: replace(entry, scaling=tuple(2 * scaling for scaling in entry.scaling))
+        for path, entry in manifest.modules.items()
+        if path.endswith(("v_proj", "up_proj"))
+    }
+    return replace(manifest, modules=manifest.modules | doubled)
+
+
 def groups(manifest, served):
     """The parts with experts of each joined projection, and its size; in the order of calls."""
     for layer in range(2):
@@ -49,12 +61,13 @@ def groups(manifest, served):
 def test_joined_projections_give_what_the_routed_layers_give(
     world, tmp_path, monkeypatch, router, kernel
 ):
-    """Ragged ranks, modules that some or all experts lack; in one stack, or each in its own."""
+    """Ragged ranks and scalings, modules that experts lack; in one stack, or each in its own."""
     if kernel is not None:
         monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
     options, out = ROUTERS[router], tmp_path / "made"
     template = TEMPLATE if options.by_turns else Template()
-    folder = with_router(world.checkpoint, world.manifest, world.base, options, out, template)
+    given = unequal(world.manifest)
+    folder = with_router(world.checkpoint, given, world.base, options, out, template)
     model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
     served, manifest = ServedExperts(folder), read_manifest(folder)
     if served.manifest.router.by_turns:
@@ -91,13 +104,18 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     world, tmp_path, monkeypatch
 ):
     options = ROUTERS["one decision a point, mean"]
-    folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
+    manifest = unequal(world.manifest)
+    folder = with_router(world.checkpoint, manifest, world.base, options, tmp_path / "made")
     parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
     small = ServedExperts(folder).build(parts, torch.empty(64, 32))
     assert small.inline
     (layer,) = small.layers
-    assert isinstance(layer, RoutedExperts)
-    assert layer.stack.ranks == [12, 9, 16, 2]  # of q, k and v together
+    assert isinstance(layer, FoldedExperts)
+    (half,) = ServedExperts(folder).build(parts, torch.empty(64, 32, dtype=torch.bfloat16)).layers
+    assert isinstance(half, RoutedExperts)  # a gate stays in 32 bits
+    assert half.stack.widths[:4] == [12, 9, 16, 2]  # of q, k and v together
+    assert half.stack.sizes.max_rank == 16
+    assert len(layer.first) == 12 + 9 + 16 + 2 + half.num_choices
     monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
     large = ServedExperts(folder).build(parts, torch.empty(64, 32))
     assert not large.inline
@@ -106,19 +124,24 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     assert len(shares) == 3
 
 
-def test_modules_of_one_point_that_have_offsets_are_stacks_of_their_own(world, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "sizes", "kind"),
+    [
+        (["q_proj", "k_proj", "v_proj"], [32, 16, 16], RoutedExperts),
+        (["o_proj"], [32], FoldedExperts),
+    ],
+)
+def test_modules_that_have_offsets_are_stacks_of_their_own(world, tmp_path, names, sizes, kind):
     options = ROUTERS["one decision a point, mean"]
     folder = with_router(world.checkpoint, world.manifest, world.base, options, tmp_path / "made")
-    manifest = read_manifest(folder)
-    gates = random_gates(manifest, Template(), ["q_proj", "v_proj"])
+    gates = random_gates(read_manifest(folder), Template(), ["q_proj", "v_proj", "o_proj"])
     write_gates(folder / GATES, gates)
-    parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
-    experts = ServedExperts(folder).build(parts, torch.empty(64, 32))
-    assert len(experts.layers) == 3
-    x, y = torch.randn(5, 32), torch.zeros(5, 64)
+    parts = list(parts_of("model.layers.1.self_attn", names, sizes))
+    experts = ServedExperts(folder).build(parts, torch.empty(sum(sizes), 32))
+    assert [type(layer) for layer in experts.layers] == [kind] * len(names)
+    x, y = torch.randn(5, 32), torch.zeros(5, sum(sizes))
     experts.add(x, y)
-    model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
-    layers = routed_layers(model)
+    layers = routed_layers(meteora.load(folder, base_folder=world.base, dtype="float32")[0])
     with torch.inference_mode():
         for part in parts:
             layer = layers[part.path]

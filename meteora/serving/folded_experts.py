@@ -1,0 +1,76 @@
+"""Experts, their gate and their offsets as two matmuls, where each token gets one choice.
+
+    [A; G] x                     the ranks of all experts, and the logits of all choices
+    e = argmax(G x + c)          the choice of each token
+    y += [B, O] [s_e · A x; e]   s_e: the scaling of e's ranks; O: the offsets, of which e takes one
+
+A server that decodes a few requests spends more on the calls of small matmuls than on their
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import nn
+
+from meteora.routing.routers import Gate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from meteora.routing.layer import RoutedExperts
+
+
+class FoldedExperts(nn.Module):
+    """What `RoutedExperts.add` does, for one choice a token."""
+
+    first: Tensor
+    """[R + C, IN] A, and below it G"""
+    second: Tensor
+    """[R + C, OUT] B transposed, and below it O; or B alone, [R, OUT]"""
+    bias: Tensor
+    """[C] c"""
+    scaling: Tensor
+    """[C, R + C] of the ranks; zero for the logits. Without offsets [C, R]"""
+    chosen: Tensor | None
+    """[C, R + C] 1 at the choice itself; None without offsets"""
+
+    def __init__(self, stack: RoutedExperts, gate: Gate) -> None:
+        super().__init__()
+        experts, offsets = stack.stack, gate.offsets
+        scaling, second, chosen = experts.choice_scaling(), experts.b.T, None
+        if offsets is not None:
+            ones = torch.eye(len(offsets), device=offsets.device)
+            scaling = nn.functional.pad(scaling, (0, len(ones)))
+            chosen = nn.functional.pad(ones, (experts.sizes.num_ranks, 0))
+            second = torch.cat([second, offsets])
+        self.register_buffer("first", torch.cat([experts.a, gate.weight.data]), persistent=False)
+        self.register_buffer("second", second.contiguous(), persistent=False)
+        self.register_buffer("bias", gate.bias.data, persistent=False)
+        self.register_buffer("scaling", scaling, persistent=False)
+        self.register_buffer("chosen", chosen, persistent=False)
+
+    @classmethod
+    def of(cls, layer: RoutedExperts, dtype: torch.dtype) -> Self | None:
+        """The same experts, if their gate makes one choice a token, and all has one `dtype`."""
+        gate = layer.router
+        if type(gate) is not Gate or gate.options.top_k > 1:
+            return None
+        if gate.by_question is not None or gate.stand_in is not None:
+            return None
+        tensors = [layer.stack.a, layer.stack.b, gate.weight, gate.bias]
+        tensors += [] if gate.offsets is None else [gate.offsets]
+        return cls(layer, gate) if {one.dtype for one in tensors} == {dtype} else None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add what the gate's choices give to y [T, OUT] in place, from x [T, IN]."""
+        both = x @ self.first.T
+        num_ranks = both.shape[-1] - len(self.bias)
+        choice = (both[:, num_ranks:] + self.bias).argmax(-1)
+        factors = self.scaling[choice]
+        shrunk = both[:, : factors.shape[-1]] * factors
+        if self.chosen is not None:
+            shrunk = shrunk + self.chosen[choice]
+        y.addmm_(shrunk, self.second)

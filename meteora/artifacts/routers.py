@@ -147,6 +147,9 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in the gate loss of `joint`."""
     refined: bool = False
     """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
+    crossed: bool = False
+    """Whether the fit routed each half of the sequences by gates of the other half, and left out
+    the digits of answers' numbers, as `calibrate` does today where there are `composites`."""
     offsets: bool = False
     """Whether experts have offsets that make up for an opening by all of them, as `calibrate` gives
     them today."""

@@ -5,6 +5,12 @@ where modules share an input (q, k, v; o; gate, up; down) it fits the gate to th
 layers below produce it with their new gates*, then goes on with this gate in place. A fit of all
 layers at once, on inputs that are routed by the labels, does not see that wrong choices below
 change the inputs above.
+
+Gates know the sequences that they were fitted to, and choose rightly there even where nothing is to
+be known yet, such as at the number of a list. The gates above would then learn to follow what was
+chosen below, which is of no use in new prompts. So a sweep may be `crossed`: it routes each half of
+the sequences by gates that were fitted to the other half, as stacked generalization does (Wolpert
+1992). The gates that remain are fitted to all sequences, on these inputs.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
 from meteora.fitting.logistic import ONE_ROUND, Tokens, refine
 from meteora.fitting.sequences import (
+    HELDOUT_SHARE,
     MAX_ROWS,
     UNLABELLED,
     Batch,
@@ -33,6 +40,7 @@ from meteora.fitting.sequences import (
     TrainingError,
     batched,
     hold_out,
+    in_halves,
     renumbered,
     sampled,
     token_weights,
@@ -50,6 +58,7 @@ from meteora.routing.gates import (
     watch_prompts,
 )
 from meteora.routing.layer import routed_layers
+from meteora.routing.routers import Gate
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
@@ -62,6 +71,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions
     from meteora.base.chat_template import Template
     from meteora.routing.layer import MoELoRALinear
+    from meteora.routing.routers import Router
 
 MAX_TOKEN_BYTES = 1 << 30
 """Tokens of a point are kept in memory up to this size; of more, only a sample is."""
@@ -84,6 +94,47 @@ class Calibration:
     wall_seconds: float
 
 
+_Tensors = tuple[torch.Tensor, torch.Tensor]
+"""G [E, IN] and c [E] of a gate."""
+
+
+class _Halves:
+    """Routes each half of the sequences by gates that were fitted to the other half."""
+
+    def __init__(self, batches: Sequence[Batch] = ()) -> None:
+        """Take batches of one half each, as `in_halves` makes them; without any, do nothing."""
+        self.crosses = bool(batches)
+        self._is_held = [bool(batch.heldout.any()) for batch in batches]
+        self.gates: tuple[_Tensors, ...] = ()
+        """Of the point that was fitted last: of the sequences to fit, and of those held out."""
+        self._placed: list[tuple[Gate, _Tensors, tuple[_Tensors, ...]]] = []
+        """The gates of the present layer, what they end up with, and those of the halves."""
+
+    def place(self, router: Router | None) -> None:
+        """Have a gate of the point that was fitted last take part."""
+        if self.crosses and isinstance(router, Gate):
+            self._placed.append((router, (router.weight.data, router.bias.data), self.gates))
+
+    def before_batch(self, batch: int) -> None:
+        """Put the gates in place that do not know this batch."""
+        for gate, _, of_halves in self._placed:
+            _put(gate, of_halves[not self._is_held[batch]])
+
+    def end_layer(self) -> None:
+        """Put the gates in place that were fitted to all sequences."""
+        for gate, own, _ in self._placed:
+            _put(gate, own)
+        self._placed.clear()
+
+
+def _put(gate: Gate, tensors: _Tensors) -> None:
+    for parameter, tensor in zip((gate.weight, gate.bias), tensors, strict=True):
+        parameter.data = tensor.to(parameter.device)
+
+
+_WHOLE = _Halves()
+
+
 def calibrate(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -91,6 +142,7 @@ def calibrate(
     *,
     template: Template | None = None,
     refined: bool = True,
+    crossed: bool = False,
     offsets: bool = True,
     seed: int = 0,
     scratch: Path | None = None,
@@ -107,6 +159,8 @@ def calibrate(
             without it every expert needs sequences
         template: the chat template's opening, if the whole prompt decides for these tokens
         refined: whether the closed form is where logistic regression starts, or is the gate
+        crossed: whether each half of the sequences is routed by gates of the other half during the
+            sweep; with `refined`, and where each expert has tokens in both
         offsets: whether each expert gets those that make up for an opening by all experts, where
             the router has such openings
         seed: chooses the held-out sequences
@@ -134,8 +188,8 @@ def calibrate(
         pairs = [(s.input_ids, s.experts) for s in sequences]
         added = find_offsets(model, pairs, every.index(SHARED))
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
-    heldout = hold_out(sequences, names, seed)
-    batches = sampled(list(batched(sequences, heldout, input_device(model))), len(names))
+    device = input_device(model)
+    batches, halves = _divided(sequences, names, seed, device, crossed=crossed)
     weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
@@ -145,35 +199,35 @@ def calibrate(
         nonlocal tokens_of_others
         path = paths[0]
         scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
-        tokens, held = every_token.between(0, num_fit), every_token.between(num_fit)
+        held = every_token.between(num_fit)
         shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
         both = scatter[0] + scatter[1]
         statistics[path] = PointStatistics.of(both, shrinkage)
-        weight, bias = gate_from(scatter[0] if refined else both, shrinkage)
         if refined:
-            weight, bias = refine(weight, bias, tokens, statistics[path])
-            accuracy = held.accuracy(weight, bias)
-            weight, bias = refine(weight, bias, every_token, statistics[path], ONE_ROUND)
+            parts = every_token.between(0, num_fit), held, every_token
+            (weight, bias), accuracy = _refined(scatter, parts, statistics[path], shrinkage, halves)
+        else:
+            weight, bias = gate_from(both, shrinkage)
         accuracy_of[path] = accuracy
         if names[-1] == NULL:
-            bias[-1] += lead_of_last(held.x @ weight.T + bias, held.labels)
+            lead = lead_of_last(held.x @ weight.T + bias, held.labels)
+            for own in (bias, *(of_half for _, of_half in halves.gates)):
+                own[-1] += lead
         if not without:
             return weight, bias
         tokens_of_others = held.x
-        rows = torch.tensor(fitted, device=weight.device)
-        return (
-            weight.new_zeros(len(every), weight.shape[1]).index_copy(0, rows, weight),
-            bias.new_zeros(len(every)).index_copy(0, rows, bias),
-        )
+        halves.gates = tuple(_spread(*gate, fitted, len(every)) for gate in halves.gates)
+        return _spread(weight, bias, fitted, len(every))
 
     def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
         give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, tokens_of_others))
 
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
-        share = options.share if options.share == "turn" else "module"
-        options, folder = replace(options, share=share), None
-    asked = [asdict(options), refined, offsets, seed, template and asdict(template)]
-    once = _Once(fit, accuracy_of, statistics, folder, _asked_sha256(model, sequences, asked))
+        own = options.share if options.share == "turn" else "module"
+        options, folder = replace(options, share=own), None
+    asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
+    sha256 = _asked_sha256(model, sequences, asked)
+    once = _Once(fit, accuracy_of, statistics, folder, sha256, halves)
     sweep_gates(
         model,
         batches,
@@ -182,6 +236,7 @@ def calibrate(
         once,
         give=give if without else give_gate,
         offsets=added,
+        halves=halves,
         scratch=scratch,
         progress=progress,
     )
@@ -194,6 +249,59 @@ def calibrate(
     )
 
 
+def _divided(
+    sequences: Sequence[LabelledSequence],
+    names: Sequence[str],
+    seed: int,
+    device: torch.device,
+    *,
+    crossed: bool,
+) -> tuple[list[Batch], _Halves]:
+    """The batches of a sweep, with held-out sequences, and what routes their halves."""
+    share = 0.5 if crossed else HELDOUT_SHARE
+    heldout = hold_out(sequences, names, seed, share)
+    if not crossed or len({e for i in heldout for e in sequences[i].owners}) < len(names):
+        return sampled(list(batched(sequences, heldout, device)), len(names), share), _WHOLE
+    batches = sampled(list(in_halves(sequences, heldout, device)), len(names), share)
+    return batches, _Halves(batches)
+
+
+def _spread(
+    weight: Tensor, bias: Tensor, places: Sequence[int], num_choices: int
+) -> tuple[Tensor, Tensor]:
+    """G and c with rows at these places alone, and zeros at the other choices."""
+    rows = torch.tensor(places, device=weight.device)
+    return (
+        weight.new_zeros(num_choices, weight.shape[1]).index_copy(0, rows, weight),
+        bias.new_zeros(num_choices).index_copy(0, rows, bias),
+    )
+
+
+def _refined(
+    scatter: Sequence[Sums],
+    parts: tuple[Tokens, Tokens, Tokens],
+    point: PointStatistics,
+    shrinkage: float,
+    halves: _Halves,
+) -> tuple[_Tensors, float]:
+    """The gate by logistic regression, and its accuracy before it saw the held-out tokens.
+
+    Args:
+        scatter: sums over the tokens to fit, and over those held out
+        parts: the tokens to fit, those held out, and all
+        halves: is given the gates of both
+    """
+    tokens, held, every = parts
+    gate = refine(*gate_from(scatter[0], shrinkage), tokens, point)
+    accuracy = held.accuracy(*gate)
+    if halves.crosses:
+        other = refine(*gate_from(scatter[1], shrinkage), held, point)
+        halves.gates = gate, other
+        accuracy = (accuracy + tokens.accuracy(*other)) / 2
+        gate = (gate[0] + other[0]) / 2, (gate[1] + other[1]) / 2
+    return refine(*gate, every, point, ONE_ROUND), accuracy
+
+
 @dataclass
 class _Once:
     """Fits a point, unless a stopped sweep of the same sequences has left its gate in `folder`."""
@@ -203,6 +311,7 @@ class _Once:
     statistics: dict[str, PointStatistics]
     folder: Path | None
     asked_sha256: str
+    halves: _Halves
     seconds_before: float = 0.0
     """How long the fits took that are not repeated."""
 
@@ -215,9 +324,11 @@ class _Once:
         if point is None:
             gate = self.fit(paths, inputs)
             spent = time.perf_counter() - began
-            point = FittedPoint(*gate, self.statistics[path], self.accuracy_of[path], spent)
+            found = self.statistics[path], self.accuracy_of[path]
+            point = FittedPoint(*gate, *found, spent, self.halves.gates)
             point.write(self.folder, path, self.asked_sha256)
             return gate
+        self.halves.gates = point.halves
         self.seconds_before += point.wall_seconds
         self.statistics[path], self.accuracy_of[path] = point.statistics, point.accuracy
         return point.weight, point.bias
@@ -248,6 +359,7 @@ def sweep_gates(
     *,
     give: Callable[..., None] = give_gate,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
+    halves: _Halves = _WHOLE,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
@@ -259,12 +371,14 @@ def sweep_gates(
             of the gate before them
         give: puts G and c into a layer, as `give_gate` does
         offsets: by module path, as `find_offsets` returns them
+        halves: routes each half of the sequences by the other half's gates until a layer is done
     """
     layers = routed_layers(model)
     with swept(model):
         watcher = watch_prompts(model, template, options)
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, watcher, scratch=scratch)
+        sweep.before_batch = halves.before_batch
         sharing = Sharing(options.share, len(sweep.layers))
 
         def fit_layer(index: int) -> None:
@@ -284,6 +398,7 @@ def sweep_gates(
                             sweep.follow(decided)
                         for layer in leaders:
                             give(layer, weight.clone(), bias.clone(), options, watcher, decided)
+                            halves.place(layer.router)
                         point = point[len(leaders) :]
                 for layer in point:
                     give_follower(layer, decided, options)
@@ -294,6 +409,7 @@ def sweep_gates(
             with sweep.held(index):
                 fit_layer(index)
                 sweep.advance(index)
+            halves.end_layer()
             progress(index + 1, len(sweep.layers))
 
 

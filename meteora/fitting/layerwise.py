@@ -79,6 +79,8 @@ class Sweep:
         """
         self.model = model
         self._batches, self._watcher = batches, watcher
+        self.before_batch: Callable[[int], None] = lambda _batch: None
+        """Called with the number of a batch before a layer runs on it."""
         self._scratch: Path | None = None
         prefix, self._routed = _by_layer(model)
         """The routed modules of each layer, by path."""
@@ -174,6 +176,7 @@ class Sweep:
         if batch not in self._calls:  # masks would not fit in memory either
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
+        self.before_batch(batch)
         if self._watcher is not None:
             ids, mask = self._batches[batch]
             self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))

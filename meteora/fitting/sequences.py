@@ -90,8 +90,13 @@ class Batch:
         return self.labels * 2 + self.openings
 
 
-def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: int) -> set[int]:
-    """Choose the held-out sequences: `HELDOUT_SHARE` of each expert's, as indices.
+def hold_out(
+    sequences: Sequence[LabelledSequence],
+    names: Sequence[str],
+    seed: int,
+    share: float = HELDOUT_SHARE,
+) -> set[int]:
+    """Choose the held-out sequences: this share of each expert's, as indices.
 
     A sequence of several experts counts for each of them. Each expert keeps at least one sequence
     to be fitted on; so one that shares its few with others may have none that is held out.
@@ -107,7 +112,7 @@ def hold_out(sequences: Sequence[LabelledSequence], names: Sequence[str], seed: 
     heldout: set[int] = set()
     for e, indices in enumerate(own):
         random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (a deal, no secret)
-        wanted = max(1, round(len(indices) * HELDOUT_SHARE))
+        wanted = max(1, round(len(indices) * share))
         for i in indices:
             if len(indices) - left[e] >= wanted:
                 break
@@ -172,22 +177,35 @@ def batched(
         start = stop
 
 
-def sampled(batches: Sequence[Batch], num_experts: int) -> list[Batch]:
+def in_halves(
+    sequences: Sequence[LabelledSequence], heldout: set[int], device: torch.device
+) -> Iterator[Batch]:
+    """As `batched`, but no batch has both held-out sequences and others."""
+    for held in (False, True):
+        half = [one for i, one in enumerate(sequences) if (i in heldout) == held]
+        yield from batched(half, set(range(len(half))) if held else set(), device)
+
+
+def sampled(
+    batches: Sequence[Batch], num_experts: int, share: float = HELDOUT_SHARE
+) -> list[Batch]:
     """Choose the tokens that estimate the covariance at points with more than `MAX_ROWS` inputs.
 
     They are the same tokens at every point. Tokens that open answers are few and count much, so
     they are sampled separately.
+
+    Args:
+        share: of the sequences that are held out
     """
     kinds = torch.cat([b.kinds.flatten() for b in batches])
     held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
     stands_for = torch.zeros(len(kinds), device=kinds.device)
-    for side, share in ((~held, 1 - HELDOUT_SHARE), (held, HELDOUT_SHARE)):
+    for side, part in ((~held, 1 - share), (held, share)):
         own = side & (kinds >= 0)
-        stands_for[own] = sample(kinds[own], 2 * num_experts, round(MAX_ROWS * share))
+        stands_for[own] = sample(kinds[own], 2 * num_experts, round(MAX_ROWS * part))
     split = stands_for.split([b.labels.numel() for b in batches])
     return [
-        replace(b, stands_for=part.view_as(b.labels))
-        for b, part in zip(batches, split, strict=True)
+        replace(b, stands_for=own.view_as(b.labels)) for b, own in zip(batches, split, strict=True)
     ]
 
 

@@ -138,6 +138,8 @@ class FittedPoint:
     """Share of held-out tokens that go to their own expert."""
     wall_seconds: float
     """The time that the fit took."""
+    halves: tuple[tuple[Tensor, Tensor], ...] = ()
+    """G and c of each half of the sequences, where these are routed by each other's gates."""
 
     def write(self, folder: Path, path: str, asked_sha256: str) -> None:
         """Write the point into a folder.
@@ -147,6 +149,8 @@ class FittedPoint:
             asked_sha256: identifies everything that the sweep depends on
         """
         tensors = {"weight": self.weight, "bias": self.bias} | vars(self.statistics)
+        for half, (weight, bias) in enumerate(self.halves):
+            tensors |= {f"{half}.weight": weight, f"{half}.bias": bias}
         numbers = {"accuracy": self.accuracy, "wall_seconds": self.wall_seconds}
         about = {name: repr(number) for name, number in numbers.items()}
         _write(_point_file(folder, path), tensors, about | {"asked_sha256": asked_sha256})
@@ -163,8 +167,13 @@ class FittedPoint:
             if about["asked_sha256"] != asked_sha256:
                 return None
             weight, bias = tensors.pop("weight"), tensors.pop("bias")
+            halves = tuple(
+                (tensors.pop(f"{half}.weight"), tensors.pop(f"{half}.bias"))
+                for half in (0, 1)
+                if f"{half}.weight" in tensors
+            )
             accuracy, wall_seconds = float(about["accuracy"]), float(about["wall_seconds"])
-            return cls(weight, bias, PointStatistics(**tensors), accuracy, wall_seconds)
+            return cls(weight, bias, PointStatistics(**tensors), accuracy, wall_seconds, halves)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             return None
 

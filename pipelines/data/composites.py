@@ -270,10 +270,22 @@ def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) ->
 
     At these tokens the model has seen the answer before, but nothing of the answer that begins.
     """
+    return _in_front_of_answers(tokenizer, composite, "{}. ")
+
+
+def answer_digits(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
+    """Those of `answer_openings` that are digits: more may follow, so no question is named yet."""
+    return _in_front_of_answers(tokenizer, composite, "{}")
+
+
+def _in_front_of_answers(
+    tokenizer: PreTrainedTokenizerBase, composite: Composite, what: str
+) -> tuple[int, ...]:
+    """Indices of the tokens that lie inside of `what`, with each answer's number in it."""
     shift = len(encode_prompt(tokenizer, composite.prompt))
     encoded = tokenizer(composite.response, add_special_tokens=False, return_offsets_mapping=True)
     numbers = [
-        range(span.start, span.start + len(f"{number}. "))
+        range(span.start, span.start + len(what.format(number)))
         for number, span in enumerate(composite.response_spans, 1)
     ]
     return tuple(

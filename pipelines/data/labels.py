@@ -10,6 +10,7 @@ from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.composites import (
+    answer_digits,
     answer_openings,
     compose,
     encode_composite,
@@ -81,6 +82,7 @@ def label_composites(
     kinds: Sequence[tuple[int, int]],
     seed: int,
     nobody: int = UNLABELLED,
+    digits: bool = True,
 ) -> list[LabelledSequence]:
     """Examples of several experts in one prompt; each token has the expert of its question.
 
@@ -88,6 +90,8 @@ def label_composites(
         examples: by expert; experts whose answers do not fit into composites are left out
         names: of all experts in order
         kinds: of prompts: how many questions, and how many solved prompts before them
+        digits: whether the digits of an answer's number have its expert, too; without, the fit
+            leaves them out
 
     Raises:
         ExamplesError: as `mixable` and `compose`.
@@ -95,7 +99,7 @@ def label_composites(
     fit = mixable({name: examples.get(name, ()) for name in names}) if kinds else {}
     places = {name: e for e, name in enumerate(names)}
     return [
-        _labelled(composite, places, tokenizer, nobody)
+        _labelled(composite, places, tokenizer, nobody, digits=digits)
         for n, solved in kinds
         for composite in compose(
             fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed, solved
@@ -159,10 +163,17 @@ def _labelled(
     places: Mapping[str, int],
     tokenizer: PreTrainedTokenizerBase,
     nobody: int,
+    *,
+    digits: bool = True,
 ) -> LabelledSequence:
     ids, tasks = encode_composite(tokenizer, composite)
+    labels = _labels(tasks, places, nobody)
     openings = answer_openings(tokenizer, composite)
-    return LabelledSequence(tuple(ids), _labels(tasks, places, nobody), openings)
+    if not digits:
+        left_out = {*answer_digits(tokenizer, composite)}
+        labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
+        openings = tuple(i for i in openings if i not in left_out)
+    return LabelledSequence(tuple(ids), labels, openings)
 
 
 def _labels(

@@ -334,6 +334,7 @@ def _router(
         opening_share=opening_share,
         openings_apart=bool(gates.composites),
         refined=calibrated,
+        crossed=calibrated and bool(gates.composites),
         offsets=calibrated and options.opening == "shared",
         loss_opening_share=0.0 if calibrated else opening_share,
         pool_id=pool_id,

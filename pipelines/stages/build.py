@@ -276,7 +276,13 @@ def _labelled(
     talks = label_spans(_conversations(plan, tokenizer), names, tokenizer, nobody)
     sequences = talks or label(plan.examples, names, tokenizer, nobody)
     sequences += label_composites(
-        plan.examples, names, tokenizer, kinds=router.mixed_prompts, seed=router.seed, nobody=nobody
+        plan.examples,
+        names,
+        tokenizer,
+        kinds=router.mixed_prompts,
+        seed=router.seed,
+        nobody=nobody,
+        digits=not router.crossed,
     )
     sequences += label_spans(plan.spans, names, tokenizer, nobody)
     if router.null:
@@ -335,6 +341,7 @@ def _calibrate(
             router.options,
             template=template,
             refined=router.refined,
+            crossed=router.crossed,
             offsets=router.offsets,
             seed=router.seed,
             scratch=scratch,

@@ -82,7 +82,7 @@ LONGEST = 200
 """Characters of a foreign question."""
 NUM_TEST = 240
 RECIPE = {
-    "gates": {"examples_per_expert": NUM_TRAIN, "composites": [3, 10]},
+    "gates": {"examples_per_expert": NUM_TRAIN, "composites": [3, 5, 10]},
     "benchmark": {
         "limit": NUM_TEST,  # composites are made of these rows: so many that none comes twice
         "max_new_tokens": 32,

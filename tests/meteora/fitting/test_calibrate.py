@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from meteora.artifacts import RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
@@ -130,23 +131,24 @@ def same_gates(some, others):
     )
 
 
-def test_a_stopped_sweep_goes_on_and_ends_in_the_same_gates(model, tmp_path):
+@pytest.mark.parametrize("crossed", [False, True])
+def test_a_stopped_sweep_goes_on_and_ends_in_the_same_gates(model, tmp_path, crossed):
     class StoppedError(BaseException):
         pass
 
     def stop(_done, _total):
         raise StoppedError
 
-    whole = calibrate(model, examples(4))
+    whole = calibrate(model, examples(4), crossed=crossed)
     expected = gates_of(model)
     with pytest.raises(StoppedError):
-        calibrate(model, examples(4), folder=tmp_path, progress=stop)
+        calibrate(model, examples(4), crossed=crossed, folder=tmp_path, progress=stop)
     kept = sorted(tmp_path.iterdir())
     assert kept[0].name == "model.layers.0.mlp.down_proj.safetensors"
     assert len(kept) == len(whole.statistics) // LAYERS
     before = {path: path.stat().st_ino for path in kept}
 
-    found = calibrate(model, examples(4), folder=tmp_path)
+    found = calibrate(model, examples(4), crossed=crossed, folder=tmp_path)
     assert {path: path.stat().st_ino for path in kept} == before  # they are not fitted again
     assert len(list(tmp_path.iterdir())) == len(whole.statistics)
     assert found.accuracy_of == whole.accuracy_of
@@ -285,6 +287,52 @@ def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):
         for layer in range(2)
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     ]
+
+
+@torch.no_grad()
+def test_a_crossed_sweep_routes_each_half_by_gates_of_the_other(model, tmp_path):
+    """The means of what reaches a module are those that the other half's gates below give."""
+    path, dice = "model.layers.1.self_attn.o_proj", random.Random(0)
+    sequences = [  # nobody knows more of them than what was seen
+        LabelledSequence(tuple(dice.choices(range(3, 60), k=5)), (e,) * 5)
+        for e in range(4)
+        for _ in range(6)
+    ]
+    found = calibrate(model, sequences, crossed=True, folder=tmp_path).statistics[path]
+    gates, heldout = gates_of(model), dealing.hold_out(sequences, NAMES, 0, 0.5)
+    seen, labels = [], []
+    for half in (0, 1):
+        kept = {p: load_file(tmp_path / f"{p}.safetensors") for p in gates.own}
+        others = {
+            p: (own[f"{1 - half}.weight"], own[f"{1 - half}.bias"]) for p, own in kept.items()
+        }
+        assert not same_gates(gates, replace(gates, own=others))
+        insert_gates(model, replace(gates, own=others), POINT_GATES)
+        hook = routed_layers(model)[path].register_forward_pre_hook(
+            lambda _, args: seen.append(args[0][0])
+        )
+        for i, sequence in enumerate(sequences):
+            if (i in heldout) == bool(half):
+                model(torch.tensor([sequence.input_ids]))
+                labels += sequence.experts
+        hook.remove()
+    x, owners = torch.cat(seen), torch.tensor(labels)
+    means = torch.stack([x[owners == e].mean(0) for e in range(4)])
+    torch.testing.assert_close(found.means.float() + found.shift, means, atol=1e-5, rtol=1e-4)
+
+
+def test_a_crossed_sweep_ends_with_gates_of_all_sequences(model, monkeypatch):
+    calibrate(model, examples(8), crossed=True)
+    assert routing_accuracy(model, examples(4, seed=1)) > 0.9
+    calibrate(model, examples(4))
+    expected = gates_of(model)
+    own = dealing.hold_out([*examples(4)], NAMES, 0)
+    monkeypatch.setattr(train, "hold_out", lambda *_: own - set(range(4)))
+    calibrate(model, examples(4), crossed=True)  # one half has nothing of an expert
+    found = gates_of(model)
+    calibrate(model, examples(4))
+    assert same_gates(found, gates_of(model))
+    assert not same_gates(found, expected)
 
 
 @torch.no_grad()
@@ -462,6 +510,17 @@ def test_batches_are_padded_little_and_hold_every_sequence_once(monkeypatch):
     assert sorted(lengths) == sorted(len(sequence.input_ids) for sequence in sequences)
     for batch in batches:
         assert (batch.labels[batch.attention_mask == 0] == UNLABELLED).all()
+
+
+def test_no_batch_of_halves_is_of_both(monkeypatch):
+    monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)
+    sequences, heldout = examples(6), {0, 3, 5, 8, 13}
+    batches = [*dealing.in_halves(sequences, heldout, torch.device("cpu"))]
+    assert all(batch.heldout.float().mean().item() in {0, 1} for batch in batches)
+    rows = [tuple(i for i in row.tolist() if i) for b in batches for row in b.input_ids]
+    assert sorted(rows) == sorted(sequence.input_ids for sequence in sequences)
+    held = [tuple(i for i in r.tolist() if i) for b in batches if b.heldout[0] for r in b.input_ids]
+    assert sorted(held) == sorted(sequences[i].input_ids for i in heldout)
 
 
 def test_a_sample_of_the_tokens_is_kept_where_there_are_many(model, monkeypatch):

@@ -47,6 +47,27 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
 
 
+def test_the_digits_of_an_answers_number_may_belong_to_nobody(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    names, kinds = ["red", "blue"], [(12, 0)]
+    whole, rest = (
+        label_composites(EXAMPLES, names, tokenizer, kinds=kinds, seed=0, digits=digits)
+        for digits in (True, False)
+    )
+    for before, after in zip(whole, rest, strict=True):
+        assert before.input_ids == after.input_ids
+        changed = [
+            i
+            for i, (old, new) in enumerate(zip(before.experts, after.experts, strict=True))
+            if old != new
+        ]
+        assert {after.experts[i] for i in changed} == {UNLABELLED}
+        numbers = str(tokenizer.decode([before.input_ids[i] for i in changed]))
+        assert "".join(numbers.split()) == "".join(map(str, range(1, 13)))
+        assert {*before.openings} == {*after.openings, *changed}
+
+
 def test_what_a_composite_shows_solved_belongs_to_its_experts_too(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     assert summary.routing.accuracy > 0.9
     assert planned.router.loss_opening_share == OPENING_SHARE
     assert planned.router.openings_apart
+    assert not planned.router.crossed  # it has no sweep to cross
     manifest = read_manifest(work.checkpoint_folder(planned.router.id))
     assert manifest.gates["composites"] == [2]
     card = (work.checkpoint_folder(planned.router.id) / CARD).read_text()

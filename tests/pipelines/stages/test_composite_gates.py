@@ -1,0 +1,48 @@
+"""Gates for composites: each half of the sequences is routed by gates of the other half."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from meteora.fitting import calibrate
+from meteora.fitting.sequences import UNLABELLED
+from pipelines.stages import build
+from tests.pipelines.conftest import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from pipelines.workspace.context import RunContext
+
+QUICK = {"limit": 2, "compare": [], "max_new_tokens": 1}
+
+
+def test_gates_for_composites_are_fitted_in_halves(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, bool]] = []
+    fit = calibrate.calibrate
+
+    def watched(model: Any, sequences: Any, *args: Any, **settings: Any) -> calibrate.Calibration:
+        asked.append((sequences, settings["crossed"]))
+        return fit(model, sequences, *args, **settings)
+
+    monkeypatch.setattr(calibrate, "calibrate", watched)
+    planned = []
+    for gates in ({}, {"composites": [2]}):
+        work = workplace(benchmark=QUICK, gates=gates)
+        plan, built = plan_of(work)
+        build.fit_gates(work, plan, built, build.stack(work, plan))
+        planned.append(plan.router)
+    assert [router.crossed for router in planned] == [crossed for _, crossed in asked]
+    assert [router.crossed for router in planned] == [False, True]
+    (plain, _), (mixed, _) = asked
+    assert not any(sequence.openings for sequence in plain)
+    opened = [sequence for sequence in mixed if sequence.openings]
+    assert opened
+    for sequence in opened:
+        for place in sequence.openings:  # behind a digit that belongs to nobody
+            assert sequence.experts[place] != UNLABELLED
+        assert sequence.experts[sequence.openings[0] - 1] == UNLABELLED

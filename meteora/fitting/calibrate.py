@@ -85,7 +85,7 @@ class Calibration:
     """Labelled tokens that the gates were fitted on."""
     heldout_accuracy: float
     """Share of held-out tokens that go to their own expert, weighted as in the fit
-    (`token_weights`); the mean over input points."""
+    (`token_weights`); the mean over input points. In a crossed sweep each half is held out once."""
     accuracy_of: dict[str, float]
     """The same for each input point, by the path of its first module."""
     statistics: dict[str, PointStatistics]

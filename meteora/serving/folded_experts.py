@@ -20,6 +20,7 @@ from meteora.routing.routers import Gate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from meteora.kernels.stack import ExpertStack
     from meteora.routing.layer import RoutedExperts
 
 
@@ -37,9 +38,9 @@ class FoldedExperts(nn.Module):
     chosen: Tensor | None
     """[C, R + C] 1 at the choice itself; None without offsets"""
 
-    def __init__(self, stack: RoutedExperts, gate: Gate) -> None:
+    def __init__(self, experts: ExpertStack, gate: Gate) -> None:
         super().__init__()
-        experts, offsets = stack.stack, gate.offsets
+        offsets = gate.offsets
         scaling, second, chosen = experts.choice_scaling(), experts.b.T, None
         if offsets is not None:
             ones = torch.eye(len(offsets), device=offsets.device)
@@ -54,7 +55,7 @@ class FoldedExperts(nn.Module):
 
     @classmethod
     def of(cls, layer: RoutedExperts, dtype: torch.dtype) -> Self | None:
-        """The same experts, if their gate makes one choice a token, and all has one `dtype`."""
+        """The same experts, if their gate makes one choice a token, and all is of this `dtype`."""
         gate = layer.router
         if type(gate) is not Gate or gate.options.top_k > 1:
             return None
@@ -62,7 +63,7 @@ class FoldedExperts(nn.Module):
             return None
         tensors = [layer.stack.a, layer.stack.b, gate.weight, gate.bias]
         tensors += [] if gate.offsets is None else [gate.offsets]
-        return cls(layer, gate) if {one.dtype for one in tensors} == {dtype} else None
+        return cls(layer.stack, gate) if {one.dtype for one in tensors} == {dtype} else None
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add what the gate's choices give to y [T, OUT] in place, from x [T, IN]."""

@@ -426,11 +426,13 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
     systems = (FUSED, *settings.compare)
     own = {expert.name: expert for expert in recipe.experts if expert.name in tests}
     further = {task.called: task for task in settings.tasks if task.called in tests}
+    limits: dict[str, int] = {}
     for name, rows in tests.items():
         asked = own.get(name) or further[name]
+        limits[name] = asked.max_new_tokens or settings.max_new_tokens
         metrics = metric_names(asked.metric)
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
-        new_tokens = (asked.max_new_tokens or settings.max_new_tokens) if writes else 0
+        new_tokens = limits[name] if writes else 0
         for system in systems:
             if system in ORACLES and system != ORACLE:
                 continue
@@ -438,10 +440,6 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
                 continue  # measured with the experts, or there is none
             for _ in range(num_experts if system == EXPERTS else 1):
                 yield Asking(system, rows, new_tokens)
-    limits = {
-        name: (own.get(name) or further[name]).max_new_tokens or settings.max_new_tokens
-        for name in tests
-    }
     yield from _mixed_askings(recipe, tests, {*own}, limits)
 
 

@@ -134,7 +134,7 @@ def publish(
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
     if to.tag and not is_tag(to.tag):
-        raise HubReferenceError(f"{to.tag!r} is no name of a tag")
+        raise HubReferenceError(f"{to.tag!r} is no name of a tag, or is a branch's")
     manifest = read_manifest(folder)
     licences.refuse_forbidden(manifest, to.allow_licences)
     earlier = ledger.publications(to.repo_id)

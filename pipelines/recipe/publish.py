@@ -10,8 +10,6 @@ from meteora.artifacts import REPO_ID
 from pipelines.recipe.benchmark import Section
 
 NOT_IN_TAGS = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")
-
-
 MAIN = "main"
 STAGING = "meteora-staging-"
 """How the names of our own branches begin. A branch with such a name may be removed."""
@@ -53,6 +51,7 @@ class PublishSection(Section):
     def _tag_is_one(cls, value: str) -> str:
         if value and not is_tag(value):
             raise ValueError(
-                f"{value!r} is no name of a tag; letters, digits, '.', '_' and '-' are"
+                f"{value!r} is no name of a tag, or is a branch's; letters, digits, '.', '_' and"
+                " '-' may be in one"
             )
         return value

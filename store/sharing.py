@@ -84,7 +84,8 @@ def connect(home: Path, url: str) -> Setting:
     """
     Remote(url).prove()
     setting = Setting(url, f"{platform.node()}-{secrets.token_hex(2)}")
-    text = f"remote = {json.dumps(setting.remote)}\nname = {json.dumps(setting.name)}\n"
+    remote, name = (json.dumps(text, ensure_ascii=False) for text in (setting.remote, setting.name))
+    text = f"remote = {remote}\nname = {name}\n"
     write_whole(home / SETTING, text.encode(), root=home)
     return setting
 

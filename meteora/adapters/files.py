@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from meteora.untrusted.findings import Findings
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+PEFT_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = (PEFT_WEIGHTS, "adapters.safetensors")
 """PEFT's name and MLX-LM's."""
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 MAX_CONFIG_BYTES = 2 << 20

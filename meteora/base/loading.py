@@ -23,11 +23,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from meteora.artifacts import Fingerprint, canonical_sha256
+from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.base import placement
-from meteora.base.placement import spreading
+from meteora.base.placement import is_out_of_memory, spreading
 from meteora.base.sources import SourceError
-from meteora.untrusted.findings import brief
+from meteora.untrusted.findings import brief, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -58,6 +58,25 @@ def _quiet() -> Generator[None]:
             hf_logging.enable_progress_bar()
 
 
+@contextmanager
+def _reading(folder: Path, what: str) -> Generator[None]:
+    """Say which files are damaged, or not there: a library can raise anything because of them.
+
+    Faults of this machine, and errors that name a package to install, stay as they are.
+    """
+    try:
+        yield
+    except (MeteoraError, ImportError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or getattr(error, "errno", None):
+            raise
+        raise SourceError(
+            f"{folder}: {what} cannot be loaded ({brief(error)}); download or save the base again,"
+            " with its tokenizer"
+        ) from error
+
+
 def load_tokenizer(
     folder: Path, gguf_file: str | None = None, *, options: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase:
@@ -65,10 +84,14 @@ def load_tokenizer(
 
     Args:
         options: for `AutoTokenizer.from_pretrained`, such as `padding_side`
+
+    Raises:
+        SourceError: transformers cannot read it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
-    )
+    with _reading(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
+        )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -106,12 +129,13 @@ def load_gguf(
         options: for the model alone: where it is to lie
 
     Raises:
+        SourceError: It is damaged, or lacks weights.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     with _quiet(), spreading(options or {}):
         tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, **(options or {})
+        model = _load_model(
+            file.parent, {"gguf_file": file.name, "dtype": torch.float32, **(options or {})}
         )
     # it is a plain model now; what the quantizer left behind would stop save_pretrained
     facts = model.config.to_dict()
@@ -192,16 +216,26 @@ def load_folder(
                 named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
                 wide = cast("torch.dtype", named or config.dtype or torch.float32)
                 asked["quantization_config"] = quantisation(quantise, wide)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                **asked,
-            )
+            model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **asked})
+            return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
         except ImportError as error:
             raise SourceError(f"{folder} cannot be loaded here: {error}") from error
-        return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
+
+
+def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """A model whose weights are all there: transformers draws those that are not at random."""
+    with _reading(folder, "the model"):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, **options
+        )
+    model, loaded = found
+    if missing := sorted(loaded["missing_keys"]):
+        raise SourceError(
+            f"{folder}: {len(missing)} weights of the model are not in its files, such as"
+            f" {shortened(missing[0])}; take the base as a language model with its output head, or"
+            " download or save it again"
+        )
+    return model
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -217,8 +251,9 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
     if isinstance(intermediate, list):  # Gemma 3n's, by layer
         intermediate = max(intermediate)
+    named = config.architectures if isinstance(config.architectures, list) else []
     return Fingerprint(
-        architecture=(config.architectures or [type(config).__name__])[0],
+        architecture=named[0] if named and isinstance(named[0], str) else type(config).__name__,
         hidden_size=text.hidden_size,
         intermediate_size=intermediate
         or 4 * text.hidden_size,  # GPT-2's rule where n_inner is null

@@ -29,10 +29,17 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")
 """The path of a numbered layer, at the start of the path of a module in it."""
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """What Accelerate makes a map of by itself."""
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
 
 
 class PlacementError(MeteoraError):
     """A model cannot be laid where it was asked to be."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory for what was asked."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN401

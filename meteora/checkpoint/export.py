@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from meteora.adapters.files import CONFIG
+from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
 
-WEIGHTS = "adapter_model.safetensors"
+WORD = re.compile(r"[\w./-]+")
+"""What needs no quotes in YAML: an identifier of a licence, or `owner/name`."""
 
 
 class ExportError(MeteoraError):
@@ -65,8 +66,8 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     with new_folder(out):
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (out / "README.md").write_text(_readme(entry, config["base_model_name_or_path"] or ""))
-        is_original = _write_weights(out / WEIGHTS, tensors, entry.weights_sha256)
-        shutil.copymode(out / CONFIG, out / WEIGHTS)  # safetensors lets nobody else read it
+        is_original = _write_weights(out / PEFT_WEIGHTS, tensors, entry.weights_sha256)
+        shutil.copymode(out / CONFIG, out / PEFT_WEIGHTS)  # safetensors lets nobody else read it
     return is_original
 
 
@@ -84,7 +85,7 @@ def _write_weights(path: Path, tensors: dict[str, Tensor], original_sha256: str)
 def _readme(entry: ExpertEntry, base: str) -> str:
     """The card of an expert, with the base that it names."""
     front = {"base_model": base, "license": entry.licence, "library_name": "peft"}
-    lines = [f"{key}: {value}" for key, value in front.items() if value and ":" not in value]
+    lines = [f"{key}: {value}" for key, value in front.items() if WORD.fullmatch(value)]
     about = [f"Its base is {base}."] if base else []
     about += [f"Its licence is {entry.licence}."] if entry.licence else []
     text = ["---", *lines, "---", "", f"# {entry.name}", "", f"From {entry.source}.", *about, ""]

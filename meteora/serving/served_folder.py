@@ -171,7 +171,23 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    loading.load_config(folder)  # says in a sentence where there is none, or no such model
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def _hashes_of_base(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What `export_for_vllm` found in each file of the base's weights, by the file's name."""
+    asked = config.get("quantization_config")
+    hashes = asked.get("base_weights") if isinstance(asked, dict) else None
+    is_table = isinstance(hashes, dict) and all(
+        name.endswith(".safetensors") and "/" not in name for name in hashes
+    )
+    if not is_table or not hashes:
+        raise UnservableError(
+            f"{folder}: its {CONFIG} does not say which weights the experts were exported with;"
+            " write the folder again with `meteora export CHECKPOINT --for vllm`"
+        )
+    return hashes
 
 
 def sample_sha256(path: Path) -> str:
@@ -200,7 +216,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         CheckpointError: the Hub has no such folder, or its checkpoint is damaged.
         SourceError: the base beside the checkpoint does not come from the Hub.
         WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
-        UnservableError: base and experts need more memory.
+        UnservableError: base and experts need more memory, or the export left no hashes.
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
@@ -212,7 +228,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
     # vLLM may be asked to narrow 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
-    for shard, sha256 in config["quantization_config"]["base_weights"].items():
+    for shard, sha256 in _hashes_of_base(folder, config).items():
         path = folder / shard
         if not path.is_file() or sample_sha256(path) != sha256:
             state = "holds other weights than at" if path.is_file() else "is gone since"

@@ -4,6 +4,7 @@ experts         the experts of a recipe, each accepted or refused
 sources         where bases and adapters come from, pinned and fetched
 verdicts        verdicts on adapters, printed and recorded
 base_identity   is the base that an adapter names the base of the recipe?
+base_worker     the process that compares a stranger's base with ours
 silent_experts  experts that change nothing on a probe prompt, recorded
 checkpoints     the checkpoint that a person names, and its base
 card_examples   examples from a data set that an adapter's card names

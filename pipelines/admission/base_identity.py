@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
-from meteora.untrusted.findings import shortened
+from meteora.untrusted.findings import brief, shortened
 from pipelines.hub import repositories
 from pipelines.hub.card import base_of
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 from pipelines.workspace.console import say
+from pipelines.workspace.processes import ChildError, ChildProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
     LookUp = Callable[[str], "BaseVerdict"]
     """From a base's `owner/name` to the verdict on it."""
+
+
+WORKER = "pipelines.admission.base_worker"
+DEADLINE_SECONDS = 300
+"""For a comparison; nearly all of it is to load the libraries."""
 
 
 @dataclass(frozen=True)
@@ -150,23 +156,27 @@ def saved_verdict(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
     file = _verdict_file(cache, base, named)
     if not file.is_file():
         return BaseVerdict("it was not looked up yet")
-    return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError):  # cut by a crash
+        return BaseVerdict("its note is damaged")
 
 
 def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
-    # most adapters name our own base, and a run's own process loads no model library
-    from meteora.base.match import UnreadableBaseError, compare_bases  # noqa: PLC0415
-
     try:
         ref = repositories.resolve(named, hub=hub)
         with tempfile.TemporaryDirectory() as scratch:
             theirs = Path(scratch) / "profile"
             say(f"comparing {named}, which an adapter names, with the base")
             repositories.download_profile(ref, theirs, hub=hub)
-            found = compare_bases(named, theirs, ours)
-    except (HubError, UnreadableBaseError) as error:
+            with ChildProcess(WORKER, quiet=True) as worker:
+                request = [named, str(theirs), str(ours)]
+                found = worker.ask(request, deadline_seconds=DEADLINE_SECONDS)
+    except HubError as error:
         return BaseVerdict(str(error))
-    return BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))
+    except ChildError as error:
+        return BaseVerdict(f"to compare them failed: {brief(error)}")
+    return BaseVerdict.from_dict(found)
 
 
 def _named_base(adapter: Adapter, folder: Path) -> str:

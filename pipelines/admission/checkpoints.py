@@ -55,7 +55,8 @@ class FoundCheckpoint:
     def _num_bytes(self) -> int:
         """Of experts and base; of a base that is not on this disk nothing is known."""
         bases = [] if self.base_folder is None else self.base_folder.glob("*.safetensors")
-        return sum(path.stat().st_size for path in (self.folder / EXPERTS, *bases))
+        files = [path for path in (self.folder / EXPERTS, *bases) if path.is_file()]
+        return sum(path.stat().st_size for path in files)
 
 
 def find_folder(

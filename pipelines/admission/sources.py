@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256
-from meteora.base.sources import GGUF, PATH, SourceError, file_sha256, find_gguf, weights_sha256
+from meteora.base.sources import (
+    GGUF,
+    PATH,
+    SourceError,
+    file_sha256,
+    find_gguf,
+    is_reference,
+    weights_sha256,
+)
 from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
@@ -54,7 +63,7 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
     """The base, pinned: to its commit on the Hub, or to the hash of its local weights.
 
     Raises:
-        SourceError: There are no such weights.
+        SourceError: There are no such weights, or a checkpoint cannot name their folder.
         HubError: The Hub does not answer, or has no such repository.
     """
     source, quantise = recipe.base, recipe.quantise or ""
@@ -62,7 +71,13 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
         return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}", quantise)
     if source.startswith(PATH):
         local = folder / source.removeprefix(PATH)
-        return BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
+        spec = BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
+        if not is_reference(spec.base_model, spec.base_revision):
+            raise SourceError(
+                f"{str(local)!r}: a checkpoint names the folder of its base, and cannot name this"
+                " one; rename it to letters, digits, spaces, _ . -"
+            )
+        return spec
     ref = repositories.resolve(source, hub=hub_of(recipe, source.partition("@")[0]))
     return BaseSpec(ref.repo_id, ref.revision, quantise)
 
@@ -136,7 +151,10 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     if weights and all(path.is_file() for path in weights):  # reading a pipe would never end
         sha256 = weights_sha256(folder)
     else:
-        sha256 = canonical_sha256(sorted(path.name for path in folder.iterdir()))
+        inside = [path.name for path in folder.iterdir()]
+        # a name may be no UTF-8, which JSON is
+        names = sorted(os.fsencode(path).decode(errors="backslashreplace") for path in inside)
+        sha256 = canonical_sha256(names)
     return AdapterRef(repo_id, f"sha256:{sha256}", subfolder)
 
 

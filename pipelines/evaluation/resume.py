@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora.base.placement import is_out_of_memory
 from pipelines.workspace.console import say
-from pipelines.workspace.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

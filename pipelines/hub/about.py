@@ -44,9 +44,10 @@ def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSour
     try:
         about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
     except HubError:
-        if not saved.is_file():
+        try:
+            return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError):  # none, or one that a crash has cut
             return None
-        return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))
     source = HubSource(
         shortened(about["author"], MAX_TEXT),
         shortened(about["licence"], MAX_TEXT),

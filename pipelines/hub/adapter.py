@@ -10,6 +10,7 @@ so that neither is asked for twice.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from pipelines.hub.snapshot import ListedFile
 
 MAX_ADAPTER_BYTES = 4 << 30
+MAX_NAME = 160
+"""Characters of a subfolder in the name of its folder; file systems take 255 bytes in all."""
+BESIDE = (".claims", ".json", ".lock", ".partial")
+"""Ends of the names that lie beside a folder of the cache."""
 
 
 def download(
@@ -99,7 +104,11 @@ def adapter_bytes(ref: AdapterRef, *, hub: Hub = DEFAULT) -> int:
 
 
 def _snapshot(ref: AdapterRef, cache_dir: Path) -> Path:
-    name = "--".join([ref.revision, *ref.subfolder.split("/")]) if ref.subfolder else ref.revision
+    """The folder of an adapter's files; no two adapters have the same."""
+    inside = ref.subfolder.replace("/", "--")
+    if "--" in ref.subfolder or inside.endswith(BESIDE) or len(inside) > MAX_NAME:
+        inside = hashlib.sha256(ref.subfolder.encode()).hexdigest()
+    name = f"{ref.revision}--{inside}" if inside else ref.revision
     return cache_dir / ref.repo_id.replace("/", "--") / name
 
 

@@ -18,13 +18,16 @@ MAX_DATASETS = 4
 
 
 def licence_of(folder: Path) -> str:
-    """Return the licence that the card in a folder names; empty for none, or several."""
-    return _only_value(folder, "license")
+    """Return the licence that the card in a folder names, in its words; several with commas."""
+    return ", ".join(dict.fromkeys(texts_of(_metadata(folder).get("license"))))[:MAX_VALUE]
 
 
 def base_of(folder: Path) -> str:
     """Return the one base that the card in a folder names; empty for none, or several."""
-    return _only_value(folder, "base_model")
+    value = _metadata(folder).get("base_model")
+    texts = texts_of(value)
+    several = isinstance(value, list) and sum(bool(text) for text in value) > 1
+    return "" if several or not texts or " " in texts[0] else texts[0]
 
 
 def datasets_of(folder: Path) -> tuple[str, ...]:
@@ -35,13 +38,11 @@ def datasets_of(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))[:MAX_DATASETS]
 
 
-def _only_value(folder: Path, key: str) -> str:
-    value = _metadata(folder).get(key)
-    values = [text for text in (value if isinstance(value, list) else [value]) if text]
-    if len(values) != 1 or not isinstance(values[0], str):
-        return ""
-    text = values[0].strip()
-    return text if len(text) <= MAX_VALUE and text.isprintable() and " " not in text else ""
+def texts_of(value: object) -> list[str]:
+    """Return the short texts that a field holds: one, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    texts = [text.strip() for text in values if isinstance(text, str)]
+    return [text for text in texts if text and len(text) <= MAX_VALUE and text.isprintable()]
 
 
 def _metadata(folder: Path) -> dict[str, object]:

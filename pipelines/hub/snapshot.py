@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from pipelines.hub.errors import HubConnectionError, HubHashError, HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
+from store.files import sync
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -81,11 +82,14 @@ def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
 
 
 def read_manifest(folder: Path) -> list[ListedFile] | None:
-    """What lies in a snapshot's folder; None if it is not there."""
+    """What lies in a snapshot's folder; None if it is not there, or if a crash has cut the note."""
     manifest = folder.with_name(f"{folder.name}.json")
-    if not folder.is_dir() or not manifest.is_file():
+    if not folder.is_dir():
         return None
-    return [ListedFile(**entry) for entry in json.loads(manifest.read_text(encoding="utf-8"))]
+    try:
+        return [ListedFile(**entry) for entry in json.loads(manifest.read_text(encoding="utf-8"))]
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 @contextmanager
@@ -105,12 +109,13 @@ def write_note(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
     staged.write_text(text, encoding="utf-8")
+    sync(staged)
     staged.rename(path)
 
 
 def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:
     """Give a snapshot's folder its name; the note of what lies in it counts once it is there."""
     manifest = folder.with_name(f"{folder.name}.json")
-    manifest.write_text(json.dumps([asdict(file) for file in files], indent=1), encoding="utf-8")
+    write_note(manifest, json.dumps([asdict(file) for file in files], indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     staged.rename(folder)

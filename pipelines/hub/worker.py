@@ -45,6 +45,14 @@ SLACK = 64 * 1024
 MOST_MEMORY = 2 << 30
 """Bytes: the client unpacks and parses an answer whole, however large it is."""
 
+MOST_BYTES = 1 << 62
+"""That anything has, or was downloaded, times."""
+
+
+class UnexpectedAnswerError(ValueError):
+    """An answer has something of another type than the Hub's API gives."""
+
+
 KINDS = (
     (GatedRepoError, "gated"),
     (RevisionNotFoundError, "revision"),
@@ -52,6 +60,7 @@ KINDS = (
     (OfflineModeIsEnabled, "offline"),
     (FileMetadataError, "protocol"),
     (MemoryError, "protocol"),
+    (UnexpectedAnswerError, "protocol"),
     (HFValidationError, "reference"),
 )
 """The kind of each exception of the client; subclasses come before their bases."""
@@ -60,7 +69,23 @@ KINDS = (
 def refs(api: HfApi, repo_id: str) -> dict[str, str]:
     """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub."""
     found = api.list_repo_refs(repo_id)
-    return {ref.name: ref.target_commit for ref in [*found.tags, *found.branches]}
+    return {_text(ref.name): _text(ref.target_commit) for ref in [*found.tags, *found.branches]}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise UnexpectedAnswerError(f"{str(value)[:60]!r} where a text belongs")
+    return value
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_BYTES:
+        raise UnexpectedAnswerError(f"{str(value)[:60]!r} where a number from 0 belongs")
+    return value
+
+
+def _texts(value: object) -> list[str]:
+    return [_text(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def listing(
@@ -73,22 +98,25 @@ def listing(
 
 def _entry(item: RepoFile | RepoFolder) -> dict[str, Any]:
     if isinstance(item, RepoFolder):
-        return {"path": item.path, "size": -1, "git_sha1": "", "sha256": ""}
-    sha256 = item.lfs.sha256 if item.lfs else ""
-    return {"path": item.path, "size": item.size, "git_sha1": item.blob_id, "sha256": sha256}
+        return {"path": _text(item.path), "size": -1, "git_sha1": "", "sha256": ""}
+    return {
+        "path": _text(item.path),
+        "size": _number(item.size),
+        "git_sha1": _text(item.blob_id),
+        "sha256": _text(item.lfs.sha256) if item.lfs else "",
+    }
 
 
 def about(api: HfApi, repo_id: str, *, revision: str) -> dict[str, Any]:
     """The author, licence, bases, downloads and tags of a repository, as the Hub has them."""
     info = api.model_info(repo_id, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
-    base = card.get("base_model") or []
     return {
-        "author": info.author or "",
-        "licence": str(card.get("license") or ""),
-        "base_models": [str(name) for name in ([base] if isinstance(base, str) else base)],
-        "downloads": info.downloads or 0,
-        "tags": list(info.tags or []),
+        "author": _text(info.author or ""),
+        "licence": ", ".join(_texts(card.get("license") or [])),
+        "base_models": _texts(card.get("base_model") or []),
+        "downloads": _number(info.downloads or 0),
+        "tags": _texts(info.tags or []),
     }
 
 
@@ -107,7 +135,7 @@ def search(api: HfApi, *, base: str, tags: list[str], limit: int) -> list[dict[s
     found = api.list_models(
         filter=[f"base_model:adapter:{base}", *tags], sort="downloads", limit=limit, expand=["sha"]
     )
-    return [{"repo_id": model.id, "revision": model.sha or ""} for model in found]
+    return [{"repo_id": _text(model.id), "revision": _text(model.sha or "")} for model in found]
 
 
 def is_private(api: HfApi, repo_id: str) -> bool:

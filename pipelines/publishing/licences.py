@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 NOT_STATED = "none"
 """The name by which adapters without a licence are allowed."""
-NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd(-\d\.\d)?", re.IGNORECASE)
+NO_DERIVATIVES = re.compile(r"\bcc[- ]by([- ]nc)?[- ]nd\b|no[- ]?deriv", re.IGNORECASE)
 NOT_A_LICENCE = {"unknown", "other", "unlicensed", "proprietary", "all-rights-reserved"}
 """What cards write in place of a licence."""
 
@@ -46,7 +47,8 @@ def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
             f"{name} ({'no licence stated' if reason == NOT_STATED else reason})"
             for name, reason in found.items()
         )
-        words = " ".join(f"--allow-licence {reason}" for reason in sorted(set(found.values())))
+        reasons = sorted({*found.values()})
+        words = " ".join(f"--allow-licence {shlex.quote(reason)}" for reason in reasons)
         raise LicenceError(
             f"the adapters of {listed} may not be published in another model by what they state;"
             f" leave them out, ask their owners, or, where you have leave, publish with {words}"
@@ -58,6 +60,5 @@ def _reason(licence: str, source: str) -> str:
     """The licence that forbids to publish; empty where none does."""
     if not licence:
         return "" if source.startswith(PATH) else NOT_STATED
-    if NO_DERIVATIVES.fullmatch(licence) or licence.lower() in NOT_A_LICENCE:
-        return licence
-    return ""
+    each = {one.strip().lower().replace(" ", "-") for one in licence.split(",")}
+    return licence if NO_DERIVATIVES.search(licence) or each & NOT_A_LICENCE else ""

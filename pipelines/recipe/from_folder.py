@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from meteora.adapters import reader
 from meteora.artifacts import REPO_ID, MeteoraError
@@ -218,9 +220,12 @@ def _name(text: str, taken: set[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """A string in YAML: bare if that is safe, else quoted as JSON, which YAML can read."""
+    """A string in YAML: bare if that is safe, else in quotes, with escapes for what is no text."""
     is_safe = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
-    return value if is_safe else json.dumps(value)
+    if is_safe:
+        return value
+    quoted = yaml.dump(value, Dumper=yaml.SafeDumper, default_style='"', width=math.inf)
+    return quoted.strip()
 
 
 def _line(text: str) -> str:

@@ -115,7 +115,7 @@ class RouterSection(Section):
     weights, and `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     """How many experts a token has."""
-    temperature: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-30, le=1000, allow_inf_nan=False)] = 1.0
     """Of the softmax over the chosen experts' logits."""
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     """Chosen experts whose logit is further below the best one, in nats, get no weight."""

@@ -10,6 +10,7 @@ both are in the notes.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
 
 TAGS = ["meteora", "lora", "mixture-of-experts", "merge"]
+IDENTIFIER = re.compile(r"[A-Za-z0-9.+-]+")
 EVAL_RESULTS = ".eval_results/meteora.yaml"
 """The leaderboards' file, relative to the checkpoint's folder."""
 
@@ -77,11 +79,14 @@ def hub_ids(manifest: Manifest) -> list[str]:
 
 
 def shared_licence(manifest: Manifest) -> dict[str, Any]:
-    """The licence that all parts share; `other` where they differ, and the card lists them."""
+    """The licence that all parts share; `other` where they differ, and the card lists them.
+
+    A licence that is no identifier of one word is `other` too: the Hub refuses it.
+    """
     stated = [manifest.base.licence, *(expert.licence for expert in manifest.experts)]
     if not any(stated):
         return {}
-    if len(set(stated)) == 1:
+    if len(set(stated)) == 1 and IDENTIFIER.fullmatch(stated[0]):
         return {"license": stated[0]}
     return {"license": "other", "license_name": "of-its-base-and-adapters"}
 

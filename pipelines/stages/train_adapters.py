@@ -26,14 +26,13 @@ from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from meteora.adapters.files import CONFIG
+from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import COMMIT, MeteoraError
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.base.loading import load_folder, shape_of
 from meteora.base.padding import padded
-from meteora.base.placement import placed
+from meteora.base.placement import is_out_of_memory, placed
 from meteora.base.sources import PATH
-from meteora.checkpoint.export import WEIGHTS
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
@@ -48,12 +47,7 @@ from pipelines.stages.open_model import tokenizer_of_gates
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import put_in_place
-from pipelines.workspace.machine import (
-    choose_device,
-    is_out_of_memory,
-    is_too_large,
-    memory_bytes,
-)
+from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -432,4 +426,4 @@ def save(model: PeftModel, folder: Path, base: str) -> None:
     model.peft_config["default"].base_model_name_or_path = base
     # embeddings are not trained; else PEFT would ask the Hub how many the base has
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read it
+    shutil.copymode(folder / CONFIG, folder / PEFT_WEIGHTS)  # safetensors lets nobody else read it

@@ -21,8 +21,6 @@ SIZE = 2048
 """Rows and columns of the matrices."""
 MOST = 0.6
 """Share of the memory that the weights of a model may take."""
-NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
 
 
 class DeviceError(MeteoraError):
@@ -107,11 +105,6 @@ def _devices() -> list[str]:
 def is_too_large(num_bytes: float, memory_bytes: float) -> bool:
     """Whether weights of this size leave too little memory to work with them."""
     return num_bytes > MOST * memory_bytes
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had too little memory for what was asked."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 def memory_bytes() -> int:

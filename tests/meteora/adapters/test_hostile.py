@@ -27,6 +27,8 @@ from tests.meteora.adapters.adapter_maker import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.meteora.adapters.adapter_maker import Tensors
+
 
 def codes(path: Path) -> dict[str, str]:
     return {reason.code: reason.message for reason in reader.check(path).reasons}
@@ -306,3 +308,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
 
     monkeypatch.setattr(reader, "sort_tensors", cut_and_sort)
     assert "truncated" in codes(folder)
+
+
+def test_a_rank_that_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
+    """The config says another rank, which alone would be a warning."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    tensors: Tensors = {
+        f"{name}_A.weight": ("F32", (5000, 8), 1.0),
+        f"{name}_B.weight": ("F32", (8, 5000), 1.0),
+    }
+    folder = write_adapter(tmp_path, safetensors(tensors), r=4)
+    assert "is '5000'; it must be 1 to 4096" in codes(folder)["rank"]

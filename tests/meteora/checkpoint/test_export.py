@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from meteora.adapters import reader
+from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.base.sources import file_sha256
-from meteora.checkpoint.export import CONFIG, WEIGHTS, ExportError, adapter_config, export_expert
+from meteora.checkpoint.export import ExportError, adapter_config, export_expert
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +29,8 @@ def test_an_expert_comes_out_as_the_file_that_went_in(
     """Ranks 2 to 8, rsLoRA, rank and alpha patterns, one layer only."""
     out = tmp_path / name
     assert export_expert(world.checkpoint, name, out)
-    assert file_sha256(out / WEIGHTS) == file_sha256(world.adapters[name] / WEIGHTS)
-    assert (out / WEIGHTS).stat().st_mode == (out / "README.md").stat().st_mode
+    assert file_sha256(out / PEFT_WEIGHTS) == file_sha256(world.adapters[name] / PEFT_WEIGHTS)
+    assert (out / PEFT_WEIGHTS).stat().st_mode == (out / "README.md").stat().st_mode
     before, after = reader.read(world.adapters[name]).spec, reader.read(out).spec
     assert after.modules == before.modules
     assert after.use_rslora == before.use_rslora
@@ -57,7 +58,9 @@ def test_a_narrow_adapter_comes_out_narrow_from_a_wide_stack(
     fused = tmp_path / "fused"
     fuse_adapters(world.base, {"wide": world.adapters["q_and_v"], "narrow": narrow}, fused)
     assert export_expert(fused, "narrow", tmp_path / "out")
-    assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "out" / PEFT_WEIGHTS).values()} == {
+        torch.bfloat16
+    }
 
 
 def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:

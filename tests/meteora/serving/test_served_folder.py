@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
+from meteora.base.sources import SourceError
 from meteora.checkpoint.export import ExportError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.model.fused import WrongBaseError
@@ -179,6 +180,27 @@ def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint,
     (out / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
     with pytest.raises(WrongBaseError, match="this base has num_attention_heads 2"):
         find_served_checkpoint(str(out), None, PLENTY)
+
+
+def test_a_served_folder_that_names_no_weights_is_refused(world, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    config = json.loads((out / "config.json").read_text())
+    for hashes in (None, [], {}, {"../elsewhere/model.safetensors": "0" * 64}, {"x.bin": ""}):
+        config["quantization_config"]["base_weights"] = hashes
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UnservableError, match="does not say which weights"):
+            find_served_checkpoint(str(out), None, PLENTY)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"])
+def test_a_base_without_a_config_is_refused_in_one_sentence(world, checkpoint, text, tmp_path):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    (base / "config.json").unlink()
+    if text is not None:
+        (base / "config.json").write_text(text)
+    with pytest.raises(SourceError, match="or its config is damaged"):
+        export_for_vllm(checkpoint, base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

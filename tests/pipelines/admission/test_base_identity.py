@@ -114,6 +114,23 @@ def test_a_base_that_cannot_be_reached_is_a_warning_or_a_refusal(
     assert "not one that transformers reads" in codes(opened())["base_unreachable"]
 
 
+@pytest.mark.parametrize("prefix", ["xxxx", "x"])  # a panic; a panic while that is cleaned up
+def test_a_tokenizer_that_ends_the_process_that_reads_it_ends_no_run(
+    prefix: str, opened: Callable[..., RunContext], server: HubServer, world: World
+) -> None:
+    repo = profile_of(world.base)
+    read = json.loads(repo.files["tokenizer.json"])
+    read["model"] = {
+        "type": "BPE",
+        "vocab": {"a": 0, "é": 1, "a©": 2},
+        "merges": [["a", "é"]],
+        "continuing_subword_prefix": prefix,
+    }
+    repo.files["tokenizer.json"] = json.dumps(read).encode()
+    server.repos["org/base"] = repo
+    assert "to compare them failed: its process" in codes(opened())["base_unreachable"]
+
+
 def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
     opened: Callable[..., RunContext],
     server: HubServer,

@@ -11,7 +11,7 @@ import pytest
 
 import meteora
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry, CheckpointError
 from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
 from pipelines.hub.errors import HubConnectionError, InsecureEndpointError
@@ -205,6 +205,13 @@ def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
     assert (failed.returncode, failed.stdout) == (1, "")
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("error: org/fused: ")
+
+
+def test_a_checkpoint_without_its_experts_is_a_sentence(world: World, tmp_path: Path) -> None:
+    folder = shutil.copytree(world.checkpoint, tmp_path / "checkpoint")
+    (folder / EXPERTS).unlink()
+    with pytest.raises(CheckpointError, match=f"there is no {EXPERTS} in it"):
+        checkpoints.find(str(folder), tmp_path, world.base).load()
 
 
 def test_a_model_that_one_device_does_not_hold_is_spread_where_nothing_is_named(

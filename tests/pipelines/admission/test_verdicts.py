@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from meteora.artifacts import canonical_sha256
 from meteora.base.sources import SourceError
 from pipelines.admission import silent_experts
-from pipelines.admission.sources import pin_folder
+from pipelines.admission.sources import pin_folder, resolve_base
+from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
 from tests.pipelines.conftest import plan_of
@@ -118,6 +120,31 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)
+
+
+def test_a_file_whose_name_is_no_text_is_counted_like_others(tmp_path: Path) -> None:
+    def pinned(name: bytes) -> str:
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / os.fsdecode(name)).touch()
+        return pin_folder(folder).revision
+
+    assert len({pinned(name) for name in (b"\xff.txt", b"\xfe.txt", b"x.txt")}) == 3
+    assert pinned("é.txt".encode()) == f"sha256:{canonical_sha256(['é.txt'])}"
+
+
+@pytest.mark.parametrize("name", ["my\u00a0base", "tab\t", "b\\c", "zero\u200bwidth"])
+def test_a_base_that_no_checkpoint_can_name_is_refused_when_it_is_resolved(
+    name: str, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / name).symlink_to(world.base)
+    experts = ({"name": "a", "adapter": "path:a"},)
+    recipe = Recipe.model_validate(
+        {"base": f"path:{name}", "experts": experts, "router": {"kind": "prompt"}}
+    )
+    with pytest.raises(SourceError, match="the folder of its base, and cannot name this one"):
+        resolve_base(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb"])

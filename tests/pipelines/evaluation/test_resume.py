@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from meteora.base.placement import NO_MEMORY
 from pipelines.data.rows import Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import Harness
 from pipelines.evaluation.resume import BATCHES, NoLog, answer_in_portions, open_log
 from pipelines.evaluation.tasks import Task
-from pipelines.workspace.machine import NO_MEMORY
 from tests.pipelines.conftest import letters
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -267,6 +267,33 @@ def test_what_another_policy_takes_is_downloaded_after_all(
     assert downloaded(REF, tmp_path) == folder  # whole, so that `read` can name all reasons
 
 
+def test_a_note_that_a_crash_has_cut_is_as_good_as_none(
+    asked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = download(REF, tmp_path, hub=asked)
+    facts_of(REF, tmp_path, hub=asked)
+    for note in (f"{COMMIT}.json", f"{COMMIT}.about"):
+        for left in ("", "[{", '{"a": 1}'):
+            (folder.parent / note).write_text(left)
+            assert download(REF, tmp_path, hub=asked) == folder
+            with monkeypatch.context() as patched:
+                patched.setenv("HF_HUB_OFFLINE", "1")
+                assert (facts_of(REF, tmp_path, hub=asked) is None) == note.endswith(".about")
+
+
+def test_no_two_subfolders_have_the_same_folder_in_the_cache(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    repo = server.repos["someone/adapter"]
+    names = ("a/b", "a--b", "a", "a.claims", "a/b.claims", "d" * 120 + "/" + "e" * 120)
+    for name in names:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            repo.files[f"{name}/{file}"] = repo.files[f"second/{file}"]
+    found = {download(replace(REF, subfolder=name), tmp_path, hub=asked) for name in names}
+    assert len(found) == len(names)
+    assert all((folder / "adapter_config.json").is_file() for folder in found)
+
+
 def test_an_adapter_in_a_subfolder_comes_alone(asked: Hub, tmp_path: Path) -> None:
     folder = download(replace(REF, subfolder="second"), tmp_path, hub=asked)
     assert files_of(folder) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -391,6 +418,25 @@ def test_an_answer_without_a_commit_is_not_a_hubs(
     with pytest.raises(HubError, match="someone/adapter") as error:
         download(REF, tmp_path, hub=asked)
     assert isinstance(error.value, (HubProtocolError, HubConnectionError))
+
+
+@pytest.mark.parametrize("size", [None, "12", -5, 1e30, True, 10**40])
+def test_an_answer_of_other_types_than_a_hubs_is_called_so(
+    size: Any, server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    repo = server.repos["someone/adapter"]
+    repo.listed_sizes["adapter_config.json"] = size
+    with pytest.raises(HubProtocolError, match="where a number from 0 belongs"):
+        download(REF, tmp_path, hub=asked)
+    repo.refs["main"] = cast("str", None)
+    with pytest.raises(HubProtocolError, match="'None' where a text belongs"):
+        repositories.resolve("someone/adapter", hub=asked)
+    repo.card = {"license": {"name": "mit"}}
+    assert facts_of(REF, tmp_path, hub=asked) is None
+    repo.card = {"license": ["cc-by-nd-4.0", "mit"]}
+    said = facts_of(REF, tmp_path, hub=asked)
+    assert said is not None
+    assert said.licence == "cc-by-nd-4.0, mit"
 
 
 def test_what_is_too_large_is_refused_before_a_byte_comes(

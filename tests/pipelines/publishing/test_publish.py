@@ -217,10 +217,18 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
     for licence in ("mit", "apache-2.0", "cc-by-nc-4.0", "llama3.2"):
         refuse_forbidden(licensed(licence))
     refuse_forbidden(licensed("", "path:mine"))
-    for licence, told in (("cc-by-nd-4.0", "cc-by-nd-4.0"), ("other", "other"), ("", "none")):
+    for licence, told in (
+        ("cc-by-nd-4.0", "cc-by-nd-4.0"),
+        ("cc-by-nc-nd-4.0-igo", "cc-by-nc-nd-4.0-igo"),
+        ("other", "other"),
+        ("", "none"),
+    ):
         with pytest.raises(LicenceError, match=f"all_seven.*--allow-licence {told}"):
             refuse_forbidden(licensed(licence))
         refuse_forbidden(licensed(licence), [told])
+    for licence in ("CC BY-NC-ND 4.0", "cc-by-nd-4.0, mit", "mit, other", "all rights reserved"):
+        with pytest.raises(LicenceError, match=f"--allow-licence '{licence}'"):
+            refuse_forbidden(licensed(licence, "path:mine"))
     (folder / MANIFEST).write_text(licensed("cc-by-nc-nd-4.0").to_json())
     with pytest.raises(LicenceError):
         put(server, world, folder)

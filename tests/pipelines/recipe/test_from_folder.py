@@ -165,6 +165,15 @@ def test_a_given_base_that_is_none_is_refused(folder: Path, tmp_path: Path) -> N
             write_recipe(folder, tmp_path / "two.yaml", wrong)
 
 
+@pytest.mark.parametrize("name", ["emoji😀", "next\x85line", "del\x7f", "a: b # c", "'\""])
+def test_any_name_of_a_folder_is_read_back_as_it_is(
+    name: str, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.adapters["q_and_v"], tmp_path / name)
+    (found,) = write_recipe(tmp_path / name, tmp_path / "one.yaml", str(world.base)).experts
+    assert found.adapter == f"path:{name}"
+
+
 def test_strangers_text_stays_in_its_comment(folder: Path, tmp_path: Path) -> None:
     configure(folder, base_model_name_or_path="owner/base")
     path = folder / "q_and_v" / "adapter_config.json"

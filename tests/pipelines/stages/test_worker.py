@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from meteora.base.placement import NO_MEMORY
 from pipelines.stages.worker import STAGES, _portable
-from pipelines.workspace.machine import NO_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable

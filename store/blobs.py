@@ -10,9 +10,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import SHA256
+from meteora.artifacts import SHA256, file_sha256
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
-from store.files import copy, discard, partial_file, settle, sha256_of, write_whole
+from store.files import copy, discard, partial_file, settle, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Blobs:
             if not (move and not path.is_symlink() and _linked(path, partial)):
                 copy(path, partial)
             os.utime(partial)  # a link has the age of its source, and old files are swept
-            sha256 = sha256_of(partial)
+            sha256 = file_sha256(partial)
             settle(partial, self.place_of(sha256), root=self.root)
         if move:
             discard(path)
@@ -74,7 +74,7 @@ class Blobs:
             raise MissingBlobError(
                 f"blob {sha256} is not in {self.root}; make it again, or restore it from a backup"
             )
-        if path.stat().st_size <= CHEAP_BYTES and sha256_of(path) != sha256:
+        if path.stat().st_size <= CHEAP_BYTES and file_sha256(path) != sha256:
             raise DamagedError(
                 f"{path}: its bytes have changed since they were written; make it again, or restore"
                 " it from a backup"
@@ -97,7 +97,7 @@ class Blobs:
 
     def verify(self) -> Iterator[str]:
         """The names of all blobs whose bytes do not hash to their name."""
-        return (sha256 for sha256 in self if sha256_of(self.place_of(sha256)) != sha256)
+        return (sha256 for sha256 in self if file_sha256(self.place_of(sha256)) != sha256)
 
     def push(self, sha256: str) -> None:
         """Upload a blob to the shared storage, unless it is there."""

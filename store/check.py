@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
+from meteora.artifacts import file_sha256
 from store.errors import DamagedError, StoreError
-from store.files import copy, locked, partial_file, sha256_of
+from store.files import copy, locked, partial_file
 from store.query import memory, quoted
 from store.segments import SUFFIX
 
@@ -240,7 +241,7 @@ def _check_index(
     A copy of each is brought up to date first, as the next ingest would do.
     """
     paths = [path for path in (index.live, index.snapshot) if path.exists()]
-    if len({sha256_of(path) for path in paths}) < len(paths):
+    if len({file_sha256(path) for path in paths}) < len(paths):
         paths = paths[:1]  # the snapshot is an exact copy
     for path in paths:
         try:

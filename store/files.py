@@ -11,7 +11,6 @@ need a local disk: several network file systems ignore them.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import random
 import shutil
@@ -98,12 +97,6 @@ def copy(source: Path, target: Path) -> None:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
         except OSError:  # another file system, or one that cannot
             shutil.copyfileobj(reader, writer, CHUNK_BYTES)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path: Path) -> int:

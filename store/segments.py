@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
+from meteora.artifacts import file_sha256
 from store.errors import DamagedError, StoreError
-from store.files import partial_file, settle, sha256_of
+from store.files import partial_file, settle
 from store.query import memory, quoted
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Segments:
         """
         path = self.path_of(name)
         try:
-            whole = sha256_of(path) + SUFFIX == name
+            whole = file_sha256(path) + SUFFIX == name
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing; restore it from a backup") from None
         if not whole:
@@ -100,7 +101,7 @@ class Segments:
             ).fetchone()
             if rows != (len(texts),):  # read it back: the loose files are removed after this
                 raise StoreError(f"{partial} does not hold what was written to it; nothing is lost")
-            name = sha256_of(partial) + SUFFIX
+            name = file_sha256(partial) + SUFFIX
             settle(partial, self.path_of(name), root=self.root)
         return name
 

@@ -7,7 +7,10 @@ import json
 import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from types import UnionType
-from typing import Any, ClassVar, NewType, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NewType, Self, get_type_hints
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ArtifactId = NewType("ArtifactId", str)
 """`<kind>:<64 hex digits>`. People are shown the first 12 digits; all are stored."""
@@ -40,6 +43,12 @@ def canonical_json(value: object) -> str:
 def canonical_sha256(value: object) -> str:
     """The SHA-256 of a value's canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def short(artifact_id: str) -> str:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import COMMIT, REPO_ID, SHA256, MeteoraError
+from meteora.artifacts import COMMIT, REPO_ID, SHA256, MeteoraError, file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,12 +78,6 @@ def find_gguf(source: str) -> Path:
             return Path(str(file.locate()))
     there = ", ".join(file.name for file in files if file.suffix == ".gguf") or "no GGUF file"
     raise SourceError(f"{source}: the package {distribution} has {there}; name one of these")
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:

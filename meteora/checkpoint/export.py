@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
-from meteora.artifacts import MeteoraError
-from meteora.base.sources import file_sha256
+from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint.manifest import no_expert, read_manifest
 from meteora.checkpoint.tensors import read_experts
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.hub import cached_file, resolve_revision
 
-from meteora.artifacts import REPO_ID
+from meteora.artifacts import REPO_ID, file_sha256
 from meteora.base import loading
 from meteora.base.download import NO_TOKEN, download_base
 from meteora.base.sources import (
@@ -16,7 +16,6 @@ from meteora.base.sources import (
     PATH,
     NotInstalledError,
     SourceError,
-    file_sha256,
     find_gguf,
 )
 from meteora.checkpoint.manifest import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from meteora.adapters import finite
-from meteora.base.sources import file_sha256
+from meteora.artifacts import file_sha256
 from meteora.checkpoint.manifest import MANIFEST, CheckpointError
 from meteora.untrusted.findings import listed, shortened
 from meteora.untrusted.safetensors_header import HeaderError, read_header

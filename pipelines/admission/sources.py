@@ -6,16 +6,8 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256
-from meteora.base.sources import (
-    GGUF,
-    PATH,
-    SourceError,
-    file_sha256,
-    find_gguf,
-    is_reference,
-    weights_sha256,
-)
+from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256, file_sha256
+from meteora.base.sources import GGUF, PATH, SourceError, find_gguf, is_reference, weights_sha256
 from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded

@@ -122,7 +122,7 @@ def add(
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
     from pipelines.admission.sources import token_of_rows
-    from pipelines.data.row_sources import place_of, read_rows
+    from pipelines.data.row_sources import read_rows, row_place
     from pipelines.data.rows import refuse_overlap
     from pipelines.planning.recorded_tasks import recorded_tasks
     from pipelines.recipe.benchmark import BenchmarkSection
@@ -137,8 +137,8 @@ def add(
         refuse_overlap(
             {name: read_rows(examples, here, edit.EXAMPLES, token_of)},
             {name: read_rows(test, here, limit, token_of)},
-            lambda _name, number: place_of(examples, here, number),
-            lambda _name, number: place_of(test, here, number),
+            lambda _name, number: row_place(examples, here, number),
+            lambda _name, number: row_place(test, here, number),
         )
     found = checkpoints.find(
         checkpoint, home, base, token_for or (), statistics=True, device=device, dtype=dtype

@@ -133,7 +133,7 @@ def _jsonl(asked: Asked) -> Iterator[Row]:
         yield _row(line, place, answered=asked.answered)
 
 
-def place_of(source: str, folder: Path, number: int) -> str:
+def row_place(source: str, folder: Path, number: int) -> str:
     """Where a row of a source stands, for people.
 
     Args:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import canonical_sha256
-from meteora.base.sources import file_sha256
+from meteora.artifacts import canonical_sha256, file_sha256
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import read_rows

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.data.row_sources import json_lines, place_of, read_rows
+from pipelines.data.row_sources import json_lines, read_rows, row_place
 from pipelines.data.rows import refuse_overlap
 from pipelines.workspace.console import say
 
@@ -72,4 +72,4 @@ def _read(path: Path) -> list[Row]:
 
 
 def _place(path: Path | None, number: int) -> str:
-    return place_of(f"jsonl:{path}", Path(), number) if path else ""
+    return row_place(f"jsonl:{path}", Path(), number) if path else ""

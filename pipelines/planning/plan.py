@@ -29,7 +29,7 @@ from pipelines.data.background import background_rows
 from pipelines.data.claims import examples_of, nobodys, prompts_of
 from pipelines.data.composites import compose, mixable
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
-from pipelines.data.row_sources import pin_source, place_of, read_rows
+from pipelines.data.row_sources import pin_source, read_rows, row_place
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
@@ -405,7 +405,7 @@ def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> st
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
     """Where a row stands: file and line, or source and number."""
     source = sources.get(name)
-    return place_of(source, folder, number) if source else f"row {number + 1}"
+    return row_place(source, folder, number) if source else f"row {number + 1}"
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication
-from meteora.base.sources import file_sha256, texts_sha256
+from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, file_sha256
+from meteora.base.sources import texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
 from pipelines.hub.bundle import make_bundle
 from pipelines.hub.client import hub_for

@@ -20,9 +20,10 @@ from meteora.artifacts import (
     Reason,
     RouterBuild,
     RouterSpec,
+    file_sha256,
     short,
 )
-from meteora.base.sources import PATH, file_sha256, weights_sha256
+from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS, read_manifest
 from meteora.checkpoint.sound_file import open_sound
 from pipelines.stages.build import build_base

@@ -21,11 +21,11 @@ from meteora.artifacts import (
     RouterBuild,
     RouterSpec,
     canonical_sha256,
+    file_sha256,
     short,
 )
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.loading import layers_on_disk, shape_of
-from meteora.base.sources import file_sha256
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
     EXPERTS,

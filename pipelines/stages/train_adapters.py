@@ -37,7 +37,7 @@ from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
-from pipelines.data.row_sources import place_of, read_rows
+from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import refuse_overlap
 from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
@@ -186,7 +186,7 @@ def training_rows(
     refuse_overlap(
         found,
         {name: task.rows for name, task in tests.items()},
-        lambda name, number: place_of(sources[name], folder, numbers[name][number]),
+        lambda name, number: row_place(sources[name], folder, numbers[name][number]),
         kind="a row to train {expert} on",
     )
     return found

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from meteora.artifacts import SHA256, ArtifactId, MeteoraError, Noun
-from meteora.base.sources import combined_sha256, file_sha256
+from meteora.artifacts import SHA256, ArtifactId, MeteoraError, Noun, file_sha256
+from meteora.base.sources import combined_sha256
 from store.check import Finding
 from store.errors import StoreError
 from store.files import READ_ONLY, write_whole

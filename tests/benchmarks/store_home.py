@@ -9,9 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import ArtifactId, FusedSpec, RouterBuild, RouterSpec, RoutingScore
+from meteora.artifacts import (
+    ArtifactId,
+    FusedSpec,
+    RouterBuild,
+    RouterSpec,
+    RoutingScore,
+    file_sha256,
+)
 from store.events import AdapterVerdict, Failure, RunStarted
-from store.files import partial_file, settle, sha256_of
+from store.files import partial_file, settle
 from store.query import memory, quoted
 from store.records import Record
 from store.segments import ROW_GROUP_RECORDS, SEGMENT_RECORDS, SUFFIX
@@ -105,7 +112,7 @@ def _write(connection: duckdb.DuckDBPyConnection, root: Path, sql: str) -> None:
             f" TO {quoted(partial)}"
             f" (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP_RECORDS})"
         )
-        settle(partial, root / (sha256_of(partial) + SUFFIX), root=root)
+        settle(partial, root / (file_sha256(partial) + SUFFIX), root=root)
 
 
 def _kinds(size: Size) -> list[Kind]:

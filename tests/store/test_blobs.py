@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.artifacts import file_sha256
 from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError
-from store.files import sha256_of, sweep
+from store.files import sweep
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,9 +52,9 @@ def test_an_old_file_is_not_swept_while_it_is_moved(
 
     def hashed(path: Path) -> str:
         sweep(blobs.root)
-        return sha256_of(path)
+        return file_sha256(path)
 
-    monkeypatch.setattr("store.blobs.sha256_of", hashed)
+    monkeypatch.setattr("store.blobs.file_sha256", hashed)
     assert blobs.put(source, move=True) == SHA256
     assert blobs.path_of(SHA256).read_bytes() == DATA
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import RouterOptions, file_sha256
 from meteora.base.chat_template import Template
-from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.tensors import Gates, read_experts, read_gates, write_gates
 from meteora.model.fused import check_base, insert_experts, insert_routers

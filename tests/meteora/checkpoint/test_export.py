@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
-from meteora.base.sources import file_sha256
+from meteora.artifacts import file_sha256
 from meteora.checkpoint.export import ExportError, adapter_config, export_expert
 
 if TYPE_CHECKING:

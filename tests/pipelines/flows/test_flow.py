@@ -18,8 +18,7 @@ import torch
 import yaml
 
 import meteora
-from meteora.artifacts import MeteoraError, canonical_sha256
-from meteora.base.sources import file_sha256
+from meteora.artifacts import MeteoraError, canonical_sha256, file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
 from pipelines.flows.run_page import tags_of

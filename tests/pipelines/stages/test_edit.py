@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 import meteora
 from meteora.adapters import reader
 from meteora.adapters.compatibility import stack_bytes
-from meteora.artifacts import ArtifactId, RouterBuild
+from meteora.artifacts import ArtifactId, RouterBuild, file_sha256
 from meteora.artifacts.routers import OPENING_SHARE
-from meteora.base.sources import file_sha256
 from meteora.checkpoint.manifest import (
     CARD,
     EXPERTS,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from meteora.artifacts import canonical_sha256
-from meteora.base.sources import file_sha256
+from meteora.artifacts import canonical_sha256, file_sha256
 from pipelines.workspace.context import RunContext
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 -- Questions that people ask, each below its title. `meteora sql --examples` shows them.
 
 -- Which routed model is best on each task, and how far is it from the base and the oracle?
-SELECT task, short(subject_id) AS model, round(value, 3) AS score, round(low, 3) AS low,
-       round(high, 3) AS high, round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
-FROM leaderboard WHERE place = 1 ORDER BY task, model;
+SELECT task, metric, num_samples, short(subject_id) AS model, round(value, 3) AS score,
+       round(low, 3) AS low, round(high, 3) AS high, round(base_value, 3) AS base,
+       round(oracle_value, 3) AS oracle
+FROM leaderboard WHERE place = 1 ORDER BY task, metric, num_samples DESC, model;
 
 -- How do my models compare on the mean over all tasks where higher is better?
 SELECT short(subject_id) AS model, * EXCLUDE subject_id
@@ -12,7 +13,8 @@ FROM (
            round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
     FROM (
         SELECT subject_id, router, task, avg(COLUMNS(['value', 'base_value', 'oracle_value']))
-        FROM leaderboard WHERE higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
+        FROM leaderboard
+        WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
     )
     GROUP BY ALL ORDER BY score DESC, subject_id LIMIT 20
 ) ORDER BY score DESC, model;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -105,9 +106,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     timer = threading.Timer(limits.seconds, connection.interrupt)
     timer.start()
     try:
-        result = connection.execute(sql)
-        columns = tuple(column[0] for column in result.description or ())
-        rows = result.fetchmany(limits.rows + 1)
+        columns, rows = _answer(connection, sql, limits.rows + 1)
     except duckdb.InterruptException:
         raise QueryError(f"stopped after {limits.seconds:g} s; narrow the question") from None
     except duckdb.OutOfMemoryException:
@@ -125,6 +124,24 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     if len(rows) > limits.rows:
         raise QueryError(f"has more than {limits.rows:,} rows; add a LIMIT")
     return Answer(columns, rows)
+
+
+def _answer(
+    connection: duckdb.DuckDBPyConnection, sql: str, most: int
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows of a query. Ctrl-C stops it, which in the main thread it may not."""
+
+    def work() -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+        result = connection.execute(sql)
+        return tuple(column[0] for column in result.description or ()), result.fetchmany(most)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(work)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            connection.interrupt()
+            raise
 
 
 def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -16,7 +16,7 @@ FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
 SEMI JOIN routers  -- without controls that know the right expert: nobody can use them
        ON routers.id = scores.subject_id
-      AND routers.router NOT IN ('oracle', 'one_expert', 'single', 'swap', 'alora');
+      AND NOT is_control(routers.router);
 
 CREATE OR REPLACE TEMP TABLE bases AS
 SELECT board, base_id, seed, value, low, high

@@ -9,8 +9,16 @@ CREATE OR REPLACE MACRO fell(earlier, earlier_low, earlier_high, now, now_low, n
          THEN earlier - now > sqrt((earlier - earlier_low) ** 2 + (now_high - now) ** 2)
          ELSE now - earlier > sqrt((earlier_high - earlier) ** 2 + (now - now_low) ** 2) END;
 
+-- A control is given the expert of each token, so nobody can use it as a model.
+CREATE OR REPLACE MACRO is_control(router) AS
+    router IN ('oracle', 'one_expert', 'single', 'swap', 'alora');
+
 -- without an order of its own: a question that counts would sort millions of rows for nothing
-CREATE OR REPLACE VIEW leaderboard AS FROM leaderboard_rows;
+CREATE OR REPLACE VIEW leaderboard AS
+SELECT * EXCLUDE asking,
+       asking = arg_max(asking, (recorded_at, asking)) OVER (PARTITION BY subject_id, task)
+       AS is_latest
+FROM (SELECT *, (num_fewshot, max_new_tokens, template, rows_sha256) AS asking FROM leaderboard_rows);
 COMMENT ON VIEW leaderboard IS 'Routed models and their place on each task, with the base and the right adapter alone beside them';
 COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
 COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
@@ -32,7 +40,7 @@ COMMENT ON COLUMN leaderboard.best_name IS 'Name of that adapter';
 COMMENT ON COLUMN leaderboard.higher_is_better IS 'Whether a larger value is a better one';
 COMMENT ON COLUMN leaderboard.num_empty IS 'Number of answers without a character; they count, as wrong';
 COMMENT ON COLUMN leaderboard.num_truncated IS 'Number of answers that were cut at max_new_tokens';
-COMMENT ON COLUMN leaderboard.router IS 'gate, arrow, norm, fixed, uniform or random';
+COMMENT ON COLUMN leaderboard.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN leaderboard.top_k IS 'Number of experts chosen for a token';
 COMMENT ON COLUMN leaderboard.method IS 'calibrate or joint; empty without gates';
 COMMENT ON COLUMN leaderboard.subject_id IS 'Artifact id of the router';
@@ -44,21 +52,23 @@ COMMENT ON COLUMN leaderboard.template IS 'chat, plain, or auto: the chat templa
 COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
+COMMENT ON COLUMN leaderboard.is_latest IS 'Whether the model was asked this task in this way last: with these rows, solved examples, length and template';
 
 CREATE OR REPLACE VIEW standings AS
-WITH named AS (
-    SELECT id AS router_id, id AS subject_id, 'fused' AS system, '' AS expert FROM routers
+WITH models AS (FROM routers WHERE NOT is_control(router)),
+named AS (
+    SELECT id AS router_id, id AS subject_id, 'fused' AS system, '' AS expert FROM models
     UNION ALL
     SELECT mine.id, other.id, other.router, ''
-    FROM routers AS mine JOIN routers AS other USING (fused_id, top_k, temperature)
+    FROM models AS mine JOIN routers AS other USING (fused_id, top_k, temperature)
     WHERE other.id <> mine.id AND other.method = ''
     UNION ALL
-    SELECT routers.id, merges.id, merges.method, '' FROM routers JOIN merges USING (fused_id)
+    SELECT models.id, merges.id, merges.method, '' FROM models JOIN merges USING (fused_id)
     UNION ALL
-    SELECT routers.id, adapter_id, '', experts.name FROM routers JOIN experts USING (fused_id)
+    SELECT models.id, adapter_id, '', experts.name FROM models JOIN experts USING (fused_id)
     UNION ALL
-    SELECT routers.id, base_models.id, 'base', ''
-    FROM routers JOIN parents ON child_id = fused_id JOIN base_models ON base_models.id = parent_id
+    SELECT models.id, base_models.id, 'base', ''
+    FROM models JOIN parents ON child_id = fused_id JOIN base_models ON base_models.id = parent_id
 ),
 found AS (  -- by the narrow columns first: all the width of millions of scores takes seconds
     SELECT router_id, system, expert, theirs.rowid AS number
@@ -191,7 +201,7 @@ COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id of the one that is asked a
 COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
-COMMENT ON COLUMN lineage.kind IS 'base, adapter, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
+COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
 COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL where it was made here';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
@@ -208,7 +218,7 @@ WITH checkpoints AS (
            lag(scores.high) OVER previous AS previous_high,
            lag(scores.stderr) OVER previous AS previous_stderr
     FROM scores
-    JOIN routers ON routers.id = scores.subject_id
+    JOIN routers ON routers.id = scores.subject_id AND NOT is_control(routers.router)
     JOIN run_starts ON run_starts.run_id = scores.run_id
     WINDOW previous AS (
         PARTITION BY recipe_name, router, task, metric, num_fewshot, max_new_tokens, template,
@@ -223,8 +233,8 @@ SELECT recipe_name, router, task, metric, value, previous_value, value - previou
        subject_id, previous_id, recorded_at, run_id
 FROM checkpoints WHERE previous_id IS NOT NULL;
 COMMENT ON VIEW changes IS 'Scores beside those of the previous checkpoint of the same recipe on the same rows';
-COMMENT ON COLUMN changes.recipe_name IS 'Name of the recipe';
-COMMENT ON COLUMN changes.router IS 'gate, arrow, norm, fixed, uniform or random';
+COMMENT ON COLUMN changes.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
+COMMENT ON COLUMN changes.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN changes.task IS 'Name of the task';
 COMMENT ON COLUMN changes.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN changes.value IS 'The score, in the metric''s unit';
@@ -242,8 +252,8 @@ SELECT recipe_name, router, task, metric, value, previous_value, change, change_
        previous_id, recorded_at, run_id
 FROM regression_rows;
 COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
-COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe';
-COMMENT ON COLUMN regressions.router IS 'gate, arrow, norm, fixed, uniform or random';
+COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
+COMMENT ON COLUMN regressions.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN regressions.task IS 'Name of the task';
 COMMENT ON COLUMN regressions.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN regressions.value IS 'The score, in the metric''s unit';
@@ -319,7 +329,7 @@ LEFT JOIN stages USING (run_id)
 ORDER BY coalesce(started_at, ended_at) DESC, run_id;
 COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
 COMMENT ON COLUMN runs.run_id IS 'Id of the run';
-COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe, or what was done to a checkpoint, such as ''benchmark of router:…''; NULL like started_at';
+COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe, as in changes, or what was done to a checkpoint, such as ''benchmark of router:…''; NULL like started_at';
 COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL where only its end is recorded, as of a run that was skipped';
 COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL where it still runs or nobody has closed it';
 COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused, stopped, killed, skipped_late or skipped_overlap; NULL like ended_at';
@@ -383,11 +393,19 @@ ORDER BY recorded_at DESC, subject;
 COMMENT ON VIEW failures IS 'What was refused or went wrong, latest first';
 COMMENT ON COLUMN failures.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN failures.run_id IS 'The run that it happened in';
-COMMENT ON COLUMN failures.recipe_name IS 'Name of the recipe';
+COMMENT ON COLUMN failures.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
 COMMENT ON COLUMN failures.stage IS 'Name of the stage; run for a whole run, ingest for a record that was not understood';
 COMMENT ON COLUMN failures.subject IS 'What it happened to: an artifact id, an adapter''s source, a task, a recipe, a record';
 COMMENT ON COLUMN failures.error IS 'Class of the exception, a code, or how the run ended';
 COMMENT ON COLUMN failures.message IS 'What happened, a sentence';
+
+-- What these tables hold has grown since the migrations that made them.
+COMMENT ON COLUMN artifacts.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed';
+COMMENT ON COLUMN routers.router IS 'gate, prompt, arrow, norm, fixed, uniform or random, or a control: oracle, one_expert, single, swap or alora';
+COMMENT ON COLUMN leaderboard_rows.router IS 'As in leaderboard';
+COMMENT ON COLUMN regression_rows.router IS 'As in regressions';
+COMMENT ON COLUMN regression_rows.recipe_name IS 'As in regressions';
+COMMENT ON COLUMN run_starts.recipe_name IS 'As in runs';
 
 CREATE OR REPLACE VIEW dictionary AS
 SELECT table_name AS name, column_name, data_type, comment AS meaning

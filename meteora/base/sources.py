@@ -59,6 +59,11 @@ def is_reference(name: str, revision: str) -> bool:
     )
 
 
+def path_from(folder: Path, name: str) -> Path:
+    """A path as it is from a folder; `~/` is the home of the person who asks."""
+    return folder / (Path(name).expanduser() if name.startswith("~/") else name)
+
+
 def find_gguf(source: str) -> Path:
     """Find a GGUF file in an installed Python package; nothing of the package is imported.
 
@@ -66,6 +71,8 @@ def find_gguf(source: str) -> Path:
         source: `gguf:<distribution>/<file name>`
     """
     distribution, _, name = source.removeprefix(GGUF).partition("/")
+    if not distribution or not name:
+        raise SourceError(f"{source}: a base in a Python package is gguf:<package>/<file>")
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -7,7 +7,15 @@ import re
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256, file_sha256
-from meteora.base.sources import GGUF, PATH, SourceError, find_gguf, is_reference, weights_sha256
+from meteora.base.sources import (
+    GGUF,
+    PATH,
+    SourceError,
+    find_gguf,
+    is_reference,
+    path_from,
+    weights_sha256,
+)
 from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
@@ -62,7 +70,7 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
     if source.startswith(GGUF):
         return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}", quantise)
     if source.startswith(PATH):
-        local = folder / source.removeprefix(PATH)
+        local = path_from(folder, source.removeprefix(PATH))
         spec = BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
         if not is_reference(spec.base_model, spec.base_revision):
             raise SourceError(
@@ -70,6 +78,7 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
                 " one; rename it to letters, digits, spaces, _ . -"
             )
         return spec
+    _refuse_folder(source, folder)
     ref = repositories.resolve(source, hub=hub_of(recipe, source.partition("@")[0]))
     return BaseSpec(ref.repo_id, ref.revision, quantise)
 
@@ -115,10 +124,20 @@ def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> Adap
         return AdapterRef(repo_id, revision)
     if expert.adapter.startswith(PATH):
         return pin_folder(local_folder(expert, folder), expert.subfolder)
+    _refuse_folder(expert.adapter, folder)
     repo_id = expert.adapter.partition("@")[0]
     return repositories.resolve(
         expert.adapter, subfolder=expert.subfolder, hub=hub_of(recipe, repo_id)
     )
+
+
+def _refuse_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that is named without `path:`, which another one on the Hub may be, too."""
+    if "@" not in name and (folder / name).is_dir():
+        raise SourceError(
+            f"{name}: there is a folder of this name, and without `path:` it is one on the Hub;"
+            f" write path:{name} for the folder, or {name}@main for the Hub"
+        )
 
 
 def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
@@ -186,4 +205,4 @@ def adapter_at_hand(
 
 def local_folder(expert: ExpertSection, folder: Path) -> Path:
     """The folder of an adapter that the recipe names by `path:`."""
-    return folder / expert.adapter.removeprefix(PATH) / expert.subfolder
+    return path_from(folder, expert.adapter.removeprefix(PATH)) / expert.subfolder

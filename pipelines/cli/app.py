@@ -68,6 +68,9 @@ def main() -> None:
 
     An error of ours, and a fault of the machine, is printed as one sentence, with exit code 1.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this, as some services do
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (until the end)
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes of no UTF-8
     words = sys.argv[1:]

@@ -289,6 +289,8 @@ def export(
         raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
     if (target == "peft") != bool(expert) and target != "llama.cpp":
         raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
+    if copy and target != "vllm":
+        raise typer.BadParameter("--copy is for vLLM's folder; other exports have no links")
     folder = checkpoints.find_folder(checkpoint, home, token_for or ())
     if target == "vllm":
         from meteora.serving.served_folder import export_for_vllm

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 Recipes = Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")]
 URL = re.compile(r"https?://[^/\s]\S*$")
+MOST_WORKERS = 1024
+"""Processes of a cluster that is started for one command."""
 WHOLE = (Stage.benchmark, Stage.publish)
 """Stages after which there are scores to show."""
 
@@ -54,6 +56,8 @@ def run(
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
     if dask and ray:
         raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
+    if any(number.isdecimal() and not 0 < int(number) <= MOST_WORKERS for number in (dask, ray)):
+        raise typer.BadParameter(f"--dask and --ray take 1 to {MOST_WORKERS} processes")
     if dry_run and as_json:
         raise typer.BadParameter("--dry-run prints text for people; leave out --json")
     prepare(home)

@@ -91,12 +91,12 @@ def print_scores(
     out.print(f"checkpoint: {folder}", soft_wrap=True)
     router = short(plan.router.id)
     out.print(f"recorded as {router}; try next:")
-    columns, view, key = (
-        ("task, value, base_value, oracle_value", "leaderboard", "subject_id")
+    columns, view, those = (
+        ("task, value, base_value, oracle_value", "leaderboard", "is_latest AND subject_id")
         if fits
-        else ("task, system, value, low, high", "standings", "router_id")
+        else ("task, system, value, low, high", "latest_standings", "router_id")
     )
-    question = f"SELECT {columns} FROM {view} WHERE {key} LIKE '{router}%' ORDER BY task"  # noqa: S608
+    question = f"SELECT {columns} FROM {view} WHERE {those} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
     where = base_option(plan.base.base_model, base)
     out.print(f"  meteora report {router}{where}", soft_wrap=True)

@@ -115,8 +115,9 @@ def verify(
         if checkpoint is None or key is None:
             raise typer.BadParameter("to check a signature, give both CHECKPOINT and --key")
         from pipelines.publishing.signing import check_signature
+        from pipelines.workspace.checkpoints import checkpoint_folder
 
-        check_signature(checkpoint, key)
+        check_signature(Path(checkpoint_folder(str(checkpoint), home)), key)
         if as_json:
             print(json.dumps({"checkpoint": str(checkpoint), "key": str(key), "signed": True}))
         else:

@@ -20,6 +20,7 @@ from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
+from meteora.base.sources import path_from
 from meteora.untrusted.findings import brief, listed, not_utf8, shortened
 from pipelines.data.pinned import kept, pin
 from pipelines.data.rows import ExamplesError, Row
@@ -53,6 +54,11 @@ class Asked:
     limit: int
     token_of: Callable[[str], str | None]
     answered: bool
+
+    @property
+    def path(self) -> Path:
+        """Of a file, or a folder."""
+        return path_from(self.folder, self.name)
 
 
 def read_rows(
@@ -129,7 +135,7 @@ def _unreadable(name: str, error: Exception) -> ExamplesError:
 
 
 def _jsonl(asked: Asked) -> Iterator[Row]:
-    for line, place in json_lines(asked.folder / asked.name):
+    for line, place in json_lines(asked.path):
         yield _row(line, place, answered=asked.answered)
 
 
@@ -142,7 +148,8 @@ def row_place(source: str, folder: Path, number: int) -> str:
     kind, _, name = source.partition(":")
     if kind != "jsonl":
         return f"{source}, row {number + 1}"
-    return next(islice((place for _, place in json_lines(folder / name)), number, None), source)
+    places = (place for _, place in json_lines(path_from(folder, name)))
+    return next(islice(places, number, None), source)
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -232,7 +239,7 @@ def check_row(row: Row, place: str) -> Row:
 
 def _bigbench(asked: Asked) -> Iterator[Row]:
     split = _part(asked.options, "split", f"bigbench:{asked.name}")
-    return (row for row in _bigbench_rows(asked.folder / asked.name) if _belongs(row, split))
+    return (row for row in _bigbench_rows(asked.path) if _belongs(row, split))
 
 
 def _part(options: Mapping[str, str], key: str, source: str) -> str:

@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
+from meteora.base.sources import path_from
 from pipelines.data.composites import Composite, Span, encode_composite
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.row_sources import json_lines
@@ -149,7 +150,7 @@ def read_spans(
     kind, _, name = source.partition(":")
     if kind != "jsonl" or not name:
         raise ExamplesError(f"{source}: examples with spans come from `jsonl:<file>`")
-    rows = [_row(line, place, experts) for line, place in json_lines(folder / name)]
+    rows = [_row(line, place, experts) for line, place in json_lines(path_from(folder, name))]
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows

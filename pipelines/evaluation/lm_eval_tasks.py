@@ -11,7 +11,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from meteora.untrusted.findings import brief, shortened
+from meteora.untrusted.findings import brief, did_you_mean, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError
 
 if TYPE_CHECKING:
@@ -53,12 +53,11 @@ class LmEvalRun:
         ]
 
 
-def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
-    """Ask the first rows of one task.
+def find_lm_eval_task(asked: Task) -> TaskManager:
+    """Find a task of lm-eval by its name; its rows are not read.
 
     Raises:
-        BenchmarkError: there is no such task, it has not the metrics, or its rows cannot be
-            downloaded or read.
+        BenchmarkError: there is no such task.
     """
     name, folder = asked.lm_eval, asked.folder
     # indexing lm-eval's own 10,000 tasks takes 10 s, so it is left out where a folder is given
@@ -72,7 +71,21 @@ def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
                 f"{name!r} is no task but a group of tasks {where}; name the ones that you mean:"
                 f" {shortened(', '.join(_members(manager, name)), 300)}"
             )
-        raise BenchmarkError(f"there is no task {name!r} {where}; `lm-eval ls tasks` lists them")
+        meant = did_you_mean(name, manager.all_subtasks)
+        raise BenchmarkError(
+            f"there is no task {name!r} {where}{meant}; `lm-eval ls tasks` lists them"
+        )
+    return manager
+
+
+def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
+    """Ask the first rows of one task.
+
+    Raises:
+        BenchmarkError: there is no such task, it has not the metrics, or its rows cannot be
+            downloaded or read.
+    """
+    name, manager = asked.lm_eval, find_lm_eval_task(asked)
     try:
         report = _evaluate(harness, asked, manager)
     except (OSError, ConnectionError, ValueError, AssertionError) as error:

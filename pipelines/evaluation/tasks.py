@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256, file_sha256
+from meteora.base.sources import path_from
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import read_rows
@@ -168,7 +169,7 @@ def _listed_task(
         section.max_new_tokens or settings.max_new_tokens,
         rows=read(section.rows, folder, limit) if section.rows else (),
         lm_eval=section.lm_eval,
-        folder=folder / section.folder if section.folder else None,
+        folder=path_from(folder, section.folder) if section.folder else None,
         limit=limit,
         num_fewshot=section.num_fewshot,
         system_prompt=settings.system_prompt,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
 from meteora.artifacts import COMMIT, BaseSpec
 from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
@@ -37,7 +39,7 @@ from pipelines.planning.plan import (
     refuse_too_few,
 )
 from pipelines.planning.resolve import at_hand, read_adapters
-from pipelines.planning.room import check_examples, check_room
+from pipelines.planning.room import check_examples, check_names, check_room
 from pipelines.recipe.recipe import AUTO
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import plain_console
@@ -171,6 +173,11 @@ def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
         faults.append(f"{absent[0]}{others}")
     if len(refused) == len(outcomes):
         faults.append("no adapter can be used")
+    taken = {one.name: outcome.adapter for one, outcome in outcomes if isinstance(outcome, Expert)}
+    try:
+        check_stackable(taken, sys.maxsize)
+    except IncompatibleAdaptersError as error:
+        faults.append(str(error))
     return faults
 
 
@@ -212,6 +219,7 @@ def _faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> l
         tests = {name: task.rows for name, task in tasks.items() if task.rows}
         check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
         refuse_too_few(recipe, examples, spans)
+        check_names(tasks.values())
         _check_lengths(context, base, tasks, examples)
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]

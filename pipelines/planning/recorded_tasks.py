@@ -23,23 +23,29 @@ WHERE base_id = '{base_id}' AND task = '{name}' AND (
         WHERE adapter_id = '{adapter_id}'
     )
 )
-ORDER BY recorded_at DESC, id LIMIT 100
+ORDER BY subject_id = '{router_id}' DESC, num_samples DESC, recorded_at DESC, id LIMIT 100
 """
-"""Scores on the task with an expert's name, of its adapter or of models that have it."""
+"""Scores on the task with an expert's name: of this model first, then of its adapter and of other
+models that have it. A quick try with few rows does not decide what is measured."""
 
 
 def recorded_tasks(
-    ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId]
+    ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId], router_id: str = ""
 ) -> dict[str, Task]:
-    """The own task of each expert, as it was asked last; without those that never were.
+    """The own task of each expert as this model was asked it, or else with the most rows.
+
+    Those that were never asked are left out; of two askings that are alike the last counts.
 
     Args:
         experts: The adapter of each, by its name, which is also the name of its task.
+        router_id: Of the model; empty for one that was asked nothing yet.
     """
     found = {}
     for name, adapter_id in experts.items():
         literal = name.replace("'", "''")
-        asked = OWN_TASK.format(base_id=base_id, adapter_id=adapter_id, name=literal)
+        asked = OWN_TASK.format(
+            base_id=base_id, adapter_id=adapter_id, name=literal, router_id=router_id
+        )
         if task := _task(ledger, ledger.scores(asked)):
             found[name] = task
     return found
@@ -49,7 +55,7 @@ def _task(ledger: Ledger, scores: Sequence[Score]) -> Task | None:
     """The task of the first score whose rows can be read; with all metrics that it had.
 
     Args:
-        scores: of one task, the latest first
+        scores: of one task, the one to be asked again first
     """
     for score in scores:
         spec = score.spec

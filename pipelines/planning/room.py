@@ -26,6 +26,20 @@ if TYPE_CHECKING:
     from pipelines.evaluation.tasks import Task
 
 
+def check_names(tasks: Iterable[Task]) -> None:
+    """Refuse the first task that is to be one of lm-eval's own, and is none.
+
+    Raises:
+        BenchmarkError: lm-eval has no such task.
+    """
+    for task in tasks:
+        if task.lm_eval:
+            # seconds, and few recipes need it
+            from pipelines.evaluation.lm_eval_tasks import find_lm_eval_task  # noqa: PLC0415
+
+            find_lm_eval_task(task)
+
+
 def check_room(
     tasks: Iterable[Task], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -42,6 +42,8 @@ NAME_RULE = (
     f"may hold letters from a to z, digits, '_', '.' and '-', at most {LONGEST_NAME}, and begins"
     " with a letter or a digit"
 )
+MIX = re.compile(r"(composite|conversation)-\d.*")
+"""What mixes of tasks are called."""
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
 """Recipes that come with the program. Those directly in this folder need adapters and rows."""
@@ -260,6 +262,8 @@ class Recipe(Section):
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"the name {name!r} {NAME_RULE}")
+            if MIX.fullmatch(name):
+                raise ValueError(f"the name {name!r} is that of a mix of tasks; choose another")
         for kind, all_names in (("expert", names), ("task", self.task_names)):
             if twice := [name for name, count in Counter(all_names).items() if count > 1]:
                 raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")

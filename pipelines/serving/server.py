@@ -174,6 +174,11 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         MeteoraError: The address cannot be had.
     """
+    if not host.strip():
+        raise MeteoraError(
+            "--host is empty, which would be every network of this machine; give 127.0.0.1 for this"
+            " machine alone, or 0.0.0.0 if you mean all of them"
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
-from meteora.base.sources import PATH
+from meteora.base.sources import PATH, path_from
 from meteora.checkpoint.manifest import MANIFEST, read_manifest
 from meteora.untrusted.findings import did_you_mean
 from pipelines.admission.sources import token_of_rows
@@ -24,6 +24,9 @@ from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
 from pipelines.recipe.recipe import (
+    MIX,
+    NAME,
+    NAME_RULE,
     DeadlinesSection,
     ExpertSection,
     HubSection,
@@ -93,7 +96,7 @@ def benchmark(
         adoption = plan_adoption(ledger, found, manifest)
         manifest, router = adoption.manifest, adoption.router
     ledger.ingest()
-    settings, tasks, whole = _choose_tasks(ledger, manifest, request)
+    settings, tasks, whole = _choose_tasks(ledger, manifest, router.id, request)
     for name in manifest.names:
         if name not in tasks and not request.tasks:
             say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
@@ -138,17 +141,17 @@ def _measure(
 
 
 def _choose_tasks(
-    ledger: Ledger, manifest: Manifest, request: BenchmarkRequest
+    ledger: Ledger, manifest: Manifest, router_id: str, request: BenchmarkRequest
 ) -> tuple[BenchmarkSection, dict[str, Task], bool]:
     """The settings, the tasks that are asked for, and whether no other task is known."""
-    given = dict(one.split("=", 1) for one in request.tasks if "=" in one)
+    given = _given_rows(request)
     chosen = [one for one in request.tasks if "=" not in one]
     recorded: dict[str, Task] = {}
     own: dict[str, ExpertSection] = {}
     if request.recipe is None:
         folder, compare = Path.cwd(), COMPARE
         adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
-        recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters)
+        recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
         settings = _settings_of(recorded)
     else:
         recipe, folder = Recipe.load(request.recipe), request.recipe.parent
@@ -168,6 +171,11 @@ def _choose_tasks(
     read = partial(read_rows, token_of=token_of_rows(request.token_for))
     tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
     for name in chosen:
+        if name not in tasks and MIX.fullmatch(name):
+            raise BenchmarkRequestError(
+                f"{name} is made of the rows of several tasks; name a recipe that asks it with"
+                " --recipe FILE"
+            )
         if name not in tasks:
             raise BenchmarkRequestError(
                 f"there is no task {name!r}{did_you_mean(name, tasks)}; give its rows as"
@@ -181,6 +189,22 @@ def _choose_tasks(
     keep = {*chosen, *given} if chosen else {*tasks}
     kept = {name: task for name, task in tasks.items() if name in keep}
     return settings, kept, len(kept) == len(tasks)
+
+
+def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
+    """The source of each task that is given its rows."""
+    given = {}
+    for one in request.tasks:
+        name, equals, source = one.partition("=")
+        if not equals:
+            continue
+        if not source or MIX.fullmatch(name) or not NAME.fullmatch(name):
+            raise BenchmarkRequestError(
+                f"--tasks {one}: rows are given as NAME=SOURCE, such as sums=jsonl:sums.jsonl; a"
+                f" name {NAME_RULE}, and is none of a composite or a conversation"
+            )
+        given[name] = source
+    return given
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
@@ -202,7 +226,7 @@ def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
 def _absolute(source: str) -> str:
     """A source of rows whose path is relative to the working folder, for use in any folder."""
     kind, _, path = source.partition(":")
-    return f"{kind}:{Path.cwd() / path}" if kind in {"jsonl", "bigbench"} else source
+    return f"{kind}:{path_from(Path.cwd(), path)}" if kind in {"jsonl", "bigbench"} else source
 
 
 def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:

@@ -29,7 +29,7 @@ from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.estimate import rows_at_once
 from pipelines.planning.plan import place_of_example
-from pipelines.planning.room import check_examples, check_room, longest
+from pipelines.planning.room import check_examples, check_names, check_room, longest
 from pipelines.scoring import compare
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
@@ -74,9 +74,11 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
 
     Raises:
         ExamplesError: an example is too long, and gates are not fitted yet.
-        BenchmarkError: a prompt of a measurement that is missing is too long.
+        BenchmarkError: a prompt of a measurement that is missing is too long, or its task is not
+            one of lm-eval's.
     """
     tasks = _tasks_of(missing(work, plan), plan)
+    check_names(tasks)
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples = {} if work.holds(plan.router.id) else own
     if tasks or examples:

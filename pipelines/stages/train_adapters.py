@@ -120,7 +120,9 @@ def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iter
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
-            if local_folder(expert, work.folder).exists():  # copied there while others were trained
+            if _is_there(
+                local_folder(expert, work.folder)
+            ):  # copied there while others were trained
                 continue
             yield _train_one(work, expert, rows[expert.name], skip, spec, model, tokenizer, asked)
 
@@ -142,7 +144,12 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
     for expert in work.recipe.experts:
         if not expert.adapter.startswith(PATH) or expert.name not in (only or known):
             continue
-        if (folder := local_folder(expert, work.folder)).exists():
+        if _is_there(folder := local_folder(expert, work.folder)):
+            if not (folder / CONFIG).is_file():
+                raise AdapterTrainingError(
+                    f"{expert.name}: {folder} is there and holds no adapter, and nothing is written"
+                    " over it; take it away, or name another folder in the recipe"
+                )
             say(f"{expert.name}: {folder} is there, and stays as it is")
             continue
         if expert.examples in {None, "", AUTO}:
@@ -152,6 +159,11 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
             )
         found.append(expert)
     return found
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether something is where an adapter is to be trained; an empty folder is nothing."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def training_rows(

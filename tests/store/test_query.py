@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -43,9 +45,9 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
     weights = asked.ledger.weights_of
     answers = {
         "Which routed model is best on each task": [
-            ("parentheses", models[0], 0.75, 0.71, 0.79, 0.1, 0.8),
-            ("parentheses", models[1], 0.75, 0.71, 0.79, 0.1, 0.8),
-            ("sorting", models[0], 0.88, 0.84, 0.92, 0.05, 0.9),
+            ("parentheses", "exact_match", 100, models[0], 0.75, 0.71, 0.79, 0.1, 0.8),
+            ("parentheses", "exact_match", 100, models[1], 0.75, 0.71, 0.79, 0.1, 0.8),
+            ("sorting", "exact_match", 100, models[0], 0.88, 0.84, 0.92, 0.05, 0.9),
         ],
         "How do my models compare": [
             (models[0], "gate", 2, 0.815, 0.075, 0.85),
@@ -223,6 +225,24 @@ def test_a_question_stops_at_its_limits(asked: Shelf, sql: str, sentence: str) -
     with pytest.raises(QueryError, match=sentence):
         asked.ledger.query(sql, limits=Limits(seconds=0.5, memory_bytes=1 << 26, rows=100))
     assert time.monotonic() - began < 60  # of hours or for ever
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b",
+        # DuckDB alone does not hear Ctrl-C here
+        "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range%7 = b.range%11",
+    ],
+)
+def test_ctrl_c_stops_a_question(asked: Shelf, sql: str) -> None:
+    asker = threading.main_thread().ident
+    assert asker
+    threading.Timer(0.5, signal.pthread_kill, (asker, signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        asked.ledger.query(sql)
+    assert time.monotonic() - began < 30  # of 60
 
 
 def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import canonical_sha256
-from meteora.base.sources import SourceError
+from meteora.base.sources import SourceError, path_from
 from pipelines.admission import silent_experts
-from pipelines.admission.sources import pin_folder, resolve_base
+from pipelines.admission.sources import local_folder, pin_folder, resolve_adapter, resolve_base
 from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
@@ -120,6 +120,33 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)
+
+
+def test_a_folder_that_is_named_without_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "dates").mkdir(parents=True)
+    expert = {"name": "a", "adapter": "adapters/dates"}
+    said = "write path:adapters/dates for the folder, or adapters/dates@main for the Hub"
+    for base in ("adapters/dates", "gguf:"):
+        recipe = Recipe.model_validate(
+            {"base": base, "experts": (expert,), "router": {"kind": "prompt"}}
+        )
+        with pytest.raises(SourceError, match=said if base != "gguf:" else "gguf:<package>/<file>"):
+            resolve_base(recipe, tmp_path)
+        with pytest.raises(SourceError, match=said):
+            resolve_adapter(recipe, recipe.experts[0], tmp_path)
+
+
+def test_a_persons_own_home_is_found(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(world.base.parent))
+    expert = {"name": "a", "adapter": f"path:~/{world.base.name}/adapter"}
+    recipe = Recipe.model_validate(
+        {"base": f"path:~/{world.base.name}", "experts": (expert,), "router": {"kind": "prompt"}}
+    )
+    assert resolve_base(recipe, tmp_path).base_model == f"path:{world.base.name}"
+    assert local_folder(recipe.experts[0], tmp_path) == world.base / "adapter"
+    assert path_from(tmp_path, "~other/x") == tmp_path / "~other" / "x"
 
 
 def test_a_file_whose_name_is_no_text_is_counted_like_others(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask, meteora
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
 
@@ -189,6 +190,27 @@ def test_every_command_explains_itself(command: str, option: str) -> None:
 
 def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
     assert meteora("run", "quickstart", "--untill", "x", home=tmp_path).returncode == 2
+    for workers in ("--dask", "--ray"):
+        for number in ("0", "1025"):
+            said = meteora("run", "quickstart", workers, number, home=tmp_path)
+            assert (said.returncode, "take 1 to 1024" in said.stderr) == (2, True)
     both = meteora("run", "quickstart", "--dry-run", "--json", home=tmp_path)
     assert both.returncode == 2
     assert both.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("closed", "printed"),
+    [("<&-", "one\n1\n"), (">&-", ""), ("2>&-", "one\n1\n"), ("<&- >&- 2>&-", "")],
+)
+def test_a_stream_that_is_closed_is_no_fault(closed: str, printed: str, tmp_path: Path) -> None:
+    """A shell closes it here; some services start programs so."""
+    Ledger(tmp_path).ingest()
+    words = f"-m pipelines.cli sql 'SELECT 1 AS one' --format csv --home {tmp_path}"
+    said = subprocess.run(
+        ["sh", "-c", f"{sys.executable} {words} {closed}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (said.returncode, said.stderr, said.stdout) == (0, "", printed)

@@ -211,6 +211,28 @@ def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
 
 
 @pytest.mark.usefixtures("known_machine")
+def test_two_names_of_one_adapter_and_a_task_that_is_none_are_told(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tmp_path: Path
+) -> None:
+    first, second = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())["experts"][:2]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "mine.yaml").write_text("task: mine_to_ask\n")
+    task = {"lm_eval": "mine_to_aks", "folder": str(mine)}
+    faults: dict[str, dict[str, Any]] = {
+        "these cannot be stacked: ": {"experts": [first, second | {"adapter": first["adapter"]}]},
+        f"there is no task 'mine_to_aks' in {mine} (did you mean 'mine_to_ask'?)": {
+            "benchmark": {"tasks": [task]}
+        },
+    }
+    for sentence, changed in faults.items():
+        work = workplace(**changed)
+        said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+        assert said.returncode == 1
+        assert f"the run would stop: {sentence}" in said.stdout
+
+
+@pytest.mark.usefixtures("known_machine")
 def test_it_ends_with_an_error_where_the_run_would(
     workplace: Callable[..., RunContext],
     recipe_folder: Path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import BaseSpec, BenchmarkSpec, FusedSpec, RouterSpec, Score
+from meteora.artifacts import AdapterSpec, BaseSpec, BenchmarkSpec, FusedSpec, RouterSpec, Score
 from pipelines.data.rows import Row, rows_sha256
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.scoring.outputs import write_outputs
@@ -17,6 +17,33 @@ if TYPE_CHECKING:
 BASE = BaseSpec("tiny/base", "a" * 40)
 FUSED = FusedSpec(BASE.id, (), ())
 MODEL = RouterSpec(FUSED.id, "gate", 1, 1.0)
+
+
+def record(ledger: Ledger, folder: Path, model: RouterSpec, rows: list[Row], length: int) -> None:
+    outputs = [
+        {"prompt": row.prompt, "output": "", "asked": json.dumps(row.to_dict())} for row in rows
+    ]
+    write_outputs(outputs, folder / "outputs")
+    sha256 = ledger.blobs.put(folder / "outputs", move=True)
+    asked = BenchmarkSpec(model.id, "sums", rows_sha256(rows), "exact_match", 0, length, 0, BASE.id)
+    score = Score(asked, 1.0, 0.0, 0.2, 1.0, len(rows), sha256, "lm-eval", 1.0)
+    ledger.record_score(score, run_id="r")
+
+
+def test_a_quick_try_elsewhere_does_not_decide_what_a_model_is_asked(tmp_path: Path) -> None:
+    ledger, rows = Ledger(tmp_path / "home"), [Row(f"{n} + 2", str(n + 2)) for n in range(4)]
+    adapter = AdapterSpec("0" * 64, "tiny/base", False, "F16", ())
+    fused = FusedSpec(BASE.id, ("sums",), (adapter.id,))
+    first, second, third = (RouterSpec(fused.id, "gate", 1, 1.0, seed=n) for n in range(3))
+    for spec in (BASE, adapter, fused, first, second, third):
+        ledger.record_artifact(spec, weights_sha256="", run_id="r")
+    for model, num_rows, length in ((first, 3, 32), (first, 3, 16), (second, 4, 8), (second, 1, 4)):
+        record(ledger, tmp_path, model, rows[:num_rows], length)
+        ledger.ingest()
+    experts = {"sums": adapter.id}
+    for model, num_rows, length in ((first, 3, 16), (second, 4, 8), (third, 4, 8)):
+        (found,) = recorded_tasks(ledger, BASE.id, experts, model.id).values()
+        assert (len(found.rows), found.max_new_tokens) == (num_rows, length)
 
 
 def test_a_task_of_lm_eval_s_with_an_expert_s_name_is_not_the_expert_s(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_room, longest
+from pipelines.planning.room import _lengths, check_names, check_room, longest
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
@@ -118,6 +119,14 @@ def test_the_longest_prompt_counts_with_its_answers(world: World, chat_base: Pat
     chat = load_tokenizer(chat_base)
     talks = task(dialogues=draw_dialogues(ROWS, 3, 2, seed=0))
     assert longest(talks, config, chat) == max(_lengths(talks, chat)) + 3 * 8
+
+
+def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    mine = Task("mine", ("acc",), "auto", 8, lm_eval="mine", folder=tmp_path)
+    check_names([task(rows=ROWS["red"]), mine])
+    with pytest.raises(BenchmarkError, match=r"no task 'mime' in .* \(did you mean 'mine'\?\)"):
+        check_names([mine, replace(mine, lm_eval="mime")])
 
 
 def test_what_is_not_answered_freely_is_not_counted(world: World) -> None:

@@ -377,6 +377,11 @@ def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_no_address_is_not_every_network() -> None:
+    with pytest.raises(MeteoraError, match="--host is empty, which would be every network"):
+        server.listen("", 0)
+
+
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with (
         server.listen("127.0.0.1", 0) as taken,

@@ -135,6 +135,11 @@ def test_new_rows_a_recipe_and_other_systems_can_be_given(
         (("--tasks", "q_and_w"), "there is no task 'q_and_w' (did you mean 'q_and_v'?)"),
         (("--compare", "orcale"), "compare.0: Input should be 'base', 'oracle'"),
         (("--tasks", "x=csv:y"), "rows come from `jsonl:…`"),
+        (("--tasks", "="), "--tasks =: rows are given as NAME=SOURCE"),
+        (("--tasks", "q_and_v="), "rows are given as NAME=SOURCE"),
+        (("--tasks", "a|b=jsonl:y"), "a name may hold letters from a to z, digits"),
+        (("--tasks", "composite-3=jsonl:y"), "and is none of a composite or a conversation"),
+        (("--tasks", "conversation-3"), "name a recipe that asks it with --recipe FILE"),
     ):
         said = benchmark(work, folder, recipe_folder, *words)
         assert said.returncode == 1

@@ -238,6 +238,11 @@ def test_what_cannot_be_trained_is_one_sentence(
     assert "q_and_v: the recipe takes its adapter from the Hub, owner/name" in refused(
         "--only", "q_and_v"
     )
+    (place / "notes").mkdir()
+    (place / "notes" / "mine.txt").touch()
+    for there in ("notes", "recipe.yaml"):
+        change_first(place, adapter=f"path:{there}")
+        assert f"{place / there} is there and holds no adapter" in refused()
     change_first(place, adapter="path:adapters/q_and_v", examples="auto")
     assert "q_and_v: the recipe names no examples of it to train on" in refused()
     change_first(place, examples="jsonl:q_and_v.train.jsonl")

@@ -132,7 +132,7 @@ def load_gguf(
         SourceError: It is damaged, or lacks weights.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    with _quiet(), spreading(options or {}):
+    with _quiet():
         tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
         model = _load_model(
             file.parent, {"gguf_file": file.name, "dtype": torch.float32, **(options or {})}
@@ -209,7 +209,7 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, asked = load_config(folder), dict(options or {})
-    with _quiet(), spreading(asked):
+    with _quiet():
         try:
             if quantise:
                 refuse_quantised(folder)
@@ -224,7 +224,7 @@ def load_folder(
 
 def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     """A model whose weights are all there: transformers draws those that are not at random."""
-    with _reading(folder, "the model"):
+    with _reading(folder, "the model"), spreading(options):
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
         )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""
+GZIP = b"\x1f\x8b"
+"""The first bytes of a compressed file."""
 MOST = 100
 """Reasons kept in all: each new one is compared with these."""
 
@@ -85,7 +87,10 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Return a clause that says which line of a file is not UTF-8, and what to do."""
     found = 0
     with path.open("rb") as file:
-        is_utf_16 = file.read(2) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
+        start = file.read(2)
+        if start == GZIP:
+            return f"it is compressed; unpack it with `gunzip -c {path.name} > new`"
+        is_utf_16 = start in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
 from meteora.base import loading
-from meteora.base.sources import PATH
+from meteora.base.sources import PATH, path_from
 from meteora.checkpoint import edit
 from meteora.model.silent_experts import silent_experts
 from meteora.untrusted.findings import AdapterError, Findings
@@ -161,7 +161,7 @@ class Admission:
 
 def _resolve(candidate: Candidate, cache: Path) -> tuple[AdapterRef, Callable[[], Path]]:
     """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
-    local = Path(candidate.adapter.removeprefix(PATH)) / candidate.subfolder
+    local = path_from(Path(), candidate.adapter.removeprefix(PATH)) / candidate.subfolder
     if local.exists() or candidate.adapter.startswith(PATH):
         return pin_folder(local, candidate.subfolder), lambda: local
     hub = candidate.hub_at(candidate.adapter.partition("@")[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from meteora.adapters import reader
 from meteora.adapters.reader import Verdict
 from meteora.artifacts import REPO_ID, Reason
-from meteora.base.sources import PATH
+from meteora.base.sources import PATH, path_from
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub import repositories
 from pipelines.hub.about import facts_of
@@ -42,7 +42,7 @@ def inspect(
         modules_to_save: What to do with whole modules beside the LoRA, as in a recipe's policy.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
     """
-    path = Path(where.removeprefix(PATH))
+    path = path_from(Path(), where.removeprefix(PATH))
     repo_id = where.partition("@")[0]
     if not REPO_ID.fullmatch(repo_id) or path.exists() or path.parent.is_dir():
         verdict = reader.check(path / subfolder, modules_to_save=modules_to_save)

@@ -101,6 +101,8 @@ def schedule(
         say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")
     if on_failure and not URL.match(on_failure):
         raise typer.BadParameter(f"--on-failure takes a URL with http or https, not {on_failure!r}")
+    if cron is None and timezone != "UTC":
+        raise typer.BadParameter("--timezone is of a schedule; name that with --cron")
     if cron is not None:
         from pipelines.workspace.cron import require_schedule
 
@@ -141,7 +143,8 @@ def print_steps(context: RunContext, looked: Look, until: Stage = Stage.publish)
     if looked.finished:
         plain_console().print(f"{context.name}: everything is in the ledger already")
         return True
-    return dry_run.print_steps(context, looked.base, looked.built, looked.reason, until)
+    done = dry_run.done_stages(context, looked.plan)
+    return dry_run.print_steps(context, looked.base, looked.built, looked.reason, until, done)
 
 
 def _run_all(

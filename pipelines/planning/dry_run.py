@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.estimate import Need
+    from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
@@ -68,12 +69,22 @@ CHARACTERS_PER_TOKEN = 4
 """Assumed where the tokenizer is not here."""
 
 
+def done_stages(context: RunContext, plan: Plan | None) -> frozenset[Stage]:
+    """The stages whose result is in the ledger, and takes no time again."""
+    if plan is None:
+        return frozenset()
+    made = {Stage.stack: plan.fused.id, Stage.gates: plan.router.id}
+    # without a base there is no plan
+    return frozenset({Stage.base, *(stage for stage, one in made.items() if context.holds(one))})
+
+
 def print_steps(
     context: RunContext,
     base: BaseSpec | None,
     built: BuiltBase | None,
     reason: str = "",
     until: Stage = Stage.publish,
+    done: Collection[Stage] = (),
 ) -> bool:
     """Print what a run would do, with estimates where the base's config is here.
 
@@ -82,6 +93,7 @@ def print_steps(
         built: None while the base is not here.
         reason: Why there is no `base`.
         until: The last stage of the run.
+        done: Stages that need nothing any more.
 
     Returns:
         Whether the run would go on to its end, as far as can be known without a download.
@@ -103,7 +115,10 @@ def print_steps(
         context = _without_left_out(context, outcomes)
     _print_settings(out, context.recipe, reached)
     read = cache(read_rows)  # a source once, for the estimates and for the faults
-    faults += _print_estimates(out, context, found, known, reached, read)
+    left = [stage for stage in reached if stage not in done]
+    if here := ", ".join(stage for stage in reached if stage in done):
+        out.print(f"here       {here}: in the ledger already")
+    faults += _print_estimates(out, context, found, known, left, read)
     if Stage.check in reached:
         faults += _faults_of_rows(context, base, read)
     for fault in faults:
@@ -315,7 +330,7 @@ def _print_estimates(
     reached: Collection[str],
     read: Read,
 ) -> list[str]:
-    """Print what each stage that is reached needs; returns what this machine does not have."""
+    """Print what each of these stages needs; returns what this machine does not have."""
     recipe = context.recipe
     if known is None:
         out.print(

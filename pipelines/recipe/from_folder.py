@@ -14,7 +14,7 @@ import yaml
 
 from meteora.adapters import reader
 from meteora.artifacts import REPO_ID, MeteoraError
-from meteora.base.sources import GGUF, PATH
+from meteora.base.sources import GGUF, PATH, path_from
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def write_recipe(
         raise ImportingError(f"{folder}: there is no such folder of adapters")
     if out.exists():
         raise ImportingError(f"{out} is there already; give another name with -o")
+    if examples is not None and not examples.is_dir():
+        raise ImportingError(f"{examples}: there is no such folder of rows; check its path")
     found = [find_rows(one, examples) for one in find_adapters(folder)]
     usable = [adapter for adapter in found if not adapter.refusal]
     if not usable:
@@ -177,7 +179,7 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
 
 def _given_base(base: str, beside: Path) -> str:
     """The base that a person names; a folder is one from where the person is."""
-    local = Path(base.removeprefix(PATH))
+    local = path_from(Path(), base.removeprefix(PATH))
     if local.is_dir():
         return f"{PATH}{_path(local, beside)}"
     if base.startswith(GGUF) or REPO_ID.fullmatch(base.partition("@")[0]):

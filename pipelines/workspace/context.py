@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import canonical_sha256
-from meteora.base.sources import PATH
+from meteora.base.sources import PATH, path_from
 from pipelines.recipe.recipe import SHIPPED, Recipe, locate, read_recipe, shipped
 from pipelines.workspace.bases import base_at
 from store.files import sync
@@ -95,7 +95,7 @@ class RunContext:
         """The base, as a folder that transformers loads."""
         source = self.recipe.base
         if source.startswith(PATH):
-            return self.folder / source.removeprefix(PATH)
+            return path_from(self.folder, source.removeprefix(PATH))
         return base_at(self.home, spec.stored.id)
 
     def checkpoint_folder(self, router_id: ArtifactId) -> Path:

@@ -194,6 +194,7 @@ def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
         for number in ("0", "1025"):
             said = meteora("run", "quickstart", workers, number, home=tmp_path)
             assert (said.returncode, "take 1 to 1024" in said.stderr) == (2, True)
+    assert meteora("schedule", "quickstart", "--timezone", "Mars", home=tmp_path).returncode == 2
     both = meteora("run", "quickstart", "--dry-run", "--json", home=tmp_path)
     assert both.returncode == 2
     assert both.stdout == ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import tracemalloc
@@ -104,6 +105,9 @@ def test_rows_that_windows_wrote_are_read_or_told_how_to_be(tmp_path: Path) -> N
         path.write_bytes(mark + GOOD.encode(encoding))
         with pytest.raises(ExamplesError, match=r"UTF-16; .* `iconv -f utf-16 -t utf-8 rows"):
             read_rows("jsonl:rows.jsonl", tmp_path, 1)
+    path.write_bytes(gzip.compress(GOOD.encode()))
+    with pytest.raises(ExamplesError, match=r"compressed; unpack it with `gunzip -c rows"):
+        read_rows("jsonl:rows.jsonl", tmp_path, 1)
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\xff")
     with pytest.raises(ExamplesError, match=r"line 2: not UTF-8; .* `iconv -f latin1"):
         read_rows("jsonl:rows.jsonl", tmp_path, 9)

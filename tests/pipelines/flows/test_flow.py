@@ -25,7 +25,7 @@ from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
 from store.errors import BusyError
-from tests.pipelines.conftest import Here, finished, run
+from tests.pipelines.conftest import Here, finished, print_steps, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 from tests.pipelines.process_tree import descendants, ends
 
@@ -172,7 +172,9 @@ def test_a_test_row_among_the_examples_is_refused(
 
 
 def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
-    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+    workplace: Callable[..., RunContext],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     call = StageProcess.call
 
@@ -187,6 +189,11 @@ def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
         run(work, "gates", apart=True)
     monkeypatch.undo()
     (stacked,) = work.ledger.query("SELECT run_id FROM artifacts WHERE kind = 'fused'").rows
+    capsys.readouterr()
+    print_steps(work)
+    said = capsys.readouterr().out
+    assert "here       base, stack: in the ledger already" in said
+    assert re.findall(r"^  (\w+) +memory", said, re.MULTILINE) == ["check", "gates", "benchmark"]
 
     late = workplace(deadlines={"gates": "0.01s"})
     with pytest.raises(StageError, match=r"fit_gates: .* its deadline of 0\.01 s"):

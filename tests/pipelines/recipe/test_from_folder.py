@@ -134,6 +134,8 @@ def test_nothing_is_suggested_that_is_not_there(folder: Path, tmp_path: Path) ->
     write_recipe(folder, tmp_path / "one.yaml")
     assert "jsonl" not in (tmp_path / "one.yaml").read_text()
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ImportingError, match=r"nosuch: there is no such folder of rows"):
+        write_recipe(folder, tmp_path / "two.yaml", examples=tmp_path / "nosuch")
     with pytest.raises(ImportingError, match=r"empty: it has no rows for .*q_and_v"):
         write_recipe(folder, tmp_path / "two.yaml", examples=tmp_path / "empty")
 

@@ -179,7 +179,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert summary.systems == ["base", "oracle", "fused"]  # the others have no other task
     assert "3 conversations of 3 turns, each turn about another task" in shown
     assert "under the system prompt 'Be brief.'" in shown
-    assert f"FROM leaderboard WHERE subject_id LIKE '{router}%'" in shown
+    assert f"FROM leaderboard WHERE is_latest AND subject_id LIKE '{router}%'" in shown
 
     trace_a_conversation_as_it_was_asked(work, planned, built, gates)
 
@@ -188,7 +188,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     score_table.print_scores("x", work.home, planned, summary, {})
     shown = capsys.readouterr().out
     assert re.search(r"\n q_and_v +3 +\d\.\d\d .*\n attention +3 ", shown)  # a line a task
-    assert f"low, high FROM standings WHERE router_id LIKE '{router}%'" in shown
+    assert f"low, high FROM latest_standings WHERE router_id LIKE '{router}%'" in shown
 
 
 def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(

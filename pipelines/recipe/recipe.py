@@ -246,6 +246,17 @@ class Recipe(Section):
         return own + [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
 
     @model_validator(mode="after")
+    def _there_are_experts(self) -> Self:
+        if not self.experts and self.discover is None:
+            raise ValueError("no experts: name some, or let them be found with `discover`")
+        if self.discover is not None and not self.discover.base and ":" in self.base:
+            raise ValueError(
+                f"discover.base is missing: adapters are found by the `owner/name` of their base,"
+                f" and {self.base!r} is none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
         asked = self.router.model_fields_set - {"kind", "top_k", "temperature"}
         if self.router.kind == "prompt":
@@ -306,17 +317,6 @@ class Recipe(Section):
                     f"gates.{key} takes a base as its files are, and `quantise: {self.quantise}`"
                     " asks for another; take one of them out"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _there_are_experts(self) -> Self:
-        if not self.experts and self.discover is None:
-            raise ValueError("no experts: name some, or let them be found with `discover`")
-        if self.discover is not None and not self.discover.base and ":" in self.base:
-            raise ValueError(
-                f"discover.base is missing: adapters are found by the `owner/name` of their base,"
-                f" and {self.base!r} is none"
-            )
         return self
 
     @model_validator(mode="after")

@@ -67,6 +67,11 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
         pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
         pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
         pytest.param(
+            "base: a/b\nexperts: []\nbenchmark: {conversation: [3]}",
+            "no experts: name some",
+            id="none, and a mix of their tasks",
+        ),
+        pytest.param(
             "base: a/b\ndiscover: {}",
             "adapters that `discover` finds may bring no examples",
             id="gate",

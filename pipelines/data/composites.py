@@ -25,7 +25,7 @@ from meteora.base.chat_template import encode_pair, encode_prompt, render_prompt
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -178,8 +178,8 @@ def number_questions(questions: Sequence[Question], solved: Sequence[Composite] 
         "".join(text for _, text in prompt),
         "".join(text for _, text in response),
         tuple(questions),
-        _spans(prompt),
-        _spans(response),
+        spans_of(prompt),
+        spans_of(response),
         tuple(solved),
     )
 
@@ -201,7 +201,7 @@ def _numbered(between: str, texts: Sequence[tuple[str, str]]) -> list[_Piece]:
     ]
 
 
-def _spans(pieces: Sequence[_Piece]) -> tuple[Span, ...]:
+def spans_of(pieces: Iterable[_Piece]) -> tuple[Span, ...]:
     """The characters of each piece with a task, where the pieces are joined."""
     spans, start = [], 0
     for task, text in pieces:

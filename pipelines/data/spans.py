@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
 from meteora.base.sources import path_from
-from pipelines.data.composites import Composite, Span, encode_composite
+from pipelines.data.composites import Composite, encode_composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.row_sources import json_lines
 from pipelines.data.rows import ExamplesError, Row
@@ -69,8 +68,8 @@ class SpannedRow(Noun):
             "".join(part.text for part in self.prompt),
             "".join(part.text for part in self.response),
             (),
-            _spans(self.prompt),
-            _spans(self.response),
+            spans_of((part.expert or None, part.text) for part in self.prompt),
+            spans_of((part.expert or None, part.text) for part in self.response),
         )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
@@ -122,16 +121,6 @@ def prompt_parts(rows: Sequence[SpannedRow | SpannedTurns]) -> dict[str, list[Ro
     for expert, text in (question for row in rows for question in row.questions):
         found.setdefault(expert, []).append(Row(text.strip(), ""))
     return found
-
-
-def _spans(parts: Sequence[Part]) -> tuple[Span, ...]:
-    ends = list(accumulate(len(part.text) for part in parts))
-    starts = [0, *ends[:-1]]
-    return tuple(
-        Span(part.expert, start, end)
-        for part, start, end in zip(parts, starts, ends, strict=True)
-        if part.expert
-    )
 
 
 def read_spans(

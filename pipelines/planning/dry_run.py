@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -343,23 +344,17 @@ def _print_estimates(
     experts, num_assumed = _experts(recipe, shape, found)
     examples, tests, pool = _all_rows(context, tokenizer, read)
     machine = measure_machine(shape.dtype)
-    asked: dict[str, Any] = {
-        "experts": experts,
-        "examples": examples,
-        "tests": tests,
-        "pool": pool,
-    }
-    needs = estimate(recipe, shape, machine=machine, **asked)
-    needs = [need for need in needs if need.stage in reached]
+    needs_on = partial(
+        estimate, recipe, shape, experts=experts, examples=examples, tests=tests, pool=pool
+    )
+    needs = [need for need in needs_on(machine=machine) if need.stage in reached]
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
         _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
-        there = estimate(recipe, shape, machine=LARGE, **asked)
-        shown = ", ".join(
-            f"{need.stage} {duration(need.seconds)}" for need in there if need.stage in reached
-        )
+        there = [need for need in needs_on(machine=LARGE) if need.stage in reached]
+        shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in there)
         out.print(f"  on {LARGE.name}: {shown}", soft_wrap=True)
     if short := [need.stage for need in needs if need.memory_bytes > machine.memory_bytes]:
         out.print(
@@ -448,17 +443,13 @@ def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] 
 
 def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple[Experts, int]:
     """The ranks of all experts, and how many experts had to be assumed."""
-    ranks: dict[str, int] = {}
-    num_assumed = 0
+    ranks: Counter[str] = Counter()
     for expert in recipe.experts:
-        own: Mapping[str, int]
+        own = assumed_ranks(shape)
         if expert.name in found:
             own = {module.path: module.r for module in found[expert.name].adapter.spec.modules}
-        else:
-            own, num_assumed = assumed_ranks(shape), num_assumed + 1
-        for path, r in own.items():
-            if path in shape.linears:
-                ranks[path] = ranks.get(path, 0) + r
+        ranks.update({path: r for path, r in own.items() if path in shape.linears})
+    num_assumed = sum(expert.name not in found for expert in recipe.experts)
     return Experts(len(recipe.experts), ranks), num_assumed
 
 

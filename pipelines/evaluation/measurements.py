@@ -188,11 +188,4 @@ def find_speed(subjects: Subjects, settings: BenchmarkSection) -> SpeedSpec | No
     asked = settings.speed
     if asked is None:
         return None
-    return SpeedSpec(
-        subjects.router.id,
-        subjects.base.id,
-        asked.prompt_tokens,
-        asked.new_tokens,
-        asked.batch_size,
-        asked.rounds,
-    )
+    return SpeedSpec(subjects.router.id, subjects.base.id, **asked.model_dump())

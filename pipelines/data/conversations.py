@@ -25,7 +25,7 @@ from meteora.artifacts import Noun
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -150,7 +150,7 @@ def converse(
     left = {
         name: rng.sample(examples[name], len(examples[name])) for name in names if examples[name]
     }
-    systems = _every_other(system_prompts)
+    systems = cycle(one for given in system_prompts or [None] for one in (None, given))
     found = []
     while left:
         turns: list[Turn] = []
@@ -165,11 +165,6 @@ def converse(
             turns.append(Turn(expert, row.prompt, row.response))
         found.append(Conversation(tuple(turns), next(systems)))
     return found
-
-
-def _every_other(system_prompts: Sequence[str]) -> Iterator[str | None]:
-    """The chat template's own system prompt, then a given one, in turns."""
-    return cycle(one for given in system_prompts or [None] for one in (None, given))
 
 
 def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None = None) -> bool:

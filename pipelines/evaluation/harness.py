@@ -219,13 +219,10 @@ class MaskedModel(HFLM):
         ]
         mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
         given = {"attention_mask": mask.long().to(inps.device)}
-        hook = self.model.register_forward_pre_hook(
+        with self.model.register_forward_pre_hook(
             lambda _model, args, kwargs: (args, kwargs | given), with_kwargs=True, prepend=True
-        )
-        try:
+        ):
             return super()._model_call(inps, *args, **asked)
-        finally:
-            hook.remove()
 
 
 class _Model(MaskedModel):

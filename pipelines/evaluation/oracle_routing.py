@@ -72,12 +72,11 @@ def send_to(
         decision.options = options
         decision.routes = torch.tensor(alone, device=ids.device)[:, None], chosen[:, None]
 
-    hook = model.base_model.register_forward_pre_hook(decide, with_kwargs=True)
-    try:
-        with routed_by(model, lambda layer: _GivenRoutes(decision, layer.num_choices, options)):
-            yield
-    finally:
-        hook.remove()
+    with (
+        model.base_model.register_forward_pre_hook(decide, with_kwargs=True),
+        routed_by(model, lambda layer: _GivenRoutes(decision, layer.num_choices, options)),
+    ):
+        yield
 
 
 @dataclass(eq=False)

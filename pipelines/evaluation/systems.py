@@ -81,8 +81,7 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
         for layer in routed_layers(model).values():
             narrow = not layer.weight.is_floating_point()  # quantised: it computes in more
             delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
-            hook = layer.projection.register_forward_hook(_adding(delta))
-            hooks.callback(hook.remove)
+            hooks.enter_context(layer.projection.register_forward_hook(_adding(delta)))
         with without_experts(model):
             yield
 

@@ -136,12 +136,11 @@ def _scores(
 
 
 def _score_table(summary: Summary, *, interval: bool) -> Table:
-    table = _bare_table()
-    for heading in ("task", "n", *summary.systems):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    rows = []
     for task, row in summary.scores.items():
         cells = [cell(summary, task, system, interval=interval) for system in summary.systems]
-        table.add_row(task, str(row["fused"].num_samples), *cells)
+        rows.append([task, str(row["fused"].num_samples), *cells])
+    table = _table(("task", "n", *summary.systems), rows)
     means = [summary.mean(system) for system in summary.systems]
     if any(mean is not None for mean in means):
         table.add_section()
@@ -219,7 +218,8 @@ def _comparison_tables(found: SideBySide) -> Iterator[Table]:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = _bare_table()
+    # two blanks between columns: three systems with intervals fit into 80
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(
             heading, justify="left" if heading in {headings[0], "differs"} else "right"
@@ -227,11 +227,6 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*map(for_terminal, row))
     return table
-
-
-def _bare_table() -> Table:
-    """Two blanks between columns: three systems with intervals fit into 80."""
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _shown(value: object) -> str:

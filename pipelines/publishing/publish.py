@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pipelines.hub.bundle import Bundle
     from pipelines.hub.client import Hub
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.publish import PublishSection
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
@@ -85,29 +84,19 @@ class Published:
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
     """Publish what a recipe made, to the repository that it names; the last stage of a run."""
-    section = work.recipe.publish
+    section, hub = work.recipe.publish, work.recipe.hub
     assert section is not None  # noqa: S101  (only then is it asked)
-    folder = work.checkpoint_folder(plan.router.id)
     require_sound(work.ledger, plan.base)
-    return publish(
-        work.ledger,
-        folder,
-        destination(work, section),
-        work.run_id,
-        base_folder=work.base_folder(plan.base),
-    )
-
-
-def destination(work: RunContext, section: PublishSection) -> Destination:
-    """Where a recipe publishes; that it does is leave to send the saved token there."""
-    hub = work.recipe.hub
-    return Destination(
+    to = Destination(
         section.repo,
+        # that a recipe publishes there is leave to send the saved token
         hub_for(section.repo, [section.repo], endpoint=hub.endpoint, allow_http=hub.allow_http),
         private=section.private,
         tag=section.tag,
         allow_licences=section.allow_licences,
     )
+    folder, base_folder = work.checkpoint_folder(plan.router.id), work.base_folder(plan.base)
+    return publish(work.ledger, folder, to, work.run_id, base_folder=base_folder)
 
 
 def publish(

@@ -82,13 +82,6 @@ class Missing:
     reason: str
 
 
-def reasons_of(error: AdapterError | UnusableRepositoryError) -> tuple[Reason, ...]:
-    """Why an adapter is refused."""
-    if isinstance(error, AdapterError):
-        return error.reasons
-    return (Reason("hub", str(error)),)
-
-
 def read_experts(
     context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT
-from pipelines.admission.experts import reasons_of
+from meteora.artifacts import COMMIT, Reason
+from meteora.untrusted.findings import AdapterError
 from pipelines.admission.sources import hub_of
 from pipelines.hub.about import facts_of
 from pipelines.workspace.console import say
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef, Reason
+    from meteora.artifacts import AdapterRef
     from pipelines.admission.experts import Expert, Refusal
     from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
@@ -96,7 +96,8 @@ def record_refused(
 ) -> None:
     """Record that an adapter is refused, and why, with what the Hub knows of its repository."""
     error, about = refusal.error, hub_facts(refusal.ref, ledger.home / "adapters", hub_at)
-    verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons_of(error))
+    reasons = error.reasons if isinstance(error, AdapterError) else [Reason("hub", str(error))]
+    verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons)
     ledger.record_adapter(verdict, run_id=run_id)
     failure = Failure("check", name, type(error).__name__, str(error))
     ledger.record_failure(failure, run_id=run_id)

@@ -140,6 +140,7 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
     without = 'no examples were found: a file of {"prompt", "response"} a line, for a gate'
     if pool:
         without = "its examples come from the pool"
+    untested = "no tests were found: held-out rows, which are scored"
     lines = [f"base: {_text(base)}", "experts:"]
     for one in found:
         if one.refusal:
@@ -153,16 +154,10 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
             lines.append(f"    # its config says that its base is {_line(one.base)}")
         if one.note:
             lines.append(f"    # {_line(one.note)}")
-        lines.append(
-            f"    examples: {_text('jsonl:' + _path(one.examples, folder))}"
-            if one.examples
-            else f"    # {without}"
-        )
-        lines.append(
-            f"    test: {_text('jsonl:' + _path(one.test, folder))}"
-            if one.test
-            else "    # no tests were found: held-out rows, which are scored"
-        )
+        rows = (("examples", one.examples, without), ("test", one.test, untested))
+        for key, path, absent in rows:
+            text = f"{key}: {_text('jsonl:' + _path(path, folder))}" if path else f"# {absent}"
+            lines.append(f"    {text}")
     router = "router: {kind: gate, top_k: 1}"
     if all(one.examples for one in found if not one.refusal):
         lines.append(router)

@@ -308,7 +308,7 @@ def _watch_routing(
         plan.routing,
         accuracy=_accuracy(scores, list(own)),
         by_expert=by_expert,
-        num_tokens=_tokens(scores),
+        num_tokens=next(iter(total.values())).num_tokens,  # every module saw them all
         wall_seconds=time.perf_counter() - started,
         details=tuple(sums.detail(path) for path, sums in total.items()),
         switches=switches,
@@ -323,9 +323,3 @@ def _accuracy(scores: Sequence[RoutingScore], truths: Sequence[str]) -> float:
     own = [score for score in scores if score.truth in truths]
     right = sum(score.num_tokens for score in own if score.chosen == score.truth)
     return right / sum(score.num_tokens for score in own)
-
-
-def _tokens(scores: Sequence[RoutingScore]) -> int:
-    """Tokens that were fed: every module saw them all."""
-    first = scores[0].module
-    return sum(score.num_tokens for score in scores if score.module == first)

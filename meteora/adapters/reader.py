@@ -144,7 +144,8 @@ def _examine(
             _check_numbers(file, split.modules, tensors, found)
         used = [tensors[key] for pair in split.modules.values() for key in (pair.a_key, pair.b_key)]
         dtypes = sorted({tensor.dtype for tensor in used})
-        digest = _sha256(file)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         if Stamp.of(file) != stamp:
             found.refuse("truncated", f"{files.weights.name} changed while it was read")
     if len(dtypes) > 1:
@@ -220,11 +221,6 @@ def _judge_by_claims(claim: Claim, extras: OnExtras, found: Findings) -> None:
 
 def _unreadable(error: OSError) -> Reason:
     return Reason("unreadable", f"it cannot be read: {error.strerror or error}")
-
-
-def _sha256(file: BufferedReader) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _claimed_facts(claim: Claim) -> dict[str, Any]:

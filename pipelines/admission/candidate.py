@@ -63,17 +63,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Admission:
-    """Reads and judges candidates for one checkpoint, and records the verdicts."""
+    """Reads and judges a candidate for a checkpoint, and records the verdict."""
 
     ledger: Ledger
     run_id: str
     folder: Path
     """Of the checkpoint."""
     manifest: Manifest
+    candidate: Candidate
 
-    def read(
-        self, candidate: Candidate, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> Expert:
+    def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Expert:
         """The candidate's adapter, read and fitted to the base.
 
         Args:
@@ -87,7 +86,7 @@ class Admission:
         """
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
         cache = self.ledger.home / "adapters"
-        spec = self.manifest.base.spec
+        spec, candidate = self.manifest.base.spec, self.candidate
         policy = PolicySection(modules_to_save=candidate.modules_to_save)
         ref, fetch = _resolve(candidate, cache)
         with tempfile.TemporaryDirectory() as ours:
@@ -99,7 +98,7 @@ class Admission:
                 requirements = Requirements(spec, sizes, policy, look_up, in_layers=True)
                 expert = read_expert(candidate.name, candidate.adapter, ref, folder, requirements)
             except (AdapterError, UnusableRepositoryError) as error:
-                self._refuse(candidate, ref, error)
+                self._refuse(ref, error)
                 raise
         warnings = self._compare_with_others(expert)
         for reason in expert.adapter.reasons:
@@ -110,11 +109,7 @@ class Admission:
         return verdicts.with_warnings(expert, warnings)
 
     def admit(
-        self,
-        candidate: Candidate,
-        expert: Expert,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        self, expert: Expert, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Record that the candidate is accepted, if it changes anything on a probe prompt.
 
@@ -124,11 +119,11 @@ class Admission:
         Raises:
             AdapterError: It changes nothing there, which is recorded.
         """
-        silent = silent_experts(model, tokenizer, [candidate.name])
-        if candidate.name in silent:
-            reason = no_effect(silent[candidate.name])
-            error = AdapterError(candidate.name, (reason,))
-            self._refuse(candidate, expert.ref, error)
+        silent = silent_experts(model, tokenizer, [expert.name])
+        if expert.name in silent:
+            reason = no_effect(silent[expert.name])
+            error = AdapterError(expert.name, (reason,))
+            self._refuse(expert.ref, error)
             raise error
         verdicts.record_accepted(self.ledger, self.run_id, expert)
 
@@ -150,12 +145,10 @@ class Admission:
             raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
         return found.warnings
 
-    def _refuse(
-        self, candidate: Candidate, ref: AdapterRef, error: AdapterError | UnusableRepositoryError
-    ) -> None:
-        refusal = Refusal(ref, error, left_out=False)
+    def _refuse(self, ref: AdapterRef, error: AdapterError | UnusableRepositoryError) -> None:
+        refusal, one = Refusal(ref, error, left_out=False), self.candidate
         verdicts.record_refused(
-            self.ledger, self.run_id, candidate.name, candidate.adapter, refusal, candidate.hub_at
+            self.ledger, self.run_id, one.name, one.adapter, refusal, one.hub_at
         )
 
 

@@ -122,13 +122,13 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         manifest, found.base_folder, dtype, download=found.download, options=where
     )
     check_base(manifest, model, tokenizer, folder)
-    admission = Admission(ledger, new_run_id(), folder, manifest)
+    admission = Admission(ledger, new_run_id(), folder, manifest, candidate)
     what, ran_on = f"add {candidate.name} to", device_name(torch.device(device), dtype)
     with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:
-        expert = admission.read(candidate, model, tokenizer)
+        expert = admission.read(model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
-        admission.admit(candidate, expert, model, tokenizer)
+        admission.admit(expert, model, tokenizer)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)

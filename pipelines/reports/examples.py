@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from meteora.base.chat_template import encode_prompt
 from meteora.model.chat import Chat
 from meteora.model.trace import trace
 from pipelines.data.dialogues import Dialogue
@@ -104,12 +103,9 @@ def trace_examples(
 
 def _trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> Trace:
     if example.dialogue is None:
-        ids = (
-            encode_prompt(tokenizer, example.prompt)
-            if example.templated
-            else list(tokenizer(example.prompt).input_ids)
-        )
-        return trace(model, tokenizer, ids, max_new_tokens=example.max_new_tokens)
+        plain = list(tokenizer(example.prompt).input_ids)
+        asked = example.prompt if example.templated else plain
+        return trace(model, tokenizer, asked, max_new_tokens=example.max_new_tokens)
     chat = Chat(model, tokenizer)
     answers: list[str] = []
     for _ in example.dialogue.questions:

@@ -120,10 +120,8 @@ def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iter
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
-            if _is_there(
-                local_folder(expert, work.folder)
-            ):  # copied there while others were trained
-                continue
+            if _is_there(local_folder(expert, work.folder)):
+                continue  # it was copied there while others were trained
             yield _train_one(work, expert, rows[expert.name], skip, spec, model, tokenizer, asked)
 
 

@@ -7,6 +7,7 @@ forced; tests show that both equal the real ones. So a second model is never loa
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, control_of
 from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Generator, Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -81,18 +82,14 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
         for layer in routed_layers(model).values():
             narrow = not layer.weight.is_floating_point()  # quantised: it computes in more
             delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
-            hooks.enter_context(layer.projection.register_forward_hook(_adding(delta)))
+            hooks.enter_context(layer.projection.register_forward_hook(partial(_add, delta)))
         with without_experts(model):
             yield
 
 
-def _adding(delta: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds `delta` [OUT, IN] times the input to a projection's output."""
-
-    def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + torch.nn.functional.linear(inputs[0], delta)
-
-    return add
+def _add(delta: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A projection's output, and `delta` [OUT, IN] times its input."""
+    return output + torch.nn.functional.linear(inputs[0], delta)
 
 
 def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:

@@ -19,7 +19,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.row_sources import reasoning_task
@@ -87,13 +87,10 @@ def _bleu() -> Any:  # noqa: ANN401
     return BLEU(effective_order=True)
 
 
-def _rouge(kind: str) -> Callable[[str, Row], float]:
-    def score(output: str, row: Row) -> float:
-        if not output.strip():
-            return 0.0
-        return float(_rouge_scorer().score_multi(list(row.answers), output)[kind].fmeasure)
-
-    return score
+def _rouge(kind: str, output: str, row: Row) -> float:
+    if not output.strip():
+        return 0.0
+    return float(_rouge_scorer().score_multi(list(row.answers), output)[kind].fmeasure)
 
 
 @lru_cache(maxsize=1)
@@ -177,9 +174,9 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", exact_match),
         Metric("numeric_match", numeric_match),
         Metric("sentence_bleu", sentence_bleu, graded=True),
-        Metric("rouge1", _rouge("rouge1"), graded=True),
-        Metric("rouge2", _rouge("rouge2"), graded=True),
-        Metric("rougeL", _rouge("rougeL"), graded=True),
+        Metric("rouge1", partial(_rouge, "rouge1"), graded=True),
+        Metric("rouge2", partial(_rouge, "rouge2"), graded=True),
+        Metric("rougeL", partial(_rouge, "rougeL"), graded=True),
         Metric("verified", verified),
         Metric("acc", acc, of_choices=True),
         Metric("acc_norm", acc_norm, of_choices=True),

@@ -8,6 +8,7 @@ a request to the Hub.
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from dataclasses import dataclass
@@ -136,17 +137,15 @@ def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[st
         ours: The folder with config and tokenizer of `base`.
         hub_of: The Hub to ask for a repository.
     """
-    known: dict[str, BaseVerdict] = {}
 
+    @functools.cache
     def look_up(named: str) -> BaseVerdict:
-        if named not in known:
-            verdict = saved_verdict(cache, base, named)
-            if verdict.unreachable:
-                verdict = _compare(named, ours, hub_of(named))
-                if not verdict.unreachable:
-                    write_note(_verdict_file(cache, base, named), canonical_json(verdict.to_dict()))
-            known[named] = verdict
-        return known[named]
+        verdict = saved_verdict(cache, base, named)
+        if verdict.unreachable:
+            verdict = _compare(named, ours, hub_of(named))
+            if not verdict.unreachable:
+                write_note(_verdict_file(cache, base, named), canonical_json(verdict.to_dict()))
+        return verdict
 
     return look_up
 

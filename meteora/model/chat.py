@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList
 from meteora.artifacts import NULL
 from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
 from meteora.base.placement import input_device
-from meteora.model.fused import expert_names, force_expert, without_experts
+from meteora.model.fused import expert_names, force_expert
 from meteora.model.generate import batch_of, end_tokens, generate_ids
 from meteora.model.prompt_choice import PromptReader
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
@@ -249,11 +249,7 @@ class Chat:
 
     def _routing(self, expert: str) -> AbstractContextManager[None]:
         """Who gets the tokens, inside a `with` block."""
-        if not expert:
-            return nullcontext()
-        if expert == NULL and NULL not in self.routed:
-            return without_experts(self.model)
-        return force_expert(self.model, expert)
+        return force_expert(self.model, expert) if expert else nullcontext()
 
     def _take(self, ids: list[int], expert: str) -> _Reading | None:
         """Take what was read, cut to what a prompt begins with; None where that is of no use.

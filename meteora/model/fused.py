@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import NULL, MeteoraError
 from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.checkpoint import tensors
@@ -328,10 +328,17 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
 
     The output then equals PEFT's with this adapter alone. The routers come back at the end.
 
+    Args:
+        name: of an expert; or `(base)`, the base without any
+
     Raises:
         UnknownExpertError: no expert of the model has this name.
     """
     names = expert_names(model)
+    if name == NULL and NULL not in names:
+        with without_experts(model):
+            yield
+        return
     check_expert(name, names)
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0

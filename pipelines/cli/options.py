@@ -27,7 +27,7 @@ Home = Annotated[
 DEFAULT_HOME = Path("~/.meteora")
 Checkpoint = Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")]
 OwnCheckpoint = Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")]
-Expert = Annotated[str, typer.Option(help="Route every token to this expert.")]
+Expert = Annotated[str, typer.Option(help="Route every token to this expert; `(base)`: to none.")]
 Base = Annotated[
     Path | None,
     typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),

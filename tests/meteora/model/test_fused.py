@@ -144,6 +144,11 @@ def test_blocks_nest(world, model, ids):
         assert torch.equal(logits(model, ids), expected)
 
 
+def test_the_base_can_be_named_where_it_is_no_choice_of_the_routers(world, model, ids):
+    with force_expert(model, "(base)"):
+        assert torch.equal(logits(model, ids), logits(world.load_base(), ids))
+
+
 def test_an_unknown_expert_is_refused_with_the_names_there_are(model):
     with (
         pytest.raises(UnknownExpertError, match="all_seven, attention, q_and_v, patterns"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -189,7 +190,7 @@ def _run_all(
             raise typer.Exit(130) from None
     failed = bool(wrong)
     for context in contexts:
-        if context not in to_do or (until in WHOLE and context.key not in wrong):
+        if context.key not in wrong:
             looked, one = looks[context.key], made.get(context.key)
             failed |= not _show(context, looked, one, until, as_json=as_json)
     for key, reason in wrong.items():
@@ -263,7 +264,7 @@ def _run_on_workers(
 def _show(
     context: RunContext, looked: Look, made: Made | None, until: Stage, *, as_json: bool
 ) -> bool:
-    """Show the scores of a recipe; returns False if it is not finished.
+    """Show the scores of a recipe, if it has some; returns False if it is not finished.
 
     Args:
         made: None if nothing was left to do. Also if another process ran the recipe, or the server
@@ -272,10 +273,15 @@ def _show(
     from pipelines.cli import score_table
     from pipelines.flows.up_to_date import look
 
+    seconds = made.seconds if made else {}
+    if until not in WHOLE and not looked.finished:
+        if as_json:
+            print(json.dumps({"name": context.name, "until": until, "seconds": seconds}))
+        return True
     finished = made.finished if made else looked.finished or look(context, until).finished
     if finished is None:
         return False
-    plan, seconds = finished.plan, made.seconds if made else {}
+    plan = finished.plan
     folder, base = context.checkpoint_folder(plan.router.id), context.base_folder(plan.base)
     score_table.print_scores(
         context.name, folder, plan, finished.summary, seconds, base=base, as_json=as_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,13 @@ def test_one_command_resolves_the_base_and_makes_the_plan_once(
     work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
     command = ("run", work.path)
     for until in ("stack", "publish", "publish"):
-        said = meteora(*command, "--until", until, home=tmp_path / "home")
+        as_json = ["--json"] if until == "stack" else []
+        said = meteora(*command, "--until", until, *as_json, home=tmp_path / "home")
         assert said.returncode == 0, said.stderr
+        if as_json:
+            made = json.loads(said.stdout)
+            assert (made["name"], made["until"]) == (work.name, until)
+            assert list(made["seconds"]) == ["base", "check", "stack"]
         stopped = "done up to stack; the same command without --until goes on"
         assert (stopped in said.stderr) == (until == "stack")
         assert calls.pop("summarise", 0) == (until == "publish")

@@ -62,12 +62,14 @@ def _quiet() -> Generator[None]:
 def _reading(folder: Path, what: str) -> Generator[None]:
     """Say which files are damaged, or not there: a library can raise anything because of them.
 
-    Faults of this machine, and errors that name a package to install, stay as they are.
+    Faults of this machine stay as they are.
     """
     try:
         yield
-    except (MeteoraError, ImportError):
+    except MeteoraError:
         raise
+    except ImportError as error:  # it names the package that is missing
+        raise SourceError(f"{folder} cannot be loaded here: {error}") from error
     except Exception as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):
             raise
@@ -86,7 +88,7 @@ def load_tokenizer(
         options: for `AutoTokenizer.from_pretrained`, such as `padding_side`
 
     Raises:
-        SourceError: transformers cannot read it.
+        SourceError: transformers cannot read it, or needs a package that is not installed.
     """
     with _reading(folder, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -209,17 +211,14 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, asked = load_config(folder), dict(options or {})
-    with _quiet():
-        try:
-            if quantise:
-                refuse_quantised(folder)
-                named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-                wide = cast("torch.dtype", named or config.dtype or torch.float32)
-                asked["quantization_config"] = quantisation(quantise, wide)
-            model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **asked})
-            return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
-        except ImportError as error:
-            raise SourceError(f"{folder} cannot be loaded here: {error}") from error
+    with _quiet(), _reading(folder, "the model"):
+        if quantise:
+            refuse_quantised(folder)
+            named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+            wide = cast("torch.dtype", named or config.dtype or torch.float32)
+            asked["quantization_config"] = quantisation(quantise, wide)
+        model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **asked})
+        return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 
 
 def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:

@@ -5,12 +5,11 @@ A tokenizer of a stranger can end the process that reads it: what parses it pani
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 from meteora.base.match import UnreadableBaseError, compare_bases
 from pipelines.admission.base_identity import BaseVerdict
-from pipelines.workspace.processes import parent
+from pipelines.workspace.processes import limit_memory, parent
 
 MOST_MEMORY = 8 << 30
 """Bytes: a small file can describe a large vocabulary."""
@@ -18,9 +17,7 @@ MOST_MEMORY = 8 << 30
 
 def main() -> None:
     run = parent()
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    most = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    limit_memory(MOST_MEMORY)
     _, (named, theirs, ours) = run.receive()
     try:
         found = compare_bases(named, Path(theirs), Path(ours))

@@ -73,10 +73,7 @@ def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
         local = path_from(folder, source.removeprefix(PATH))
         spec = BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
         if not is_reference(spec.base_model, spec.base_revision):
-            raise SourceError(
-                f"{str(local)!r}: a checkpoint names the folder of its base, and cannot name this"
-                " one; rename it to letters, digits, spaces, _ . -"
-            )
+            raise _unnameable(local, "folder of its base")
         return spec
     _refuse_folder(source, folder)
     ref = repositories.resolve(source, hub=hub_of(recipe, source.partition("@")[0]))
@@ -131,6 +128,13 @@ def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> Adap
     )
 
 
+def _unnameable(folder: Path, what: str) -> SourceError:
+    return SourceError(
+        f"{str(folder)!r}: a checkpoint names the {what}, and cannot name this one; rename it to"
+        " letters, digits, spaces, _ . -"
+    )
+
+
 def _refuse_folder(name: str, folder: Path) -> None:
     """Refuse a folder that is named without `path:`, which another one on the Hub may be, too."""
     if "@" not in name and (folder / name).is_dir():
@@ -154,10 +158,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     repo_id = PATH + folder.absolute().name
     source = f"{repo_id}/{subfolder}"
     if not source.isprintable() or not SOURCE.fullmatch(source):
-        raise SourceError(
-            f"{str(folder)!r}: a checkpoint names the folders of its experts, and cannot name this"
-            " one; rename it to letters, digits, spaces, _ . -"
-        )
+        raise _unnameable(folder, "folders of its experts")
     weights = [*folder.glob("*.safetensors")]
     if weights and all(path.is_file() for path in weights):  # reading a pipe would never end
         sha256 = weights_sha256(folder)

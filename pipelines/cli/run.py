@@ -58,7 +58,7 @@ def run(
     if dask and ray:
         raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
     if any(number.isdecimal() and not 0 < int(number) <= MOST_WORKERS for number in (dask, ray)):
-        raise typer.BadParameter(f"--dask and --ray take 1 to {MOST_WORKERS} processes")
+        raise typer.BadParameter(f"--dask and --ray take 1 to {MOST_WORKERS}, or an address")
     if dry_run and as_json:
         raise typer.BadParameter("--dry-run prints text for people; leave out --json")
     prepare(home)
@@ -144,8 +144,9 @@ def print_steps(context: RunContext, looked: Look, until: Stage = Stage.publish)
     if looked.finished:
         plain_console().print(f"{context.name}: everything is in the ledger already")
         return True
-    done = dry_run.done_stages(context, looked.plan)
-    return dry_run.print_steps(context, looked.base, looked.built, looked.reason, until, done)
+    return dry_run.print_steps(
+        context, looked.base, looked.built, looked.reason, until, looked.plan
+    )
 
 
 def _run_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.utils import set_seed
@@ -53,6 +54,12 @@ class LmEvalRun:
         ]
 
 
+@cache
+def _own_tasks() -> TaskManager:
+    """The 10,000 tasks of lm-eval, which it takes 10 s to index."""
+    return TaskManager()
+
+
 def find_lm_eval_task(asked: Task) -> TaskManager:
     """Find a task of lm-eval by its name; its rows are not read.
 
@@ -60,10 +67,10 @@ def find_lm_eval_task(asked: Task) -> TaskManager:
         BenchmarkError: there is no such task.
     """
     name, folder = asked.lm_eval, asked.folder
-    # indexing lm-eval's own 10,000 tasks takes 10 s, so it is left out where a folder is given
-    manager = TaskManager(
-        include_path=str(folder) if folder else None, include_defaults=folder is None
-    )
+    if folder is None:
+        manager = _own_tasks()
+    else:
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
     if name not in manager.all_subtasks:
         where = f"in {folder}" if folder else f"in {HARNESS}"
         if name in manager.all_tasks:

@@ -19,13 +19,13 @@ MAX_DATASETS = 4
 
 def licence_of(folder: Path) -> str:
     """Return the licence that the card in a folder names, in its words; several with commas."""
-    return ", ".join(dict.fromkeys(texts_of(_metadata(folder).get("license"))))[:MAX_VALUE]
+    return ", ".join(dict.fromkeys(_texts(_metadata(folder).get("license"))))[:MAX_VALUE]
 
 
 def base_of(folder: Path) -> str:
     """Return the one base that the card in a folder names; empty for none, or several."""
     value = _metadata(folder).get("base_model")
-    texts = texts_of(value)
+    texts = _texts(value)
     several = isinstance(value, list) and sum(bool(text) for text in value) > 1
     return "" if several or not texts or " " in texts[0] else texts[0]
 
@@ -38,7 +38,7 @@ def datasets_of(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))[:MAX_DATASETS]
 
 
-def texts_of(value: object) -> list[str]:
+def _texts(value: object) -> list[str]:
     """Return the short texts that a field holds: one, or a list of them."""
     values = value if isinstance(value, list) else [value]
     texts = [text.strip() for text in values if isinstance(text, str)]

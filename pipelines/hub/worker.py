@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.workspace.processes import parent
+from pipelines.workspace.processes import limit_memory, parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +45,8 @@ SLACK = 64 * 1024
 MOST_MEMORY = 2 << 30
 """Bytes: the client unpacks and parses an answer whole, however large it is."""
 
-MOST_BYTES = 1 << 62
-"""That anything has, or was downloaded, times."""
+MOST = 1 << 62
+"""No size and no count is larger; the ledger's whole numbers have 64 bits."""
 
 
 class UnexpectedAnswerError(ValueError):
@@ -79,7 +79,7 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_BYTES:
+    if type(value) is not int or not 0 <= value <= MOST:
         raise UnexpectedAnswerError(f"{str(value)[:60]!r} where a number from 0 belongs")
     return value
 
@@ -231,9 +231,7 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 def main() -> None:
     client = parent()
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    most = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    limit_memory(MOST_MEMORY)
     _, request = client.receive()
     api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))
     operation = OPERATIONS[request.pop("operation")]

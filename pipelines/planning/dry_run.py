@@ -70,22 +70,13 @@ CHARACTERS_PER_TOKEN = 4
 """Assumed where the tokenizer is not here."""
 
 
-def done_stages(context: RunContext, plan: Plan | None) -> frozenset[Stage]:
-    """The stages whose result is in the ledger, and takes no time again."""
-    if plan is None:
-        return frozenset()
-    made = {Stage.stack: plan.fused.id, Stage.gates: plan.router.id}
-    # without a base there is no plan
-    return frozenset({Stage.base, *(stage for stage, one in made.items() if context.holds(one))})
-
-
 def print_steps(
     context: RunContext,
     base: BaseSpec | None,
     built: BuiltBase | None,
     reason: str = "",
     until: Stage = Stage.publish,
-    done: Collection[Stage] = (),
+    plan: Plan | None = None,
 ) -> bool:
     """Print what a run would do, with estimates where the base's config is here.
 
@@ -94,7 +85,7 @@ def print_steps(
         built: None while the base is not here.
         reason: Why there is no `base`.
         until: The last stage of the run.
-        done: Stages that need nothing any more.
+        plan: None where one is not known without a download.
 
     Returns:
         Whether the run would go on to its end, as far as can be known without a download.
@@ -116,6 +107,7 @@ def print_steps(
         context = _without_left_out(context, outcomes)
     _print_settings(out, context.recipe, reached)
     read = cache(read_rows)  # a source once, for the estimates and for the faults
+    done = _done(context, plan) if plan else set()
     left = [stage for stage in reached if stage not in done]
     if here := ", ".join(stage for stage in reached if stage in done):
         out.print(f"here       {here}: in the ledger already")
@@ -125,6 +117,13 @@ def print_steps(
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
+
+
+def _done(context: RunContext, plan: Plan) -> set[Stage]:
+    """The stages whose result is in the ledger, and takes no time again."""
+    made = {Stage.stack: plan.fused.id, Stage.gates: plan.router.id}
+    # a plan is made of a base that is there
+    return {Stage.base, *(stage for stage, one in made.items() if context.holds(one))}
 
 
 def _look_at_adapters(
@@ -444,8 +443,9 @@ def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] 
 def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple[Experts, int]:
     """The ranks of all experts, and how many experts had to be assumed."""
     ranks: Counter[str] = Counter()
+    assumed = assumed_ranks(shape)
     for expert in recipe.experts:
-        own = assumed_ranks(shape)
+        own = assumed
         if expert.name in found:
             own = {module.path: module.r for module in found[expert.name].adapter.spec.modules}
         ranks.update({path: r for path, r in own.items() if path in shape.linears})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Annotated, Literal, Self, get_args
 
@@ -18,6 +19,8 @@ System = Literal[
 ]  # fmt: skip
 OF_CONVERSATIONS = ("single", "swap", "alora")
 """Systems that are asked conversations alone."""
+MIX = re.compile(r"(composite|conversation)-\d.*")
+"""What composites and conversations are called, so no other task may be."""
 
 
 class Section(BaseModel):

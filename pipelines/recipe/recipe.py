@@ -18,9 +18,10 @@ from pydantic import (
 )
 
 from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.checkpoint.manifest import MAX_MARGIN, MAX_TEMPERATURE, MIN_FACTOR
 from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
-from pipelines.recipe.benchmark import BenchmarkSection, Section, known_metrics
+from pipelines.recipe.benchmark import MIX, BenchmarkSection, Section, known_metrics
 from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
 from pipelines.recipe.keys import TIME, keys_of, suggest
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
@@ -42,8 +43,6 @@ NAME_RULE = (
     f"may hold letters from a to z, digits, '_', '.' and '-', at most {LONGEST_NAME}, and begins"
     " with a letter or a digit"
 )
-MIX = re.compile(r"(composite|conversation)-\d.*")
-"""What mixes of tasks are called."""
 MAX_BYTES = 1 << 20
 SHIPPED = Path(__file__).parent / "shipped"
 """Recipes that come with the program. Those directly in this folder need adapters and rows."""
@@ -108,6 +107,9 @@ class HubSection(Section):
     """Owners, or `owner/name`, for whose repositories the saved token is sent."""
 
 
+Temperature = Annotated[float, Field(ge=MIN_FACTOR, le=MAX_TEMPERATURE, allow_inf_nan=False)]
+
+
 class RouterSection(Section):
     """How tokens are routed to experts."""
 
@@ -117,9 +119,9 @@ class RouterSection(Section):
     weights, and `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
     """How many experts a token has."""
-    temperature: Annotated[float, Field(ge=1e-30, le=1000, allow_inf_nan=False)] = 1.0
+    temperature: Temperature = 1.0
     """Of the softmax over the chosen experts' logits."""
-    margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    margin: Annotated[float, Field(ge=0, le=MAX_MARGIN, allow_inf_nan=False)] | None = None
     """Chosen experts whose logit is further below the best one, in nats, get no weight."""
     opening: Literal["prompt", "own", "shared"] = "shared"
     """Who routes tokens that say nothing about the task, such as a system prompt. `shared`: all

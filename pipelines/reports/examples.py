@@ -103,8 +103,8 @@ def trace_examples(
 
 def _trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> Trace:
     if example.dialogue is None:
-        plain = list(tokenizer(example.prompt).input_ids)
-        asked = example.prompt if example.templated else plain
+        prompt = example.prompt
+        asked = prompt if example.templated else list(tokenizer(prompt).input_ids)
         return trace(model, tokenizer, asked, max_new_tokens=example.max_new_tokens)
     chat = Chat(model, tokenizer)
     answers: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-TEMPLATES = Environment(
-    loader=PackageLoader("pipelines.reports"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-
-
 class PageError(MeteoraError):
     """A page cannot be written to the path that was asked for."""
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("pipelines.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def render(template: str, context: Mapping[str, object]) -> str:
@@ -36,7 +39,7 @@ def render(template: str, context: Mapping[str, object]) -> str:
         template: the name of a file in the folder `templates`
         context: what the template's variables stand for; a missing one is an error
     """
-    return TEMPLATES.get_template(template).render(context)
+    return _templates().get_template(template).render(context)
 
 
 def check_writable(path: Path) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TAGS = ["meteora", "lora", "mixture-of-experts", "merge"]
 IDENTIFIER = re.compile(r"[A-Za-z0-9.+-]+")
+"""Of a licence, as the Hub lists them."""
 EVAL_RESULTS = ".eval_results/meteora.yaml"
 """The leaderboards' file, relative to the checkpoint's folder."""
 

@@ -22,9 +22,8 @@ from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.plan import plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.publishing.signing import SIGNATURE
-from pipelines.recipe.benchmark import BenchmarkSection, TaskSection
+from pipelines.recipe.benchmark import MIX, BenchmarkSection, TaskSection
 from pipelines.recipe.recipe import (
-    MIX,
     NAME,
     NAME_RULE,
     DeadlinesSection,

@@ -161,7 +161,7 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
 
 def _is_there(folder: Path) -> bool:
     """Whether something is where an adapter is to be trained; an empty folder is nothing."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    return any(folder.iterdir()) if folder.is_dir() else folder.exists()
 
 
 def training_rows(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +223,13 @@ def parent(*, pickled: bool = False) -> Channel:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return Channel(Connection(int(sys.argv[1])), pickled=pickled)
+
+
+def limit_memory(most: int) -> None:
+    """Give this process so many bytes at most; where its own limit is lower, that one stays."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _end_with_parent() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.artifacts import PoolSpec
+from meteora.artifacts import ROUTER_KINDS, PoolSpec
 from store.errors import QueryError, StoreError
 from store.events import RunStarted
 from store.index import Index
@@ -243,6 +243,14 @@ def test_ctrl_c_stops_a_question(asked: Shelf, sql: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         asked.ledger.query(sql)
     assert time.monotonic() - began < 30  # of 60
+
+
+def test_controls_are_those_of_the_routers(asked: Shelf) -> None:
+    """Each is given the expert of a token, as `ROUTER_KINDS` says."""
+    kinds = ", ".join(f"'{kind}'" for kind in ROUTER_KINDS)
+    sql = f"SELECT kind FROM (SELECT unnest([{kinds}]) AS kind) WHERE is_control(kind)"  # noqa: S608
+    found = [kind for (kind,) in asked.ledger.query(sql).rows]
+    assert found == [*ROUTER_KINDS[ROUTER_KINDS.index("oracle") :]]
 
 
 def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:

@@ -103,7 +103,7 @@ def _():
             SELECT subject_id, router, task,
                    avg(COLUMNS(['value', 'base_value', 'oracle_value']))
             FROM leaderboard
-            WHERE higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
+            WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
         )
         GROUP BY ALL ORDER BY score DESC, model
     """)

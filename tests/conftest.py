@@ -210,18 +210,35 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
     gemma = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
     served = llama | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
     served |= {"num_key_value_heads": 1, "head_dim": 32}  # the least that vLLM takes
+    windows: dict[str, Any] = {
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    old_served = old | {"hidden_size": 64, "num_attention_heads": 2}
+    gemma3n = {
+        "layer_types": windows["layer_types"] * 2,
+        "sliding_window": 64,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": vocab_size,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    }
+    opt = {"ffn_dim": INTERMEDIATE, "init_std": 0.2}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "vllm_llama": ("LlamaConfig", served),
+        "vllm_mistral": ("MistralConfig", served | {"sliding_window": 32}),
         "vllm_qwen2": ("Qwen2Config", served),
-        "vllm_gemma3": (
-            "Gemma3TextConfig",
-            served
-            | {
-                "sliding_window": 32,
-                "query_pre_attn_scalar": 32,
-                "layer_types": ["sliding_attention", "full_attention"],
-            },
-        ),
+        "vllm_qwen3": ("Qwen3Config", served),
+        "vllm_gemma2": ("Gemma2Config", served | windows | {"query_pre_attn_scalar": 32}),
+        "vllm_gemma3": ("Gemma3TextConfig", served | windows | {"query_pre_attn_scalar": 32}),
+        "vllm_gemma3n": ("Gemma3nTextConfig", served | gemma3n),
+        "vllm_phi": ("PhiConfig", served | {"num_key_value_heads": 2}),
+        "vllm_gpt2": ("GPT2Config", old_served | {"n_inner": 96}),
+        "vllm_gpt_neox": ("GPTNeoXConfig", old_served | {"intermediate_size": 96}),
+        "vllm_opt": ("OPTConfig", old_served | opt | {"word_embed_proj_dim": 64}),
+        "vllm_bloom": ("BloomConfig", old_served),
         "llama": ("LlamaConfig", llama),
         "llama_64": ("LlamaConfig", llama | {"hidden_size": 64, "intermediate_size": 128}),
         "mistral": ("MistralConfig", llama | {"sliding_window": 4}),
@@ -232,21 +249,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             "Gemma3TextConfig",
             gemma | {"layer_types": ["sliding_attention", "full_attention"]},
         ),
-        "gemma3n": (
-            "Gemma3nTextConfig",
-            llama
-            | {
-                "head_dim": 8,
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
-                "sliding_window": 64,
-                "num_hidden_layers": 4,
-                "num_kv_shared_layers": 2,
-                "vocab_size_per_layer_input": vocab_size,
-                "hidden_size_per_layer_input": 8,
-                "laurel_rank": 4,
-                "activation_sparsity_pattern": [0.0] * 4,
-            },
-        ),
+        "gemma3n": ("Gemma3nTextConfig", llama | gemma3n | {"head_dim": 8}),
         "phi": ("PhiConfig", llama),
         "phi3": (
             "Phi3Config",
@@ -265,10 +268,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         ),
         "gpt2": ("GPT2Config", old | {"n_inner": INTERMEDIATE}),
         "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),
-        "opt": (
-            "OPTConfig",
-            old | {"ffn_dim": INTERMEDIATE, "init_std": 0.2, "word_embed_proj_dim": HIDDEN},
-        ),
+        "opt": ("OPTConfig", old | opt | {"word_embed_proj_dim": HIDDEN}),
         "bloom": ("BloomConfig", old),
         "mamba": (
             "MambaConfig",

@@ -30,7 +30,7 @@ from meteora.base.sources import SourceError
 from meteora.untrusted.findings import brief, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
+    from collections.abc import Collection, Generator, Iterable, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -364,15 +364,22 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
         with safe_open(shard, framework="pt", backend="pread") as file:
             keys = set(file.keys())
             for path, size in sizes.items():
-                # files of some architectures lack the first part of the path, as `transformer.`
-                key = f"{path}.weight"
-                key = key if key in keys else key.partition(".")[2]
-                if key not in keys or sorted(file.get_slice(key).get_shape()) != sorted(size):
+                key = weight_key(path, keys)
+                if key is None or sorted(file.get_slice(key).get_shape()) != sorted(size):
                     continue
                 weight = file.get_tensor(key)
                 if _is_plain(weight):
                     norms[path] = _norm(weight)
     return norms
+
+
+def weight_key(path: str, keys: Collection[str]) -> str | None:
+    """Return the name that a module's weight has among those of a base's file, if it is there.
+
+    Files of some architectures lack the first part of the path, as `transformer.`
+    """
+    key = f"{path}.weight"
+    return next((one for one in (key, key.partition(".")[2]) if one in keys), None)
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from meteora.routing.routers import Router
+from meteora.serving.base_order import refuse_another_order
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
 from meteora.serving.vllm_prompts import (
@@ -247,6 +248,9 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         served = self.config.experts()
         parts = self.config.parts(self.prefix, self.names, self.sizes)
         weight = layer.get_parameter("weight").data
+        for part in parts:
+            rows = weight[part.start : part.end]
+            refuse_another_order(served.folder.parent, part.path, rows)
         with set_default_torch_dtype(torch.float32):  # that of the model holds here
             routed = layer.routed = served.build(parts, weight)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None

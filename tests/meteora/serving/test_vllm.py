@@ -27,6 +27,7 @@ from meteora.base.chat_template import Template
 from meteora.serving import vllm_plugin
 from meteora.serving.served_folder import UnservableError, export_for_vllm
 from tests.conftest import ATTENTION, MLP
+from tests.meteora.model.test_architectures import TARGETS
 from tests.meteora.serving.served_world import with_router
 
 pytestmark = [
@@ -63,7 +64,19 @@ ROUTERS = {
     "norm, two experts": RouterOptions("norm", 2, 0.5),
     "gate, one decision a turn": RouterOptions("gate", 1, 1.0, opening="prompt", share="turn"),
 }
+OTHERS = ["mistral", "qwen3", "gemma2", "gemma3n", "phi", "gpt2", "gpt_neox", "opt"]
 WHOLE = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+
+
+def lora_of(kind: str) -> dict[str, dict[str, Any]]:
+    """Adapters of an architecture, with unequal targets."""
+    if kind in {"llama", "qwen2", "gemma3"}:
+        return LORA
+    of_all: dict[str, Any] = {"r": 4, "fan_in_fan_out": kind == "gpt2"}
+    return {
+        "wide": of_all | {"target_modules": TARGETS[kind]},
+        "narrow": of_all | {"target_modules": TARGETS[kind][:1]},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +87,7 @@ def build_served(tmp_path_factory, build_base, build_adapter, fuse_adapters):
         base, folder = build_base(kind), tmp_path_factory.mktemp(kind)
         adapters = {
             name: build_adapter(base, folder / name, seed=seed, **lora)
-            for seed, (name, lora) in enumerate(LORA.items())
+            for seed, (name, lora) in enumerate(lora_of(kind.removeprefix("vllm_")).items())
         }
         manifest = fuse_adapters(base, adapters, folder / "fused")
         template = TEMPLATE if options.by_turns else Template()
@@ -97,7 +110,9 @@ def ask_vllm(folder: Path, **engine: object) -> list[list[dict]]:
         timeout=DEADLINE_SECONDS,
         env=env,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = f"{done.stdout}\n{done.stderr}"
+    refused = [line for line in said.splitlines() if "UnservableError" in line]
+    assert done.returncode == 0, "\n".join(refused) or done.stderr[-4000:]
     return json.loads(Path(f"{folder}.answers.json").read_text())
 
 
@@ -130,6 +145,20 @@ def test_the_engine_gives_the_tokens_of_transformers(build_served, kind, router,
     expected = ask_transformers(base, checkpoint)
     for found in ask_vllm(served, **engine):
         assert [one["ids"] for one in found] == expected
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_engine_gives_them_on_other_architectures(build_served, kind):
+    base, checkpoint, served = build_served(f"vllm_{kind}", ROUTERS["norm, two experts"])
+    expected = ask_transformers(base, checkpoint)
+    for found in ask_vllm(served):
+        assert [one["ids"] for one in found] == expected
+
+
+def test_bloom_whose_outputs_vllm_puts_in_another_order_is_refused(build_served):
+    served = build_served("vllm_bloom", ROUTERS["norm, two experts"])[2]
+    with pytest.raises(AssertionError, match="query_key_value: vLLM keeps its weights in another"):
+        ask_vllm(served)
 
 
 @pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])

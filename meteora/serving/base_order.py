@@ -1,0 +1,70 @@
+"""Whether a server keeps the outputs of a projection in the order of the base's file.
+
+Bloom's file has the outputs of `query_key_value` head by head, and vLLM puts them in the order
+q, k, v when it loads them. Experts change outputs in the file's order, so they would change others
+there, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from meteora.base.loading import weight_key
+from meteora.serving.served_folder import UnservableError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+SAMPLES = 16
+"""Outputs of a projection that are compared."""
+
+
+def refuse_another_order(base: Path, path: str, weight: Tensor) -> None:
+    """Compare some rows of a projection with what the base's file has in their places.
+
+    A module that the file has under another name, or not alone, is not compared.
+
+    Args:
+        base: a folder with safetensors
+        path: of the module in transformers
+        weight: [OUT, IN], of the server
+
+    Raises:
+        UnservableError: they differ.
+    """
+    shards = _shards(base)
+    key = weight_key(path, shards)
+    if key is None:
+        return
+    places = torch.linspace(0, len(weight) - 1, min(SAMPLES, len(weight))).long().tolist()
+    with safe_open(shards[key], framework="pt", backend="pread") as file:
+        stored = file.get_slice(key)
+        shape = stored.get_shape()
+        found = []
+        if shape == [*weight.shape]:
+            found.append(torch.cat([stored[i : i + 1] for i in places]))
+        if shape == [*weight.T.shape]:  # of GPT-2
+            found.append(torch.cat([stored[:, i : i + 1] for i in places], dim=1).T)
+    held = weight[places].cpu()
+    if found and not any(torch.equal(rows.to(held.dtype), held) for rows in found):
+        raise UnservableError(
+            f"{path}: vLLM keeps its weights in another order than {shards[key].name}, so experts"
+            " would change other outputs than their own; drop the experts that target it, or serve"
+            " the checkpoint with `meteora chat-server`"
+        )
+
+
+@cache
+def _shards(base: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    found = {}
+    for shard in sorted(base.glob("*.safetensors")):
+        with safe_open(shard, framework="pt", backend="pread") as file:
+            found |= dict.fromkeys(file.keys(), shard)
+    return found

@@ -20,7 +20,7 @@ from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -138,6 +138,19 @@ def held(module: nn.Module) -> Generator[None]:
                 hook.pre_forward(part)
                 hook.offload = False  # calls find the tensors, and leave them
         yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Within, this function runs in place of the module's own `forward`."""
+    before = vars(module).get("forward")  # of Accelerate, for example
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def settle(module: nn.Module) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 1024
 """How many columns of float32 rows are converted to float64 at a time."""
+BLOCK = 512
+"""Rows of second moments that are computed at a time, from their diagonal to the right."""
 ITERATIONS = 3
 """Steps of subspace iteration. Few suffice, since the variances fall off quickly."""
 
@@ -124,7 +126,7 @@ class Scatter(Sums):
     """Second moments: memory does not grow with the number of tokens."""
 
     moment: Tensor
-    """[IN, IN] Σ weight · x xᵀ over all tokens"""
+    """[IN, IN] Σ weight · x xᵀ over all tokens; what lies below its diagonal does not count"""
 
     @classmethod
     def empty(cls, num_experts: int, shift: Tensor) -> Self:
@@ -148,7 +150,9 @@ class Scatter(Sums):
         weighted = x * weights[:, None]
         self._add_up(labels, weights, weighted)
         # products in float32, sums over batches in float64: fast, and exact enough
-        self.moment.add_(x.T @ weighted)
+        for start in range(0, len(self.moment), BLOCK):
+            rows = slice(start, start + BLOCK)
+            self.moment[rows, start:] += x[:, rows].T @ weighted[:, start:]
 
     def __add__(self, other: Self) -> Self:
         return type(self)(
@@ -159,7 +163,8 @@ class Scatter(Sums):
     def within(self) -> Tensor:
         """[IN, IN] the shared within-class covariance."""
         between = (self.sums.T / self.mass) @ self.sums
-        return (self.moment - between) / self.mass.sum()
+        moment = self.moment.triu() + self.moment.triu(1).T
+        return (moment - between) / self.mass.sum()
 
     def covariance(self) -> Covariance:
         return _Moments(self.within)

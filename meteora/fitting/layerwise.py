@@ -16,6 +16,7 @@ import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
+from meteora.base.placement import replaced_forward
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import PassInput
 
@@ -227,7 +228,11 @@ class Sweep:
         self._decisions.clear()
 
     def points(self, index: int) -> list[list[str]]:
-        """The routed modules of a layer, grouped by the input that they share, in call order."""
+        """The routed modules of a layer, grouped by the input that they share, in call order.
+
+        Raises:
+            SweepError: the model does not call one of them.
+        """
         seen: list[tuple[Tensor, list[str]]] = []  # keeps tensors alive: no address is reused
 
         def see(path: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -241,6 +246,12 @@ class Sweep:
             for path, layer in self._routed[index].items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(see, path)))
             self._run(index, 0)
+        called = {path for _, paths in seen for path in paths}
+        if unused := sorted(self._routed[index].keys() - called):  # of Mamba: dt_proj
+            raise SweepError(
+                f"{type(self.model).__name__} reads the weights of {unused[0]} and does not call"
+                " it, so adapters have no effect there; leave those that target it out"
+            )
         return [paths for _, paths in seen]
 
     def inputs(self, index: int, path: str) -> Iterator[Tensor]:
@@ -303,16 +314,3 @@ def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRAL
             " be fitted for one stack of layers"
         )
     return prefixes.pop(), found
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """Within, this function runs in place of the module's own `forward`."""
-    before = vars(module).get("forward")  # of Accelerate, for example
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -30,8 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from meteora.base.padding import mask_of, padded
-from meteora.base.placement import LAYER
-from meteora.fitting.layerwise import replaced_forward
+from meteora.base.placement import LAYER, replaced_forward
 from meteora.fitting.sequences import UNLABELLED, each_of_kind
 from meteora.model.fused import without_dropout
 from meteora.routing.gates import gates_in, old_routers_after_error

@@ -21,13 +21,13 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.base.padding import mask_of, padded
-from meteora.base.placement import input_device
+from meteora.base.placement import input_device, replaced_forward
 from meteora.model.fused import without_dropout
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.routers import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -68,12 +68,22 @@ class _Pairs(Router):
         experts = torch.tensor([[example.expert] for example in examples]).expand_as(self.own)
         self.labels = experts[self.own]
         """[T] the expert of each of its own tokens"""
-        self.choices = torch.cat([experts, torch.where(self.own, experts, shared)]).reshape(-1, 1)
+        choices = torch.cat([experts, torch.where(self.own, experts, shared)])
+        self.choices = choices[self.mask.bool()][:, None]
+        """[T, 1] of each token that is no padding"""
         self.offsets_of: dict[str, Tensor] = {}
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         choices = self.choices.to(tokens.device)
         return torch.ones_like(choices, dtype=torch.float32), choices
+
+    def without_padding(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A module's output for x [..., IN], computed for its tokens alone; zero for padding."""
+        is_token = self.mask.flatten().bool().to(x.device)
+        rows = forward(x.reshape(len(is_token), -1)[is_token])
+        out = rows.new_zeros(len(is_token), rows.shape[-1])
+        out[is_token] = rows
+        return out.view(*x.shape[:-1], -1)
 
     def give_back(
         self, path: str, least: float, _module: nn.Module, _inputs: object, output: Tensor
@@ -122,6 +132,8 @@ def find_offsets(
             hooks.enter_context(without_dropout(model))
             for layer in layers.values():
                 hooks.enter_context(_whole_while_it_runs(layer))
+                forward = partial(pairs.without_padding, layer.forward)
+                hooks.enter_context(replaced_forward(layer, forward))
             for path in layers if modules is None else modules:
                 hook = partial(pairs.give_back, path, least)
                 hooks.enter_context(layers[path].register_forward_hook(hook))

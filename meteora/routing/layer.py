@@ -188,6 +188,11 @@ class MoELoRALinear(RoutedExperts):
         """The projection's own weight: base models ask for its dtype and device."""
         return weight_of(self.projection)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The projection's own bias: Mamba's model reads that of `dt_proj`."""
+        return getattr(self.projection, "bias", None)
+
     @contextmanager
     def whole(self) -> Generator[None]:
         """Within, all experts are on the device, not only those that a cache has room for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from meteora.fitting import covariance
 from meteora.fitting.covariance import RowScatter, Scatter, add_by_label
 from meteora.fitting.lda import SHRINKAGES, SingularError, choose_shrinkage, gate_from
 from meteora.fitting.logistic import Tokens
@@ -46,6 +47,17 @@ def test_sums_by_a_matrix_are_those_by_an_index(shape):
     add_by_label(other, labels, rows, index=False)
     torch.testing.assert_close(one, other)
     assert one[1].sum() == pytest.approx((rows[labels == 1].sum() + one[1].numel()).item())
+
+
+def test_second_moments_are_those_of_all_tokens_whatever_the_blocks(monkeypatch):
+    x, labels, weights = draw(80, 30)
+    monkeypatch.setattr(covariance, "BLOCK", 7)
+    found = scatter_of(Scatter, x, labels, weights).within
+    # the tokens of an expert have one weight
+    means = torch.stack([x[labels == e].double().mean(0) for e in range(E)])
+    shares = weights.double() / weights.double().sum()
+    centred = (x.double() - means[labels]) * shares.sqrt()[:, None]
+    torch.testing.assert_close(found, centred.T @ centred, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shrinkage", [0.001, 0.1, 1.0])

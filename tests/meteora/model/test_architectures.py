@@ -353,6 +353,25 @@ def test_a_routed_module_outside_the_layers_is_refused(world):
         Sweep(model, [])
 
 
+def test_a_module_that_the_model_does_not_call_is_refused(
+    build_base, build_adapter, fuse_adapters, peft_model, tmp_path
+):
+    """Mamba's model reads the weight and the bias of `dt_proj`, so an adapter changes nothing."""
+    base, lora = build_base("mamba"), {"r": 2, "target_modules": ["in_proj", "dt_proj"]}
+    adapters = {
+        name: build_adapter(base, tmp_path / name, seed=seed, **lora)
+        for seed, name in enumerate(("one", "other"))
+    }
+    fuse_adapters(base, adapters, tmp_path / "fused")
+    model = meteora.load(tmp_path / "fused", base_folder=base)[0]
+    ids = torch.randint(3, 250, (2, 11))
+    with torch.no_grad(), force_expert(model, "one"):
+        expected = peft_model(base, adapters["one"])(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SweepError, match=r"weights of \S+mixer\.dt_proj and does not call it"):
+        calibrate(model, sequences(8))
+
+
 def test_what_a_layer_was_called_with_is_let_go_when_it_has_run(world):
     model = world.load()
     sweep = Sweep(model, [(torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5))])

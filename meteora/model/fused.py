@@ -339,7 +339,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
         with without_experts(model):
             yield
         return
-    check_expert(name, names)
+    check_expert(name, names if NULL in names else [*names, NULL])
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
     with routed_by(model, lambda layer: Fixed(one.to(layer.device))):

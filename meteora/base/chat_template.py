@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HEADER = 3
 """Tokens of a header that are kept: enough to find it, and the same behind any system prompt."""
+ODD = ("\n\none", "  one", "\tone", "one?")
+"""Texts whose first or last tokens some tokenizers merge with what stands beside them."""
 
 
 class ConversationError(MeteoraError):
@@ -97,26 +99,38 @@ class Template(Noun):
     header: tuple[int, ...] = ()
     """The end of the opening that stands before a later question of a conversation, too."""
     footer: tuple[int, ...] = ()
-    """What stands behind an earlier question, where that is only the beginning of the closing: some
-    closings open a block of thoughts for the next answer. Empty where it is the whole closing."""
+    """What stands behind every question, where that is only a part of the closing: some closings
+    open a block of thoughts for the next answer, some end with a line break that a tokenizer merges
+    with the answer's own. Empty where it is the whole closing."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """Find the template of a tokenizer by comparing two prompts without a common letter."""
+        """Find the template of a tokenizer by comparing two prompts without a common letter.
+
+        Header and footer leave out what the tokenizer merges with some texts beside them.
+        """
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
         opening = common_beginning(one, other)
-        closing = common_beginning(one[len(opening) :][::-1], other[len(opening) :][::-1])[::-1]
-        before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+        closing = common_end(one[len(opening) :], other[len(opening) :])
+        odd = [encode_prompt(tokenizer, text) for text in ODD]
+        merged = len(closing) - len(common_end(closing, *odd))  # of its tokens, with a question
+        kept = len(common_beginning(opening, *odd))
+
+        def later(content: str, answer: str = "two") -> list[int]:
+            before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
+            return encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
+
         try:
-            later, another = (
-                encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
-                for content in ("one", "7")
-            )
+            until = common_beginning(later("one"), later("7"))
+            kept_later = len(common_beginning(until, *map(later, ODD)))
+            answered = [later("one", answer) for answer in ("two", *ODD)]
         except ConversationError:  # no template, or one that takes a single question
-            return cls(opening, closing)
-        until = common_beginning(later, another)
-        header = common_beginning(opening[::-1], until[::-1])[:HEADER][::-1]
-        footer = common_beginning(one, later)[len(one) - len(closing) :]
+            return cls(opening, closing, footer=closing[merged:] if merged else ())
+        header = common_end(opening, until)[-HEADER:]
+        beside = max(len(opening) - kept, len(until) - kept_later)
+        header = header[: len(header) - beside] or header
+        behind = common_beginning(one, *answered)[len(one) - len(closing) :]
+        footer = behind[merged:] or behind
         return cls(opening, closing, header, footer if footer != closing else ())
 
     @property
@@ -125,7 +139,12 @@ class Template(Noun):
         return self.footer or self.closing
 
 
-def common_beginning(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+def common_beginning(*many: Sequence[int]) -> tuple[int, ...]:
     """The longest common beginning."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return tuple(token for token, _ in same)
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*many, strict=False))
+    return tuple(tokens[0] for tokens in same)
+
+
+def common_end(*many: Sequence[int]) -> tuple[int, ...]:
+    """The longest common end."""
+    return common_beginning(*(one[::-1] for one in many))[::-1]

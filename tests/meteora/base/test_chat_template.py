@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from meteora.base.chat_template import Template, encode_pair, encode_prompt
+from meteora.base.chat_template import Template, encode_messages, encode_pair, encode_prompt
+from meteora.routing.passes import PassInput
+from meteora.routing.turns import questions
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -73,6 +78,56 @@ def test_a_footer_stands_behind_earlier_questions_where_the_closing_does_not(cha
     assert chat.decode(found.closing) == f"</s><s>assistant: {opens}"
     assert chat.decode(found.footer) == footer
     assert chat.decode(found.question_end) == "</s><s>assistant: "
+
+
+@pytest.fixture
+def merging():
+    """Line breaks in a row are one token, and so are a question mark and a line break."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("?", "Ċ"), ("Ċ", "Ċ")]
+    vocab = ["<s>", "</s>", *letters, *map("".join, pairs)]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=pairs))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, additional_special_tokens=["<s>", "</s>"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "end"),
+    [
+        (
+            "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+            "er",
+            "</s>\n<s>assistant",
+        ),
+        (
+            "{% for m in messages %}{{ m.role[0] }}>{{ m.content }}\n\n{% endfor %}"
+            "{% if add_generation_prompt %}a>{% endif %}",
+            "u>",
+            "a>",
+        ),
+    ],
+)
+def test_a_question_is_found_where_its_text_merges_with_the_template(
+    merging, template, header, end
+):
+    merging.chat_template = template
+    found = Template.of(merging)
+    assert (merging.decode(found.header), merging.decode(found.question_end)) == (header, end)
+    turns = [("\n\nWhat?", "\nThat."), ("  Who?", "He."), ("\nWhy?", "")]
+    talk = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    ids = torch.tensor([encode_messages(merging, talk[:-1])])
+    asked = questions(PassInput(ids, torch.ones_like(ids).bool(), goes_on=False), found)
+    for number, (question, _) in enumerate(turns):
+        text = merging.decode(ids[0, asked.asked[0] & (asked.turn[0] == number)])
+        assert text.strip() == question.strip()
 
 
 def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):

@@ -338,6 +338,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
         from meteora.adapters import reader
         from meteora.artifacts import RouterOptions
         from meteora.base.loading import fingerprint_of
+        from meteora.base.sources import weights_sha256
         from meteora.checkpoint.manifest import (
             EXPERTS,
             MANIFEST,
@@ -350,8 +351,9 @@ def fuse_adapters() -> Callable[..., Manifest]:
         read: list[Adapter] = [reader.read(folder) for folder in adapters.values()]
         out.mkdir(parents=True, exist_ok=True)
         stack_adapters(read, out / EXPERTS)
+        revision = f"sha256:{weights_sha256(base)}"
         manifest = Manifest(
-            base=BaseEntry(f"path:{base.name}", "sha256:" + "0" * 64, fingerprint_of(base)),
+            base=BaseEntry(f"path:{base.name}", revision, fingerprint_of(base)),
             experts=tuple(
                 ExpertEntry(
                     name, adapter.spec.id, f"path:{name}", "", adapter.spec.weights_sha256, "", ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from meteora.artifacts import NULL, MeteoraError
 from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
+from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
@@ -32,7 +34,6 @@ from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,6 +130,8 @@ def load(
     asked = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=asked, options=options)
     check_base(manifest, model, tokenizer, folder)
+    if base_folder is not None:
+        check_weights(manifest, Path(base_folder))
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
@@ -147,6 +150,17 @@ def check_base(
     )
     if differences:
         raise wrong_base(manifest, folder, "; ".join(differences))
+
+
+def check_weights(manifest: Manifest, folder: Path) -> None:
+    """Refuse other weights than those of the local base that the checkpoint was made for.
+
+    Of a base from the Hub or a Python package no hash is known: those are found by their names.
+    """
+    if manifest.base.repo_id.startswith(PATH):
+        found = f"sha256:{weights_sha256(folder)}"
+        if found != manifest.base.revision:
+            raise wrong_base(manifest, folder, f"weights with {found[:19]}")
 
 
 def wrong_base(manifest: Manifest, where: Path, has: str) -> WrongBaseError:

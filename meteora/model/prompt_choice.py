@@ -30,7 +30,7 @@ from torch import Tensor
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import each_row, questions
+from meteora.routing.turns import UnreadPromptError, each_row, questions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,9 +98,9 @@ class PromptReader(Watcher):
         given["use_cache"] = False
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             given["logits_to_keep"] = 1  # nobody reads them
-        for cache in ("past_key_values", "cache_params"):
-            if given.get(cache) is not None:
-                given[cache] = copy.deepcopy(given[cache])
+        for name in ("past_key_values", "cache_params"):
+            if given.get(name) is not None:
+                given[name] = _copied(given[name])
         sizes = torch.zeros(len(question), self.standard.shape[1])
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
@@ -126,6 +126,21 @@ class PromptReader(Watcher):
         others[:, :num_experts] = mean_of_others(sizes[:, :num_experts])
         intercept, slope, deviation = self.standard.cpu()
         return (sizes - intercept - slope * others) / deviation
+
+
+def _copied(cache: Any) -> Any:  # noqa: ANN401  (of many kinds)
+    """A cache that the reading may fill.
+
+    Raises:
+        UnreadPromptError: it cannot be copied, as one that lies on another device.
+    """
+    try:
+        return copy.deepcopy(cache)
+    except TypeError as error:
+        raise UnreadPromptError(
+            f"a router of kind `prompt` reads a prompt twice, and {type(cache).__name__} cannot be"
+            " copied for that; choose another cache, such as the usual one"
+        ) from error
 
 
 def mean_of_others(sizes: Tensor) -> Tensor:

@@ -21,12 +21,11 @@ from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
 from meteora.base.download import download_base
-from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
-from meteora.model.fused import WrongBaseError, wrong_base
+from meteora.model.fused import WrongBaseError, check_weights, wrong_base
 
 if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest
@@ -90,7 +89,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
             " the base in 16 or 32 bits with --base"
         )
     _check_fingerprint(base, manifest)
-    _check_weights(base, manifest)
+    check_weights(manifest, base)
     shards = sorted(path for path in base.glob("*.safetensors") if _is_served(path))
     if not shards:
         raise ExportError(f"{base}: there are no safetensors in it; download the base as such")
@@ -145,14 +144,6 @@ def _check_fingerprint(base: Path, manifest: Manifest) -> None:
     """Refuse a base of another architecture or vocabulary."""
     if differences := loading.fingerprint_of(base).differences(manifest.base.fingerprint):
         raise wrong_base(manifest, base, "; ".join(differences))
-
-
-def _check_weights(base: Path, manifest: Manifest) -> None:
-    """Refuse other weights than those of the local base that the checkpoint was made for."""
-    if manifest.base.repo_id.startswith(PATH):
-        found = f"sha256:{weights_sha256(base)}"
-        if found != manifest.base.revision:
-            raise wrong_base(manifest, base, f"weights with {found[:19]}")
 
 
 def _is_served(path: Path) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import meteora
 from meteora.artifacts import RouterOptions
@@ -212,6 +214,19 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):
     with pytest.raises(WrongBaseError, match=r"architecture Qwen2ForCausal.*, not LlamaForCausalL"):
         meteora.load(world.checkpoint, base_folder=build_base("qwen2"))
+
+
+def test_a_base_of_other_weights_is_refused(world, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    trained = {
+        name: 1.01 * weight for name, weight in load_file(base / "model.safetensors").items()
+    }
+    save_file(trained, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        WrongBaseError, match=r"this base has weights with sha256:\w{12}; the check"
+    ):
+        meteora.load(world.checkpoint, base_folder=base)
 
 
 def test_a_layer_of_another_size_or_none_at_all_is_refused(world):

@@ -152,8 +152,8 @@ def _ask_rows(
     outputs: list[dict[str, Any]] = [
         {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
     ]
+    harness.check_room(task.name, lengths, task.longest_answer(harness.tokenizer))
     if task.generates:
-        harness.check_room(task.name, lengths, task.max_new_tokens)
         generate = partial(harness.generate, max_new_tokens=task.max_new_tokens)
         answers = answer(prompts, generate, phase="generate")
         for row, (text, truncated) in zip(outputs, answers, strict=True):

@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
+from meteora.model.generate import end_tokens
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
@@ -265,7 +266,8 @@ class _Model(MaskedModel):
         context = batch.pop("input_ids")
         out = super()._model_generate(context, max_length, stop, **settings, **batch)
         new = out[:, context.shape[1] :]
-        ended = (new == self.eot_token_id).any(-1).tolist()
+        stops = end_tokens(self.model, cast("PreTrainedTokenizerBase", self.tokenizer))
+        ended = torch.isin(new, new.new_tensor(stops)).any(-1).tolist()
         full = out.shape[1] >= max_length
         self.answer_hook.batch = [full and not done for done in ended]
         return out

@@ -13,11 +13,20 @@ from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
 from pipelines.recipe.benchmark import CompositeSection, metric_names
-from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT, without_scorer
+from pipelines.scoring.metrics import (
+    ATTEMPTED,
+    METRICS,
+    RIGHT,
+    TURNS_RIGHT,
+    without_number,
+    without_scorer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
     from pipelines.data.composites import Composite
     from pipelines.data.dialogues import Dialogue
@@ -86,6 +95,12 @@ class Task:
         """Whether its prompts are answered freely; a task of lm-eval's own asks as it likes."""
         own = [METRICS[m] for m in self.metrics if m in METRICS]
         return not self.lm_eval and (bool(self.mixed) or not all(m.of_choices for m in own))
+
+    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The most tokens that an answer may have, written or chosen."""
+        choices = [choice for row in self.rows for choice in row.choices] if self.weighs else []
+        sizes = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in choices]
+        return max([self.max_new_tokens if self.generates else 0, *sizes])
 
     @property
     def num_questions(self) -> int:
@@ -156,6 +171,8 @@ def check_rows(task: Task) -> None:
             )
         if "verified" in task.metrics and not row.checker:
             raise ExamplesError(f"task {task.name}: {without_scorer(row)}")
+        if "numeric_match" in task.metrics and (problem := without_number(row)):
+            raise ExamplesError(f"task {task.name}: {problem}")
 
 
 def _listed_task(

@@ -52,8 +52,8 @@ def check_room(
     """
     room = resolve_max_length(config, tokenizer)
     for task in tasks:
-        if task.generates and (lengths := _lengths(task, tokenizer)):
-            refuse_too_long(task.name, lengths, task.max_new_tokens, room)
+        if not task.lm_eval and (lengths := _lengths(task, tokenizer)):
+            refuse_too_long(task.name, lengths, task.longest_answer(tokenizer), room)
 
 
 def check_examples(

@@ -34,10 +34,18 @@ RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
 """Metrics of composites: the shares of questions that were answered rightly, and at all."""
 TURNS_RIGHT = "conversation_right"
 """The metric of conversations: the mean over the turns, each by the metric of its task."""
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*|(?<![\d.])(?=\.\d))(?:\.\d+)?")
-"""A decimal number, with commas between thousands. Nothing in it is tried twice."""
+NUMBER = re.compile(
+    r"((?<!\d)[-+])?(\d[\d,]*|(?<![\d.])(?=\.\d))((?:\.\d+)?(?:[eE][-+]?\d{1,3}\b)?)"
+)
+"""Sign, whole part and the rest of a decimal number. Nothing in it is tried twice."""
+GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
+"""A whole part with commas between thousands; other commas stand between numbers."""
+JOINED = re.compile(r"\d[/:]\d")
+"""In a fraction or a time, which is no single number."""
+MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
 """Characters; an answer of more is no number."""
+WORD = re.compile(r"[^\W_]+")
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 """A scorer whose module calls one of these might run an answer as code."""
 
@@ -55,11 +63,14 @@ def exact_match(output: str, row: Row) -> float:
 
 def last_number(text: str) -> Decimal | None:
     """The last number in a text, or the last one after `####` (as in GSM8K); None without one."""
-    found = NUMBER.findall(text.rpartition("####")[2])
-    if not found or len(found[-1]) > LONGEST_NUMBER:
+    found = NUMBER.findall(text.rpartition("####")[2].translate(MINUS))
+    if not found or sum(map(len, found[-1])) > LONGEST_NUMBER:
         return None
+    sign, whole, rest = found[-1]
+    if not GROUPED.fullmatch(whole):
+        whole = whole.rstrip(",").rpartition(",")[2]
     try:
-        return Decimal(found[-1].replace(",", ""))
+        return Decimal(sign + whole.replace(",", "") + rest)
     except InvalidOperation:
         return None
 
@@ -77,7 +88,8 @@ def sentence_bleu(output: str, row: Row) -> float:
     """
     if not output.strip():
         return 0.0
-    return _bleu().sentence_score(output, list(row.answers)).score / 100
+    score = _bleu().sentence_score(output, list(row.answers)).score
+    return min(1.0, score / 100)  # sacrebleu gives equal texts a little more than 100
 
 
 @lru_cache(maxsize=1)
@@ -97,13 +109,21 @@ def _rouge(kind: str, output: str, row: Row) -> float:
 def _rouge_scorer() -> Any:  # noqa: ANN401
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """Words of letters and digits of any script; rouge-score's own knows a to z alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
 
 
 def verified(output: str, row: Row) -> float:
     """1 where the scorer of the row's reasoning-gym task gives full credit.
 
-    Partial credit counts as 0: the scorers often give it to a right answer with words around it.
+    Partial credit counts as 0: the scorers often give it to a right answer with words around it. So
+    does an answer at which the scorer fails: some take it for a number, or for JSON.
 
     Raises:
         ExamplesError: the row has no scorer, or its scorer might run the answer as code.
@@ -121,7 +141,11 @@ def verified(output: str, row: Row) -> float:
             f"reasoning_gym:{name}: its scorer may run an answer as code, but answers come from"
             " adapters that cannot be trusted; choose exact_match"
         )
-    return float(task.score_answer(output.strip(), task[int(number)]) >= 1.0)
+    asked = task[int(number)]
+    try:
+        return float(task.score_answer(output.strip(), asked) >= 1.0)
+    except Exception:  # each of 91 scorers fails in its own way
+        return 0.0
 
 
 def without_scorer(row: Row) -> str:
@@ -130,6 +154,14 @@ def without_scorer(row: Row) -> str:
         f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
         " `reasoning_gym:…`, so choose exact_match"
     )
+
+
+def without_number(row: Row) -> str:
+    """What is wrong with a row that `numeric_match` cannot score; empty where nothing is."""
+    joined = [answer for answer in row.answers if JOINED.search(answer.rpartition("####")[2])]
+    if not joined:
+        return ""
+    return f"{joined[0][:60]!r} is not one number, which numeric_match needs; choose exact_match"
 
 
 def runs_answers(task: object) -> bool:

@@ -26,7 +26,7 @@ from pipelines.data.composites import compose
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGER, BenchmarkError
-from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.evaluation.tasks import Task, check_rows, make_tasks
 from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection, ConversationSection
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
@@ -164,8 +164,9 @@ def test_a_right_answer_counts_and_progress_is_reported(
     assert asked.num_questions == 2
 
 
+@pytest.mark.parametrize("by_the_model_alone", [False, True])
 def test_answers_that_were_cut_and_empty_ones_are_counted(
-    world: World, tokenizer: PreTrainedTokenizerBase
+    world: World, tokenizer: PreTrainedTokenizerBase, by_the_model_alone: bool
 ) -> None:
     """Which answers end by themselves is found by letting each run on."""
     model: Any = world.load()
@@ -174,7 +175,8 @@ def test_answers_that_were_cut_and_empty_ones_are_counted(
     ids = [torch.tensor([encode_prompt(tokenizer, row.prompt)]) for row in rows]
     first = [int(model(input_ids=one).logits[0, -1].argmax()) for one in ids]
     # whatever the first row is answered with ends its answer now, at once
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
+    if not by_the_model_alone:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
     model.generation_config.eos_token_id = first[0]
     found = evaluate_task(model, tokenizer, task(rows, max_new_tokens=4), batch_size=6)
     for one, output in zip(ids, found.outputs, strict=True):
@@ -184,7 +186,7 @@ def test_answers_that_were_cut_and_empty_ones_are_counted(
     score = score_of(found, "exact_match")
     assert score.num_truncated == sum(output["truncated"] for output in found.outputs)
     assert 0 < score.num_truncated < len(rows)
-    assert score.num_empty >= 1
+    assert score.num_empty >= (not by_the_model_alone)
     assert score.num_samples == len(rows)
 
 
@@ -210,6 +212,16 @@ def test_choices_are_compared_by_their_log_likelihood(
     assert sum(done) == asked.num_questions == 5
     with pytest.raises(ExamplesError, match="has no choices; give its row"):
         evaluate_task(model, tokenizer, task(ROWS, "acc"), batch_size=2)
+    for row in (Row("a" * 513, "x", ("x", "y")), Row("a", "x", ("x", "y" * 512))):
+        with pytest.raises(BenchmarkError, match="1 of 1 prompts are too long"):
+            evaluate_task(model, tokenizer, task([row], "acc"), batch_size=2)
+
+
+def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:
+    for answer in ("3/2", "12:30"):
+        with pytest.raises(ExamplesError, match=f"'{answer}' is not one number"):
+            check_rows(task([Row("q", answer)], "numeric_match"))
+    check_rows(task([Row("q", "2/2 = 1\n#### 1")], "numeric_match"))
 
 
 def test_choices_of_a_batch_weigh_what_each_alone_does_where_a_router_reads_whole_prompts(

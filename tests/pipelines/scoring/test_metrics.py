@@ -81,6 +81,15 @@ def test_a_number_inside_a_line_is_no_second_answer() -> None:
         ("4.2.5", "5", 1.0),
         ("1" * 40, "1" * 39 + "2", 0.0),
         ("1" * 40, "1" * 40, 1.0),
+        ("\N{MINUS SIGN}5", "-5", 1.0),
+        ("\N{EN DASH}5", "5", 0.0),
+        ("10-5", "5", 1.0),
+        ("1.5e3", "1500", 1.0),
+        ("1e5", "5", 0.0),
+        ("3,4", "34", 0.0),
+        ("3,4", "4", 1.0),
+        ("1,2000", "2000", 1.0),
+        ("5,", "5", 1.0),
     ],
 )
 def test_numbers_are_compared_as_numbers(output: str, reference: str, value: float) -> None:
@@ -99,6 +108,17 @@ def test_bleu_and_rouge_are_those_of_their_libraries() -> None:
     for kind, score in scorer.score(meant, said).items():
         assert worth(kind, said, meant) == score.fmeasure
         assert worth(kind, meant, meant) == 1
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "привет мир", "naïve 7"])
+@pytest.mark.parametrize("metric", ["sentence_bleu", "rouge1", "rougeL"])
+def test_equal_texts_of_any_script_have_one(metric: str, text: str) -> None:
+    assert worth(metric, text, text) == 1.0
+
+
+def test_an_answer_at_which_a_scorer_fails_is_wrong() -> None:
+    row = read_rows("reasoning_gym:prime_factorization", Path(), 1)[0]
+    assert METRICS["verified"].compute("The factors are 2 and 3", row) == 0
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "numeric_match", "sentence_bleu", "rougeL"])

@@ -207,9 +207,9 @@ def _layers(config: Mapping[str, Any], found: Findings) -> tuple[int, ...]:
     """Read the numbers of the layers that it trained; refuses what PEFT itself refuses to load."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     targets = config.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear" and (layers or pattern):
+    if isinstance(targets, str) and targets != "all-linear" and (layers is not None or pattern):
         found.refuse("layers", "layers_to_transform needs target_modules to be a list of names")
-    if pattern and not layers:
+    if pattern and layers is None:
         found.refuse("layers", "layers_pattern is set without layers_to_transform")
     every = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(type(layer) is int for layer in every):

@@ -86,7 +86,9 @@ class Sweep:
         prefix, self._routed = _by_layer(model)
         """The routed modules of each layer, by path."""
         self.layers = cast("nn.ModuleList", model.get_submodule(prefix))
-        self._tuples = False
+        self._num_outputs = 0
+        """How many values a layer returns as a tuple, hidden states first; 0 where it returns these
+        alone."""
         self._decision: Decision | None = None
         self._decisions: dict[int, Tensor] = {}
         """By batch: what the gate that later layers follow has decided."""
@@ -113,8 +115,8 @@ class Sweep:
         ends: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401
-            self._tuples = isinstance(output, tuple)
-            ends.append(output[0] if self._tuples else output)
+            self._num_outputs = len(output) if isinstance(output, tuple) else 0
+            ends.append(output[0] if self._num_outputs else output)
 
         with self.layers[-1].register_forward_hook(keep):
             self._forward(ids, mask)
@@ -147,7 +149,7 @@ class Sweep:
                 hidden = kwargs.pop("hidden_states")
             first.append(hidden)
             calls.append((args, kwargs))
-            return (hidden,) if self._tuples else hidden
+            return (hidden, *[None] * (self._num_outputs - 1)) if self._num_outputs else hidden
 
         with ExitStack() as replaced:
             for layer in self.layers:
@@ -185,7 +187,7 @@ class Sweep:
             self._decision.hold(self._decisions[batch])
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
-        return out[0] if self._tuples else out
+        return out[0] if self._num_outputs else out
 
     def _output(self, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
         """The output of a module whose router does not change any more, computed once a batch."""

@@ -270,6 +270,17 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),
         "opt": ("OPTConfig", old | opt | {"word_embed_proj_dim": HIDDEN}),
         "bloom": ("BloomConfig", old),
+        "bamba": (
+            "BambaConfig",
+            llama
+            | {
+                "mamba_n_heads": 8,
+                "mamba_d_head": 8,
+                "mamba_d_state": 8,
+                "mamba_chunk_size": 8,
+                "attn_layer_indices": [1],
+            },
+        ),
         "mamba": (
             "MambaConfig",
             {key: value for key, value in old.items() if key != "num_attention_heads"}

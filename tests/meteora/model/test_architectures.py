@@ -372,6 +372,21 @@ def test_a_module_that_the_model_does_not_call_is_refused(
         calibrate(model, sequences(8))
 
 
+def test_gates_are_fitted_where_layers_return_several_values(
+    build_base, build_adapter, fuse_adapters, tmp_path
+):
+    base, lora = build_base("bamba"), {"r": 2, "target_modules": ["in_proj", "up_proj"]}
+    adapters = {
+        name: build_adapter(base, tmp_path / name, seed=seed, **lora)
+        for seed, name in enumerate(("one", "other"))
+    }
+    fuse_adapters(base, adapters, tmp_path / "fused")
+    model = meteora.load(tmp_path / "fused", base_folder=base)[0]
+    found = calibrate(model, sequences(8))
+    assert {path.split(".")[2] for path in found.accuracy_of} == {"0", "1"}
+    assert found.heldout_accuracy > 0.8
+
+
 def test_what_a_layer_was_called_with_is_let_go_when_it_has_run(world):
     model = world.load()
     sweep = Sweep(model, [(torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5))])

@@ -21,17 +21,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
+from meteora.artifacts import MeteoraError
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look_or_reason
 from pipelines.planning.resolve import Steps, complete, recording, resolve
-from pipelines.recipe.recipe import FoundExpert
+from pipelines.recipe.recipe import FoundExpert, locate
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
-from pipelines.workspace.context import RunContext
+from pipelines.workspace.context import RunContext, name_of
 from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
 
@@ -164,7 +165,19 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
         BusyError: Another process runs this recipe, and this run is not a scheduled one.
         MeteoraError: Something was refused or could not be done; it is recorded with its reason.
     """
-    return _run(RunContext.open(recipe, Path(home).expanduser().absolute()), until, None)
+    folder = Path(home).expanduser().absolute()
+    if not missed_runs.is_scheduled():
+        return _run(RunContext.open(recipe, folder), until, None)
+    missed_runs.send_first_event()
+    name = name_of(locate(recipe))
+    try:
+        made = _run(RunContext.open(recipe, folder), until, None)
+    except MeteoraError as error:
+        say(f"{name}: {error}", "error")
+        raise
+    if isinstance(made, Made):
+        say(f"{name}: done")
+    return made
 
 
 def run_recipe(context: RunContext, until: Stage, looked: Look | None = None) -> Made:

@@ -46,24 +46,14 @@ class RunContext:
 
     @property
     def name(self) -> str:
-        """The recipe's name: that of its file, or of its folder if the file is `recipe.yaml`."""
-        stem = self.path.stem
-        return (self._place.parent.name or stem) if stem == "recipe" else stem
+        return name_of(self.path)
 
     @property
     def key(self) -> str:
         """The name, with a hash of the path, so that recipes of one name are different."""
         if shipped().get(self.name) == self.path:
             return self.name
-        return f"{self.name}-{canonical_sha256(str(self._place))[:8]}"
-
-    @property
-    def _place(self) -> Path:
-        """The path, the same from every folder. A link to a recipe is one of its own.
-
-        Its paths are relative to the link's folder.
-        """
-        return self.path.parent.resolve() / self.path.name
+        return f"{self.name}-{canonical_sha256(str(_place(self.path)))[:8]}"
 
     @property
     def folder(self) -> Path:
@@ -145,3 +135,16 @@ def put_in_place(made: Path, folder: Path) -> None:
 def new_run_id() -> str:
     """A new id: it sorts by time, and no other run has it."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+def name_of(recipe: Path) -> str:
+    """A recipe's name: that of its file, or of its folder if the file is `recipe.yaml`."""
+    return (_place(recipe).parent.name or recipe.stem) if recipe.stem == "recipe" else recipe.stem
+
+
+def _place(recipe: Path) -> Path:
+    """A recipe's path, the same from every folder. A link to a recipe is one of its own.
+
+    Its paths are relative to the link's folder.
+    """
+    return recipe.parent.resolve() / recipe.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from meteora.artifacts import MeteoraError
 from store.ledger import Ledger
 from tests.pipelines.conftest import run
 from tests.pipelines.flows.test_local_server import wait_until
+from tests.pipelines.flows.test_serve import start as serve
+from tests.pipelines.flows.test_serve import stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -172,3 +175,27 @@ def test_a_run_that_was_asleep_so_long_goes_on_and_ends_as_it_ends(
     assert run.state is not None
     assert run.state.is_completed()
     assert ledger.query("SELECT outcome FROM runs").rows == [("ok",)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server", "no_automations")
+def test_whoever_asked_is_told_at_once_of_a_scheduled_run_that_failed(
+    recipe_folder: Path, tmp_path: Path
+) -> None:
+    """Prefect's scheduler sends no event, and those that follow would wait for it."""
+    folder = tmp_path / "letters"
+    shutil.copytree(recipe_folder, folder, symlinks=True)
+    (folder / "none").mkdir(exist_ok=True)
+    with listening() as (url, calls):
+        asked = ("--cron", "* * * * * */10", "--on-failure", url)
+        process, log = serve(folder, tmp_path / "home", *asked)
+        try:
+            wait_until(lambda: "runs at" in log.read_text(), seconds=60)
+            with (folder / "recipe.yaml").open("a") as recipe:
+                recipe.write("bogus: 1\n")
+            told = calls.get(timeout=120)
+        finally:
+            stop(process)
+    assert "Failed" in told["text"]
+    assert "unknown key bogus" in told["text"]
+    assert "error: letters: " in log.read_text()

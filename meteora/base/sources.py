@@ -89,6 +89,8 @@ def find_gguf(source: str) -> Path:
 
 def weights_sha256(folder: Path) -> str:
     """Hash a folder's safetensors file, or the hashes of its shards in order."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: there is no such folder; check the path of the base")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise SourceError(

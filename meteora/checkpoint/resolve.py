@@ -184,7 +184,7 @@ def _find_base(
         return find_packaged(manifest.base.spec)
     if name.startswith(PATH):
         raise SourceError(
-            f"the base of this checkpoint was the local folder {name.removeprefix(PATH)};"
+            f"the base of this checkpoint was the local folder {name.removeprefix(PATH)!r};"
             " say where it lies now with base_folder=, or --base"
         )
     return download_base(name, manifest.base.revision, download, weights=weights)

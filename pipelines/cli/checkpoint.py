@@ -108,10 +108,12 @@ def publish(
 
     The saved token goes to that repository, and with --token-for to the owner of the base.
     """
+    from meteora.base.sources import PATH
+    from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission.checkpoints import find_base
     from pipelines.hub.client import hub_for
     from pipelines.publishing.publish import Destination, publish
-    from pipelines.workspace.checkpoints import checkpoint_folder
+    from pipelines.workspace.checkpoints import base_option, checkpoint_folder
     from pipelines.workspace.context import new_run_id
     from pipelines.workspace.machine import choose_device
     from store.ledger import Ledger
@@ -140,7 +142,12 @@ def publish(
         print(json.dumps(shown))
     else:
         print(f"{made.repo_id}@{made.revision} {made.tag}")
-    say(f"talk with it as others get it with `meteora chat {made.repo_id}`")
+    base_model = read_manifest(found.folder).base.repo_id
+    options = base_option(base_model, found.base_folder)
+    options += f" --token-for {repo.partition('/')[0]}" if private else ""
+    say(f"talk with it as others get it with `meteora chat {made.repo_id}{options}`")
+    if base_model.startswith(PATH):
+        say("its base is a local folder, so others need the same one", "note")
 
 
 @app.command()

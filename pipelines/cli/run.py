@@ -127,6 +127,8 @@ def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
     """Look at a recipe and print what a run would do; returns whether it would reach its end."""
     from pipelines.flows.up_to_date import look
 
+    if not alone:
+        print(f"{context.name}:")
     try:
         return print_steps(context, look(context, until), until)
     except MeteoraError as error:

@@ -62,6 +62,16 @@ def print_scores(
         print(json.dumps(_scores(name, folder, plan, summary, seconds)))
         return
     out = plain_console()
+    if not summary.scores:
+        out.print(
+            f"{name}: no task was asked; give its experts rows as `test:`, or the recipe some as"
+            " `benchmark: {tasks: …}`",
+            soft_wrap=True,
+        )
+        out.print(f"checkpoint: {folder}", soft_wrap=True)
+        where = base_option(plan.base.base_model, base)
+        out.print(f"talk with it: meteora chat {short(plan.router.id)}{where}", soft_wrap=True)
+        return
     table = _score_table(summary, interval=True)
     # unbounded, since a measure within the options is never larger than their width
     natural = Measurement.get(out, out.options.update_width(10_000), table).maximum

@@ -171,6 +171,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield line, place
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path}, {not_utf8(path, error)}") from error
+    except FileNotFoundError as error:
+        raise ExamplesError(
+            f"{path.absolute()}: there is no such file; check the path of the rows"
+        ) from error
     except OSError as error:
         raise ExamplesError(f"{path}: {error.strerror or error}") from error
 

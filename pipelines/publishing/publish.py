@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, file_sha256
-from meteora.base.sources import texts_sha256
+from meteora.base.sources import PATH, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
 from pipelines.hub.bundle import make_bundle
 from pipelines.hub.client import hub_for
@@ -125,6 +125,11 @@ def publish(
     if to.tag and not is_tag(to.tag):
         raise HubReferenceError(f"{to.tag!r} is no name of a tag, or is a branch's")
     manifest = read_manifest(folder)
+    if base_folder is None and manifest.base.repo_id.startswith(PATH):
+        raise PublicationError(
+            f"{to.repo_id}: the model is loaded again when it is published, and its base is a local"
+            " folder; say where that lies with --base"
+        )
     licences.refuse_forbidden(manifest, to.allow_licences)
     earlier = ledger.publications(to.repo_id)
     known = {publication.revision for publication in earlier}

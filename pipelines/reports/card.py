@@ -267,6 +267,16 @@ def _has_answers(score: Score) -> bool:
     return score.mean_prompt_tokens is not None and not (metric and metric.of_choices)
 
 
+def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
+    """What to do about experts whose tokens go to others."""
+    kind = summary.gates.spec.options.kind
+    more = "Give more examples" if kind == "gate" else "Give examples to a router of kind gate"
+    return (
+        f"Most tokens of {', '.join(missed)} go to other experts: the router cannot tell them"
+        f" apart. {more}, or leave out one of two adapters for one task."
+    )
+
+
 def routing_lines(summary: Summary) -> list[str]:
     """How often tokens were sent to their own expert, and whose were not; empty if not measured."""
     if summary.routing is None:
@@ -279,14 +289,7 @@ def routing_lines(summary: Summary) -> list[str]:
         " rows, after the template's opening, in every routed layer; lowest for"
         f" {worst.expert} ({worst.accuracy:.3f}).",
         *([] if routing.abstention is None else [_abstention_line(routing.abstention)]),
-        *(
-            [
-                f"Most tokens of {', '.join(missed)} go to other experts: the router cannot tell"
-                " them apart. Give more examples, or leave out one of two adapters for one task."
-            ]
-            if missed
-            else []
-        ),
+        *([_missed_line(summary, missed)] if missed else []),
     ]
 
 

@@ -90,7 +90,8 @@ def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict
     if not results["scores"].rows:
         raise ReportError(
             f"the ledger in {ledger.home} holds no scores of {short(router_id)}; measure it with"
-            f" `meteora benchmark {called or short(router_id)}`, or give the --home in which it was"
+            f" `meteora benchmark {called or short(router_id)}`, with rows as --tasks"
+            " NAME=jsonl:FILE where its recipe has no tests, or give the --home in which it was"
             " measured"
         )
     return results

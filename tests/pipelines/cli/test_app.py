@@ -18,6 +18,7 @@ from tests.pipelines.cli.command_line import ask, meteora
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import World
@@ -151,12 +152,15 @@ def test_a_checkpoint_answers_and_refuses_another_base(world: World, tmp_path: P
     refused(meteora(*words, home=tmp_path), "and the model takes 512 with its answer")
 
 
-def test_an_export_needs_a_name_or_a_folder_and_a_base(world: World, tmp_path: Path) -> None:
+def test_an_export_needs_a_name_or_a_folder_and_a_base(
+    world: World, build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
     for words in ((), ("--for", "vllm"), ("--for", "vllm", "--expert", "q_and_v"), ("-o", "x")):
         assert meteora("export", world.checkpoint, *words, home=tmp_path).returncode == 2
     served = "export", world.checkpoint, "--for", "vllm", "-o", tmp_path / "served"
     refused(meteora(*served, home=tmp_path), "say where it lies now")
-    refused(meteora(*served, "--base", world.base, home=tmp_path), "this base has weights with")
+    other = build_base("llama_64")
+    refused(meteora(*served, "--base", other, home=tmp_path), "this base has hidden_size 64")
     gguf = "export", world.checkpoint, "--for", "llama.cpp", "-o", tmp_path / "gguf"
     said = meteora(*gguf, home=tmp_path)
     assert said.returncode == 0, said.stderr

@@ -79,7 +79,7 @@ def test_a_file_without_an_end_is_read_up_to_a_bound(
 
 
 def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ExamplesError, match="No such file"):
+    with pytest.raises(ExamplesError, match="there is no such file"):
         read_rows("jsonl:none.jsonl", tmp_path, 1)
     with pytest.raises(ExamplesError, match="rows come from"):
         read_rows("csv:none.csv", tmp_path, 1)

@@ -218,7 +218,7 @@ def test_an_expert_with_examples_keeps_them(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        pytest.param({"pool": "jsonl:none.jsonl"}, "No such file", id="no file"),
+        pytest.param({"pool": "jsonl:none.jsonl"}, "there is no such file", id="no file"),
         pytest.param({"pool": "jsonl:low.jsonl"}, "task low: .* is also a prompt of", id="tests"),
         pytest.param({"pool": "jsonl:one.jsonl"}, "1 prompts that are no examples", id="too few"),
         pytest.param({"pool": "jsonl:bad.jsonl"}, r'{"prompt": "…"} is needed', id="no prompt"),
@@ -249,7 +249,7 @@ def test_a_dry_run_names_a_pool_that_is_not_there_where_a_run_would_read_it(
     print_steps(open_recipe(gates=pool))
     said = capfd.readouterr().out
     assert said.count("the run would stop: ") == 1
-    assert "none.jsonl: No such file" in said
+    assert "none.jsonl: there is no such file" in said
     print_steps(open_recipe(gates=pool, router={"kind": "arrow"}))
     assert "the run would stop" not in capfd.readouterr().out
 

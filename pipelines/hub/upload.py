@@ -160,7 +160,9 @@ class Repository:
         def opened() -> str | None:
             return self._refs().get(branch)
 
-        start = self._until(opened, lambda: self._ask("create_branch", name=branch, revision=head))
+        start = self._until(
+            opened, lambda: self._ask("create_branch", branch=branch, revision=head)
+        )
 
         def committed() -> str | None:
             at = self._refs().get(branch, "")
@@ -242,7 +244,7 @@ class Repository:
     def _tag(self, name: str, commit: str, bundle: Bundle) -> None:
         tagged = self._until(
             lambda: self._refs().get(name),
-            lambda: self._ask("create_tag", name=name, revision=commit),
+            lambda: self._ask("create_tag", tag=name, revision=commit),
         )
         self._refuse_taken(name, tagged, bundle)
 
@@ -256,7 +258,7 @@ class Repository:
     def _delete_branches(self, branches: Collection[str]) -> None:
         for branch in branches:
             with suppress(HubError):  # it is in nobody's way, and the next publication removes it
-                self._ask("delete_branch", name=branch)
+                self._ask("delete_branch", branch=branch)
 
     def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
         """Call `act` until `look` finds a result; `look` comes first, and again after errors."""

@@ -177,24 +177,13 @@ def commit(
     )
 
 
-def create_branch(api: HfApi, repo_id: str, *, name: str, revision: str) -> None:
-    api.create_branch(repo_id, branch=name, revision=revision)
-
-
-def delete_branch(api: HfApi, repo_id: str, *, name: str) -> None:
-    api.delete_branch(repo_id, branch=name)
-
-
-def create_tag(api: HfApi, repo_id: str, *, name: str, revision: str) -> None:
-    api.create_tag(repo_id, tag=name, revision=revision)
-
-
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "refs": refs, "listing": listing, "about": about, "fetch": fetch, "search": search,
     "is_private": is_private, "create_repository": create_repository, "commit": commit,
-    "create_branch": create_branch, "delete_branch": delete_branch, "create_tag": create_tag,
+    "create_branch": HfApi.create_branch, "delete_branch": HfApi.delete_branch,
+    "create_tag": HfApi.create_tag,
 }  # fmt: skip
 
 

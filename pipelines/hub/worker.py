@@ -195,12 +195,8 @@ def describe(error: BaseException) -> dict[str, Any]:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    statuses = [
-        response.status_code
-        for link in chain
-        if (response := getattr(link, "response", None)) is not None
-    ]
-    status = statuses[0] if statuses else 0
+    responses = (getattr(link, "response", None) for link in chain)
+    status = next((one.status_code for one in responses if one is not None), 0)
     kind = next((name for link in chain for cls, name in KINDS if isinstance(link, cls)), "")
     if not kind and any(isinstance(link, RepositoryNotFoundError) for link in chain):
         kind = "auth" if status == 401 else "repository"

@@ -217,17 +217,8 @@ class Repository:
 
         return self._until(shown, commit)
 
-    def _commit(
-        self,
-        branch: str,
-        parent: str,
-        *,
-        add: Mapping[str, str] | None = None,
-        copy: Sequence[str] = (),
-        copy_from: str = "",
-        delete: Sequence[str],
-        num_bytes: int = 0,
-    ) -> None:
+    def _commit(self, branch: str, parent: str, *, num_bytes: int = 0, **changes: object) -> None:
+        """Commit once; what changes is said as `worker.commit` takes it."""
         self.hub.for_bytes(num_bytes).ask(
             "commit",
             self.repo_id,
@@ -235,10 +226,7 @@ class Repository:
             branch=branch,
             parent=parent,
             message="Publish a fused checkpoint",
-            add=dict(add or {}),
-            copy=list(copy),
-            copy_from=copy_from,
-            delete=list(delete),
+            **changes,
         )
 
     def _tag(self, name: str, commit: str, bundle: Bundle) -> None:

@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 from pipelines.workspace.processes import limit_memory, parent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
@@ -155,20 +155,20 @@ def commit(
     branch: str,
     parent: str,
     message: str,
-    add: dict[str, str],
-    copy: list[str],
-    copy_from: str,
     delete: list[str],
+    add: dict[str, str] | None = None,
+    copy: Sequence[str] = (),
+    copy_from: str = "",
 ) -> None:
     """Commit once to a branch that is still at `parent`.
 
     Args:
+        delete: Paths to remove.
         add: Path in the repository to the file here.
         copy: Paths to take over from the commit `copy_from`.
-        delete: Paths to remove.
     """
     operations = [
-        *(CommitOperationAdd(path, file) for path, file in add.items()),
+        *(CommitOperationAdd(path, file) for path, file in (add or {}).items()),
         *(CommitOperationCopy(path, path, src_revision=copy_from) for path in copy),
         *(CommitOperationDelete(path, is_folder=False) for path in delete),
     ]

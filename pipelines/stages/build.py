@@ -17,7 +17,6 @@ import torch
 from meteora.adapters.compatibility import stack_bytes
 from meteora.artifacts import (
     NULL,
-    WITH_GATES,
     BuiltBase,
     FusedCheckpoint,
     LinearSize,
@@ -359,12 +358,10 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
-    parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
-    if plan.router.router in WITH_GATES:
-        parts[GATES] = gates.weights_sha256
+    manifest = describe(work, plan, built, gates)
     if gates.statistics_sha256:
-        parts[STATISTICS] = gates.statistics_sha256
-    manifest = replace(describe(plan, built, gates), files=parts)
+        files = manifest.files | {STATISTICS: gates.statistics_sha256}
+        manifest = replace(manifest, files=files)
     texts = {}
     if results := write_eval_results(work.recipe.benchmark.tasks, summary):
         texts[EVAL_RESULTS] = results

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 
-def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
-    """The manifest of the checkpoint that a plan makes, without the hashes of its files."""
+def describe(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
+    """The manifest of the checkpoint that a plan makes; its files are experts and gates."""
+    files = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router in WITH_GATES:
+        files[GATES] = gates.weights_sha256
         made = {
             "method": plan.router.method,
             "examples_sha256": plan.router.examples_sha256,
@@ -77,6 +79,7 @@ def describe(plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifes
         gates=made,
         fused_id=plan.fused.id,
         router_id=plan.router.id,
+        files=files,
     )
 
 
@@ -128,12 +131,9 @@ def opened(
         device_map = {"": choose_device()}
     options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
-        parts = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
-        if gates is not None and plan.router.router in WITH_GATES:
-            parts[GATES] = gates.weights_sha256
-        for name, sha256 in parts.items():
+        manifest = describe(work, plan, built, gates)
+        for name, sha256 in manifest.files.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
-        manifest = replace(describe(plan, built, gates), files=parts)
         model, tokenizer = loading.load_folder(
             work.base_folder(plan.base), options=options, quantise=plan.base.quantise
         )

@@ -169,7 +169,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
         assert len(work.ledger.query(question).rows) == count, question
     assert recompute_scores(work.ledger, 99).findings == ()
 
-    text = card.write_card(build.describe(planned, built, gates), summary, "x")
+    text = card.write_card(build.describe(work, planned, built, gates), summary, "x")
     assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
     assert "| conversation-3 | conversation_right | 3 |" in text
     score_table.print_scores("x", work.home, planned, summary, {})

@@ -253,8 +253,7 @@ def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> 
             return _labelled(work, plan, model, tokenizer)
 
     sequences, template = labelled()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     with _steps(plan.router) as show:
         return train_processes.train_together(work, plan, built, sequences, template, out, show)
 

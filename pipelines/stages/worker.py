@@ -89,8 +89,7 @@ def _serve(work: RunContext, run: Channel) -> None:
             kind, value = "answer", STAGES[stage](work, *arguments)
         except Exception as error:
             kind, value = "error", _portable(stage, error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # another process may use the device next
+        torch.cuda.empty_cache()  # another process may use the device next
         run.send(kind, value)
 
 

@@ -116,8 +116,8 @@ def _parsed(texts: dict[str, bytes]) -> dict[str, Record]:
 
 def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | None) -> list[Record]:
     matching = (
-        (record.at, sha256, record)
+        (record.at, sha256)
         for sha256, record in records.items()
         if record.kind == kind and (subjects is None or record.subject in subjects)
     )
-    return [record for _, _, record in sorted(matching, key=lambda match: match[:2])]
+    return [records[sha256] for _, sha256 in sorted(matching)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -224,12 +225,10 @@ def measure_abstention(
 
 def _runs(owners: Sequence[str | None]) -> list[tuple[int, int]]:
     """Start and end of each run of tokens of one task; tokens of no task are in no run."""
-    runs: list[tuple[int, int]] = []
-    for t, owner in enumerate(owners):
-        if owner is None:
-            continue
-        if runs and runs[-1][1] == t and owners[t - 1] == owner:
-            runs[-1] = (runs[-1][0], t + 1)
-        else:
-            runs.append((t, t + 1))
+    runs, start = [], 0
+    for owner, own in groupby(owners):
+        end = start + len([*own])
+        if owner is not None:
+            runs.append((start, end))
+        start = end
     return runs

@@ -167,8 +167,9 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:
-            text = card.fill_in_name(folder.joinpath(name).read_text(encoding="utf-8"), repo_id)
-            (scratch / name).write_text(text, encoding="utf-8")
+            text = folder.joinpath(name).read_text(encoding="utf-8")
+            named = text.replace(card.NAME_PLACEHOLDER, repo_id)
+            (scratch / name).write_text(named, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
     return make_bundle(scratch, names, MANIFEST)

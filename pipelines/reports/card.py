@@ -66,11 +66,6 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def fill_in_name(card: str, repo_id: str) -> str:
-    """The card with the Hub id of the model in its code."""
-    return card.replace(NAME_PLACEHOLDER, repo_id)
-
-
 def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
     """A few lines of Python that load the model and generate an answer."""
     base_folder = (

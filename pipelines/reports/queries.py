@@ -106,11 +106,6 @@ def ask_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
     return results
 
 
-def page_title(results: Mapping[str, QueryResult]) -> str:
-    """The number of experts, and the base's name."""
-    return f"{len(results['experts'].rows)} experts on {base_name(results)}"
-
-
 def base_name(results: Mapping[str, QueryResult]) -> str:
     """The base's name without its owner, package or kind."""
     base = str(results["base"].rows[0]["base_model"])

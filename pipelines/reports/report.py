@@ -10,7 +10,7 @@ from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
 from pipelines.reports.lineage import lineage_graph
-from pipelines.reports.queries import by_turn, compare_systems, page_title
+from pipelines.reports.queries import base_name, by_turn, compare_systems
 from pipelines.reports.side_by_side import LABELS
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
@@ -43,14 +43,15 @@ def report_page(
     Args:
         traces: each as `trace_figure` gives it, shown as examples
     """
+    num_experts = len(results["experts"].rows)
     context = {
-        "title": page_title(results),
+        "title": f"{num_experts} experts on {base_name(results)}",
         "results": results,
         "figures": draw_charts(results),
         "comparisons": compare_systems(results["differences"].rows),
         "conversations": by_turn(results["conversations"].rows),
         "traces": traces,
-        "num_experts": len(results["experts"].rows),
+        "num_experts": num_experts,
         "num_bystanders": len(bystanders(results)),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],

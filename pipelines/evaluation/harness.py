@@ -93,7 +93,6 @@ class Harness:
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
-            device=str(input_device(model)),
         )
         self.model.answer_hook.advance = advance
         self.model.system_prompt = system_prompt

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
-from meteora.fitting.layerwise import MAX_OUTPUT_BYTES
+from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
+from meteora.fitting.sequences import MAX_ROWS, TOKENS_PER_BATCH
 from meteora.fitting.statistics import MAX_DIRECTIONS
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.model.opening_offsets import EXAMPLES
@@ -63,8 +64,6 @@ ASKING_SECONDS = 0.5
 SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
 """Passes through the model while gates are fitted, and how many more if the outputs of no module
 can be kept, for the way to each point in a layer."""
-SWEEP_TOKENS, SCATTER_SIZE, HIDDEN_BYTES = 2048, 4096, 2 << 30
-"""The limits in `meteora.fitting.sequences` and `meteora.fitting.layerwise`."""
 LOGITS_AT_ONCE = 6
 """Tensors of tokens by experts while a gate is refined: labels in 64 bits count twice."""
 READINGS = 5
@@ -355,16 +354,16 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     itemsize = shape.dtype.itemsize
     widths = _widths({path: shape.linears[path][0] for path in experts.ranks})
     widest = max(widths, default=shape.hidden_size)
-    size = min(widest, SCATTER_SIZE)
-    hidden = min(tokens * shape.hidden_size * itemsize, HIDDEN_BYTES)
-    batch = SWEEP_TOKENS * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
-    spread = 48 * size * size + 8 * SCATTER_SIZE * widest
+    size = min(widest, MAX_ROWS)
+    hidden = min(tokens * shape.hidden_size * itemsize, MAX_HIDDEN_BYTES)
+    batch = TOKENS_PER_BATCH * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
+    spread = 48 * size * size + 8 * MAX_ROWS * widest
     outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
     kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
     sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
     seconds = pace.reading(sweeps * tokens + work.passes, routed=True)
     for width in widths:
-        n = min(width, SCATTER_SIZE)
+        n = min(width, MAX_ROWS)
         # in float64, at half the rate at best; an eigendecomposition at a third of it
         flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
         # each iteration of the refinement reads the tokens twice

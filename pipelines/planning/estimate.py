@@ -127,8 +127,8 @@ class Experts:
     ranks: Mapping[str, int]
     """The sum of all experts' ranks, by module path."""
 
-    def num_bytes(self, shape: Shape) -> float:
-        return sum(ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items())
+    def bytes_by_module(self, shape: Shape) -> list[int]:
+        return [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items()]
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,14 @@ def estimate(
     shape = replace(shape, quantise=recipe.quantise or "")
     pace = Pace(shape, experts, machine)
     hash_seconds = 1 / machine.hash_bytes_per_second
-    expert_bytes = experts.num_bytes(shape)
+    by_module = experts.bytes_by_module(shape)
+    expert_bytes = sum(by_module)
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}
     gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
     held = held_bytes(recipe, expert_bytes)
     loaded = PROGRAM_BYTES + shape.loaded_bytes + held + gate_bytes
-    stacked = max(
-        (ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()), default=0
-    )
+    stacked = max(by_module, default=0)
     base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith("gguf:") else 0)
     needs = [
         Need(

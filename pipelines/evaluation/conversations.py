@@ -150,12 +150,11 @@ class Conversing:
     def _ask_batch(self, dialogues: Sequence[Dialogue]) -> list[list[dict[str, Any]]]:
         turns: list[list[dict[str, Any]]] = [[] for _ in dialogues]
         cache = TurnCache(len(dialogues))
-        for number in range(len(dialogues[0].questions)):
+        for _ in dialogues[0].questions:
             prompts = [
                 self._prompt(dialogue, [turn["output"] for turn in own])
                 for dialogue, own in zip(dialogues, turns, strict=True)
             ]
-            assert all(len(own) == number for own in turns)  # noqa: S101
             self.check([len(one.ids) for one in prompts])
             for own, turn in zip(turns, self._answer(prompts, cache), strict=True):
                 own.append(turn)

@@ -29,7 +29,7 @@ from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.generate import end_tokens, generate_ids
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
-from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, SINGLE, SWAP
+from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, ORACLE, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Conversing:
             own = self.expert
         elif self.control == ALORA:
             return Prompt(ids, start, [NULL] * start + [own] * (len(ids) - start))
-        elif self.control and self.control not in {SINGLE, SWAP}:
+        elif self.control == ORACLE:
             return Prompt(ids, start, self._by_turn(owners))
         return Prompt(ids, start, [own] * len(ids))
 

@@ -75,7 +75,7 @@ class TaskResult:
             interval=method,
             templated=self.templated,
             num_empty=sum(not turn["output"].strip() for turn in answers),
-            num_truncated=sum(turn.get("truncated", False) for turn in answers),
+            num_truncated=sum(turn["truncated"] for turn in answers),
             mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
             max_prompt_tokens=max(lengths, default=None),
             parts=found.parts,

@@ -351,7 +351,7 @@ def _print_estimates(
     for need in needs:
         _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
-    if shape.dtype.itemsize == 2 and machine.name.startswith("cpu"):
+    if shape.dtype.itemsize == 2 and machine.is_cpu:
         there = [need for need in needs_on(machine=LARGE) if need.stage in reached]
         shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in there)
         out.print(f"  on {LARGE.name}: {shown}", soft_wrap=True)

@@ -85,7 +85,7 @@ class Summary:
             (one.task, other, one)
             for other, comparison in self.comparisons.items()
             for one in comparison.differences
-            if self.mark(one.task, other) not in {"", "+"}
+            if self.mark(one.task, other) == "-"
         ]
 
 

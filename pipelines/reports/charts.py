@@ -1,4 +1,7 @@
-"""The charts of a report: forest plot, heat map, line chart, dumbbell plot."""
+"""The charts of a report: forest plot, heat map, line chart, dumbbell plot.
+
+The `name` of a chart is the start of its HTML ids: unique on a page.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,6 @@ def forest_plot(
     """Scores with their intervals: a block for each task, in it a line for each system.
 
     Args:
-        name: the start of the HTML ids in the drawing; unique on a page
         signed: whether they are differences, so that a line stands at zero
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
@@ -148,7 +150,6 @@ def heat_map(
 
     Args:
         values: by row and column; a cell without a value stays empty
-        name: the start of the HTML ids in the drawing; unique on a page
         labels: of the rows, and of the columns
     """
 
@@ -224,7 +225,6 @@ def line_chart(
 
     Args:
         series: points (x, share) by name
-        name: the start of the HTML ids in the drawing; unique on a page
         strong: the name of the bold line, in the accent's colour
         step: whether a value holds until the next point
     """
@@ -280,7 +280,6 @@ def dumbbell_plot(
 
     Args:
         rows: name, expected share, real share
-        name: the start of the HTML ids in the drawing; unique on a page
         labels: of the two shares
     """
 

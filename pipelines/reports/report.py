@@ -219,8 +219,6 @@ def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = Fals
 
     Args:
         rows: task, system, metric, value, low and high of each score
-        name: the start of the HTML ids in the drawings; unique on a page
-        signed: whether they are differences
     """
     by_metric: dict[str, list[charts.Interval]] = {}
     for row in rows:

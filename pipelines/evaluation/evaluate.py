@@ -46,12 +46,7 @@ class TaskResult:
     wall_seconds: float
 
     def score(self, spec: BenchmarkSpec, outputs_sha256: str, device: str) -> Score:
-        """The score that `spec` asks for.
-
-        Args:
-            outputs_sha256: of the blob that holds `outputs`
-            device: that the model ran on
-        """
+        """The score that `spec` asks for; `outputs_sha256` is the blob's that holds `outputs`."""
         found = self.values[spec.metric]
         method, low, high = found.interval(spec.seed)
         answers = [

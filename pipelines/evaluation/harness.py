@@ -151,7 +151,6 @@ def refuse_too_long(
     """Refuse a task with a prompt that, with its answer, is longer than the model's context.
 
     Args:
-        task: its name
         lengths: of the prompts, in tokens
         context_length: of the model, in tokens
 

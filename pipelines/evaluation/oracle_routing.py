@@ -151,7 +151,6 @@ def use_oracle(
 
     Args:
         composites: the only prompts that it may get in this context
-        system: `oracle` or `one_expert`
     """
     routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
     return send_to(model, system, routing.experts_of)

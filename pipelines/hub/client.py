@@ -97,7 +97,6 @@ class Hub:
         Args:
             operation: A name of `worker.OPERATIONS`.
             what: What is asked for; an error message begins with it.
-            arguments: Of the operation.
 
         Raises:
             HubError: One of its subclasses, with `retry` true where waiting can help.

@@ -142,7 +142,6 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
     Args:
         what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
         error: `kind`, `status` and `text`, of `worker.describe`.
-        endpoint: Who was asked.
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}

@@ -32,7 +32,6 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
 
     Args:
         summary: None for a checkpoint that was not measured
-        name: of the model
     """
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",

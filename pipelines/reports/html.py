@@ -33,12 +33,7 @@ def _templates() -> Environment:
 
 
 def render(template: str, context: Mapping[str, object]) -> str:
-    """One self-contained page.
-
-    Args:
-        template: the name of a file in the folder `templates`
-        context: what the template's variables stand for; a missing one is an error
-    """
+    """One self-contained page, of a file in `templates`; a variable that is missing is an error."""
     return _templates().get_template(template).render(context)
 
 

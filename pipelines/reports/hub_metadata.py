@@ -43,7 +43,6 @@ def card_metadata(manifest: Manifest, summary: Summary | None, name: str) -> str
 
     Args:
         summary: None for a checkpoint that was not measured
-        name: of the model
     """
     results = [
         EvalResult(

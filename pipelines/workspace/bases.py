@@ -141,7 +141,6 @@ def _problems(
 
     Args:
         noted: None where there is no note, as in homes of earlier versions.
-        files: As they are now.
         weights: The hash of the weights in the ledger; None where it is not recorded.
     """
     problems = []

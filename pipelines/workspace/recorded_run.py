@@ -61,7 +61,6 @@ def recorded(
     Args:
         name: of the recipe, or what else was asked for
         asked_sha256: of the recipe, or of what else was asked for
-        device: its name
         seconds: the time of each stage, filled while it runs
     """
     versions = {package: version(package) for package in VERSIONS}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from pipelines.evaluation.measurements import Measurement
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.workspace.context import RunContext
 
 WATCHED = 16
@@ -119,7 +117,7 @@ def measure_model(
         open_model: the fused model and its tokenizer, loaded only if anything is missing
         dtype: of its base, if a person named one; it is recorded with the device
     """
-    to_do, sizes = missing(work, plan), _BatchSizes(work.recipe.benchmark)
+    to_do, say_once = missing(work, plan), cache(say)
     watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
     timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
     if to_do or watch or timing:
@@ -133,7 +131,7 @@ def measure_model(
                     model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
                 ):
                     for asking in askings:
-                        number = sizes.of(plan, asking[0], model, tokenizer)
+                        number = _batch_size(work, plan, asking[0], model, tokenizer, say_once)
                         _ask(work, plan, asking, model, tokenizer, number, device)
             if watch:
                 _watch_routing(work, plan, model, tokenizer)
@@ -142,37 +140,27 @@ def measure_model(
     _compare(work, plan)
 
 
-@dataclass
-class _BatchSizes:
-    """How many prompts are answered together, task by task; what `auto` comes to is said once."""
-
-    settings: BenchmarkSection
-    said: set[str] = field(default_factory=set)
-
-    def of(
-        self,
-        plan: Plan,
-        asked: Measurement,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> int:
-        """The number for a task, and for the system that the model is now."""
-        if self.settings.batch_size != "auto":
-            return self.settings.batch_size
-        task, shape = plan.tasks[asked.spec.task], loading.shape_of_model(model)
-        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-        if asked.system in plan.merges:
-            routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
-            held += sum(a * b for a, b in routed) * shape.dtype.itemsize
-        tokens = longest(task, model.config, tokenizer)
-        found = rows_at_once(
-            self.settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes()
-        )
-        text = f"{task.name}: {found} prompts are answered together"
-        if text not in self.said:
-            say(text)
-            self.said.add(text)
-        return found
+def _batch_size(
+    work: RunContext,
+    plan: Plan,
+    asked: Measurement,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say_once: Callable[[str], None],
+) -> int:
+    """How many prompts of a task are answered together by the system that the model is now."""
+    settings = work.recipe.benchmark
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    task, shape = plan.tasks[asked.spec.task], loading.shape_of_model(model)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    if asked.system in plan.merges:
+        routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
+        held += sum(a * b for a, b in routed) * shape.dtype.itemsize
+    tokens = longest(task, model.config, tokenizer)
+    found = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    say_once(f"{task.name}: {found} prompts are answered together")
+    return found
 
 
 def _of_one_system(

@@ -106,7 +106,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     timer = threading.Timer(limits.seconds, connection.interrupt)
     timer.start()
     try:
-        columns, rows = _answer(connection, sql, limits.rows + 1)
+        answer = _answer(connection, sql, limits.rows + 1)
     except duckdb.InterruptException:
         raise QueryError(f"stopped after {limits.seconds:g} s; narrow the question") from None
     except duckdb.OutOfMemoryException:
@@ -121,19 +121,18 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
         raise QueryError(str(error)) from None
     finally:
         timer.cancel()
-    if len(rows) > limits.rows:
+    if len(answer.rows) > limits.rows:
         raise QueryError(f"has more than {limits.rows:,} rows; add a LIMIT")
-    return Answer(columns, rows)
+    return answer
 
 
-def _answer(
-    connection: duckdb.DuckDBPyConnection, sql: str, most: int
-) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str, most: int) -> Answer:
     """Columns and rows of a query. Ctrl-C stops it, which in the main thread it may not."""
 
-    def work() -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    def work() -> Answer:
         result = connection.execute(sql)
-        return tuple(column[0] for column in result.description or ()), result.fetchmany(most)
+        columns = tuple(column[0] for column in result.description or ())
+        return Answer(columns, result.fetchmany(most))
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(work)

@@ -15,7 +15,6 @@ from meteora.artifacts import (
     ComparisonSpec,
     FusedSpec,
     JointSettings,
-    MergeSpec,
     PoolSpec,
     RouterSpec,
     RoutingSpec,
@@ -34,6 +33,7 @@ from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
+    Subjects,
     find_comparisons,
     find_measurements,
     find_speed,
@@ -64,10 +64,9 @@ LEAST_EXAMPLES = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Subjects):
     """Every spec of a run. Equal recipes over equal sources give equal plans."""
 
-    base: BaseSpec
     experts: tuple[Expert, ...]
     examples: Mapping[str, Sequence[Row]]
     """Rows to fit the gates to, by expert."""
@@ -77,12 +76,6 @@ class Plan:
     """Rows to test on, by task. Composites and tasks of lm-eval have no rows here."""
     tasks: Mapping[str, Task]
     """Every task of the benchmark, by name."""
-    fused: FusedSpec
-    router: RouterSpec
-    others: Mapping[str, RouterSpec]
-    """Routers to compare with, by kind."""
-    merges: Mapping[str, MergeSpec]
-    """Merges to compare with, by method."""
     measurements: tuple[Measurement, ...]
     comparisons: tuple[ComparisonSpec, ...]
     routing: RoutingSpec
@@ -271,16 +264,12 @@ def plan_benchmark(
     if nobodys := _nobodys(router, tasks):
         owned[NULL] = nobodys
     return Plan(
-        base=base,
+        **vars(subjects),
         experts=(),
         examples={},
         spans=(),
         tests={name: task.rows for name, task in tasks.items() if task.rows},
         tasks=tasks,
-        fused=fused,
-        router=router,
-        others=subjects.others,
-        merges=subjects.merges,
         measurements=measurements,
         comparisons=find_comparisons(tasks, subjects, measurements),
         routing=RoutingSpec(router.id, _examples_sha256(owned)),

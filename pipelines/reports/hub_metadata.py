@@ -55,7 +55,6 @@ def card_metadata(manifest: Manifest, summary: Summary | None, name: str) -> str
             metric_args={"interval_95": [round(row[FUSED].low, 4), round(row[FUSED].high, 4)]},
         )
         for task, row in (summary.scores if summary else {}).items()
-        if FUSED in row
     ]
     bases = hub_ids(manifest)
     data = ModelCardData(

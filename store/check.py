@@ -97,7 +97,7 @@ def verify(
 
 
 @contextmanager
-def _room(home: Path) -> Generator[Path, None, None]:
+def _room(home: Path) -> Generator[Path]:
     """A folder for temporary copies: the home, if it is writable."""
     if os.access(home, os.W_OK):
         yield home

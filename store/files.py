@@ -33,7 +33,7 @@ STALE_SECONDS = 3600.0
 
 
 @contextmanager
-def partial_file(root: Path) -> Generator[Path, None, None]:
+def partial_file(root: Path) -> Generator[Path]:
     """A path below `root` that no other writer uses, for a file or a folder.
 
     What is there is removed when the block ends, unless `settle` has moved it.
@@ -140,9 +140,7 @@ def sweep(root: Path) -> None:
 
 
 @contextmanager
-def locked(
-    path: Path, *, deadline_seconds: float, shared: bool = False
-) -> Generator[None, None, None]:
+def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Generator[None]:
     """Hold the lock file `path`.
 
     The kernel frees the lock when the process ends, however it ends: there are no stale locks.

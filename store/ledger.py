@@ -149,7 +149,7 @@ class Ledger(Recording):
         return found
 
     @contextmanager
-    def running(self, recipe_name: str) -> Generator[list[RunStarted], None, None]:
+    def running(self, recipe_name: str) -> Generator[list[RunStarted]]:
         """Hold a run's locks: no second run of the recipe starts, and no `gc`.
 
         Yields the killed runs of this recipe, whose ends are recorded here.
@@ -193,7 +193,7 @@ class Ledger(Recording):
 
 
 @contextmanager
-def _no_wait(path: Path, sentence: str) -> Generator[None, None, None]:
+def _no_wait(path: Path, sentence: str) -> Generator[None]:
     """Hold a lock without waiting; if it is taken, raise `BusyError` with this sentence."""
     with ExitStack() as held:
         try:

@@ -76,9 +76,7 @@ def quoted(path: Path) -> str:
 
 
 @contextmanager
-def reading(
-    path: Path, limits: Limits = LIMITS
-) -> Generator[duckdb.DuckDBPyConnection, None, None]:
+def reading(path: Path, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyConnection]:
     """A read-only connection to the database at `path`, after `harden`."""
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")

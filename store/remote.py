@@ -148,7 +148,7 @@ class Remote:
             self._obstore.delete(self._store, sorted(names))
 
     @contextmanager
-    def _reached(self) -> Generator[None, None, None]:
+    def _reached(self) -> Generator[None]:
         try:
             yield
         except (self._obstore.exceptions.BaseError, FileNotFoundError, PermissionError) as error:

@@ -50,7 +50,7 @@ def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
 
 
 @contextmanager
-def _serving(snapshot: Path, address: str, token: str) -> Generator[str, None, None]:
+def _serving(snapshot: Path, address: str, token: str) -> Generator[str]:
     with duckdb.connect(str(snapshot), read_only=True, config=NO_EXTENSIONS) as connection:
         try:
             connection.execute("LOAD httpfs")  # without it every query gets status 500

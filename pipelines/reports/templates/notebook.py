@@ -30,17 +30,17 @@ with app.setup:
         numbers = [name for name, value in rows[0].items() if isinstance(value, float)]
         return mo.ui.table(rows, selection=None, format_mapping=dict.fromkeys(numbers, "{:.4f}"))
 
-    def plot_intervals(rows, name, unit):
-        """A point with its interval for each row, on a line for each `name`."""
+    def plot_intervals(rows, unit):
+        """A point with its interval for each row, on a line for each task."""
         if not rows:
             return mo.md("")
-        lines = list(dict.fromkeys(row[name] for row in rows))
+        lines = list(dict.fromkeys(row["task"] for row in rows))
         systems = list(dict.fromkeys(row.get("system", "") for row in rows))
         figure, axes = plt.subplots(figsize=(8, 0.5 * len(lines) + 1.5), layout="constrained")
         for number, system in enumerate(systems):
             own = [row for row in rows if row.get("system", "") == system]
             places = [
-                lines.index(row[name]) + 0.18 * (number - (len(systems) - 1) / 2) for row in own
+                lines.index(row["task"]) + 0.18 * (number - (len(systems) - 1) / 2) for row in own
             ]
             colour = COLOURS.get(system, "black")
             axes.hlines(places, [row["low"] for row in own], [row["high"] for row in own], colour)
@@ -125,7 +125,7 @@ def _(model):
     mo.vstack(
         [
             mo.md(_title),
-            plot_intervals(_rows, "task", "score, with its 95 % interval"),
+            plot_intervals(_rows, "score, with its 95 % interval"),
             table(_rows),
         ]
     )
@@ -141,7 +141,7 @@ def _(model):
     """)
     _title = "## What does it lose against the right adapter alone?"
     _text = "Left of zero it is worse. `p_holm` below 0.05 is beyond chance."
-    _plot = plot_intervals(_rows, "task", "fused minus oracle, with its 95 % interval")
+    _plot = plot_intervals(_rows, "fused minus oracle, with its 95 % interval")
     mo.vstack([mo.md(_title), mo.md(_text), _plot, table(_rows)])
     return
 

@@ -166,7 +166,8 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     return most
 
 
-def device_name(device: torch.device, dtype: str = "auto") -> str:
+def device_name(device: torch.device | str, dtype: str = "auto") -> str:
     """The name of the GPU, or the kind of another device; with the dtype if a person named one."""
+    device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name if dtype == "auto" else f"{name}, {dtype}"

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
@@ -132,7 +131,7 @@ def _measure(
     """
     name = f"benchmark of {short(plan.router.id)}"
     asked = canonical_sha256([one.spec.id for one in plan.measurements])
-    device = device_name(torch.device(choose_device(found.device)), found.dtype)
+    device = device_name(choose_device(found.device), found.dtype)
     with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
         here = adopt(work, adoption) if adoption else found
         measure_model(work, plan, lambda: nullcontext(here.load()), here.dtype)

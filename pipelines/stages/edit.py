@@ -123,7 +123,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     )
     check_base(manifest, model, tokenizer, folder)
     admission = Admission(ledger, new_run_id(), folder, manifest, candidate)
-    what, ran_on = f"add {candidate.name} to", device_name(torch.device(device), dtype)
+    what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
     with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)

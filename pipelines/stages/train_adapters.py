@@ -114,7 +114,7 @@ def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iter
     skip = work.recipe.gates.examples_per_expert if gates else 0
     rows = training_rows(work, experts, skip=skip)
     spec, device = resolve_base(work.recipe, work.folder), choose_device()
-    name, on = f"adapters of {work.key}", device_name(torch.device(device))
+    name, on = f"adapters of {work.key}", device_name(device)
     with one_stage(work.ledger, work.run_id, name, work.recipe_sha256, on, "train"):
         build_base(work, spec)
         require_sound(work.ledger, spec)

@@ -53,7 +53,7 @@ def slots(work: RunContext, plan: Plan) -> list[str]:
 
 
 STAGES: dict[str, Callable[..., Any]] = {
-    "device": lambda _work: device_name(torch.device(choose_device())),
+    "device": lambda _work: device_name(choose_device()),
     "memory": lambda _work: memory_bytes(),
     "proportion": lambda _work, adapter, base_norms: check_proportion(adapter, base_norms),
     "slots": slots,

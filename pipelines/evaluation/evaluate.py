@@ -111,7 +111,10 @@ def evaluate_task(
         advance=advance,
     )
     if task.lm_eval:
-        values, outputs = _ask_lm_eval_task(harness, task)
+        # seconds, and few recipes need it
+        from pipelines.evaluation.lm_eval_tasks import ask_lm_eval_task  # noqa: PLC0415
+
+        values, outputs = ask_lm_eval_task(harness, task)
     else:
         answer = partial(
             answer_in_portions, batch_size=batch_size, log=log or NoLog(), advance=advance
@@ -227,21 +230,3 @@ def _ask_dialogues_as(
         for dialogue, turns in zip(task.dialogues, found, strict=True)
     ]
     return compute_conversation_values(outputs), outputs
-
-
-def _ask_lm_eval_task(
-    harness: Harness, task: Task
-) -> tuple[dict[str, RowValues], list[dict[str, Any]]]:
-    """The values and outputs of one of lm-eval's own tasks, which computes both itself."""
-    from pipelines.evaluation.lm_eval_tasks import run_lm_eval_task  # noqa: PLC0415  (seconds, and few recipes need it)
-
-    run = run_lm_eval_task(harness, task)
-    values = {}
-    for metric in task.metrics:
-        found = tuple(run.values(task.name, metric))
-        values[metric] = RowValues(
-            found,
-            graded=not set(found) <= {0.0, 1.0},
-            higher_is_better=run.higher_is_better.get(metric, True),
-        )
-    return values, run.outputs()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 from lm_eval.api.metrics import mean
@@ -14,44 +13,13 @@ from lm_eval.tasks import TaskManager
 
 from meteora.untrusted.findings import brief, did_you_mean, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError
+from pipelines.scoring.outputs import RowValues
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pipelines.evaluation.harness import Harness
     from pipelines.evaluation.tasks import Task
-
-
-@dataclass(frozen=True)
-class LmEvalRun:
-    """What lm-eval reports of one task."""
-
-    samples: list[dict[str, Any]]
-    """One for each row, in order, in lm-eval's own form."""
-    higher_is_better: dict[str, bool]
-    """By metric."""
-
-    def values(self, name: str, metric: str) -> list[float]:
-        """The metric's value of every row.
-
-        Raises:
-            BenchmarkError: lm-eval computes no number for each row.
-        """
-        kept = [sample.get(metric) for sample in self.samples]
-        if not kept or not all(isinstance(value, int | float) for value in kept):
-            raise BenchmarkError(f"task {name}: {HARNESS} gives no {metric} for every row of it")
-        return [float(cast("float", value)) for value in kept]
-
-    def outputs(self) -> list[dict[str, Any]]:
-        """Prompt, reference and output of every row; the output is JSON of all replies."""
-        return [
-            {
-                "prompt": str(sample["arguments"][0][0]),
-                "reference": str(sample["target"]),
-                "output": json.dumps(sample["filtered_resps"], default=str),
-            }
-            for sample in self.samples
-        ]
 
 
 @cache
@@ -85,12 +53,16 @@ def find_lm_eval_task(asked: Task) -> TaskManager:
     return manager
 
 
-def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
-    """Ask the first rows of one task.
+def ask_lm_eval_task(
+    harness: Harness, asked: Task
+) -> tuple[dict[str, RowValues], list[dict[str, Any]]]:
+    """The values, by metric, and the outputs of the first rows of one task, as lm-eval has them.
+
+    An output is JSON of all replies to a row.
 
     Raises:
-        BenchmarkError: there is no such task, it has not the metrics, or its rows cannot be
-            downloaded or read.
+        BenchmarkError: there is no such task, it has not the metrics, its rows cannot be
+            downloaded or read, or lm-eval computes no number for each of them.
     """
     name, manager = asked.lm_eval, find_lm_eval_task(asked)
     try:
@@ -104,10 +76,30 @@ def run_lm_eval_task(harness: Harness, asked: Task) -> LmEvalRun:
     samples = report["samples"].get(name, [])
     first_filter = samples[0]["filter"] if samples else ""
     samples = [sample for sample in samples if sample["filter"] == first_filter]
-    return LmEvalRun(
-        sorted(samples, key=lambda sample: sample["doc_id"]),
-        report["higher_is_better"].get(name, {}),
-    )
+    samples.sort(key=lambda sample: sample["doc_id"])
+    higher_is_better = report["higher_is_better"].get(name, {})
+    values = {}
+    for metric in asked.metrics:
+        kept = [sample.get(metric) for sample in samples]
+        if not kept or not all(isinstance(value, int | float) for value in kept):
+            raise BenchmarkError(
+                f"task {asked.name}: {HARNESS} gives no {metric} for every row of it"
+            )
+        found = tuple(map(float, kept))
+        values[metric] = RowValues(
+            found,
+            graded=not set(found) <= {0.0, 1.0},
+            higher_is_better=higher_is_better.get(metric, True),
+        )
+    outputs = [
+        {
+            "prompt": str(sample["arguments"][0][0]),
+            "reference": str(sample["target"]),
+            "output": json.dumps(sample["filtered_resps"], default=str),
+        }
+        for sample in samples
+    ]
+    return values, outputs
 
 
 def _members(manager: TaskManager, name: str) -> list[str]:

@@ -270,6 +270,24 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "gpt_neox": ("GPTNeoXConfig", old | {"intermediate_size": INTERMEDIATE}),
         "opt": ("OPTConfig", old | opt | {"word_embed_proj_dim": HIDDEN}),
         "bloom": ("BloomConfig", old),
+        "deepseek": (
+            "DeepseekV3Config",
+            llama
+            | {
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 8,
+                "qk_nope_head_dim": 4,
+                "first_k_dense_replace": 1,
+            },
+        ),
         "bamba": (
             "BambaConfig",
             llama

@@ -187,18 +187,31 @@ def joined(passes: list[Routes], part: int) -> Tensor:
 def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
     """Collect the routes of every forward pass, in order.
 
-    A pass that goes on with none begins anew: Phi 3 reads all again where its positions change.
+    A pass that goes on with none begins anew: Phi 3 reads all again where its positions change. A
+    module is left out that gets other tokens than the model does, such as DeepSeek's `kv_b_proj`,
+    which gets those in the cache, too.
     """
     passes: list[Routes] = []
+    num_tokens = 0
 
     def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not PassInput.of(by_name(model, args, kwargs)).goes_on:
+        nonlocal num_tokens
+        seen = PassInput.of(by_name(model, args, kwargs))
+        num_tokens = seen.there.numel()
+        if not seen.goes_on:
             passes.clear()
+
+    def end(*_: object) -> None:
+        passes.append(dict(routes))
+        for path, found in routes.items():
+            if len(found[0]) != num_tokens:
+                for each in passes:
+                    each.pop(path, None)
 
     with (
         recorded_routes(model) as routes,
         model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(lambda *_: passes.append(dict(routes))),
+        model.register_forward_hook(end),
     ):
         yield passes
 

@@ -14,6 +14,7 @@ from pipelines.reports.queries import base_name, by_turn, compare_systems
 from pipelines.reports.side_by_side import LABELS
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
+from pipelines.workspace.checkpoints import base_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ def report_page(
     num_experts = len(results["experts"].rows)
     context = {
         "title": f"{num_experts} experts on {base_name(results)}",
+        "base_option": base_option(str(results["base"].rows[0]["base_model"]), None),
         "results": results,
         "figures": draw_charts(results),
         "comparisons": compare_systems(results["differences"].rows),
@@ -101,6 +103,7 @@ def comparison_page(found: SideBySide) -> str:
     }  # fmt: skip
     context = {
         "title": f"{found.a.name} and {found.b.name}",
+        "base_option": base_option(found.a.manifest.base.repo_id, None),
         "found": found,
         "figures": figures,
         "conversations": conversations,

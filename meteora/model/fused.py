@@ -155,9 +155,11 @@ def check_base(
 def check_weights(manifest: Manifest, folder: Path) -> None:
     """Refuse other weights than those of the local base that the checkpoint was made for.
 
-    Of a base from the Hub or a Python package no hash is known: those are found by their names.
+    Of a base from the Hub or a Python package no hash is known: those are found by their names. Nor
+    is one known of the same weights where they were saved quantised.
     """
-    if manifest.base.repo_id.startswith(PATH):
+    saved = getattr(loading.load_config(folder), "quantization_config", None)
+    if manifest.base.repo_id.startswith(PATH) and saved is None:
         found = f"sha256:{weights_sha256(folder)}"
         if found != manifest.base.revision:
             raise wrong_base(manifest, folder, f"weights with {found[:19]}")

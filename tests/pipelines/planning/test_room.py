@@ -129,9 +129,13 @@ def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: 
         check_names([mine, replace(mine, lm_eval="mime")])
 
 
-def test_what_is_not_answered_freely_is_not_counted(world: World) -> None:
+def test_choices_are_counted_as_answers_are(world: World) -> None:
     config, tokenizer = load_config(world.base), load_tokenizer(world.base)
-    rows = [Row("a" * 600, "x", ("x", "y"))]
-    check_room([Task("any", ("acc",), "auto", 8, rows=rows)], config, tokenizer)
-    with pytest.raises(BenchmarkError, match=r"1 of 1 prompts .* has 600 tokens"):
+    rows = [Row("a" * 510, "x", ("x", "yy"))]
+    chosen = Task("any", ("acc",), "auto", 8, rows=rows)
+    check_room([chosen], config, tokenizer)
+    with pytest.raises(BenchmarkError, match=r"1 of 1 prompts .* has 510 tokens"):
         check_room([task(rows=rows)], config, tokenizer)
+    longer = [Row("a" * 511, "x", ("x", "yy"))]
+    with pytest.raises(BenchmarkError, match=r"has 511 tokens, but with an answer of 2"):
+        check_room([replace(chosen, rows=longer)], config, tokenizer)

@@ -134,7 +134,7 @@ def served(
     folder, home = tmp_path_factory.mktemp("served") / "letters", tmp_path_factory.mktemp("homes")
     shutil.copytree(recipe_folder, folder, symlinks=True)
     (folder / "none").mkdir(exist_ok=True)
-    process, log = start(folder, home / "home", "--cron", "* * * * * */4")
+    process, log = start(folder, home / "home", "--cron", "* * * * * */1")
     with get_client(sync_client=True) as client:
         work = RunContext.open(str(folder / "recipe.yaml"), home / "home")
         yield Served(work, process, log, client)

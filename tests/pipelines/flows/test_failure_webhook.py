@@ -74,10 +74,10 @@ def test_whoever_asked_is_told_once_of_a_run_that_failed(
 
 ENDS_AFTER_ITS_BASE = """
 import os, signal, sys, time
-from pipelines import flows
+from pipelines.flows import flow
 
 recipe, home, how = sys.argv[1:]
-step = flows.build_base
+step = flow.build_base
 
 def last_step(*args):
     step(*args)
@@ -85,8 +85,8 @@ def last_step(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(how))
 
-flows.build_base = last_step
-flows.fuse_adapters(recipe, home, "base")
+flow.build_base = last_step
+flow.fuse_adapters(recipe, home, "base")
 """
 
 

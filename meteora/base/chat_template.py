@@ -128,7 +128,7 @@ class Template(Noun):
             return cls(opening, closing, footer=closing[merged:] if merged else ())
         header = common_end(opening, until)[-HEADER:]
         beside = max(len(opening) - kept, len(until) - kept_later)
-        header = header[: len(header) - beside] or header
+        header = header[: max(0, len(header) - beside)] or header
         behind = common_beginning(one, *answered)[len(one) - len(closing) :]
         footer = behind[merged:] or behind
         return cls(opening, closing, header, footer if footer != closing else ())

@@ -40,8 +40,8 @@ NUMBER = re.compile(
 """Sign, whole part and the rest of a decimal number. Nothing in it is tried twice."""
 GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 """A whole part with commas between thousands; other commas stand between numbers."""
-JOINED = re.compile(r"\d[/:]\d")
-"""In a fraction or a time, which is no single number."""
+JOINED = re.compile(r"\d[/:]\d[\d,.]*\D*$")
+"""The last number of a text, where it is a part of a fraction or of a time."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
 """Characters; an answer of more is no number."""

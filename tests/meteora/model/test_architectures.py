@@ -353,17 +353,25 @@ def test_a_routed_module_outside_the_layers_is_refused(world):
         Sweep(model, [])
 
 
-def test_a_module_that_the_model_does_not_call_is_refused(
-    build_base, build_adapter, fuse_adapters, peft_model, tmp_path
-):
+@pytest.fixture
+def fused_on(build_base, build_adapter, fuse_adapters, tmp_path):
+    """A function to a tiny base, two adapters that target these modules, and the fused model."""
+
+    def fuse(kind, targets):
+        base = build_base(kind)
+        adapters = {
+            name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=targets)
+            for seed, name in enumerate(("one", "other"))
+        }
+        fuse_adapters(base, adapters, tmp_path / "fused")
+        return base, adapters, meteora.load(tmp_path / "fused", base_folder=base)[0]
+
+    return fuse
+
+
+def test_a_module_that_the_model_does_not_call_is_refused(fused_on, peft_model):
     """Mamba's model reads the weight and the bias of `dt_proj`, so an adapter changes nothing."""
-    base, lora = build_base("mamba"), {"r": 2, "target_modules": ["in_proj", "dt_proj"]}
-    adapters = {
-        name: build_adapter(base, tmp_path / name, seed=seed, **lora)
-        for seed, name in enumerate(("one", "other"))
-    }
-    fuse_adapters(base, adapters, tmp_path / "fused")
-    model = meteora.load(tmp_path / "fused", base_folder=base)[0]
+    base, adapters, model = fused_on("mamba", ["in_proj", "dt_proj"])
     ids = torch.randint(3, 250, (2, 11))
     with torch.no_grad(), force_expert(model, "one"):
         expected = peft_model(base, adapters["one"])(ids).logits
@@ -372,16 +380,8 @@ def test_a_module_that_the_model_does_not_call_is_refused(
         calibrate(model, sequences(8))
 
 
-def test_gates_are_fitted_where_layers_return_several_values(
-    build_base, build_adapter, fuse_adapters, tmp_path
-):
-    base, lora = build_base("bamba"), {"r": 2, "target_modules": ["in_proj", "up_proj"]}
-    adapters = {
-        name: build_adapter(base, tmp_path / name, seed=seed, **lora)
-        for seed, name in enumerate(("one", "other"))
-    }
-    fuse_adapters(base, adapters, tmp_path / "fused")
-    model = meteora.load(tmp_path / "fused", base_folder=base)[0]
+def test_gates_are_fitted_where_layers_return_several_values(fused_on):
+    _, _, model = fused_on("bamba", ["in_proj", "up_proj"])
     found = calibrate(model, sequences(8))
     assert {path.split(".")[2] for path in found.accuracy_of} == {"0", "1"}
     assert found.heldout_accuracy > 0.8

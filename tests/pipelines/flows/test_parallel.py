@@ -118,7 +118,8 @@ def test_killed_as_a_whole_it_leaves_no_process_and_the_next_goes_on(
     assert again.returncode == 0, said
     ledger = Ledger(home)
     outcomes = dict(ledger.query("SELECT outcome, count(*) FROM runs GROUP BY ALL").rows)
-    assert outcomes.keys() == {"killed", "ok"}
+    # Ray asks the workers of one that is gone to stop, and they may have time to record it
+    assert {"ok"} < outcomes.keys() <= {"killed", "stopped", "ok"}
     assert outcomes["ok"] == 2
     assert not ledger.verify().findings
 

@@ -96,7 +96,7 @@ def test_what_one_machine_began_the_next_one_finishes_and_a_third_has_it(
     said = ask("run", work.path, "--home", third)
     assert said.returncode == 0, said.stderr
     assert "fitting the gates" not in said.stderr
-    assert said.stdout.split("checkpoint:")[0] == out.split("checkpoint:")[0]
+    assert said.stdout.split("times:")[0] == out.split("times:")[0]
     ledger = Ledger(third)
     assert ledger.query("SELECT count(*) FROM scores").rows == [(4,)]
     outcomes = "SELECT outcome FROM runs ORDER BY started_at"

@@ -132,7 +132,7 @@ def _copied(cache: Any) -> Any:  # noqa: ANN401  (of many kinds)
     """A cache that the reading may fill.
 
     Raises:
-        UnreadPromptError: it cannot be copied, as one that lies on another device.
+        UnreadPromptError: it cannot be copied, such as one that is offloaded.
     """
     try:
         return copy.deepcopy(cache)

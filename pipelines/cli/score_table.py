@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from rich.console import Console
+
     from meteora.model.trace import Trace
     from pipelines.planning.plan import Plan
     from pipelines.reports.side_by_side import SideBySide
@@ -62,25 +64,7 @@ def print_scores(
         print(json.dumps(_scores(name, folder, plan, summary, seconds)))
         return
     out = plain_console()
-    if not summary.scores:
-        out.print(
-            f"{name}: no task was asked; give its experts rows as `test:`, or the recipe some as"
-            " `benchmark: {tasks: …}`",
-            soft_wrap=True,
-        )
-        out.print(f"checkpoint: {folder}", soft_wrap=True)
-        where = base_option(plan.base.base_model, base)
-        out.print(f"talk with it: meteora chat {short(plan.router.id)}{where}", soft_wrap=True)
-        return
-    table = _score_table(summary, interval=True)
-    # unbounded, since a measure within the options is never larger than their width
-    natural = Measurement.get(out, out.options.update_width(10_000), table).maximum
-    if fits := natural <= out.width:
-        out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
-        out.print(table)
-    else:
-        out.print(f"{name}: scores; the query below has their 95 % intervals", soft_wrap=True)
-        out.print(_score_table(summary, interval=False))
+    fits = _print_score_table(out, name, summary)
     for headings, rows, line in turn_tables(summary):
         out.print(_table(headings, rows))
         out.print(line, soft_wrap=True)
@@ -99,7 +83,12 @@ def print_scores(
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
     out.print(f"checkpoint: {folder}", soft_wrap=True)
-    router = short(plan.router.id)
+    router, where = short(plan.router.id), base_option(plan.base.base_model, base)
+    if not summary.scores:
+        out.print(
+            f"recorded as {router}; try next:\n  meteora chat {router}{where}", soft_wrap=True
+        )
+        return
     out.print(f"recorded as {router}; try next:")
     columns, view, those = (
         ("task, value, base_value, oracle_value", "leaderboard", "is_latest AND subject_id")
@@ -108,8 +97,28 @@ def print_scores(
     )
     question = f"SELECT {columns} FROM {view} WHERE {those} LIKE '{router}%' ORDER BY task"  # noqa: S608
     out.print(f'  meteora sql "{question}"', soft_wrap=True)
-    where = base_option(plan.base.base_model, base)
     out.print(f"  meteora report {router}{where}", soft_wrap=True)
+
+
+def _print_score_table(out: Console, name: str, summary: Summary) -> bool:
+    """Print the scores; returns whether there was room for their intervals."""
+    if not summary.scores:
+        out.print(
+            f"{name}: no task was asked; give its experts rows as `test:`, or the recipe some as"
+            " `benchmark: {tasks: …}`",
+            soft_wrap=True,
+        )
+        return True
+    table = _score_table(summary, interval=True)
+    # unbounded, since a measure within the options is never larger than their width
+    natural = Measurement.get(out, out.options.update_width(10_000), table).maximum
+    if fits := natural <= out.width:
+        out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
+        out.print(table)
+    else:
+        out.print(f"{name}: scores; the query below has their 95 % intervals", soft_wrap=True)
+        out.print(_score_table(summary, interval=False))
+    return fits
 
 
 def _scores(

@@ -46,6 +46,7 @@ class RunContext:
 
     @property
     def name(self) -> str:
+        """The recipe's, by `name_of`."""
         return name_of(self.path)
 
     @property

@@ -217,6 +217,16 @@ def test_outputs_that_a_caller_asks_for_are_its_own(model):
 
 
 @torch.no_grad()
+def test_a_cache_that_cannot_be_copied_is_refused_in_one_sentence(model):
+    class Offloaded(DynamicCache):
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle 'torch.Stream' object")
+
+    with pytest.raises(UnreadPromptError, match="Offloaded cannot be copied for that"):
+        model(torch.randint(3, 250, (1, 9)), past_key_values=Offloaded())
+
+
+@torch.no_grad()
 def test_an_empty_row_of_a_batch_leaves_the_others_their_expert(model):
     prompt = asked(2)
     ids, mask = torch.tensor([prompt, [0] * len(prompt)]), torch.ones(2, len(prompt)).long()

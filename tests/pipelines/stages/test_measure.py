@@ -190,6 +190,13 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert re.search(r"\n q_and_v +3 +\d\.\d\d .*\n attention +3 ", shown)  # a line a task
     assert f"low, high FROM latest_standings WHERE router_id LIKE '{router}%'" in shown
 
+    unasked = replace(summary, scores={}, comparisons={})
+    score_table.print_scores("x", work.home, planned, unasked, {})
+    shown = capsys.readouterr().out
+    assert shown.startswith("x: no task was asked; give its experts rows as `test:`")
+    assert "meteora chat" in shown
+    assert "meteora report" not in shown
+
 
 def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(
     workplace: Callable[..., RunContext],

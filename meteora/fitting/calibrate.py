@@ -62,7 +62,7 @@ from meteora.routing.routers import Gate
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -374,6 +374,7 @@ def sweep_gates(
         halves: routes each half of the sequences by the other half's gates until a layer is done
     """
     layers = routed_layers(model)
+    _refuse_readers_of_the_cache(layers, options)
     with swept(model):
         watcher = watch_prompts(model, template, options)
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
@@ -411,6 +412,16 @@ def sweep_gates(
                 sweep.advance(index)
             halves.end_layer()
             progress(index + 1, len(sweep.layers))
+
+
+def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -> None:
+    """Refuse decisions for one token of a module that gets every token again with each new one."""
+    again = next((path for path in paths if path.endswith(".kv_b_proj")), None)
+    if again and options.share in ("layer", "token", "turn"):
+        raise TrainingError(
+            f"{again} gets all tokens of the cache with each new one, so it cannot follow a"
+            f" decision that is made once (`share: {options.share}`); choose `share: point`"
+        )
 
 
 def _fit_point(

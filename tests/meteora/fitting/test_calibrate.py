@@ -22,7 +22,7 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import RowScatter, Scatter
 from meteora.fitting.lda import SHRINKAGES, gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
-from meteora.model.fused import insert_experts
+from meteora.model.fused import insert_experts, load
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -492,6 +492,24 @@ def test_a_failed_fit_leaves_the_routers_that_it_found(model):
     after = [layer.router for layer in routed_layers(model).values()]
     assert all(now is then for now, then in zip(after, before, strict=True))
     assert model.training
+
+
+@pytest.mark.parametrize("share", ["layer", "token", "turn"])
+def test_a_module_that_reads_the_cache_again_cannot_follow_one_decision(
+    build_base, build_adapter, fuse_adapters, tmp_path, share
+):
+    base = build_base("deepseek")
+    adapters = {
+        name: build_adapter(
+            base, tmp_path / name, seed=seed, r=2, target_modules=["kv_b_proj", "o_proj"]
+        )
+        for seed, name in enumerate(("one", "two"))
+    }
+    fuse_adapters(base, adapters, tmp_path / "fused")
+    model, _ = load(tmp_path / "fused", base_folder=base)
+    asked = replace(POINT_GATES, share=share)
+    with pytest.raises(TrainingError, match="kv_b_proj gets all tokens of the cache"):
+        calibrate(model, examples(2, experts=range(2)), asked)
 
 
 def test_numbers_that_are_not_finite_are_refused_with_the_module(model):

@@ -118,7 +118,8 @@ def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
     if any(words in problem for words in INDENTATION):
         tab = ", and tabs are not allowed there" if "\t" in line else ""
         advice = f"; check how far it is indented: keys of one section begin in one column{tab}"
-    return f"{problem} ({_place(mark)}: {shortened(line.strip())!r}){advice}"
+    shown = f": {shortened(line.strip())!r}" if line.strip() else ""
+    return f"{problem} ({_place(mark)}{shown}){advice}"
 
 
 def _place(mark: Any) -> str:  # noqa: ANN401  (libyaml has a type of its own)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.layer import RoutedExperts
+    from meteora.routing.routers import ByQuestion
 
 
 class FoldedExperts(nn.Module):
@@ -37,10 +38,12 @@ class FoldedExperts(nn.Module):
     """[C, R + C] of the ranks; zero for the logits. Without offsets [C, R]"""
     chosen: Tensor | None
     """[C, R + C] 1 at the choice itself; None without offsets"""
+    by_question: ByQuestion | None
+    """Decides for whole turns, where the gate does."""
 
     def __init__(self, experts: ExpertStack, gate: Gate) -> None:
         super().__init__()
-        offsets = gate.offsets
+        self.by_question, offsets = gate.by_question, gate.offsets
         scaling, second, chosen = experts.choice_scaling(), experts.b.T, None
         if offsets is not None:
             ones = torch.eye(len(offsets), device=offsets.device)
@@ -59,7 +62,7 @@ class FoldedExperts(nn.Module):
         gate = layer.router
         if type(gate) is not Gate or gate.options.top_k > 1:
             return None
-        if gate.by_question is not None or gate.stand_in is not None:
+        if gate.stand_in is not None:
             return None
         tensors = [layer.stack.a, layer.stack.b, gate.weight, gate.bias]
         tensors += [] if gate.offsets is None else [gate.offsets]
@@ -69,7 +72,10 @@ class FoldedExperts(nn.Module):
         """Add what the gate's choices give to y [T, OUT] in place, from x [T, IN]."""
         both = x @ self.first.T
         num_ranks = both.shape[-1] - len(self.bias)
-        choice = (both[:, num_ranks:] + self.bias).argmax(-1)
+        logits = both[:, num_ranks:] + self.bias
+        if self.by_question is not None:
+            logits = self.by_question.decide(lambda _: logits, x)
+        choice = logits.argmax(-1)
         factors = self.scaling[choice]
         shrunk = both[:, : factors.shape[-1]] * factors
         if self.chosen is not None:

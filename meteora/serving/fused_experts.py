@@ -62,8 +62,7 @@ class FusedExperts(nn.Module):
         """Take the layers in the order of their calls: a gate stands before what follows it.
 
         Args:
-            inline: whether torch.compile may take the arithmetic into its graph; with gates that
-                wait for whole questions, all but the choice
+            inline: whether torch.compile may take the arithmetic into its graph
         """
         super().__init__()
         self.inline = inline
@@ -108,14 +107,20 @@ class ServedExperts:
     def _decisions(self) -> dict[str, Decision]:
         return new_decisions(self._gates)
 
-    def read_turns(self, num_requests: int) -> ServedTurns:
+    def read_turns(self, num_requests: int, num_tokens: int) -> ServedTurns:
         """What gates decide with that wait for a whole question; call it before the first `build`.
 
         Args:
             num_requests: so many at most have tokens in one pass
+            num_tokens: so many at most are in one pass
         """
-        # a request that waits for a pass keeps its decision
-        self.turns = ServedTurns(self._gates.template, 2 * num_requests)
+        _, bias = next(iter(self._gates.own.values()))
+        self.turns = ServedTurns(
+            self._gates.template,
+            num_choices=len(bias),
+            num_held=2 * num_requests,  # a request that waits for a pass keeps its decision
+            num_tokens=num_tokens,
+        )
         return self.turns
 
     def build(self, parts: Sequence[Part], weight: Tensor) -> FusedExperts:
@@ -144,8 +149,6 @@ class ServedExperts:
             _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
             for layer in layers.values()
         )
-        if options.by_turns and len(layers) > 1:  # one gate at most is an operator of its own
-            inline = False
         if not inline:
             self._share(layers)
             return FusedExperts(layers, inline=False)

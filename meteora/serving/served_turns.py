@@ -5,6 +5,9 @@
 
 `meteora.routing.turns` defines how a question decides. A request of a server begins with its whole
 prompt, so no part of that may come from a cache of other requests, or in a later pass.
+
+Before a pass, `see` writes into tensors who decides for which token. What a gate then does is
+arithmetic alone, which torch.compile takes into its graph.
 """
 
 from __future__ import annotations
@@ -14,18 +17,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 
 from meteora.routing.passes import PassInput
-from meteora.routing.turns import UnreadPromptError, decide_turns, questions
+from meteora.routing.turns import UnreadPromptError, questions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
     from meteora.base.chat_template import Template
-    from meteora.routing.turns import Questions
 
 
 class Requests(NamedTuple):
@@ -39,35 +39,51 @@ class Requests(NamedTuple):
     """[N]: a number by which each is known again in later passes."""
 
 
-class Begun(NamedTuple):
-    """The requests that begin in a pass, as a batch [M, L] filled up at the right."""
+class ServedTurns(nn.Module):
+    """What the gates of a served model know of the turns in the present pass.
 
-    slots: Tensor
-    """[M] long: where each one's decision is held."""
-    tokens: Tensor
-    """[number of their tokens] long: the places of these in the pass."""
-    there: Tensor
-    """[M, L] bool: the tokens of the batch that are no filling."""
-    questions: Questions
+    A turn that decides has a row in the pass: that of its first token there. Only the first T rows
+    of the tensors are read in a pass of T tokens.
+    """
 
+    row: Tensor
+    """[N] long: the row that decides for each token"""
+    asked: Tensor
+    """[N]: 1 for the tokens of questions, else 0"""
+    num_asked: Tensor
+    """[N]: how many tokens of a question each row has, or 1"""
+    goes_on: Tensor
+    """[N] bool: whether what is held decides for a row, and not a question in this pass"""
+    slot: Tensor
+    """[N] long: where the decision of such a row is held"""
+    next_slot: Tensor
+    """[N] long: where the decision of a row is to be held; `num_held` where nobody needs it"""
 
-class SeenPass(NamedTuple):
-    """Who decides for the tokens of a pass."""
+    def __init__(
+        self, template: Template, *, num_choices: int, num_held: int, num_tokens: int
+    ) -> None:
+        """Hold the decisions of the `num_held` requests that were computed last.
 
-    slots: Tensor
-    """[T] long: where the decision of each token's request is held."""
-    begun: Begun | None
-
-
-class ServedTurns:
-    """What the gates of a served model know of the turns in the present pass."""
-
-    def __init__(self, template: Template, num_held: int) -> None:
-        """Hold the decisions of the `num_held` requests that were computed last."""
+        Args:
+            num_tokens: N, the most that a pass has
+        """
+        super().__init__()
         self.template = template
-        self.num_held = num_held
-        self.found: SeenPass | None = None
+        self.num_choices, self.num_held, self.num_tokens = num_choices, num_held, num_tokens
+        for name in ("row", "slot", "next_slot"):
+            self._add(name, torch.zeros(num_tokens, dtype=torch.long))
+        self._add("goes_on", torch.zeros(num_tokens, dtype=torch.bool))
+        for name in ("asked", "num_asked"):
+            self._add(name, torch.ones(num_tokens))
         self._slots: OrderedDict[int, int] = OrderedDict()
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """All that `see` writes."""
+        return [self.row, self.asked, self.num_asked, self.goes_on, self.slot, self.next_slot]
 
     def at_gate(self) -> ServedTurnChoice:
         """What one gate decides with."""
@@ -82,29 +98,41 @@ class ServedTurns:
         Raises:
             UnreadPromptError: a request goes on of which no beginning was seen.
         """
-        self.found = None if requests is None else self._find(ids, requests)
+        # tokens of no request, by which a pass may be filled up, decide for themselves
+        torch.arange(len(ids), out=self.row[: len(ids)])
+        self.asked.fill_(1)
+        self.num_asked.fill_(1)
+        self.goes_on.zero_()
+        self.next_slot.fill_(self.num_held)
+        if requests is None:
+            return
+        going_on: list[tuple[int, int]] = []
+        for (start, end), length, key in zip(
+            pairwise(requests.starts), requests.lengths, requests.keys, strict=True
+        ):
+            if end - start == length:
+                self._begin(ids[start:end], start, self._new_slot(key))
+            else:
+                going_on.append((start, self._slot_of(key, end - start)))
+        if going_on:
+            rows, slots = torch.tensor(going_on, device=ids.device).T
+            self.goes_on[rows] = True
+            self.slot[rows] = slots
 
-    def _find(self, ids: Tensor, requests: Requests) -> SeenPass:
-        counts = [end - start for start, end in pairwise(requests.starts)]
-        begins = [n == length for n, length in zip(counts, requests.lengths, strict=True)]
-        found = [
-            self._new_slot(key) if new else self._slot_of(key, count)
-            for key, new, count in zip(requests.keys, begins, counts, strict=True)
-        ]
-        slots, begun, sizes = (
-            torch.tensor(row, device=ids.device) for row in (found, begins, counts)
-        )
-        of_tokens = slots.repeat_interleave(sizes)
-        # a pass may be filled up with tokens of nobody
-        of_tokens = torch.nn.functional.pad(of_tokens, (0, len(ids) - len(of_tokens)))
-        if not any(begins):
-            return SeenPass(of_tokens, None)
-        rows = zip(ids[: requests.starts[-1]].split(counts), begins, strict=True)
-        batch = pad_sequence([row for row, begins_here in rows if begins_here], batch_first=True)
-        there = torch.arange(batch.shape[1], device=ids.device) < sizes[begun].unsqueeze(1)
-        asked = questions(PassInput(batch, there, goes_on=False), self.template)
-        places = begun.repeat_interleave(sizes).nonzero().squeeze(1)
-        return SeenPass(of_tokens, Begun(slots[begun], places, there, asked))
+    def _begin(self, ids: Tensor, start: int, slot: int) -> None:
+        """Look at the prompt [L] of one request, which begins at a token of the pass."""
+        there = torch.ones_like(ids, dtype=torch.bool)
+        turn, asked, _ = questions(PassInput(ids[None], there[None], goes_on=False), self.template)
+        turn, own = turn[0], slice(start, start + len(ids))
+        turns = torch.arange(int(turn[-1]) + 1, device=ids.device)
+        rows = start + torch.searchsorted(turn, turns)
+        counts = torch.bincount(turn[asked[0]], minlength=len(turns))
+        # a turn without a question has the decision of the turn before it; the first has one
+        deciding = torch.where(counts > 0, turns, 0).cummax(0).values
+        self.row[own] = rows[deciding][turn]
+        self.asked[own] = asked[0].float()
+        self.num_asked[rows] = counts.clamp_min(1).float()
+        self.next_slot[rows[deciding[-1]]] = slot
 
     def _new_slot(self, key: int) -> int:
         """Where the decision of a request is held that begins; the least recent one makes room."""
@@ -126,29 +154,26 @@ class ServedTurns:
         return self._slots[key]
 
 
-class ServedTurnChoice:
+class ServedTurnChoice(nn.Module):
     """What one gate has decided for the requests of a server."""
 
+    held: Tensor
+    """[num_held + 1, C] log-probabilities of each request's last turn; nobody reads the last."""
+
     def __init__(self, turns: ServedTurns) -> None:
+        super().__init__()
         self.turns, self.template = turns, turns.template
-        self.held = torch.empty(0)
-        """[num_held, C] log-probabilities of each request's last turn; empty before the first."""
+        held = torch.zeros(turns.num_held + 1, turns.num_choices)
+        self.register_buffer("held", held, persistent=False)
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits of tokens [T, IN], each those of its turn: [T, C]."""
-        found = self.turns.found
-        if found is None:
-            return logits_of(tokens)
-        if (begun := found.begun) is None:
-            return self.held[found.slots]
-        own = logits_of(tokens[begun.tokens]).log_softmax(-1)
-        rows = own.new_zeros(*begun.there.shape, own.shape[-1])  # [M, L, C]
-        rows[begun.there] = own
-        turn, asked, _ = begun.questions
-        decided, last = decide_turns(rows, turn, asked, None)
-        if not len(self.held):
-            self.held = own.new_zeros(self.turns.num_held, own.shape[-1])
-        self.held[begun.slots] = last
-        logits = self.held[found.slots]
-        logits[begun.tokens] = decided[begun.there]
-        return logits
+        turns, count = self.turns, tokens.shape[0]
+        row = turns.row[:count]
+        own = logits_of(tokens).float().log_softmax(-1)
+        sums = torch.zeros_like(own).index_add(0, row, own * turns.asked[:count, None])
+        means = sums / turns.num_asked[:count, None]
+        held = self.held[turns.slot[:count]]
+        decided = torch.where(turns.goes_on[:count, None], held, means)
+        self.held[turns.next_slot[:count]] = decided
+        return decided[row]

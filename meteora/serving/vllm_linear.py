@@ -3,8 +3,7 @@
     apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
 
 The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
-and small ones are part of torch.compile's own graph (`FusedExperts.inline`). Where their gate waits
-for whole questions, it alone is an operator.
+and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from meteora.routing.routers import Router
 from meteora.serving.base_order import refuse_another_order
 from meteora.serving.fused_experts import ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
@@ -60,40 +58,9 @@ def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None
     get_forward_context().no_compile_layers[layer].routed.add(x, y)
 
 
-def _choose(x: Tensor, layer: str, order: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    """Weights and experts, both [T, K], that a layer's gate chooses for x [T, IN].
-
-    Args:
-        layer: its name in vLLM's forward context
-        order: see `vllm_prompts.Order`
-    """
-    return get_forward_context().no_compile_layers[layer].gate.choose(x)
-
-
 define_operator(
     "add_experts(Tensor x, Tensor(a!) y, str layer, Tensor(b!)? order) -> ()", _add_experts
 )
-define_operator(
-    "choose(Tensor x, str layer, Tensor(a!) order, int top_k) -> (Tensor, Tensor)",
-    _choose,
-    # `len(x)` would make a constant of the number of tokens
-    lambda x, _layer, _order, top_k: (
-        x.new_empty((x.shape[0], top_k), dtype=torch.float32),
-        x.new_empty((x.shape[0], top_k), dtype=torch.long),
-    ),
-)
-
-
-class _GateOperator(Router):
-    """A gate that decides outside of torch.compile's graph, while its experts are part of it."""
-
-    def __init__(self, gate: Router, layer: str, order: Tensor) -> None:
-        super().__init__(gate.num_choices, gate.options)
-        self.layer, self.order, self.offsets = layer, order, gate.offsets
-
-    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        top_k = min(self.options.top_k, self.num_choices)
-        return torch.ops.meteora.choose(tokens, self.layer, self.order, top_k)
 
 
 class MeteoraConfig(QuantizationConfig):
@@ -171,7 +138,8 @@ class MeteoraConfig(QuantizationConfig):
             return None
         config = get_current_vllm_config()
         refuse_parts_of_prompts(config)
-        turns = self.served.read_turns(config.scheduler_config.max_num_seqs)
+        scheduler = config.scheduler_config
+        turns = self.served.read_turns(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         return PromptsEmbeddingMethod(turns, self.order)
 
     def parts(self, prefix: str, names: Sequence[str], sizes: Sequence[int]) -> list[Part]:
@@ -252,12 +220,9 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
             rows = weight[part.start : part.end]
             refuse_another_order(served.folder.parent, part.path, rows)
         with set_default_torch_dtype(torch.float32):  # that of the model holds here
-            routed = layer.routed = served.build(parts, weight)
+            layer.routed = served.build(parts, weight)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
-        if routed.inline and order is not None:
-            (one,) = routed.layers
-            layer.gate, one.router = one.router, _GateOperator(one.router, self.key, order)
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -36,32 +36,31 @@ _LIBRARY = Library("meteora", "FRAGMENT")
 """Our operators, `torch.ops.meteora`."""
 
 
-def define_operator(
-    schema: str, compute: Callable[..., Any], shapes: Callable[..., Any] = lambda *_: None
-) -> None:
-    """Define an operator of ours, which torch.compile leaves as it is.
-
-    To trace it, torch.compile calls `shapes` in its place, with tensors without content.
-    """
+def define_operator(schema: str, compute: Callable[..., None]) -> None:
+    """Define an operator of ours, which returns nothing and torch.compile leaves as it is."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, compute, device)
-    _LIBRARY._register_fake(name, shapes)
+    _LIBRARY._register_fake(name, lambda *_: None)
 
 
-def _read_prompts(ids: Tensor, layer: str, order: Tensor) -> None:  # noqa: ARG001
+def _read_prompts(ids: Tensor, layer: str, order: Tensor, tables: list[Tensor]) -> None:  # noqa: ARG001
     """Look at the tokens [T] of a pass.
 
     Args:
         layer: the embedding's name in vLLM's forward context
         order: see `Order`
+        tables: what is written, those of its `turns`
     """
     context = get_forward_context()
     context.no_compile_layers[layer].turns.see(ids.flatten(), _requests_of(context))
 
 
-define_operator("read_prompts(Tensor ids, str layer, Tensor(a!) order) -> ()", _read_prompts)
+define_operator(
+    "read_prompts(Tensor ids, str layer, Tensor(a!) order, Tensor(b!)[] tables) -> ()",
+    _read_prompts,
+)
 
 
 class Order:
@@ -152,10 +151,11 @@ class PromptsEmbeddingMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
-        layer.turns = self.turns
-        order = self.order.on(layer.get_parameter("weight").device)
+        device = layer.get_parameter("weight").device
+        layer.turns, order = self.turns.to(device), self.order.on(device)
         layer.register_buffer("order", order, persistent=False)
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
-        torch.ops.meteora.read_prompts(input_, KEY, layer.order)
+        turns: Any = layer.turns
+        torch.ops.meteora.read_prompts(input_, KEY, layer.order, turns.tables)
         return super().embedding(layer, input_)

@@ -71,7 +71,7 @@ def test_joined_projections_give_what_the_routed_layers_give(
     model = meteora.load(folder, base_folder=world.base, dtype="float32")[0]
     served, manifest = ServedExperts(folder), read_manifest(folder)
     if served.manifest.router.by_turns:
-        served.read_turns(4).see(IDS[0], Requests([0, IDS.shape[1]], [IDS.shape[1]], [1]))
+        served.read_turns(4, 64).see(IDS[0], Requests([0, IDS.shape[1]], [IDS.shape[1]], [1]))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(path):
@@ -155,7 +155,7 @@ def test_experts_of_gates_that_wait_are_part_of_a_graph_too(world, tmp_path):
     served = ServedExperts(
         with_router(world.checkpoint, world.manifest, world.base, options, out, TEMPLATE)
     )
-    served.read_turns(4)
+    served.read_turns(4, 64)
     parts = list(parts_of("model.layers.1.self_attn", ["q_proj", "k_proj", "v_proj"], [32, 16, 16]))
     assert served.build(parts, torch.empty(64, 32)).inline
     assert served.in_order(parts)

@@ -22,6 +22,10 @@ def logits_of(tokens):
     return torch.cat([(tokens * k).sin() * 3 for k in (0.7, 1.3, 2.9)], dim=1)
 
 
+def served(num_held):
+    return ServedTurns(TEMPLATE, num_choices=3, num_held=num_held, num_tokens=64)
+
+
 def alone(ids):
     """What a gate decides for the tokens of one prompt, and for those of its answer."""
     turns = Turns(TEMPLATE)
@@ -42,7 +46,7 @@ def ask(turns, gate, *asked, filled=0):
 
 
 def test_requests_that_begin_and_go_on_together_are_decided_as_each_alone():
-    turns = ServedTurns(TEMPLATE, num_held=8)
+    turns = served(8)
     gate = turns.at_gate()
     single, two, plain = map(alone, (SINGLE, TWO, PLAIN))
     torch.testing.assert_close(ask(turns, gate, (4, SINGLE, 0)), single[0])
@@ -54,7 +58,7 @@ def test_requests_that_begin_and_go_on_together_are_decided_as_each_alone():
 
 
 def test_a_request_of_a_used_number_or_one_that_begins_again_is_read_anew():
-    turns = ServedTurns(TEMPLATE, num_held=2)
+    turns = served(2)
     gate = turns.at_gate()
     ask(turns, gate, (4, SINGLE, 0), (6, TWO, 0))
     torch.testing.assert_close(ask(turns, gate, (4, TWO, 0)), alone(TWO)[0])
@@ -64,7 +68,7 @@ def test_a_request_of_a_used_number_or_one_that_begins_again_is_read_anew():
 
 
 def test_decisions_are_held_of_the_last_requests_and_others_are_refused():
-    turns = ServedTurns(TEMPLATE, num_held=2)
+    turns = served(2)
     gate = turns.at_gate()
     for key in (1, 2, 3):
         ask(turns, gate, (key, SINGLE, 0))
@@ -76,7 +80,16 @@ def test_decisions_are_held_of_the_last_requests_and_others_are_refused():
 
 
 def test_a_server_tries_out_its_memory_with_tokens_of_nobody():
-    turns = ServedTurns(TEMPLATE, num_held=2)
+    turns = served(2)
     turns.see(torch.zeros(5, dtype=torch.long), None)
     tokens = torch.arange(5.0)[:, None]
-    assert turns.at_gate().decide(logits_of, tokens).equal(logits_of(tokens))
+    assert turns.at_gate().decide(logits_of, tokens).equal(logits_of(tokens).log_softmax(-1))
+
+
+def test_what_a_gate_does_is_one_graph():
+    turns = served(2)
+    gate, ids = turns.at_gate(), torch.tensor([*SINGLE, 20])
+    turns.see(ids, Requests([0, 9, 10], [9, 1], [1, 2]))
+    compiled = torch.compile(gate.decide, fullgraph=True, backend="eager", dynamic=True)
+    tokens = ids[:, None].float()
+    assert compiled(logits_of, tokens).equal(gate.decide(logits_of, tokens))

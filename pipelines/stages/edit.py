@@ -129,6 +129,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(expert, model, tokenizer)
+        spec = _router(manifest, larger, gates, rows_sha256(rows), composites, dtype)
+        if (out := _made_before(ledger, spec)) is not None:
+            return out
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
@@ -147,11 +150,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
                 larger.router,
                 progress=lambda _done, _total: advance(1),
             )
-        grown = gates_of(model)
-        tensors.write_gates(scratch / GATES, grown)
+        tensors.write_gates(scratch / GATES, gates_of(model))
         write_statistics(scratch / STATISTICS, growth.statistics)
         router = RouterBuild(
-            _router(manifest, larger, grown, rows_sha256(rows), composites, dtype),
+            spec,
             "",
             growth.num_tokens,
             growth.heldout_accuracy,
@@ -279,6 +281,15 @@ def _router(
         grown_from=before.router_id,
         dtype="" if dtype == "auto" else dtype,  # equal ids have equal weights
     )
+
+
+def _made_before(ledger: Ledger, spec: RouterSpec) -> Path | None:
+    """The folder of a checkpoint that was made before, perhaps on another device."""
+    folder = checkpoint_at(ledger.home, spec.id)
+    if ledger.built(spec.id) is None or not (folder / MANIFEST).is_file():
+        return None
+    say("it is in the ledger already, nothing to do")
+    return folder
 
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:

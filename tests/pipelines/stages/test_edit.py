@@ -118,6 +118,14 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
     )  # fmt: skip
     assert added.returncode == 0, added.stderr
     again = Path(added.stdout.strip())
+    gates = (again / GATES).stat()
+    repeated = ask(
+        "add", without, "attention", recipe_folder / "attention", source,
+        "--base", recipe_folder / "base", "--home", work.home,
+    )  # fmt: skip
+    assert repeated.stdout == added.stdout, repeated.stderr
+    assert "it is in the ledger already, nothing to do" in repeated.stderr
+    assert (again / GATES).stat() == gates
     more = read_manifest(again)
     assert more.names == before.names
     assert more.fused_id == before.fused_id
@@ -295,6 +303,7 @@ def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(
         found = FoundCheckpoint(folder, base, {}, "cpu", dtype)
         out = edit.add(work.ledger, found, asked, rows)
         made_of.append([file_sha256(out / name) for name in (EXPERTS, GATES, STATISTICS)])
+        shutil.rmtree(out)  # or it would be found, and not made again
     assert made_of[0] == made_of[1]
     assert made_of[2][0] == made_of[1][0]
     assert made_of[2][1] != made_of[1][1]  # other gates, and so another id

@@ -60,6 +60,8 @@ class RoutedExperts(nn.Module):
         self._key = object()
         """Names this layer's experts in the cache, which may serve others too."""
         self.router = router
+        self._before: dict[object, Router | None] = {}
+        """The router before each open block of `routed_by`, the oldest block first."""
         self.kernel: KernelName | None = None
         """What computes the experts; None: what is fastest for the tokens."""
         self.shared: Share | None = None
@@ -74,6 +76,24 @@ class RoutedExperts(nn.Module):
     def device(self) -> torch.device:
         """Where it computes."""
         return self.stack.segments.device
+
+    def lend(self, block: object, router: Router | None) -> None:
+        """Be routed by this router until `take_back` is called for the same block."""
+        self._before[block], self.router = self.router, router
+
+    def take_back(self, block: object) -> None:
+        """End a block; blocks may end in any order, such as those of two generators.
+
+        The newest that is still open routes, and after the last one the layer's own router does.
+        """
+        blocks = list(self._before)
+        if block not in blocks:  # it had no router for this layer
+            return
+        before, later = self._before.pop(block), blocks[blocks.index(block) + 1 :]
+        if later:
+            self._before[later[0]] = before
+        else:
+            self.router = before
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add what the router's choices give to y [T, OUT] in place, from x [T, IN].
@@ -271,11 +291,11 @@ def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
 @contextmanager
 def routed_by(model: nn.Module, make: Callable[[MoELoRALinear], Router | None]) -> Generator[None]:
     """Give every routed layer another router for a while; None makes it the bare projection."""
-    before = {layer: layer.router for layer in routed_layers(model).values()}
+    layers, block = routed_layers(model).values(), object()
     try:
-        for layer in before:
-            layer.router = make(layer)
+        for layer in layers:
+            layer.lend(block, make(layer))
         yield
     finally:
-        for layer, router in before.items():
-            layer.router = router
+        for layer in layers:
+            layer.take_back(block)

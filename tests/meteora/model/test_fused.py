@@ -146,6 +146,24 @@ def test_blocks_nest(world, model, ids):
         assert torch.equal(logits(model, ids), expected)
 
 
+def test_blocks_may_end_in_any_order(model):
+    """As those of two generators do, each of which streams an answer."""
+
+    def routers():
+        return [layer.router for layer in routed_layers(model).values()]
+
+    own, open_blocks = routers(), {}
+    for name in ("attention", "q_and_v", "patterns"):
+        open_blocks[name] = force_expert(model, name)
+        open_blocks[name].__enter__()
+    newest = routers()
+    for name in ("attention", "q_and_v"):
+        open_blocks[name].__exit__(None, None, None)
+        assert all(now is then for now, then in zip(routers(), newest, strict=True))
+    open_blocks["patterns"].__exit__(None, None, None)
+    assert all(now is then for now, then in zip(routers(), own, strict=True))
+
+
 def test_the_base_can_be_named_where_it_is_no_choice_of_the_routers(world, model, ids):
     with force_expert(model, "(base)"):
         assert torch.equal(logits(model, ids), logits(world.load_base(), ids))

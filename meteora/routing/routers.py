@@ -167,6 +167,10 @@ class Decision:
     routes: tuple[Tensor, Tensor] | None = None
     """Its weights and experts, [T, K]."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing: a copy decides in its own passes, and what has a gradient cannot be copied."""
+        return {}
+
     def hold(self, logits: Tensor) -> None:
         """Take the logits [T, C] of a new pass; the routes of the last one are gone."""
         self.logits, self.options, self.routes = logits, None, None

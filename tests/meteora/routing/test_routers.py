@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -110,6 +112,18 @@ def test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens():
         assert torch.equal(decided, repeated)
     with pytest.raises(RuntimeError, match="6 tokens follows a gate that saw 5"):
         follower(torch.randn(6, 3))
+
+
+def test_what_a_gate_decided_with_a_gradient_is_left_out_of_a_copy():
+    """Torch copies no tensor that has a history, and every forward pass for training has them."""
+    decision = Decision()
+    gate = Gate(torch.randn(4, NUM_IN), torch.zeros(4), OPTIONS, decision=decision)
+    tokens = torch.randn(5, NUM_IN, requires_grad=True)
+    gate.choose(tokens)
+    leader, follower = copy.deepcopy((gate, Follower(decision, 4, OPTIONS)))
+    with pytest.raises(RuntimeError, match="5 tokens follows a gate that saw 0"):
+        follower.choose(tokens)
+    assert torch.equal(leader(tokens), follower(tokens))
 
 
 def test_a_module_without_a_gate_needs_one_before_it():

@@ -62,7 +62,7 @@ class UnsavableError(MeteoraError):
 
 
 class RoutedAdaptersError(MeteoraError):
-    """One adapter was to be set, in a model that routes among all of them."""
+    """One adapter was to be set or added, in a model that routes among all that it has."""
 
 
 def load(
@@ -184,6 +184,8 @@ def insert_experts(
     # what transformers has for PEFT's adapters would say that there are none
     model.active_adapters = partial(list, manifest.names)
     model.set_adapter = _refuse_to_set
+    for method in ("add_adapter", "load_adapter"):
+        setattr(model, method, _refuse_to_add)
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
         choices = choices_of(entry.ranks, manifest.router)
@@ -203,6 +205,13 @@ def _refuse_to_set(*_args: object, **_kwargs: object) -> None:
         "a fused model chooses among all of its experts, token by token; use"
         " `with meteora.force_expert(model, name):` for one of them, or"
         " `with meteora.without_experts(model):` for the base"
+    )
+
+
+def _refuse_to_add(*_args: object, **_kwargs: object) -> None:
+    raise RoutedAdaptersError(
+        "a fused model takes no further adapter, since no gate would choose it; make a checkpoint"
+        " that has it, with `meteora add`"
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import meteora
@@ -227,6 +228,14 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
     assert model.active_adapters() == EXPERTS
     with pytest.raises(RoutedAdaptersError, match=r"force_expert\(model, name\)"):
         model.set_adapter("q_and_v")
+    before = [path for path, _ in model.named_modules()]
+    for add, given in (
+        (model.add_adapter, LoraConfig(target_modules=["projection"])),
+        (model.load_adapter, str(world.adapters["q_and_v"])),
+    ):
+        with pytest.raises(RoutedAdaptersError, match="`meteora add`"):
+            add(given)
+    assert [path for path, _ in model.named_modules()] == before  # none is half added
 
 
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):

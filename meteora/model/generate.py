@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
-ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1}
-"""Arguments of `generate` by which each token is read once, whatever a base's own config says."""
+ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
+"""Arguments of `generate` by which each token is read once, whatever a base's own config says; on
+the usual cache, since a static one has no room for the last token, which a trace reads, too."""
 
 
 class EmptyPromptError(MeteoraError):

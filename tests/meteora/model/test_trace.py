@@ -66,6 +66,16 @@ def test_a_trace_with_a_cache_is_what_one_forward_pass_over_all_of_it_says(
     assert len(found.chosen.unique()) > 1  # or the claim would be empty
 
 
+def test_a_base_that_asks_for_a_static_cache_is_traced_like_any_other(
+    model, tokenizer, prompt, monkeypatch
+):
+    expected = trace(model, tokenizer, prompt, max_new_tokens=4)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    found = trace(model, tokenizer, prompt, max_new_tokens=4)
+    assert found.ids == expected.ids
+    assert torch.equal(found.chosen, expected.chosen)
+
+
 def test_the_answer_is_the_one_that_the_model_gives_untraced(model, tokenizer, prompt):
     found = trace(model, tokenizer, prompt, max_new_tokens=8)
     out = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)

@@ -33,9 +33,9 @@ class PassInput:
         ids = given.get("input_ids")
         states = ids if ids is not None else given["inputs_embeds"]
         past, state = given.get("past_key_values"), given.get("cache_params")
-        num_before = 0 if past is None else int(past.get_seq_length())
+        num_before = None if past is None else int(past.get_seq_length())
         there = _there(given.get("attention_mask"), states, num_before)
-        goes_on = num_before > 0 if state is None else _holds_a_state(state, states.shape[1])
+        goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
         return cls(ids, there, goes_on)
 
 
@@ -45,20 +45,25 @@ def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many k
     return length == 1 if asked is None else asked(0)  # xLSTM's does not tell
 
 
-def _there(mask: object, states: Tensor, num_before: int) -> Tensor:
-    """Which tokens of a pass a mask of any form leaves there, [B, L] bool."""
+def _there(mask: object, states: Tensor, num_before: int | None) -> Tensor:
+    """Which tokens of a pass a mask of any form leaves there, [B, L] bool.
+
+    Args:
+        num_before: tokens in the cache of keys; None where there is no such cache
+    """
     num_rows, length = states.shape[:2]
     if isinstance(mask, dict):  # one for each kind of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not (isinstance(mask, Tensor) and mask.dim() in {2, 4} and mask.shape[-1] >= length):
         return torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
-    first = mask.shape[-1] - length
+    # a static cache has room behind the keys of this pass, and a window has lost some before them
+    last = mask.shape[-1] - length
+    first = last if mask.dim() == 2 and num_before is None else min(num_before or 0, last)
     if mask.dim() == 2:
-        return mask[:, first:].bool()
-    # [B, heads, L, keys], true or 0.0 where a token sees a key; one that is there sees itself. A
-    # static cache has room behind its key, and a window has lost some before it
+        return mask[:, first : first + length].bool()
+    # [B, heads, L, keys], true or 0.0 where a token sees a key; one that is there sees itself
     sees = mask == 0 if mask.is_floating_point() else mask.bool()
-    own = sees[:, 0].expand(num_rows, length, -1).diagonal(min(num_before, first), 1, 2)
+    own = sees[:, 0].expand(num_rows, length, -1).diagonal(first, 1, 2)
     return own[:, :length]
 
 
@@ -75,23 +80,43 @@ WATCHER = "meteora_watcher"
 class Watcher:
     """Sees each pass of a causal language model before it runs.
 
-    The model's `base_model` is not watched, since some models do not call theirs, such as OPT.
+    Its `base_model` may be called alone, for hidden states. Some models do not call theirs, such as
+    OPT: so both are watched.
     """
 
-    _hook: RemovableHandle | None = None
+    _hooks: tuple[RemovableHandle, ...] = ()
+    _seen = False
+    """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
         # a bound method is copied and pickled with its object: a copy of a model has its own
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._hooks = (
+            model.register_forward_pre_hook(self._at_model, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        )
+        if (base := getattr(model, "base_model", model)) is not model:
+            self._hooks += (base.register_forward_pre_hook(self._at_base, with_kwargs=True),)
 
     def stop(self) -> None:
         """See no more."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
+
+    def _at_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._before(model, args, kwargs)
+        self._seen = True
+
+    def _after(self, *_: object) -> None:
+        self._seen = False
+
+    def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._seen:
+            self._before(base, args, kwargs)
+        self._seen = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.see(PassInput.of(by_name(model, args, kwargs)))

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
@@ -43,6 +43,27 @@ def test_a_copy_of_a_model_sees_its_own_passes(model, copied):
     expected = model(torch.tensor([OTHER])).logits
     model(torch.tensor([FIRST]))
     assert torch.equal(copied(model)(torch.tensor([OTHER])).logits, expected)
+
+
+@torch.no_grad()
+def test_a_pass_that_does_not_begin_with_a_call_of_the_whole_model_is_seen(model):
+    """Such as one for hidden states; the prompt before had as many tokens, at other places."""
+    ids = torch.tensor([[*OPENING, 7, *CLOSING, *OPENING[1:], 9]])
+    expected = model(ids).logits
+    model(torch.tensor([OTHER]))
+    assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
+    model(torch.tensor([OTHER]))
+    assert torch.equal(model.forward(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_mask_may_be_as_long_as_a_static_cache(model):
+    ids = torch.tensor([OTHER])
+    expected = model(ids).logits
+    mask = (torch.arange(40) < len(OTHER)).long()[None]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    found = model(ids, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected)
 
 
 def padded(*prompts):

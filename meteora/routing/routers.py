@@ -300,7 +300,9 @@ class Norm(Router):
         self.register_buffer("owner", owner.to(stack.a.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        squares = (tokens.to(self.folded.dtype) @ self.folded.T).square()  # [T, R]
+        # a model may be put into 16 bits, in which squares overflow
+        wide = torch.promote_types(self.folded.dtype, torch.float32)
+        squares = (tokens.to(wide) @ self.folded.to(wide).T).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, self.owner, squares)
         return _without(sums.sqrt(), self.blends)
 

@@ -151,7 +151,9 @@ class TurnChoice:
             )
         if before is not None and not self.turns.any_asks:
             return before.repeat_interleave(length, 0)
-        own = logits_of(tokens).log_softmax(-1).view(num_rows, length, -1)  # [B, L, C]
+        own = logits_of(tokens)
+        wide = torch.promote_types(own.dtype, torch.float32)  # a model may be put into 16 bits
+        own = own.log_softmax(-1, dtype=wide).view(num_rows, length, -1)  # [B, L, C]
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
         logits, last = decide_turns(own, turn, asked, before)
         self.held = last.detach()

@@ -81,6 +81,14 @@ def test_fixed_on_one_expert_is_weight_one_exactly():
     assert experts.tolist() == [[1], [1]]
 
 
+def test_norms_that_are_large_stay_apart_in_16_bits(factors):
+    """Their squares would all be infinite."""
+    norm = Norm(stack_of(*factors), OPTIONS)
+    x = 100 * torch.randn(5, NUM_IN)
+    expected = norm(x).argmax(-1)
+    assert torch.equal(norm.half()(x.half()).argmax(-1), expected)
+
+
 def test_gate_is_linear_and_the_only_router_that_learns(factors):
     weight, bias, x = torch.randn(4, NUM_IN), torch.randn(4), torch.randn(5, NUM_IN)
     gate = Gate(weight, bias, OPTIONS)

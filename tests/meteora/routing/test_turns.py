@@ -122,6 +122,17 @@ def test_a_turn_has_the_mean_log_probability_of_its_question():
     torch.testing.assert_close(new[0], logits.log_softmax(-1)[0, 4].expand(7, -1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_long_question_is_summed_up_in_32_bits(dtype):
+    """In 16 bits, such as a model may be put into, the sums of a long one are rounded."""
+    turns, ids = Turns(Template()), torch.ones(1, 3000).long()
+    logits = torch.randn(1, 3000, 4).to(dtype)
+    turns.see(PassInput(ids, ids > 0, goes_on=False))
+    found = turns.at_gate().decide(lambda tokens: tokens, logits[0])
+    expected = logits.float().log_softmax(-1).mean(1).expand(3000, -1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_draft_of_an_answer_that_repeats_the_closing_asks_nothing():
     turns = Turns(Template(OPENING, CLOSING, HEADER))
     choice = turns.at_gate()

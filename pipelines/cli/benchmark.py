@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    AsJson,
-    Base,
-    Checkpoint,
-    Device,
-    Dtype,
-    Home,
-    TokenFor,
-)
+from pipelines.cli import options
 
 if TYPE_CHECKING:
     from pipelines.admission.checkpoints import FoundCheckpoint
@@ -27,7 +18,7 @@ app = typer.Typer()
 
 @app.command()
 def benchmark(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,12 +34,12 @@ def benchmark(
     recipe: Annotated[
         str, typer.Option(help="A recipe; its tests and its section `benchmark` are taken.")
     ] = "",
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
 

@@ -14,17 +14,7 @@ import typer
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import for_terminal
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    MOST,
-    Base,
-    Checkpoint,
-    Device,
-    Dtype,
-    Expert,
-    Home,
-    TokenFor,
-)
+from pipelines.cli import options
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
@@ -52,18 +42,20 @@ HELP = (
 
 @app.command()
 def chat(
-    checkpoint: Checkpoint,
-    expert: Expert = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Of each answer.")] = 512,
+    checkpoint: options.Checkpoint,
+    expert: options.Expert = "",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Of each answer.")
+    ] = 512,
     web: Annotated[bool, typer.Option("--web", help="On a page, at --host and --port.")] = False,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
     allow_host: AllowHost = None,
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
 
@@ -86,18 +78,18 @@ def chat(
 
 @app.command("chat-server")
 def chat_server(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     name: Annotated[
         str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
     ] = "",
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
     allow_host: AllowHost = None,
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
 

@@ -9,21 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    MOST,
-    AsJson,
-    Base,
-    Checkpoint,
-    Device,
-    Dtype,
-    Expert,
-    Home,
-    OwnCheckpoint,
-    TokenFor,
-    existing_home,
-    text_or_input,
-)
+from pipelines.cli import options
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -34,10 +20,10 @@ app = typer.Typer()
 
 @app.command()
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     prompt: Annotated[str, typer.Argument(help="`-` reads it from the input.")],
-    expert: Expert = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 256,
+    expert: options.Expert = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=options.MOST)] = 256,
     trace: Annotated[
         str,
         typer.Option(
@@ -45,12 +31,12 @@ def generate(
             help="Show the expert of each token: in colours here, and on a page. `-`: no page.",
         ),
     ] = "",
-    as_json: AsJson = False,
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    home: Home = DEFAULT_HOME,
+    as_json: options.AsJson = False,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Answer a prompt with a fused model."""
     import meteora
@@ -63,7 +49,7 @@ def generate(
 
     if trace not in {"", "-"}:
         check_writable(Path(trace))
-    prompt = text_or_input(prompt)
+    prompt = options.text_or_input(prompt)
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     model, tokenizer = found.load()
     Chat(model, tokenizer).check_length(encode_prompt(tokenizer, prompt))
@@ -80,7 +66,7 @@ def generate(
 
 @app.command()
 def publish(
-    checkpoint: OwnCheckpoint,
+    checkpoint: options.OwnCheckpoint,
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created if missing.")],
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
@@ -95,12 +81,12 @@ def publish(
         list[str] | None,
         typer.Option(help="Publish adapters with this licence too; `none`: without one."),
     ] = None,
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Publish a checkpoint on the Hub in one commit, and check that it is the same model there.
 
@@ -143,16 +129,16 @@ def publish(
     else:
         print(f"{made.repo_id}@{made.revision} {made.tag}")
     base_model = read_manifest(found.folder).base.repo_id
-    options = base_option(base_model, found.base_folder)
-    options += f" --token-for {repo.partition('/')[0]}" if private else ""
-    say(f"talk with it as others get it with `meteora chat {made.repo_id}{options}`")
+    further = base_option(base_model, found.base_folder)
+    further += f" --token-for {repo.partition('/')[0]}" if private else ""
+    say(f"talk with it as others get it with `meteora chat {made.repo_id}{further}`")
     if base_model.startswith(PATH):
         say("its base is a local folder, so others need the same one", "note")
 
 
 @app.command()
 def report(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     other: Annotated[str, typer.Argument(help="A second one: the report compares the two.")] = "",
     output: Annotated[
         Path | None,
@@ -163,14 +149,15 @@ def report(
         ),
     ] = None,
     traces: Annotated[
-        int, typer.Option(min=0, max=MOST, help="How many test prompts to show with answers.")
+        int,
+        typer.Option(min=0, max=options.MOST, help="How many test prompts to show with answers."),
     ] = 3,
-    as_json: AsJson = False,
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    home: Home = DEFAULT_HOME,
+    as_json: options.AsJson = False,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline.
 
@@ -189,7 +176,7 @@ def report(
 
     output = output or Path("comparison.html" if other else "report.html")
     check_writable(output)
-    home = existing_home(home)
+    home = options.existing_home(home)
     ledger = Ledger(home)
     if other:
         folders = [
@@ -232,9 +219,9 @@ def _compare(ledger: Ledger, a: Path, b: Path, output: Path, *, as_json: bool) -
 
 @app.command()
 def sign(
-    checkpoint: OwnCheckpoint,
+    checkpoint: options.OwnCheckpoint,
     key: Annotated[Path, typer.Option(help="A private elliptic-curve key, PEM.")],
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Sign every file of a checkpoint; the signature is its file model.sig."""
     from pipelines.publishing.signing import sign as sign_folder
@@ -248,20 +235,20 @@ def sign(
 @app.command()
 def attest(
     artifact: Annotated[str, typer.Argument(help="An id of the ledger, or its first characters.")],
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Print what an artifact was made of: an in-toto statement with SLSA provenance."""
     from pipelines.publishing.in_toto import attest as statement_on
     from store.ledger import Ledger
 
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     expert: Annotated[
         str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
     ] = "",
@@ -280,9 +267,9 @@ def export(
     copy: Annotated[
         bool, typer.Option("--copy", help="vLLM: copy base and checkpoint; else they are links.")
     ] = False,
-    base: Base = None,
-    token_for: TokenFor = None,
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
     from meteora.checkpoint.export import export_expert
@@ -303,8 +290,8 @@ def export(
         from meteora.serving.served_folder import export_for_vllm
 
         base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
-        options = export_for_vllm(folder, base, out, copy=copy)
-        say(f"serve it with `{' '.join(['vllm serve', str(out), options]).rstrip()}`")
+        further = export_for_vllm(folder, base, out, copy=copy)
+        say(f"serve it with `{' '.join(['vllm serve', str(out), further]).rstrip()}`")
     elif target == "llama.cpp":
         from meteora.checkpoint.gguf_export import export_gguf
 

@@ -12,20 +12,8 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli import options
 from pipelines.cli.benchmark import run_benchmark
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    MOST,
-    AsJson,
-    Base,
-    Checkpoint,
-    Device,
-    Dtype,
-    Home,
-    Strip,
-    Subfolder,
-    TokenFor,
-)
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -34,11 +22,11 @@ app = typer.Typer()
 @app.command()
 def check(
     where: Annotated[list[str], typer.Argument(help="Folders, configs, or owner/name[@revision].")],
-    as_json: AsJson = False,
-    subfolder: Subfolder = "",
-    strip: Strip = False,
-    token_for: TokenFor = None,
-    home: Home = DEFAULT_HOME,
+    as_json: options.AsJson = False,
+    subfolder: options.Subfolder = "",
+    strip: options.Strip = False,
+    token_for: options.TokenFor = None,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Judge adapters: a verdict with coded reasons for each. No base is needed."""
     from pipelines.admission.check import describe, inspect
@@ -74,11 +62,11 @@ def train(
         int,
         typer.Option(min=1, max=1024, help="Of each linear layer; lora_alpha is twice as much."),
     ] = 8,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Of eight rows.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, max=options.MOST, help="Of eight rows.")] = 1000,
     learning_rate: Annotated[
         float, typer.Option(min=1e-9, max=1.0, help="The highest; it falls along a cosine.")
     ] = 5e-4,
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Train the adapters that a recipe names by a path where there is nothing yet.
 
@@ -100,21 +88,21 @@ def train(
 
 @app.command()
 def add(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     name: Annotated[str, typer.Argument(help="The name of the new expert.")],
     adapter: Annotated[str, typer.Argument(help="A folder, or owner/name[@revision].")],
     examples: Annotated[str, typer.Argument(help="Its examples, such as jsonl:sums/train.jsonl.")],
     test: Annotated[
         str, typer.Option(metavar="ROWS", help="Its held-out rows: measure the result at once.")
     ] = "",
-    base: Base = None,
-    subfolder: Subfolder = "",
-    strip: Strip = False,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    subfolder: options.Subfolder = "",
+    strip: options.Strip = False,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
     from meteora.artifacts import ArtifactId
@@ -163,17 +151,17 @@ def add(
 
 @app.command()
 def drop(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     name: Annotated[str, typer.Argument(help="The expert to leave out.")],
     benchmark: Annotated[bool, typer.Option("--benchmark", help="Measure the result at once.")] = (
         False
     ),
-    base: Base = None,
-    token_for: TokenFor = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    base: options.Base = None,
+    token_for: options.TokenFor = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Drop an expert: write a new checkpoint. The weights of all others stay the same.
 

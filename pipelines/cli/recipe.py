@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli import output
-from pipelines.cli.options import AsJson  # noqa: TC001  (typer reads annotations)
+from pipelines.cli import options, output
 
 if TYPE_CHECKING:
     from pipelines.recipe.keys import Key
@@ -38,7 +37,7 @@ def reference(
     form: Annotated[
         output.Format | None, typer.Option("--format", help="Default: a paragraph for each key.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Print every key of a recipe: its type, default and range, and what it means."""
     from pipelines.recipe.keys import Key, keys_of

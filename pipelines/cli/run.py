@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli.options import DEFAULT_HOME, MOST, AsJson, Home
+from pipelines.cli import options
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
 from pipelines.workspace.environment import has_server, prepare
@@ -51,8 +51,8 @@ def run(
         str,
         typer.Option(metavar="N|ADDRESS", help="The same on Ray, such as ray://HOST:10001."),
     ] = "",
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
     if dask and ray:
@@ -86,12 +86,12 @@ def schedule(
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
     limit: Annotated[
-        int, typer.Option(min=1, max=MOST, help="How many runs at the same time.")
+        int, typer.Option(min=1, max=options.MOST, help="How many runs at the same time.")
     ] = 1,
     on_failure: Annotated[
         str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
     ] = "",
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Run recipes by a schedule, or when somebody starts them on their page, until stopped.
 

@@ -11,16 +11,7 @@ from typing import Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from pipelines.cli import output
-from pipelines.cli.options import (
-    DEFAULT_HOME,
-    MOST,
-    AsJson,
-    Home,
-    TokenFor,
-    existing_home,
-    text_or_input,
-)
+from pipelines.cli import options, output
 from pipelines.workspace.console import say
 
 app = typer.Typer()
@@ -37,9 +28,9 @@ def sql(
         output.Format | None,
         typer.Option("--format", help="Default: a table in a terminal, else CSV."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     examples: Annotated[bool, typer.Option("--examples", help="Print example queries.")] = False,
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Query the ledger with one SELECT."""
     from store.ledger import Ledger
@@ -49,10 +40,10 @@ def sql(
         for title, question in questions():
             print(f"-- {title}\n{question}\n")
         return
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     # what a run recorded a moment ago; a busy index is not waited for
     ledger.ingest(deadline_seconds=1.0)
-    answer = ledger.query(text_or_input(query))
+    answer = ledger.query(options.text_or_input(query))
     if form is None:
         form = "table" if sys.stdout.isatty() else "csv"
     output.print_answer(answer, "json" if as_json else form)
@@ -63,12 +54,12 @@ def notebook(
     out: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
         "notebook.py"
     ),
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write a notebook that asks the ledger, with plots; it is a Python file that marimo opens."""
     from pipelines.reports.html import write_notebook
 
-    write_notebook(out, existing_home(home))
+    write_notebook(out, options.existing_home(home))
     print(out)
     if find_spec("marimo") is None:
         say("marimo is not installed; run `pip install 'meteora-pipelines[notebook]'`", "note")
@@ -84,18 +75,21 @@ def verify(
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
         int,
-        typer.Option(min=0, max=MOST, help="How many scores to compute again, drawn at random."),
+        typer.Option(
+            min=0, max=options.MOST, help="How many scores to compute again, drawn at random."
+        ),
     ] = 20,
     served: Annotated[
         str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to be asked.")
     ] = "",
     answers: Annotated[
-        int, typer.Option(min=1, max=MOST, help="How many recorded answers to ask for again.")
+        int,
+        typer.Option(min=1, max=options.MOST, help="How many recorded answers to ask for again."),
     ] = 24,
     model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
-    token_for: TokenFor = None,
-    as_json: AsJson = False,
-    home: Home = DEFAULT_HOME,
+    token_for: options.TokenFor = None,
+    as_json: options.AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Check blobs and bases against their hashes, records against blobs, scores against outputs.
 
@@ -127,7 +121,7 @@ def verify(
     from pipelines.workspace.bases import verify_bases
     from store.ledger import Ledger
 
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     stored, bases = ledger.verify(), list(verify_bases(ledger))
     if output.print_findings(stored, bases, recompute_scores(ledger, scores), as_json=as_json):
         raise typer.Exit(1)
@@ -147,22 +141,22 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
 
 
 @store.command()
-def rebuild(home: Home = DEFAULT_HOME) -> None:
+def rebuild(home: options.Home = options.DEFAULT_HOME) -> None:
     """Build the index again from the records."""
     from store.ledger import Ledger
 
-    ingested = Ledger(existing_home(home)).rebuild()
+    ingested = Ledger(options.existing_home(home)).rebuild()
     if ingested.reason:
         raise MeteoraError(ingested.reason)
     print(f"{ingested.num_records} records in the index")
 
 
 @store.command()
-def pack(home: Home = DEFAULT_HOME) -> None:
+def pack(home: options.Home = options.DEFAULT_HOME) -> None:
     """Pack many small records into few files. Runs do it themselves once there are very many."""
     from store.ledger import Ledger
 
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     num_records = ledger.pack()
     ledger.ingest()
     print(f"{num_records} records packed")
@@ -171,7 +165,7 @@ def pack(home: Home = DEFAULT_HOME) -> None:
 @store.command()
 def share(
     url: Annotated[str, typer.Argument(help="Such as s3://bucket/prefix.")],
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Share records and blobs with other homes through S3, or storage with the same protocol."""
     from store.ledger import Ledger
@@ -187,13 +181,13 @@ def share(
 @store.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove the listed files.")] = False,
-    home: Home = DEFAULT_HOME,
-    as_json: AsJson = False,
+    home: options.Home = options.DEFAULT_HOME,
+    as_json: options.AsJson = False,
 ) -> None:
     """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
     from store.ledger import Ledger
 
-    garbage = Ledger(existing_home(home)).gc(remove=yes)
+    garbage = Ledger(options.existing_home(home)).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
     found = zip(names, garbage.sizes, strict=True)
     if as_json:
@@ -208,13 +202,13 @@ def gc(
 @store.command()
 def openlineage(
     run: Annotated[str, typer.Option(help="The id of one run. Default: all runs.")] = "",
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Print runs as OpenLineage events, one JSON object a line."""
     from pipelines.publishing.openlineage import events
     from store.ledger import Ledger
 
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     ledger.ingest(deadline_seconds=1.0)
     found = list(events(ledger, run))
     if run and not found:
@@ -226,7 +220,7 @@ def openlineage(
 @store.command()
 def serve(
     address: Annotated[str, typer.Option(help="quack:HOST:PORT.")] = "quack:localhost:9494",
-    home: Home = DEFAULT_HOME,
+    home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Let others query the ledger through Quack, DuckDB's own server, if DuckDB has it.
 
@@ -238,7 +232,7 @@ def serve(
     from store.ledger import Ledger
     from store.serving import serve as serve_snapshot
 
-    ledger = Ledger(existing_home(home))
+    ledger = Ledger(options.existing_home(home))
     ledger.ingest()
     token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
     say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")

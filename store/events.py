@@ -1,6 +1,5 @@
 """Facts about runs: verdicts on adapters, starts and ends of runs, failures."""
 
-import math
 from dataclasses import dataclass, field
 
 from meteora.artifacts import ArtifactId, Noun, Reason
@@ -14,11 +13,6 @@ OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
 def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
     if value not in allowed:
         raise ValueError(f"{value!r} is not a {what}; use one of {', '.join(allowed)}")
-
-
-def _finite(seconds: float, what: str) -> None:
-    if not math.isfinite(seconds):
-        raise ValueError(f"{what} is {seconds}, which is not a finite time")
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,6 @@ class RunEnded(Noun):
 
     def __post_init__(self) -> None:
         _one_of(self.outcome, OUTCOMES, "outcome")
-        _finite(self.wall_seconds or 0.0, "wall_seconds")
-        for stage, seconds in self.stage_seconds.items():
-            _finite(seconds, stage)
 
 
 @dataclass(frozen=True)

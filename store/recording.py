@@ -96,12 +96,7 @@ class Recording:
             ConflictError: others are already recorded.
             UnknownError: the router is not recorded.
         """
-        router_ids = {score.router_id for score in scores}
-        if len(router_ids) != 1:
-            raise ValueError(
-                f"routing is recorded for one router at a time, not for {len(router_ids)}"
-            )
-        (router_id,) = router_ids
+        (router_id,) = {score.router_id for score in scores}
         self._require((router_id,), of="its routing")
         body = {"counts": [score.to_dict() for score in scores]}
         self._record_once(Record("routing", router_id, body, run_id, now()), ("counts",))

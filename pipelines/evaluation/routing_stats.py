@@ -50,13 +50,8 @@ class RoutingSums:
     agreement: float
 
     def __add__(self, other: RoutingSums) -> RoutingSums:
-        return RoutingSums(
-            self.counts + other.counts,
-            self.num_tokens + other.num_tokens,
-            self.entropy_bits + other.entropy_bits,
-            self.weight + other.weight,
-            self.agreement + other.agreement,
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return RoutingSums(*(one + more for one, more in pairs))
 
     def detail(self, module: str) -> RoutingDetail:
         """The means over the tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.config import mlx_claim, peft_claim
@@ -47,31 +46,24 @@ SIGNATURES = (
 )
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The files of an adapter; None where there is no such file."""
+def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
+    """Config and weights of the adapter at `path`: its folder, its config or its weights.
 
-    config: Path | None
-    weights: Path | None
-
-
-def find_files(path: Path, found: Findings) -> AdapterFiles:
-    """The files of the adapter at `path`: its folder, its config or its weights.
-
-    A config of another name is taken alone, to be judged by what it claims.
+    Each is None where there is none. A config of another name is taken alone, to be judged by what
+    it claims.
     """
     if path.is_dir():
         folder = path
     elif not path.exists():
         found.refuse("missing", "there is nothing here")
-        return AdapterFiles(None, None)
+        return None, None
     elif path.suffix in PICKLES:
         found.refuse("pickle", f"it is {path.name}; {HOW_TO_CONVERT}")
-        return AdapterFiles(None, None)
+        return None, None
     elif path.name == CONFIG or path.suffix == ".safetensors":
         folder = path.parent
     else:
-        return AdapterFiles(path, None)
+        return path, None
     config = folder / CONFIG
     weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if path.suffix == ".safetensors":
@@ -80,7 +72,7 @@ def find_files(path: Path, found: Findings) -> AdapterFiles:
         _explain_missing_weights(folder, found)
     if not config.exists():
         found.refuse("no_config", f"{CONFIG} is missing, which says how its tensors are scaled")
-    return AdapterFiles(config if config.exists() else None, weights[0] if weights else None)
+    return config if config.exists() else None, weights[0] if weights else None
 
 
 def _explain_missing_weights(folder: Path, found: Findings) -> None:

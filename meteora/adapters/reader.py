@@ -114,40 +114,40 @@ def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
 def _examine(
     path: Path, extras: OnExtras, found: Findings
 ) -> tuple[Adapter | None, dict[str, Any]]:
-    files = find_files(path, found)
-    claim = read_claim(files.config, extras, found) if files.config else None
+    config, weights = find_files(path, found)
+    claim = read_claim(config, extras, found) if config else None
     facts = _claimed_facts(claim) if claim else {}
-    if files.weights is None:
+    if weights is None:
         if claim is not None:
             _judge_by_claims(claim, extras, found)
         return None, {**facts, "judged_by": "claims"}
-    facts |= {"judged_by": "tensors", "weights": files.weights.name}
-    if not is_regular(files.weights, found):
+    facts |= {"judged_by": "tensors", "weights": weights.name}
+    if not is_regular(weights, found):
         return None, facts
-    with files.weights.open("rb") as file:
+    with weights.open("rb") as file:
         stamp, seen_ns = Stamp.of(file), time.time_ns()
         num_bytes = stamp.num_bytes
-        tensors = _read_tensors(file, num_bytes, files.weights.name, found)
-        if tensors is not None and files.config is None:
+        tensors = _read_tensors(file, num_bytes, weights.name, found)
+        if tensors is not None and config is None:
             refuse_variants(tensors, found)
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
-        split = sort_tensors(tensors, claim, extras, found)
-        modules = read_modules(split.modules, tensors, claim, found)
-        if claim.modules_to_save and not split.stripped and not found.refusals:
+        pairs, stripped = sort_tensors(tensors, claim, extras, found)
+        modules = read_modules(pairs, tensors, claim, found)
+        if claim.modules_to_save and not stripped and not found.refusals:
             found.warn(
                 "modules_to_save",
                 f"its config names modules to save ({listed(claim.modules_to_save)}), and the file"
                 " holds none of them",
             )
         if not found.refusals:
-            _check_numbers(file, split.modules, tensors, found)
-        used = [tensors[key] for pair in split.modules.values() for key in (pair.a_key, pair.b_key)]
+            _check_numbers(file, pairs, tensors, found)
+        used = [tensors[key] for pair in pairs.values() for key in (pair.a_key, pair.b_key)]
         dtypes = sorted({tensor.dtype for tensor in used})
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if Stamp.of(file) != stamp:
-            found.refuse("truncated", f"{files.weights.name} changed while it was read")
+            found.refuse("truncated", f"{weights.name} changed while it was read")
     if len(dtypes) > 1:
         found.warn("dtype_mix", f"its factors are of {' and '.join(dtypes)}; they are kept as F32")
     spec = AdapterSpec(
@@ -156,10 +156,10 @@ def _examine(
         use_rslora=claim.use_rslora,
         dtype=dtypes[0] if len(dtypes) == 1 else "F32",
         modules=modules,
-        stripped=split.stripped,
+        stripped=stripped,
     )
     settled = stamp if seen_ns - stamp.written_ns > TICK_NS else None
-    adapter = Adapter(spec, files.weights, split.modules, tuple(found.warnings), settled)
+    adapter = Adapter(spec, weights, pairs, tuple(found.warnings), settled)
     return adapter, {**facts, "weights_bytes": num_bytes, **_measured_facts(spec)}
 
 

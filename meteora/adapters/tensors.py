@@ -112,19 +112,14 @@ def place_of(path: str) -> Place | None:
     return Place(match["stem"], int(match["layer"]), match["leaf"]) if match else None
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """The tensors of a file, each used or listed."""
-
-    modules: dict[str, AdapterTensors]
-    """By the module's path in the base model, sorted."""
-    stripped: tuple[str, ...]
-
-
 def sort_tensors(
     tensors: Mapping[str, TensorInfo], claim: Claim, extras: OnExtras, found: Findings
-) -> Sorted:
-    """Pair the factors; other tensors are refused, or stripped where the policy allows it."""
+) -> tuple[dict[str, AdapterTensors], tuple[str, ...]]:
+    """Pair the factors; other tensors are refused, or stripped where the policy allows it.
+
+    Returns:
+        the pairs by the module's path in the base model, sorted; and what is stripped
+    """
     factors: dict[str, dict[str, str]] = {}
     names: set[str] = set()
     rest: list[str] = []
@@ -157,7 +152,7 @@ def sort_tensors(
         found.refuse("no_lora", f"none of its {len(tensors)} tensors is a lora_A or lora_B")
     elif claim.format == "peft" and not any(key.startswith(PREFIX) for key in tensors):
         found.warn("bare_keys", f"its keys lack the prefix {PREFIX}; they are read as they are")
-    return Sorted(modules, stripped)
+    return modules, stripped
 
 
 def refuse_variants(keys: Collection[str], found: Findings) -> None:

@@ -6,7 +6,6 @@ code of theirs; and only where the columns leave no doubt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,23 +48,14 @@ LONGEST_PROMPT = 8_000
 ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
 
 
-@dataclass(frozen=True)
-class CardExamples:
-    """Rows for an expert, and where they come from."""
-
-    rows: list[Row]
-    source: str
-    """As a recipe would name it."""
-
-
 class NoCardExamplesError(ExamplesError):
     """A card names no data set that can be used."""
 
 
 def read_card_examples(
     datasets: Sequence[str], folder: Path, limit: int, token_of: Callable[[str], str | None]
-) -> CardExamples:
-    """Rows of the first data set that can be used.
+) -> tuple[list[Row], str]:
+    """Rows of the first data set that can be used, and what a recipe would name as their source.
 
     Args:
         datasets: each `owner/name`
@@ -81,7 +71,7 @@ def read_card_examples(
     for name in datasets:
         try:
             source = f"hf:{name}?{urlencode(_options(name, token_of(name)), safe=',.')}"
-            return CardExamples(read_rows(source, folder, limit, token_of), source)
+            return read_rows(source, folder, limit, token_of), source
         except ExamplesError as error:
             if _may_pass(error.__cause__):
                 raise

@@ -455,7 +455,7 @@ def _examples(
         source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
         if source == AUTO:
             try:
-                of_card = read_card_examples(expert.datasets, folder, limit, token_of)
+                rows, source = read_card_examples(expert.datasets, folder, limit, token_of)
             except NoCardExamplesError as error:
                 if recipe.benchmark.template != "plain" and not recipe.gates.pool:
                     writers[expert.name] = str(error)
@@ -466,7 +466,7 @@ def _examples(
                     f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
                     " (gates.pool), or choose router.kind: prompt"
                 ) from error
-            found[expert.name], of_cards[expert.name] = of_card.rows, of_card.source
+            found[expert.name], of_cards[expert.name] = rows, source
         elif source:
             if pinned := pin_source(source, token_of):
                 source = of_hub[expert.name] = pinned

@@ -98,17 +98,17 @@ def test_rows_are_those_of_the_first_data_set_that_can_be_read(
     endless = turns(("user", "q" * 8_001), ("assistant", "a"))
     put(hub, "somebody/chats", [{"messages": said} for said in (chats[0], endless, *chats[1:])])
     names = ["somebody/none", "somebody/pictures", "somebody/chats"]
-    found = read_card_examples(names, tmp_path, 4, no_token)
-    assert found.rows == [Row(f"q{i}", "a") for i in range(4)]
+    rows, source = read_card_examples(names, tmp_path, 4, no_token)
+    assert rows == [Row(f"q{i}", "a") for i in range(4)]
     commit = hub.repos["somebody/chats"].commit
-    assert found.source == (
+    assert source == (
         f"hf:somebody/chats?config=default&split=train&longest=8000&revision={commit}"
         "&prompt=messages.0.content&response=messages.1.content"
     )
     hub.requests.clear()
-    assert read_rows(found.source, tmp_path, 4) == found.rows
+    assert read_rows(source, tmp_path, 4) == rows
     assert not hub.requests  # they are here, and a commit does not move
-    assert read_card_examples(names[2:], tmp_path, 4, no_token) == found
+    assert read_card_examples(names[2:], tmp_path, 4, no_token) == (rows, source)
     assert hub.count("revision") == len(hub.requests) == 1
     with pytest.raises(
         NoCardExamplesError,

@@ -6,7 +6,7 @@ shared_prefix    what the prompts of a batch begin with is read once
 generate         an answer to a prompt
 chat             a conversation: answers that stream, each token with its expert
 trace            which expert had which token, layer by layer
-opening_offsets  what experts lack behind an opening by all of them
+opening_offsets  offsets: what experts miss behind an opening that all of them computed
 silent_experts   experts that change nothing on a probe
 update_sizes     how strongly each expert acts on prompts, and which prompts are alike
 auto_classes     transformers' auto classes for fused checkpoints

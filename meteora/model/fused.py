@@ -3,7 +3,7 @@
     model.layers.0.self_attn.q_proj   Linear         ─insert▶  MoELoRALinear(Linear, A, B, Gate)
     model.layers.0.mlp.down_proj      Linear (no adapter targets it)        stays as it is
 
-The model remains what it was to everybody else: `generate`, `pipeline` and lm-eval run unchanged.
+For other code the model stays the same: `generate`, `pipeline` and lm-eval run unchanged.
 """
 
 from __future__ import annotations

@@ -9,6 +9,6 @@ prompt_opening  who decides for the tokens that open every prompt
 turns           one decision for a whole turn of a conversation
 passes          what a forward pass is called with
 shared_input    modules that read one input share the first matmul
-expert_cache    many experts on the host, the hot ones on the device
+expert_cache    many experts on the host, the last used ones on the device
 hooks           watch what routers decide, from outside
 """

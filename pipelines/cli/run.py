@@ -1,4 +1,4 @@
-"""`meteora run`, and `meteora schedule` for runs by a schedule."""
+"""`meteora run`, and `meteora schedule` for runs on a schedule."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Prefect: the flow, its server, its schedules.
 
 flow             the main flow: all stages in order
-up_to_date       is anything left to do?
+up_to_date       whether anything is left to do
 local_server     a Prefect server for a home that has none
 server_secret    the secret that this server asks for
 own_origin       requests from other sites are refused

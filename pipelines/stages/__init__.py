@@ -11,5 +11,5 @@ open_model       a plan as a loaded model
 train_processes  gates trained by several processes
 train_adapters   missing adapters of a recipe, trained on its rows
 worker           the process in which stages run
-worker_client    that process, as the run sees it
+worker_client    the run's side of that process
 """

@@ -248,8 +248,8 @@ def method_lines(summary: Summary) -> list[str]:
     ]
     if summary.comparisons:
         lines.append(
-            "+ marks what the fused model is better than, - what it is worse than, by a paired test"
-            " on the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
+            "+ marks a score that the fused model beats, - one that beats it, by a paired test on"
+            " the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
             " tasks). Without a mark the difference may be chance."
         )
     return lines

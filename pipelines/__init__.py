@@ -1,1 +1,1 @@
-"""The flows: the one place that knows both the model and the store, and talks to the world."""
+"""Recipes, flows, evaluation, reports: the only package that knows both model and store."""

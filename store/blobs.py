@@ -39,7 +39,7 @@ class Blobs:
 
         The file is copied (at no cost, if the file system can share extents) and stays as it is. It
         is not hard-linked, because later changes to the file would change the blob. With `move` it
-        is linked and removed from `path`; nobody may still have it open for writing.
+        is linked and removed from `path`; no process may still have it open for writing.
 
         Raises:
             StoreError: it is not a file, or the disk is full.

@@ -36,7 +36,7 @@ SELECT short(subject_id) AS model, phase, round(fused_tokens_per_second) AS toke
        round(ratio, 2) AS times_base, round(added_bytes / 1e6, 1) AS added_mb, device
 FROM speeds ORDER BY ALL;
 
--- How does a model do at each turn of a conversation, and what does it compute where others swap?
+-- How does a model do at each turn of a conversation, and how much does it compute?
 SELECT short(router_id) AS model, task, system, turn, round(value, 3) AS score,
        round(computed_tokens) AS computed_tokens, round(seconds, 3) AS seconds
 FROM conversation_turns WHERE system IN ('fused', 'oracle', 'swap') ORDER BY ALL;
@@ -48,7 +48,7 @@ WHERE relation = 'made from'
   AND artifact_id = (SELECT id FROM artifacts WHERE kind = 'router' ORDER BY recorded_at DESC LIMIT 1)
 ORDER BY depth, kind, source;
 
--- Whose are the prompts of a pool, and how far does each expert stand out on its own?
+-- Which expert got the prompts of a pool, and how clearly does it stand out on them?
 SELECT short(pool_id) AS pool, expert, num_prompts, num_clusters, round(score, 2) AS score,
        round(lead, 2) AS lead
 FROM pool_shares ORDER BY pool, num_prompts DESC, expert;
@@ -77,7 +77,7 @@ FROM routing GROUP BY ALL ORDER BY ALL;
 SELECT truth, chosen, sum(num_tokens)::BIGINT AS tokens
 FROM routing_counts WHERE truth <> chosen GROUP BY ALL ORDER BY tokens DESC, truth, chosen LIMIT 10;
 
--- Which models notice that a prompt is no expert's?
+-- Which models recognise a prompt that belongs to no expert?
 SELECT short(router_id) AS model, round(auroc, 3) AS auroc, num_nobodys, num_own,
        round(nobodys_share, 2) AS nobodys_share, round(own_share, 2) AS own_share
 FROM abstentions ORDER BY abstentions.auroc DESC, model;

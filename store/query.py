@@ -125,7 +125,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
 
 
 def _answer(connection: duckdb.DuckDBPyConnection, sql: str, most: int) -> Answer:
-    """Columns and rows of a query. Ctrl-C stops it, which in the main thread it may not."""
+    """Columns and rows of a query, in a thread: Ctrl-C may not stop one in the main thread."""
 
     def work() -> Answer:
         result = connection.execute(sql)

@@ -8,5 +8,5 @@ modules        rank and scaling of each module
 finite         NaN, infinity and numbers that are too large
 weights        the weights themselves, read when they are needed
 compatibility  whether it fits the base, and the other adapters
-update_norm    how large the update is beside the weight that it changes
+update_norm    how large the update is, compared with the weight that it changes
 """

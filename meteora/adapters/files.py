@@ -1,4 +1,4 @@
-"""Find an adapter's config and weights, and recognise what lies there in their place."""
+"""Find an adapter's config and weights, or recognise what is there instead."""
 
 from __future__ import annotations
 

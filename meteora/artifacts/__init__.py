@@ -10,7 +10,7 @@ is the hash of the bytes that were made. A spec's `parents` are the ids that it 
     specs     bases, adapters, stacks and merges
     identity  base classes: JSON and back, and the id
     routers   how a fused model routes, and the result of fitting its gates
-    pool      prompts without labels, and to whom they are given
+    pool      prompts without labels, and which expert gets them
     scores    what is measured: benchmarks, comparisons, routing, speed
     reasons   why an adapter is refused, or taken with a warning
 """

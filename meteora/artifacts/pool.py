@@ -1,4 +1,4 @@
-"""Pools: prompts that nobody has labelled, and which expert each of them is given to."""
+"""Pools: prompts without labels, and which expert gets each of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class PoolSpec(Spec):
-    """Prompts without labels that are to be dealt to the experts of a stack."""
+    """Prompts without labels, to be dealt to the experts of a stack."""
 
     kind: ClassVar[str] = "pool"
     made_of: ClassVar[tuple[str, ...]] = ("fused_id",)
@@ -35,13 +35,13 @@ class PoolShare(Noun):
     """What one expert was given of a pool."""
 
     expert: str
-    """Empty for the prompts that are nobody's."""
+    """Empty for the prompts that no expert got."""
     num_prompts: int
     num_clusters: int
     score: float
     """How much larger the expert's updates are on these prompts than on the whole pool, in standard
-    deviations; of nobody's prompts, that of the expert with the most. Where experts wrote them: how
-    much likelier they are for the expert than for the base, in nats a token."""
+    deviations; for prompts that no expert got, the largest value of any expert. Where experts wrote
+    them: how much likelier they are for the expert than for the base, in nats a token."""
     lead: float
     """How far that is above the next expert's. Where experts wrote the prompts: how much likelier
     they are in the user's place than the expert's answers there."""
@@ -56,6 +56,6 @@ class PoolBuild(Noun):
     """Of a file with a line of JSON for each prompt: prompt, expert, score, lead, and its answer if
     it is an example."""
     shares: tuple[PoolShare, ...]
-    """One for each expert in order, and one for nobody."""
+    """One for each expert in order, and one for the prompts that no expert got."""
     wall_seconds: float
     device: str

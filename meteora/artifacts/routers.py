@@ -18,10 +18,10 @@ ROUTER_KINDS = (
 )  # fmt: skip
 """From `oracle` on they are controls: they are given the expert of each token."""
 WITH_GATES = ("gate", "prompt")
-"""Kinds that have a file of gates: it is fitted to examples, or to texts that belong to nobody."""
+"""Kinds with a file of gates, fitted to examples or to texts that belong to no expert."""
 
 SERVABLE = ("gate", "arrow", "norm", "uniform")
-"""Kinds that vLLM can compute: they need no other pass of the base, and no chance."""
+"""Kinds that vLLM can compute: they need no further pass of the base and no random numbers."""
 
 ONE_INPUT = ("point", "turn")
 """Values of `share` by which a gate is fitted for the modules with its own input alone."""

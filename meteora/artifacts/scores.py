@@ -283,7 +283,7 @@ class RoutingSwitch(Noun):
 
 @dataclass(frozen=True)
 class Abstention(Noun):
-    """Whether the base has the prompts that are no expert's, and no others."""
+    """How well the base takes the prompts that belong to no expert, and only those."""
 
     num_own: int
     """Prompts of the experts' own test rows."""
@@ -294,8 +294,8 @@ class Abstention(Noun):
     nobodys_share: float
     """The same of the latter."""
     auroc: float
-    """Area under the ROC curve of that probability: how many of the pairs of a nobody's prompt and
-    an own one have them in this order."""
+    """Area under the ROC curve of that probability: of pairs of one prompt of each kind, the share
+    in which the prompt without an expert has the larger one."""
 
 
 @dataclass(frozen=True)

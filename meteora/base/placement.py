@@ -68,7 +68,7 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
 
 @contextmanager
 def spreading(options: Mapping[str, Any]) -> Generator[None]:
-    """Within, what transformers says against a device map is a `PlacementError`."""
+    """A context in which transformers' error about a device map is a `PlacementError`."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -142,7 +142,7 @@ def held(module: nn.Module) -> Generator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """Within, this function runs in place of the module's own `forward`."""
+    """A context in which this function runs in place of the module's own `forward`."""
     before = vars(module).get("forward")  # of Accelerate, for example
     module.forward = forward
     try:

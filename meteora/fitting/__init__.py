@@ -1,4 +1,4 @@
-"""How gates are made: from the tokens of each input, by gradient descent, and for one more expert.
+"""How gates are made: in one sweep over the inputs, by gradient descent, and for an added expert.
 
 calibrate       fit all gates in one sweep, layer by layer
 layerwise       run a model one decoder layer at a time
@@ -7,9 +7,9 @@ logistic        logistic regression: the closed form, refined on the tokens them
 covariance      class means and covariance, from sums over tokens
 statistics      means and covariance as a file, so that experts can be added later
 sequences       examples as tokens with labels, and how much each token counts
-background      what routers of whole prompts compare a prompt with
-add_expert      one expert more or less in fitted gates
+background      texts with which routers of whole prompts compare a prompt
+add_expert      add an expert to fitted gates, or drop one
 joint           train the gates by gradient descent, as the paper does
 losses          the paper's loss and its gradient
-training_state  the files from which a stopped training or sweep goes on
+training_state  the files from which a stopped training or sweep continues
 """

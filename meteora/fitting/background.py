@@ -52,7 +52,7 @@ def fit_to_background(
     Args:
         model: with its experts inserted; routers that it has are replaced
         texts: token ids of texts that belong to no expert, in the chat template or not
-        options: how it routes; with `null`, the base has a prompt on which no expert stands out
+        options: how it routes; with `null`, the base answers a prompt on which no expert stands out
             more than on any of the texts
         template: the tokens around every prompt, which are no evidence
         scratch: a folder for hidden states that do not fit in memory

@@ -6,11 +6,11 @@ layers below produce it with their new gates*, then goes on with this gate in pl
 layers at once, on inputs that are routed by the labels, does not see that wrong choices below
 change the inputs above.
 
-Gates know the sequences that they were fitted to, and choose rightly there even where nothing is to
-be known yet, such as at the number of a list. The gates above would then learn to follow what was
-chosen below, which is of no use in new prompts. So a sweep may be `crossed`: it routes each half of
-the sequences by gates that were fitted to the other half, as stacked generalization does (Wolpert
-1992). The gates that remain are fitted to all sequences, on these inputs.
+Gates memorise the sequences of their fit. There they choose correctly even where the text does not
+show the expert yet, such as at the number of a list. The gates above would then learn to follow
+this choice, which is mostly wrong in new prompts. So a sweep may be `crossed`: it routes each half
+of the sequences by gates that were fitted to the other half, as stacked generalization does
+(Wolpert 1992). The final gates are fitted to all sequences, on these inputs.
 """
 
 from __future__ import annotations
@@ -111,17 +111,17 @@ class _Halves:
         """The gates of the present layer, what they end up with, and those of the halves."""
 
     def place(self, router: Router | None) -> None:
-        """Have a gate of the point that was fitted last take part."""
+        """Add a gate of the point that was fitted last to those that are exchanged."""
         if self.crosses and isinstance(router, Gate):
             self._placed.append((router, (router.weight.data, router.bias.data), self.gates))
 
     def before_batch(self, batch: int) -> None:
-        """Put the gates in place that do not know this batch."""
+        """Use the gates that were not fitted to this batch."""
         for gate, _, of_halves in self._placed:
             _put(gate, of_halves[not self._is_held[batch]])
 
     def end_layer(self) -> None:
-        """Put the gates in place that were fitted to all sequences."""
+        """Use the gates that were fitted to all sequences."""
         for gate, own, _ in self._placed:
             _put(gate, own)
         self._placed.clear()
@@ -257,7 +257,7 @@ def _divided(
     *,
     crossed: bool,
 ) -> tuple[list[Batch], _Halves]:
-    """The batches of a sweep, with held-out sequences, and what routes their halves."""
+    """The batches of a sweep, with held-out sequences, and the gates of their halves."""
     share = 0.5 if crossed else HELDOUT_SHARE
     heldout = hold_out(sequences, names, seed, share)
     if not crossed or len({e for i in heldout for e in sequences[i].owners}) < len(names):
@@ -337,7 +337,7 @@ class _Once:
 def _asked_sha256(
     model: PreTrainedModel, sequences: Sequence[LabelledSequence], asked: list[Any]
 ) -> str:
-    """A hash of what every bit of a gate depends on, but for the weights of base and experts."""
+    """A hash of all that a gate depends on, except the weights of base and experts."""
     machine = [
         __version__,
         str(torch.__version__),

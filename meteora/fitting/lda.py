@@ -100,9 +100,9 @@ def choose_shrinkage(
 def lead_of_last(logits: Tensor, labels: Tensor) -> float:
     """A bonus for the logit of the last choice, the base, in nats; never negative.
 
-    Examples of text that belongs to no expert are never complete, but examples of the experts are.
-    So all that is not clearly an expert's goes to the base: with this bonus, `GIVEN_UP` of the
-    experts' own held-out tokens do.
+    Examples of foreign text can never be complete; those of the experts can. So tokens that do not
+    clearly belong to an expert go to the base: with this bonus also the share `GIVEN_UP` of the
+    experts' own held-out tokens.
 
     Args:
         logits: [T, E] of held-out tokens

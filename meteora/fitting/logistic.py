@@ -13,8 +13,8 @@ cross-entropy, too (MeteoRA, section 3), for all layers at once. For one gate wi
 is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which all directions of x
 vary alike.
 
-In most layers, most tokens are given to their expert for sure, and change nothing. So each round of
-the search has the tokens that are not, and few of the others (`Tokens.telling`). Time and memory
+In most layers a gate is sure of most tokens, and these change nothing. So each round of the search
+has the tokens that it is not sure of, and few of the others (`Tokens.telling`). Time and memory
 grow with tokens times experts, so hundreds of experts give fewer tokens each (`MAX_LOGITS`).
 """
 

@@ -1,4 +1,4 @@
-"""What a fit goes on from after it was stopped: safetensors files that replace old ones whole.
+"""The files from which a stopped fit continues: safetensors, each replaced as a whole.
 
 A joint training has one file. Its schedule (learning rate, sequences of a step) follows from the
 settings, the seed and the step, so parameters, AdamW's moments and the step are the whole state.

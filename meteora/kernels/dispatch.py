@@ -1,4 +1,4 @@
-"""Which kernel is the fastest where: a model of their costs, fitted to measurements."""
+"""Choose the fastest kernel for a layer, by a model of costs that is fitted to measurements."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Four kernels in Triton's language, which `triton_launch` launches: shrink, then expand.
 
-What a tile has beyond the ranks of a choice is masked, so that any rank will do. Places in memory
-are counted in 64 bits: tokens times OUT, or R times IN, may be more than 32 hold. WIDE is what sums
-are taken in, DOT what tensor cores multiply; RANKS, TOKENS and COLUMNS are the sizes of a tile.
-Triton compiles a kernel again for numbers and places that 16 divides. It must not do so for what
-depends on the number of tokens, or prompt after prompt would wait for it.
+A tile may be larger than the ranks of a choice; the rest is masked, so any rank works. Offsets have
+64 bits, since tokens times OUT, or R times IN, may need more than 32. WIDE is the dtype of sums,
+DOT that of the tensor cores' factors; RANKS, TOKENS and COLUMNS are the sizes of a tile. Triton
+compiles a kernel again for numbers and places that 16 divides. It must not do so for what depends
+on the number of tokens, or prompt after prompt would wait for it.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)

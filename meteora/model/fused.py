@@ -3,7 +3,7 @@
     model.layers.0.self_attn.q_proj   Linear         ─insert▶  MoELoRALinear(Linear, A, B, Gate)
     model.layers.0.mlp.down_proj      Linear (no adapter targets it)        stays as it is
 
-The model remains what it was to everybody else: `generate`, `pipeline` and lm-eval run unchanged.
+For other code the model stays the same: `generate`, `pipeline` and lm-eval run unchanged.
 """
 
 from __future__ import annotations
@@ -81,24 +81,24 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    Call the model from one thread at a time: what a gate decides for other layers is kept in the
+    Call the model from one thread at a time: a gate's decision for other layers is kept in the
     model until they are called.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
-        base_folder: where the base lies; without it the checkpoint's own reference is followed
+        base_folder: the folder of the base. Default: the base that the checkpoint names
         revision: of the Hub id
-        device: where to put it; where the base loads by default without it
-        device_map: in place of `device`, to spread it: `auto`, `balanced`, or a mapping from the
-            base's modules to devices, `cpu` and `disk`, as transformers takes it. Gates lie where
-            their layer computes. So do experts, but those of an offloaded layer stay in the mapped
-            file, and the chosen ones pass through the device
-        max_memory: with a map that is made by itself: the most bytes for each device
-        offload_folder: where modules on `disk` are written whose weights do not lie in the base's
-            files as they are used
+        device: the device of the model. Default: where the base loads
+        device_map: in place of `device`, to spread the model: `auto`, `balanced`, or a mapping from
+            the base's modules to devices, `cpu` and `disk`, as transformers takes it. Gates and
+            experts are where their layer computes; but experts of an offloaded layer stay in the
+            mapped file, and only the chosen ones are copied to the device
+        max_memory: with `auto` or `balanced`: the most bytes for each device
+        offload_folder: for modules on `disk`, if their weights are not in the base's files in the
+            form in which they are used
         dtype: of the base; the experts keep their precision
-        expert_cache_bytes: leave the experts in the mapped file, and hold no more bytes of them on
-            the device than this, those that were used last; see `expert_cache`
+        expert_cache_bytes: leave the experts in the mapped file, and keep at most this many bytes
+            of them on the device, the last used ones; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
             the experts keep their precision. Without it, the base is as it was when the gates were
             fitted
@@ -110,7 +110,7 @@ def load(
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
         SourceError: the base does not come from where the checkpoint says.
         WrongBaseError: the base is not the one that the checkpoint was made for.
-        PlacementError: it cannot be laid where it was asked to be, or in less than 0 bytes.
+        PlacementError: it cannot be placed as asked, or `expert_cache_bytes` is below 0.
     """
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     folder = find_checkpoint(checkpoint_folder, revision, download=download)

@@ -1,13 +1,13 @@
-"""What an expert lacks where all experts have the opening together, and how a module gives it back.
+"""Offsets: what an expert misses behind an opening that all experts computed together.
 
     the expert's own opening     o o o o │ q q q q a a a     every token is routed to the expert
     the opening of all experts   m m m m │ q q q q a a a     the opening to the mean of all
 
 The tokens behind the opening are computed by the same expert in both. They differ because attention
-reads other keys and values of the opening, above all of its first token, which attention falls back
-on. The mean of this difference over an expert's tokens is a constant vector for each module: an
-offset, which the module adds wherever that expert is chosen. Modules behind attention need one; for
-those that follow, the means are then nearly the same in both.
+reads other keys and values of the opening, above all those of its first token (an attention sink).
+The mean of this difference over an expert's tokens is a constant vector for each module: an offset,
+which the module adds wherever that expert is chosen. Modules behind attention need one; for those
+that follow, the means are then nearly the same in both.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ of a token x has the size
 
 with the mean μ and the covariance Σ of the base's own inputs there, on background texts. Training
 moves the rows of A along the inputs that it sees; whitening makes what all texts share as small as
-the rest. The mean over the prompt's tokens and the expert's modules is compared with what that
-expert has on background texts on which the others have as much:
+the rest. The mean over the prompt's tokens and the expert's modules is compared with that expert's
+value on background texts on which the others have the same mean:
 
     logit_c = (size_c - a_c - b_c · mean of the others' sizes) / d_c
 

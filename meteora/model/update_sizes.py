@@ -1,4 +1,4 @@
-"""What prompts without labels show: which are alike, and how strongly each expert acts on them.
+"""Measure prompts without labels: which are alike, and how strongly each expert acts on them.
 
 Training moves the rows of a LoRA's A along the inputs that it sees. So the update B A x is larger
 for inputs like those than for others, as it was with fourteen adapters that began from a random A.

@@ -5,10 +5,10 @@ routers         gate, arrow, norm, fixed, uniform: logits to weights
 prompt_router   one choice for all tokens of a prompt
 gates           put gates into a model; which modules share a decision
 weight_scores   routing by the adapters' weights, where there are no examples
-prompt_opening  who decides for the tokens that open every prompt
+prompt_opening  how the tokens that open every prompt are routed
 turns           one decision for a whole turn of a conversation
-passes          what a forward pass is called with
+passes          the arguments of a forward pass
 shared_input    modules that read one input share the first matmul
-expert_cache    many experts on the host, the hot ones on the device
+expert_cache    many experts on the host, the last used ones on the device
 hooks           watch what routers decide, from outside
 """

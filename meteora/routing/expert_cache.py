@@ -1,4 +1,4 @@
-"""Experts in host memory, the hot ones on the device: the least recently used make room.
+"""Experts in host memory, the last used ones (LRU) also on the device.
 
     experts.safetensors, mapped  ─miss▶  A_e, B_e on the device, within a budget of bytes  ─▶ layer
 

@@ -107,7 +107,7 @@ def watch_prompts(
 
 @contextmanager
 def old_routers_after_error(model: PreTrainedModel) -> Generator[None]:
-    """Within, routers may be replaced; after an error the old ones are put back."""
+    """A context in which routers may be replaced; after an error the old ones are put back."""
     before = {layer: layer.router for layer in routed_layers(model).values()}
     watcher = watcher_of(model)
     try:
@@ -188,7 +188,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Says, during a sweep, which gate decides for the modules that are reached next."""
+    """Tells, during a sweep, which gate decides for the modules that come next."""
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share

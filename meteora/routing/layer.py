@@ -215,7 +215,7 @@ class MoELoRALinear(RoutedExperts):
 
     @contextmanager
     def whole(self) -> Generator[None]:
-        """Within, all experts are on the device, not only those that a cache has room for."""
+        """A context in which all experts are on the device, not only those that a cache holds."""
         cache, stack = self.cache, self.stack
         if cache is not None:
             self.cache, self.stack = None, stack.whole(self.device, self._dtype)
@@ -248,9 +248,9 @@ class MoELoRALinear(RoutedExperts):
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
-        """What the experts' sum is added to, [T, OUT]; None where nothing has to be there first.
+        """A tensor [T, OUT] to add the experts' sum to; None if it can be a new one.
 
-        The projection is then added to both.
+        The projection is added afterwards.
         """
         if plain.bias is not None:
             return plain.bias.expand(len(tokens), -1).clone()
@@ -271,7 +271,7 @@ def _own_precision(x: Tensor) -> AbstractContextManager[object]:
 
 
 def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:
-    """Let layers compute A x together where they are called with one input, and no gradient is due.
+    """Let layers that are called with one input compute A x together, where no gradient is needed.
 
     Args:
         layers: in the order of their calls; those behind the first follow its gate

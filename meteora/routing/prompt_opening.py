@@ -1,10 +1,10 @@
-"""Which tokens of a forward pass open a prompt, and what the prompt says about them.
+"""Which tokens of a forward pass open a prompt, and how the prompt routes them.
 
-A chat template puts the same tokens in front of every prompt. A causal router can tell nothing from
-them, yet an adapter may lean on its own changes to them more than on any others. But a prefill sees
-the whole prompt: at every layer the opening takes the experts that the first tokens of the prompt
-itself point to, at that very layer. Tokens that are generated later change nothing about it, so
-that generation with a cache equals generation without.
+A chat template puts the same tokens in front of every prompt. A causal router cannot see the task
+in them, yet an adapter may depend on its own changes to them more than on any others. But a prefill
+sees the whole prompt: at every layer the opening takes the experts that the first tokens of the
+prompt itself point to, at that very layer. Tokens that are generated later change nothing about it,
+so that generation with a cache equals generation without.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whether a server keeps the outputs of a projection in the order of the base's file.
 
 Bloom's file has the outputs of `query_key_value` head by head, and vLLM puts them in the order
-q, k, v when it loads them. Experts change outputs in the file's order, so they would change others
-there, and nothing would say so.
+q, k, v when it loads them. Experts change outputs in the file's order. There they would change the
+wrong ones, without an error.
 """
 
 from __future__ import annotations

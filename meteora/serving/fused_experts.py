@@ -108,7 +108,7 @@ class ServedExperts:
         return new_decisions(self._gates)
 
     def read_turns(self, num_requests: int, num_tokens: int) -> ServedTurns:
-        """What gates decide with that wait for a whole question; call it before the first `build`.
+        """Read what gates that wait for a whole question need; call it before the first `build`.
 
         Args:
             num_requests: so many at most have tokens in one pass

@@ -123,9 +123,9 @@ def _check_routes(folder: Path, manifest: Manifest) -> None:
         return
     if read_gates(folder, manifest).template.opening:
         raise ExportError(
-            f"{folder}: its gates look ahead (`opening: prompt`), which no cache of prefixes and no"
-            " prefill in chunks can do; set `router: {opening: shared}` in the recipe and run it"
-            " again"
+            f"{folder}: its gates look ahead (`opening: prompt`), which vLLM's prefix cache and"
+            " chunked prefill do not allow; set `router: {opening: shared}` in the recipe and run"
+            " it again"
         )
 
 

@@ -113,8 +113,8 @@ def refuse_parts_of_prompts(config: VllmConfig) -> None:
         or config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
     ):
         raise UnservableError(
-            "the gates of this model wait for whole questions, which no cache of prefixes, no"
-            f" prefill in chunks and no CUDA graph can do; serve it with {WHOLE_PROMPTS}"
+            "the gates of this model wait for whole questions, so prefix cache, chunked prefill and"
+            f" CUDA graphs have to be off; serve it with {WHOLE_PROMPTS}"
         )
     asked = {
         "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,

@@ -1,4 +1,4 @@
-"""Parsers for text and files that strangers wrote: strict, and bounded in time and memory.
+"""Parsers for text and files of unknown origin: strict, and bounded in time and memory.
 
 findings            the reasons that a reading collects, and the error that carries them
 config_fields       the fields of a config, each read to its type

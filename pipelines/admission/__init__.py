@@ -3,12 +3,12 @@
 experts         the experts of a recipe, each accepted or refused
 sources         where bases and adapters come from, pinned and fetched
 verdicts        verdicts on adapters, printed and recorded
-base_identity   is the base that an adapter names the base of the recipe?
+base_identity   whether the base that an adapter names is the recipe's
 base_worker     the process that compares a stranger's base with ours
 silent_experts  experts that change nothing on a probe prompt, recorded
-checkpoints     the checkpoint that a person names, and its base
+checkpoints     the checkpoint that a user names, and its base
 card_examples   examples from a data set that an adapter's card names
 own_prompts     prompts that an adapter writes itself
-candidate       an adapter that is to join a checkpoint
+candidate       an adapter to add to a checkpoint
 check           `meteora check`: the verdict without a base
 """

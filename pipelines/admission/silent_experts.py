@@ -25,8 +25,8 @@ def probe(
 ) -> None:
     """Warn of each expert that changes no logit of a probe prompt, and record the warning.
 
-    It is no refusal: its weights are sound, and one prompt shows only that it is weak. The
-    benchmark shows what it is worth.
+    It is not refused: its weights are sound, and one prompt shows only that it is weak. The
+    benchmark shows how good it is.
     """
     silent = silent_experts(model, tokenizer)
     for expert in experts:

@@ -44,10 +44,10 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress and no notes; only data and errors.")
+        bool, typer.Option("--quiet", help="Print only data and errors, no progress.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="With an error also where it comes from.")
+        bool, typer.Option("--verbose", help="With an error, print its traceback.")
     ] = False,
     _version: Annotated[
         bool,

@@ -23,16 +23,16 @@ def benchmark(
         list[str] | None,
         typer.Option(
             metavar="NAME[=ROWS]",
-            help="A task, again for each one; or new rows for it, such as sums=jsonl:test.jsonl."
-            " Default: all that were asked of its experts before.",
+            help="A task, or new rows for it, such as sums=jsonl:test.jsonl. Repeat it for more."
+            " Default: all tasks that its experts were asked before.",
         ),
     ] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(help="A system to compare with, again for each. Default: base, oracle."),
+        typer.Option(help="A system to compare with. Repeat it for more. Default: base, oracle."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="A recipe; its tests and its section `benchmark` are taken.")
+        str, typer.Option(help="Use the tests and the section `benchmark` of this recipe.")
     ] = "",
     base: options.Base = None,
     token_for: options.TokenFor = None,
@@ -43,9 +43,9 @@ def benchmark(
 ) -> None:
     """Measure a checkpoint, such as one that `add` or `drop` made; scores go to the ledger.
 
-    Without a recipe it is asked the recorded test rows of its experts. Scores that are in the
-    ledger already, such as the base's, are not taken again, whatever device and dtype they are of.
-    A checkpoint that was made elsewhere is taken into the ledger under an id of its own.
+    Without a recipe it is asked the recorded test rows of its experts. Recorded scores, such as
+    the base's, are not measured again, also with another device or dtype. A checkpoint that was
+    made elsewhere is added to the ledger under a new id.
     """
     from pipelines.admission import checkpoints
     from pipelines.recipe.recipe import locate

@@ -28,9 +28,11 @@ app = typer.Typer()
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Answer under this name, too; such as a proxy's. Repeat it."),
+    typer.Option(
+        metavar="NAME", help="Also answer under this name, such as a proxy's; repeat it for more."
+    ),
 ]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on. 0: a free one.")]
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 COMMANDS = "/expert NAME, /expert, /trace FILE.html, /reset, /help, /quit"
 HELP = (
@@ -45,9 +47,11 @@ def chat(
     checkpoint: options.Checkpoint,
     expert: options.Expert = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Of each answer.")
+        int, typer.Option(min=1, max=options.MOST, help="Greatest length of an answer.")
     ] = 512,
-    web: Annotated[bool, typer.Option("--web", help="On a page, at --host and --port.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Talk on a web page, at --host and --port.")
+    ] = False,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
     allow_host: AllowHost = None,
@@ -59,10 +63,10 @@ def chat(
 ) -> None:
     """Talk with a fused model: each token of an answer in the colour of its expert.
 
-    Each line of the input is a turn, or a command: /help lists them. Where the output is no
-    terminal, each answer is one line of plain text, a line break in it is a backslash and an n.
+    Each line of the input is a turn or a command; /help lists the commands. If the output is not a
+    terminal, each answer is one line of plain text, with a backslash and an n for a line break.
     With --web, the conversation is on a page for a browser, where base, experts and the fused model
-    can answer side by side. It is on loopback unless --host says otherwise, and asks for no key.
+    can answer side by side. It listens on loopback unless you give --host, and asks for no key.
     """
     load = partial(_load, checkpoint, home, base, token_for, device, dtype)
     if web:
@@ -80,7 +84,7 @@ def chat(
 def chat_server(
     checkpoint: options.Checkpoint,
     name: Annotated[
-        str, typer.Option(help="Of the model in requests. Default: the checkpoint's last part.")
+        str, typer.Option(help="The model's name in requests. Default: the end of CHECKPOINT.")
     ] = "",
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
@@ -93,8 +97,8 @@ def chat_server(
 ) -> None:
     """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
 
-    Requests are answered one after the other. The server is on loopback unless --host says
-    otherwise, and asks for no key.
+    Requests are answered one after the other. The server listens on loopback unless you give
+    --host, and asks for no key.
     """
     load = partial(_load, checkpoint, home, base, token_for, device, dtype)
     _serve(load, name or _last_part(checkpoint), host, port, allow_host or ())

@@ -21,14 +21,16 @@ app = typer.Typer()
 @app.command()
 def generate(
     checkpoint: options.Checkpoint,
-    prompt: Annotated[str, typer.Argument(help="`-` reads it from the input.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads standard input.")],
     expert: options.Expert = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=options.MOST)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Greatest length of the answer.")
+    ] = 256,
     trace: Annotated[
         str,
         typer.Option(
             metavar="FILE.html",
-            help="Show the expert of each token: in colours here, and on a page. `-`: no page.",
+            help="Show each token in its expert's colour, here and on a page. `-`: no page.",
         ),
     ] = "",
     as_json: options.AsJson = False,
@@ -72,14 +74,14 @@ def publish(
         bool, typer.Option("--private/--public", help="Who may see it.", show_default="private")
     ] = True,
     tag: Annotated[
-        str, typer.Option(help="A tag for it there. Default: a hash of its content.")
+        str, typer.Option(help="Its tag on the Hub. Default: a hash of its content.")
     ] = "",
     onto: Annotated[
-        str, typer.Option(metavar="COMMIT", help="Replace this commit of somebody else.")
+        str, typer.Option(metavar="COMMIT", help="Replace this commit, which another machine made.")
     ] = "",
     allow_licence: Annotated[
         list[str] | None,
-        typer.Option(help="Publish adapters with this licence too; `none`: without one."),
+        typer.Option(help="Also publish adapters with this licence; `none`: without a licence."),
     ] = None,
     base: options.Base = None,
     token_for: options.TokenFor = None,
@@ -139,13 +141,15 @@ def publish(
 @app.command()
 def report(
     checkpoint: options.Checkpoint,
-    other: Annotated[str, typer.Argument(help="A second one: the report compares the two.")] = "",
+    other: Annotated[
+        str, typer.Argument(help="A second checkpoint: the report compares the two.")
+    ] = "",
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="The file to write. Default: report.html, of two comparison.html.",
+            help="The file to write. Default: report.html; comparison.html of two.",
         ),
     ] = None,
     traces: Annotated[
@@ -161,8 +165,8 @@ def report(
 ) -> None:
     """Write one page with scores, routing, cost and lineage, each with its SQL; works offline.
 
-    Of two checkpoints it shows what differs: in experts, router and scores on the same rows. No
-    model is loaded for that.
+    With two checkpoints it shows what differs: experts, router, and scores on the same rows. Then
+    no model is loaded.
     """
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
@@ -249,9 +253,7 @@ def attest(
 @app.command()
 def export(
     checkpoint: options.Checkpoint,
-    expert: Annotated[
-        str, typer.Option(help="The expert's name; PEFT loads one adapter a folder.")
-    ] = "",
+    expert: Annotated[str, typer.Option(help="The expert's name; needed for PEFT.")] = "",
     target: Annotated[
         Literal["peft", "vllm", "llama.cpp"],
         typer.Option(
@@ -265,7 +267,7 @@ def export(
         typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
     ] = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="vLLM: copy base and checkpoint; else they are links.")
+        bool, typer.Option("--copy", help="For vLLM: copy base and checkpoint. Default: links.")
     ] = False,
     base: options.Base = None,
     token_for: options.TokenFor = None,

@@ -28,7 +28,7 @@ def check(
     token_for: options.TokenFor = None,
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
-    """Judge adapters: a verdict with coded reasons for each. No base is needed."""
+    """Judge adapters: a verdict for each, with coded reasons. No base is needed."""
     from pipelines.admission.check import describe, inspect
 
     cache = home / "adapters"
@@ -56,23 +56,28 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="An expert, again for each. Default: all."),
+        typer.Option(
+            metavar="NAME", help="Train this expert only. Repeat it for more. Default: all."
+        ),
     ] = None,
     rank: Annotated[
         int,
-        typer.Option(min=1, max=1024, help="Of each linear layer; lora_alpha is twice as much."),
+        typer.Option(min=1, max=1024, help="The adapters' rank; lora_alpha is twice as much."),
     ] = 8,
-    steps: Annotated[int, typer.Option(min=1, max=options.MOST, help="Of eight rows.")] = 1000,
+    steps: Annotated[
+        int, typer.Option(min=1, max=options.MOST, help="Steps of eight rows each.")
+    ] = 1000,
     learning_rate: Annotated[
-        float, typer.Option(min=1e-9, max=1.0, help="The highest; it falls along a cosine.")
+        float,
+        typer.Option(min=1e-9, max=1.0, help="The highest rate; it then falls along a cosine."),
     ] = 5e-4,
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
-    """Train the adapters that a recipe names by a path where there is nothing yet.
+    """Train an adapter for each expert of a recipe whose `path:` folder does not exist.
 
-    Each learns from the `examples` of its expert: from the rows behind those that the gates are
-    fitted to, and from none that is also a test row. An adapter that is there stays as it is, so
-    the same command goes on after a stop. The folders of new adapters are printed.
+    Each learns from the `examples` of its expert, but not from the rows that the gates are fitted
+    to, nor from test rows. Adapters that exist do not change, so the same command continues after a
+    stop. The folders of new adapters are printed.
     """
     from pipelines.stages import train_adapters
     from pipelines.workspace.context import RunContext

@@ -27,7 +27,9 @@ Home = Annotated[
 DEFAULT_HOME = Path("~/.meteora")
 Checkpoint = Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")]
 OwnCheckpoint = Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")]
-Expert = Annotated[str, typer.Option(help="Route every token to this expert; `(base)`: to none.")]
+Expert = Annotated[
+    str, typer.Option(help="Route every token to this expert; `(base)`: to no expert.")
+]
 Base = Annotated[
     Path | None,
     typer.Option("--base", metavar="FOLDER", help="The folder of the base, if it is local."),
@@ -43,15 +45,15 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="auto|cpu|cuda|cuda:N|mps",
-        help="Where. auto: the GPU, if any; all, if one is too small.",
+        help="Where to compute. auto: the GPU, if any; all GPUs if one is too small.",
     ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of the base, while it computes. auto: as it lies on the disk."),
+    typer.Option(help="The base's dtype in memory. auto: that of its files."),
 ]
 MOST = 1_000_000
-"""Of anything that an option counts: larger numbers are typing errors, and overflow further on."""
+"""Of any number of things: larger ones are typing errors, and would overflow later."""
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """What a home holds, some of it at least."""
 

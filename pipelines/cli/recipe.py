@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipelines.recipe.keys import Key
 
 app = typer.Typer()
-recipe = typer.Typer(no_args_is_help=True, help="Show shipped recipes, and what a recipe can say.")
+recipe = typer.Typer(no_args_is_help=True, help="Show shipped recipes, and the keys of a recipe.")
 app.add_typer(recipe, name="recipe")
 WIDTH = 80
 
@@ -22,10 +22,10 @@ WIDTH = 80
 @recipe.command()
 def show(
     name: Annotated[
-        str, typer.Argument(help="Of a shipped recipe; without one all are listed.")
+        str, typer.Argument(help="The name of a shipped recipe. Default: list all names.")
     ] = "",
 ) -> None:
-    """Print a recipe that ships with the program, as a start for one's own."""
+    """Print a recipe that ships with the program, to start from."""
     from pipelines.recipe.recipe import find_shipped, shipped
 
     text = find_shipped(name).read_text(encoding="utf-8") if name else "\n".join(shipped())

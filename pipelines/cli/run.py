@@ -1,4 +1,4 @@
-"""`meteora run`, and `meteora schedule` for runs by a schedule."""
+"""`meteora run`, and `meteora schedule` for runs on a schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 app = typer.Typer()
-Recipes = Annotated[list[str], typer.Argument(help="Recipes' paths, or names of shipped ones.")]
+Recipes = Annotated[list[str], typer.Argument(help="Paths of recipes, or names of shipped ones.")]
 URL = re.compile(r"https?://[^/\s]\S*$")
 MOST_WORKERS = 1024
 """Processes of a cluster that is started for one command."""
@@ -44,7 +44,7 @@ def run(
         str,
         typer.Option(
             metavar="N|ADDRESS",
-            help="Run recipes in parallel on Dask: a number of processes, or a scheduler.",
+            help="Run recipes in parallel on Dask: processes to start, or a scheduler.",
         ),
     ] = "",
     ray: Annotated[
@@ -86,17 +86,17 @@ def schedule(
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
     limit: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="How many runs at the same time.")
+        int, typer.Option(min=1, max=options.MOST, help="Greatest number of runs at the same time.")
     ] = 1,
     on_failure: Annotated[
         str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
     ] = "",
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
-    """Run recipes by a schedule, or when somebody starts them on their page, until stopped.
+    """Run recipes on a schedule, or when you start them on their page, until stopped.
 
-    Each run resolves its recipe again and makes only what changed. Runs that were missed are
-    skipped: the next run does their work. So is a run while another run of its recipe goes on.
+    Each run resolves its recipe again and makes only what changed. Missed runs are skipped: the
+    next run does their work. A run is also skipped while another run of its recipe goes on.
     """
     if context.info_name == "serve":
         say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")

@@ -1,4 +1,4 @@
-"""What the command line prints of a model: its scores, another's beside them, its trace."""
+"""What the command line prints about a model: its scores, a comparison with another, its trace."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ app.add_typer(store, name="store")
 @app.command()
 def sql(
     query: Annotated[
-        str, typer.Argument(help='Such as "FROM leaderboard"; `-` reads it from the input.')
+        str, typer.Argument(help='Such as "FROM leaderboard"; `-` reads standard input.')
     ] = "SHOW TABLES",
     form: Annotated[
         output.Format | None,
@@ -56,7 +56,7 @@ def notebook(
     ),
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
-    """Write a notebook that asks the ledger, with plots; it is a Python file that marimo opens."""
+    """Write a marimo notebook with queries of the ledger and plots; it is a Python file."""
     from pipelines.reports.html import write_notebook
 
     write_notebook(out, options.existing_home(home))
@@ -80,13 +80,15 @@ def verify(
         ),
     ] = 20,
     served: Annotated[
-        str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to be asked.")
+        str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to ask.")
     ] = "",
     answers: Annotated[
         int,
         typer.Option(min=1, max=options.MOST, help="How many recorded answers to ask for again."),
     ] = 24,
-    model: Annotated[str, typer.Option(help="Its name there. Default: the first listed.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The model's name on the server. Default: the first listed.")
+    ] = "",
     token_for: options.TokenFor = None,
     as_json: options.AsJson = False,
     home: options.Home = options.DEFAULT_HOME,
@@ -235,6 +237,6 @@ def serve(
     ledger = Ledger(options.existing_home(home))
     ledger.ingest()
     token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
-    say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")
     for url in serve_snapshot(ledger.index.snapshot, address, token):
         say(f"serving {ledger.index.snapshot} at {url}")
+        say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")

@@ -10,5 +10,5 @@ composites     several questions in one prompt
 background     texts that belong to no expert
 labels         rows as token ids, each with its expert
 pool           prompts without labels, dealt to the experts that know them
-claims         whose each prompt of a pool is
+claims         which expert got each prompt of a pool
 """

@@ -1,4 +1,4 @@
-"""Claims: whose each prompt of a pool is. `pool` makes them; a plan takes examples from them."""
+"""Claims: which expert got each prompt of a pool. `pool` makes them, and plans use them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim(Noun):
-    """A prompt of a pool, and whose it is."""
+    """A prompt of a pool, and the expert that got it."""
 
     prompt: str
     expert: str
-    """Empty for nobody."""
+    """Empty if no expert got it."""
     cluster: int
     """Negative where it was not read, since it does not fit into the base's context."""
     score: float
@@ -32,7 +32,7 @@ class Claim(Noun):
 
 
 def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare, ...]:
-    """What each expert was dealt, in the order of `names`, and what is nobody's."""
+    """What each expert got, in the order of `names`, and what no expert got."""
     found = []
     for name in (*names, ""):
         own = [claim for claim in claims if claim.expert == name]
@@ -55,7 +55,7 @@ def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:
 
 
 def nobodys(claims: Iterable[Claim]) -> list[Row]:
-    """The prompts that no expert knows, without an answer; of those that were read."""
+    """The prompts that were read and that no expert got, without an answer."""
     return [Row(claim.prompt, "") for claim in claims if not claim.expert and claim.cluster >= 0]
 
 

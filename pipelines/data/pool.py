@@ -1,16 +1,16 @@
-"""A pool: prompts that nobody has labelled, each dealt to the expert that knows its answer.
+"""A pool: prompts without labels, each dealt to the expert that knows its answer.
 
 1. The base reads every prompt once, and the examples of the experts that have some. Prompts of one
    task lie together in its hidden states: they are put into clusters.
 2. An expert's updates are larger on prompts like those that it was trained on. That is standardised
    for each expert by itself, since some have large updates everywhere, and compared with the middle
    one of all experts, since some prompts have large updates from everybody.
-3. A cluster belongs to the expert that stands out most there, or to nobody.
+3. A cluster goes to the expert that stands out most there, or to no expert.
 4. Each expert without examples answers the prompts that it was dealt. With its answers they are its
    examples.
 
-An expert with examples is a measure for the others: without its own prompts beside them, what is
-standard for it would be other tasks' prompts, and it would stand out on some of these.
+Experts with examples have their prompts beside the pool: otherwise prompts of other tasks would be
+their standard, and they would stand out on some of these.
 """
 
 from __future__ import annotations
@@ -46,14 +46,13 @@ if TYPE_CHECKING:
     Answers = list[list[int]]
 
 CLUSTERS_PER_EXPERT = 4
-"""A task has several kinds of prompts, and some prompts are nobody's."""
+"""A task has several kinds of prompts, and some prompts belong to no expert."""
 OUTSIDERS = 16
 """Background prompts that are read, too: no expert is to stand out on them."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
-"""In standard deviations, and as a share of the expert's best cluster: where none stands out so
-much, a cluster is nobody's. In the two pools of `tests/benchmarks/results/pool.md` clusters that
-were an expert's had 1.24 and a share of 0.49 at least, and the others 0.68 and a share of 0.31 at
-most."""
+"""In standard deviations, and as a share of the expert's best cluster: if no expert stands out as
+much, a cluster goes to none. In the two pools of `tests/benchmarks/results/pool.md` clusters of an
+expert had 1.24 and a share of 0.49 at least, the others 0.68 and a share of 0.31 at most."""
 
 
 def deal(
@@ -83,7 +82,7 @@ def deal(
 
     Returns:
         one claim for each prompt, in order. Prompts that do not fit into the base's context, with
-        an answer, are nobody's.
+        an answer, go to no expert.
 
     Raises:
         ExamplesError: none of them fits.

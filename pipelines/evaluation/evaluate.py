@@ -1,4 +1,4 @@
-"""Put a task to a system: what it answers, what each answer is worth, and the scores."""
+"""Ask a system a task: its answers, the value of each answer, and the scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The answers of one system to one task, and what each is worth."""
+    """The answers of one system to one task, and the value of each."""
 
     values: Mapping[str, RowValues]
     """By metric."""

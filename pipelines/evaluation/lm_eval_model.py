@@ -13,6 +13,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, cast
 
+import torch
 from lm_eval.api.registry import register_model
 
 import meteora
@@ -42,6 +43,8 @@ class Meteora(MaskedModel):
             expert: the expert that gets every token; empty for the router's choice
             asked: arguments of HFLM for a model that is loaded already
         """
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # lm-eval's default where no device is named; HFLM takes the CPU, too
         model, tokenizer = meteora.load(
             pretrained, base_folder=base_folder, revision=revision, device=device, dtype=dtype
         )

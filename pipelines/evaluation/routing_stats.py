@@ -184,7 +184,7 @@ def measure_abstention(
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> Abstention:
-    """How well the probability of the base tells prompts that are no expert's from the others.
+    """How well the base's probability separates prompts that belong to no expert from the others.
 
     Args:
         own: rows of the experts' own tasks

@@ -1,12 +1,12 @@
 """Prefect: the flow, its server, its schedules.
 
 flow             the main flow: all stages in order
-up_to_date       is anything left to do?
+up_to_date       whether anything is left to do
 local_server     a Prefect server for a home that has none
 server_secret    the secret that this server asks for
 own_origin       requests from other sites are refused
-deployments      recipes that run by a schedule
-missed_runs      runs that were missed, or that overlap
+deployments      recipes that run on a schedule
+missed_runs      missed runs, and runs that overlap
 run_page         what Prefect's page shows of a run
 failure_webhook  a webhook that is called when runs fail
 device_lock      one run on a GPU at a time

@@ -1,4 +1,4 @@
-"""Recipes that run by a schedule: a Prefect deployment for each, and one runner for all.
+"""Recipes that run on a schedule: a Prefect deployment for each, and one runner for all.
 
 Prefect starts the runs, each in a process of its own, and stops those that are cancelled on its
 page. Runs that were missed or overlap: see `missed_runs`.

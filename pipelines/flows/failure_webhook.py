@@ -41,7 +41,7 @@ MESSAGE = """\
 
 
 def call_on_failure(url: str) -> None:
-    """Have `url` called with {"text": …, "page": …} when a run fails or crashes.
+    """Make the server call `url` with {"text": …, "page": …} when a run fails or crashes.
 
     The page is null if the server does not know its own address (`PREFECT_UI_URL`). A server calls
     one URL: another call of this function replaces it.

@@ -1,9 +1,9 @@
-"""A Prefect server for a home, where the user has none: on loopback, and gone with its last run.
+"""A Prefect server for a home, if the user has none: on loopback, until the last run ends.
 
 Prefect can start one itself, but leaves it behind when the run is killed, gives up on a slow first
 start, and starts one for every process. This one is shared by all that work in a home at the same
 time. Each holds a lock, which the system takes back however it ended; when the server gets that
-lock, nobody is left, and it exits. Where it ends before that, one of them starts it again.
+lock, no user is left, and it exits. If it ends before that, one of them starts it again.
 
 It runs whatever a deployment says, and loopback is open to every account of the machine: so it
 asks for the home's secret.
@@ -124,7 +124,7 @@ def page() -> str:
 
 
 def _got(file: IO[str]) -> bool:
-    """Whether nobody else holds the lock, which this process then does."""
+    """Take the lock; False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -253,7 +253,7 @@ def settings(listener: socket.socket, secret: str) -> dict[str, str]:
 
 
 def serve(folder: Path, listener: socket.socket) -> None:
-    """Serve until nobody uses it any more; without the secret it does not start.
+    """Serve until no process uses it any more; without the secret it does not start.
 
     The secret is read here rather than handed over: however this process is started, it asks.
     """

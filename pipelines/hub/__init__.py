@@ -3,7 +3,7 @@
 repositories  names to commits; find and download adapters and bases
 client        one request to the Hub, with a deadline
 worker        the process that makes the request
-errors        what can go wrong, and what may pass by itself
+errors        what can go wrong, and which faults may pass by themselves
 listing       the files of a commit
 snapshot      files of one commit in a folder, whole or absent
 adapter       an adapter's folder, its weights only where its config is sound

@@ -304,7 +304,7 @@ def _begins_with(sentence: str, name: str) -> bool:
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step in which what is not to be found now is missing, and no error."""
+    """A step in which something that cannot be found now counts as missing, not as an error."""
 
     def tried(*arguments: object) -> object:
         try:

@@ -399,12 +399,12 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
         parts["merging"] = passes / machine.read_bytes_per_second
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
     watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
-    parts["watching the routes"] = pace.reading(watched, routed=True)
+    parts["measuring routing"] = pace.reading(watched, routed=True)
     if len(owned) > 1:  # each prompt by itself, with questions of several tasks and their answers
         mean = watched / max(1, sum(rows.count for rows in owned))
         tokens = COMPOSITES * min(QUESTIONS, len(owned)) * mean
         calls = COMPOSITES * pace.calls(routed=True)
-        parts["watching it follow"] = (
+        parts["measuring switches"] = (
             pace.reading(tokens, routed=True) + calls * machine.call_seconds
         )
     if (speed := settings.speed) is not None:

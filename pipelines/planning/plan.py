@@ -58,7 +58,7 @@ MAX_PROMPTS = 8192
 """Of a pool and what is read beside it: the distances of all pairs are in memory twice, 0.53 GB
 for so many."""
 PROMPTS_PER_EXAMPLE = 2
-"""Prompts of a pool that are read for each example that experts may have: some are nobody's."""
+"""Prompts of a pool to read for each example that experts may have: some go to no expert."""
 LEAST_EXAMPLES = 2
 """One to fit, one to check."""
 

@@ -1,4 +1,4 @@
-"""From a recipe to its plan: adapters are found, fetched and judged, and every spec follows.
+"""From a recipe to its plan: adapters are found, fetched and judged, and all specs are made.
 
 A run, the look whether anything is left to do, and `--dry-run` share this code. They differ in
 their `Steps`: a run downloads and records, the others take what is here.

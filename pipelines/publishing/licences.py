@@ -1,4 +1,4 @@
-"""Whether the adapters' licences allow to publish a model made of them."""
+"""Whether the adapters' licences allow publishing a model made of them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
         reasons = sorted({*found.values()})
         words = " ".join(f"--allow-licence {shlex.quote(reason)}" for reason in reasons)
         raise LicenceError(
-            f"the adapters of {listed} may not be published in another model by what they state;"
-            f" leave them out, ask their owners, or, where you have leave, publish with {words}"
+            f"the licences of {listed} do not allow publishing the adapters in another model;"
+            f" leave them out, ask their owners, or, if you have permission, publish with {words}"
             " (`publish.allow_licences` in a recipe)"
         )
 

@@ -1,4 +1,4 @@
-"""What a person asks for, in YAML; and the recipes that come with the program.
+"""What a user asks for, in YAML; and the recipes that ship with the program.
 
 recipe       the whole recipe, read and checked
 gates        its section `gates`

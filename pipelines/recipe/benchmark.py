@@ -18,7 +18,7 @@ System = Literal[
     "linear", "ties", "dare_ties", "experts",
 ]  # fmt: skip
 OF_CONVERSATIONS = ("single", "swap", "alora")
-"""Systems that are asked conversations alone."""
+"""Systems that are asked conversations only."""
 MIX = re.compile(r"(composite|conversation)-\d.*")
 """What composites and conversations are called, so no other task may be."""
 
@@ -35,7 +35,7 @@ class TaskSection(Section):
     """A further task: with rows of its own, or one of lm-eval."""
 
     name: str = ""
-    """Its name in tables; a task of lm-eval has the name that it has there."""
+    """Its name in tables; a task of lm-eval has lm-eval's name."""
     rows: str = ""
     """Where its rows come from, such as `jsonl:<file>` or `hf:<owner>/<name>`."""
     lm_eval: str = ""
@@ -124,7 +124,7 @@ class SpeedSection(Section):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Prompts that are answered together."""
     rounds: Annotated[int, Field(ge=3, le=1000)] = 7
-    """How often each is timed, in turns with the base."""
+    """How often model and base are timed, in turns."""
 
 
 class BenchmarkSection(Section):
@@ -133,7 +133,7 @@ class BenchmarkSection(Section):
     limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """Greatest number of rows of a task."""
     tasks: tuple[TaskSection, ...] = ()
-    """Tasks beside the experts' own."""
+    """Tasks in addition to the experts' own."""
     composite: tuple[CompositeSection, ...] = ()
     """Also written as plain numbers: `composite: [3, 5]`."""
     conversation: tuple[ConversationSection, ...] = ()
@@ -144,16 +144,16 @@ class BenchmarkSection(Section):
     """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained. With
     `plain`, gates are fitted to plain text, too."""
     system_prompt: Annotated[str, Field(max_length=20_000)] | None = None
-    """In front of every question; an empty one stands for none. Default: the chat template's."""
+    """In front of every question; an empty text means none. Default: that of the chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Greatest length of an answer; for composites, of the answer to each question."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 16
     """Prompts that are answered together; fewer take less memory. `auto`: for each task as many as
     the memory of the device holds, 64 at most."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # numpy takes no other
-    """Decides composites and conversations, the random router, and what DARE drops."""
+    """Seed of composites, conversations, the random router, and of what DARE drops."""
     speed: SpeedSection | None = None
-    """How the model is timed against its base. Without it, it is not."""
+    """How to time the model against its base. Without this section it is not timed."""
 
     @property
     def mixes(self) -> tuple[CompositeSection | ConversationSection, ...]:

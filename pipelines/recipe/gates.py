@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class MixedSection(Section):
-    """Prompts with examples of several experts: gates learn to switch inside of them."""
+    """Prompts with examples of several experts: gates learn to switch inside them."""
 
     n: Annotated[int, Field(ge=2, le=50)]
     """How many examples are in a prompt."""
@@ -46,20 +46,20 @@ class _Common(Section):
     conversations: (
         Annotated[tuple[Annotated[int, Field(ge=1, le=50)], ...], Field(max_length=8)] | None
     ) = None
-    """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 where the
-    opening is `shared`, or with `share: turn`, and none elsewhere."""
+    """Numbers of turns of the conversations that gates are fitted to. Default: 1 to 4 with
+    `opening: shared` or `share: turn`, else none."""
     system_prompts: (
         Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
     ) = None
-    """System prompts of every other example. Default: 24 that ship with the program where the
-    opening is `shared`, or with `share: turn`, and none elsewhere."""
+    """System prompts of every other example. Default: with `opening: shared` or `share: turn` 24
+    that ship with the program, else none."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those prompts on
     which their updates are larger than on others."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Decides the mixed prompts, and the order of training."""
+    """Seed of the mixed prompts and of the order of training."""
 
 
 class CalibrateSection(_Common):
@@ -68,7 +68,7 @@ class CalibrateSection(_Common):
     method: Literal["calibrate"] = "calibrate"
     """`calibrate`: one forward sweep. `joint`: gradient descent."""
     by_layer: bool | None = None
-    """Read the base from the disk one layer at a time, with the same gates. Default: where base and
+    """Read the base from the disk one layer at a time, with the same gates. Default: if base and
     experts take more than 0.6 of the memory."""
 
 
@@ -91,9 +91,9 @@ class JointSection(_Common):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.005
     """Share of the steps in which the learning rate rises."""
     gate_loss_weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 50.0
-    """Weight of the gate loss, a mean over all gates. One gate has a hundredth of it or less, so at
-    50 the labels and the language model's loss weigh about the same in it. With `top_k: 1` only
-    the labels train the gates, whatever the weight."""
+    """Weight of the gate loss, a mean over all gates. A gate gets a hundredth of it or less, so at
+    50 the labels and the language model's loss count about the same for a gate. With `top_k: 1`
+    only the labels train the gates, at any weight."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.3
     """A gradient with a larger norm is scaled down to this one."""
     checkpoint_every: Count = 100

@@ -37,7 +37,7 @@ class PublishSection(Section):
     """A tag for one model: if the Hub has it at another model, nothing is published. Default: a
     hash of the content, which differs between models."""
     allow_licences: tuple[str, ...] = ()
-    """Licences that would stop the publication, and are allowed; `none`: adapters without one."""
+    """Licences to allow that otherwise stop a publication; `none`: adapters without a licence."""
 
     @field_validator("repo")
     @classmethod

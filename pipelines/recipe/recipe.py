@@ -63,10 +63,10 @@ class ExpertSection(Section):
     """The adapter's folder inside the repository or folder, where it is not at the top."""
     examples: str | None = None
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
-    the adapter's card names, or without such (and without `gates.pool`) prompts that the adapter
+    the adapter's card names; if there is none (and no `gates.pool`), prompts that the adapter
     writes itself."""
     test: str | None = None
-    """Held-out rows; a benchmark task of this expert's name."""
+    """Held-out rows; they are a benchmark task with this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
     """How answers are scored: one metric or more; tables show the first."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
@@ -80,16 +80,16 @@ class ExpertSection(Section):
 
 
 class FoundExpert(ExpertSection):
-    """An expert that `discover` found; a refused one is left out."""
+    """An expert that `discover` found; if it is refused, it is left out."""
 
     examples: str | None = AUTO
 
 
 class DiscoverSection(Section):
-    """Adapters that are not named but found on the Hub, most downloaded first."""
+    """Adapters to find on the Hub, most downloaded first."""
 
     base: str = ""
-    """The `owner/name` of the base that they name. Default: the recipe's base."""
+    """The `owner/name` that their cards give as their base. Default: the recipe's base."""
     tags: tuple[str, ...] = ()
     """Tags that each must have on the Hub."""
     limit: Annotated[int, Field(ge=1, le=256)] = 20
@@ -118,22 +118,21 @@ class RouterSection(Section):
     prompt the expert whose updates stand out on it, `arrow` and `norm` route each token by the
     weights, and `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=512)] = 1
-    """How many experts a token has."""
+    """Number of experts for each token."""
     temperature: Temperature = 1.0
-    """Of the softmax over the chosen experts' logits."""
+    """Temperature of the softmax over the chosen experts' logits."""
     margin: Annotated[float, Field(ge=0, le=MAX_MARGIN, allow_inf_nan=False)] | None = None
-    """Chosen experts whose logit is further below the best one, in nats, get no weight."""
+    """Chosen experts get no weight if their logit is more than this below the best, in nats."""
     opening: Literal["prompt", "own", "shared"] = "shared"
-    """Who routes tokens that say nothing about the task, such as a system prompt. `shared`: all
-    experts have them together, each with weight 1 / E. `own`: each token is routed by itself.
-    `prompt`: the prompt behind them decides; so answers change with the cache, the chunks and the
-    prefix."""
+    """How tokens are routed that do not show the task, such as a system prompt. `shared`: to all
+    experts together, each with weight 1 / E. `own`: each token by itself. `prompt`: by the prompt
+    that follows; then answers depend on the cache, the chunks and the prefix."""
     null: bool = False
     """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token", "turn"] = "point"
-    """For what one gate decides: a module, modules with one input, a layer, or all layers from a
-    third of the depth on (`token`). `turn`: each question as a whole decides for its turn of a
-    conversation, its answer included; so answers change with the chunks and the prefix."""
+    """What one gate decides for: a module, modules with one input (`point`), a layer, or all layers
+    from a third of the depth on (`token`). `turn`: each question as a whole decides for its turn of
+    a conversation, with its answer; then answers depend on the chunks and the prefix."""
     without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
     """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
     as this router does."""
@@ -194,9 +193,9 @@ Seconds = Annotated[
 
 
 class DeadlinesSection(Section):
-    """After which time a stage is stopped, so that no stage blocks a schedule.
+    """After what time a stage is stopped, so that no stage blocks a schedule.
 
-    Requests to the Hub have limits of their own.
+    Requests to the Hub have separate limits.
     """
 
     base: Seconds = 12 * 3600.0
@@ -215,17 +214,18 @@ class Recipe(Section):
     """Everything that a person can ask of a run."""
 
     base: str
-    """`owner/name@<commit or tag>`, `path:<folder>` or `gguf:<python package>/<file>`."""
+    """`owner/name`, `owner/name@<commit, tag or branch>`, `path:<folder>`, or
+    `gguf:<python package>/<file>`."""
     quantise: Literal["4bit", "8bit"] | None = None
-    """Load the base with linear layers of 4 or 8 bits, by bitsandbytes: gates are fitted to it, and
-    it is measured so. Default: as its files are."""
+    """Load the base with linear layers of 4 or 8 bits, by bitsandbytes. Gates are fitted to this
+    base, and it is measured. Default: as in its files."""
     expert_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Leave the experts in their file, and hold at most so many bytes of them on the device, those
-    that were used last. Default: all of them lie on the device."""
+    """Leave the experts in their file, and keep at most this many bytes of them on the device, the
+    last used ones. Default: all are on the device."""
     experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
     """The experts, in the order of the stack."""
     discover: DiscoverSection | None = None
-    """Adapters that are found on the Hub, beside those that are named."""
+    """Adapters to find on the Hub, in addition to `experts`."""
     router: RouterSection = RouterSection()
     """How tokens are routed to experts."""
     gates: GatesSection = CalibrateSection()
@@ -239,7 +239,7 @@ class Recipe(Section):
     hub: HubSection = HubSection()
     """Which Hub is used, and who gets the saved token."""
     deadlines: DeadlinesSection = DeadlinesSection()
-    """After which time a stage is stopped; downloads have limits of their own."""
+    """After what time a stage is stopped; downloads have separate limits."""
 
     @property
     def task_names(self) -> list[str]:

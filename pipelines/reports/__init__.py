@@ -5,7 +5,7 @@ report        the report pages, which open offline
 side_by_side  what differs between two checkpoints
 queries       the SQL queries of a report
 charts        its charts
-lineage       its graph of what a checkpoint is made of
+lineage       its graph of the parts of a checkpoint
 svg           matplotlib figures as SVG with light and dark themes
 html          the templates
 trace         which expert each token went to, in a terminal and on a page

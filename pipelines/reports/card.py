@@ -248,8 +248,8 @@ def method_lines(summary: Summary) -> list[str]:
     ]
     if summary.comparisons:
         lines.append(
-            "+ marks what the fused model is better than, - what it is worse than, by a paired test"
-            " on the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
+            "+ marks a score that the fused model beats, - one that beats it, by a paired test on"
+            " the same rows (McNemar's or sign flips; p < 0.05 after Holm's correction over the"
             " tasks). Without a mark the difference may be chance."
         )
     return lines
@@ -272,7 +272,7 @@ def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
 
 
 def routing_lines(summary: Summary) -> list[str]:
-    """How often tokens were sent to their own expert, and whose were not; empty if not measured."""
+    """How often tokens were sent to their own expert, and which were not; empty if not measured."""
     if summary.routing is None:
         return []
     routing = summary.routing
@@ -291,7 +291,7 @@ def _abstention_line(found: Abstention) -> str:
     return (
         f"The base's probability tells the {found.num_nobodys} prompts of tasks without an expert"
         f" from the experts' own {found.num_own} with an AUROC of {found.auroc:.3f}; its mean is"
-        f" {found.nobodys_share:.2f} there, {found.own_share:.2f} here."
+        f" {found.nobodys_share:.2f} on the former, {found.own_share:.2f} on the latter."
     )
 
 
@@ -307,7 +307,7 @@ def example_lines(gates: RouterBuild) -> list[str]:
         )
     if gates.spec.pool_id:
         lines.append(
-            "Experts without examples have prompts that nobody had labelled, or that they wrote"
+            "Experts without examples have prompts without labels, or prompts that they wrote"
             f" ({_code(short(gates.spec.pool_id))}), with their own answers."
         )
     return lines

@@ -48,7 +48,7 @@ class Example:
 
     @property
     def caption(self) -> str:
-        """The task, the right answer, and what the model's answer was worth."""
+        """The task, the right answer, and the score of the model's answer."""
         reference = " ".join(self.reference.split())[:80]
         expected = f"expected: {reference}" if reference else ""
         judged = (

@@ -1,4 +1,4 @@
-"""What a checkpoint tells the Hub about its model, in the two forms that the Hub reads.
+"""A checkpoint's facts about its model, in the two forms that the Hub reads.
 
 The card's metadata is YAML on top of `README.md`; its `model-index` lists every score. The Hub's
 leaderboards read `.eval_results/*.yaml`, where each entry names a dataset that the Hub keeps as a

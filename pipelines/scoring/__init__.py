@@ -6,5 +6,5 @@ intervals    confidence intervals and paired tests
 compare      two systems on the same rows
 regressions  a checkpoint against the previous one of its recipe
 recompute    recorded scores, computed again from recorded answers
-served       recorded answers, asked again of a server
+served       asks a server for recorded answers again
 """

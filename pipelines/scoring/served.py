@@ -1,4 +1,4 @@
-"""Recorded answers, asked again of a server: is the model that it serves the one that was measured?
+"""Ask a server for recorded answers again: does it serve the model that was measured?
 
 Any server with OpenAI's HTTP interface can be asked. Greedy answers of the same model are equal in
 32 bits; a server that leaves adapters out, or another model, gives others.

@@ -4,12 +4,12 @@ build            base, stack, gates, checkpoint
 pool             prompts without labels, dealt to experts without examples
 measure          the benchmark
 benchmark        the benchmark of a checkpoint without its recipe
-adopt            a checkpoint of elsewhere, taken into the ledger
+adopt            a checkpoint that was made elsewhere, added to the ledger
 checkpoint       a checkpoint's folder with its texts, and the records of what lies in it
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes
-train_adapters   adapters of a recipe that are not there yet, trained on its rows
+train_adapters   missing adapters of a recipe, trained on its rows
 worker           the process in which stages run
-worker_client    that process, as the run sees it
+worker_client    the run's side of that process
 """

@@ -1,8 +1,8 @@
-"""Take a checkpoint of elsewhere into the ledger, so that its scores have a subject.
+"""Add a checkpoint that was made elsewhere to the ledger, so that its scores have a subject.
 
-Its manifest may say anything, and nobody here saw how it was made. So its experts and its gates get
-ids of their own, which depend on the bytes of its files. Under the ids that the manifest names, a
-run of that recipe here would take a stranger's files for what it made itself.
+Its manifest cannot be checked, since it was not made here. So its experts and its gates get new
+ids, made of the bytes of its files. Under the ids in the manifest, a run of that recipe here would
+mistake a stranger's files for its own results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adoption:
-    """A checkpoint of elsewhere, and what it is called here."""
+    """A checkpoint that was made elsewhere, and its ids here."""
 
     found: FoundCheckpoint
     manifest: Manifest

@@ -263,7 +263,7 @@ def _watch_routing(
     number = work.recipe.benchmark.batch_size
     scores: list[RoutingScore] = []
     total: dict[str, routing_stats.RoutingSums] = {}
-    with bar("watching the routes", sum(map(len, own.values())), "rows") as advance:
+    with bar("measuring routing", sum(map(len, own.values())), "rows") as advance:
         for truth, rows in own.items():
             found = routing_stats.measure_routing(
                 model,
@@ -281,13 +281,13 @@ def _watch_routing(
             routing_stats.add(total, found)
     switches: tuple[RoutingSwitch, ...] = ()
     if composites := routing_stats.composites_of(own):
-        with bar("watching it follow", len(composites), "prompts") as advance:
+        with bar("measuring switches", len(composites), "prompts") as advance:
             switches = routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
     nobodys, abstention = plan.nobodys, None
     if nobodys:
         everyones = [row for rows in own.values() for row in rows]
         count = len(everyones) + len(nobodys)
-        with bar("watching it abstain", count, "prompts") as advance:
+        with bar("measuring abstention", count, "prompts") as advance:
             abstention = routing_stats.measure_abstention(
                 model, tokenizer, everyones, nobodys, advance=advance
             )

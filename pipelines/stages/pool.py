@@ -104,8 +104,8 @@ def _written(
 
 
 def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
-    given = ", ".join(f"{share.num_prompts} to {share.expert or 'nobody'}" for share in made.shares)
-    whose = "that experts wrote" if made.spec.writers else "of the pool"
-    say(f"of {len(claims):,} prompts {whose}: {given}")
+    given = [f"{share.num_prompts} to {share.expert or 'no expert'}" for share in made.shares]
+    which = "that experts wrote" if made.spec.writers else "of the pool"
+    say(f"of {len(claims):,} prompts {which}: {', '.join(given)}")
     if unread := sum(claim.cluster < 0 for claim in claims):
         say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

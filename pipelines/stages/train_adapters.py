@@ -1,7 +1,7 @@
-"""Adapters trained from a recipe's own rows, for experts whose folders are not there yet.
+"""Train adapters on a recipe's own rows, for experts whose folders do not exist.
 
-PEFT has the LoRA and its files; the loop is a plain one over batches of rows. An answer is learnt
-from its prompt, and of the prompt nothing.
+PEFT has the LoRA and its files; the loop is a plain one over batches of rows. The loss is over the
+answers, not over the prompts.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Training:
 
 
 def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iterator[Path]:
-    """Train each adapter that the recipe names by a `path:` where there is nothing; yield folders.
+    """Train each adapter of the recipe whose `path:` folder does not exist; yield the folders.
 
     Args:
         only: names of experts; without any, all

@@ -5,9 +5,9 @@ bases         the bases of a home: read-only, and checked before they are used
 console       lines and bars on stderr
 environment   settings that other libraries read at import
 cron          checks a schedule without Prefect
-faults        what a machine refuses, in one sentence
+faults        faults of the machine, each in one sentence
 processes     a child process that can be stopped
 machine       how fast this machine computes
 recorded_run  the record of a run, from its beginning to its end
-checkpoints   the folder of a checkpoint that a person names
+checkpoints   the folder of a checkpoint that a user names
 """

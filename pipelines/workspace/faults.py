@@ -1,4 +1,4 @@
-"""What a machine refuses, in one sentence: a full disk, a read-only folder, no network."""
+"""Faults of the machine, each in one sentence: a full disk, a read-only folder, no network."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Cost:
     """An expert."""
     tokens: int
     form: str
-    """In which the spread was kept."""
+    """In which the covariance was kept."""
     gather_seconds: float
     solve_seconds: float
     """Seven shrinkages judged on held-out tokens, and the gate."""
@@ -144,7 +144,7 @@ def main() -> None:
 
 def as_table(found: list[Cost]) -> str:
     lines = [
-        "| inputs | tokens | spread kept as | gather, s | solve, s | keep, s | together"
+        "| inputs | tokens | covariance kept as | gather, s | solve, s | keep, s | together"
         " | kept, MB | forward, s | peak, MB | right on unseen tokens |",
         "|-|-|-|-|-|-|-|-|-|-|-|",
     ]

@@ -106,11 +106,19 @@ def judge(recipe: Path, out: Path, home: Path) -> None:
         said = [c for c in answered if c.expert == name == owner.get(Row(c.prompt, "").sha256)]
         good = sum(c.response in right[Row(c.prompt, "").sha256] for c in said)
         rows.append(
-            [name or "nobody", own, counts[(name, name)], others, nobodys, f"{good} of {len(said)}"]
+            [
+                name or "no expert",
+                own,
+                counts[(name, name)],
+                others,
+                nobodys,
+                f"{good} of {len(said)}",
+            ]
         )
-    print(table(["whose", "prompts", "dealt rightly", "others'", "nobody's", "own answers"], rows))
+    heads = ["owner", "prompts", "dealt correctly", "others'", "foreign", "own answers right"]
+    print(table(heads, rows))
     agreed = sum(n for (whose, to), n in counts.items() if whose == to)
-    print(f"\n{agreed} of {len(claims)} prompts have their owner, or nobody where they have none")
+    print(f"\n{agreed} of {len(claims)} prompts were dealt correctly")
 
 
 def draws(recipe: Path, checkpoint: Path, base: Path, beside: list[int]) -> None:

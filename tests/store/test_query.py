@@ -68,7 +68,7 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             (models[1], "sorting", "fused", 1, 0.9, 40.0, 0.25),
             (models[1], "sorting", "fused", 2, 0.5, 35.0, 0.5),
         ],
-        "Whose are the prompts of a pool": [
+        "Which expert got the prompts of a pool": [
             (brief(PoolSpec(stack.id, "7" * 64, 64).id), "expert-0", 30, 2, 1.5, 0.7),
             (brief(PoolSpec(stack.id, "7" * 64, 64).id), "", 12, 3, 0.1, 0.2),
         ],
@@ -101,7 +101,7 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             for model in models
             for expert, load, accuracy in ((0, 0.563, 0.9), (1, 0.438, 1.0))
         ),
-        "Which models notice that a prompt": [(models[1], 0.987, 20, 30, 0.75, 0.05)],
+        "Which models recognise a prompt": [(models[1], 0.987, 20, 30, 0.75, 0.05)],
         "Which experts take each other's tokens": [("expert-0", "expert-1", 40)],
         "Where do runs spend their time": [("fit", 2, 50.0), ("stack", 2, 1.0)],
         "Which scores fell significantly": [("nightly", "sorting", 0.88, 0.7)],

@@ -56,9 +56,12 @@ def test_garbage_is_listed_with_its_bytes_and_stays_without_a_yes(
         assert (unused in shelf.ledger.blobs) is not yes
 
 
-def test_what_is_not_installed_is_not_served(shelf: Shelf) -> None:
+def test_what_is_not_installed_is_not_served_and_gets_no_token(
+    shelf: Shelf, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(StoreError, match="has no server here"):
         store.serve("quack:localhost:1", shelf.home)
+    assert "TOKEN" not in capfd.readouterr().err
 
 
 def test_a_home_shares_nothing_where_nothing_can_be_shared(shelf: Shelf) -> None:

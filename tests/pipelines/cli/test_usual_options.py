@@ -35,7 +35,7 @@ def test_help_is_what_was_written_in_whole_lines() -> None:
     said = ask("check", "-h").stdout
     assert "owner/name[@revision]" in said
     said = ask("schedule", "-h").stdout
-    assert "Runs that were missed are skipped" in " ".join(said.split())
+    assert "Missed runs are skipped" in " ".join(said.split())
     about = said.partition("Arguments")[0].splitlines()
     (line,) = (line for line in about if line.strip().startswith("Each run resolves"))
     assert len(line.rstrip()) > 70
@@ -174,7 +174,7 @@ def test_recipes_are_shown_and_explained() -> None:
     assert said.returncode == 1
     assert "did you mean 'quickstart'?" in said.stderr
     text = ask("recipe", "reference").stdout
-    assert "router.top_k: whole number; default 1; >= 1, <= 512\n    How many" in text
+    assert "router.top_k: whole number; default 1; >= 1, <= 512\n    Number of" in text
     assert max(map(len, text.splitlines())) <= 80
     keys = json.loads(ask("recipe", "reference", "--json").stdout)
     assert len(keys) == text.count("\n\n") + 1

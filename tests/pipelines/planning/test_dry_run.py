@@ -204,7 +204,7 @@ def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
     assert said.returncode == 0, said.stderr
     assert re.search("q_and_v: path:q_and_v, accepted, rank [0-9]", said.stdout)
     assert "warning: " in said.stdout  # its config names a folder as its base
-    for part in ("asking", "watching the routes", "watching it follow"):
+    for part in ("asking", "measuring routing", "measuring switches"):
         assert re.search(rf"\n +{part}, (< 1 s|[0-9])", said.stdout)
     assert re.search(r"disk: [0-9.]+ GB, of [0-9,.]+ GB that are free there", said.stdout)
     assert "would stop" not in said.stdout

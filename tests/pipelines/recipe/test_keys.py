@@ -61,7 +61,7 @@ def test_a_key_has_its_facts(path: str, facts: tuple[str, bool, str, str]) -> No
 
 def test_a_key_of_one_method_says_of_which() -> None:
     assert KEYS["gates.steps"].text == "With `method: joint`: Optimiser steps."
-    assert KEYS["gates.seed"].text.startswith("Decides")
+    assert KEYS["gates.seed"].text.startswith("Seed")
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     said = benchmark(work, folder, recipe_folder)
     assert said.returncode == 0, said.stderr
     assert "q_and_v" in said.stdout
-    assert "watching the routes: 2 of 2 rows" in said.stderr
-    assert "watching it follow" not in said.stderr  # one task has no change of subject
+    assert "measuring routing: 2 of 2 rows" in said.stderr
+    assert "measuring switches" not in said.stderr  # one task has no change of subject
     rows = work.ledger.query(f"{LEADERBOARD}'{router}'").rows
     assert rows == [("q_and_v", 2, True)]
     assert len(work.ledger.query("FROM scores").rows) == before + 1  # base and oracle are recorded
@@ -218,11 +218,11 @@ def test_the_routes_of_some_tasks_alone_are_not_those_of_a_router(
 
     said = benchmark(work, made, recipe_folder, "--tasks", "attention")
     assert said.returncode == 0, said.stderr
-    assert "watching" not in said.stderr
+    assert "measuring" not in said.stderr
     assert "Routing accuracy" not in said.stdout
     assert work.ledger.query(counts).rows == []
     said = benchmark(work, made, recipe_folder)
-    assert "watching the routes: 4 of 4 rows" in said.stderr
+    assert "measuring routing: 4 of 4 rows" in said.stderr
     assert {row[0] for row in work.ledger.query(counts).rows} == {"attention", "q_and_v"}
 
 

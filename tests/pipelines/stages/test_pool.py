@@ -96,7 +96,7 @@ def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
     made_from = "SELECT kind FROM lineage WHERE artifact_id = ? AND relation = 'made from'"
     assert ("pool",) in ask(made_from.replace("?", f"'{plan.router.id}'")).rows
     folder = work.checkpoint_folder(plan.router.id)
-    assert "prompts that nobody had labelled" in (folder / CARD).read_text()
+    assert "have prompts without labels" in (folder / CARD).read_text()
     assert read_manifest(folder).gates["pool_id"] == plan.pool.id
     ((fused, oracle),) = ask("SELECT avg(value), avg(oracle_value) FROM leaderboard").rows
     assert fused >= oracle - 0.25 > 0  # of eight rows two are another expert's at most

@@ -40,7 +40,7 @@ def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> No
     shown = io.StringIO()
     shows = console.Console()
     shows._stderr = rich.console.Console(file=shown, width=80, force_terminal=True)
-    with shows.bar("watching the routes", 60, "rows") as advance:
+    with shows.bar("measuring routing", 60, "rows") as advance:
         advance(0)
         time.sleep(1)
         for _ in range(16):
@@ -48,7 +48,7 @@ def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> No
         time.sleep(1.2)
     lines = Text.from_ansi(shown.getvalue()).plain.split("\n")
     last = [line for line in lines if line.strip()][-1]
-    assert last.startswith("watching the routes ━")
+    assert last.startswith("measuring routing ━")
     assert len(last) <= 80
     shape = r".+ 16 of 60 rows, 0:00:0(\d), ([\d.]+) a second, 0:00:0(\d) left *"
     (found,) = re.findall(shape, last)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.artifacts import ROUTER_KINDS, PoolSpec
+from meteora.artifacts import ROUTER_KINDS, PoolSpec, RoutingScore
 from store.errors import QueryError, StoreError
 from store.events import RunStarted
 from store.index import Index
@@ -125,6 +125,27 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
     assert [row[:3] for row in published] == [(models[1], "someone/model", COMMIT)]
     assert len(found) == len(answers) + 4
     assert all(rows for rows in found.values())
+
+
+def test_the_loads_of_a_router_add_up_to_one(shelf: Shelf) -> None:
+    """Also where an expert without rows of its own has tokens in one of two layers."""
+    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2)):
+        shelf.make(spec)
+    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
+    shelf.make(stack)
+    gates = shelf.make(shelf.router(stack))
+    counts = (0, "expert-0", 100), (1, "expert-0", 50), (1, "expert-1", 50)
+    shelf.ledger.record_routing(
+        [
+            RoutingScore(gates, Q_PROJ.format(layer), "expert-0", chosen, count)
+            for layer, chosen, count in counts
+        ],
+        run_id="r1",
+    )
+    shelf.ledger.ingest()
+    (sql,) = (sql for title, sql in examples() if title.startswith("How are tokens spread"))
+    loads = {expert: load for _, expert, load, _ in shelf.ledger.query(sql).rows}
+    assert loads == {"expert-0": 0.75, "expert-1": 0.25}
 
 
 def brief(artifact_id: str) -> str:

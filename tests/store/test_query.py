@@ -18,6 +18,7 @@ from store.events import RunStarted
 from store.index import Index
 from store.ledger import Ledger
 from store.query import Limits, examples
+from store.records import Record
 from tests.store.conftest import Shelf
 
 if TYPE_CHECKING:
@@ -125,6 +126,14 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
     assert [row[:3] for row in published] == [(models[1], "someone/model", COMMIT)]
     assert len(found) == len(answers) + 4
     assert all(rows for rows in found.values())
+
+
+def test_a_stage_that_a_record_names_twice_is_one_in_the_map(shelf: Shelf) -> None:
+    stages = [{"stage": "fit", "wall_seconds": seconds} for seconds in (1.0, 2.5)]
+    body = {"run_id": "r9", "outcome": "ok", "reason": "", "wall_seconds": 4.0, "stages": stages}
+    shelf.ledger.records.write(Record("run-ended", "r9", body, "r9", "2026-01-01T00:00:00Z"))
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT stage_seconds FROM runs").rows == [({"fit": 3.5},)]
 
 
 def test_the_loads_of_a_router_add_up_to_one(shelf: Shelf) -> None:

@@ -169,7 +169,7 @@ WITH choices AS (  -- all experts, and the base where tokens go to it
     ) USING (name)
 )
 SELECT -sum(own * log2(nullif(own, 0))) AS own_bits, -sum(sent * log2(nullif(sent, 0))) AS sent_bits,
-       log2(count(*)) AS most_bits
+       log2(count(*)) AS most_bits, count(*) AS num_choices
 FROM shares;
 
 -- details: How surely each layer decides, and whether the layers agree

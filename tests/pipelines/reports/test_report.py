@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lxml.html
 import pytest
 
-from meteora.artifacts import ArtifactId, RoutingScore
+from meteora.artifacts import NULL, ArtifactId, RoutingScore
 from pipelines.reports import charts, queries, report
 from pipelines.reports.examples import Example, find_examples
 from pipelines.reports.lineage import lineage_graph
@@ -138,7 +138,17 @@ def test_an_expert_without_rows_has_its_share_over_all_modules(tmp_path: Path) -
     ledger.ingest()
     (found,) = queries.ask_queries(ledger, ARROW.id)["entropy"].rows
     sent = -sum(share * math.log2(share) for share in (0.75, 0.25))
-    assert found == pytest.approx({"own_bits": 0, "sent_bits": sent, "most_bits": math.log2(3)})
+    most = {"most_bits": math.log2(3), "num_choices": 3}
+    assert found == pytest.approx({"own_bits": 0, "sent_bits": sent, **most})
+
+
+def test_the_base_is_named_where_it_is_a_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_ledger, "COUNTS", COUNTS | {("dates", NULL): 5})
+    report_ledger.fill(tmp_path)
+    page = report.report_page(queries.run_queries(Ledger(tmp_path), GATE.id))
+    assert " among 3 experts and the base is at most 2.00 bits" in page
 
 
 def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:

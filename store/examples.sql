@@ -69,9 +69,10 @@ SELECT expert, layer, module, round(accuracy, 3) AS accuracy, num_tokens
 FROM routing WHERE num_tokens > 0 ORDER BY routing.accuracy, module, expert LIMIT 10;
 
 -- How are tokens spread over the experts, and how many reach their own?
-SELECT short(router_id) AS model, expert, round(avg(load), 3) AS load,
+SELECT short(router_id) AS model, expert, round(sum(load) / any_value(num_modules), 3) AS load,
        round(sum(accuracy * num_tokens) / sum(num_tokens), 3) AS accuracy
-FROM routing GROUP BY ALL ORDER BY ALL;
+FROM (SELECT *, count(DISTINCT module) OVER (PARTITION BY router_id) AS num_modules FROM routing)
+GROUP BY ALL ORDER BY ALL;
 
 -- Which experts take each other's tokens?
 SELECT truth, chosen, sum(num_tokens)::BIGINT AS tokens

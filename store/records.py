@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +70,23 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
-        """The record that `to_bytes` wrote."""
-        fields = json.loads(data)
-        return cls(blobs=tuple(fields.pop("blobs")), **fields)
+        """The record that `to_bytes` wrote, without fields that only a newer release knows."""
+        found = {name: value for name, value in json.loads(data).items() if name in NAMES}
+        return cls(blobs=tuple(found.pop("blobs")), **found)
+
+
+NAMES = frozenset(field.name for field in fields(Record))
+
+
+def is_record(data: bytes) -> bool:
+    """Whether bytes are those of a record of any release: the store's SQL can read them."""
+    try:
+        found = json.loads(data.decode())
+        if rb"\u" in data:
+            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is no text
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= NAMES
 
 
 class Records:
@@ -126,6 +140,8 @@ class Records:
                 f"{path}: its bytes do not hash to its name, so they have changed since they were"
                 " written; restore the file from a backup, or move it away to go on without it"
             )
+        if not is_record(data):
+            raise DamagedError(f"{path} is no record; move it away to go on without it")
         return data
 
     def _gone(self, sha256: str) -> DamagedError:

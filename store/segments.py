@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from meteora.artifacts import file_sha256
-from store.errors import DamagedError, StoreError
+from store.errors import DamagedError, StoreError, brief
 from store.files import partial_file, settle
 from store.query import memory, quoted
 
@@ -130,17 +130,26 @@ class Segments:
         return _checked(self._select(sql, [kind, *(subjects or ())], names))
 
     def blobs(self, name: str) -> set[str]:
-        """The SHA-256s of all blobs that the records of a segment refer to."""
+        """The SHA-256s of all blobs that the records of a segment refer to.
+
+        Raises:
+            StoreError: it cannot be read now, as where there is little memory.
+        """
         sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {} WHERE $1[1] = ''"
-        return {sha256 for (sha256,) in self._select(sql, [""], [name])}
+        return {sha256 for (sha256,) in self._select(sql, [""], [name], all_of_them=True)}
 
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
-        """The ones of these hashes that occur anywhere in the text of a packed record."""
+        """The ones of these hashes that occur anywhere in the text of a packed record.
+
+        Raises:
+            StoreError: a segment cannot be read now, as where there is little memory.
+        """
         rows = self._select(
             "SELECT DISTINCT mention FROM"
             " (SELECT unnest(regexp_extract_all(text, '[0-9a-f]{{64}}')) AS mention FROM {})"
             " WHERE mention IN (SELECT unnest($1::VARCHAR[]))",
             sha256s,
+            all_of_them=True,
         )
         return {sha256 for (sha256,) in rows}
 
@@ -150,12 +159,21 @@ class Segments:
         return len({sha256 for (sha256,) in rows})
 
     def _select(
-        self, sql: str, values: Collection[str], names: Collection[str] | None = None
+        self,
+        sql: str,
+        values: Collection[str],
+        names: Collection[str] | None = None,
+        *,
+        all_of_them: bool = False,
     ) -> list[tuple]:
         """Rows of the named segments, or of all; an unreadable one gives no rows and a warning.
 
         Args:
             sql: with `{}` in place of the segments, and `$1` for the values
+            all_of_them: whether an unreadable one is an error instead
+
+        Raises:
+            StoreError: one cannot be read, and all of them are needed.
         """
         present = sorted(self.names() if names is None else names)
         if not present or not values:
@@ -168,7 +186,16 @@ class Segments:
                 ).fetchall()
         except duckdb.Error as error:
             if len(present) > 1:
-                return [row for name in present for row in self._select(sql, values, [name])]
+                return [
+                    row
+                    for name in present
+                    for row in self._select(sql, values, [name], all_of_them=all_of_them)
+                ]
+            if all_of_them:
+                raise StoreError(
+                    f"segment {present[0]} cannot be read now ({brief(error)}), so what its records"
+                    " refer to is not known; nothing is removed, try again with more memory"
+                ) from error
             logger.warning("segment %s cannot be read: %s", *present, error)
             return []
 

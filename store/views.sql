@@ -318,8 +318,12 @@ COMMENT ON COLUMN adapters.run_id IS 'The run that saw it last';
 
 CREATE OR REPLACE VIEW runs AS
 WITH stages AS (
-    SELECT run_id, map_from_entries(list((stage, run_stages.wall_seconds) ORDER BY position)) AS stage_seconds
-    FROM run_stages GROUP BY run_id
+    SELECT run_id, map_from_entries(list((stage, seconds) ORDER BY first)) AS stage_seconds
+    FROM (  -- a map takes no key twice, and one record's error would be that of the view
+        SELECT run_id, stage, sum(run_stages.wall_seconds) AS seconds, min(position) AS first
+        FROM run_stages GROUP BY run_id, stage
+    )
+    GROUP BY run_id
 )
 SELECT run_id, recipe_name, run_starts.recorded_at AS started_at, run_ends.recorded_at AS ended_at, outcome, reason,
        wall_seconds, stage_seconds, device, versions, recipe_sha256

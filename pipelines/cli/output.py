@@ -90,8 +90,8 @@ def print_served(
             f" server says {served[:60]!r}"
         )
     print(
-        f"{len(asked) - len(differ)} of {len(asked)} answers of {server.model} at {server.url} are"
-        " the recorded ones"
+        f"{len(asked) - len(differ)} of {len(asked)} answers of {for_terminal(server.model)} at"
+        f" {server.url} are the recorded ones"
     )
     return not differ
 

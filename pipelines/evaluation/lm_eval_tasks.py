@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,12 @@ def ask_lm_eval_task(
     values = {}
     for metric in asked.metrics:
         kept = [sample.get(metric) for sample in samples]
-        if not kept or not all(isinstance(value, int | float) for value in kept):
+        numbers = [value for value in kept if isinstance(value, int | float)]
+        if not kept or len(numbers) < len(kept) or not all(map(math.isfinite, numbers)):
             raise BenchmarkError(
                 f"task {asked.name}: {HARNESS} gives no {metric} for every row of it"
             )
-        found = tuple(map(float, kept))
+        found = tuple(map(float, numbers))
         values[metric] = RowValues(
             found,
             graded=not set(found) <= {0.0, 1.0},

@@ -105,6 +105,11 @@ class Plan(Subjects):
         return self.whole and any(name in self.tests for name in self.fused.names)
 
     @property
+    def judges(self) -> dict[str, Mapping[str, str]]:
+        """Of each composite and conversation, the metric of the questions from each task."""
+        return {name: task.part_metrics for name, task in self.tasks.items() if task.mixed}
+
+    @property
     def nobodys(self) -> list[Row]:
         """Rows of tasks without an expert, where the base is a choice of the router."""
         return _nobodys(self.router, self.tasks)

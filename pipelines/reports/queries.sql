@@ -52,22 +52,30 @@ WITH by_task AS (
     WHERE router_id = $router AND system <> 'alone' AND higher_is_better
       AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of tasks with one question
     GROUP BY system, task
-), counted AS (
-    SELECT *, count(*) OVER (PARTITION BY task) AS num_systems FROM by_task
+), asked AS (
+    SELECT task, list(system ORDER BY system) AS systems FROM by_task GROUP BY task
+), together AS (  -- as many systems as were asked one task; of as many those with the most tasks
+    SELECT systems FROM asked GROUP BY systems
+    ORDER BY len(systems) DESC, count(*) DESC, systems LIMIT 1
 )
 SELECT system, avg(value) AS mean, count(*) AS num_tasks, min(num_rows) AS fewest_rows,
        max(num_rows) AS most_rows
-FROM counted WHERE num_systems = (SELECT max(num_systems) FROM counted)
+FROM by_task JOIN asked USING (task) JOIN together USING (systems)
 GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
 
 -- differences: The fused model against each other system, on the same rows
+WITH families AS (
+    SELECT comparison_id, count(*) AS num_tests FROM comparisons GROUP BY comparison_id
+)
 SELECT other, comparisons.task, comparisons.metric, difference, comparisons.low, comparisons.high,
        p_holm, test, comparisons.num_samples, higher_is_better
 FROM comparisons
+JOIN families USING (comparison_id)
 JOIN latest_standings ON router_id = subject_id AND latest_standings.score_id = comparisons.score_id
 WHERE subject_id = $router AND latest_standings.system = 'fused'
-QUALIFY row_number() OVER (
-    PARTITION BY other, comparisons.task ORDER BY comparisons.recorded_at DESC, comparison_id
+QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
+    PARTITION BY other, comparisons.task
+    ORDER BY num_tests DESC, comparisons.recorded_at DESC, comparison_id
 ) = 1
 ORDER BY list_position(['oracle', 'base'], other), other, comparisons.task, comparisons.metric;
 
@@ -144,13 +152,25 @@ FULL JOIN (
 ORDER BY expert;
 
 -- entropy: How evenly tokens are spread over the experts, in bits
+WITH choices AS (  -- all experts, and the base where tokens go to it
+    SELECT name FROM experts JOIN routers USING (fused_id) WHERE routers.id = $router
+    UNION
+    SELECT chosen FROM routing_counts WHERE router_id = $router
+), shares AS (
+    SELECT fed / sum(fed) OVER () AS own, received / sum(received) OVER () AS sent
+    FROM choices
+    LEFT JOIN (
+        SELECT truth AS name, sum(num_tokens) AS fed
+        FROM routing_counts WHERE router_id = $router GROUP BY truth
+    ) USING (name)
+    LEFT JOIN (
+        SELECT chosen AS name, sum(num_tokens) AS received
+        FROM routing_counts WHERE router_id = $router GROUP BY chosen
+    ) USING (name)
+)
 SELECT -sum(own * log2(nullif(own, 0))) AS own_bits, -sum(sent * log2(nullif(sent, 0))) AS sent_bits,
-       log2(count(*)) AS most_bits
-FROM (
-    SELECT expert, avg(load) AS sent,
-           sum(num_tokens) / sum(sum(num_tokens)) OVER () AS own
-    FROM routing WHERE router_id = $router GROUP BY expert
-);
+       log2(count(*)) AS most_bits, count(*) AS num_choices
+FROM shares;
 
 -- details: How surely each layer decides, and whether the layers agree
 SELECT TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,

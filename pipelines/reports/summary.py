@@ -14,6 +14,7 @@ from meteora.artifacts import (
     SpeedBuild,
 )
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLE
+from pipelines.scoring.judges import check_judges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -100,6 +101,9 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
 
     Args:
         base_folder: of the base, whose size is a part of the summary if it is here
+
+    Raises:
+        JudgedError: a recorded score was judged by another metric than the plan's.
     """
     gates = ledger.built(plan.router.id)
     routing = ledger.built(plan.routing.id)
@@ -108,6 +112,7 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
     scores: dict[str, dict[str, Score]] = {}
     matrix: dict[str, dict[str, Score]] = {}
     recorded = ledger.scores_of(measurement.spec.id for measurement in plan.measurements)
+    check_judges(ledger, plan.judges, recorded.values())
     for measurement in plan.measurements:
         score = recorded.get(measurement.spec.id)
         if score is None:

@@ -19,6 +19,8 @@ Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: two sides make 95 %."""
 RESAMPLES = 9_999
 """Of a bootstrap, and sign flips of a test."""
+ROUNDING = 1e-9
+"""Values that differ by no more are equal, as 0.3 - 0.2 and 0.8 - 0.7 are."""
 
 
 def interval_of_mean(
@@ -34,7 +36,7 @@ def interval_of_mean(
     if not graded:
         return ("wilson", *wilson(sum(values), len(values)))
     smallest, largest = min(values), max(values)
-    if smallest == largest and not 0 <= smallest <= 1:
+    if largest - smallest <= ROUNDING and not 0 <= smallest <= 1:
         return "bootstrap", smallest, largest
     return ("bootstrap", *bootstrap(values, seed))
 
@@ -45,7 +47,8 @@ def wilson(successes: float, total: int) -> tuple[float, float]:
     scale = 1 + Z95**2 / total
     centre = (share + Z95**2 / (2 * total)) / scale
     half = Z95 / scale * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = min(share, centre - half), max(share, centre + half)  # rounding puts it outside
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -55,7 +58,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     and 1, the result is Wilson's interval. It is at least wide enough: among values between 0 and
     1 with the same mean, right and wrong have the largest variance.
     """
-    if min(values) == max(values):
+    if max(values) - min(values) <= ROUNDING:
         return wilson(sum(values), len(values))
     return _percentiles(_resampled(values, seed))
 
@@ -109,7 +112,7 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
     Exact for few rows; for more rows by 9,999 seeded draws.
     """
     apart = np.subtract(ours, theirs)
-    apart = apart[apart != 0]
+    apart = apart[np.abs(apart) > ROUNDING]
     if len(apart) < 2:  # one row is as far from zero with either sign
         return 1.0
     from scipy.stats import permutation_test  # noqa: PLC0415  (as above)
@@ -144,7 +147,7 @@ def difference_interval(
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
     if graded:
         one = min(apart)
-        if max(apart) - one > 1e-9:  # 0.3 - 0.2 and 0.8 - 0.7 are the same
+        if max(apart) - one > ROUNDING:
             return _percentiles(_resampled(apart, seed))
         if not -1 <= one <= 1:  # values that are no shares have no known bounds
             return one, one

@@ -56,13 +56,14 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
             found = _recompute(ledger, score)
         except DamagedError:
             continue
-        except (ArrowInvalid, KeyError, ValueError, ExamplesError) as error:
+        except (ArrowInvalid, LookupError, TypeError, ValueError, ExamplesError) as error:
             problem = f"it cannot be computed again from its outputs: {error}"
             findings.append(Finding("score", score.spec.id, problem))
             continue
         num_scores += 1
         num_samples = len(found.values)
-        if abs(found.mean - score.value) > TOLERANCE or num_samples != score.num_samples:
+        same = abs(found.mean - score.value) <= TOLERANCE  # no NaN is
+        if not same or num_samples != score.num_samples:
             problem = (
                 f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"
                 f" outputs give {found.mean:.6g} over {num_samples}"

@@ -30,6 +30,7 @@ from pipelines.planning.estimate import rows_at_once
 from pipelines.planning.plan import place_of_example
 from pipelines.planning.room import check_examples, check_names, check_room, longest
 from pipelines.scoring import compare
+from pipelines.scoring.judges import check_judges
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -57,9 +58,13 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
 
     A run that was stopped continues here with the next task, and in it with the next row: see
     `evaluation.resume`.
+
+    Raises:
+        JudgedError: a recorded score was judged by another metric than the plan's.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
     recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
+    check_judges(work.ledger, plan.judges, recorded.values())
     for one in plan.measurements:
         if one.spec.id not in recorded:
             asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})

@@ -452,6 +452,28 @@ def test_an_index_from_before_abstentions_reads_the_records_of_routing_again(
     assert not Ledger(filled.home).verify().findings
 
 
+def test_a_router_that_was_grown_often_has_all_its_ancestors(shelf: Shelf) -> None:
+    """Also in an index that was made when 32 steps were the most."""
+    shelf.make(shelf.base)
+    shelf.make(shelf.adapter(1))
+    gates = shelf.router(shelf.fused(shelf.adapter(1)))
+    shelf.make(shelf.fused(shelf.adapter(1)))
+    shelf.make(gates)
+    for number in range(1, 40):
+        gates = replace(gates, seed=number, grown_from=gates.id)
+        shelf.make(gates)
+    shelf.ledger.ingest()
+    sql = f"SELECT max(depth), count(*) FROM ancestors WHERE descendant_id = '{gates.id}'"  # noqa: S608
+    assert shelf.ledger.query(sql).rows == [(39, 39 + 3)]
+    with duckdb.connect(str(shelf.ledger.index.live)) as connection:
+        connection.execute("DELETE FROM ancestors WHERE depth > 32")
+        connection.execute("DELETE FROM migrations WHERE name = '0015_long_lineages.sql'")
+    shelf.ledger.index.snapshot.unlink()
+    shelf.ledger.ingest()
+    assert shelf.ledger.query(sql).rows == [(39, 39 + 3)]
+    assert not shelf.ledger.verify().findings
+
+
 def test_a_newer_ledger_is_left_alone(filled: Shelf) -> None:
     with duckdb.connect(str(filled.ledger.index.live)) as connection:
         connection.execute("INSERT INTO migrations VALUES (99, '0099_later.sql', '')")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from meteora.artifacts import ROUTER_KINDS, PoolSpec
+from meteora.artifacts import ROUTER_KINDS, PoolSpec, RoutingScore
 from store.errors import QueryError, StoreError
 from store.events import RunStarted
 from store.index import Index
 from store.ledger import Ledger
 from store.query import Limits, examples
+from store.records import Record
 from tests.store.conftest import Shelf
 
 if TYPE_CHECKING:
@@ -125,6 +126,35 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
     assert [row[:3] for row in published] == [(models[1], "someone/model", COMMIT)]
     assert len(found) == len(answers) + 4
     assert all(rows for rows in found.values())
+
+
+def test_a_stage_that_a_record_names_twice_is_one_in_the_map(shelf: Shelf) -> None:
+    stages = [{"stage": "fit", "wall_seconds": seconds} for seconds in (1.0, 2.5)]
+    body = {"run_id": "r9", "outcome": "ok", "reason": "", "wall_seconds": 4.0, "stages": stages}
+    shelf.ledger.records.write(Record("run-ended", "r9", body, "r9", "2026-01-01T00:00:00Z"))
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT stage_seconds FROM runs").rows == [({"fit": 3.5},)]
+
+
+def test_the_loads_of_a_router_add_up_to_one(shelf: Shelf) -> None:
+    """Also where an expert without rows of its own has tokens in one of two layers."""
+    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2)):
+        shelf.make(spec)
+    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
+    shelf.make(stack)
+    gates = shelf.make(shelf.router(stack))
+    counts = (0, "expert-0", 100), (1, "expert-0", 50), (1, "expert-1", 50)
+    shelf.ledger.record_routing(
+        [
+            RoutingScore(gates, Q_PROJ.format(layer), "expert-0", chosen, count)
+            for layer, chosen, count in counts
+        ],
+        run_id="r1",
+    )
+    shelf.ledger.ingest()
+    (sql,) = (sql for title, sql in examples() if title.startswith("How are tokens spread"))
+    loads = {expert: load for _, expert, load, _ in shelf.ledger.query(sql).rows}
+    assert loads == {"expert-0": 0.75, "expert-1": 0.25}
 
 
 def brief(artifact_id: str) -> str:

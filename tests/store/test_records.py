@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import stat
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,11 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
+from store.files import write_whole
 from store.records import Record, Records
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.store.conftest import Shelf
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 bodies = st.recursive(
@@ -69,6 +74,34 @@ def test_a_flipped_byte_is_refused(records: Records) -> None:
     path.write_bytes(path.read_bytes().replace(b"why", b"who"))
     with pytest.raises(DamagedError, match="do not hash to its name"):
         records.read(sha256)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff\xfe{}", b"hello", b"[1]", b"{}", RECORD.to_bytes().replace(b"why", rb"\ud800")],
+    ids=["no text", "no JSON", "no object", "no fields", "surrogate"],
+)
+def test_what_is_no_record_is_left_out_though_its_name_is_right(shelf: Shelf, data: bytes) -> None:
+    """Such as from another home, through a shared storage."""
+    write_whole(
+        path := shelf.ledger.records.path_of(hashlib.sha256(data).hexdigest()),
+        data,
+        root=shelf.home,
+    )
+    ids = [shelf.make(shelf.base), shelf.make(shelf.adapter(1))]
+    assert "1 records cannot be read" in shelf.ledger.ingest().reason
+    assert shelf.ledger.query("SELECT id FROM artifacts ORDER BY ALL").rows == [
+        (one,) for one in sorted(ids)
+    ]
+    (finding,) = shelf.ledger.verify().findings
+    assert f"{path} is no record" in finding.problem
+    with pytest.raises(DamagedError, match="is no record"):
+        shelf.ledger.gc()
+
+
+def test_a_field_of_a_newer_release_is_left_out() -> None:
+    newer = canonical_json({**json.loads(RECORD.to_bytes()), "signed": True}).encode()
+    assert Record.from_bytes(newer) == RECORD
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from store import segments
-from store.errors import DamagedError
+from store.errors import DamagedError, StoreError
 from store.ledger import Ledger
+from store.query import memory
 from store.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import duckdb
 
     from tests.store.conftest import Shelf
 
@@ -199,4 +202,23 @@ def test_gc_knows_what_packed_records_mention(filled: Shelf) -> None:
     for sha256 in before:
         os.utime(filled.ledger.blobs.path_of(sha256), (0, 0))
     assert not filled.ledger.gc(remove=True).blobs
+    assert set(filled.ledger.blobs) == before
+
+
+def test_gc_removes_nothing_while_a_segment_cannot_be_searched(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(filled.ledger.blobs)
+    filled.ledger.pack()
+    for sha256 in before:
+        os.utime(filled.ledger.blobs.path_of(sha256), (0, 0))
+
+    def little() -> duckdb.DuckDBPyConnection:
+        connection = memory()
+        connection.execute("SET memory_limit = '300KiB'")
+        return connection
+
+    monkeypatch.setattr(segments, "memory", little)
+    with pytest.raises(StoreError, match=r"cannot be read now .*nothing is removed"):
+        filled.ledger.gc(remove=True)
     assert set(filled.ledger.blobs) == before

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipelines.cli import output
 from pipelines.cli.output import print_answer
+from pipelines.scoring.served import Server
 from store.query import Answer
 
 if TYPE_CHECKING:
@@ -95,3 +96,12 @@ def test_json_has_null_for_what_is_no_number_and_decimals_as_numbers(
     print_answer(Answer(("x", "y", "z", "w", "d"), [row]), "json")
     (found,) = json.loads(capsys.readouterr().out)
     assert found == {"x": None, "y": 1.5, "z": [1, None], "w": {"a": None}, "d": "2026-01-02"}
+
+
+def test_what_a_server_calls_its_model_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {"data": [{"id": "good\x1b[2Jmodel"}]}
+    monkeypatch.setattr(Server, "_get", lambda *_: listed)
+    assert output.print_served(Server("http://localhost"), [], [], as_json=False)
+    assert "answers of good␛[2Jmodel at http://localhost/v1" in capsys.readouterr().out

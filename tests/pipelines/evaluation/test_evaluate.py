@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from meteora.model.generate import answer_all
 from meteora.routing.gates import insert_gates
 from pipelines.data.composites import compose
 from pipelines.data.rows import ExamplesError, Row
+from pipelines.evaluation import lm_eval_tasks
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGER, BenchmarkError
 from pipelines.evaluation.tasks import Task, check_rows, make_tasks
@@ -314,6 +316,23 @@ def test_a_task_that_lm_eval_knows_is_asked_as_it_asks_it(
     assert (score.mean_prompt_tokens, score.max_prompt_tokens) == (None, None)
     assert score.value == sum(row["acc"] for row in found.outputs) / 3
     assert score.higher_is_better
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5"])
+def test_a_value_of_lm_eval_s_that_is_no_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: object
+) -> None:
+    write_lm_eval_task(tmp_path)
+    sample = {"filter": "none", "doc_id": 0, "acc": value}
+    monkeypatch.setattr(
+        lm_eval_tasks,
+        "_evaluate",
+        lambda *_: {"samples": {"mine": [sample]}, "higher_is_better": {}},
+    )
+    asked = Task("mine", ("acc",), "auto", 4, lm_eval="mine", folder=tmp_path, limit=1)
+    unasked: Any = None
+    with pytest.raises(BenchmarkError, match="gives no acc for every row"):
+        lm_eval_tasks.ask_lm_eval_task(unasked, asked)
 
 
 def test_a_task_that_lm_eval_would_not_ask_so_is_refused_before_it_is_asked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,25 @@ def measure_again(home: Path) -> None:
     ledger.ingest()
 
 
+def ask_others(home: Path) -> None:
+    """Ask as many systems one more task, one of them no system of the other tasks."""
+    ledger = Ledger(home)
+    for subject in (GATE, BASE, TIES, ARROW, SWAP):
+        _score(ledger, "f" * 64, subject, "further", 0.5)
+    ledger.ingest()
+
+
+def compare_alone(home: Path) -> None:
+    """Test one of the differences again, as if it were the only one."""
+    ledger = Ledger(home)
+    pair = [_spec(subject, "sums", "f" * 64).id for subject in (GATE, BASE)]
+    spec = ComparisonSpec(GATE.id, "fused", "base", (ScorePair(*pair),))
+    ours, theirs = (ledger.scores_of(pair)[one] for one in pair)
+    found = replace(_difference(ours, theirs), p_holm=0.001)
+    _make(ledger, spec, ComparisonBuild(spec, (found,), 0.0, -0.1, 0.1))
+    ledger.ingest()
+
+
 def _watch(ledger: Ledger, rows_sha256: str = "e" * 64) -> None:
     watched = RoutingSpec(GATE.id, rows_sha256)
     _make(
@@ -213,6 +233,10 @@ def _measure(ledger: Ledger, rows_sha256: str = "f" * 64, dates: float = 0.9) ->
     _make(ledger, speed, built)
 
 
+def _spec(subject: Spec, task: str, rows_sha256: str, metric: str = "exact_match") -> BenchmarkSpec:
+    return BenchmarkSpec(subject.id, task, rows_sha256, metric, 0, 64, 0, BASE.id)
+
+
 def _score(
     ledger: Ledger,
     rows_sha256: str,
@@ -222,7 +246,7 @@ def _score(
     metric: str = "exact_match",
     turns: tuple[ScoreTurn, ...] = (),
 ) -> Score:
-    spec = BenchmarkSpec(subject.id, task, rows_sha256, metric, 0, 64, 0, BASE.id)
+    spec = _spec(subject, task, rows_sha256, metric)
     parts = (ScorePart("dates", 0.6, 30, 28),) if task == "composite-3" else ()
     score = Score(
         spec=spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lxml.html
 import pytest
 
-from meteora.artifacts import ArtifactId
+from meteora.artifacts import NULL, ArtifactId, RoutingScore
 from pipelines.reports import charts, queries, report
 from pipelines.reports.examples import Example, find_examples
 from pipelines.reports.lineage import lineage_graph
@@ -20,7 +21,7 @@ from store.ledger import Ledger
 from store.query import Answer
 from tests.pipelines.reports import report_ledger
 from tests.pipelines.reports.html_reader import Elements, drawings_at
-from tests.pipelines.reports.report_ledger import COUNTS, GATE, HOSTILE, NAMES
+from tests.pipelines.reports.report_ledger import ARROW, COUNTS, GATE, HOSTILE, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,6 +106,49 @@ def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
     (oracle, _) = queries.compare_systems(twice["differences"].rows)
     assert (oracle.other, oracle.num_tasks, oracle.num_rows) == ("oracle", 3, 300)
     assert oracle.mean == pytest.approx((0.8 - 0.95 - 0.95 + 0.4 - 0.95) / 3)
+
+
+def test_means_are_over_tasks_that_the_same_systems_were_asked(tmp_path: Path) -> None:
+    """A task that as many others were asked is no part of them."""
+    report_ledger.fill(tmp_path)
+    once = queries.run_queries(Ledger(tmp_path), GATE.id)["means"].rows
+    report_ledger.ask_others(tmp_path)
+    assert queries.run_queries(Ledger(tmp_path), GATE.id)["means"].rows == once
+
+
+def test_a_task_that_is_tested_alone_stays_corrected_for_the_others(tmp_path: Path) -> None:
+    report_ledger.fill(tmp_path)
+    once = queries.run_queries(Ledger(tmp_path), GATE.id)["differences"].rows
+    report_ledger.compare_alone(tmp_path)
+    assert queries.run_queries(Ledger(tmp_path), GATE.id)["differences"].rows == once
+
+
+def test_an_expert_without_rows_has_its_share_over_all_modules(tmp_path: Path) -> None:
+    """The second expert has tokens in one of two layers; the third has none, but is a choice."""
+    report_ledger.fill(tmp_path)
+    ledger = Ledger(tmp_path)
+    counts = (0, "dates", 100), (1, "dates", 50), (1, "sums", 50)
+    ledger.record_routing(
+        [
+            RoutingScore(ARROW.id, f"model.layers.{layer}.q_proj", "dates", chosen, count)
+            for layer, chosen, count in counts
+        ],
+        run_id=report_ledger.RUN,
+    )
+    ledger.ingest()
+    (found,) = queries.ask_queries(ledger, ARROW.id)["entropy"].rows
+    sent = -sum(share * math.log2(share) for share in (0.75, 0.25))
+    most = {"most_bits": math.log2(3), "num_choices": 3}
+    assert found == pytest.approx({"own_bits": 0, "sent_bits": sent, **most})
+
+
+def test_the_base_is_named_where_it_is_a_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_ledger, "COUNTS", COUNTS | {("dates", NULL): 5})
+    report_ledger.fill(tmp_path)
+    page = report.report_page(queries.run_queries(Ledger(tmp_path), GATE.id))
+    assert " among 3 experts and the base is at most 2.00 bits" in page
 
 
 def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:

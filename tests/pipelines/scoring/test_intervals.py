@@ -25,6 +25,14 @@ def test_wilsons_interval_is_the_one_in_the_textbook() -> None:
         assert intervals.wilson(successes, total) == pytest.approx((low, high), abs=1e-4)
 
 
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilsons_interval_holds_the_share_and_is_scipys(rows: tuple[int, int]) -> None:
+    low, high = intervals.wilson(*rows)
+    assert 0 <= low <= rows[0] / rows[1] <= high <= 1
+    theirs = stats.binomtest(*rows).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
 def test_the_bootstrap_agrees_with_scipys_and_is_seeded() -> None:
     draw = random.Random(7)
     values = [draw.betavariate(2, 3) for _ in range(80)]
@@ -39,6 +47,7 @@ def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
     low, high = intervals.bootstrap([0.5] * 20)
     assert low < 0.3
     assert high > 0.7
+    assert intervals.bootstrap([0.3, 0.1 + 0.2]) == pytest.approx(intervals.bootstrap([0.3] * 2))
 
 
 def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
@@ -71,6 +80,7 @@ def test_flipping_signs_is_exact_for_few_rows() -> None:
     assert intervals.sign_flip([0.5, 0.6, 0.7, 0.8], [0.1] * 4) == pytest.approx(2 / 16)
     assert intervals.sign_flip([0.3] * 9, [0.3] * 9) == 1
     assert intervals.sign_flip([0.3] * 9, [*[0.3] * 8, 0.1]) == 1
+    assert intervals.sign_flip([0.1 + 0.2] * 9, [0.3] * 9) == 1  # they differ by rounding alone
 
 
 def test_flips_of_many_rows_do_not_fill_the_memory() -> None:

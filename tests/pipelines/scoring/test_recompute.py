@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import pytest
 
 from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
 from pipelines.scoring.outputs import write_outputs
@@ -51,13 +54,41 @@ def test_a_score_that_does_not_follow_is_named_with_both_values(tmp_path: Path) 
     assert "recorded as 0.9 over 2 rows, but its outputs give 0.5 over 2" in finding.problem
 
 
-def test_outputs_that_are_no_table_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"asked": '{"prompt": "p", "response": "a"}', "output": None}],
+        [{"asked": "[1]", "output": "a"}],
+        [],
+        None,
+    ],
+    ids=["no answer", "no row", "empty", "no table"],
+)
+def test_outputs_that_give_no_score_are_named(
+    tmp_path: Path, rows: list[dict[str, str | None]] | None
+) -> None:
     ledger = Ledger(tmp_path / "home")
     record(ledger, tmp_path, "one", 0.5)
-    sha256 = ledger.blobs.put_bytes(b"no table")
+    write_outputs(rows or [], tmp_path / "other")
+    if rows is None:
+        (tmp_path / "other").write_bytes(b"no table")
+    sha256 = ledger.blobs.put(tmp_path / "other")
     score = ledger.scores("SELECT id FROM scores")[0]
     other = replace(score, spec=replace(score.spec, task="other"), outputs_sha256=sha256)
     ledger.record_score(other, run_id="r")
     ledger.ingest()
     (finding,) = recompute_scores(ledger, 20).findings
     assert "cannot be computed again" in finding.problem
+
+
+def test_outputs_that_give_no_number_are_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "one", 0.5)
+    write_outputs([{"exact_match": math.nan}] * 2, tmp_path / "other")
+    sha256 = ledger.blobs.put(tmp_path / "other")
+    score = ledger.scores("SELECT id FROM scores")[0]
+    other = replace(score, spec=replace(score.spec, task="other"), outputs_sha256=sha256)
+    ledger.record_score(other, run_id="r")
+    ledger.ingest()
+    (finding,) = recompute_scores(ledger, 20).findings
+    assert "but its outputs give nan" in finding.problem

@@ -17,6 +17,7 @@ from pipelines.reports import card
 from pipelines.reports.examples import find_examples, trace_examples
 from pipelines.reports.queries import run_queries
 from pipelines.reports.summary import Summary, summarise
+from pipelines.scoring.judges import JudgedError
 from pipelines.scoring.outputs import read_outputs
 from pipelines.scoring.recompute import recompute_scores
 from pipelines.stages import build, measure
@@ -120,6 +121,16 @@ def test_composites_that_show_solved_ones_say_how_many(
     asked = work.ledger.query("SELECT DISTINCT task, num_fewshot FROM scores ORDER BY 2, 1").rows
     assert asked[-1] == ("composite-2-1shot", 1)
     assert recompute_scores(work.ledger, 99).findings == ()
+
+    one, *others = work.recipe.experts  # now by another metric, under the same id
+    experts = (one.model_copy(update={"metric": "numeric_match"}), *others)
+    again = replace(work, recipe=work.recipe.model_copy(update={"experts": experts}))
+    changed, _ = plan_of(again)
+    said = f"composite-2 is recorded with the answers of {one.name} judged by exact_match"
+    with pytest.raises(JudgedError, match=said):
+        measure.missing(again, changed)
+    with pytest.raises(JudgedError, match=said):
+        summarise(again.ledger, changed, None)
 
 
 def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(

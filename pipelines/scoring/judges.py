@@ -1,0 +1,64 @@
+"""Whether recorded scores of mixed questions were judged as they would be now.
+
+The id of such a score says which questions were asked, not by which metric each was judged. So an
+expert's new metric would leave the old values under the new recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import MeteoraError
+from store.errors import DamagedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from meteora.artifacts import Score
+    from store.ledger import Ledger
+
+
+class JudgedError(MeteoraError):
+    """A recorded score was judged by another metric than the one that is asked for."""
+
+
+def check_judges(
+    ledger: Ledger, asked: Mapping[str, Mapping[str, str]], scores: Iterable[Score]
+) -> None:
+    """Compare the metrics of mixed questions with those in their recorded answers.
+
+    Answers that are not on this disk, or damaged, are left out.
+
+    Args:
+        asked: of each composite and conversation, the metric of each part; other tasks have none
+        scores: recorded ones of any tasks
+
+    Raises:
+        JudgedError: a part has another metric now.
+    """
+    for score in sorted(scores, key=lambda score: score.spec.task):
+        name = score.spec.task
+        then = _judges(ledger, score) if asked.get(name) else {}
+        for part, metric in asked.get(name, {}).items():
+            if then.get(part, metric) != metric:
+                raise JudgedError(
+                    f"{name} is recorded with the answers of {part} judged by {then[part]}, and the"
+                    f" recipe has {metric} now; recorded scores stay as they are, so give the"
+                    f" recipe another `benchmark: {{seed: …}}`, which asks other questions, or"
+                    f" {part} its old metric"
+                )
+
+
+def _judges(ledger: Ledger, score: Score) -> dict[str, str]:
+    """The metric that judged each part of a score; empty where its answers do not say it."""
+    from pyarrow import ArrowInvalid  # noqa: PLC0415  (slow to import; few recipes mix tasks)
+
+    from pipelines.scoring.outputs import read_outputs  # noqa: PLC0415  (as above)
+
+    if ledger.blobs.place_of(score.outputs_sha256).is_file():
+        with suppress(ArrowInvalid, DamagedError, KeyError):
+            answers = read_outputs(ledger.blobs.path_of(score.outputs_sha256), ["judged_by"])
+            return json.loads(answers[0]["judged_by"]) if answers else {}
+    return {}

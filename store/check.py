@@ -16,7 +16,7 @@ from meteora.artifacts import file_sha256
 from store.errors import DamagedError, StoreError
 from store.files import copy, locked, partial_file
 from store.query import memory, quoted
-from store.segments import SUFFIX
+from store.segments import SUFFIX, Segments
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterator
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from store.blobs import Blobs
     from store.index import Index
     from store.records import Records
-    from store.segments import Segments
     from store.sharing import Sharing
 
 NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parquet")

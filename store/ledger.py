@@ -18,24 +18,21 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from meteora.artifacts import ArtifactId, canonical_sha256
+from meteora.artifacts import ArtifactId, Score, canonical_sha256
 from store import check, garbage
 from store.errors import BusyError, DamagedError, StoreError
-from store.events import RunEnded
+from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
-from store.query import LIMITS, ask, reading
+from store.query import LIMITS, Answer, Limits, ask, reading
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    from meteora.artifacts import Score
     from store.check import Verification
-    from store.events import RunStarted
     from store.garbage import Garbage
     from store.index import Ingest
-    from store.query import Answer, Limits
 
 logger = logging.getLogger(__name__)
 

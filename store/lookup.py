@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, short
 from store.errors import UnknownError
-from store.records import Record
+from store.records import Record, Records
 from store.segments import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from store.index import Index
-    from store.records import Records
 
 logger = logging.getLogger(__name__)
 

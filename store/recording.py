@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import ArtifactId, Publication, Score, short
+from meteora.artifacts import ArtifactId, Noun, Publication, RoutingScore, Score, Spec, short
 from store.blobs import Blobs
 from store.errors import ConflictError, MissingBlobError, UnknownError
-from store.events import RunStarted
+from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
 from store.files import locked
 from store.index import Index
 from store.lookup import Lookup
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from meteora.artifacts import Noun, RoutingScore, Spec
-    from store.events import AdapterVerdict, Failure, RunEnded
 
 WRITE_DEADLINE_SECONDS = 60.0
 """How long a writer waits for the lock of another one."""

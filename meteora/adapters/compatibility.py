@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import place_of
+from meteora.adapters.tensors import Adapter, place_of
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterSpec, Reason
 
 

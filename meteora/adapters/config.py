@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteora.untrusted import config_fields as fields
-from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.findings import Findings, listed, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from meteora.untrusted.findings import Findings
 
 OnExtras = Literal["refuse", "strip"]
 """What to do with whole modules that were saved beside the LoRA."""

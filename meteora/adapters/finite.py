@@ -8,11 +8,9 @@ needs no conversion.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from typing import BinaryIO
-
     from meteora.untrusted.safetensors_header import TensorInfo
 
 CHUNK = 1 << 18

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import DTYPES, place_of
+from meteora.adapters.tensors import DTYPES, AdapterTensors, place_of
 from meteora.artifacts import AdapterModule
 from meteora.untrusted.config_fields import MAX_RANK, rank
-from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from meteora.adapters.config import Claim
-    from meteora.adapters.tensors import AdapterTensors
-    from meteora.untrusted.findings import Findings
     from meteora.untrusted.safetensors_header import TensorInfo
 
 MAX_SCALING = 1_000

@@ -10,18 +10,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-from meteora.untrusted.findings import listed
+from meteora.untrusted.findings import Findings, listed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
-    from typing import BinaryIO
 
     from meteora.adapters.config import Claim, OnExtras
     from meteora.artifacts import AdapterSpec, Reason
-    from meteora.untrusted.findings import Findings
     from meteora.untrusted.safetensors_header import TensorInfo
 
 DTYPES = ("F32", "F16", "BF16")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from meteora.adapters.tensors import Stamp
+from meteora.adapters.tensors import Adapter, Stamp
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from meteora.adapters.tensors import Adapter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_BUFFERS = 1024

@@ -10,7 +10,7 @@ import torch
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import ModuleEntry, check_name, no_expert, read_manifest
-from meteora.checkpoint.tensors import open_experts, write_experts
+from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
-    from meteora.checkpoint.tensors import ExpertsFile
 
 
 class EditError(MeteoraError):

@@ -21,7 +21,7 @@ from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
-from meteora.checkpoint.manifest import no_expert, read_manifest
+from meteora.checkpoint.manifest import ExpertEntry, Manifest, no_expert, read_manifest
 from meteora.checkpoint.tensors import read_experts
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from meteora.checkpoint.manifest import ExpertEntry, Manifest
 
 WORD = re.compile(r"[\w./-]+")
 """What needs no quotes in YAML: an identifier of a licence, or `owner/name`."""

@@ -16,9 +16,9 @@ import gguf
 import torch
 
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import no_expert, read_manifest
+from meteora.checkpoint.manifest import Manifest, no_expert, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
-from meteora.checkpoint.tensors import open_experts
+from meteora.checkpoint.tensors import ExpertsFile, open_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.artifacts import Fingerprint
-    from meteora.checkpoint.manifest import Manifest
-    from meteora.checkpoint.tensors import ExpertsFile
 
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.hub import cached_file, resolve_revision
 
-from meteora.artifacts import REPO_ID, file_sha256
+from meteora.artifacts import REPO_ID, BaseSpec, file_sha256
 from meteora.base import loading
 from meteora.base.download import NO_TOKEN, download_base
 from meteora.base.sources import (
@@ -24,6 +24,7 @@ from meteora.checkpoint.manifest import (
     MANIFEST,
     STATISTICS,
     CheckpointError,
+    Manifest,
     read_manifest,
 )
 from meteora.untrusted.findings import brief
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from meteora.artifacts import BaseSpec
-    from meteora.checkpoint.manifest import Manifest
 
 
 def load_tokenizer(

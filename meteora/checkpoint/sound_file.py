@@ -13,16 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from meteora.adapters import finite
 from meteora.artifacts import file_sha256
-from meteora.checkpoint.manifest import MANIFEST, CheckpointError
+from meteora.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from meteora.untrusted.findings import listed, shortened
-from meteora.untrusted.safetensors_header import HeaderError, read_header
+from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Mapping
     from pathlib import Path
 
-    from meteora.checkpoint.manifest import Manifest
-    from meteora.untrusted.safetensors_header import TensorInfo
 
 AGAIN = "download or build the checkpoint again"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import AdapterModule, AdapterSpec, MeteoraError
 from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import write_experts
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.adapters.tensors import Adapter, AdapterTensors
-    from meteora.artifacts import AdapterModule, AdapterSpec
 
 
 OTHER_FILES = 256

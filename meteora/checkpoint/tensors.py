@@ -26,7 +26,7 @@ import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
     from pathlib import Path
-    from typing import BinaryIO
 
     from safetensors import safe_open
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora.artifacts import NULL, SHARED
+from meteora.artifacts import NULL, SHARED, RouterOptions
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import RouterOptions
     from meteora.checkpoint.manifest import ModuleEntry
     from meteora.fitting.covariance import Covariance
     from meteora.fitting.sequences import Batch, LabelledSequence

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora import __version__
-from meteora.artifacts import NULL, SHARED, canonical_sha256
+from meteora.artifacts import NULL, SHARED, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import POINT_GATES
 from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
@@ -57,8 +57,8 @@ from meteora.routing.gates import (
     old_routers_after_error,
     watch_prompts,
 )
-from meteora.routing.layer import routed_layers
-from meteora.routing.routers import Gate
+from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.routers import Gate, Router
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import RouterOptions
     from meteora.base.chat_template import Template
-    from meteora.routing.layer import MoELoRALinear
-    from meteora.routing.routers import Router
 
 MAX_TOKEN_BYTES = 1 << 30
 """Tokens of a point are kept in memory up to this size; of more, only a sample is."""

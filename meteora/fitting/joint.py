@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 
-from meteora.artifacts import canonical_sha256
+from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, settle
 from meteora.fitting.calibrate import calibrate
@@ -33,7 +33,7 @@ from meteora.fitting.losses import (
     learning_gates,
     loss_weights,
 )
-from meteora.fitting.sequences import TrainingError, owned
+from meteora.fitting.sequences import LabelledSequence, TrainingError, owned
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
 from meteora.routing.gates import gates_in
@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import JointSettings, RouterOptions
     from meteora.base.chat_template import Template
-    from meteora.fitting.sequences import LabelledSequence
     from meteora.routing.routers import Gate
 
 

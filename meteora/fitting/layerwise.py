@@ -17,7 +17,7 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
 from meteora.base.placement import replaced_forward
-from meteora.routing.layer import routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.passes import PassInput
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.routing.layer import MoELoRALinear
     from meteora.routing.prompt_opening import PromptOpening
     from meteora.routing.routers import Decision
     from meteora.routing.turns import Turns

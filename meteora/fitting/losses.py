@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER, replaced_forward
-from meteora.fitting.sequences import UNLABELLED, each_of_kind
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence, each_of_kind
 from meteora.model.fused import without_dropout
 from meteora.routing.gates import gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.fitting.sequences import LabelledSequence
     from meteora.routing.routers import Gate
 
 IGNORED = -100

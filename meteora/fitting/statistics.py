@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 from safetensors.torch import save_file
 
-from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError
+from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
-from meteora.fitting.covariance import Rows
+from meteora.fitting.covariance import Covariance, Rows, Sums
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from meteora.checkpoint.manifest import Manifest
     from meteora.checkpoint.tensors import Gates
-    from meteora.fitting.covariance import Covariance, Sums
 
 MAX_DIRECTIONS = 256
 """Directions of the covariance that are kept of a point at most. They can be larger than the

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import JointSettings, MeteoraError
 from meteora.fitting.statistics import PointStatistics
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from meteora.artifacts import JointSettings
 
 FILE = "training.safetensors"
 DIGEST = "tensors_sha256"

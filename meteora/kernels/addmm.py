@@ -23,14 +23,11 @@ with the addend: the error is 1.07 where the bias is a third of W x, and 1.27 wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-
-if TYPE_CHECKING:
-    from typing import Self
 
 HALVES = torch.bfloat16, torch.float16
 CONV1D = "transformers.pytorch_utils", "Conv1D"

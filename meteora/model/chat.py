@@ -12,7 +12,7 @@ rounding.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from meteora.model.generate import batch_of, end_tokens, generate_ids
 from meteora.model.prompt_choice import PromptReader
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
+    LayerWinner,
     Pieces,
     Token,
     Trace,
@@ -45,12 +46,10 @@ from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.model.trace import LayerWinner
     from meteora.routing.hooks import Routes
 
 

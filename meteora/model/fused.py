@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import NULL, MeteoraError
+from meteora.artifacts import NULL, MeteoraError, RouterOptions
 from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates
-from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
+from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
 from meteora.untrusted.findings import did_you_mean
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import RouterOptions
-    from meteora.checkpoint.manifest import Manifest, ModuleEntry
-    from meteora.routing.layer import RoutedExperts
 
 EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""

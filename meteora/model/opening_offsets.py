@@ -23,7 +23,7 @@ from meteora.artifacts import RouterOptions
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device, replaced_forward
 from meteora.model.fused import without_dropout
-from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
 from meteora.routing.routers import Router
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from meteora.routing.layer import MoELoRALinear
 
 EXAMPLES = 8
 """Of an expert, at most."""

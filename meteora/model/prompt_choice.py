@@ -25,21 +25,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import UnreadPromptError, each_row, questions
+from meteora.routing.turns import Questions, UnreadPromptError, each_row, questions
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from meteora.artifacts import RouterOptions
     from meteora.base.chat_template import Template
     from meteora.checkpoint.tensors import PromptGates
-    from meteora.routing.turns import Questions
 
 OUTPUTS = {"labels", "output_hidden_states", "output_attentions", "return_dict"}
 """Arguments of a pass that ask for more outputs, or for others; nobody reads those of a reading."""

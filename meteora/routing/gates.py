@@ -12,14 +12,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
-from meteora.routing.layer import routed_layers, share_first_matmul
+from meteora.routing.layer import RoutedExperts, routed_layers, share_first_matmul
 from meteora.routing.passes import set_watcher, watcher_of
 from meteora.routing.prompt_opening import PromptOpening
-from meteora.routing.routers import Decision, Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate, QuestionReader
 from meteora.routing.turns import Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from meteora.artifacts import RouterOptions
-    from meteora.routing.layer import RoutedExperts
-    from meteora.routing.routers import QuestionReader
 
 
 class UndecidedError(MeteoraError):

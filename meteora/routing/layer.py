@@ -11,28 +11,24 @@ runs unchanged: caches, padding, batches and beams included. Hooks show what a r
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meteora.base.placement import device_of
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
-from meteora.routing.shared_input import Share, SharedMatmul
+from meteora.routing.shared_input import Product, Share, SharedMatmul
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor
 
     from meteora.kernels.dispatch import KernelName
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.expert_cache import ExpertCache
     from meteora.routing.routers import Router
-    from meteora.routing.shared_input import Product
 
 
 class RoutedExperts(nn.Module):

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteora.routing.passes import Watcher, earlier, ends
+from meteora.routing.passes import PassInput, Watcher, earlier, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from meteora.base.chat_template import Template
-    from meteora.routing.passes import PassInput
 
 WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from torch import Tensor
 
     from meteora.base.chat_template import Template
     from meteora.kernels.stack import ExpertStack

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from meteora.kernels import gather_grouped, reference
-from meteora.kernels.stack import RankTable
+from meteora.kernels.stack import ExpertStack, RankTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from meteora.kernels.dispatch import KernelName
-    from meteora.kernels.stack import ExpertStack
 
 
 class Member(Protocol):

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from meteora.artifacts import MeteoraError
-from meteora.base.chat_template import HEADER
-from meteora.routing.passes import Watcher, earlier, ends
+from meteora.base.chat_template import HEADER, Template
+from meteora.routing.passes import PassInput, Watcher, earlier, ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from meteora.base.chat_template import Template
-    from meteora.routing.passes import PassInput
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):

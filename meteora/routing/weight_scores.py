@@ -15,17 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from meteora.artifacts import MeteoraError
-from meteora.routing.routers import Arrow, Norm
+from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.routing.routers import Arrow, Norm, Router
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from meteora.artifacts import RouterOptions
     from meteora.routing.layer import RoutedExperts
-    from meteora.routing.routers import Router
 
 KINDS = {"arrow": Arrow, "norm": Norm}
 """The routers that know an expert by its weights."""

@@ -13,16 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from meteora.routing.routers import Gate
+from meteora.routing.routers import ByQuestion, Gate
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.layer import RoutedExperts
-    from meteora.routing.routers import ByQuestion
 
 
 class FoldedExperts(nn.Module):

@@ -14,17 +14,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meteora.artifacts.routers import ONE_INPUT
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import read_manifest
+from meteora.checkpoint.manifest import Manifest, read_manifest
 from meteora.kernels import dispatch
 from meteora.kernels.stack import ExpertStack
 from meteora.model.fused import choices_of, make_router, stack_for
 from meteora.routing.gates import give_router, new_decisions, share_first_matmuls
 from meteora.routing.layer import RoutedExperts
-from meteora.routing.routers import Follower, Gate
+from meteora.routing.routers import Decision, Follower, Gate
 from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
-
-    from meteora.checkpoint.manifest import Manifest
     from meteora.checkpoint.tensors import ExpertsFile, Gates
-    from meteora.routing.routers import Decision
 
 
 class Part(NamedTuple):

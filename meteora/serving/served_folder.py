@@ -15,20 +15,17 @@ import json
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
 from meteora.base.download import download_base
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, Manifest, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import WrongBaseError, check_weights, wrong_base
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.manifest import Manifest
 
 METHOD = "meteora"
 """The `quant_method` of a served folder's config."""

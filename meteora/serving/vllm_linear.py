@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from meteora.serving.base_order import refuse_another_order
-from meteora.serving.fused_experts import ServedExperts, parts_of
+from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
 from meteora.serving.vllm_prompts import (
     Order,
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
-
-    from meteora.serving.fused_experts import Part
 
 
 def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:  # noqa: ARG001

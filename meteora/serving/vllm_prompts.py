@@ -19,7 +19,7 @@ from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from meteora.serving.served_folder import WHOLE_PROMPTS, UnservableError
-from meteora.serving.served_turns import Requests
+from meteora.serving.served_turns import Requests, ServedTurns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
 
-    from meteora.serving.served_turns import ServedTurns
 
 KEY = "meteora.prompts"
 """The embedding's name in vLLM's forward context."""

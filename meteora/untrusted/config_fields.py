@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from meteora.untrusted.findings import listed, shortened
+from meteora.untrusted.findings import Findings, listed, shortened
 
 if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from meteora.untrusted.findings import Findings
 
 T = TypeVar("T")
 

@@ -11,13 +11,12 @@ import math
 import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import BinaryIO
 
 MAX_HEADER_BYTES = 4 << 20
 """A 70B model with every linear layer targeted needs 0.2 MB."""

@@ -21,12 +21,12 @@ from meteora.model.silent_experts import silent_experts
 from meteora.untrusted.findings import AdapterError, Findings
 from pipelines.admission import verdicts
 from pipelines.admission.base_identity import look_up_on_hub
-from pipelines.admission.experts import Refusal, Requirements, read_expert
+from pipelines.admission.experts import Expert, Refusal, Requirements, read_expert
 from pipelines.admission.silent_experts import no_effect
 from pipelines.admission.sources import pin_folder
 from pipelines.hub import repositories
 from pipelines.hub.adapter import download
-from pipelines.hub.client import hub_for
+from pipelines.hub.client import Hub, hub_for
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import PolicySection
 from pipelines.workspace.console import say
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from meteora.adapters.config import OnExtras
     from meteora.artifacts import AdapterRef, Reason
     from meteora.checkpoint.manifest import Manifest
-    from pipelines.admission.experts import Expert
-    from pipelines.hub.client import Hub
     from store.ledger import Ledger
 
 

@@ -16,12 +16,11 @@ from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 from meteora.untrusted.findings import brief, listed
 from pipelines.data.pinned import kept, pin
 from pipelines.data.row_sources import hub_items, read_rows
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pipelines.data.rows import Row
 
 COLUMNS = (
     ("prompt", "completion"),

@@ -7,24 +7,21 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
 from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_base
-from meteora.adapters.tensors import place_of
-from meteora.artifacts import Reason
+from meteora.adapters.tensors import Adapter, place_of
+from meteora.artifacts import AdapterRef, BaseSpec, Reason
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import identify_base
 from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import datasets_of, licence_of
 from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import FoundExpert
+from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef, BaseSpec
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
-    from pipelines.recipe.recipe import ExpertSection, PolicySection, Recipe
     from pipelines.workspace.context import RunContext
 
     Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]

@@ -20,14 +20,12 @@ from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
 from pipelines.hub.client import Hub, hub_for
-from pipelines.recipe.recipe import LONGEST_NAME, FoundExpert
+from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from collections.abc import Set as AbstractSet
     from pathlib import Path
-
-    from pipelines.recipe.recipe import ExpertSection, Recipe
 
 
 class NotHereError(MeteoraError):

@@ -7,10 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT, Reason
+from meteora.artifacts import COMMIT, AdapterRef, Reason
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission.sources import hub_of
-from pipelines.hub.about import facts_of
+from pipelines.hub.about import HubSource, facts_of
 from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef
     from pipelines.admission.experts import Expert, Refusal
-    from pipelines.hub.about import HubSource
     from pipelines.hub.client import Hub
     from pipelines.recipe.recipe import ExpertSection
     from pipelines.workspace.context import RunContext

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from meteora.artifacts import Noun
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from pipelines.data.rows import Row
 
 CONVERSATION_TURNS = (1, 2, 3, 4)
 """Lengths of conversations, where a recipe names none. Those of one turn are single questions, as

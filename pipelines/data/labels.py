@@ -10,6 +10,7 @@ from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.composites import (
+    Composite,
     answer_digits,
     answer_openings,
     compose,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.data.composites import Composite
     from pipelines.data.conversations import Conversation
     from pipelines.data.rows import Row
     from pipelines.data.spans import SpannedRow, SpannedTurns

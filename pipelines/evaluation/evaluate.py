@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import Score
+from meteora.artifacts import BenchmarkSpec, Score
 from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
-from pipelines.evaluation.tasks import check_rows
+from pipelines.evaluation.tasks import Task, check_rows
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import TURNS_RIGHT
 from pipelines.scoring.outputs import (
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from meteora.artifacts import BenchmarkSpec
-    from pipelines.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)

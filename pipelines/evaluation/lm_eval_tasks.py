@@ -13,13 +13,12 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from meteora.untrusted.findings import brief, did_you_mean, shortened
-from pipelines.evaluation.harness import HARNESS, BenchmarkError
+from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.scoring.outputs import RowValues
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pipelines.evaluation.harness import Harness
     from pipelines.evaluation.tasks import Task
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     ArtifactId,
+    BaseSpec,
     BenchmarkSpec,
     ComparisonSpec,
     FusedSpec,
@@ -19,7 +20,6 @@ from meteora.artifacts import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from meteora.artifacts import BaseSpec
     from pipelines.evaluation.tasks import Task
     from pipelines.recipe.benchmark import BenchmarkSection
 

@@ -12,7 +12,7 @@ a line names the question.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,14 @@ from meteora.artifacts import NULL, MeteoraError, RouterOptions
 from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_by
 from meteora.routing.routers import Decision, Follower
-from pipelines.data.composites import last_number, prompt_owners
+from pipelines.data.composites import Composite, last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from pipelines.data.composites import Composite
 
 
 class _GivenRoutes(Follower):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -22,7 +22,6 @@ from pipelines.workspace.console import say
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
-    from typing import TextIO
 
 BATCHES = 4
 """Batches in a portion."""

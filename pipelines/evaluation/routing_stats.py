@@ -23,7 +23,7 @@ from meteora.model.fused import expert_names
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
-from pipelines.data.composites import compose, encode_composite, fits
+from pipelines.data.composites import Composite, compose, encode_composite, fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pipelines.data.composites import Composite
     from pipelines.data.rows import Row
 
 QUESTIONS, COMPOSITES, SEED = 3, 48, 0

@@ -11,10 +11,10 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from meteora.artifacts import Rate, SpeedBuild
+from meteora.artifacts import Rate, SpeedBuild, SpeedSpec
 from meteora.base.placement import input_device
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
@@ -24,10 +24,8 @@ from pipelines.scoring.intervals import bootstrap_median
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import SpeedSpec
 
 PHASES = ("prefill", "decode")
 

@@ -6,7 +6,7 @@ forced; tests show that both equal the real ones. So a second model is never loa
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.model.fused import force_expert, make_router, without_experts
-from meteora.routing.layer import routed_by, routed_layers
-from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, control_of
+from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
+from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, Measurement, control_of
 from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
-    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import MergeSpec, RouterSpec
-    from meteora.routing.layer import MoELoRALinear
-    from pipelines.evaluation.measurements import Measurement
     from pipelines.evaluation.tasks import Task
 
 

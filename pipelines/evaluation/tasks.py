@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256, file_sha256
 from meteora.base.sources import path_from
-from pipelines.data.composites import compose
-from pipelines.data.dialogues import draw_dialogues
+from pipelines.data.composites import Composite, compose
+from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
 from pipelines.recipe.benchmark import CompositeSection, metric_names
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from pipelines.data.composites import Composite
-    from pipelines.data.dialogues import Dialogue
     from pipelines.recipe.benchmark import BenchmarkSection, ConversationSection, TaskSection
     from pipelines.recipe.recipe import ExpertSection
 

@@ -21,12 +21,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, MeteoraError, RouterBuild
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look_or_reason
 from pipelines.planning.resolve import Steps, complete, recording, resolve
-from pipelines.recipe.recipe import FoundExpert, locate
+from pipelines.recipe.recipe import DeadlinesSection, FoundExpert, Recipe, locate
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
     from prefect.tasks import Task
 
-    from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, RouterBuild
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import DeadlinesSection, Recipe
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -37,14 +37,13 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Crashed
 
-from meteora.artifacts import COMMIT, canonical_sha256
+from meteora.artifacts import COMMIT, Score, canonical_sha256
 from meteora.checkpoint.manifest import CARD
 from pipelines.admission.sources import hub_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
-    from meteora.artifacts import Score
     from pipelines.planning.plan import Plan
     from pipelines.recipe.stage import Stage
     from pipelines.reports.summary import Summary

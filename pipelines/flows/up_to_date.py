@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import BuiltBase, MeteoraError
+from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
 from pipelines.planning.resolve import NoExpertsError, at_hand, resolve
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
-from pipelines.reports.summary import summarise
+from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.bases import require_sound
 
 if TYPE_CHECKING:
-    from meteora.artifacts import BaseSpec
     from pipelines.planning.plan import Plan
-    from pipelines.reports.summary import Summary
     from pipelines.workspace.context import RunContext
 
 

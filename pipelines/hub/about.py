@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import Noun, canonical_json
+from meteora.artifacts import AdapterRef, Noun, canonical_json
 from meteora.untrusted.findings import shortened
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubError
@@ -15,7 +15,6 @@ from pipelines.hub.snapshot import write_note
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from meteora.artifacts import AdapterRef
 
 MAX_TEXT = 200
 """Characters of each text that are kept."""

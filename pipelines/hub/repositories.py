@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import COMMIT, REPO_ID, AdapterRef
+from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
 from pipelines.hub.client import DEFAULT, Hub, is_offline
 from pipelines.hub.errors import (
@@ -21,14 +21,12 @@ from pipelines.hub.errors import (
     HubRevisionError,
 )
 from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
-from pipelines.hub.snapshot import staging
+from pipelines.hub.snapshot import ListedFile, staging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from meteora.artifacts import BaseSpec
-    from pipelines.hub.snapshot import ListedFile
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")

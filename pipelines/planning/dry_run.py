@@ -10,17 +10,17 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
-from meteora.artifacts import COMMIT, BaseSpec
+from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
 from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.claims import prompts_of
 from pipelines.data.row_sources import read_rows
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import read_spans
 from pipelines.evaluation.harness import BenchmarkError
-from pipelines.evaluation.tasks import make_tasks
+from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached
@@ -28,11 +28,13 @@ from pipelines.planning.estimate import (
     ASSUMED_ANSWER_TOKENS,
     ASSUMED_RANK,
     Experts,
+    Need,
     Rows,
     assumed_ranks,
     estimate,
 )
 from pipelines.planning.plan import (
+    Plan,
     asks_for_spans,
     check_overlaps,
     most_prompts,
@@ -41,7 +43,7 @@ from pipelines.planning.plan import (
 )
 from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.planning.room import check_examples, check_names, check_room
-from pipelines.recipe.recipe import AUTO
+from pipelines.recipe.recipe import AUTO, ExpertSection, Recipe
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
@@ -53,12 +55,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from meteora.artifacts import BuiltBase
-    from pipelines.data.rows import Row
-    from pipelines.evaluation.tasks import Task
-    from pipelines.planning.estimate import Need
-    from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
     Outcomes = Sequence[tuple[ExpertSection, Expert | Refusal | Missing]]

@@ -44,14 +44,13 @@ from pipelines.recipe.benchmark import (
 )
 from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
-from pipelines.workspace.machine import is_too_large
+from pipelines.workspace.machine import Machine, is_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from meteora.base.loading import Shape
     from pipelines.recipe.recipe import Recipe
-    from pipelines.workspace.machine import Machine
 
 PROGRAM_BYTES = 600e6
 """Memory of Python with the model libraries loaded."""

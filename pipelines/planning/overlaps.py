@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.data.row_sources import json_lines, read_rows, row_place
-from pipelines.data.rows import refuse_overlap
+from pipelines.data.rows import Row, refuse_overlap
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.data.rows import Row
     from pipelines.recipe.from_folder import Found
 
 ALL_ROWS = 1_000_000

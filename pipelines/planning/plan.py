@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     NULL,
+    BaseSpec,
     ComparisonSpec,
     FusedSpec,
     JointSettings,
@@ -25,7 +26,7 @@ from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
-from pipelines.data.claims import examples_of, nobodys, prompts_of
+from pipelines.data.claims import Claim, examples_of, nobodys, prompts_of
 from pipelines.data.composites import compose, mixable
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import pin_source, read_rows, row_place
@@ -41,17 +42,14 @@ from pipelines.evaluation.measurements import (
 )
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.recipe.gates import CalibrateSection, JointSection, numbers_of
-from pipelines.recipe.recipe import AUTO
+from pipelines.recipe.recipe import AUTO, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from meteora.artifacts import BaseSpec
     from pipelines.admission.experts import Expert
-    from pipelines.data.claims import Claim
     from pipelines.recipe.benchmark import BenchmarkSection
-    from pipelines.recipe.recipe import Recipe
 
 
 MAX_PROMPTS = 8192

@@ -10,23 +10,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import WITH_GATES, MeteoraError
+from meteora.artifacts import WITH_GATES, BaseSpec, BuiltBase, MeteoraError, PoolSpec
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
-from pipelines.data.claims import read_claims
+from pipelines.data.claims import Claim, read_claims
 from pipelines.data.rows import ExamplesError
-from pipelines.planning.plan import make_plan, stack_of
+from pipelines.planning.plan import Plan, make_plan, stack_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from meteora.artifacts import BaseSpec, BuiltBase, PoolSpec
     from pipelines.admission.base_identity import LookUp
     from pipelines.admission.experts import Expert, Fetch, Resolve
     from pipelines.admission.verdicts import Proportion
-    from pipelines.data.claims import Claim
-    from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger

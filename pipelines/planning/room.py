@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from meteora.base.chat_template import encode_pair
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import refuse_too_long
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from pipelines.data.rows import Row
     from pipelines.evaluation.tasks import Task
 
 

@@ -11,13 +11,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from meteora import __version__
-from meteora.artifacts import COMMIT, short
+from meteora.artifacts import COMMIT, ArtifactId, short
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import Manifest
     from store.ledger import Ledger
 

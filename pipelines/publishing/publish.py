@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, file_sha256
 from meteora.base.sources import PATH, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
-from pipelines.hub.bundle import make_bundle
-from pipelines.hub.client import hub_for
+from pipelines.hub.bundle import Bundle, make_bundle
+from pipelines.hub.client import Hub, hub_for
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository
 from pipelines.publishing import licences
@@ -34,8 +34,6 @@ from store.files import partial_file
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipelines.hub.bundle import Bundle
-    from pipelines.hub.client import Hub
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import short
+from meteora.artifacts import RouterBuild, Score, short
 from meteora.base.sources import GGUF, PATH
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
@@ -13,7 +13,6 @@ from pipelines.scoring.metrics import METRICS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meteora.artifacts import RouterBuild, Score
     from meteora.artifacts.scores import Abstention
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meteora.model.chat import Chat
-from meteora.model.trace import trace
+from meteora.model.trace import Trace, trace
 from pipelines.data.dialogues import Dialogue
 from pipelines.reports.trace import trace_figure
 from pipelines.scoring.metrics import METRICS, RIGHT, TURNS_RIGHT
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.model.trace import Trace
     from pipelines.reports.queries import QueryResult
     from store.ledger import Ledger
 

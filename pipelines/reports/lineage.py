@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 
 from meteora.untrusted.findings import shortened
-from pipelines.reports.queries import base_name
+from pipelines.reports.queries import QueryResult, base_name
 from pipelines.reports.svg import (
     ACCENT,
     INK,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipelines.reports.queries import QueryResult
 
 MOST = 14
 """Adapters that are shown; of more, the last line has their number."""

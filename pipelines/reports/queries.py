@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from meteora.artifacts import MeteoraError, short
+from meteora.artifacts import ArtifactId, MeteoraError, short
 from meteora.artifacts.scores import mark_of
-from store.query import titled
+from store.query import Answer, titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from meteora.artifacts import ArtifactId
     from store.ledger import Ledger
-    from store.query import Answer
 
 ROUTER_ID = re.compile(r"router:[0-9a-f]{64}")
 

@@ -10,8 +10,8 @@ from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
 from pipelines.reports.lineage import lineage_graph
-from pipelines.reports.queries import base_name, by_turn, compare_systems
-from pipelines.reports.side_by_side import LABELS
+from pipelines.reports.queries import QueryResult, base_name, by_turn, compare_systems
+from pipelines.reports.side_by_side import LABELS, SideBySide
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.workspace.checkpoints import base_option
@@ -19,8 +19,6 @@ from pipelines.workspace.checkpoints import base_option
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipelines.reports.queries import QueryResult
-    from pipelines.reports.side_by_side import SideBySide
 
 FIGURES = (
     "scores", "conversations", "matrix", "confusion", "load", "layers", "details", "switches",

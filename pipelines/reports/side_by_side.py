@@ -15,7 +15,7 @@ from meteora.artifacts import (
     ScorePair,
     short,
 )
-from meteora.checkpoint.manifest import TENSORS, read_manifest
+from meteora.checkpoint.manifest import TENSORS, ExpertEntry, Manifest, read_manifest
 from pipelines.reports.queries import ROUTER_ID, QueryResult, ReportError, ask_queries
 from pipelines.scoring.compare import compare, recorded_scores, scores_in_common
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from meteora.artifacts import Difference, Score
-    from meteora.checkpoint.manifest import ExpertEntry, Manifest
     from store.ledger import Ledger
 
 LABELS = ("A", "B")

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import (
     WITH_GATES,
     ComparisonBuild,
+    Difference,
     RouterBuild,
     RoutingBuild,
     Score,
     SpeedBuild,
 )
-from pipelines.evaluation.measurements import BASE, FUSED, ORACLE
+from pipelines.evaluation.measurements import BASE, FUSED, ORACLE, Measurement
 from pipelines.scoring.judges import check_judges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from meteora.artifacts import Difference
-    from pipelines.evaluation.measurements import Measurement
     from pipelines.planning.plan import Plan
     from store.ledger import Ledger
 

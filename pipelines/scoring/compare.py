@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ComparisonBuild, Difference
+from meteora.artifacts import ArtifactId, ComparisonBuild, ComparisonSpec, Difference, Score
 from pipelines.scoring import intervals
 from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
-    from meteora.artifacts import ArtifactId, ComparisonSpec, Score
     from store.ledger import Ledger
 
 

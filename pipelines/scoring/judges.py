@@ -10,13 +10,12 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, Score
 from store.errors import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from meteora.artifacts import Score
     from store.ledger import Ledger
 
 

@@ -23,12 +23,11 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data.row_sources import reasoning_task
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pipelines.data.rows import Row
 
 RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
 """Metrics of composites: the shares of questions that were answered rightly, and at all."""

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import ArtifactId, MeteoraError
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from meteora.artifacts import ArtifactId
     from store.ledger import Ledger
 
 AT_ONCE = 8

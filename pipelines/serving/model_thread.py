@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
-from meteora.model.chat import Answer
+from meteora.model.chat import Answer, Chat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from fastapi import Request
 
-    from meteora.model.chat import Chat
     from meteora.model.trace import Token
     from pipelines.serving.requests import ChatRequest
 

@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from meteora.artifacts import MeteoraError
-from meteora.model.chat import Answer
+from meteora.model.chat import Answer, Chat
 from meteora.untrusted.findings import brief, shortened
 from pipelines.serving.answers import Reply, error_body, event
 from pipelines.serving.host_names import KnownHostsOnly
@@ -30,7 +30,6 @@ from pipelines.workspace.console import say
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping
 
-    from meteora.model.chat import Chat
     from meteora.model.trace import Token
 
 GOODBYE_SECONDS = 5

@@ -31,7 +31,7 @@ from pipelines.stages.checkpoint import place_checkpoint, record_router, record_
 from pipelines.stages.open_model import stack_in
 from pipelines.workspace.bases import base_at
 from pipelines.workspace.console import say
-from pipelines.workspace.context import checkpoint_at
+from pipelines.workspace.context import RunContext, checkpoint_at
 from pipelines.workspace.faults import require_space
 from store.events import AdapterVerdict
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
     from pipelines.admission.checkpoints import FoundCheckpoint
-    from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
 

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
 from meteora.base.sources import PATH, path_from
-from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from meteora.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from meteora.untrusted.findings import did_you_mean
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.speed import device_name
-from pipelines.evaluation.tasks import make_tasks
-from pipelines.planning.plan import plan_benchmark
+from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, TaskSection
@@ -32,8 +32,8 @@ from pipelines.recipe.recipe import (
     explain,
 )
 from pipelines.recipe.stage import Stage
-from pipelines.reports.summary import summarise
-from pipelines.stages.adopt import adopt, plan_adoption, recorded_router
+from pipelines.reports.summary import Summary, summarise
+from pipelines.stages.adopt import Adoption, adopt, plan_adoption, recorded_router
 from pipelines.stages.checkpoint import write_texts
 from pipelines.stages.measure import measure_model
 from pipelines.stages.open_model import stack_in
@@ -43,12 +43,7 @@ from pipelines.workspace.machine import choose_device
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
-    from meteora.checkpoint.manifest import Manifest
     from pipelines.admission.checkpoints import FoundCheckpoint
-    from pipelines.evaluation.tasks import Task
-    from pipelines.planning.plan import Plan
-    from pipelines.reports.summary import Summary
-    from pipelines.stages.adopt import Adoption
     from store.ledger import Ledger
 
 COMPARE = ("base", "oracle")

@@ -32,12 +32,12 @@ from meteora.checkpoint.resolve import find_packaged
 from meteora.checkpoint.stack import stack_adapters
 from meteora.fitting import calibrate
 from meteora.fitting.background import fit_to_background
-from meteora.fitting.sequences import UNLABELLED
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import converse, takes
+from pipelines.data.conversations import Conversation, converse, takes
 from pipelines.data.labels import (
     background_ids,
     background_sequences,
@@ -62,7 +62,7 @@ from pipelines.stages.open_model import (
 )
 from pipelines.workspace.bases import require_sound, seal
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.context import put_in_place
+from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
 from pipelines.workspace.machine import choose_device
 
@@ -74,11 +74,8 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec, RouterSpec
     from meteora.fitting import joint
-    from meteora.fitting.sequences import LabelledSequence
-    from pipelines.data.conversations import Conversation
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
-    from pipelines.workspace.context import RunContext
 
 
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ArtifactId, FusedCheckpoint
-from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST
+from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
+from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST, Manifest
 from pipelines.publishing.in_toto import write_lineage
 from pipelines.reports import card
-from pipelines.workspace.context import put_in_place
+from pipelines.workspace.context import RunContext, put_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from meteora.artifacts import FusedSpec, RouterBuild
-    from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
-    from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
 

@@ -32,6 +32,7 @@ from meteora.checkpoint.manifest import (
     GATES,
     MANIFEST,
     STATISTICS,
+    Manifest,
     read_manifest,
 )
 from meteora.checkpoint.resolve import load_base
@@ -40,7 +41,7 @@ from meteora.fitting import add_expert
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
-from pipelines.admission.candidate import Admission
+from pipelines.admission.candidate import Admission, Candidate
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows
@@ -59,10 +60,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from meteora.adapters.tensors import Adapter
-    from meteora.checkpoint.manifest import Manifest
     from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth
-    from pipelines.admission.candidate import Candidate
     from pipelines.admission.checkpoints import FoundCheckpoint
     from store.ledger import Ledger
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,11 @@ from meteora.routing.layer import routed_layers
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
-from pipelines.evaluation.measurements import ONE_EXPERT, control_of
+from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.estimate import rows_at_once
-from pipelines.planning.plan import place_of_example
+from pipelines.planning.plan import Plan, place_of_example
 from pipelines.planning.room import check_examples, check_names, check_room, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import check_judges
@@ -39,14 +39,11 @@ from pipelines.workspace.machine import memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
-    from pipelines.evaluation.measurements import Measurement
     from pipelines.evaluation.tasks import Task
-    from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
 WATCHED = 16

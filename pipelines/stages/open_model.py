@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora.artifacts import WITH_GATES, ArtifactId, FusedSpec
+from meteora.artifacts import WITH_GATES, AdapterSpec, ArtifactId, BuiltBase, FusedSpec, RouterBuild
 from meteora.base import loading
 from meteora.base.placement import placed
 from meteora.checkpoint.manifest import (
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import AdapterSpec, BuiltBase, RouterBuild
     from pipelines.admission.experts import Expert
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext

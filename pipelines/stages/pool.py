@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from meteora import __version__
-from meteora.artifacts import PoolBuild, canonical_sha256
+from meteora.artifacts import BuiltBase, PoolBuild, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import listed
 from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import BuiltBase, PoolSpec
     from pipelines.data.pool import Answers
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import yaml
 from lm_eval.models.utils import resolve_max_length
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
-from meteora.artifacts import COMMIT, MeteoraError
+from meteora.artifacts import COMMIT, BaseSpec, MeteoraError
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.base.loading import load_folder, shape_of
 from meteora.base.padding import padded
@@ -38,29 +38,24 @@ from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
-from pipelines.data.rows import refuse_overlap
+from pipelines.data.rows import Row, refuse_overlap
 from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
-from pipelines.recipe.recipe import AUTO
+from pipelines.recipe.recipe import AUTO, ExpertSection
 from pipelines.stages.build import build_base
 from pipelines.stages.open_model import tokenizer_of_gates
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.context import put_in_place
+from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Iterator, Sequence
 
-    from peft import PeftModel
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import BaseSpec
-    from pipelines.data.rows import Row
-    from pipelines.recipe.recipe import ExpertSection
-    from pipelines.workspace.context import RunContext
 
 BATCH_SIZE = 8
 """Rows of a step."""

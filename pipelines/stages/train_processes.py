@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed import TCPStore
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import BuiltBase, MeteoraError, RouterSpec
 from meteora.checkpoint import tensors
 from meteora.fitting import joint
 from meteora.routing.gates import gates_of
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from meteora.artifacts import BuiltBase, RouterSpec
     from meteora.base.chat_template import Template
     from meteora.fitting.sequences import LabelledSequence
     from pipelines.planning.plan import Plan

@@ -24,14 +24,13 @@ from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import choose_device, memory_bytes
-from pipelines.workspace.processes import parent
+from pipelines.workspace.processes import Channel, parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pipelines.planning.plan import Plan
-    from pipelines.workspace.processes import Channel
 
 PROGRESS_SECONDS = 2.0
 

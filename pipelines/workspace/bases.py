@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from meteora.artifacts import SHA256, ArtifactId, MeteoraError, Noun, file_sha256
+from meteora.artifacts import SHA256, ArtifactId, BaseSpec, MeteoraError, Noun, file_sha256
 from meteora.base.sources import combined_sha256
 from store.check import Finding
 from store.errors import StoreError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from meteora.artifacts import BaseSpec
     from store.ledger import Ledger
 
 NOTE = ".sealed.json"

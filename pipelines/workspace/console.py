@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich import console as rich_console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -24,8 +24,6 @@ from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-
-    from rich.progress import Task
 
     MessageListener = Callable[[str], None]
     """Called with each line, without its colours."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from meteora.artifacts import canonical_sha256
+from meteora.artifacts import ArtifactId, BaseSpec, canonical_sha256
 from meteora.base.sources import PATH, path_from
 from pipelines.recipe.recipe import SHIPPED, Recipe, locate, read_recipe, shipped
 from pipelines.workspace.bases import base_at
@@ -20,8 +20,6 @@ from store.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-
-    from meteora.artifacts import ArtifactId, BaseSpec
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import SHA256, file_sha256
@@ -15,9 +17,6 @@ from store.errors import DamagedError, MissingBlobError, StoreError, Unreachable
 from store.files import copy, discard, partial_file, settle, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from store.remote import Remote
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,6 @@ from store.query import memory, quoted
 from store.segments import SUFFIX, Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterator
-
     from store.blobs import Blobs
     from store.index import Index
     from store.records import Records

@@ -15,15 +15,12 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from store.errors import BusyError, StoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
 
 READ_ONLY = 0o444
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on write

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from store.files import STALE_SECONDS, leftovers, size_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from store.blobs import Blobs
     from store.records import Records
 

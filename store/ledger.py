@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -27,9 +29,6 @@ from store.query import LIMITS, Answer, Limits, ask, reading
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
     from store.check import Verification
     from store.garbage import Garbage
     from store.index import Ingest

@@ -7,6 +7,7 @@ against its name. Records that are not in the index yet are few, and are all rea
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, short
@@ -15,8 +16,6 @@ from store.records import Record, Records
 from store.segments import SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
     from store.index import Index
 
 logger = logging.getLogger(__name__)

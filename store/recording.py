@@ -5,7 +5,9 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from meteora.artifacts import ArtifactId, Noun, Publication, RoutingScore, Score, Spec, short
 from store.blobs import Blobs
@@ -17,11 +19,6 @@ from store.lookup import Lookup
 from store.records import Record, Records, now
 from store.remote import Remote
 from store.sharing import Setting, Sharing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
 
 WRITE_DEADLINE_SECONDS = 60.0
 """How long a writer waits for the lock of another one."""

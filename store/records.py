@@ -13,18 +13,16 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
 from store.files import discard, locked, write_whole
 from store.segments import SEGMENT_RECORDS, Segments
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-    from pathlib import Path
 
 PACK_SECONDS = 600.0
 """How long to wait for another process that packs."""

@@ -15,17 +15,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from store.errors import StoreError, UnreachableError, brief
 from store.files import partial_file, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator
-    from pathlib import Path
-
     from obstore.store import ClientConfig, RetryConfig
 
 logger = logging.getLogger(__name__)

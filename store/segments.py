@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import duckdb
 
@@ -19,10 +20,6 @@ from meteora.artifacts import file_sha256
 from store.errors import DamagedError, StoreError, brief
 from store.files import partial_file, settle
 from store.query import memory, quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import duckdb
 
 from store.errors import StoreError, brief
 from store.query import NO_EXTENSIONS, harden
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 

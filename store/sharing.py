@@ -17,8 +17,10 @@ import re
 import secrets
 import time
 import tomllib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from store.errors import DamagedError, StoreError
@@ -27,9 +29,6 @@ from store.remote import Remote
 from store.segments import SUFFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
-
     from store.blobs import Blobs
     from store.records import Records
 

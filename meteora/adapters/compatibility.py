@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,6 @@ from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from meteora.artifacts import AdapterSpec, Reason
 
 

@@ -6,15 +6,12 @@ as an alpha, and loads what it does not understand with a warning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from meteora.untrusted import config_fields as fields
 from meteora.untrusted.findings import Findings, listed, shortened
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 
 OnExtras = Literal["refuse", "strip"]
 """What to do with whole modules that were saved beside the LoRA."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import stat
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from meteora.adapters.config import Claim, OnExtras, mlx_claim, peft_claim
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from meteora.adapters.tensors import DTYPES, AdapterTensors, place_of
@@ -12,8 +13,6 @@ from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from meteora.adapters.config import Claim
     from meteora.untrusted.safetensors_header import TensorInfo
 

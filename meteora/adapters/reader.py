@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,9 +30,6 @@ from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from io import BufferedReader
-
     from meteora.adapters.config import Claim, OnExtras
 
 TICK_NS = 100_000_000

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from meteora.untrusted.findings import Findings, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-    from pathlib import Path
-
     from meteora.adapters.config import Claim, OnExtras
     from meteora.artifacts import AdapterSpec, Reason
     from meteora.untrusted.safetensors_header import TensorInfo

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from meteora.adapters.tensors import Adapter

@@ -10,18 +10,14 @@ import hashlib
 import json
 import os
 import struct
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import Self
 
 import torch
+from torch import Tensor
 
 from meteora.adapters.tensors import Adapter, Stamp
 from meteora.artifacts import MeteoraError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_BUFFERS = 1024

@@ -6,11 +6,9 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, NewType, Self, get_type_hints
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import Any, ClassVar, NewType, Self, get_type_hints
 
 ArtifactId = NewType("ArtifactId", str)
 """`<kind>:<64 hex digits>`. People are shown the first 12 digits; all are stored."""

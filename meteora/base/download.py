@@ -7,17 +7,15 @@ token it is given.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils.hub import cached_file, is_offline_mode
 
 from meteora.base.sources import INDEX, SHARD, TEXTS, SourceError
 from meteora.untrusted.findings import brief
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 NO_TOKEN = {"token": False}
 """Without this, transformers sends the saved token to every repository."""

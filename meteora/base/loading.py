@@ -6,8 +6,10 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,9 +32,6 @@ from meteora.base.sources import SourceError
 from meteora.untrusted.findings import brief, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterable, Mapping
-    from pathlib import Path
-
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 

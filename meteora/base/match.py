@@ -7,7 +7,9 @@ sizes throughout, so tensors alone do not tell an adapter of one from an adapter
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
@@ -17,9 +19,6 @@ from meteora.base.loading import fingerprint, load_tokenizer
 from meteora.untrusted.findings import Findings, brief, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NOT_SIZES = ("architecture", "vocab_size", "vocabulary_sha256")

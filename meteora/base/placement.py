@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
-
-    from torch import nn
     from transformers import PreTrainedModel
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, REPO_ID, SHA256, MeteoraError, file_sha256
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 GGUF = "gguf:"
 """Prefix of a base in a Python package."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
@@ -13,11 +16,6 @@ from meteora.checkpoint.manifest import ModuleEntry, check_name, no_expert, read
 from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Set as AbstractSet
-    from pathlib import Path
-
-    from torch import Tensor
-
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
 

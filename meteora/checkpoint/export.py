@@ -11,11 +11,14 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
@@ -23,13 +26,6 @@ from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint.manifest import ExpertEntry, Manifest, no_expert, read_manifest
 from meteora.checkpoint.tensors import read_experts
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
-    from pathlib import Path
-
-    from torch import Tensor
-
 
 WORD = re.compile(r"[\w./-]+")
 """What needs no quotes in YAML: an identifier of a licence, or `owner/name`."""

@@ -10,10 +10,13 @@ There are no gates: llama.cpp takes one adapter for a whole request.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
 import torch
+from torch import Tensor
 
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import Manifest, no_expert, read_manifest
@@ -21,11 +24,6 @@ from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import ExpertsFile, open_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from torch import Tensor
-
     from meteora.artifacts import Fingerprint
 
 ARCHITECTURES = {

@@ -12,18 +12,16 @@ module has half of this speed (tests/benchmarks/results/fuse.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
     from meteora.adapters.tensors import AdapterTensors
     from meteora.adapters.weights import AdapterWeights
 

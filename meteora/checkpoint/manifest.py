@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import Any, Self
 
 from meteora.artifacts import (
     NULL,
@@ -29,10 +31,6 @@ from meteora.untrusted import config_fields
 from meteora.untrusted.findings import Findings, did_you_mean, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-    from pathlib import Path
 
 FORMAT_VERSION = 1
 MANIFEST = "meteora.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,6 @@ from meteora.checkpoint.manifest import (
 from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -6,8 +6,9 @@ have the SHA-256 that the manifest names, if it names one, and no number is NaN 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,11 +17,6 @@ from meteora.artifacts import file_sha256
 from meteora.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from meteora.untrusted.findings import listed, shortened
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Mapping
-    from pathlib import Path
-
 
 AGAIN = "download or build the checkpoint again"
 

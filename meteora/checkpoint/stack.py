@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import errno
 import resource
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import AdapterModule, AdapterSpec, MeteoraError
@@ -25,11 +28,6 @@ from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import write_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
     from meteora.adapters.tensors import Adapter, AdapterTensors
 
 

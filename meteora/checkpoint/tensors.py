@@ -23,9 +23,12 @@ import json
 import math
 import os
 import struct
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -43,10 +46,6 @@ from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping
-    from collections.abc import Set as AbstractSet
-    from pathlib import Path
-
     from safetensors import safe_open
 
     from meteora.checkpoint.manifest import Manifest, ModuleEntry

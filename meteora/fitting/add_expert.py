@@ -14,10 +14,12 @@ task comes next, as it holds one task.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import NULL, SHARED, RouterOptions
 from meteora.base.placement import input_device
@@ -37,9 +39,6 @@ from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.checkpoint.manifest import ModuleEntry

@@ -6,9 +6,12 @@ and the size of each expert's update on each text; see `meteora.model.prompt_cho
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import RouterOptions
 from meteora.base.placement import input_device
@@ -22,10 +25,6 @@ from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.routers import Norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.base.chat_template import Template

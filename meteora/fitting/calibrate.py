@@ -16,12 +16,15 @@ of the sequences by gates that were fitted to the other half, as stacked general
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from meteora import __version__
 from meteora.artifacts import NULL, SHARED, RouterOptions, canonical_sha256
@@ -62,10 +65,6 @@ from meteora.routing.routers import Gate, Router
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.base.chat_template import Template

@@ -8,15 +8,12 @@ with the smaller matrix, so that a point with 14,336 inputs and few tokens is ch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
+from torch import Tensor
 
 COLUMNS = 1024
 """How many columns of float32 rows are converted to float64 at a time."""

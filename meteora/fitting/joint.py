@@ -10,13 +10,16 @@ and the step (`training_state`).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
+from torch import Tensor
 
 from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
@@ -40,10 +43,6 @@ from meteora.routing.gates import gates_in
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.base.chat_template import Template

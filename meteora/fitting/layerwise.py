@@ -8,11 +8,14 @@ they receive the same tensor.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
@@ -21,10 +24,6 @@ from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.passes import PassInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-    from pathlib import Path
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from meteora.routing.prompt_opening import PromptOpening

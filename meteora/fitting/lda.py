@@ -10,17 +10,15 @@ is chosen on held-out sequences. A `scatter` holds the sums over tokens from whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from meteora.fitting.covariance import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)

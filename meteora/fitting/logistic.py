@@ -20,17 +20,15 @@ grow with tokens times experts, so hundreds of experts give fewer tokens each (`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from meteora.fitting.sequences import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
     from meteora.fitting.statistics import PointStatistics
 
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)

@@ -19,12 +19,14 @@ weights are computed over all sequences of a training; their mean is 1.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -37,9 +39,6 @@ from meteora.routing.gates import gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from meteora.routing.routers import Gate

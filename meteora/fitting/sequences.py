@@ -6,19 +6,15 @@ A label is the number of the expert that a token belongs to.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.base.padding import mask_of, padded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
 
 HELDOUT_SHARE = 0.25
 """Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
@@ -14,11 +17,6 @@ from meteora.fitting.covariance import Covariance, Rows, Sums
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
     from meteora.checkpoint.tensors import Gates
 
 MAX_DIRECTIONS = 256

@@ -11,22 +11,17 @@ import hashlib
 import math
 import os
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from meteora.artifacts import JointSettings, MeteoraError
 from meteora.fitting.statistics import PointStatistics
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import Tensor
-
 
 FILE = "training.safetensors"
 DIGEST = "tensors_sha256"

@@ -12,22 +12,20 @@ beyond its result: with `add_to` they add to the projection's own output, a few 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meteora.artifacts import MeteoraError
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import ModuleType
-
-    from torch import Tensor
-
     from meteora.kernels.stack import ExpertStack
 
 ROWS_AT_ONCE = 256

@@ -11,14 +11,12 @@ factor 1 / E is the mean of all experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 ALIGNMENT = 64
 """Bytes of a cache line. Torch's own memory begins at one, that of a mapped file anywhere, and dot

@@ -10,21 +10,19 @@ nothing waits for the host. Import it by `gather_grouped.triton_launch`, as it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from meteora.kernels import reference, triton_kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from meteora.kernels.stack import ExpertStack
 
 BLOCK_IN = 128

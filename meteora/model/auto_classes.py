@@ -9,6 +9,7 @@ The checkpoint's `config.json` says only that it is one; everything else is in i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -16,8 +17,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_TYPE = "meteora"

@@ -12,11 +12,13 @@ rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from meteora.artifacts import NULL
@@ -45,9 +47,6 @@ from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-
-    from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.routing.hooks import Routes

@@ -8,12 +8,14 @@ For other code the model stays the same: `generate`, `pipeline` and lm-eval run 
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import NULL, MeteoraError, RouterOptions
 from meteora.base import loading
@@ -33,9 +35,6 @@ from meteora.routing.weight_scores import KINDS
 from meteora.untrusted.findings import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from meteora.artifacts import MeteoraError
@@ -15,9 +17,6 @@ from meteora.model.shared_prefix import share_prefix
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 

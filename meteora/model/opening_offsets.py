@@ -12,12 +12,14 @@ that follow, the means are then nearly the same in both.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from meteora.artifacts import RouterOptions
 from meteora.base.padding import mask_of, padded
@@ -27,9 +29,6 @@ from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
 from meteora.routing.routers import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 

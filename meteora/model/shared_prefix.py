@@ -10,18 +10,17 @@ Its keys and values are those in each whole prompt, if they do not depend on lat
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHORTEST = 8

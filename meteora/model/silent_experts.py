@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,6 @@ from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.model.generate import batch_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT = "List three things that you can do, and answer this: what is 12 plus 30?"

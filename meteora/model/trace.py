@@ -5,12 +5,14 @@ The answer is generated as usual, with a cache: no route is forced, and no token
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
@@ -21,9 +23,6 @@ from meteora.routing.hooks import recorded_routes
 from meteora.routing.passes import PassInput, by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.routing.hooks import Routes

@@ -6,11 +6,13 @@ for inputs like those than for others, as it was with fourteen adapters that beg
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
@@ -22,9 +24,6 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.prompt_router import LEAST_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.routing.routers import Router

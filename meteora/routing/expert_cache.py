@@ -10,13 +10,12 @@ experts pass through one by one.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from meteora.base.placement import PlacementError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
-
     from torch import Tensor
 
 

@@ -9,6 +9,7 @@ share = turn     as `point`, and each gate decides once for a whole turn of a co
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,6 @@ from meteora.routing.turns import Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
-
     from torch import Tensor
     from transformers import PreTrainedModel
 

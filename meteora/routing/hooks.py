@@ -9,18 +9,17 @@ that are added later.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.base.placement import input_device
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from meteora.routing.routers import Router

@@ -11,6 +11,7 @@ runs unchanged: caches, padding, batches and beams included. Hooks show what a r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,6 @@ from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.routing.shared_input import Product, Share, SharedMatmul
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-
     from meteora.kernels.dispatch import KernelName
     from meteora.kernels.stack import ExpertStack
     from meteora.routing.expert_cache import ExpertCache

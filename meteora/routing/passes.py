@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Watcher:
     OPT: so both are watched.
     """
 
-    _hooks: tuple[RemovableHandle, ...] = ()
+    _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
     """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
 

@@ -9,6 +9,7 @@ so that generation with a cache equals generation without.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,6 @@ from torch import Tensor
 from meteora.routing.passes import PassInput, Watcher, earlier, ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from meteora.base.chat_template import Template
 
 WINDOW = 64

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.routing.routers import Router
 from meteora.routing.turns import UnreadPromptError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from meteora.artifacts import RouterOptions
     from meteora.kernels.stack import ExpertStack
 

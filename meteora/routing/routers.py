@@ -6,6 +6,7 @@ options with which `reference.route` reads them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,8 +17,6 @@ from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from meteora.base.chat_template import Template
     from meteora.kernels.stack import ExpertStack
 

@@ -13,19 +13,17 @@ layer's A becomes rows of the joined one.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from meteora.kernels import gather_grouped, reference
 from meteora.kernels.stack import ExpertStack, RankTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
     from meteora.kernels.dispatch import KernelName
 
 

@@ -11,7 +11,8 @@ template the whole first pass is a question.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,6 @@ from torch import Tensor
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import HEADER, Template
 from meteora.routing.passes import PassInput, Watcher, earlier, ends
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):

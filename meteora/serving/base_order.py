@@ -8,18 +8,14 @@ wrong ones, without an error.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from meteora.base.loading import weight_key
 from meteora.serving.served_folder import UnservableError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
 
 SAMPLES = 16
 """Outputs of a projection that are compared."""

@@ -9,8 +9,10 @@ output. Routers, experts and kernels are those that the model has in transformer
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,9 +32,6 @@ from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from meteora.checkpoint.tensors import ExpertsFile, Gates
 
 

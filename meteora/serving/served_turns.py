@@ -13,6 +13,7 @@ arithmetic alone, which torch.compile takes into its graph.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,8 +24,6 @@ from meteora.routing.passes import PassInput
 from meteora.routing.turns import UnreadPromptError, questions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from meteora.base.chat_template import Template
 
 

@@ -8,10 +8,12 @@ and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
@@ -38,9 +40,6 @@ from meteora.serving.vllm_prompts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
     from transformers import PretrainedConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper

@@ -10,9 +10,11 @@ request as long as it runs, since no two requests share a cached prefix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
 from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import ForwardContext, get_forward_context
@@ -22,9 +24,6 @@ from meteora.serving.served_folder import WHOLE_PROMPTS, UnservableError
 from meteora.serving.served_turns import Requests, ServedTurns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
     from vllm.config import VllmConfig
 
 

@@ -6,13 +6,13 @@ names every fault.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from meteora.untrusted.findings import Findings, listed, shortened
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Collection, Mapping, Sequence
 
 
 T = TypeVar("T")

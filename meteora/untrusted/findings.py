@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import MeteoraError, Reason
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
 
 MOST_OF_A_CODE = 3
 """Reasons kept of one code, so that a file with a thousand faults gets a short message."""

@@ -10,15 +10,12 @@ A pattern that is not matched here raises `PatternError`, and the caller decides
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import re2
 
 from meteora.untrusted.findings import shortened
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MAX_LENGTH = 2_000
 """Characters of a pattern. The longest seen in a published config has 359."""

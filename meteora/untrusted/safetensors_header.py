@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 MAX_HEADER_BYTES = 4 << 20
 """A 70B model with every linear layer targeted needs 0.2 MB."""

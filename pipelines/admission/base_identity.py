@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +27,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.processes import ChildError, ChildProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterRef, BaseSpec
     from pipelines.hub.client import Hub

@@ -7,6 +7,7 @@ prompt. The verdict is recorded, whether it is accepted or refused.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.machine import memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.adapters.config import OnExtras

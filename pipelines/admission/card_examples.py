@@ -6,9 +6,10 @@ code of theirs; and only where the columns leave no doubt.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
@@ -17,10 +18,6 @@ from meteora.untrusted.findings import brief, listed
 from pipelines.data.pinned import kept, pin
 from pipelines.data.row_sources import hub_items, read_rows
 from pipelines.data.rows import ExamplesError, Row
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
 
 COLUMNS = (
     ("prompt", "completion"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,6 @@ from pipelines.hub.client import hub_for
 from pipelines.hub.errors import HubError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from meteora.adapters.config import OnExtras
 
 

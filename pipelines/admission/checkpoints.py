@@ -6,6 +6,7 @@ repository nor the base that a checkpoint names is a reason to send it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,6 @@ from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

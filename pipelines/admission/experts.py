@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
@@ -17,9 +19,6 @@ from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
     from pipelines.workspace.context import RunContext

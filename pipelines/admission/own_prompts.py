@@ -10,10 +10,12 @@ are likelier in that place than its answers to them, and likelier for the expert
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import BoolTensor, Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from meteora.base.chat_template import Template, encode_prompt
@@ -24,9 +26,6 @@ from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from torch import BoolTensor, Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import Reason
@@ -9,8 +10,6 @@ from meteora.model.silent_experts import silent_experts
 from pipelines.admission.verdicts import record_accepted, with_warnings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.admission.experts import Expert

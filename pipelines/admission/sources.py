@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from collections.abc import Set as AbstractSet
+from pathlib import Path
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256, file_sha256
 from meteora.base.sources import (
@@ -21,11 +23,6 @@ from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
 from pipelines.hub.client import Hub, hub_for
 from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-    from collections.abc import Set as AbstractSet
-    from pathlib import Path
 
 
 class NotHereError(MeteoraError):

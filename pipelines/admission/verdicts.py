@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
@@ -15,9 +17,6 @@ from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
     from meteora.adapters.tensors import Adapter
     from pipelines.admission.experts import Expert, Refusal
     from pipelines.hub.client import Hub

@@ -6,6 +6,7 @@ And `meteora chat-server`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +20,6 @@ from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Sequence
-
     from meteora.model.chat import Chat
     from meteora.model.trace import Token
 

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from itertools import accumulate
@@ -21,8 +22,6 @@ from meteora.untrusted.findings import for_terminal
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pipelines.scoring.recompute import Recomputed
     from pipelines.scoring.served import RecordedAnswer, Server
     from store.check import Finding, Verification

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,9 +19,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.environment import has_server, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from pipelines.flows.flow import Made
     from pipelines.flows.up_to_date import Look
     from pipelines.workspace.context import RunContext

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -27,9 +29,6 @@ from pipelines.workspace.checkpoints import base_option
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from rich.console import Console
 
     from meteora.model.trace import Trace

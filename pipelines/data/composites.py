@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,6 @@ from meteora.base.chat_template import encode_pair, encode_prompt, render_prompt
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
     from transformers import PreTrainedTokenizerBase
 
 OPENING = (

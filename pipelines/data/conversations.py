@@ -15,6 +15,7 @@ belongs to no expert: the next subject is not known there.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -25,8 +26,6 @@ from meteora.artifacts import Noun
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PreTrainedTokenizerBase
 
 

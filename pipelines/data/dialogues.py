@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from meteora.artifacts import Noun
 from pipelines.data.composites import Question
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.rows import ExamplesError, Row
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
@@ -20,8 +21,6 @@ from pipelines.data.composites import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.data.conversations import Conversation

@@ -16,6 +16,7 @@ their standard, and they would stand out on some of these.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -36,8 +37,6 @@ from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

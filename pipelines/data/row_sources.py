@@ -14,20 +14,18 @@ data without a split for tests; `longest` leaves out prompts with more character
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import brief, listed, not_utf8, shortened
 from pipelines.data.pinned import kept, pin
 from pipelines.data.rows import ExamplesError, Row
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
 MAX_ROW_BYTES = 1 << 20
 """Of a line of a file, and of a prompt of the Hub."""

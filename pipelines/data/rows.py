@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.artifacts import MeteoraError, Noun, canonical_sha256
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 
 class ExamplesError(MeteoraError):

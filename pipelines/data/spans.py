@@ -14,7 +14,9 @@ a part of a response must have one. Turns are those of a conversation in the bas
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
@@ -25,9 +27,6 @@ from pipelines.data.row_sources import json_lines
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
 NEEDED = (

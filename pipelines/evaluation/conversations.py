@@ -16,11 +16,13 @@ with it, as on a server. Controls know the right expert of every turn:
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from meteora.artifacts import NULL
@@ -33,9 +35,6 @@ from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, ORACLE, SINGLE,
 from pipelines.evaluation.oracle_routing import send_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.data.dialogues import Dialogue

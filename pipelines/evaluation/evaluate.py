@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,6 @@ from pipelines.scoring.outputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

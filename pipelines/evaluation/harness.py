@@ -8,6 +8,7 @@ machinery for tasks, which takes seconds to import.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +28,6 @@ from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from pipelines.data.rows import Row

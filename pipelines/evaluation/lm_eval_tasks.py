@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.scoring.outputs import RowValues
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pipelines.evaluation.tasks import Task
 
 

@@ -12,11 +12,13 @@ a line names the question.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from meteora.artifacts import NULL, MeteoraError, RouterOptions
@@ -27,9 +29,6 @@ from pipelines.data.composites import Composite, last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

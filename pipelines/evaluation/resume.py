@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
 from meteora.base.placement import is_out_of_memory
 from pipelines.workspace.console import say
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-    from pathlib import Path
 
 BATCHES = 4
 """Batches in a portion."""

@@ -7,12 +7,14 @@ produce.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import NULL, RoutingDetail, RoutingSwitch
 from meteora.artifacts.scores import Abstention
@@ -26,9 +28,6 @@ from meteora.routing.layer import routed_layers
 from pipelines.data.composites import Composite, compose, encode_composite, fits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.data.rows import Row

@@ -6,12 +6,14 @@ forced; tests show that both equal the real ones. So a second model is never loa
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from meteora.model.fused import force_expert, make_router, without_experts
 from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
@@ -19,9 +21,6 @@ from pipelines.evaluation.measurements import BASE, FUSED, ORACLES, Measurement,
 from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import MergeSpec, RouterSpec

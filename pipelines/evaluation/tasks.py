@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256, file_sha256
@@ -23,9 +25,6 @@ from pipelines.scoring.metrics import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
     from pipelines.recipe.benchmark import BenchmarkSection, ConversationSection, TaskSection

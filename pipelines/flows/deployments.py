@@ -7,6 +7,8 @@ page. Runs that were missed or overlap: see `missed_runs`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flows as prefect_flows
@@ -21,9 +23,6 @@ from pipelines.flows.run_page import tags_of
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from prefect.deployments.runner import RunnerDeployment
 
     from pipelines.workspace.context import RunContext

@@ -9,8 +9,8 @@ slot of a killed run is free again when its lease ends.
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -20,9 +20,6 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, PrefectException
 
 from pipelines.workspace.console import say
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0

@@ -9,7 +9,8 @@ mail through one's own server, can be added to the automation on its page.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
 from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
@@ -19,9 +20,6 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.states import StateType
 
 from pipelines.flows.flow import fuse_adapters
-
-if TYPE_CHECKING:
-    from uuid import UUID
 
 TELL = "meteora: tell of failures"
 CRASHED = "meteora: runs that fell silent crashed"

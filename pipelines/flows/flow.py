@@ -10,6 +10,7 @@ stopped; no model library is loaded here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,8 +38,6 @@ from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
     from prefect.client.schemas.objects import State, TaskRun
     from prefect.tasks import Task
 

@@ -7,6 +7,7 @@ the workers of a cluster. Locks work as for other runs: one run of a recipe, one
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,8 +22,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from prefect.task_runners import TaskRunner
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -42,8 +43,6 @@ from meteora.checkpoint.manifest import CARD
 from pipelines.admission.sources import hub_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
-
     from pipelines.planning.plan import Plan
     from pipelines.recipe.stage import Stage
     from pipelines.reports.summary import Summary

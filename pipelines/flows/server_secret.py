@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import MeteoraError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 USER = "meteora"
 """Prefect's secrets read `user:password`; the user means nothing here."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import AdapterRef, Noun, canonical_json
 from meteora.untrusted.findings import shortened
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 MAX_TEXT = 200
 """Characters of each text that are kept."""

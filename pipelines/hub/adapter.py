@@ -11,6 +11,8 @@ so that neither is asked for twice.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
@@ -23,9 +25,6 @@ from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_na
 from pipelines.hub.snapshot import check_file, locked, put_in_place, read_manifest, staging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from meteora.adapters.config import OnExtras
     from meteora.artifacts import AdapterRef
     from pipelines.hub.snapshot import ListedFile

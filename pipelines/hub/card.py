@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import REPO_ID
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MAX_CARD_BYTES = 1 << 20
 MAX_VALUE = 200

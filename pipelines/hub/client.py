@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
@@ -26,9 +27,6 @@ from pipelines.workspace.processes import (
     ChildProcess,
     ChildTimeoutError,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
 
 WORKER = "pipelines.hub.worker"
 MIN_BYTES_PER_SECOND = 500_000

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.hub.errors import HubDiskError, HubSizeError
@@ -12,9 +14,6 @@ from pipelines.workspace.console import growing
 from pipelines.workspace.faults import NoSpaceError, require_space
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from meteora.artifacts import AdapterRef
     from pipelines.hub.client import Hub
 

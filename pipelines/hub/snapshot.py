@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -17,9 +17,6 @@ from pipelines.hub.errors import HubConnectionError, HubHashError, HubTimeoutErr
 from store.errors import BusyError
 from store.files import locked as hold
 from store.files import sync
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,8 +32,6 @@ from pipelines.recipe.publish import MAIN, STAGING
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-
     from pipelines.hub.bundle import Bundle
     from pipelines.hub.client import Hub
     from pipelines.hub.snapshot import ListedFile

@@ -12,7 +12,8 @@ import errno
 import itertools
 import resource
 import socket
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
 from huggingface_hub import (
@@ -35,9 +36,6 @@ from huggingface_hub.errors import (
 )
 
 from pipelines.workspace.processes import limit_memory, parent
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""

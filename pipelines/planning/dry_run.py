@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
@@ -49,9 +51,6 @@ from pipelines.workspace.console import plain_console
 from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-    from pathlib import Path
-
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 

@@ -11,6 +11,7 @@ full, so times are rather too long. Estimates are good to a factor of two or so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,6 @@ from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import Machine, is_too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from meteora.base.loading import Shape
     from pipelines.recipe.recipe import Recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,6 @@ from pipelines.data.rows import Row, refuse_overlap
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pipelines.recipe.from_folder import Found
 
 ALL_ROWS = 1_000_000

@@ -6,8 +6,10 @@ Nothing here loads a model or opens a database, so that a finished run is found 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -45,9 +47,6 @@ from pipelines.recipe.gates import CalibrateSection, JointSection, numbers_of
 from pipelines.recipe.recipe import AUTO, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
     from pipelines.admission.experts import Expert
     from pipelines.recipe.benchmark import BenchmarkSection
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines.data.rows import Row
@@ -10,8 +11,6 @@ from pipelines.evaluation.tasks import Task
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from meteora.artifacts import ArtifactId, Score
     from store.ledger import Ledger
 

@@ -6,6 +6,7 @@ their `Steps`: a run downloads and records, the others take what is here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,8 +20,6 @@ from pipelines.data.rows import ExamplesError
 from pipelines.planning.plan import Plan, make_plan, stack_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     from pipelines.admission.base_identity import LookUp
     from pipelines.admission.experts import Expert, Fetch, Resolve
     from pipelines.admission.verdicts import Proportion

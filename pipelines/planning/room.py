@@ -8,6 +8,7 @@ here its questions count, and of the answers the last alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -18,8 +19,6 @@ from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import refuse_too_long
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from pipelines.evaluation.tasks import Task

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meteora import __version__
@@ -15,8 +16,6 @@ from meteora.artifacts import COMMIT, ArtifactId, short
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from meteora.checkpoint.manifest import Manifest
     from store.ledger import Ledger
 

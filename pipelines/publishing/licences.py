@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 from meteora.base.sources import PATH
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from meteora.checkpoint.manifest import Manifest
 
 NOT_STATED = "none"

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from meteora import __version__
 from store.query import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from datetime import datetime
-
     from store.ledger import Ledger
 
 SPEC = "https://openlineage.io/spec"

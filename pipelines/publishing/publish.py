@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,6 @@ from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger

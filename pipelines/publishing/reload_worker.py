@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
@@ -21,9 +22,6 @@ from meteora.model.silent_experts import PROMPT
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.workspace.machine import choose_device
 from pipelines.workspace.processes import parent
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @torch.inference_mode()

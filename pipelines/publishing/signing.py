@@ -7,6 +7,8 @@ public key and the package `model-signing` alone. No network is used.
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
@@ -14,9 +16,6 @@ from meteora.checkpoint.manifest import MANIFEST
 from meteora.untrusted.findings import brief, listed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-    from types import ModuleType
-
     from model_signing.hashing import Config
 
 SIGNATURE = "model.sig"

@@ -6,9 +6,9 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -16,9 +16,6 @@ from meteora.adapters import reader
 from meteora.artifacts import REPO_ID, MeteoraError
 from meteora.base.sources import GGUF, PATH, path_from
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 CONFIG = "adapter_config.json"
 EXAMPLES = ("train.jsonl", "examples.jsonl")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from pipelines.recipe.benchmark import Section, written_out
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterBuild, Score, short
@@ -11,8 +12,6 @@ from pipelines.reports.hub_metadata import card_metadata, shots
 from pipelines.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from meteora.artifacts.scores import Abstention
     from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary

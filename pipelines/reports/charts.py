@@ -6,6 +6,7 @@ The `name` of a chart is the start of its HTML ids: unique on a page.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,6 @@ from pipelines.reports.svg import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from markupsafe import Markup
     from matplotlib.figure import Figure
 

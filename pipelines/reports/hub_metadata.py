@@ -11,6 +11,7 @@ both are in the notes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -25,8 +26,6 @@ from meteora.artifacts import REPO_ID
 from pipelines.evaluation.measurements import FUSED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from meteora.checkpoint.manifest import Manifest
     from pipelines.recipe.benchmark import TaskSection
     from pipelines.reports.summary import Summary

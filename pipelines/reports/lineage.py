@@ -9,6 +9,7 @@ On a phone the four boxes stand below each other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,6 @@ from pipelines.reports.svg import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure

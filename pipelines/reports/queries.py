@@ -7,6 +7,7 @@ result, so a reader who has the ledger can run it again.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,6 @@ from meteora.artifacts.scores import mark_of
 from store.query import Answer, titled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from store.ledger import Ledger
 
 ROUTER_ID = re.compile(r"router:[0-9a-f]{64}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -15,10 +16,6 @@ from pipelines.reports.side_by_side import LABELS, SideBySide
 from pipelines.reports.trace import expert_styles
 from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.workspace.checkpoints import base_option
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
 
 FIGURES = (
     "scores", "conversations", "matrix", "confusion", "load", "layers", "details", "switches",

@@ -5,7 +5,9 @@ Experts, options and sizes come from the checkpoints' own files, the rest from t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meteora.artifacts import (
@@ -20,9 +22,6 @@ from pipelines.reports.queries import ROUTER_ID, QueryResult, ReportError, ask_q
 from pipelines.scoring.compare import compare, recorded_scores, scores_in_common
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
     from meteora.artifacts import Difference, Score
     from store.ledger import Ledger
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -18,9 +20,6 @@ from pipelines.evaluation.measurements import BASE, FUSED, ORACLE, Measurement
 from pipelines.scoring.judges import check_judges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
     from pipelines.planning.plan import Plan
     from store.ledger import Ledger
 

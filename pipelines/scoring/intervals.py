@@ -8,12 +8,9 @@ Tests are paired: both systems answered the same rows.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution: two sides make 95 %."""

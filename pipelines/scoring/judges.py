@@ -7,6 +7,7 @@ expert's new metric would leave the old values under the new recipe.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,6 @@ from meteora.artifacts import MeteoraError, Score
 from store.errors import DamagedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from store.ledger import Ledger
 
 

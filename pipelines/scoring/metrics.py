@@ -17,17 +17,14 @@ import inspect
 import math
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.data.row_sources import reasoning_task
 from pipelines.data.rows import ExamplesError, Row
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 
 RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
 """Metrics of composites: the shares of questions that were answered rightly, and at all."""

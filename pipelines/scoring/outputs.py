@@ -8,8 +8,10 @@ a system has answered.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,10 +21,6 @@ from pipelines.data.composites import split_answers
 from pipelines.data.rows import Row
 from pipelines.scoring.intervals import interval_of_mean
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 COSTS = ("prompt_tokens", "computed_tokens", "new_tokens", "seconds")
 """What each turn of a conversation takes, by the names in the column `turns` and in `ScoreTurn`."""

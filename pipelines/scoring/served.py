@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,6 @@ from meteora.artifacts import ArtifactId, MeteoraError
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from store.ledger import Ledger
 
 AT_ONCE = 8

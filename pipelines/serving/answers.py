@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from meteora.model.chat import Answer
     from meteora.model.trace import LayerWinner, Token
     from pipelines.serving.requests import ChatRequest

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Collection
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,6 @@ from meteora.untrusted.findings import shortened
 from pipelines.serving.answers import error_body
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d*)?", re.ASCII)

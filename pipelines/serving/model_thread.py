@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,6 @@ from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer, Chat
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from fastapi import Request
 
     from meteora.model.trace import Token

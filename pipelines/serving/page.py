@@ -9,14 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from meteora.model.fused import check_expert
 from pipelines.reports.html import render
 from pipelines.reports.trace import expert_styles
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 POLICY = (
     "default-src 'none'; {code}; connect-src 'self'; base-uri 'none'; form-action 'none';"

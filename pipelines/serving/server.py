@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ from pipelines.serving.requests import BoundedBodies, ChatRequest
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping
-
     from meteora.model.trace import Token
 
 GOODBYE_SECONDS = 5

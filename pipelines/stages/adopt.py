@@ -7,7 +7,9 @@ mistake a stranger's files for its own results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -36,9 +38,6 @@ from pipelines.workspace.faults import require_space
 from store.events import AdapterVerdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from meteora.checkpoint.manifest import ExpertEntry, Manifest
     from pipelines.admission.checkpoints import FoundCheckpoint
     from store.ledger import Ledger

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,6 @@ from pipelines.reports import card
 from pipelines.workspace.context import RunContext, put_in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from pipelines.reports.summary import Summary
     from store.ledger import Ledger
 

@@ -6,6 +6,7 @@ recipe, the examples and the adapters of its other experts are not needed.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,8 +58,6 @@ from pipelines.workspace.machine import is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.tensors import Gates
     from meteora.fitting.add_expert import Growth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -38,8 +39,6 @@ from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase

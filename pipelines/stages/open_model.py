@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,6 @@ from pipelines.workspace.console import say
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.admission.experts import Expert

@@ -6,6 +6,7 @@ Without a pool the experts whose cards name no examples write the prompts.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from meteora import __version__
@@ -20,8 +21,6 @@ from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import choose_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipelines.data.pool import Answers

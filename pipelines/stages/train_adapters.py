@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ import torch
 import yaml
 from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
@@ -51,9 +53,6 @@ from pipelines.workspace.machine import choose_device, is_too_large, memory_byte
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterator, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -7,6 +7,7 @@ joins them; on a CPU it does so over gloo. The first reports the progress, and w
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,6 @@ from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers,
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from transformers import PreTrainedModel
 
     from meteora.base.chat_template import Template

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,6 @@ from pipelines.workspace.processes import Channel, parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pipelines.planning.plan import Plan
 
 PROGRESS_SECONDS = 2.0

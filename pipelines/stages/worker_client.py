@@ -6,14 +6,13 @@ and returns artifacts and plans, never a tensor: large results lie in the store.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, ChildTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pipelines.workspace.context import RunContext
 
 

@@ -8,8 +8,10 @@ the hash of every file. A file is hashed again when its size or its time differs
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import SHA256, ArtifactId, BaseSpec, MeteoraError, Noun, file_sha256
@@ -19,9 +21,6 @@ from store.errors import StoreError
 from store.files import READ_ONLY, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
     from store.ledger import Ledger
 
 NOTE = ".sealed.json"

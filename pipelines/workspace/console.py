@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import timedelta
@@ -23,8 +24,6 @@ from rich.text import Text
 from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
     MessageListener = Callable[[str], None]
     """Called with each line, without its colours."""
     ProgressListener = Callable[[str, int, int], None]

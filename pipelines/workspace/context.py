@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import tempfile
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from meteora.artifacts import ArtifactId, BaseSpec, canonical_sha256
 from meteora.base.sources import PATH, path_from
@@ -17,9 +18,6 @@ from pipelines.recipe.recipe import SHIPPED, Recipe, locate, read_recipe, shippe
 from pipelines.workspace.bases import base_at
 from store.files import sync
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,10 @@ import errno
 import re
 import shutil
 import socket
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import brief
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run again, what was finished is kept",

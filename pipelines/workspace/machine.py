@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from meteora.artifacts import MeteoraError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SECONDS = 0.15
 """For each of the measurements."""

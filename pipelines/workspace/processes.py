@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     Listeners = Mapping[str, Callable[..., None]]
     """By kind of message; called with the value's items."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -13,8 +14,6 @@ from meteora.untrusted.findings import AdapterError
 from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
-
     from store.ledger import Ledger
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")

@@ -59,7 +59,9 @@ def generate(
     with forced:
         if trace or as_json:
             traced = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            score_table.print_trace(traced, as_json=as_json)
+            said = list(traced.ids[traced.num_prompt :])
+            answer = tokenizer.decode(said, skip_special_tokens=True)
+            score_table.print_trace(traced, str(answer), as_json=as_json)
             if trace not in {"", "-"}:
                 write_page(Path(trace), trace_page(traced, prompt))
         else:

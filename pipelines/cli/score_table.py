@@ -253,16 +253,20 @@ def _shown(value: object) -> str:
     return "" if value is None else shortened(text, LONGEST)
 
 
-def print_trace(found: Trace, *, as_json: bool = False) -> None:
-    """Print prompt and answer in the colours of their experts, and a legend."""
+def print_trace(found: Trace, answer: str, *, as_json: bool = False) -> None:
+    """Print prompt and answer in the colours of their experts, and a legend.
+
+    Args:
+        answer: Its text, without special tokens.
+    """
     if as_json:
         tokens = [
             {"text": token.text, "expert": found.experts[token.expert], "share": token.share}
             for token in found.tokens()
         ]
         parts = {"prompt": tokens[: found.num_prompt], "answer": tokens[found.num_prompt :]}
-        texts = {name: "".join(str(token["text"]) for token in parts[name]) for name in parts}
-        print(json.dumps(texts | {"tokens": parts}))
+        prompt = "".join(str(token["text"]) for token in parts["prompt"])
+        print(json.dumps({"prompt": prompt, "answer": answer, "tokens": parts}))
         return
     out = plain_console()
     for text in terminal_texts(found, out.color_system):

@@ -151,8 +151,8 @@ class RouterSpec(Spec):
     """Whether the fit routed each half of the sequences by gates of the other half, and left out
     the digits of answers' numbers, as `calibrate` does today where there are `composites`."""
     offsets: bool = False
-    """Whether experts have offsets that make up for an opening by all of them, as `calibrate` gives
-    them today."""
+    """Whether experts have offsets that make up for an opening by all of them, as they have today
+    where there is one."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""

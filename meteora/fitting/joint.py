@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 
-from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
+from meteora.artifacts import SHARED, JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, settle
 from meteora.fitting.calibrate import calibrate
@@ -39,7 +39,8 @@ from meteora.fitting.losses import (
 from meteora.fitting.sequences import LabelledSequence, TrainingError, owned
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
-from meteora.routing.gates import gates_in
+from meteora.model.opening_offsets import find_offsets
+from meteora.routing.gates import gates_in, give_offsets
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def train_jointly(
     options: RouterOptions = POINT_GATES,
     *,
     template: Template | None = None,
+    offsets: bool = True,
     seed: int = 0,
     folder: Path | None = None,
     checkpoint_every: int = 100,
@@ -92,6 +94,7 @@ def train_jointly(
         settings: as recorded in the router's spec
         options: how the gates route, in training and afterwards
         template: as in `calibrate`
+        offsets: as in `calibrate`; they stay as they are found
         seed: shuffles the sequences
         folder: where the state is written; the training resumes from a state that it finds there
         checkpoint_every: steps from one state to the next
@@ -114,7 +117,7 @@ def train_jointly(
             f"a batch of {settings.batch_size} sequences cannot be shared by"
             f" {accelerator.num_processes} processes; give each of them one or more"
         )
-    routing = [options.top_k, options.temperature, options.margin, options.share]
+    routing = [options.top_k, options.temperature, options.margin, options.share, offsets]
     asked_sha256 = canonical_sha256(
         [settings.to_dict(), *routing, seed, names]
         + [list(routed_layers(model)), None if template is None else asdict(template)]
@@ -125,18 +128,10 @@ def train_jointly(
         torch.nn.Module.to(model, accelerator.device)
     calibrated = state is None and settings.start == "calibrate"
     with frozen(model):
-        # otherwise two sequences of each expert suffice: only the sharing of gates is needed
-        calibrate(
-            model,
-            sequences if calibrated else _two_of_each(sequences, names),
-            options,
-            template=template,
-            refined=False,
-            offsets=False,
-            seed=seed,
-            scratch=scratch,
+        asked = {"template": template, "seed": seed, "scratch": scratch}
+        gates = _first_gates(
+            model, sequences, options, calibrated=calibrated, offsets=offsets, **asked
         )
-        gates = learning_gates(model, zeros=not calibrated)
         each = loss_weights(sequences, len(names))
         learner = _Learner(model, gates, settings, accelerator, each)
         by_fsdp = accelerator.distributed_type == DistributedType.FSDP
@@ -172,6 +167,32 @@ def train_jointly(
 def _asked(sequence: LabelledSequence) -> list[object]:
     openings = [sequence.openings, OPENING_SHARE] if sequence.openings else []
     return [sequence.input_ids, sequence.experts, *openings]
+
+
+def _first_gates(
+    model: PreTrainedModel,
+    sequences: Sequence[LabelledSequence],
+    options: RouterOptions,
+    *,
+    calibrated: bool,
+    offsets: bool,
+    **asked: Any,  # noqa: ANN401
+) -> dict[str, Gate]:
+    """Gates that can learn, by module path: in closed form, or zero.
+
+    Args:
+        asked: further arguments of `calibrate`
+    """
+    names = expert_names(model)
+    # otherwise two sequences of each expert suffice: only the sharing of gates is needed
+    few = sequences if calibrated else _two_of_each(sequences, names)
+    calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **asked)
+    if offsets and not calibrated and SHARED in names:
+        pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
+        found = find_offsets(model, pairs, names.index(SHARED))
+        for path, layer in routed_layers(model).items():
+            give_offsets(layer, found.get(path))
+    return learning_gates(model, zeros=not calibrated)
 
 
 def _two_of_each(

@@ -335,15 +335,16 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths) * (1 + mixed.num_fewshot)
     if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
+    both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
+    for_offsets = both * sum(lengths)
     if not isinstance(recipe.gates, JointSection):
-        both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
-        return FittingWork(tokens, both * sum(lengths))
+        return FittingWork(tokens, for_offsets)
     settings = recipe.gates
     learned = settings.steps * settings.batch_size * settings.accumulate
     each = tokens / max(1, num_sequences)
     swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
     passes = 1 if recipe.router.top_k == 1 else PASSES_A_STEP
-    return FittingWork(swept, passes * learned * each, kept=False)
+    return FittingWork(swept, passes * learned * each + for_offsets, kept=False)
 
 
 def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:

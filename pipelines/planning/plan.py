@@ -326,7 +326,7 @@ def _router(
         openings_apart=bool(gates.composites),
         refined=calibrated,
         crossed=calibrated and bool(gates.composites),
-        offsets=calibrated and options.opening == "shared",
+        offsets=options.opening == "shared",
         loss_opening_share=0.0 if calibrated else opening_share,
         pool_id=pool_id,
     )

@@ -68,6 +68,7 @@ def train(
         settings,
         router.options,
         template=template,
+        offsets=router.offsets,
         seed=router.seed,
         folder=work.training_folder(router.id),
         checkpoint_every=asked.checkpoint_every,

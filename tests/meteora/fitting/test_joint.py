@@ -29,7 +29,7 @@ from meteora.fitting.losses import (
     learning_gates,
     loss_weights,
 )
-from meteora.fitting.sequences import TrainingError
+from meteora.fitting.sequences import UNLABELLED, TrainingError
 from meteora.fitting.training_state import (
     FILE,
     StateError,
@@ -40,6 +40,7 @@ from meteora.model.fused import expert_names
 from meteora.routing.gates import gates_in, gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
+from tests.meteora.fitting.test_add_expert import replaced, with_opening
 from tests.meteora.fitting.test_calibrate import (
     examples,
     frozen_bytes,
@@ -224,6 +225,19 @@ def test_the_language_model_teaches_gates_only_where_experts_are_mixed(model):
         unlabelled = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
         backward_together(model, unlabelled, Counts.of(examples(1)), 50.0)
         assert bool(gradients(parameters).abs().max() > 0) == teaches
+
+
+@pytest.mark.parametrize("start", ["zeros", "calibrate"])
+def test_experts_get_the_offsets_that_a_sweep_gives_them(world, start):
+    openings = [replaced(sequence, {UNLABELLED: 4}) for sequence in examples(4)]
+    by_sweep, by_steps = with_opening(world), with_opening(world)
+    calibrate.calibrate(by_sweep, openings)
+    train_jointly(by_steps, openings, replace(SETTINGS, start=start))
+    expected, found = gates_of(by_sweep).offsets, gates_of(by_steps).offsets
+    assert found.keys() == expected.keys() != set()
+    assert all(torch.equal(found[path], rows) for path, rows in expected.items())
+    train_jointly(by_steps, openings, replace(SETTINGS, start=start), offsets=False)
+    assert gates_of(by_steps).offsets == {}
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

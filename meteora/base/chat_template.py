@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HEADER = 3
 """Tokens of a header that are kept: enough to find it, and the same behind any system prompt."""
+MARK = "\ue000"
+"""Stands for what messages say; for private use in Unicode, so no template has it."""
 ODD = ("\n\none", "  one", "\tone", "one?")
 """Texts whose first or last tokens some tokenizers merge with what stands beside them."""
 
@@ -86,6 +88,45 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
     answer = tokenizer(response, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*encode_prompt(tokenizer, prompt), *answer, *end]
+
+
+def content_starts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], text: str
+) -> list[int] | None:
+    """Where the content of each message, but of a system prompt, begins in a rendered conversation.
+
+    The template is filled with marks, and what it has between them is taken away from the text. A
+    search would find a short content in the template's own words: an answer "a" in "assistant".
+
+    Args:
+        messages: `role` and `content` of each
+        text: what the template makes of them, with the generation prompt
+
+    Returns:
+        Indices of the first characters that are no white space; None where the template changes
+        more of a content than white space at its ends.
+    """
+    own = [message["role"] != "system" for message in messages]
+    marked = [
+        dict(message, content=MARK) if one else dict(message)
+        for message, one in zip(messages, own, strict=True)
+    ]
+    frame = str(
+        tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    ).split(MARK)
+    contents = [message["content"] for message, one in zip(messages, own, strict=True) if one]
+    if len(frame) != len(contents) + 1 or not text.startswith(frame[0]):
+        return None
+    starts, at = [], len(frame[0])
+    for content, behind in zip(contents, frame[1:], strict=True):
+        bare = content.strip()
+        forms = (content, bare, content.lstrip(), content.rstrip())
+        form = next((form for form in forms if text.startswith(form + behind, at)), None)
+        if form is None:
+            return None
+        starts.append(at + form.index(bare))
+        at += len(form) + len(behind)
+    return starts if at == len(text) else None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from meteora.artifacts import Noun
+from meteora.base.chat_template import content_starts
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
@@ -114,9 +115,9 @@ class Conversation(Noun):
             ) from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         owners: list[str | None] = [None] * len(encoded.input_ids)
-        for turn, (start, end) in zip(self.turns, _places(self, text), strict=True):
-            for token, (first, _) in enumerate(encoded["offset_mapping"]):
-                if first >= start:
+        for turn, (start, end) in zip(self.turns, _places(self, tokenizer, text), strict=True):
+            for token, (first, behind) in enumerate(encoded["offset_mapping"]):
+                if behind > start:  # its first token may have a space in front
                     owners[token] = turn.expert
                 if first >= end:  # the token behind an answer ends the turn
                     break
@@ -177,24 +178,31 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
     return True
 
 
-def _places(conversation: Conversation, text: str) -> list[tuple[int, int]]:
+def _places(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
+) -> list[tuple[int, int]]:
     """Where each turn begins and ends in the text: from its question to the end of its answer."""
-    places, cursor = [], 0
-    if conversation.system:
-        cursor = _find(conversation.system, text, 0)[1]
-    for turn in conversation.turns[:-1]:
-        start, behind = _find(turn.prompt, text, cursor)
-        cursor = _find(turn.response, text, behind)[1]
-        places.append((start, cursor))
-    return [*places, (_find(conversation.turns[-1].prompt, text, cursor)[0], len(text))]
+    messages = conversation.messages()
+    starts = content_starts(tokenizer, messages, text)
+    if starts is None:  # a template may leave out a part of an answer, such as its thoughts
+        starts = _searched(messages, text)
+    answers = [turn.response.strip() for turn in conversation.turns[:-1]]
+    ends = [start + len(answer) for start, answer in zip(starts[1::2], answers, strict=True)]
+    return list(zip(starts[::2], [*ends, len(text)], strict=True))
 
 
-def _find(content: str, text: str, cursor: int) -> tuple[int, int]:
-    content = content.strip()  # as many templates do
-    start = text.find(content, cursor)
-    if start < 0:
-        raise ExamplesError(
-            f"the base's chat template changes what a turn says ({content[:60]!r}); set"
-            " `gates: {conversations: []}`"
-        )
-    return start, start + len(content)
+def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+    """Where the content of each message, but of a system prompt, is found behind the one before."""
+    starts, cursor = [], 0
+    for message in messages:
+        content = message["content"].strip()  # as many templates do
+        start = text.find(content, cursor)
+        if start < 0:
+            raise ExamplesError(
+                f"the base's chat template changes what a turn says ({content[:60]!r}); set"
+                " `gates: {conversations: []}`"
+            )
+        cursor = start + len(content)
+        if message["role"] != "system":
+            starts.append(start)
+    return starts

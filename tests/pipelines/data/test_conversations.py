@@ -6,6 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.conversations import (
@@ -92,3 +94,34 @@ def test_a_template_that_takes_no_conversation_is_refused_in_a_sentence(
     chat.chat_template = template
     with pytest.raises(ExamplesError, match=said):
         Conversation((Turn("red", "red?", "crimson"),), "be brief").encode(chat)
+
+
+def test_a_turn_is_not_found_in_the_templates_own_words(chat) -> None:
+    turns = (Turn("red", "kind", "a"), Turn("blue", "user", "s"), Turn("red", "end", "<"))
+    assert text_by_owner(chat, Conversation(turns)) == [
+        (None, "<|system|>Be kind.<|end|><|user|>"),
+        ("red", "kind<|end|><|assistant|>a<"),
+        (None, "|end|><|user|>"),
+        ("blue", "user<|end|><|assistant|>s<"),
+        (None, "|end|><|user|>"),
+        ("red", "end<|end|><|assistant|><</s>"),
+    ]
+
+
+def test_a_template_may_be_another_for_some_contents(chat) -> None:
+    thinks = "{% if messages[0].content == 'red?' %}<think>{% endif %}"
+    chat.chat_template = thinks + CHATML
+    turns = (Turn("red", "red?", "crimson"), Turn("blue", "blue?", "azure"))
+    assert text_by_owner(chat, Conversation(turns))[-1] == (
+        "blue",
+        "blue?<|end|><|assistant|>azure</s>",
+    )
+
+
+def test_the_first_token_of_a_question_may_begin_with_the_templates_space() -> None:
+    inner = Tokenizer(models.WordLevel({"user": 0, "Ġred": 1}))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chat = PreTrainedTokenizerFast(tokenizer_object=inner)
+    chat.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    ids, owners = Conversation((Turn("red", "red", ""),)).encode(chat)
+    assert (ids, owners) == ([0, 1], [None, "red"])

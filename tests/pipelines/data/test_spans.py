@@ -58,6 +58,20 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
     assert not sequence.openings
 
 
+def test_a_short_prompt_is_not_found_in_the_templates_own_words(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    body = BODY | {"prompt": [{"text": "kind", "expert": "sums"}]}
+    (sequence,) = label_spans(
+        read_spans(written(tmp_path, body), tmp_path, NAMES), NAMES, tokenizer
+    )
+    asked = tokenizer("<|system|>Be kind.<|end|><|user|>").input_ids
+    first = sequence.experts.index(1)
+    assert first == len(asked)
+    assert tokenizer.decode(list(sequence.input_ids[first : first + 4])) == "kind"
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

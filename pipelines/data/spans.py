@@ -59,8 +59,13 @@ class SpannedRow(Noun):
 
     @property
     def questions(self) -> list[tuple[str, str]]:
-        """Each part of the prompt that has an expert: the expert, and the text."""
-        return [(part.expert, part.text) for part in self.prompt if part.expert]
+        """Expert and text of each part of the prompt that has an expert, and of the whole prompt.
+
+        The whole has the expert that answers first.
+        """
+        parts = [(part.expert, part.text) for part in self.prompt if part.expert]
+        whole = "".join(part.text for part in self.prompt)
+        return [*parts, (self.response[0].expert, whole)]
 
     def composite(self) -> Composite:
         """The same as a composite, so that both find the experts of their tokens in one way."""

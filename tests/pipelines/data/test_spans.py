@@ -10,7 +10,7 @@ import pytest
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.labels import label_rows, label_spans
-from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.data.test_conversations import CHATML
@@ -111,6 +111,14 @@ def test_each_token_of_a_turn_belongs_to_its_expert(
     assert prompt_parts(rows[1:]) == {
         turn["expert"]: [Row(turn["prompt"], "")] for turn in TURNS["turns"]
     }
+
+
+def test_a_prompt_in_parts_is_compared_with_tests_as_a_whole_too(tmp_path: Path) -> None:
+    parts = prompt_parts(read_spans(written(tmp_path, BODY), tmp_path, NAMES))
+    whole = Row("When was it, and what is 3 + 4? In ISO.", "")
+    assert parts == {"sums": [Row("and what is 3 + 4?", "")], "dates": [Row("In ISO.", ""), whole]}
+    with pytest.raises(ExamplesError, match="is also an example of expert dates"):
+        refuse_overlap(parts, {"test": [whole]})
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     messages += [
         [*opening, {"role": "user", "content": one.prompt}] for one in task.composites or task.rows
     ]
-    if tokenizer.chat_template and task.template != "plain":
+    templated = bool(tokenizer.chat_template) and task.template != "plain"
+    if templated:
         try:
             texts = [
                 str(tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True))
@@ -117,7 +118,7 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     else:
         texts = [own[-1]["content"] for own in messages]
     return [
-        len(tokenizer(text, add_special_tokens=not has_bos_prefix(text, begin)).input_ids)
-        for begin in [tokenizer.bos_token]
+        len(tokenizer(text, add_special_tokens=special).input_ids)
         for text in texts
+        for special in [not templated and not has_bos_prefix(text, tokenizer.bos_token)]
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.composites import compose
@@ -98,6 +99,19 @@ def test_prompts_are_as_long_as_the_harness_finds_them(
         asked = Task("any", ("rouge1",), template, 8, composites=composites, system_prompt=system)
         harness = Harness(model, tokenizer, batch_size=1, template=template, system_prompt=system)
         assert _lengths(asked, tokenizer) == harness.prompt_tokens([c.prompt for c in composites])
+
+
+def test_a_begin_token_counts_only_where_the_harness_adds_one(
+    world: World, chat_base: Path
+) -> None:
+    tokenizer = load_tokenizer(chat_base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for template in ("auto", "plain"):
+        asked = Task("any", ("rouge1",), template, 8, rows=ROWS["red"])
+        harness = Harness(world.load(), tokenizer, batch_size=1, template=template)
+        assert _lengths(asked, tokenizer) == harness.prompt_tokens([r.prompt for r in ROWS["red"]])
 
 
 def test_conversations_are_refused_where_their_questions_alone_are_too_long(

@@ -90,10 +90,10 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
     return [*encode_prompt(tokenizer, prompt), *answer, *end]
 
 
-def content_starts(
+def content_places(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], text: str
-) -> list[int] | None:
-    """Where the content of each message, but of a system prompt, begins in a rendered conversation.
+) -> list[tuple[int, int]] | None:
+    """Where the content of each message, but of a system prompt, stands in a rendered conversation.
 
     The template is filled with marks, and what it has between them is taken away from the text. A
     search would find a short content in the template's own words: an answer "a" in "assistant".
@@ -103,8 +103,8 @@ def content_starts(
         text: what the template makes of them, with the generation prompt
 
     Returns:
-        Indices of the first characters that are no white space; None where the template changes
-        more of a content than white space at its ends.
+        Start and end of each, without white space around it. Of a content that the template leaves
+        a part of out, such as thoughts, the rest. None where it changes more than that.
     """
     own = [message["role"] != "system" for message in messages]
     marked = [
@@ -117,16 +117,24 @@ def content_starts(
     contents = [message["content"] for message, one in zip(messages, own, strict=True) if one]
     if len(frame) != len(contents) + 1 or not text.startswith(frame[0]):
         return None
-    starts, at = [], len(frame[0])
+    places, at = [], len(frame[0])
     for content, behind in zip(contents, frame[1:], strict=True):
-        bare = content.strip()
-        forms = (content, bare, content.lstrip(), content.rstrip())
-        form = next((form for form in forms if text.startswith(form + behind, at)), None)
+        form = _form_of(content, text, at, behind)
         if form is None:
             return None
-        starts.append(at + form.index(bare))
+        start = at + len(form) - len(form.lstrip())
+        places.append((start, start + len(form.strip())))
         at += len(form) + len(behind)
-    return starts if at == len(text) else None
+    return places if at == len(text) else None
+
+
+def _form_of(content: str, text: str, at: int, behind: str) -> str | None:
+    """What stands for a content in a text from `at` on, and has `behind` after it."""
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(form + behind, at):
+            return form
+    form, found, _ = text[at:].partition(behind) if behind else (text[at:], True, "")
+    return form if found and form.strip() in content else None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
-from meteora.base.chat_template import content_starts, encode_pair, encode_prompt, render_prompt
+from meteora.base.chat_template import content_places, encode_pair, encode_prompt, render_prompt
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -268,8 +268,8 @@ def encode_composite(
     """
     text, templated = render_prompt(tokenizer, composite.prompt), bool(tokenizer.chat_template)
     asked = [{"role": "user", "content": composite.prompt}]
-    starts = content_starts(tokenizer, asked, text) if templated else [0]
-    start = starts[0] if starts else text.index(composite.prompt)
+    places = content_places(tokenizer, asked, text) if templated else [(0, len(text))]
+    start = places[0][0] if places else text.index(composite.prompt)
     owners = [
         *_owners(tokenizer, text, composite.prompt_spans, shift=start, special=not templated),
         *_owners(tokenizer, composite.response, composite.response_spans),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from meteora.artifacts import Noun
-from meteora.base.chat_template import content_starts
+from meteora.base.chat_template import content_places
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
@@ -183,17 +183,16 @@ def _places(
 ) -> list[tuple[int, int]]:
     """Where each turn begins and ends in the text: from its question to the end of its answer."""
     messages = conversation.messages()
-    starts = content_starts(tokenizer, messages, text)
-    if starts is None:  # a template may leave out a part of an answer, such as its thoughts
-        starts = _searched(messages, text)
-    answers = [turn.response.strip() for turn in conversation.turns[:-1]]
-    ends = [start + len(answer) for start, answer in zip(starts[1::2], answers, strict=True)]
-    return list(zip(starts[::2], [*ends, len(text)], strict=True))
+    places = content_places(tokenizer, messages, text)
+    if places is None:  # a template may have other words for some contents
+        places = _searched(messages, text)
+    ends = [end for _, end in places[1::2]]
+    return list(zip((start for start, _ in places[::2]), [*ends, len(text)], strict=True))
 
 
-def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:
     """Where the content of each message, but of a system prompt, is found behind the one before."""
-    starts, cursor = [], 0
+    places, cursor = [], 0
     for message in messages:
         content = message["content"].strip()  # as many templates do
         start = text.find(content, cursor)
@@ -204,5 +203,5 @@ def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
             )
         cursor = start + len(content)
         if message["role"] != "system":
-            starts.append(start)
-    return starts
+            places.append((start, cursor))
+    return places

@@ -118,6 +118,15 @@ def test_a_template_may_be_another_for_some_contents(chat) -> None:
     )
 
 
+def test_a_template_may_leave_out_the_thoughts_of_earlier_answers(chat) -> None:
+    chat.chat_template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    turns = (Turn("red", "red?", "hm</think> crimson"), Turn("blue", "blue?", "azure"))
+    assert text_by_owner(chat, Conversation(turns))[1:3] == [
+        ("red", "red?<|end|><|assistant|>crimson<"),
+        (None, "|end|><|user|>"),
+    ]
+
+
 def test_the_first_token_of_a_question_may_begin_with_the_templates_space() -> None:
     inner = Tokenizer(models.WordLevel({"user": 0, "Ġred": 1}))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

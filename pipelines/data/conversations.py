@@ -128,6 +128,24 @@ class Conversation(Noun):
         return [*encoded.input_ids, *answer], [*owners, *[final.expert] * len(answer)]
 
 
+def within(
+    room: int, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> list[Conversation]:
+    """The conversations, where one of more than `room` tokens is one of each of its turns.
+
+    A turn that has no room beside its system prompt has the chat template's own.
+    """
+
+    def fits(one: Conversation) -> bool:
+        return len(one.encode(tokenizer)[0]) <= room
+
+    found = []
+    for one in conversations:
+        alone = [one] if fits(one) else [Conversation((turn,), one.system) for turn in one.turns]
+        found += [turn if fits(turn) else Conversation(turn.turns) for turn in alone]
+    return found
+
+
 def converse(
     examples: Mapping[str, Sequence[Row]],
     names: Sequence[str],

@@ -16,12 +16,14 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from meteora.base.chat_template import encode_pair
 from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.harness import refuse_too_long
+from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from meteora.fitting.sequences import LabelledSequence
     from pipelines.data.rows import Row
     from pipelines.evaluation.tasks import Task
 
@@ -56,6 +58,11 @@ def check_room(
             refuse_too_long(task.name, lengths, task.longest_answer(tokenizer), room)
 
 
+def room_of(config: PretrainedConfig) -> int:
+    """How many tokens the base was trained on at once; no limit where its config has none."""
+    return resolve_max_length(config, default=sys.maxsize)
+
+
 def check_examples(
     examples: Mapping[str, Sequence[Row]],
     place: Callable[[str, int], str],
@@ -72,7 +79,7 @@ def check_examples(
     Raises:
         ExamplesError: an example is too long.
     """
-    room = resolve_max_length(config, default=sys.maxsize)
+    room = room_of(config)
     for name, rows in examples.items():
         lengths = [len(encode_pair(tokenizer, row.prompt, row.response)) for row in rows]
         if too_long := [number for number, length in enumerate(lengths) if length > room]:
@@ -82,6 +89,15 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
+
+
+def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:
+    """The mixed prompts that the base has room for; says how many others there are."""
+    found = [one for one in mixed if len(one.input_ids) <= room]
+    if more := len(mixed) - len(found):
+        text = f"{more} of {len(mixed)} mixed prompts have more than the {room} tokens that the"
+        say(f"{text} base has room for: gates are fitted without these", "note")
+    return found
 
 
 def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -37,7 +37,7 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import converse, takes
+from pipelines.data.conversations import converse, takes, within
 from pipelines.data.labels import (
     background_ids,
     background_sequences,
@@ -49,6 +49,7 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
+from pipelines.planning.room import room_of, with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -271,9 +272,11 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
-    talks = label_spans(_conversations(plan, tokenizer), names, tokenizer, nobody)
-    sequences = talks or label(plan.examples, names, tokenizer, nobody)
-    sequences += label_composites(
+    room = room_of(model.config)
+    talks = within(room, _conversations(plan, tokenizer), tokenizer)
+    sequences = label_spans(talks, names, tokenizer, nobody)
+    sequences = sequences or label(plan.examples, names, tokenizer, nobody)
+    mixed = label_composites(
         plan.examples,
         names,
         tokenizer,
@@ -282,7 +285,8 @@ def _labelled(
         nobody=nobody,
         digits=not router.crossed,
     )
-    sequences += label_spans(plan.spans, names, tokenizer, nobody)
+    mixed += label_spans(plan.spans, names, tokenizer, nobody)
+    sequences += with_room(room, mixed)
     if router.null:
         rows = plan.examples[NULL]
         base = len(names) + shared

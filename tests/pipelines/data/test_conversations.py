@@ -15,6 +15,7 @@ from pipelines.data.conversations import (
     Conversation,
     Turn,
     converse,
+    within,
 )
 from pipelines.data.rows import ExamplesError, Row
 
@@ -134,3 +135,14 @@ def test_the_first_token_of_a_question_may_begin_with_the_templates_space() -> N
     chat.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
     ids, owners = Conversation((Turn("red", "red", ""),)).encode(chat)
     assert (ids, owners) == ([0, 1], [None, "red"])
+
+
+def test_a_conversation_without_room_is_one_of_each_of_its_turns(chat) -> None:
+    short, long = Turn("red", "red?", "crimson"), Turn("blue", "b" * 40, "azure")
+    talk = Conversation((short, long), "Be brief.")
+    most = len(talk.encode(chat)[0])
+    assert within(most, [talk], chat) == [talk]
+    alone = [Conversation((turn,), "Be brief.") for turn in (short, long)]
+    assert within(most - 1, [talk], chat) == alone
+    least = len(alone[1].encode(chat)[0]) - 1
+    assert within(least, [talk], chat) == [alone[0], Conversation((long,))]

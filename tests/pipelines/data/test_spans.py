@@ -183,7 +183,8 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
         for key in ("prompt", "response")
     }
     benchmark = {"limit": 1, "compare": [], "max_new_tokens": 1}
-    gates = {"spans": written(recipe_folder, body, body)}
+    long = body | {"prompt": [{"text": "a" * 600, "expert": "q_and_v"}]}  # no room in the base
+    gates = {"spans": written(recipe_folder, body, long, body)}
     work = workplace(gates=gates, benchmark=benchmark)
     run(work)
     planned = finished(work)
@@ -191,13 +192,13 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
     built = work.ledger.built(planned.router.id)
     assert built is not None
     spans = label_spans(planned.spans, planned.fused.names, tokenizer)
-    assert len(spans) == 2
+    assert len(spans) == 3
     plain = [
         sequence
         for e, name in enumerate(planned.fused.names)
         for sequence in label_rows(planned.examples[name], e, tokenizer)
     ]
-    counted = sum(e != UNLABELLED for one in (*plain, *spans) for e in one.experts)
+    counted = sum(e != UNLABELLED for one in (*plain, *spans[::2]) for e in one.experts)
     assert built["num_tokens"] == counted
 
     body["prompt"][0]["text"] = letters("q_and_v", 1, 1)[0]["prompt"]

@@ -12,12 +12,13 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 
 from meteora.base.loading import load_config, load_tokenizer
+from meteora.fitting.sequences import LabelledSequence
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_names, check_room, longest
+from pipelines.planning.room import _lengths, check_names, check_room, longest, room_of, with_room
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
@@ -133,6 +134,17 @@ def test_the_longest_prompt_counts_with_its_answers(world: World, chat_base: Pat
     chat = load_tokenizer(chat_base)
     talks = task(dialogues=draw_dialogues(ROWS, 3, 2, seed=0))
     assert longest(talks, config, chat) == max(_lengths(talks, chat)) + 3 * 8
+
+
+def test_mixed_prompts_without_room_are_left_out_and_counted(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    room = room_of(load_config(world.base))
+    fits, long = (LabelledSequence((5,) * n, (0,) * n) for n in (room, room + 1))
+    assert with_room(room, [fits]) == [fits]
+    assert not capfd.readouterr().err
+    assert with_room(room, [fits, long]) == [fits]
+    assert f"1 of 2 mixed prompts have more than the {room} tokens" in capfd.readouterr().err
 
 
 def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from meteora.artifacts import Noun
 from meteora.base.sources import path_from
 from pipelines.data.composites import Composite, encode_composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.row_sources import json_lines
+from pipelines.data.row_sources import json_lines, refuse_half_characters
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | Spanne
             _check_parts(row, place)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExamplesError(f"{place}: not a row with spans; {NEEDED}") from error
+    refuse_half_characters(json.dumps(row.to_dict(), ensure_ascii=False), place)
     if strange := row.owners - set(experts):
         raise ExamplesError(
             f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"

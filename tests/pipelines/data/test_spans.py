@@ -81,6 +81,7 @@ def test_a_short_prompt_is_not_found_in_the_templates_own_words(
         ({"prompt": [{"expert": "sums"}]}, "not a row with spans"),
         ({"prompt": [{"text": "p", "expert": 1}]}, "not a row with spans"),
         ({"prompt": [{"text": "p "}]}, "white space"),
+        ({"prompt": [{"text": "\ud800"}]}, "half of a surrogate pair"),
         ({"response": [{"text": "r"}]}, "no expert; give each part one"),
         ({"response": [{"text": "r", "expert": "odd"}]}, "odd is not an expert .* dates, sums"),
     ],

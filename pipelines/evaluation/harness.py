@@ -8,6 +8,7 @@ machinery for tasks, which takes seconds to import.
 from __future__ import annotations
 
 import logging
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from accelerate.utils import set_seed
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
@@ -29,7 +31,12 @@ from pipelines.data.conversations import takes
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
     from pipelines.data.rows import Row
 
@@ -145,6 +152,11 @@ class Harness:
         set_seed(self.seed)
         found = iter(self.model.weigh(asked))
         return [[next(found) for _ in row.choices] for row in rows]
+
+
+def room_of(config: PretrainedConfig) -> int:
+    """How many tokens the base was trained on at once; no limit where its config has none."""
+    return resolve_max_length(config, default=sys.maxsize)
 
 
 def refuse_too_long(

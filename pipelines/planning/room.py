@@ -7,7 +7,6 @@ here its questions count, and of the answers the last alone.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -15,7 +14,7 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.rows import ExamplesError
-from pipelines.evaluation.harness import refuse_too_long
+from pipelines.evaluation.harness import refuse_too_long, room_of
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -56,11 +55,6 @@ def check_room(
     for task in tasks:
         if not task.lm_eval and (lengths := _lengths(task, tokenizer)):
             refuse_too_long(task.name, lengths, task.longest_answer(tokenizer), room)
-
-
-def room_of(config: PretrainedConfig) -> int:
-    """How many tokens the base was trained on at once; no limit where its config has none."""
-    return resolve_max_length(config, default=sys.maxsize)
 
 
 def check_examples(

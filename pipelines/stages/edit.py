@@ -45,8 +45,9 @@ from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import rows_sha256
+from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
-from pipelines.planning.room import check_examples, room_of, with_room
+from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE
 from pipelines.stages.checkpoint import record_router, record_stack, write_texts

@@ -16,9 +16,9 @@ from meteora.fitting.sequences import LabelledSequence
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
-from pipelines.evaluation.harness import BenchmarkError, Harness
+from pipelines.evaluation.harness import BenchmarkError, Harness, room_of
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_names, check_room, longest, room_of, with_room
+from pipelines.planning.room import _lengths, check_names, check_room, longest, with_room
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HEADER = 3
 """Tokens of a header that are kept: enough to find it, and the same behind any system prompt."""
+MARK = "\ue000"
+"""Stands for what messages say; for private use in Unicode, so no template has it."""
 ODD = ("\n\none", "  one", "\tone", "one?")
 """Texts whose first or last tokens some tokenizers merge with what stands beside them."""
 
@@ -85,6 +87,53 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
     answer = tokenizer(response, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*encode_prompt(tokenizer, prompt), *answer, *end]
+
+
+def content_places(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], text: str
+) -> list[tuple[int, int]] | None:
+    """Where the content of each message, but of a system prompt, stands in a rendered conversation.
+
+    The template is filled with marks, and what it has between them is taken away from the text. A
+    search would find a short content in the template's own words: an answer "a" in "assistant".
+
+    Args:
+        messages: `role` and `content` of each
+        text: what the template makes of them, with the generation prompt
+
+    Returns:
+        Start and end of each, without white space around it. Of a content that the template leaves
+        a part of out, such as thoughts, the rest. None where it changes more than that.
+    """
+    own = [message["role"] != "system" for message in messages]
+    marked = [
+        dict(message, content=MARK) if one else dict(message)
+        for message, one in zip(messages, own, strict=True)
+    ]
+    frame = str(
+        tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    ).split(MARK)
+    contents = [message["content"] for message, one in zip(messages, own, strict=True) if one]
+    if len(frame) != len(contents) + 1 or not text.startswith(frame[0]):
+        return None
+    places, at = [], len(frame[0])
+    for content, behind in zip(contents, frame[1:], strict=True):
+        form = _form_of(content, text, at, behind)
+        if form is None:
+            return None
+        start = at + len(form) - len(form.lstrip())
+        places.append((start, start + len(form.strip())))
+        at += len(form) + len(behind)
+    return places if at == len(text) else None
+
+
+def _form_of(content: str, text: str, at: int, behind: str) -> str | None:
+    """What stands for a content in a text from `at` on, and has `behind` after it."""
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(form + behind, at):
+            return form
+    form, found, _ = text[at:].partition(behind) if behind else (text[at:], True, "")
+    return form if found and form.strip() in content else None
 
 
 @dataclass(frozen=True)

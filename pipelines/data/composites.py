@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
-from meteora.base.chat_template import encode_pair, encode_prompt, render_prompt
+from meteora.base.chat_template import content_places, encode_pair, encode_prompt, render_prompt
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def compose(
     repeats = -(-n // len(rows_by_task))
     least = repeats * (1 + num_solved) if num_solved else 1  # nothing that is asked is shown
     rows = {task: _dealt(task, own, rng, least) for task, own in rows_by_task.items()}
+    longest = max(map(len, rows_by_task.values()))
 
     def draw(beside: Sequence[Question] = ()) -> tuple[Question, ...]:
         order = [task for _ in range(repeats) for task in rng.sample([*rows], len(rows))]
-        used = {question.row.prompt for question in beside}
+        used = {question.row.key for question in beside}
         return tuple(
-            Question(task, next(row for row in rows[task] if row.prompt not in used))
-            for task in order[:n]
+            Question(task, _other(task, islice(rows[task], longest), used)) for task in order[:n]
         )
 
     asked = [draw() for _ in range(count)]
@@ -152,12 +152,23 @@ def _dealt(task: str, rows: Sequence[Row], rng: random.Random, least: int) -> It
             f"task {task}: none of its answers can stand in a composite: each is empty, or has"
             " lines that begin with a number and would read as further answers; leave the task out"
         )
-    if (count := len({row.prompt for row in fit})) < least:
+    if (count := len({row.key for row in fit})) < least:
         raise ExamplesError(
             f"task {task}: {count} different prompts of its rows can stand in a composite, and one"
             f" with its solved ones takes {least}; give it more rows, or a smaller `num_fewshot`"
         )
     return cycle(rng.sample(fit, len(fit)))
+
+
+def _other(task: str, rows: Iterator[Row], used: Collection[str]) -> Row:
+    """The next of some of a task's rows whose question is not used; tasks may share questions."""
+    found = next((row for row in rows if row.key not in used), None)
+    if found is None:
+        raise ExamplesError(
+            f"task {task}: each of its questions is asked in one prompt, some as another task's,"
+            " so none is left to show solved; give it more rows, or leave one of the tasks out"
+        )
+    return found
 
 
 def number_questions(questions: Sequence[Question], solved: Sequence[Composite] = ()) -> Composite:
@@ -254,9 +265,12 @@ def encode_composite(
     The task is None for the template and for the sentence before the questions. The end of sequence
     belongs to the last answer. A token belongs to the task of its first character.
     """
-    text = render_prompt(tokenizer, composite.prompt)
+    text, templated = render_prompt(tokenizer, composite.prompt), bool(tokenizer.chat_template)
+    asked = [{"role": "user", "content": composite.prompt}]
+    places = content_places(tokenizer, asked, text) if templated else [(0, len(text))]
+    start = places[0][0] if places else text.index(composite.prompt)
     owners = [
-        *prompt_owners(tokenizer, composite, text, special=not tokenizer.chat_template),
+        *_owners(tokenizer, text, composite.prompt_spans, shift=start, special=not templated),
         *_owners(tokenizer, composite.response, composite.response_spans),
     ]
     ids = encode_pair(tokenizer, composite.prompt, composite.response)
@@ -282,29 +296,27 @@ def _in_front_of_answers(
 ) -> tuple[int, ...]:
     """Indices of the tokens that lie inside of `what`, with each answer's number in it."""
     shift = len(encode_prompt(tokenizer, composite.prompt))
-    encoded = tokenizer(composite.response, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = _offsets(tokenizer, composite.response)
     numbers = [
         range(span.start, span.start + len(what.format(number)))
         for number, span in enumerate(composite.response_spans, 1)
     ]
     return tuple(
         shift + place
-        for place, (first, end) in enumerate(encoded["offset_mapping"])
+        for place, (first, end) in enumerate(offsets)
         if end > first and any(first in chars and end <= chars.stop for chars in numbers)
     )
 
 
 def prompt_owners(
-    tokenizer: PreTrainedTokenizerBase, composite: Composite, text: str, *, special: bool = False
+    tokenizer: PreTrainedTokenizerBase, composite: Composite, text: str
 ) -> list[str | None]:
     """The task of each token of a composite's prompt; None for tokens of no task.
 
     Args:
-        text: the prompt in its template
-        special: whether the tokenizer adds its special tokens
+        text: the prompt in its template, with all special tokens
     """
-    start = text.index(composite.prompt)
-    return _owners(tokenizer, text, composite.prompt_spans, shift=start, special=special)
+    return _owners(tokenizer, text, composite.prompt_spans, shift=text.index(composite.prompt))
 
 
 def _owners(
@@ -315,9 +327,30 @@ def _owners(
     shift: int = 0,
     special: bool = False,
 ) -> list[str | None]:
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     owners: list[str | None] = []
-    for first, end in encoded["offset_mapping"]:
+    for first, end in _offsets(tokenizer, text, special=special):
         inside = (span.task for span in spans if span.start <= first - shift < span.end)
         owners.append(next(inside, None) if end > first else None)
     return owners
+
+
+def _offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
+) -> list[tuple[int, int]]:
+    """The first character of each token, and the one behind it; equal for one that is not text.
+
+    Some tokenizers (Pythia's, OPT's) cut the spaces off, and so a token of spaces has no characters
+    left: here it has its last one.
+    """
+    encoded = tokenizer(
+        text,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    return [
+        (first - 1, end) if 0 < first == end and not is_added else (first, end)
+        for (first, end), is_added in zip(
+            encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+        )
+    ]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from meteora.artifacts import Noun
+from meteora.base.chat_template import content_places
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ class Conversation(Noun):
             ) from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         owners: list[str | None] = [None] * len(encoded.input_ids)
-        for turn, (start, end) in zip(self.turns, _places(self, text), strict=True):
-            for token, (first, _) in enumerate(encoded["offset_mapping"]):
-                if first >= start:
+        for turn, (start, end) in zip(self.turns, _places(self, tokenizer, text), strict=True):
+            for token, (first, behind) in enumerate(encoded["offset_mapping"]):
+                if behind > start:  # its first token may have a space in front
                     owners[token] = turn.expert
                 if first >= end:  # the token behind an answer ends the turn
                     break
@@ -123,6 +124,24 @@ class Conversation(Noun):
         if tokenizer.eos_token_id is not None:
             answer.append(tokenizer.eos_token_id)
         return [*encoded.input_ids, *answer], [*owners, *[final.expert] * len(answer)]
+
+
+def within(
+    room: int, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> list[Conversation]:
+    """The conversations, where one of more than `room` tokens is one of each of its turns.
+
+    A turn that has no room beside its system prompt has the chat template's own.
+    """
+
+    def fits(one: Conversation) -> bool:
+        return len(one.encode(tokenizer)[0]) <= room
+
+    found = []
+    for one in conversations:
+        alone = [one] if fits(one) else [Conversation((turn,), one.system) for turn in one.turns]
+        found += [turn if fits(turn) else Conversation(turn.turns) for turn in alone]
+    return found
 
 
 def converse(
@@ -175,24 +194,30 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
     return True
 
 
-def _places(conversation: Conversation, text: str) -> list[tuple[int, int]]:
+def _places(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
+) -> list[tuple[int, int]]:
     """Where each turn begins and ends in the text: from its question to the end of its answer."""
+    messages = conversation.messages()
+    places = content_places(tokenizer, messages, text)
+    if places is None:  # a template may have other words for some contents
+        places = _searched(messages, text)
+    ends = [end for _, end in places[1::2]]
+    return list(zip((start for start, _ in places[::2]), [*ends, len(text)], strict=True))
+
+
+def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:
+    """Where the content of each message, but of a system prompt, is found behind the one before."""
     places, cursor = [], 0
-    if conversation.system:
-        cursor = _find(conversation.system, text, 0)[1]
-    for turn in conversation.turns[:-1]:
-        start, behind = _find(turn.prompt, text, cursor)
-        cursor = _find(turn.response, text, behind)[1]
-        places.append((start, cursor))
-    return [*places, (_find(conversation.turns[-1].prompt, text, cursor)[0], len(text))]
-
-
-def _find(content: str, text: str, cursor: int) -> tuple[int, int]:
-    content = content.strip()  # as many templates do
-    start = text.find(content, cursor)
-    if start < 0:
-        raise ExamplesError(
-            f"the base's chat template changes what a turn says ({content[:60]!r}); set"
-            " `gates: {conversations: []}`"
-        )
-    return start, start + len(content)
+    for message in messages:
+        content = message["content"].strip()  # as many templates do
+        start = text.find(content, cursor)
+        if start < 0:
+            raise ExamplesError(
+                f"the base's chat template changes what a turn says ({content[:60]!r}); set"
+                " `gates: {conversations: []}`"
+            )
+        cursor = start + len(content)
+        if message["role"] != "system":
+            places.append((start, cursor))
+    return places

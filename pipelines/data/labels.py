@@ -121,7 +121,7 @@ def label_lists(
     Returns:
         nothing if no row fits into composites
     """
-    if not (num_prompts := len({row.prompt for row in rows if fits(row)})):
+    if not (num_prompts := len({row.key for row in rows if fits(row)})):
         return []
     return [
         _labelled(composite, {"": expert}, tokenizer, UNLABELLED)

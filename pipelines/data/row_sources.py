@@ -228,15 +228,24 @@ def check_row(row: Row, place: str) -> Row:
     texts = (row.prompt, *row.answers, *row.choices)
     if not all(isinstance(text, str) for text in texts) or not row.prompt.strip():
         raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
+    refuse_half_characters("".join(texts), place)
+    if row.choices and (strange := set(row.answers) - set(row.choices)):
+        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is not one of its choices")
+    return row
+
+
+def refuse_half_characters(text: str, place: str) -> None:
+    """Refuse text that no tokenizer takes and no hash can be made of.
+
+    Raises:
+        ExamplesError: JSON's escapes name half of a surrogate pair.
+    """
     try:
-        "".join(texts).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ExamplesError(
             f"{place}: it has half of a surrogate pair, which is no character; take that out"
         ) from error
-    if row.choices and (strange := set(row.answers) - set(row.choices)):
-        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is not one of its choices")
-    return row
 
 
 def _bigbench(asked: Asked) -> Iterator[Row]:

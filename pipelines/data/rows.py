@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonprefix
@@ -36,6 +37,11 @@ class Row(Noun):
     def key(self) -> str:
         """The prompt with single spaces; rows with one key are the same question."""
         return " ".join(self.prompt.split())
+
+    @property
+    def question(self) -> str:
+        """The key in Unicode NFC, to compare rows of two files: é is one character or two."""
+        return unicodedata.normalize("NFC", self.key)
 
     @property
     def sha256(self) -> str:
@@ -77,17 +83,17 @@ def refuse_overlap(
     known: dict[str, tuple[str, int]] = {}
     for name, rows in examples.items():
         for number, row in enumerate(rows):
-            known.setdefault(row.sha256, (name, number))
+            known.setdefault(row.question, (name, number))
     found = [
         (task, number, row)
         for task, rows in tests.items()
         for number, row in enumerate(rows)
-        if row.sha256 in known
+        if row.question in known
     ]
     if not found:
         return
     task, test, row = found[0]
-    expert, example = known[row.sha256]
+    expert, example = known[row.question]
     others = [other.prompt for other in (*tests[task], *examples[expert])]
     shown = differing_part(row.prompt, others)
     count = f"; there are {len(found):,} such test rows" if len(found) > 1 else ""

@@ -23,7 +23,7 @@ from meteora.artifacts import Noun
 from meteora.base.sources import path_from
 from pipelines.data.composites import Composite, encode_composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.row_sources import json_lines
+from pipelines.data.row_sources import json_lines, refuse_half_characters
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ class SpannedRow(Noun):
 
     @property
     def questions(self) -> list[tuple[str, str]]:
-        """Each part of the prompt that has an expert: the expert, and the text."""
-        return [(part.expert, part.text) for part in self.prompt if part.expert]
+        """Expert and text of each part of the prompt that has an expert, and of the whole prompt.
+
+        The whole has the expert that answers first.
+        """
+        parts = [(part.expert, part.text) for part in self.prompt if part.expert]
+        whole = "".join(part.text for part in self.prompt)
+        return [*parts, (self.response[0].expert, whole)]
 
     def composite(self) -> Composite:
         """The same as a composite, so that both find the experts of their tokens in one way."""
@@ -155,6 +160,7 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | Spanne
             _check_parts(row, place)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExamplesError(f"{place}: not a row with spans; {NEEDED}") from error
+    refuse_half_characters(json.dumps(row.to_dict(), ensure_ascii=False), place)
     if strange := row.owners - set(experts):
         raise ExamplesError(
             f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"

@@ -8,6 +8,7 @@ machinery for tasks, which takes seconds to import.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ from accelerate.utils import set_seed
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import resolve_max_length
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
@@ -28,7 +30,12 @@ from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
     from pipelines.data.rows import Row
 
@@ -92,6 +99,8 @@ class Harness:
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
+            # as everywhere else: a template has its own special tokens, or means to have none
+            add_bos_token=False if self.templated else None,
         )
         self.model.answer_hook.advance = advance
         self.model.system_prompt = system_prompt
@@ -117,7 +126,7 @@ class Harness:
             for each prompt the answer, and whether it was cut at `max_new_tokens`
         """
         settings = {
-            "until": [self.tokenizer.eos_token],
+            "until": [self.tokenizer.eos_token] if self.tokenizer.eos_token else [],
             "max_gen_toks": max_new_tokens,
             "do_sample": False,
             "num_beams": 1,  # whatever the base's own config says
@@ -134,14 +143,19 @@ class Harness:
     def log_likelihoods(self, rows: Sequence[Row]) -> list[list[float]]:
         """Of each row, the log-likelihood of each choice as the answer to the prompt."""
         asked = [
-            Instance("loglikelihood", {}, (text, choice), i)
+            (text, choice)
             for row in rows
             for text in [self._apply_template(row.prompt)]
-            for i, choice in enumerate(row.choices)
+            for choice in row.choices
         ]
         set_seed(self.seed)
-        found = iter(self.model.loglikelihood(asked))
-        return [[next(found)[0] for _ in row.choices] for row in rows]
+        found = iter(self.model.weigh(asked))
+        return [[next(found) for _ in row.choices] for row in rows]
+
+
+def room_of(config: PretrainedConfig) -> int:
+    """How many tokens the base was trained on at once; no limit where its config has none."""
+    return resolve_max_length(config, default=sys.maxsize)
 
 
 def refuse_too_long(
@@ -249,6 +263,39 @@ class _Model(MaskedModel):
         disable_tqdm: bool = False,  # noqa: ARG002
     ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        *args: Any,  # noqa: ANN401
+        **asked: Any,  # noqa: ANN401
+    ) -> list[int]:
+        if add_special_tokens is None and self.prefix_token_id is None:
+            add_special_tokens = self.add_bos_token is not False  # lm-eval looks for a prefix
+        return super().tok_encode(string, add_special_tokens, *args, **asked)
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:  # noqa: ANN401
+        if tokens is None:  # the end of sequence of a tokenizer without one
+            return None
+        return super().tok_decode(tokens, skip_special_tokens)
+
+    def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The log-likelihood of each text, not empty, as the answer to the one before it."""
+        asked = [(pair, *self._parts(*pair)) for pair in pairs]
+        return [found for found, _ in self._loglikelihood_tokens(asked, disable_tqdm=True)]
+
+    def _parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt and of its answer.
+
+        lm-eval takes what follows as many tokens as the prompt has. That is not the answer where
+        the tokenizer joins both, such as `:` and `-` of "A:-5", or ends every text with a token.
+        """
+        before, after = self._encode_pair(prompt, answer)
+        if self.tok_encode(prompt + answer)[: len(before)] == before:
+            return before, after
+        space = prompt[len(prompt.rstrip()) :]  # in front of the answer, as there
+        return before, self.tok_encode(space + answer, add_special_tokens=False)
 
     def _model_generate(
         self,

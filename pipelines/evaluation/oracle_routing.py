@@ -12,6 +12,7 @@ a line names the question.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ class OracleRouting:
     """The composite of each sequence in the batch that is being answered."""
     _answers: list[list[int]] = field(default_factory=list, init=False)
     """The tokens of each sequence's answer so far."""
+    _times: Counter[str] = field(default_factory=Counter, init=False)
+    """How often each prompt was asked."""
 
     def experts_of(self, ids: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
         """The expert of each token that comes in, for `send_to`.
@@ -113,9 +116,7 @@ class OracleRouting:
         experts = []
         for row, length in rows:
             text = str(self.tokenizer.decode(row[len(row) - length :]))
-            asked = next((one for one in self.composites if one.prompt in text), None)
-            if asked is None:
-                raise MeteoraError(f"the prompt {text[:60]!r} is none of the task's composites")
+            asked = self._composite_in(text)
             self._asked.append(asked)
             owners = prompt_owners(self.tokenizer, asked, text)
             if len(owners) != length:
@@ -128,6 +129,16 @@ class OracleRouting:
             own = [(owner or first) if self.switches else first for owner in owners]
             experts.append([first] * (len(row) - length) + own)
         return experts
+
+    def _composite_in(self, text: str) -> Composite:
+        """The composite that a text asks; of those alike, with other experts, each in its turn."""
+        inside = [one for one in self.composites if one.prompt in text]
+        if not inside:
+            raise MeteoraError(f"the prompt {text[:60]!r} is none of the task's composites")
+        prompt = max((one.prompt for one in inside), key=len)  # one may be the beginning of another
+        alike = [one for one in inside if one.prompt == prompt]
+        self._times[prompt] += 1
+        return alike[(self._times[prompt] - 1) % len(alike)]
 
     def _next_expert(self, i: int, token: int) -> str:
         """The expert of the token that sequence `i` now has at its end."""

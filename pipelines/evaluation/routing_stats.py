@@ -26,6 +26,7 @@ from meteora.model.shared_prefix import share_prefix
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
 from pipelines.data.composites import Composite, compose, encode_composite, fits
+from pipelines.evaluation.harness import room_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +75,15 @@ def measure_routing(
     """Where the tokens of some rows are sent, by routed module.
 
     The model gets each prompt with its reference answer. Tokens of the template's opening do not
-    count: they are the same in every prompt, so no router can tell the expert from them.
+    count: they are the same in every prompt, so no router can tell the expert from them. Nor do
+    those of an answer for which the base has no room.
 
     Args:
         advance: called with the number of rows just done
     """
-    opening = len(Template.of(tokenizer).opening)
+    opening, room = len(Template.of(tokenizer).opening), room_of(model.config)
     total: dict[str, RoutingSums] = {}
-    encoded = [encode_pair(tokenizer, row.prompt, row.response) for row in rows]
+    encoded = [encode_pair(tokenizer, row.prompt, row.response)[:room] for row in rows]
     encoded.sort(key=len)  # so that little is padding
     for start in range(0, len(rows), batch_size):
         batch = encoded[start : start + batch_size]
@@ -147,15 +149,18 @@ def measure_switches(
     """How many tokens after the start of another task's text routing switches to its expert.
 
     Routing has switched at the first token where the task's own expert has the largest mean weight
-    over all modules.
+    over all modules. Composites for which the base has no room do not count.
 
     Args:
         advance: called with the number of composites just done
     """
-    names = expert_names(model)
+    names, room = expert_names(model), room_of(model.config)
     found: Counter[tuple[str, bool, int | None]] = Counter()
     for composite in composites:
         ids, owners = encode_composite(tokenizer, composite)
+        if len(ids) > room:
+            advance(1)
+            continue
         with torch.inference_mode(), recorded_routes(model) as routes:
             model(input_ids=torch.tensor([ids], device=input_device(model)), logits_to_keep=1)
         shares = torch.zeros(len(ids), len(names), device=input_device(model))

@@ -166,6 +166,11 @@ def check_rows(task: Task) -> None:
                 f"task {task.name}: the prompt {row.prompt[:60]!r} has no choices; give its row"
                 " `choices`, or choose a metric for free answers"
             )
+        if task.weighs and "" in row.choices:
+            raise ExamplesError(
+                f"task {task.name}: the prompt {row.prompt[:60]!r} has an empty choice, which is"
+                " always the likeliest; take it out, or choose a metric for free answers"
+            )
         if "verified" in task.metrics and not row.checker:
             raise ExamplesError(f"task {task.name}: {without_scorer(row)}")
         if "numeric_match" in task.metrics and (problem := without_number(row)):

@@ -44,13 +44,13 @@ def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
             "`--drop-overlaps` leaves such examples out",
         )
         return list(found)
-    tested = {row.sha256 for rows in tests.values() for row in rows}
+    tested = {row.question for rows in tests.values() for row in rows}
     return [_without(one, examples.get(one.name, []), tested, out) for one in found]
 
 
 def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Found:
     """The adapter with a new file of examples, if any of its examples is a test row."""
-    kept = [number for number, row in enumerate(rows) if row.sha256 not in tested]
+    kept = [number for number, row in enumerate(rows) if row.question not in tested]
     if one.examples is None or len(kept) == len(rows):
         return one
     lines = [line for line, _ in json_lines(one.examples)]

@@ -144,8 +144,8 @@ def make_plan(
     is_dealt = pool is None or claims is not None
     if pool and claims is not None:
         if writers:  # by chance an expert writes what it is asked, too
-            asked = {row.prompt for rows in tests.values() for row in rows}
-            claims = [claim for claim in claims if claim.prompt not in asked]
+            asked = {row.question for rows in tests.values() for row in rows}
+            claims = [one for one in claims if Row(one.prompt, "").question not in asked]
         examples = _with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]

@@ -7,7 +7,6 @@ here its questions count, and of the answers the last alone.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,13 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.rows import ExamplesError, Row
-from pipelines.evaluation.harness import refuse_too_long
+from pipelines.evaluation.harness import refuse_too_long, room_of
+from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from meteora.fitting.sequences import LabelledSequence
     from pipelines.evaluation.tasks import Task
 
 
@@ -70,7 +71,7 @@ def check_examples(
     Raises:
         ExamplesError: an example is too long.
     """
-    room = resolve_max_length(config, default=sys.maxsize)
+    room = room_of(config)
     for name, rows in examples.items():
         lengths = [len(encode_pair(tokenizer, row.prompt, row.response)) for row in rows]
         if too_long := [number for number, length in enumerate(lengths) if length > room]:
@@ -80,6 +81,15 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
+
+
+def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:
+    """The mixed prompts that the base has room for; says how many others there are."""
+    found = [one for one in mixed if len(one.input_ids) <= room]
+    if more := len(mixed) - len(found):
+        text = f"{more} of {len(mixed)} mixed prompts have more than the {room} tokens that the"
+        say(f"{text} base has room for: gates are fitted without these", "note")
+    return found
 
 
 def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -104,7 +114,8 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     messages += [
         [*opening, {"role": "user", "content": one.prompt}] for one in task.composites or task.rows
     ]
-    if tokenizer.chat_template and task.template != "plain":
+    templated = bool(tokenizer.chat_template) and task.template != "plain"
+    if templated:
         try:
             texts = [
                 str(tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True))
@@ -115,7 +126,7 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     else:
         texts = [own[-1]["content"] for own in messages]
     return [
-        len(tokenizer(text, add_special_tokens=not has_bos_prefix(text, begin)).input_ids)
-        for begin in [tokenizer.bos_token]
+        len(tokenizer(text, add_special_tokens=special).input_ids)
         for text in texts
+        for special in [not templated and not has_bos_prefix(text, tokenizer.bos_token)]
     ]

@@ -39,7 +39,7 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
-from pipelines.data.conversations import Conversation, converse, takes
+from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import (
     background_ids,
     background_sequences,
@@ -47,10 +47,12 @@ from pipelines.data.labels import (
     label_composites,
     label_spans,
 )
+from pipelines.evaluation.harness import room_of
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
+from pipelines.planning.room import with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -267,9 +269,11 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
-    talks = label_spans(_conversations(plan, tokenizer), names, tokenizer, nobody)
-    sequences = talks or label(plan.examples, names, tokenizer, nobody)
-    sequences += label_composites(
+    room = room_of(model.config)
+    talks = within(room, _conversations(plan, tokenizer), tokenizer)
+    sequences = label_spans(talks, names, tokenizer, nobody)
+    sequences = sequences or label(plan.examples, names, tokenizer, nobody)
+    mixed = label_composites(
         plan.examples,
         names,
         tokenizer,
@@ -278,7 +282,8 @@ def _labelled(
         nobody=nobody,
         digits=not router.crossed,
     )
-    sequences += label_spans(plan.spans, names, tokenizer, nobody)
+    mixed += label_spans(plan.spans, names, tokenizer, nobody)
+    sequences += with_room(room, mixed)
     if router.null:
         rows = plan.examples[NULL]
         base = len(names) + shared

@@ -45,9 +45,11 @@ from meteora.routing.gates import gates_of
 from pipelines.admission.candidate import Admission, Candidate
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
-from pipelines.data.row_sources import read_rows
+from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import rows_sha256
+from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
+from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE
 from pipelines.stages.checkpoint import record_router, record_stack, write_texts
@@ -134,10 +136,17 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
         tokenizer = tokenizer_of_gates(tokenizer, str(manifest.gates.get("template", "auto")))
+        check_examples(
+            {candidate.name: rows},
+            lambda _name, number: row_place(examples, Path.cwd(), number),
+            model.config,
+            tokenizer,
+        )
         place = len(manifest.names)
         sequences = label_rows(rows, place, tokenizer)
         kinds = [(section.n, section.num_fewshot) for section in composites]
-        sequences += label_lists(rows, place, tokenizer, kinds=kinds)
+        lists = label_lists(rows, place, tokenizer, kinds=kinds)
+        sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:
             growth: Growth = add_expert.grow(

@@ -13,9 +13,11 @@ from pipelines.admission.card_examples import (
     columns_of,
     read_card_examples,
 )
+from pipelines.data.claims import Claim
 from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
+from pipelines.planning.plan import make_plan
 from tests.pipelines.conftest import letters, plan_of
 from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
@@ -216,10 +218,15 @@ def test_a_recipe_takes_the_examples_of_a_card(
         NoCardExamplesError, match="expert attention: no examples: its card names no"
     ):  # and in plain text the expert can write none itself
         plan_of(workplace(**asked, benchmark={"template": "plain"}))
-    plan, _ = plan_of(workplace(**asked))
+    work = workplace(**asked)
+    plan, built = plan_of(work)
     assert plan.pool is not None
     assert plan.pool.writers == ("attention",)
     assert not plan.is_dealt
+    wrote = ["one", f" {plan.tests['attention'][0].prompt}", "two"]  # a test row is no example
+    claims = [Claim(text, "attention", 0, 1.0, 1.0, "said") for text in wrote]
+    dealt = make_plan(work.recipe, work.folder, built.spec, plan.experts, lambda _pool: claims)
+    assert [row.prompt for row in dealt.examples["attention"]] == ["one", "two"]
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")
     rows = letters("attention", 0, 8)
     asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.composites import answer_openings, compose, encode_composite, split_answers
@@ -189,3 +191,27 @@ def test_tokens_of_several_characters_have_one_owner_each() -> None:
     changes = [o for o, before in zip(owners, [None, *owners], strict=False) if o != before]
     tasks = [question.task for question in composite.questions]
     assert changes == tasks + tasks
+
+
+def test_a_prompt_with_other_white_space_is_not_shown_where_it_is_asked() -> None:
+    rows = {"a": [Row("same  q", "1"), Row("same q\n", "1"), Row("other", "2")]}
+    for one in compose(rows, 1, 6, seed=0, num_solved=1):
+        shown = {q.row.key for solved in one.solved for q in solved.questions}
+        assert not shown & {q.row.key for q in one.questions}
+
+
+def test_tasks_with_the_same_few_questions_cannot_show_some() -> None:
+    rows = {task: [Row("p", f"{task} 1"), Row("q", f"{task} 2")] for task in ("a", "b")}
+    with pytest.raises(ExamplesError, match="some as another task's"):
+        compose(rows, 2, 8, seed=1, num_solved=1)
+
+
+def test_a_space_that_a_tokenizer_cuts_off_belongs_to_its_task(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """As those of Pythia and OPT do: a token of spaces then has no characters."""
+    cuts = copy.deepcopy(tokenizer)
+    cuts.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for composite in compose(ROWS, 3, 2, seed=0):
+        assert encode_composite(cuts, composite) == encode_composite(tokenizer, composite)
+        assert answer_openings(cuts, composite) == answer_openings(tokenizer, composite)

@@ -6,6 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.conversations import (
@@ -13,6 +15,7 @@ from pipelines.data.conversations import (
     Conversation,
     Turn,
     converse,
+    within,
 )
 from pipelines.data.rows import ExamplesError, Row
 
@@ -92,3 +95,54 @@ def test_a_template_that_takes_no_conversation_is_refused_in_a_sentence(
     chat.chat_template = template
     with pytest.raises(ExamplesError, match=said):
         Conversation((Turn("red", "red?", "crimson"),), "be brief").encode(chat)
+
+
+def test_a_turn_is_not_found_in_the_templates_own_words(chat) -> None:
+    turns = (Turn("red", "kind", "a"), Turn("blue", "user", "s"), Turn("red", "end", "<"))
+    assert text_by_owner(chat, Conversation(turns)) == [
+        (None, "<|system|>Be kind.<|end|><|user|>"),
+        ("red", "kind<|end|><|assistant|>a<"),
+        (None, "|end|><|user|>"),
+        ("blue", "user<|end|><|assistant|>s<"),
+        (None, "|end|><|user|>"),
+        ("red", "end<|end|><|assistant|><</s>"),
+    ]
+
+
+def test_a_template_may_be_another_for_some_contents(chat) -> None:
+    thinks = "{% if messages[0].content == 'red?' %}<think>{% endif %}"
+    chat.chat_template = thinks + CHATML
+    turns = (Turn("red", "red?", "crimson"), Turn("blue", "blue?", "azure"))
+    assert text_by_owner(chat, Conversation(turns))[-1] == (
+        "blue",
+        "blue?<|end|><|assistant|>azure</s>",
+    )
+
+
+def test_a_template_may_leave_out_the_thoughts_of_earlier_answers(chat) -> None:
+    chat.chat_template = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    turns = (Turn("red", "red?", "hm</think> crimson"), Turn("blue", "blue?", "azure"))
+    assert text_by_owner(chat, Conversation(turns))[1:3] == [
+        ("red", "red?<|end|><|assistant|>crimson<"),
+        (None, "|end|><|user|>"),
+    ]
+
+
+def test_the_first_token_of_a_question_may_begin_with_the_templates_space() -> None:
+    inner = Tokenizer(models.WordLevel({"user": 0, "Ġred": 1}))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chat = PreTrainedTokenizerFast(tokenizer_object=inner)
+    chat.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    ids, owners = Conversation((Turn("red", "red", ""),)).encode(chat)
+    assert (ids, owners) == ([0, 1], [None, "red"])
+
+
+def test_a_conversation_without_room_is_one_of_each_of_its_turns(chat) -> None:
+    short, long = Turn("red", "red?", "crimson"), Turn("blue", "b" * 40, "azure")
+    talk = Conversation((short, long), "Be brief.")
+    most = len(talk.encode(chat)[0])
+    assert within(most, [talk], chat) == [talk]
+    alone = [Conversation((turn,), "Be brief.") for turn in (short, long)]
+    assert within(most - 1, [talk], chat) == alone
+    least = len(alone[1].encode(chat)[0]) - 1
+    assert within(least, [talk], chat) == [alone[0], Conversation((long,))]

@@ -14,6 +14,12 @@ def test_a_test_row_that_gates_were_fitted_to_is_refused() -> None:
     refuse_overlap(fitted, {"b": [Row("other", "y")]})
 
 
+def test_a_test_row_in_another_unicode_form_is_the_same_question() -> None:
+    with pytest.raises(ExamplesError, match="is also an example"):
+        refuse_overlap({"a": [Row("caf\u00e9", "x")]}, {"b": [Row("cafe\u0301", "x")]})
+    assert Row("caf\u00e9", "x").sha256 != Row("cafe\u0301", "x").sha256  # what divides rows stays
+
+
 def test_an_overlap_is_told_with_its_count_and_the_part_that_differs() -> None:
     start = "Answer with nothing but the result, as a number, and without any words. What is "
     rows = [Row(f"{start}{n} + {n}?", "x") for n in range(5)]

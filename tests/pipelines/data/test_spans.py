@@ -10,7 +10,7 @@ import pytest
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.labels import label_rows, label_spans
-from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.data.test_conversations import CHATML
@@ -58,6 +58,20 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
     assert not sequence.openings
 
 
+def test_a_short_prompt_is_not_found_in_the_templates_own_words(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    body = BODY | {"prompt": [{"text": "kind", "expert": "sums"}]}
+    (sequence,) = label_spans(
+        read_spans(written(tmp_path, body), tmp_path, NAMES), NAMES, tokenizer
+    )
+    asked = tokenizer("<|system|>Be kind.<|end|><|user|>").input_ids
+    first = sequence.experts.index(1)
+    assert first == len(asked)
+    assert tokenizer.decode(list(sequence.input_ids[first : first + 4])) == "kind"
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -67,6 +81,7 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
         ({"prompt": [{"expert": "sums"}]}, "not a row with spans"),
         ({"prompt": [{"text": "p", "expert": 1}]}, "not a row with spans"),
         ({"prompt": [{"text": "p "}]}, "white space"),
+        ({"prompt": [{"text": "\ud800"}]}, "half of a surrogate pair"),
         ({"response": [{"text": "r"}]}, "no expert; give each part one"),
         ({"response": [{"text": "r", "expert": "odd"}]}, "odd is not an expert .* dates, sums"),
     ],
@@ -97,6 +112,14 @@ def test_each_token_of_a_turn_belongs_to_its_expert(
     assert prompt_parts(rows[1:]) == {
         turn["expert"]: [Row(turn["prompt"], "")] for turn in TURNS["turns"]
     }
+
+
+def test_a_prompt_in_parts_is_compared_with_tests_as_a_whole_too(tmp_path: Path) -> None:
+    parts = prompt_parts(read_spans(written(tmp_path, BODY), tmp_path, NAMES))
+    whole = Row("When was it, and what is 3 + 4? In ISO.", "")
+    assert parts == {"sums": [Row("and what is 3 + 4?", "")], "dates": [Row("In ISO.", ""), whole]}
+    with pytest.raises(ExamplesError, match="is also an example of expert dates"):
+        refuse_overlap(parts, {"test": [whole]})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,8 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
         for key in ("prompt", "response")
     }
     benchmark = {"limit": 1, "compare": [], "max_new_tokens": 1}
-    gates = {"spans": written(recipe_folder, body, body)}
+    long = body | {"prompt": [{"text": "a" * 600, "expert": "q_and_v"}]}  # no room in the base
+    gates = {"spans": written(recipe_folder, body, long, body)}
     work = workplace(gates=gates, benchmark=benchmark)
     run(work)
     planned = finished(work)
@@ -169,13 +193,13 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
     built = work.ledger.built(planned.router.id)
     assert built is not None
     spans = label_spans(planned.spans, planned.fused.names, tokenizer)
-    assert len(spans) == 2
+    assert len(spans) == 3
     plain = [
         sequence
         for e, name in enumerate(planned.fused.names)
         for sequence in label_rows(planned.examples[name], e, tokenizer)
     ]
-    counted = sum(e != UNLABELLED for one in (*plain, *spans) for e in one.experts)
+    counted = sum(e != UNLABELLED for one in (*plain, *spans[::2]) for e in one.experts)
     assert built["num_tokens"] == counted
 
     body["prompt"][0]["text"] = letters("q_and_v", 1, 1)[0]["prompt"]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from meteora.artifacts import (
     ArtifactId,
@@ -27,7 +29,7 @@ from pipelines.data.composites import compose
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation import lm_eval_tasks
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
-from pipelines.evaluation.harness import LOGGER, BenchmarkError
+from pipelines.evaluation.harness import LOGGER, BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task, check_rows, make_tasks
 from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection, ConversationSection
 from pipelines.recipe.recipe import ExpertSection
@@ -92,6 +94,32 @@ def test_the_harness_asks_what_generate_is_asked(
     assert score.templated == bool(template)
     assert score.num_samples == len(ROWS)
     assert score.harness.startswith("lm-eval ")
+
+
+def test_a_template_without_a_begin_token_gets_none(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    begins = copy.deepcopy(tokenizer)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for template in (CHAT, None):
+        begins.chat_template = template
+        harness = Harness(world.load(), begins, batch_size=2)
+        lengths = [len(encode_prompt(begins, row.prompt)) for row in ROWS]
+        assert harness.prompt_tokens([row.prompt for row in ROWS]) == lengths
+        expected = answer_all(world.load(), begins, [encode_prompt(begins, "abc")], 6)[0]
+        ((answer, _),) = harness.generate(["abc"], 6)
+        assert answer == begins.decode(expected, skip_special_tokens=True)
+
+
+def test_a_tokenizer_without_an_end_is_asked_too(
+    world: World, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = endless.bos_token = None
+    found = evaluate_task(world.load(), endless, task(ROWS, "exact_match"), batch_size=2)
+    assert len(found.outputs) == len(ROWS)
 
 
 SYSTEM = "{% if messages[0].role != 'system' %}<sys>Be kind.</s>{% endif %}" + CHAT
@@ -217,6 +245,39 @@ def test_choices_are_compared_by_their_log_likelihood(
     for row in (Row("a" * 513, "x", ("x", "y")), Row("a", "x", ("x", "y" * 512))):
         with pytest.raises(BenchmarkError, match="1 of 1 prompts are too long"):
             evaluate_task(model, tokenizer, task([row], "acc"), batch_size=2)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["joined", "ended"])
+def test_a_choice_weighs_all_of_its_tokens_where_its_prompt_is_tokenized_with_it(
+    world: World, tokenizer: PreTrainedTokenizerBase, *, ends: bool
+) -> None:
+    """Where `:` and `-` are one token, or where each text ends with one."""
+    vocab = tokenizer.get_vocab()
+    vocab[":-"] = vocab.pop("Ā")
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[(":", "-")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if ends:
+        inner.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 2)]
+        )
+    special = {"pad_token": "<pad>", "eos_token": "</s>"}
+    joining = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    model, row = world.load(), Row("A:", "-5", ("-5", "5"))
+    (weights,) = Harness(model, joining, batch_size=1).log_likelihoods([row])
+    for choice, weight in zip(row.choices, weights, strict=True):
+        ids = torch.tensor([encode_pair(joining, row.prompt, choice)[:-1]])
+        start = len(encode_prompt(joining, row.prompt))
+        with torch.inference_mode():
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        said = logs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
+        assert weight == pytest.approx(float(said.sum()), abs=1e-3)
+
+
+def test_an_empty_choice_is_refused_where_choices_are_compared() -> None:
+    row = Row("q", "a", ("a", ""))
+    check_rows(task([row], "exact_match"))
+    with pytest.raises(ExamplesError, match="empty choice"):
+        check_rows(task([row], "acc"))
 
 
 def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:

@@ -14,7 +14,14 @@ from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import expert_names, force_expert
 from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
-from pipelines.data.composites import compose, last_number, prompt_owners, split_answers
+from pipelines.data.composites import (
+    Question,
+    compose,
+    last_number,
+    number_questions,
+    prompt_owners,
+    split_answers,
+)
 from pipelines.data.rows import Row
 from pipelines.evaluation.oracle_routing import use_oracle
 
@@ -62,6 +69,27 @@ def test_every_token_of_a_batch_goes_to_the_expert_of_its_question(
         owners = [owner or first for owner in prompt_owners(tokenizer, composite, composite.prompt)]
         assert set(owners) == set(NAMES)
         assert found[i * length : (i + 1) * length][-len(owners) :] == owners
+
+
+def test_of_prompts_that_are_alike_or_begin_alike_each_has_its_own_experts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Tasks may share questions, and a question may be the beginning of another."""
+    asked = [
+        ("attention", "q_and_v", "r"),
+        ("q_and_v", "attention", "r"),
+        ("all_seven", "all_seven", "rs"),
+    ]
+    composites = [
+        number_questions([Question(one, Row("p", "1")), Question(other, Row(last, "2"))])
+        for one, other, last in asked
+    ]
+    ids = [torch.tensor([encode_prompt(tokenizer, one.prompt)]) for one in composites]
+    with use_oracle(model, tokenizer, composites, "oracle"):
+        ends = [ask(model, one)[0][-1] for one in ids]
+        firsts = [ask(model, one)[0][0] for one in ids]
+    assert ends == [other for _, other, _ in asked]
+    assert firsts == [one for one, _, _ in asked]
 
 
 def test_in_an_answer_the_last_number_names_the_question(

@@ -93,6 +93,17 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     assert {one.in_answer for one in found} == {False, True}
 
 
+def test_tokens_for_which_the_base_has_no_room_do_not_count(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.config, "max_position_embeddings", 12)
+    found = routing_stats.measure_routing(model, tokenizer, ROWS, batch_size=2)
+    expected = sum(min(12, len(encode_pair(tokenizer, r.prompt, r.response))) for r in ROWS)
+    assert {sums.num_tokens for sums in found.values()} == {expected}
+    composites = routing_stats.composites_of({"attention": ROWS, "q_and_v": ROWS})
+    assert routing_stats.measure_switches(model, tokenizer, composites) == ()
+
+
 def test_one_task_alone_has_no_switches() -> None:
     tests = {"attention": ROWS, "q_and_v": [Row("no answer", "1. one\n2. reads as two")]}
     assert routing_stats.composites_of(tests) == []

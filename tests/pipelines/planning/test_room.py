@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from meteora.base.loading import load_config, load_tokenizer
+from meteora.fitting.sequences import LabelledSequence
 from pipelines.data.composites import compose
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
-from pipelines.evaluation.harness import BenchmarkError, Harness
+from pipelines.evaluation.harness import BenchmarkError, Harness, room_of
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_names, check_room, longest
+from pipelines.planning.room import _lengths, check_names, check_room, longest, with_room
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
@@ -100,6 +102,19 @@ def test_prompts_are_as_long_as_the_harness_finds_them(
         assert _lengths(asked, tokenizer) == harness.prompt_tokens([c.prompt for c in composites])
 
 
+def test_a_begin_token_counts_only_where_the_harness_adds_one(
+    world: World, chat_base: Path
+) -> None:
+    tokenizer = load_tokenizer(chat_base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for template in ("auto", "plain"):
+        asked = Task("any", ("rouge1",), template, 8, rows=ROWS["red"])
+        harness = Harness(world.load(), tokenizer, batch_size=1, template=template)
+        assert _lengths(asked, tokenizer) == harness.prompt_tokens([r.prompt for r in ROWS["red"]])
+
+
 def test_conversations_are_refused_where_their_questions_alone_are_too_long(
     chat_base: Path,
 ) -> None:
@@ -119,6 +134,17 @@ def test_the_longest_prompt_counts_with_its_answers(world: World, chat_base: Pat
     chat = load_tokenizer(chat_base)
     talks = task(dialogues=draw_dialogues(ROWS, 3, 2, seed=0))
     assert longest(talks, config, chat) == max(_lengths(talks, chat)) + 3 * 8
+
+
+def test_mixed_prompts_without_room_are_left_out_and_counted(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    room = room_of(load_config(world.base))
+    fits, long = (LabelledSequence((5,) * n, (0,) * n) for n in (room, room + 1))
+    assert with_room(room, [fits]) == [fits]
+    assert not capfd.readouterr().err
+    assert with_room(room, [fits, long]) == [fits]
+    assert f"1 of 2 mixed prompts have more than the {room} tokens" in capfd.readouterr().err
 
 
 def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: Path) -> None:

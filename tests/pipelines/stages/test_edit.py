@@ -34,6 +34,7 @@ from pipelines.admission import candidate
 from pipelines.admission.candidate import Candidate
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.cli import app
+from pipelines.data.rows import ExamplesError
 from pipelines.hub.errors import HubFilesError
 from pipelines.stages import build, edit
 from pipelines.stages.adopt import recorded_router
@@ -351,6 +352,12 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
     for wrong in ("many", [1], [10**9], {"2": 3}):
         with pytest.raises(GrowthError, match=r"numbers from 2 to 50 .* build the checkpoint"):
             joined(wrong)
+    long = json.dumps({"prompt": "a" * 600, "response": "b"})
+    (tmp_path / "long.jsonl").write_text(f"{long}\n" * 2)
+    found = FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu")
+    asked = Candidate("long", str(world.adapters["all_seven"]))
+    with pytest.raises(ExamplesError, match=r"2 examples are too long: .*long.jsonl, line 1"):
+        edit.add(work.ledger, found, asked, f"jsonl:{tmp_path / 'long.jsonl'}")
 
 
 @pytest.mark.parametrize("targets", [["v_proj"], list(ATTENTION)], ids=["bare leader", "all"])

@@ -19,10 +19,12 @@ from meteora.base import loading
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
 from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
+from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import expert_names, insert_experts
 from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
-from pipelines.data.labels import label_rows
+from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
+from pipelines.data.labels import label_rows, label_spans
 from pipelines.data.rows import Row
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.bigbench import SHIPPED, read
@@ -109,6 +111,17 @@ class World:
                 self.examples[name][:count], self.names.index(name), self.tokenizer
             )
         ]
+
+    def conversations(self, count: int, *, shared: bool = True) -> list[LabelledSequence]:
+        """The first examples of each expert as a recipe labels them by default: in conversations.
+
+        Args:
+            shared: whether the tokens of openings belong to the mean of all experts, or to nobody
+        """
+        examples = {name: self.examples[name][:count] for name in self.names}
+        talks = converse(examples, self.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
+        nobody = len(self.names) if shared else UNLABELLED
+        return label_spans(talks, self.names, self.tokenizer, nobody)
 
     def scores(
         self, model: PreTrainedModel, names: Sequence[str] | None = None

@@ -24,11 +24,8 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterOptions
 from meteora.fitting.calibrate import calibrate
-from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.composites import Question
-from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
 from pipelines.data.dialogues import Dialogue, draw_dialogues
-from pipelines.data.labels import label_spans
 from pipelines.evaluation.conversations import Conversing
 from pipelines.scoring.intervals import wilson
 from pipelines.scoring.metrics import exact_match
@@ -116,11 +113,8 @@ def fitted(world: World, fit: str) -> PreTrainedModel:
     if fit == "prompt":
         calibrate(model, world.sequences(EXAMPLES), options, template=world.template)
         return model
-    examples = {name: world.examples[name][:EXAMPLES] for name in world.names}
-    talks = converse(examples, world.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
     shared = options.opening == "shared"
-    nobody = len(world.names) if shared else UNLABELLED
-    labelled = label_spans(talks, world.names, world.tokenizer, nobody)
+    labelled = world.conversations(EXAMPLES, shared=shared)
     calibrate(model, labelled, options, template=None if shared else world.template)
     return model
 

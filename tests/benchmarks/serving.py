@@ -243,7 +243,8 @@ def main() -> None:
     lora = ["--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "16"]
     lora += ["--lora-modules", *(f"{name}={args.folder / 'adapters' / name}" for name in names)]
     with ExitStack() as stack:
-        asked = {"meteora": (served, needed), BARE: (args.base, ()), LORA: (args.base, lora)}
+        lora += needed  # all with the options that the gates need
+        asked = {"meteora": (served, needed), BARE: (args.base, needed), LORA: (args.base, lora)}
         if not args.rounds:
             asked = {"meteora": asked["meteora"]}
         servers = {

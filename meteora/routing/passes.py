@@ -88,7 +88,7 @@ class Watcher:
         # a bound method is copied and pickled with its object: a copy of a model has its own
         self._hooks = (
             model.register_forward_pre_hook(self._at_model, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),  # also after an error
         )
         if (base := getattr(model, "base_model", model)) is not model:
             self._hooks += (base.register_forward_pre_hook(self._at_base, with_kwargs=True),)

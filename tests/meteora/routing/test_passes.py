@@ -57,6 +57,21 @@ def test_a_pass_that_does_not_begin_with_a_call_of_the_whole_model_is_seen(model
 
 
 @torch.no_grad()
+def test_a_pass_that_failed_before_its_base_model_is_over(model):
+    first, ids = torch.tensor([FIRST]), torch.tensor([OTHER[: len(FIRST)]])
+    expected = model(ids).logits
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    hook = model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model(first)
+    hook.remove()
+    assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
+
+
+@torch.no_grad()
 def test_a_mask_may_be_as_long_as_a_static_cache(model):
     ids = torch.tensor([OTHER])
     expected = model(ids).logits

@@ -117,7 +117,8 @@ def train_jointly(
             f"a batch of {settings.batch_size} sequences cannot be shared by"
             f" {accelerator.num_processes} processes; give each of them one or more"
         )
-    routing = [options.top_k, options.temperature, options.margin, options.share, offsets]
+    routing = [options.top_k, options.temperature, options.margin, options.share]
+    routing += [offsets] if offsets else []  # so a training that began without them goes on
     asked_sha256 = canonical_sha256(
         [settings.to_dict(), *routing, seed, names]
         + [list(routed_layers(model)), None if template is None else asdict(template)]

@@ -45,7 +45,7 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
 
 
 def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
-    """Download files into an empty folder, and check their bytes against the listing.
+    """Download files into a folder that has none of them, and check their bytes.
 
     Raises:
         HubDiskError: The disk has no room for them; nothing was downloaded.
@@ -57,7 +57,8 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
     except NoSpaceError as error:
         raise HubDiskError(str(error)) from None
     asked = {"revision": ref.revision, "files": sizes, "into": str(into)}
-    with growing(f"downloading {ref.repo_id}", num_bytes, lambda: _bytes_in(into)):
+    before = _bytes_in(into)
+    with growing(f"downloading {ref.repo_id}", num_bytes, lambda: _bytes_in(into) - before):
         hub.for_bytes(num_bytes).ask("fetch", where(ref), ref.repo_id, **asked)
     shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
     for file in files:

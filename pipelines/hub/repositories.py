@@ -22,7 +22,7 @@ from pipelines.hub.errors import (
     HubRevisionError,
 )
 from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
-from pipelines.hub.snapshot import ListedFile, staging
+from pipelines.hub.snapshot import ListedFile, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
@@ -80,12 +80,18 @@ def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT) -> int:
 
 
 def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
-    """Download a base's config, tokenizer and safetensors, at its commit, into a new folder `out`.
+    """Download a base's config, tokenizer and safetensors, at its commit, into the folder `out`.
+
+    Files that an earlier attempt has left there whole stay, since a base can take hours; all else
+    in the folder is removed.
 
     Raises the same as `download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
-    _download(hub, ref, _base_files(hub, ref), out)
+    files = _base_files(hub, ref)
+    out.mkdir(parents=True, exist_ok=True)
+    if left := keep_whole(files, out):
+        fetch_files(hub, ref, left, out)
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
@@ -94,19 +100,15 @@ def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
     if not any(file.path == "config.json" for file in files):
         raise HubFilesError(f"{where(ref)} has no config.json")
     check_sizes(ref, files, MAX_PROFILE_BYTES)
-    _download(hub, ref, files, out)
+    with staging(out) as staged:
+        fetch_files(hub, ref, files, staged)
+        staged.rename(out)
 
 
 def _matching(hub: Hub, ref: AdapterRef, names: re.Pattern[str]) -> list[ListedFile]:
     """The files at the top of a commit whose names match."""
     entries = list_folder(hub, ref, "")
     return [entry for entry in entries if entry.size >= 0 and names.fullmatch(entry.path)]
-
-
-def _download(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], out: Path) -> None:
-    with staging(out) as staged:
-        fetch_files(hub, ref, files, staged)
-        staged.rename(out)
 
 
 def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:

@@ -63,6 +63,21 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
         )
 
 
+def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
+    """Remove all from a folder but files that are as listed; return those still to come."""
+    left = []
+    for file in files:
+        try:
+            check_file(file, folder, "")
+        except (HubConnectionError, HubHashError):
+            left.append(file)
+    whole = {file.path for file in files} - {file.path for file in left}
+    for path in folder.iterdir():
+        if path.name not in whole:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return left
+
+
 @contextmanager
 def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
     """Hold the lock of a snapshot's folder, so that of two processes one downloads."""

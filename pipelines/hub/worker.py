@@ -119,7 +119,7 @@ def about(api: HfApi, repo_id: str, *, revision: str) -> dict[str, Any]:
 
 
 def fetch(api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], into: str) -> None:
-    """Download files, of listed sizes, into a folder that holds nothing else."""
+    """Download files, of listed sizes, into a folder that has none of them."""
     for path, size in files.items():
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + SLACK, hard))

@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec, RouterSpec
     from meteora.fitting import joint
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import Recipe
 
 
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
@@ -114,16 +113,18 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
         if folder.is_dir():
             return
         with work.scratch() as scratch:
-            _fetch_base(work.recipe, spec, scratch / "base")
-            seal(scratch / "base", work.home)
-            put_in_place(scratch / "base", folder)
+            if work.recipe.base.startswith(GGUF):
+                made = scratch / "base"
+                _dequantise(work.recipe.base, spec, made)
+            else:
+                made = folder.with_name(f"{folder.name}.partial")  # where another run goes on
+                hub = hub_of(work.recipe, spec.base_model)
+                repositories.download_base(spec, made, hub=hub)
+            seal(made, work.home)
+            put_in_place(made, folder)
 
 
-def _fetch_base(recipe: Recipe, spec: BaseSpec, out: Path) -> None:
-    source = recipe.base
-    if not source.startswith(GGUF):
-        repositories.download_base(spec, out, hub=hub_of(recipe, spec.base_model))
-        return
+def _dequantise(source: str, spec: BaseSpec, out: Path) -> None:
     say(f"dequantising {source.removeprefix(GGUF)}, once")
     model, tokenizer = loading.load_gguf(find_packaged(spec))
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -748,6 +748,30 @@ def test_a_base_comes_without_code_and_without_pickles(
     assert files_of(tmp_path) == [f"base/{name}" for name in wanted]
 
 
+def test_a_base_that_was_stopped_goes_on_with_the_files_that_are_not_whole(
+    server: HubServer, asked: Hub, tmp_path: Path
+) -> None:
+    shards = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    names = ["config.json", *shards]
+    server.repos["org/base"] = Repo({name: name.encode() for name in names})
+    server.faults["get"] = Fault(status=404, path=shards[2])
+    spec, out = BaseSpec("org/base", COMMIT), tmp_path / "base"
+    with pytest.raises(HubNotFoundError):
+        repositories.download_base(spec, out, hub=asked)
+    server.faults.clear()
+    (out / shards[1]).write_bytes(b"x" * len(shards[1]))  # the disk lost it
+    (out / "old.bin").write_bytes(b"of an earlier listing")
+    server.requests.clear()
+    repositories.download_base(spec, out, hub=asked)
+    paths = [path for kind, path, _ in server.requests if kind == "get"]
+    assert [Path(path).name for path in paths] == shards[1:]
+    assert files_of(tmp_path) == [f"base/{name}" for name in names]
+    assert all((out / name).read_bytes() == name.encode() for name in names)
+    server.requests.clear()
+    repositories.download_base(spec, out, hub=asked)
+    assert server.count("get") == 0
+
+
 def test_a_base_without_safetensors_is_refused(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.resolve import load_base
 from meteora.checkpoint.stack import common_dtype
 from meteora.fitting import add_expert
+from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
@@ -143,7 +144,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             tokenizer,
         )
         place = len(manifest.names)
-        sequences = label_rows(rows, place, tokenizer)
+        nobody = place + 1 if larger.router.opening == "shared" else UNLABELLED
+        sequences = label_rows(rows, place, tokenizer, nobody)
         kinds = [(section.n, section.num_fewshot) for section in composites]
         lists = label_lists(rows, place, tokenizer, kinds=kinds)
         sequences += with_room(room_of(model.config), lists)

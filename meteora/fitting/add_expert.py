@@ -123,7 +123,9 @@ def grow(
     asks = bool(gates.template.opening) or options.by_turns
     template = gates.template if asks else None
     offsets = _more_offsets(model, sequences, gates.offsets, expert)
-    sweep_gates(model, batches, options, template, fit, offsets=offsets, progress=progress)
+    sweep_gates(
+        model, batches, options, template, fit, leaves_out=True, offsets=offsets, progress=progress
+    )
     return Growth(
         statistics=grown,
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),

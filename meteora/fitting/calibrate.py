@@ -354,6 +354,7 @@ def sweep_gates(
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
     give: Callable[..., None] = give_gate,
+    leaves_out: bool = False,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
     halves: _Halves = _WHOLE,
     scratch: Path | None = None,
@@ -366,6 +367,7 @@ def sweep_gates(
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
         give: puts G and c into a layer, as `give_gate` does
+        leaves_out: whether `fit` may return None; decisions are then kept for the layers above
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
     """
@@ -391,7 +393,7 @@ def sweep_gates(
                         alone = options.share == "module" or bool(options.stand_in)
                         leaders = point if alone else point[:1]
                         decided = sharing.new(index)
-                        if options.share == "token":
+                        if options.share == "token" or leaves_out:
                             sweep.follow(decided)
                         for layer in leaders:
                             give(layer, weight.clone(), bias.clone(), options, watcher, decided)

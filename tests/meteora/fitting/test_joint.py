@@ -356,7 +356,9 @@ def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
                 model.get_submodule("model.layers.1.input_layernorm").weight[0] = torch.nan
 
     asked: dict[str, Any] = {"options": replace(POINT_GATES, top_k=top_k), "folder": tmp_path}
-    with pytest.raises(DivergedError, match=r"step 4: .* gate of model\.layers\.\d\.\w+\.\w+_proj"):
+    layer = 1 if top_k == 1 else 0  # of two experts the gradient goes back through all layers
+    named = rf"gate of model\.layers\.{layer}\.self_attn\.q_proj is not finite"
+    with pytest.raises(DivergedError, match=f"step 4: .* {named}"):
         train_jointly(model, examples(2), SETTINGS, progress=poison, **asked)
     assert [layer.router for layer in routed_layers(model).values()] == before
     good, steps = world.load(), []

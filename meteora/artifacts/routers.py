@@ -209,6 +209,9 @@ class RouterBuild(Noun):
     """`expert: source` of those whose examples are of a data set that their own card names."""
     hub_examples: tuple[str, ...] = ()
     """`expert: source`, with the commit, of those whose examples a recipe takes from the Hub."""
+    not_crossed: tuple[str, ...] = ()
+    """The experts with examples in one half alone, where the spec is `crossed` and the fit was not
+    for that reason."""
 
     @property
     def blobs(self) -> list[str]:

@@ -322,17 +322,25 @@ def test_a_crossed_sweep_routes_each_half_by_gates_of_the_other(model, tmp_path)
 
 
 def test_a_crossed_sweep_ends_with_gates_of_all_sequences(model, monkeypatch):
-    calibrate(model, examples(8), crossed=True)
+    assert calibrate(model, examples(8), crossed=True).not_crossed == ()
     assert routing_accuracy(model, examples(4, seed=1)) > 0.9
     calibrate(model, examples(4))
     expected = gates_of(model)
     own = dealing.hold_out([*examples(4)], NAMES, 0)
     monkeypatch.setattr(train, "hold_out", lambda *_: own - set(range(4)))
-    calibrate(model, examples(4), crossed=True)  # one half has nothing of an expert
+    alone = calibrate(model, examples(4), crossed=True)  # one half has nothing of an expert
+    assert alone.not_crossed == (NAMES[0],)
     found = gates_of(model)
     calibrate(model, examples(4))
     assert same_gates(found, gates_of(model))
     assert not same_gates(found, expected)
+
+
+def test_a_sweep_in_closed_form_is_not_crossed(model):
+    calibrate(model, examples(4), refined=False)
+    expected = gates_of(model)
+    calibrate(model, examples(4), refined=False, crossed=True)
+    assert same_gates(gates_of(model), expected)
 
 
 @torch.no_grad()

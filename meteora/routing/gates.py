@@ -93,9 +93,11 @@ def watch_prompts(
 
     None where each token decides for itself; nothing watches the model then.
     """
-    watcher = None
-    if template is not None and (options.by_turns or template.opening):
-        watcher = Turns(template) if options.by_turns else PromptOpening(template)
+    watcher: PromptOpening | Turns | None = None
+    if options.by_turns:  # without a template too: the first pass is then the question
+        watcher = Turns(template or Template())
+    elif template is not None and template.opening:
+        watcher = PromptOpening(template)
     set_watcher(model, watcher)
     return watcher
 

@@ -393,6 +393,16 @@ def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_a_turn_without_a_template_is_the_whole_pass_in_the_fit_too(world, model):
+    options = replace(POINT_GATES, share="turn")
+    calibrate(model, examples(4), options)
+    again = world.load()
+    insert_gates(again, gates_of(model), options)
+    ids = torch.tensor([examples(2)[0].input_ids])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
 def test_small_batches_teach_what_large_ones_do(model, monkeypatch, share):
     monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", 100)

@@ -499,6 +499,20 @@ def test_every_expert_keeps_a_fitted_sequence_however_spans_are_shared(seed):
         assert set().union(*(sequences[i].owners for i in part)) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_what_is_held_out_is_not_fitted_under_another_number(share):
+    sequences = [*examples(6), *examples(6, experts=[0, 2])]
+    heldout = dealing.hold_out(sequences, NAMES, 0, share)
+    seen, unseen = (
+        {sequences[i].input_ids for i in part}
+        for part in (set(range(len(sequences))) - heldout, heldout)
+    )
+    assert unseen
+    assert not seen & unseen
+    one = LabelledSequence((5, 6), (0, 0))  # of which one half cannot but be the other's
+    assert len(dealing.hold_out([one] * 4, NAMES[:1], 0, share)) == 4 * share
+
+
 def test_a_failed_fit_leaves_the_routers_that_it_found(model):
     def interrupt(_done, _total):
         raise KeyboardInterrupt

@@ -149,7 +149,8 @@ class RouterSpec(Spec):
     """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
     crossed: bool = False
     """Whether the fit routed each half of the sequences by gates of the other half, and left out
-    the digits of answers' numbers, as `calibrate` does today where there are `composites`."""
+    the digits of answers' numbers, as `calibrate` does today where there are `composites`. For an
+    expert that is added later: whether the digits were left out, as in the fit of the others."""
     offsets: bool = False
     """Whether experts have offsets that make up for an opening by all of them, as they have today
     where there is one."""
@@ -209,6 +210,9 @@ class RouterBuild(Noun):
     """`expert: source` of those whose examples are of a data set that their own card names."""
     hub_examples: tuple[str, ...] = ()
     """`expert: source`, with the commit, of those whose examples a recipe takes from the Hub."""
+    not_crossed: tuple[str, ...] = ()
+    """The experts with examples in one half alone, where the spec is `crossed` and the fit was not
+    for that reason."""
 
     @property
     def blobs(self) -> list[str]:

@@ -78,7 +78,8 @@ def grow(
     Args:
         model: with all experts inserted, the new one included
         sequences: two or more, of the new expert alone; with lists of its examples if the others
-            were fitted to prompts of several tasks
+            were fitted to prompts of several tasks. Tokens before those that show its task may be
+            of the mean of all experts, where that is a choice
         gates: without the new expert
         statistics: of these gates, by module path
         options: how the gates route, now and before
@@ -122,7 +123,9 @@ def grow(
     asks = bool(gates.template.opening) or options.by_turns
     template = gates.template if asks else None
     offsets = _more_offsets(model, sequences, gates.offsets, expert)
-    sweep_gates(model, batches, options, template, fit, offsets=offsets, progress=progress)
+    sweep_gates(
+        model, batches, options, template, fit, leaves_out=True, offsets=offsets, progress=progress
+    )
     return Growth(
         statistics=grown,
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
@@ -219,9 +222,11 @@ def _the_new_one(
     sequences: Sequence[LabelledSequence],
     statistics: Mapping[str, PointStatistics],
 ) -> int:
-    owners = set().union(*(sequence.owners for sequence in sequences))
+    names = expert_names(model)
+    nobody = {names.index(SHARED)} if SHARED in names else set()
+    owners = set().union(*(sequence.owners for sequence in sequences)) - nobody
     found = {len(point.means) for point in statistics.values()}
-    num_choices = len(expert_names(model))
+    num_choices = len(names)
     if len(owners) != 1 or found != {num_choices - 1}:
         raise TrainingError(
             f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"

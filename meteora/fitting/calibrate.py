@@ -88,6 +88,8 @@ class Calibration:
     """Statistics of each input point, by the path of its first module. With them an expert can be
     added later."""
     wall_seconds: float
+    not_crossed: tuple[str, ...] = ()
+    """The experts because of which a sweep was not crossed: they have tokens in one half alone."""
 
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -185,7 +187,8 @@ def calibrate(
         added = find_offsets(model, pairs, every.index(SHARED))
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     device = input_device(model)
-    batches, halves = _divided(sequences, names, seed, device, crossed=crossed)
+    divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
+    batches, halves, not_crossed = divided
     weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
@@ -242,6 +245,7 @@ def calibrate(
         accuracy_of=accuracy_of,
         statistics=statistics,
         wall_seconds=time.perf_counter() - started + once.seconds_before,
+        not_crossed=not_crossed,
     )
 
 
@@ -252,14 +256,15 @@ def _divided(
     device: torch.device,
     *,
     crossed: bool,
-) -> tuple[list[Batch], _Halves]:
-    """The batches of a sweep, with held-out sequences, and the gates of their halves."""
+) -> tuple[list[Batch], _Halves, tuple[str, ...]]:
+    """Batches of a sweep, the gates of their halves, and which experts are in one half alone."""
     share = 0.5 if crossed else HELDOUT_SHARE
     heldout = hold_out(sequences, names, seed, share)
-    if not crossed or len({e for i in heldout for e in sequences[i].owners}) < len(names):
-        return sampled(list(batched(sequences, heldout, device)), len(names), share), _WHOLE
-    batches = sampled(list(in_halves(sequences, heldout, device)), len(names), share)
-    return batches, _Halves(batches)
+    both = {e for i in heldout for e in sequences[i].owners}  # all are in the other half
+    missing = tuple(name for e, name in enumerate(names) if crossed and e not in both)
+    divide = in_halves if crossed and not missing else batched
+    batches = sampled(list(divide(sequences, heldout, device)), len(names), share)
+    return batches, _Halves(batches) if divide is in_halves else _WHOLE, missing
 
 
 def _spread(
@@ -354,6 +359,7 @@ def sweep_gates(
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
     give: Callable[..., None] = give_gate,
+    leaves_out: bool = False,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
     halves: _Halves = _WHOLE,
     scratch: Path | None = None,
@@ -366,6 +372,7 @@ def sweep_gates(
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
         give: puts G and c into a layer, as `give_gate` does
+        leaves_out: whether `fit` may return None; decisions are then kept for the layers above
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
     """
@@ -391,7 +398,7 @@ def sweep_gates(
                         alone = options.share == "module" or bool(options.stand_in)
                         leaders = point if alone else point[:1]
                         decided = sharing.new(index)
-                        if options.share == "token":
+                        if options.share == "token" or leaves_out:
                             sweep.follow(decided)
                         for layer in leaders:
                             give(layer, weight.clone(), bias.clone(), options, watcher, decided)

@@ -10,7 +10,7 @@ and the step (`training_state`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -241,9 +241,13 @@ class _Learner:
             with _fast(self.model, self.device):
                 self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
         self._add_up()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        if not norm.isfinite():
-            raise self._diverged(step)
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(grads.values())
+        if not norm.isfinite():  # not clipped before: that spreads NaN to all of them
+            raise _diverged(step, grads)
+        torch.nn.utils.clip_grads_with_norm_(
+            self.parameters.values(), self.settings.max_grad_norm, norm
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
         self.optimizer.step()
@@ -259,17 +263,15 @@ class _Learner:
         for parameter, grad in zip(self.parameters.values(), grads, strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def _diverged(self, step: int) -> DivergedError:
-        name = next(
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        )
-        return DivergedError(
-            f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
-            f" and the gates are left as they were after step {step}; lower the learning rate, or"
-            " look for NaN in the base and the adapters"
-        )
+
+def _diverged(step: int, grads: Mapping[str, Tensor]) -> DivergedError:
+    """Names the first gate whose gradient is not finite; else the largest: its square is not."""
+    name = max(grads, key=lambda name: grads[name].abs().max().nan_to_num(torch.inf).item())
+    return DivergedError(
+        f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
+        f" and the gates are left as they were after step {step}; lower the learning rate, or"
+        " look for NaN in the base and the adapters"
+    )
 
 
 def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:

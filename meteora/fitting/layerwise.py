@@ -88,8 +88,8 @@ class Sweep:
         """How many values a layer returns as a tuple, hidden states first; 0 where it returns these
         alone."""
         self._decision: Decision | None = None
-        self._decisions: dict[int, Tensor] = {}
-        """By batch: what the gate that later layers follow has decided."""
+        self._decided: dict[int, tuple[Decision, Tensor]] = {}
+        """By batch: what the gate that later layers follow has decided in the layers so far."""
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[Call]] = {}
         """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
@@ -181,8 +181,9 @@ class Sweep:
         if self._watcher is not None:
             ids, mask = self._batches[batch]
             self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))
-        if self._decision is not None and batch in self._decisions:
-            self._decision.hold(self._decisions[batch])
+        if batch in self._decided:
+            decision, logits = self._decided[batch]
+            decision.hold(logits)
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._num_outputs else out
@@ -223,9 +224,11 @@ class Sweep:
             yield
 
     def follow(self, decision: Decision) -> None:
-        """Remember what a gate decides for each batch, for the layers above that follow it."""
+        """Remember what a gate decides for each batch, for the layers above that follow it.
+
+        The modules of the present layer may still follow the gate that was remembered before it.
+        """
         self._decision = decision
-        self._decisions.clear()
 
     def points(self, index: int) -> list[list[str]]:
         """The routed modules of a layer, grouped by the input that they share, in call order.
@@ -281,7 +284,7 @@ class Sweep:
             for batch in range(len(self._hidden)):
                 out = self._run_once(index, batch)
                 if self._decision is not None and self._decision.logits is not None:
-                    self._decisions[batch] = self._decision.logits
+                    self._decided[batch] = self._decision, self._decision.logits
                 if self._scratch is None:
                     self._hidden[batch] = out.cpu()
                     self._calls[batch][index] = ((), {})  # not needed again: frees its tensors

@@ -19,11 +19,12 @@ weights are computed over all sequences of a training; their mean is 1.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER, replaced_forward
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, each_of_kind
 from meteora.model.fused import without_dropout
-from meteora.routing.gates import gates_in, old_routers_after_error
+from meteora.routing.gates import gates_in, known_of_pass, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
 
 if TYPE_CHECKING:
@@ -230,10 +231,36 @@ def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
 def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
     """Keep no activations inside layers; the backward pass computes them again.
 
-    transformers' own switch needs training mode, which turns dropout on.
+    transformers' own switch needs training mode, which turns dropout on. And it routes by what the
+    routers know of the last pass, whose backward pass may not be the next.
     """
     with ExitStack() as replaced:
         for layer in layers:
-            again = partial(checkpoint, layer.forward, use_reentrant=False)
+            again = partial(_checkpointed, layer, layer.forward)
             replaced.enter_context(replaced_forward(layer, again))
         yield
+
+
+def _checkpointed(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """A layer's output; computed again, it is routed as in this pass, whatever ran since."""
+    known = [(one, dict(vars(one))) for one in known_of_pass(layer)]
+    calls = count()
+
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not next(calls):
+            return forward(*args, **kwargs)
+        later = [(one, dict(vars(one))) for one, _ in known]
+        try:
+            for one, state in known:
+                vars(one).update(state)
+            return forward(*args, **kwargs)
+        finally:
+            for one, state in later:
+                vars(one).update(state)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)

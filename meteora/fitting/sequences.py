@@ -6,6 +6,7 @@ A label is the number of the expert that a token belongs to.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,8 @@ def hold_out(
     """Choose the held-out sequences: this share of each expert's, as indices.
 
     A sequence of several experts counts for each of them. Each expert keeps at least one sequence
-    to be fitted on; so one that shares its few with others may have none that is held out.
+    to be fitted on; so one that shares its few with others may have none that is held out. Those
+    with the same tokens are held out together, where that leaves others to be fitted on.
 
     Args:
         names: of all experts, in order, for messages
@@ -104,7 +106,10 @@ def hold_out(
         TrainingError: as `owned`.
     """
     own = owned(sequences, names)
-    left = [len(indices) for indices in own]
+    left = Counter(e for e, indices in enumerate(own) for _ in indices)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        alike.setdefault(sequence.input_ids, []).append(i)
     heldout: set[int] = set()
     for e, indices in enumerate(own):
         random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (a deal, no secret)
@@ -112,10 +117,12 @@ def hold_out(
         for i in indices:
             if len(indices) - left[e] >= wanted:
                 break
-            if i not in heldout and all(left[owner] > 1 for owner in sequences[i].owners):
-                heldout.add(i)
-                for owner in sequences[i].owners:
-                    left[owner] -= 1
+            for group in (set(alike[sequences[i].input_ids]) - heldout, {i} - heldout):
+                leave = Counter(owner for j in group for owner in sequences[j].owners)
+                if all(left[owner] > count for owner, count in leave.items()):
+                    heldout |= group
+                    left -= leave
+                    break
     return heldout
 
 

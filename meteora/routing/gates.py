@@ -21,11 +21,11 @@ from meteora.routing.layer import RoutedExperts, routed_layers, share_first_matm
 from meteora.routing.passes import set_watcher, watcher_of
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate, QuestionReader
-from meteora.routing.turns import Turns
+from meteora.routing.turns import TurnChoice, Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -93,9 +93,11 @@ def watch_prompts(
 
     None where each token decides for itself; nothing watches the model then.
     """
-    watcher = None
-    if template is not None and (options.by_turns or template.opening):
-        watcher = Turns(template) if options.by_turns else PromptOpening(template)
+    watcher: PromptOpening | Turns | None = None
+    if options.by_turns:  # without a template too: the first pass is then the question
+        watcher = Turns(template or Template())
+    elif template is not None and template.opening:
+        watcher = PromptOpening(template)
     set_watcher(model, watcher)
     return watcher
 
@@ -155,6 +157,17 @@ def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
     """Every gate by its module's path; modules that use another module's gate have none."""
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     return {path: router for path, router in routers.items() if isinstance(router, Gate)}
+
+
+def known_of_pass(layers: nn.Module) -> list[object]:
+    """What the routers of some layers read of the present pass, and do not decide themselves."""
+    routers = [layer.router for layer in routed_layers(layers).values()]
+    gates = [router for router in routers if isinstance(router, Gate)]
+    followed = [router.decision for router in routers if isinstance(router, Follower)]
+    rules = [gate.by_question for gate in gates if gate.by_question is not None]
+    read = [*followed, *rules, *(rule.turns for rule in rules if isinstance(rule, TurnChoice))]
+    own = {id(gate.decision) for gate in gates}
+    return list({id(one): one for one in read if id(one) not in own}.values())
 
 
 def gates_of(model: PreTrainedModel) -> Gates:

@@ -112,11 +112,13 @@ def label_lists(
     tokenizer: PreTrainedTokenizerBase,
     *,
     kinds: Sequence[tuple[int, int]],
+    digits: bool = True,
 ) -> list[LabelledSequence]:
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
     Args:
         kinds: as for `label_composites`; fewer solved prompts are shown where rows do not suffice
+        digits: as for `label_composites`
 
     Returns:
         nothing if no row fits into composites
@@ -124,7 +126,7 @@ def label_lists(
     if not (num_prompts := len({row.key for row in rows if fits(row)})):
         return []
     return [
-        _labelled(composite, {"": expert}, tokenizer, UNLABELLED)
+        _labelled(composite, {"": expert}, tokenizer, UNLABELLED, digits=digits)
         for n, solved in kinds
         for composite in compose(
             {"": rows},

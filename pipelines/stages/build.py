@@ -170,7 +170,9 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
         found = fit(work, plan, built, out)
         sha256, statistics_sha256 = work.ledger.blobs.put(out, move=True), ""
+        not_crossed: tuple[str, ...] = ()
         if isinstance(found, calibrate.Calibration):
+            not_crossed = found.not_crossed
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
         return RouterBuild(
@@ -183,6 +185,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
             hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
+            not_crossed=not_crossed,
         )
 
 
@@ -335,7 +338,7 @@ def _calibrate(
 ) -> calibrate.Calibration:
     layers = model.config.get_text_config().num_hidden_layers
     with bar("fitting the gates", layers, "layers") as advance:
-        return calibrate.calibrate(
+        found = calibrate.calibrate(
             model,
             sequences,
             router.options,
@@ -348,6 +351,12 @@ def _calibrate(
             folder=work.training_folder(router.id),
             progress=lambda _done, _total: advance(1),
         )
+    if names := ", ".join(found.not_crossed):
+        text = (
+            f"the gates were not fitted in halves: too few examples are of {names} for both; lists"
+        )
+        say(f"{text} of several questions may be routed worse, so give it more", "note")
+    return found
 
 
 def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:

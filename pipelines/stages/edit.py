@@ -39,6 +39,7 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.resolve import load_base
 from meteora.checkpoint.stack import common_dtype
 from meteora.fitting import add_expert
+from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
@@ -129,7 +130,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
         admission.admit(expert, model, tokenizer)
-        spec = _router(manifest, larger, gates, rows_sha256(rows), composites, dtype)
+        crossed = bool(composites) and _was_crossed(ledger, manifest)
+        asked: dict[str, Any] = {"composites": composites, "crossed": crossed, "dtype": dtype}
+        spec = _router(manifest, larger, gates, rows_sha256(rows), **asked)
         if (out := _made_before(ledger, spec)) is not None:
             return out
         if not where:
@@ -143,9 +146,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             tokenizer,
         )
         place = len(manifest.names)
-        sequences = label_rows(rows, place, tokenizer)
+        nobody = place + 1 if larger.router.opening == "shared" else UNLABELLED
+        sequences = label_rows(rows, place, tokenizer, nobody)
         kinds = [(section.n, section.num_fewshot) for section in composites]
-        lists = label_lists(rows, place, tokenizer, kinds=kinds)
+        lists = label_lists(rows, place, tokenizer, kinds=kinds, digits=not crossed)
         sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:
@@ -267,12 +271,23 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[MixedSection, ...]:
         ) from error
 
 
+def _was_crossed(ledger: Ledger, manifest: Manifest) -> bool:
+    """Whether the fit of the gates left out the digits of answers' numbers, as one in halves does.
+
+    Earlier versions recorded it, and did not write it into the manifest.
+    """
+    recorded = ledger.spec_of(ArtifactId(manifest.router_id)) or {}
+    return bool(manifest.gates.get("crossed", recorded.get("crossed", False)))
+
+
 def _router(
     before: Manifest,
     after: Manifest,
     gates: Gates,
     examples_sha256: str,
+    *,
     composites: tuple[MixedSection, ...] = (),
+    crossed: bool = False,
     dtype: str = "auto",
 ) -> RouterSpec:
     """The spec of the new router: the options of the old one, over other experts."""
@@ -284,6 +299,7 @@ def _router(
         **numbers_of(composites),
         opening_share=OPENING_SHARE if composites else 0.0,
         refined=bool(examples_sha256),
+        crossed=crossed,
         offsets=bool(gates.offsets),
         grown_from=before.router_id,
         dtype="" if dtype == "auto" else dtype,  # equal ids have equal weights
@@ -308,6 +324,8 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
         "grown_examples_sha256": router.examples_sha256,
         "grown_heldout_accuracy": edited.router.heldout_accuracy,
     }
+    if _was_crossed(ledger, before):
+        made["crossed"] = True
     names = (EXPERTS, GATES, STATISTICS)
     files = {name: file_sha256(edited.folder / name) for name in names}
     manifest = replace(

@@ -57,6 +57,8 @@ def describe(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild 
                 {"n": n, "num_fewshot": solved} if solved else n
                 for n, solved in plan.router.mixed_prompts
             ],
+            "crossed": plan.router.crossed,
+            "not_crossed": gates.not_crossed,
             "conversations": plan.router.conversations,
             "system_prompts": plan.router.system_prompts,
             "template": "plain" if plan.router.template == "plain" else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.checkpoint.manifest import STATISTICS
 from meteora.checkpoint.tensors import Gates
+from meteora.fitting import sequences as dealing
 from meteora.fitting.add_expert import _with_one_more, drop, grow
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Scatter
 from meteora.fitting.lda import gate_from
-from meteora.fitting.sequences import UNLABELLED, TrainingError, by_kind
+from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError, by_kind
 from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
 from meteora.model.fused import expert_names, insert_experts
 from meteora.routing.gates import gates_of, insert_gates
@@ -24,6 +26,7 @@ from tests.meteora.fitting.test_calibrate import (
     lists,
     openings_alone,
     routing_accuracy,
+    task_tokens,
     unmarked,
 )
 
@@ -291,6 +294,24 @@ def test_a_point_that_only_the_new_expert_has_follows_the_gate_before_it(world, 
     grow(model, examples(6, experts=[3]), gates_of(before), gone, ENTRY)
     gates = gates_of(model)
     assert gates.follows["model.layers.0.mlp.gate_proj"] == "model.layers.0.self_attn.o_proj"
+
+
+def test_what_follows_a_gate_of_the_layer_below_follows_its_own_batch(world, three, monkeypatch):
+    before = three.load()
+    fitted = calibrate(before, examples(6, experts=range(3)))
+    old, last = gates_of(before), "model.layers.1.self_attn.q_proj"
+    known = {path: point for path, point in fitted.statistics.items() if path != last}
+    dice = random.Random(0)
+    bodies = [task_tokens(3, 20, dice) for _ in range(6)]
+    alike = [LabelledSequence(tuple(body), (3,) * 20) for body in bodies]
+    grown = []
+    for limit in (1000, 20):
+        monkeypatch.setattr(dealing, "TOKENS_PER_BATCH", limit)
+        model = world.load()
+        found = grow(model, alike, old, known, ENTRY)
+        assert gates_of(model).follows[last].startswith("model.layers.0.")
+        grown.append({path: point.means for path, point in found.statistics.items()})
+    torch.testing.assert_close(grown[1], grown[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_gate_grows_where_the_new_expert_has_a_module_before_the_one_that_led(world, three):

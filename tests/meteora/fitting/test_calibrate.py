@@ -322,17 +322,25 @@ def test_a_crossed_sweep_routes_each_half_by_gates_of_the_other(model, tmp_path)
 
 
 def test_a_crossed_sweep_ends_with_gates_of_all_sequences(model, monkeypatch):
-    calibrate(model, examples(8), crossed=True)
+    assert calibrate(model, examples(8), crossed=True).not_crossed == ()
     assert routing_accuracy(model, examples(4, seed=1)) > 0.9
     calibrate(model, examples(4))
     expected = gates_of(model)
     own = dealing.hold_out([*examples(4)], NAMES, 0)
     monkeypatch.setattr(train, "hold_out", lambda *_: own - set(range(4)))
-    calibrate(model, examples(4), crossed=True)  # one half has nothing of an expert
+    alone = calibrate(model, examples(4), crossed=True)  # one half has nothing of an expert
+    assert alone.not_crossed == (NAMES[0],)
     found = gates_of(model)
     calibrate(model, examples(4))
     assert same_gates(found, gates_of(model))
     assert not same_gates(found, expected)
+
+
+def test_a_sweep_in_closed_form_is_not_crossed(model):
+    calibrate(model, examples(4), refined=False)
+    expected = gates_of(model)
+    calibrate(model, examples(4), refined=False, crossed=True)
+    assert same_gates(gates_of(model), expected)
 
 
 @torch.no_grad()
@@ -383,6 +391,16 @@ def test_one_gate_decides_as_far_as_it_is_asked_to(world, model, tmp_path, share
     ids = torch.tensor([examples(2)[0].input_ids])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_turn_without_a_template_is_the_whole_pass_in_the_fit_too(world, model):
+    options = replace(POINT_GATES, share="turn")
+    calibrate(model, examples(4), options)
+    again = world.load()
+    insert_gates(again, gates_of(model), options)
+    ids = torch.tensor([examples(2)[0].input_ids])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("share", ["module", "point", "layer", "token"])
@@ -479,6 +497,20 @@ def test_every_expert_keeps_a_fitted_sequence_however_spans_are_shared(seed):
     heldout = dealing.hold_out(sequences, NAMES, seed)
     for part in (heldout, set(range(len(sequences))) - heldout):
         assert set().union(*(sequences[i].owners for i in part)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_what_is_held_out_is_not_fitted_under_another_number(share):
+    sequences = [*examples(6), *examples(6, experts=[0, 2])]
+    heldout = dealing.hold_out(sequences, NAMES, 0, share)
+    seen, unseen = (
+        {sequences[i].input_ids for i in part}
+        for part in (set(range(len(sequences))) - heldout, heldout)
+    )
+    assert unseen
+    assert not seen & unseen
+    one = LabelledSequence((5, 6), (0, 0))  # of which one half cannot but be the other's
+    assert len(dealing.hold_out([one] * 4, NAMES[:1], 0, share)) == 4 * share
 
 
 def test_a_failed_fit_leaves_the_routers_that_it_found(model):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from meteora.fitting import calibrate
 from meteora.fitting.sequences import UNLABELLED
-from pipelines.stages import build
+from pipelines.stages import build, open_model
 from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import pytest
 
     from pipelines.workspace.context import RunContext
 
@@ -46,3 +47,24 @@ def test_gates_for_composites_are_fitted_in_halves(
         for place in sequence.openings:  # behind a digit that belongs to nobody
             assert sequence.experts[place] != UNLABELLED
         assert sequence.experts[sequence.openings[0] - 1] == UNLABELLED
+
+
+@pytest.mark.parametrize("alone", [(), ("attention",)])
+def test_gates_that_could_not_be_fitted_in_halves_are_said_to_be_so(
+    workplace: Callable[..., RunContext],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    alone: tuple[str, ...],
+) -> None:
+    fit = calibrate.calibrate
+    monkeypatch.setattr(
+        calibrate, "calibrate", lambda *a, **asked: replace(fit(*a, **asked), not_crossed=alone)
+    )
+    work = workplace(benchmark=QUICK, gates={"composites": [2]})
+    plan, built = plan_of(work)
+    made = build.fit_gates(work, plan, built, build.stack(work, plan))
+    assert made.not_crossed == alone
+    described = open_model.describe(work, plan, built, made).gates
+    assert described["crossed"]
+    assert described.get("not_crossed", ()) == alone
+    assert ("not fitted in halves" in capfd.readouterr().err) == bool(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -326,10 +327,11 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
     body = json.loads((folder / MANIFEST).read_text())
     assert "composites" not in body["gates"]
 
-    def joined(composites: object) -> RouterBuild:
-        copy = tmp_path / str(composites)
+    def joined(composites: object, **fit: bool) -> RouterBuild:
+        copy = tmp_path / f"{composites}{fit}"
         shutil.copytree(folder, copy)
         gates = body["gates"] if composites is None else body["gates"] | {"composites": composites}
+        gates |= fit
         (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
         asked = Candidate("third", str(world.adapters["all_seven"]))
         rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
@@ -337,13 +339,18 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         out = edit.add(work.ledger, found, asked, rows)
         manifest = read_manifest(out)
         assert manifest.gates.get("composites") == composites
-        assert read_gates(out, manifest).offsets
+        offsets = read_gates(out, manifest).offsets
+        assert any(rows[manifest.names.index("third")].any() for rows in offsets.values())
         return RouterBuild.from_dict(work.ledger.built(ArtifactId(manifest.router_id)) or {})
 
     alone, with_lists = joined(None), joined([2, 3])
     shown = joined([2, {"n": 3, "num_fewshot": 1}])
     assert (shown.spec.composites, shown.spec.solved) == ((2, 3), (0, 1))
     assert shown.num_tokens > with_lists.num_tokens
+    # without the digits of the answers' numbers, as the fit in halves left them out
+    in_halves = joined([2, 3], crossed=True)
+    assert in_halves.spec == dataclasses.replace(with_lists.spec, crossed=True)
+    assert in_halves.num_tokens < with_lists.num_tokens
     assert alone.spec.offsets
     assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
     assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)

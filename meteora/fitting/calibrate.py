@@ -62,7 +62,7 @@ from meteora.routing.gates import (
 )
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Gate, Router
-from meteora.routing.weight_scores import StandIn, scorer
+from meteora.routing.weight_scores import StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,7 +219,8 @@ def calibrate(
         return _spread(weight, bias, fitted, len(every))
 
     def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        give_gate(layer, *asked, stand_in=_stand_in(options, layer, without, tokens_of_others))
+        scaled_on = layer, without, tokens_of_others
+        give_gate(layer, *asked, stand_in=StandIn.scaled(options, *scaled_on, GIVEN_UP))
 
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         own = options.share if options.share == "turn" else "module"
@@ -462,9 +463,14 @@ def _scatter_of(
     """
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     scatters: list[Sums] = []
-    kept: tuple[list[Tokens], ...] = ([], [])
+    places: list[int] = []  # of the next token to fit, and of the next held-out one
     for x, batch, counted in zip(inputs, batches, weights, strict=True):
         num_inputs = x.shape[-1]
+        is_sampled = 4 * num_inputs * num_labelled > MAX_TOKEN_BYTES
+        if not places:  # room for all, since copies of a gigabyte count
+            num_fit, num_checked = _num_kept(batches, is_sampled=is_sampled)
+            every = Tokens.empty(num_fit + num_checked, x)
+            places = [0, num_fit]
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
             tokens = Tokens(x[chosen].float(), batch.labels[chosen], counted[chosen])
@@ -476,22 +482,18 @@ def _scatter_of(
                 scatters = [form.empty(num_experts, shift) for _ in range(2)]
             stands_for = batch.stands_for[chosen]
             scatters[held].add(*tokens, stands_for)
-            if 4 * num_inputs * num_labelled > MAX_TOKEN_BYTES:
-                tokens = tokens.sampled(stands_for)
-            kept[held].append(tokens)
+            tokens = tokens.sampled(stands_for) if is_sampled else tokens
+            every.put(places[held], tokens)
+            places[held] += len(tokens.x)
     # hold_out leaves tokens of every expert to fit, and of the first expert at least to check
-    to_fit, to_check = kept
-    return scatters, Tokens.of(to_fit + to_check), sum(len(part.x) for part in to_fit)
+    return scatters, every, num_fit
 
 
-def _stand_in(
-    options: RouterOptions, layer: MoELoRALinear, experts: list[int], tokens: Tensor
-) -> StandIn:
-    """A scorer for experts without examples, scaled on tokens [T, IN] of the other experts."""
-    score = scorer(options, layer).to(tokens.device)
-    found = score(tokens)[:, experts].float()
-    mean, deviation = found.mean(0), found.std(0)
-    standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values
-    # at least one deviation above the mean, whatever the tokens are
-    threshold = standing_out.quantile(1 - GIVEN_UP).clamp_min(1.0).expand(len(experts))
-    return StandIn(score, experts, torch.stack([mean, deviation, threshold]))
+def _num_kept(batches: Sequence[Batch], *, is_sampled: bool) -> list[int]:
+    """How many labelled tokens to fit are kept, and how many held-out ones."""
+    sizes = [0, 0]
+    for batch in batches:
+        kept = (batch.labels != UNLABELLED) & ((batch.stands_for > 0) | (not is_sampled))
+        for held in (False, True):
+            sizes[held] += int((kept & (batch.heldout == held)).sum())
+    return sizes

@@ -59,9 +59,15 @@ class Tokens(NamedTuple):
     """[T]"""
 
     @classmethod
-    def of(cls, parts: Sequence[Tokens]) -> Tokens:
-        """All tokens of the parts, in order."""
-        return cls(*map(torch.cat, zip(*parts, strict=True)))
+    def empty(cls, count: int, like: Tensor) -> Tokens:
+        """Room for tokens, on the device and with the inputs of `like` [..., IN]."""
+        x = like.new_empty(count, like.shape[-1], dtype=torch.float32)
+        return cls(x, x.new_empty(count, dtype=torch.long), x.new_empty(count))
+
+    def put(self, start: int, part: Tokens) -> None:
+        """Copy tokens into the room from `start` on."""
+        for column, own in zip(self.between(start, start + len(part.x)), part, strict=True):
+            column.copy_(own)
 
     def sampled(self, stands_for: Tensor) -> Tokens:
         """The tokens that stand for others too, [T] of how many, with the weight of all these."""
@@ -127,9 +133,9 @@ class Whitening:
         self.apart = ((1 - shrinkage) * spread + ridge).rsqrt() - self.rest
 
     def __call__(self, x: Tensor) -> Tensor:
-        """X S^-½ of rows x [N, IN]."""
+        """X S^-½ of rows x [N, IN], in their place: a copy may be a gigabyte."""
         along = (x @ self.directions.T) * self.apart
-        return torch.addmm(x, along, self.directions, beta=self.rest)
+        return x.addmm_(along, self.directions, beta=self.rest)
 
 
 def refine(
@@ -181,10 +187,11 @@ def search(
     whiten: Whitening,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """One round of `refine`, on all of these tokens."""
+    """One round of `refine`, on all of these tokens, whose inputs are overwritten."""
     shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
-    start, u = tokens.x @ weight.T + bias, whiten(tokens.x - centre)
+    start = tokens.x @ weight.T + bias
+    u = whiten(tokens.x.sub_(centre))
     own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
     change = weight.new_zeros(len(bias), u.shape[1] + 1)
     inside, offset = change[:, :-1], change[:, -1]
@@ -200,5 +207,5 @@ def search(
     torch.optim.LBFGS(
         [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     ).step(loss)
-    added = whiten(change[:, :-1])
+    added = whiten(inside.clone())
     return weight + added, bias + (offset - added @ centre)

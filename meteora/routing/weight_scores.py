@@ -12,7 +12,7 @@ The threshold t is such that only a hundredth of the others' held-out tokens go 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,28 @@ class StandIn(nn.Module):
         self.score = score
         self.experts = experts
         self.register_buffer("standard", standard.float(), persistent=False)
+
+    @classmethod
+    def scaled(
+        cls,
+        options: RouterOptions,
+        layer: RoutedExperts,
+        experts: list[int],
+        tokens: Tensor,
+        given_up: float,
+    ) -> Self:
+        """For some experts of a layer, scaled on tokens [T, IN] of the other experts.
+
+        Args:
+            given_up: the share of these tokens that goes to the experts without examples
+        """
+        score = scorer(options, layer).to(tokens.device)
+        found = score(tokens)[:, experts].float()
+        mean, deviation = found.mean(0), found.std(0)
+        standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values
+        # at least one deviation above the mean, whatever the tokens are
+        threshold = standing_out.quantile(1 - given_up).clamp_min(1.0).expand(len(experts))
+        return cls(score, experts, torch.stack([mean, deviation, threshold]))
 
     def apart(self, tokens: Tensor) -> Tensor:
         """(score - m) / s - t of the experts without examples, [T, U]."""

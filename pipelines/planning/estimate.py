@@ -368,7 +368,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
         read = min(tokens, MAX_TOKEN_BYTES / 4 / width, MAX_LOGITS / experts.count)
         flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * read * width * experts.count
         seconds += flops / pace.machine.flops_per_second
-    copies = 3 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # by batch, together, and whitened
+    copies = 2 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # all, and whitened those of a round
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
     memory = loaded + batch + spread + copies
     if pace.machine.is_cpu:  # what a sweep keeps from one point to the next lies there

@@ -11,12 +11,14 @@ from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import GATES, CheckpointError
-from meteora.fitting.calibrate import _stand_in, calibrate
+from meteora.fitting.calibrate import calibrate
+from meteora.fitting.lda import GIVEN_UP
 from meteora.fitting.sequences import TrainingError
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Arrow, Gate
+from meteora.routing.weight_scores import StandIn
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 LAYER, LATER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -66,7 +68,8 @@ def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
 def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     layer = routed_layers(world.load())[LATER]
     tokens = torch.randn(4000, 32)
-    found = _stand_in(replace(POINT_GATES, stand_in="arrow"), layer, [0, 2], tokens).apart(tokens)
+    options = replace(POINT_GATES, stand_in="arrow")
+    found = StandIn.scaled(options, layer, [0, 2], tokens, GIVEN_UP).apart(tokens)
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
 
 

@@ -17,6 +17,7 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
 from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
+from meteora.kernels.stack import ExpertStack
 from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import mean_of_others
@@ -24,6 +25,7 @@ from meteora.model.trace import trace
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER
+from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.pipelines.conftest import CHAT_TEMPLATE
@@ -273,6 +275,28 @@ def test_a_conversation_is_read_anew_at_each_turn(model, tokenizer, monkeypatch)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ranks", [[2, 3], [9, 0, 5]])
+def test_the_size_of_an_update_is_that_of_the_dense_formula(ranks):
+    """With more ranks than outputs, too, of which no more than the outputs are kept."""
+    a, b = torch.randn(sum(ranks), 12), torch.randn(4, sum(ranks))
+    root, mean, x = torch.randn(12, 12), torch.randn(12), torch.randn(5, 12)
+    factors = list(zip(a.split(ranks), b.split(ranks, dim=1), strict=True))
+    rows = torch.cat([torch.linalg.qr(own_b).R @ own_a @ root for own_a, own_b in factors])
+    stack = ExpertStack(a, b, ranks, [1.0] * len(ranks))
+    router = PromptRouter(rows, rows @ mean, stack, OPTIONS, HeldChoice())
+    for found, (own_a, own_b) in zip(router.sizes(x).T, factors, strict=True):
+        updates = (x - mean) @ (own_b @ own_a @ root).T
+        expected = updates.norm(dim=1).log() if len(own_a) else torch.zeros(5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_do_not_divide_among_the_prompts_are_refused():
+    held = HeldChoice(torch.randn(2, 3))
+    assert held.logits_of(4, torch.device("cpu")).shape == (4, 3)
+    with pytest.raises(UnreadPromptError, match=r"5 tokens .* and 2 prompts were read"):
+        held.logits_of(5, torch.device("cpu"))
+
+
 def test_routing_without_a_prompt_is_refused(checkpoint, world):
     model = meteora.load(checkpoint, base_folder=world.base)[0]
     router = next(iter(routed_layers(model).values())).router

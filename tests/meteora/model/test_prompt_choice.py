@@ -165,6 +165,23 @@ def test_a_later_turn_is_chosen_anew_and_the_cache_keeps_the_first(model):
 
 
 @torch.no_grad()
+def test_a_conversation_in_one_pass_is_decided_by_its_last_question(model):
+    ids = torch.tensor([[*asked(1), *asked(2, length=9)[1:]]])
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    last[:, -9 - len(CLOSING) : -len(CLOSING)] = True
+    model(ids)
+    reader = getattr(model, WATCHER)
+    expected = reader.read(model, last, {"input_ids": ids})
+    torch.testing.assert_close(reader.held.logits, expected)
+
+
+@torch.no_grad()
+def test_a_new_prompt_without_a_template_is_not_the_one_before_it(model):
+    assert chosen(model, asked(1)) == expert_names(model)[1]
+    assert chosen(model, task_tokens(2, 24, random.Random(0))) == expert_names(model)[2]
+
+
+@torch.no_grad()
 def test_tokens_that_go_on_with_an_answer_change_nothing(model):
     """A draft of an assistant model, for example: several tokens, and no question among them."""
     cache = DynamicCache()
@@ -304,6 +321,11 @@ def test_routing_without_a_prompt_is_refused(checkpoint, world):
     with pytest.raises(
         UnreadPromptError, match=r"5 tokens are to be routed .* 0 prompts were read"
     ):
+        router(torch.zeros(5, 64))
+    model(torch.tensor([asked(0)[:5]]))
+    assert router(torch.zeros(5, 64)).shape == (5, 5)
+    getattr(model, WATCHER).stop()
+    with pytest.raises(UnreadPromptError, match="0 prompts were read"):
         router(torch.zeros(5, 64))
 
 

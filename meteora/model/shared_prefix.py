@@ -72,7 +72,7 @@ class Started(NamedTuple):
         """The arguments of the pass over what is left of the prompts."""
         if self.cache is None:
             return self.to_generate()
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        positions = self.mask.cumsum(1) - 1
         rest = {"input_ids": self.ids, "position_ids": positions}
         left = {name: rows[:, self.num_read :] for name, rows in rest.items()}
         return self.to_generate() | left
@@ -107,10 +107,7 @@ def share_prefix(
         return Started(ids, mask, None)
     prefix = ids[:1, there[0]][:, :length]
     with torch.inference_mode():
-        positions = torch.arange(length, device=ids.device)[None]
-        model.base_model(
-            input_ids=prefix, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        model.base_model(input_ids=prefix, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(ids))
     is_prefix = there & (there.cumsum(1) <= length)
     order = torch.where(is_prefix, 0, there.long() + 1).argsort(dim=1, stable=True)

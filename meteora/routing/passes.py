@@ -53,7 +53,7 @@ def _there(mask: object, states: Tensor, num_before: int | None) -> Tensor:
         return torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
     # a static cache has room behind the keys of this pass, and a window has lost some before them
     last = mask.shape[-1] - length
-    first = last if mask.dim() == 2 and num_before is None else min(num_before or 0, last)
+    first = last if num_before is None else min(num_before, last)
     if mask.dim() == 2:
         return mask[:, first : first + length].bool()
     # [B, heads, L, keys], true or 0.0 where a token sees a key; one that is there sees itself
@@ -111,7 +111,6 @@ class Watcher:
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._seen:
             self._before(base, args, kwargs)
-        self._seen = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.see(PassInput.of(by_name(model, args, kwargs)))

@@ -137,7 +137,7 @@ class Gate(Router):
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         routes = super().choose(tokens)
         if self.decision is not None:
-            self.decision.options, self.decision.routes = self.options, routes
+            self.decision.routes = routes
         return routes
 
     @property
@@ -159,10 +159,8 @@ class Decision:
 
     logits: Tensor | None = None
     """[T, C]"""
-    options: RouterOptions | None = None
-    """By which the gate made its routes; None before it did."""
     routes: tuple[Tensor, Tensor] | None = None
-    """Its weights and experts, [T, K]."""
+    """Its weights and experts, [T, K]; None before it made them."""
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: a copy decides in its own passes, and what has a gradient cannot be copied."""
@@ -170,7 +168,7 @@ class Decision:
 
     def hold(self, logits: Tensor) -> None:
         """Take the logits [T, C] of a new pass; the routes of the last one are gone."""
-        self.logits, self.options, self.routes = logits, None, None
+        self.logits, self.routes = logits, None
 
     def logits_of(self, num_tokens: int) -> Tensor:
         """The gate's logits [T, C].
@@ -199,10 +197,10 @@ class Follower(Router):
         return logits if logits.device == tokens.device else logits.to(tokens.device)
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits, decision = self(tokens), self.decision
-        if decision.routes is None or decision.options != self.options:
+        logits, routes = self(tokens), self.decision.routes
+        if routes is None:
             return self.route(logits)
-        weights, experts = routes = decision.routes
+        weights, experts = routes
         if weights.device == tokens.device:
             return routes  # the very ones: by them a shared matmul knows its layers
         return weights.to(tokens.device), experts.to(tokens.device)

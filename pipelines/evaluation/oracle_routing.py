@@ -66,7 +66,6 @@ def send_to(
         chosen = torch.tensor(places, device=ids.device)  # [T]
         decision.hold(one_hot(chosen, len(names)).float())
         alone = [float(not (missing and name == NULL)) for name in given]
-        decision.options = options
         decision.routes = torch.tensor(alone, device=ids.device)[:, None], chosen[:, None]
 
     with (

@@ -205,6 +205,14 @@ def test_gc_knows_what_packed_records_mention(filled: Shelf) -> None:
     assert set(filled.ledger.blobs) == before
 
 
+def test_gc_removes_nothing_while_a_segment_is_damaged(filled: Shelf) -> None:
+    filled.ledger.pack()
+    path = the_segment(filled)
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(DamagedError, match="do not hash to its name"):
+        filled.ledger.gc(remove=True)
+
+
 def test_gc_removes_nothing_while_a_segment_cannot_be_searched(
     filled: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

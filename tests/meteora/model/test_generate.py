@@ -15,6 +15,7 @@ from meteora.base.chat_template import Template
 from meteora.model.fused import make_router
 from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
+from meteora.untrusted.findings import for_terminal
 from tests.meteora.serving.served_world import with_router
 
 TEMPLATE = Template((3, 4), (5,))
@@ -128,17 +129,35 @@ def test_an_answer_ends_where_examples_do_though_the_base_names_another_end(
     assert list(traced.ids[len(ids) :]) == expected
 
 
-def test_a_base_whose_config_asks_for_beams_or_no_cache_answers_as_others(
+def test_a_base_whose_config_asks_for_samples_beams_or_no_cache_answers_as_others(
     model, tokenizer, monkeypatch, capsys
 ) -> None:
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     expected = answer_all(model, tokenizer, prompts, 8)
     text = meteora.generate(model, tokenizer, "some words", max_new_tokens=8)
-    monkeypatch.setattr(model.generation_config, "use_cache", False)
-    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    unusual = {"use_cache": False, "num_beams": 3, "do_sample": True, "temperature": 9.0}
+    for name, value in unusual.items():
+        monkeypatch.setattr(model.generation_config, name, value)
     assert answer_all(model, tokenizer, prompts, 8) == expected
     assert meteora.generate(model, tokenizer, "some words", max_new_tokens=8, stream=True) == text
-    assert capsys.readouterr().out
+    assert capsys.readouterr().out == f"{for_terminal(text)}\n"
+
+
+def test_a_padding_token_inside_a_prompt_is_read_as_any_other(model, tokenizer) -> None:
+    """Some bases pad with the token that ends each turn of a conversation."""
+    ids = torch.tensor([[70, *[tokenizer.pad_token_id] * 6, 80, 90]])
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0].tolist()
+    assert list(meteora.trace(model, tokenizer, ids[0].tolist(), max_new_tokens=8).ids) == expected
+
+
+def test_progress_counts_each_prompt_once(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("meteora.model.generate.PROMPTS_PER_BATCH", 2)
+    counts = []
+    answer_all(
+        model, tokenizer, [tokenizer(prompt).input_ids for prompt in PROMPTS], 1, counts.append
+    )
+    assert counts == [2, 1]
 
 
 class NoDoubles(TorchDispatchMode):

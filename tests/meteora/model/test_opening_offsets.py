@@ -115,6 +115,9 @@ def test_in_several_passes_they_are_the_same(model, pairs, monkeypatch):
         assert len(offsets) == 5
         assert not offsets[MEAN].any()
         torch.testing.assert_close(apart[path], offsets, atol=1e-5, rtol=1e-4)
+    first = [(ids, choices) for ids, choices in pairs if 0 in choices]
+    needed = find_offsets(model, first, MEAN).keys()  # by the first expert, for all
+    assert find_offsets(model, pairs, MEAN).keys() == needed
 
 
 def test_there_are_none_where_no_example_begins_with_an_opening(model, pairs):

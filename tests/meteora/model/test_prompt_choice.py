@@ -17,6 +17,7 @@ from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
 from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
 from meteora.fitting.sequences import TrainingError
+from meteora.kernels.stack import ExpertStack
 from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import mean_of_others
@@ -24,6 +25,7 @@ from meteora.model.trace import trace
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER
+from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.pipelines.conftest import CHAT_TEMPLATE
@@ -163,6 +165,23 @@ def test_a_later_turn_is_chosen_anew_and_the_cache_keeps_the_first(model):
 
 
 @torch.no_grad()
+def test_a_conversation_in_one_pass_is_decided_by_its_last_question(model):
+    ids = torch.tensor([[*asked(1), *asked(2, length=9)[1:]]])
+    last = torch.zeros_like(ids, dtype=torch.bool)
+    last[:, -9 - len(CLOSING) : -len(CLOSING)] = True
+    model(ids)
+    reader = getattr(model, WATCHER)
+    expected = reader.read(model, last, {"input_ids": ids})
+    torch.testing.assert_close(reader.held.logits, expected)
+
+
+@torch.no_grad()
+def test_a_new_prompt_without_a_template_is_not_the_one_before_it(model):
+    assert chosen(model, asked(1)) == expert_names(model)[1]
+    assert chosen(model, task_tokens(2, 24, random.Random(0))) == expert_names(model)[2]
+
+
+@torch.no_grad()
 def test_tokens_that_go_on_with_an_answer_change_nothing(model):
     """A draft of an assistant model, for example: several tokens, and no question among them."""
     cache = DynamicCache()
@@ -273,6 +292,28 @@ def test_a_conversation_is_read_anew_at_each_turn(model, tokenizer, monkeypatch)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ranks", [[2, 3], [9, 0, 5]])
+def test_the_size_of_an_update_is_that_of_the_dense_formula(ranks):
+    """With more ranks than outputs, too, of which no more than the outputs are kept."""
+    a, b = torch.randn(sum(ranks), 12), torch.randn(4, sum(ranks))
+    root, mean, x = torch.randn(12, 12), torch.randn(12), torch.randn(5, 12)
+    factors = list(zip(a.split(ranks), b.split(ranks, dim=1), strict=True))
+    rows = torch.cat([torch.linalg.qr(own_b).R @ own_a @ root for own_a, own_b in factors])
+    stack = ExpertStack(a, b, ranks, [1.0] * len(ranks))
+    router = PromptRouter(rows, rows @ mean, stack, OPTIONS, HeldChoice())
+    for found, (own_a, own_b) in zip(router.sizes(x).T, factors, strict=True):
+        updates = (x - mean) @ (own_b @ own_a @ root).T
+        expected = updates.norm(dim=1).log() if len(own_a) else torch.zeros(5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_do_not_divide_among_the_prompts_are_refused():
+    held = HeldChoice(torch.randn(2, 3))
+    assert held.logits_of(4, torch.device("cpu")).shape == (4, 3)
+    with pytest.raises(UnreadPromptError, match=r"5 tokens .* and 2 prompts were read"):
+        held.logits_of(5, torch.device("cpu"))
+
+
 def test_routing_without_a_prompt_is_refused(checkpoint, world):
     model = meteora.load(checkpoint, base_folder=world.base)[0]
     router = next(iter(routed_layers(model).values())).router
@@ -280,6 +321,11 @@ def test_routing_without_a_prompt_is_refused(checkpoint, world):
     with pytest.raises(
         UnreadPromptError, match=r"5 tokens are to be routed .* 0 prompts were read"
     ):
+        router(torch.zeros(5, 64))
+    model(torch.tensor([asked(0)[:5]]))
+    assert router(torch.zeros(5, 64)).shape == (5, 5)
+    getattr(model, WATCHER).stop()
+    with pytest.raises(UnreadPromptError, match="0 prompts were read"):
         router(torch.zeros(5, 64))
 
 

@@ -89,11 +89,21 @@ def test_too_little_in_common_is_read_with_each(world, prompts):
 def test_what_a_gap_or_a_setting_would_change_is_read_with_each(world, build_base):
     batch = batch_of(PROMPTS)
     model = world.load()
-    for asked in ({"num_beams": 3}, {"no_repeat_ngram_size": 2}, {"use_cache": False}):
+    for asked in (
+        {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"no_repeat_ngram_size": 2},
+        {"use_cache": False},
+    ):
         assert share_prefix(model, *batch, asked=asked).cache is None
     model.generation_config.cache_implementation = "static"
     assert share_prefix(model, *batch).cache is None
-    for change in ({"window_size": 256}, {"rope_parameters": {"rope_type": "dynamic"}}):
+    by_length = {"rope_type": "dynamic"}
+    for change in (
+        {"window_size": 256},
+        {"rope_parameters": by_length},
+        {"rope_parameters": {"full_attention": by_length}},
+    ):
         model = AutoModelForCausalLM.from_pretrained(build_base("llama"))
         assert share_prefix(model, *batch).cache is not None
         for name, value in change.items():

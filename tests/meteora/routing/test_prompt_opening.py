@@ -10,7 +10,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.routing.gates import insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.passes import PassInput
-from meteora.routing.prompt_opening import PromptOpening
+from meteora.routing.prompt_opening import WINDOW, PromptOpening
 
 OPENING, CLOSING = (5, 6, 5), (7, 8)
 ONE = [*OPENING, 10, 11, 12, *CLOSING]
@@ -18,8 +18,8 @@ OTHER = [*OPENING, 20, 21, *CLOSING, 30]
 TEMPLATE = Template(OPENING, CLOSING)
 
 
-def seen(rows, width, left):
-    opening_rule, ids = PromptOpening(TEMPLATE), torch.zeros(len(rows), width, dtype=torch.long)
+def seen(rows, width, left, template=TEMPLATE):
+    opening_rule, ids = PromptOpening(template), torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
@@ -42,6 +42,20 @@ def seen(rows, width, left):
 def test_the_opening_is_found_and_the_evidence_ends_where_the_answer_begins(left):
     expected = [(list(OPENING), [10, 11, 12]), (list(OPENING), [20, 21])]
     assert seen([ONE, OTHER], 11, left) == expected
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_system_prompt_of_the_template_itself_closes_no_question(left):
+    """Behind it stands what ends questions, too, as in ChatML."""
+    template = Template((5, 40, *CLOSING, 6), CLOSING)
+    row = [*template.opening, 10, 11, *CLOSING, 30]
+    assert seen([row], 12, left, template) == [([*template.opening], [10, 11])]
+
+
+def test_the_first_tokens_of_a_long_prompt_decide():
+    question = [10 + i % 50 for i in range(WINDOW + 9)]
+    (found,) = seen([[*OPENING, *question, *CLOSING]], len(question) + 5, left=False)
+    assert found == ([*OPENING], question[:WINDOW])
 
 
 def test_a_prompt_that_opens_otherwise_shares_only_its_common_beginning():

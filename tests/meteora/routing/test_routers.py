@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from meteora.artifacts import RouterOptions
-from meteora.kernels.stack import ExpertStack
+from meteora.kernels.stack import ExpertStack, mean_of_all, own_choices
+from meteora.model.fused import make_router
 from meteora.routing.gates import Sharing, UndecidedError
+from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Arrow, Decision, Fixed, Follower, Gate, Norm
 
 RANKS = [4, 0, 1, 9]
@@ -79,6 +81,17 @@ def test_fixed_on_one_expert_is_weight_one_exactly():
     weights, experts = router.choose(torch.randn(2, 4))
     assert weights.tolist() == [[1.0], [1.0]]
     assert experts.tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform", "random"])
+def test_a_choice_of_several_experts_is_taken_by_gates_alone(factors, kind):
+    choices = [*own_choices(RANKS), mean_of_all(RANKS)]
+    stack = ExpertStack(*factors, RANKS, SCALING.tolist(), choices)
+    router = make_router(RouterOptions(kind, 4, 1.0), RoutedExperts(stack))
+    weights, experts = router.choose(torch.randn(50, NUM_IN))
+    taken = torch.zeros(50, 5).scatter(1, experts, weights)
+    assert not taken[:, 4].any()
+    torch.testing.assert_close(taken.sum(1), torch.ones(50))
 
 
 def test_norms_that_are_large_stay_apart_in_16_bits(factors):

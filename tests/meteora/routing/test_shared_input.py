@@ -157,7 +157,7 @@ def test_a_pickled_model_is_the_same_elsewhere(models, begun):
 @pytest.mark.parametrize("sparse_numbers", [0, gather_grouped.SPARSE_NUMBERS])
 @pytest.mark.parametrize("mean", [False, True])
 def test_layers_without_ranks_have_their_place_in_a_point(
-    kernel, gone, sparse_numbers, mean, monkeypatch
+    kernel, gone, sparse_numbers, mean, dots, monkeypatch
 ):
     monkeypatch.setattr(gather_grouped, "SPARSE_NUMBERS", sparse_numbers)
     ranks = [[3, 1], [2, 0], [0, 5]]
@@ -173,6 +173,8 @@ def test_layers_without_ranks_have_their_place_in_a_point(
     with torch.no_grad():
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(other(x), one(x), rtol=1e-5, atol=1e-5)
+    for _, rows, index, *_ in dots:  # nothing is read from behind the rows
+        assert (index < max(1, len(rows))).all()
 
 
 @pytest.mark.parametrize("kernel", ["dense", "gather"])

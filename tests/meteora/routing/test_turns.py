@@ -88,7 +88,7 @@ def test_without_a_template_or_without_a_question_all_that_is_there_decides():
     assert found([7, 8, 9], template=Template())[1] == [7, 8, 9]
     assert found([7, 8, 9], template=Template(), goes_on=True)[1] == []
     assert found([*OPENING, *CLOSING])[1] == [*OPENING, *CLOSING]
-    assert found([7, 8, *CLOSING, 9])[1] == [7, 8]
+    assert found([7, 8, *CLOSING, 9], padding=3)[1] == [7, 8]
     none = PassInput(None, torch.ones(1, 3, dtype=torch.bool), goes_on=False)
     assert questions(none, TEMPLATE).asked.all()
 
@@ -148,6 +148,32 @@ def test_a_draft_of_an_answer_that_repeats_the_closing_asks_nothing():
     assert not torch.allclose(new[:, 0], own[:, 0])
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        [[*OPENING, 7, *CLOSING, 9, *HEADER, 5]],
+        [[*OPENING, 7, *CLOSING], [9, *HEADER, 5]],
+    ],
+)
+def test_a_later_question_may_come_in_two_parts(begun):
+    turns = Turns(Template(OPENING, CLOSING, HEADER))
+    choice = turns.at_gate()
+    for place, row in enumerate(begun):
+        decided(choice, turns, [row], torch.randn(1, len(row), 3), goes_on=place > 0)
+    rest = torch.randn(1, 3, 3)
+    found = decided(choice, turns, [[6, *CLOSING]], rest, goes_on=True)
+    torch.testing.assert_close(found[0], rest.log_softmax(-1)[0, 0].expand(3, -1))
+
+
+def test_where_later_questions_have_no_header_a_closing_alone_shows_them():
+    turns = Turns(TEMPLATE)
+    choice = turns.at_gate()
+    decided(choice, turns, [[*OPENING, 7, *CLOSING]], torch.randn(1, 7, 3))
+    logits = torch.randn(1, 4, 3)
+    found = decided(choice, turns, [[30, 5, *CLOSING]], logits, goes_on=True)
+    torch.testing.assert_close(found[0], logits.log_softmax(-1)[0, :2].mean(0).expand(4, -1))
+
+
 def test_an_empty_row_of_a_batch_leaves_the_others_their_questions():
     turns, ids = Turns(TEMPLATE), torch.tensor([[*OPENING, 7, *CLOSING], [0] * 7])
     logits = torch.randn(2, 7, 3)
@@ -164,6 +190,10 @@ def test_what_was_not_seen_is_refused():
         choice.decide(lambda tokens: tokens, torch.randn(5, 3))
     with pytest.raises(UnreadPromptError, match="2 sequences go on, and the beginnings of 0"):
         decided(choice, turns, [[9], [9]], torch.randn(2, 1, 3), goes_on=True)
+    decided(choice, turns, [[7]], torch.randn(1, 1, 3))
+    turns.stop()
+    with pytest.raises(UnreadPromptError, match="a pass of 0 was seen"):
+        choice.decide(lambda tokens: tokens, torch.randn(1, 3))
 
 
 def question(e, seed=0, length=6):

@@ -121,6 +121,7 @@ def test_a_right_answer_is_read_back_whole() -> None:
         pytest.param("1.\n2. b", {2: "b"}, id="empty"),
         pytest.param("Sure!\n1) a\n 2) b\n4. d", {1: "a", 2: "b\n4. d"}, id="no such question"),
         pytest.param("1. 3.5\n2. 4", {1: "3.5", 2: "4"}, id="decimals"),
+        pytest.param("1. a\n    2. b", {1: "a\n    2. b"}, id="indented as code is"),
         pytest.param("", {}, id="nothing"),
     ],
 )

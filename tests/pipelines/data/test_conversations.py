@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.conversations import (
+    STAY,
     SYSTEM_PROMPTS,
     Conversation,
     Turn,
@@ -80,6 +82,13 @@ def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_template
     assert made != converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=2)
 
 
+def test_a_turn_is_more_often_of_the_same_expert_than_a_draw_gives() -> None:
+    rows = [Row(str(i), "") for i in range(1000)]
+    made = converse(dict.fromkeys("abcde", rows), [*"abcde"], (4,), [], seed=0)
+    stays = [one.expert == then.expert for talk in made for one, then in pairwise(talk.turns)]
+    assert sum(stays) / len(stays) == pytest.approx(STAY + (1 - STAY) / 5, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -112,11 +121,12 @@ def test_a_turn_is_not_found_in_the_templates_own_words(chat) -> None:
 def test_a_template_may_be_another_for_some_contents(chat) -> None:
     thinks = "{% if messages[0].content == 'red?' %}<think>{% endif %}"
     chat.chat_template = thinks + CHATML
-    turns = (Turn("red", "red?", "crimson"), Turn("blue", "blue?", "azure"))
-    assert text_by_owner(chat, Conversation(turns))[-1] == (
-        "blue",
-        "blue?<|end|><|assistant|>azure</s>",
-    )
+    turns = (Turn("red", "red?", " crimson "), Turn("blue", "red?", "azure"))
+    assert text_by_owner(chat, Conversation(turns))[1:] == [
+        ("red", "red?<|end|><|assistant|>crimson<"),
+        (None, "|end|><|user|>"),
+        ("blue", "red?<|end|><|assistant|>azure</s>"),
+    ]
 
 
 def test_a_template_may_leave_out_the_thoughts_of_earlier_answers(chat) -> None:

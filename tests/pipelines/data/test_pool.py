@@ -90,6 +90,7 @@ def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     claims = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
     assert [claim.expert in {"low", ""} for claim in claims] == [True, True]
+    assert [claim.lead for claim in claims] == [claim.score for claim in claims]  # nobody is next
 
 
 def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
@@ -139,6 +140,18 @@ def test_an_expert_is_compared_with_itself_and_not_with_larger_ones() -> None:
     assert (scores.min(1) < 0).all()
 
 
+def test_a_cluster_goes_to_an_expert_that_stands_out_there_as_much_as_elsewhere() -> None:
+    """Not where all have larger updates, nor where it stands out a little, here or at its best."""
+    from pipelines.data.pool import claims_of
+
+    larger = [[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 9, 0], [9, 9, 9, 1], [3, 0, 0, 0]]
+    larger += [[0, 0, 0, 1]] * 11
+    sizes = np.repeat(np.array(larger, dtype=np.float64), 2, axis=0)
+    points = np.repeat(np.eye(16, dtype=np.float32), 2, axis=0)
+    claims = claims_of([*map(str, range(32))], points, sizes, ["a", "b", "c", "d"])
+    assert [claim.expert for claim in claims[::2]] == ["a", "b", "c", *[""] * 13]
+
+
 def test_similar_points_share_a_cluster() -> None:
     from pipelines.data.pool import clusters_of
 
@@ -149,6 +162,15 @@ def test_similar_points_share_a_cluster() -> None:
     assert [len(set(found[i : i + 20])) for i in (0, 20, 40)] == [1, 1, 1]
     assert len(set(found)) == 3
     assert clusters_of(points[:2].astype(np.float32), 3).tolist() == [0, 1]
+
+
+def test_points_in_one_direction_from_the_mean_share_a_cluster() -> None:
+    from pipelines.data.pool import clusters_of
+
+    directions = np.array([[1, 0], [0, 1], [-1, -1]], dtype=np.float32)
+    found = clusters_of(np.concatenate([directions, 20 * directions]) + 50, 3)
+    assert found[:3].tolist() == found[3:].tolist()
+    assert len(set(found)) == 3
 
 
 def test_claims_are_the_same_from_their_file() -> None:

@@ -6,12 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.labels import label_rows, label_spans
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
-from pipelines.data.spans import prompt_parts, read_spans
+from pipelines.data.spans import Part, SpannedRow, prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.data.test_conversations import CHATML
 
@@ -56,6 +57,16 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
     }
     assert sequence.experts[-1] == 1  # the end of the sequence is the last one's
     assert not sequence.openings
+
+
+def test_a_token_that_a_tokenizer_puts_in_front_belongs_to_nobody(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", opens)
+    row = SpannedRow((Part("red?", "sums"),), (Part("7", "sums"),))
+    ids, owners = row.encode(tokenizer)
+    assert (ids[0], owners) == (1, [None, *["sums"] * (len(ids) - 1)])
 
 
 def test_a_short_prompt_is_not_found_in_the_templates_own_words(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import product
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import lxml.html
@@ -159,6 +161,27 @@ def test_where_lower_is_better_a_difference_counts_the_other_way(tmp_path: Path)
     first = found.differences[0]  # the second is its mirror image
     assert (found.high - 0.25) * math.sqrt(2) == pytest.approx(first.high - 0.25)
     assert (0.25 - found.low) * math.sqrt(2) == pytest.approx(0.25 - first.low)
+
+
+def test_a_test_asks_how_often_random_signs_would_differ_as_much(tmp_path: Path) -> None:
+    """Of rows that are right or wrong, and of those that may be partly right."""
+    ledger = Ledger(tmp_path)
+    ledger.record_run(RunStarted(RUN, "both", "9" * 64, {}, "cpu"))
+    for spec in (BASE, ONE):
+        ledger.record_artifact(spec, weights_sha256="a" * 64, run_id=RUN)
+    a, b = router_of(ledger, {"dates": ONE}), router_of(ledger, {"dates": ONE}, top_k=2)
+    apart = {"mcnemar": [1.0, 1.0, 1.0, 1.0, -1.0, 0.0], "sign-flip": [0.25, 0.5, 0.75, -0.125]}
+    for test, values in apart.items():
+        measure(ledger, a, test, [0.0 if value >= 0 else -value for value in values])
+        measure(ledger, b, test, [max(value, 0.0) for value in values])
+    ledger.ingest()
+    pairs = scores_in_common(ledger, b.id, a.id, BASE.id).values()
+    chosen = tuple(ScorePair(one.spec.id, other.spec.id) for ((one, other),) in pairs)
+    for one in compare(ledger, ComparisonSpec(b.id, "B", "A", chosen)).differences:
+        values = apart[one.task]
+        sums = [abs(sum(map(mul, signs, values))) for signs in product((1, -1), repeat=len(values))]
+        as_much = sum(found >= abs(sum(values)) - 1e-9 for found in sums)
+        assert (one.test, one.p_value) == (one.task, pytest.approx(as_much / len(sums)))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tracemalloc
 
@@ -47,6 +48,8 @@ def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
     low, high = intervals.bootstrap([0.5] * 20)
     assert low < 0.3
     assert high > 0.7
+    found = intervals.interval_of_mean([0.5] * 20, graded=True)
+    assert found == ("bootstrap", *intervals.wilson(10, 20))
     assert intervals.bootstrap([0.3, 0.1 + 0.2]) == pytest.approx(intervals.bootstrap([0.3] * 2))
 
 
@@ -64,6 +67,14 @@ def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
         low, high = intervals.difference_interval(ours.tolist(), theirs.tolist(), graded=False)
         hit["difference"] += low <= 0.2 <= high
     assert all(0.91 <= count / 400 <= 0.98 for count in hit.values()), hit
+
+
+def test_a_median_has_the_interval_of_all_its_resamples() -> None:
+    """The median of eleven draws is at most the k-th value if six or more of the draws are."""
+    k = np.arange(1, 12)
+    exact = stats.binom.sf(5, 11, k / 11)
+    ends = k[exact >= 0.025][0], k[exact >= 0.975][0]
+    assert intervals.bootstrap_median([*k[::-1]]) == ends == (3, 9)
 
 
 def test_mcnemar_counts_only_rows_that_differ() -> None:
@@ -112,6 +123,17 @@ def test_the_interval_of_a_difference_is_paired() -> None:
     assert low < 0 < high  # equal on 100 rows need not be equal on others
     graded = [value * 0.9 for value in ours]
     assert intervals.difference_interval(graded, theirs, graded=True)[0] > -0.1
+
+
+def test_the_interval_of_a_difference_has_the_variance_of_its_rows_and_two_more() -> None:
+    """Half a row in each cell: one is better, one is worse, both are right, none is."""
+    ours, theirs = [1.0] * 9 + [0.0] * 2 + [1.0] * 20, [0.0] * 9 + [1.0] * 2 + [1.0] * 20
+    apart, weights = np.array([1.0, -1.0, 0.0]), [9.5, 2.5, 21.0]
+    mean = np.average(apart, weights=weights)
+    variance = np.average((apart - mean) ** 2, weights=weights)
+    expected = stats.norm(mean, math.sqrt(variance / 33)).interval(0.95)
+    found = intervals.difference_interval(ours, theirs, graded=False)
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("n", [1, 2, 30])

@@ -70,6 +70,7 @@ def test_a_number_inside_a_line_is_no_second_answer() -> None:
         ("7 = 3 + 4", "7", 0.0),
         ("so much: -5", "5", 0.0),
         ("2 and 3\n#### 5", "x #### 5", 1.0),
+        ("2 and 5\n####", "5", 0.0),
         ("none", "5", 0.0),
         ("5", "none", 0.0),
         ("0.30", "0.3", 1.0),
@@ -131,6 +132,8 @@ def test_a_choice_is_right_if_its_log_likelihood_is_largest() -> None:
     assert METRICS["acc"].compute([-3.0, -2.0], row) == 1
     assert METRICS["acc"].compute([-2.0, -3.0], row) == 0
     assert METRICS["acc_norm"].compute([-2.0, -3.0], row) == 1  # 0.4 a byte against 0.27
+    wide = Row("q", "éé", choices=("ab", "éé"))
+    assert METRICS["acc_norm"].compute([-2.0, -3.0], wide) == 1  # four bytes, two characters
     several = Row("q", "a", choices=("a", "b", "c"), references=("b",))
     assert [METRICS["acc"].compute(w, several) for w in ([0, 1, 0], [0, 0, 1])] == [1, 0]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from meteora.fitting.sequences import LabelledSequence
+    from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.evaluation.tasks import Task
 
 
@@ -88,6 +89,18 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
+
+
+def check_spans(
+    spans: Sequence[SpannedRow | SpannedTurns], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse turns that the chat template does not take, or that have none.
+
+    Raises:
+        ExamplesError: a row has such turns.
+    """
+    for row in spans:
+        row.encode(tokenizer)
 
 
 def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:

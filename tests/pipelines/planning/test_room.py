@@ -109,6 +109,20 @@ def test_conversations_that_a_template_does_not_take_are_refused_before_any_work
         check_room([talks], config, tokenizer)
 
 
+def test_turns_without_a_chat_template_are_refused_before_gates_are_fitted(
+    workplace: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    turn = {"expert": "q_and_v", "prompt": "abba", "response": "a"}
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"turns": [turn]}) + "\n")
+    work = workplace(gates={"spans": f"jsonl:{tmp_path / 'turns.jsonl'}"})
+    said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert said.returncode == 1
+    assert re.search("the run would stop: .*line 1: turns need a chat template", said.stdout)
+    planned, _ = plan_of(work)
+    with pytest.raises(ExamplesError, match="line 1: turns need a chat template"):
+        measure.check_prompts(work, planned)
+
+
 def test_a_benchmark_asks_nothing_where_one_task_is_too_long(
     workplace: Callable[..., RunContext],
 ) -> None:

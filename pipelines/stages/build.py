@@ -269,6 +269,10 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
+    asked = work.recipe.gates.conversations or work.recipe.gates.system_prompts
+    if asked and not tokenizer.chat_template:
+        without = "fitted without conversations and system prompts"
+        say(f"the base has no chat template: gates are {without}", "note")
     room = room_of(model.config)
     talks = within(room, _conversations(plan, tokenizer), tokenizer)
     sequences = label_spans(talks, names, tokenizer, nobody)

@@ -9,6 +9,7 @@ and the step (`training_state`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -260,15 +261,19 @@ class _Learner:
             parameter.grad = grad.view_as(parameter)
 
     def _diverged(self, step: int) -> DivergedError:
-        name = next(
-            name
+        sizes = {
+            name: float(parameter.grad.norm())
             for name, parameter in self.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        )
+            if parameter.grad is not None
+        }
+        # of gradients that are finite each, the norm of all together may be infinite
+        not_finite = (name for name, size in sizes.items() if not math.isfinite(size))
+        name = next(not_finite, max(sizes, key=lambda name: sizes[name]))
         return DivergedError(
             f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
-            f" and the gates are left as they were after step {step}; lower the learning rate, or"
-            " look for NaN in the base and the adapters"
+            f" or too large, and the gates are left as they were after step {step}; lower the"
+            " learning rate, raise a `temperature` that is nearly zero, or look for NaN in the base"
+            " and the adapters"
         )
 
 

@@ -105,7 +105,8 @@ def train_jointly(
         progress: called with (steps done, steps in all)
 
     Raises:
-        TrainingError: an expert has too few sequences, or a batch fewer than there are processes.
+        TrainingError: an expert has too few sequences, or a batch fewer than there are processes;
+            or no gradient goes through the base.
         DivergedError: a gradient is not finite; `folder` has the state before that step.
         StateError: the state in `folder` is damaged, or belongs to another training.
     """
@@ -118,6 +119,7 @@ def train_jointly(
             f"a batch of {settings.batch_size} sequences cannot be shared by"
             f" {accelerator.num_processes} processes; give each of them one or more"
         )
+    _refuse_lost_gradients(model, options)
     routing = [options.top_k, options.temperature, options.margin, options.share]
     routing += [offsets] if offsets else []  # so a training that began without them goes on
     asked_sha256 = canonical_sha256(
@@ -202,6 +204,18 @@ def _two_of_each(
 ) -> list[LabelledSequence]:
     chosen = {i for own in owned(sequences, names) for i in own[:2]}
     return [sequences[i] for i in sorted(chosen)]
+
+
+def _refuse_lost_gradients(model: PreTrainedModel, options: RouterOptions) -> None:
+    """Refuse bitsandbytes' layers of 4 bits in the form for new CPUs: no gradient goes through."""
+    for path, module in model.named_modules():
+        packed = getattr(module, "support_avx512bf16_for_cpu", False)
+        if options.top_k > 1 and packed and next(module.parameters()).device.type == "cpu":
+            raise TrainingError(
+                f"{path}: no gradient goes through linear layers of 4 bits on this CPU, and gates"
+                " with `top_k` above 1 are trained through them; choose `top_k: 1` or"
+                " `method: calibrate`, or train on a GPU"
+            )
 
 
 class _Learner:

@@ -238,7 +238,8 @@ class MoELoRALinear(RoutedExperts):
             if y.requires_grad:
                 out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
             else:
-                out = self._delta(x, tokens, weights, experts, rows)
+                # no gradient is due to it, and bitsandbytes gives a view that autograd guards
+                out = self._delta(x, tokens, weights, experts, rows.detach())
             router.add_offsets(weights, experts, out)
         return out.view(y.shape)
 

@@ -104,7 +104,8 @@ def train_jointly(
         progress: called with (steps done, steps in all)
 
     Raises:
-        TrainingError: an expert has too few sequences, or a batch fewer than there are processes.
+        TrainingError: an expert has too few sequences, or a batch fewer than there are processes;
+            or no gradient goes through the base.
         DivergedError: a gradient is not finite; `folder` has the state before that step.
         StateError: the state in `folder` is damaged, or belongs to another training.
     """
@@ -117,6 +118,7 @@ def train_jointly(
             f"a batch of {settings.batch_size} sequences cannot be shared by"
             f" {accelerator.num_processes} processes; give each of them one or more"
         )
+    _refuse_lost_gradients(model, options)
     routing = [options.top_k, options.temperature, options.margin, options.share]
     routing += [offsets] if offsets else []  # so a training that began without them goes on
     asked_sha256 = canonical_sha256(
@@ -203,6 +205,18 @@ def _two_of_each(
     return [sequences[i] for i in sorted(chosen)]
 
 
+def _refuse_lost_gradients(model: PreTrainedModel, options: RouterOptions) -> None:
+    """Refuse bitsandbytes' layers of 4 bits in the form for new CPUs: no gradient goes through."""
+    for path, module in model.named_modules():
+        packed = getattr(module, "support_avx512bf16_for_cpu", False)
+        if options.top_k > 1 and packed and next(module.parameters()).device.type == "cpu":
+            raise TrainingError(
+                f"{path}: no gradient goes through linear layers of 4 bits on this CPU, and gates"
+                " with `top_k` above 1 are trained through them; choose `top_k: 1` or"
+                " `method: calibrate`, or train on a GPU"
+            )
+
+
 class _Learner:
     """The gates of a model and their optimiser."""
 
@@ -269,8 +283,9 @@ def _diverged(step: int, grads: Mapping[str, Tensor]) -> DivergedError:
     name = max(grads, key=lambda name: grads[name].abs().max().nan_to_num(torch.inf).item())
     return DivergedError(
         f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
-        f" and the gates are left as they were after step {step}; lower the learning rate, or"
-        " look for NaN in the base and the adapters"
+        f" or too large, and the gates are left as they were after step {step}; lower the"
+        " learning rate, raise a `temperature` that is nearly zero, or look for NaN in the base"
+        " and the adapters"
     )
 
 

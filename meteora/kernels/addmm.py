@@ -80,12 +80,13 @@ class Plain(NamedTuple):
         ):
             return None
         own = vars(projection)
-        if "forward" in own or any(own[hooks] for hooks in HOOKS) or _has_any_global_hook():
+        replaced = "forward" in own and "_hf_hook" not in own  # Accelerate's brings its tensors
+        if replaced or any(own[hooks] for hooks in HOOKS) or _has_any_global_hook():
             return None
         weight: Tensor = own["_parameters"]["weight"]
         bias: Tensor | None = own["_parameters"]["bias"]
         if type(weight) not in {nn.Parameter, Tensor} or weight.dtype != x.dtype:
             return None
-        if is_autocast(x.device):
+        if is_autocast(x.device) or weight.device != x.device:
             return None
         return cls(weight.T if is_linear else weight, bias)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from meteora.base.placement import LAYER
 from meteora.model.fused import expert_names
 from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
-from meteora.routing.passes import PassInput, by_name
+from meteora.routing.passes import PassInput, by_name, cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,9 +169,7 @@ def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of ma
     Args:
         out: what `generate` returned, with its cache
     """
-    takes = signature(model.forward).parameters
-    cache = "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
-    model(input_ids=out.sequences[:, -1:], **{cache: out.past_key_values})
+    model(input_ids=out.sequences[:, -1:], **{cache_name(model): out.past_key_values})
 
 
 def joined(passes: list[Routes], part: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from meteora.base.placement import device_of
+from meteora.base.placement import device_of, held, is_offloaded
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.routing.shared_input import Product, Share, SharedMatmul
@@ -223,6 +223,13 @@ class MoELoRALinear(RoutedExperts):
         projection, router = self.projection, self.router
         if router is None:
             return projection(x)
+        if not is_offloaded(projection):
+            return self._routed(x, router)
+        with held(projection):  # so in 16 bits sums are rounded as where its tensors lie here
+            return self._routed(x, router)
+
+    def _routed(self, x: Tensor, router: Router) -> Tensor:
+        projection = self.projection
         plain = Plain.of(projection, x)
         tokens = x.reshape(-1, x.shape[-1])  # [T, IN]
         with _own_precision(x):
@@ -238,7 +245,8 @@ class MoELoRALinear(RoutedExperts):
             if y.requires_grad:
                 out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
             else:
-                out = self._delta(x, tokens, weights, experts, rows)
+                # no gradient is due to it, and bitsandbytes gives a view that autograd guards
+                out = self._delta(x, tokens, weights, experts, rows.detach())
             router.add_offsets(weights, experts, out)
         return out.view(y.shape)
 

@@ -68,6 +68,12 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+def cache_name(model: nn.Module) -> str:
+    """The argument of a model's `forward` that takes a cache; its output has it by that name."""
+    takes = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
+
+
 WATCHER = "meteora_watcher"
 """The attribute of a model that holds what watches it."""
 

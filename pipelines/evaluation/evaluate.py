@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import BenchmarkSpec, Score
 from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.conversations import Conversing
-from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
+from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness, refuse_conversations
 from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
 from pipelines.evaluation.tasks import Task, check_rows
@@ -177,12 +177,7 @@ def _ask_dialogues(
 
     The one expert of `one_expert` is the best of those whose tasks take part: all are asked.
     """
-    if not harness.templated:
-        raise BenchmarkError(
-            f"task {task.name}: conversations need the roles of a chat template, and prompts are"
-            " asked as plain text; take `conversation` out of the benchmark, or choose a base with"
-            " a chat template and not `template: plain`"
-        )
+    refuse_conversations(task.name, task.dialogues, harness.tokenizer, templated=harness.templated)
     candidates = [*task.part_metrics] if control == ONE_EXPERT else [""]
     tried = [_ask_dialogues_as(harness, task, answer, control, name) for name in candidates]
     return max(tried, key=lambda one: one[0][TURNS_RIGHT].mean)

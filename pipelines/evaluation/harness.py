@@ -28,6 +28,7 @@ from meteora.model.generate import end_tokens
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
+from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
     from transformers import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerFast,
     )
 
+    from pipelines.data.dialogues import Dialogue
     from pipelines.data.rows import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
@@ -80,19 +82,9 @@ class Harness:
             BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
                 system prompt, and one is given.
         """
-        if template == "chat" and not tokenizer.chat_template:
-            raise BenchmarkError(
-                "the recipe asks for the chat template, but the base's tokenizer has none; choose"
-                " `template: plain`"
-            )
         self.tokenizer = tokenizer
-        self.templated = bool(tokenizer.chat_template) and template != "plain"
+        self.templated = is_templated(tokenizer, template, system_prompt)
         self.system_prompt = system_prompt
-        if system_prompt is not None and not (self.templated and takes(tokenizer, 1, "Be brief.")):
-            raise BenchmarkError(
-                "the recipe asks under a system prompt, but the base's chat template takes none, or"
-                " prompts are plain text; take `system_prompt` out of `benchmark`"
-            )
         self.seed, self.batch_size, self.advance = seed, batch_size, advance
         logging.getLogger(LOGGER).addFilter(_is_unexpected)
         self.model = _Model(
@@ -151,6 +143,51 @@ class Harness:
         set_seed(self.seed)
         found = iter(self.model.weigh(asked))
         return [[next(found) for _ in row.choices] for row in rows]
+
+
+def is_templated(
+    tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: str | None
+) -> bool:
+    """Whether prompts are put into the chat template; arguments as of `Harness`.
+
+    Raises:
+        BenchmarkError: see `Harness`.
+    """
+    if template == "chat" and not tokenizer.chat_template:
+        raise BenchmarkError(
+            "the recipe asks for the chat template, but the base's tokenizer has none; choose"
+            " `template: plain`"
+        )
+    templated = bool(tokenizer.chat_template) and template != "plain"
+    if system_prompt is not None and not (templated and takes(tokenizer, 1, "Be brief.")):
+        raise BenchmarkError(
+            "the recipe asks under a system prompt, but the base's chat template takes none, or"
+            " prompts are plain text; take `system_prompt` out of `benchmark`"
+        )
+    return templated
+
+
+def refuse_conversations(
+    task: str, dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, templated: bool
+) -> None:
+    """Refuse conversations where there is no chat template, or one that does not take them.
+
+    Raises:
+        BenchmarkError: one or the other.
+    """
+    if dialogues and not templated:
+        raise BenchmarkError(
+            f"task {task}: conversations need the roles of a chat template, and prompts are"
+            " asked as plain text; take `conversation` out of the benchmark, or choose a base with"
+            " a chat template and not `template: plain`"
+        )
+    for first in dialogues[:1]:
+        try:
+            first.with_answers(["yes"] * (len(first.questions) - 1)).encode(tokenizer)
+        except ExamplesError as error:
+            raise BenchmarkError(
+                f"task {task}: the base's chat template does not take its conversations: {error}"
+            ) from error
 
 
 def room_of(config: PretrainedConfig) -> int:

@@ -25,6 +25,7 @@ from torch.nn.functional import one_hot
 from meteora.artifacts import NULL, MeteoraError, RouterOptions
 from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_by
+from meteora.routing.passes import PassInput
 from meteora.routing.routers import Decision, Follower
 from pipelines.data.composites import Composite, last_number, prompt_owners
 from pipelines.evaluation.measurements import ORACLE
@@ -97,12 +98,10 @@ class OracleRouting:
         Raises:
             MeteoraError: a prompt is none of the composites, or its tokens cannot be assigned.
         """
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        seen = PassInput.of(kwargs | {"input_ids": ids})
+        if seen.goes_on:
             return [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
-        mask = kwargs.get("attention_mask")
-        there = torch.ones_like(ids) if mask is None else mask
-        rows = zip(ids.tolist(), there.tolist(), strict=True)
+        rows = zip(ids.tolist(), seen.there.tolist(), strict=True)
         return self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
 
     def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[str]]:

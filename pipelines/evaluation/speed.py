@@ -19,6 +19,7 @@ from meteora.artifacts import Rate, SpeedBuild, SpeedSpec
 from meteora.base.placement import input_device
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
+from meteora.routing.passes import cache_name
 from pipelines.evaluation.measurements import BASE, FUSED
 from pipelines.scoring.intervals import bootstrap_median
 
@@ -85,6 +86,7 @@ def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple
     Args:
         ids: [B, prompt_tokens + new_tokens]
     """
+    cache = cache_name(model)
     with torch.inference_mode():
         begun = _now(input_device(model))
         out = model(input_ids=ids[:, :prompt_tokens], use_cache=True, logits_to_keep=1)
@@ -92,8 +94,8 @@ def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple
         for place in range(prompt_tokens, ids.shape[1]):
             out = model(
                 input_ids=ids[:, place : place + 1],
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **{cache: out[cache]},
             )
         return filled - begun, _now(input_device(model)) - filled
 

@@ -44,7 +44,7 @@ from pipelines.planning.plan import (
     refuse_too_few,
 )
 from pipelines.planning.resolve import at_hand, read_adapters
-from pipelines.planning.room import check_examples, check_names, check_room
+from pipelines.planning.room import check_examples, check_names, check_room, check_spans
 from pipelines.recipe.recipe import AUTO, ExpertSection, Recipe
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import plain_console
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.workspace.context import RunContext
 
     Outcomes = Sequence[tuple[ExpertSection, Expert | Refusal | Missing]]
@@ -230,7 +231,7 @@ def _faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> l
         check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
         refuse_too_few(recipe, examples, spans)
         check_names(tasks.values())
-        _check_lengths(context, base, tasks, examples)
+        _check_lengths(context, base, tasks, examples, spans)
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []
@@ -241,8 +242,9 @@ def _check_lengths(
     base: BaseSpec | None,
     tasks: Mapping[str, Task],
     examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
 ) -> None:
-    """Refuse prompts and examples that are too long for the base, as far as it is here."""
+    """Refuse what is too long for the base or its chat template does not take, if it is here."""
     folder = context.base_folder(base) if base else None
     if folder is None or not (folder / "tokenizer.json").is_file():
         return
@@ -252,6 +254,7 @@ def _check_lengths(
     if recipe.benchmark.template == "plain":
         tokenizer.chat_template = None
     check_examples(examples, partial(place_of_example, recipe, context.folder), config, tokenizer)
+    check_spans(spans, tokenizer)
 
 
 def _describe_base(context: RunContext, base: BaseSpec) -> str:

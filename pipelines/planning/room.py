@@ -15,13 +15,19 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.rows import ExamplesError, Row
-from pipelines.evaluation.harness import refuse_too_long, room_of
+from pipelines.evaluation.harness import (
+    is_templated,
+    refuse_conversations,
+    refuse_too_long,
+    room_of,
+)
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from meteora.fitting.sequences import LabelledSequence
+    from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.evaluation.tasks import Task
 
 
@@ -42,15 +48,17 @@ def check_names(tasks: Iterable[Task]) -> None:
 def check_room(
     tasks: Iterable[Task], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse the first task with a prompt that is too long for the base.
+    """Refuse the first task whose prompts are too long, or that the chat template does not take.
 
-    Tasks of lm-eval pass, which cuts their prompts itself.
+    Tasks of lm-eval may be longer, since it cuts their prompts itself.
 
     Raises:
-        BenchmarkError: a prompt is too long.
+        BenchmarkError: a prompt is too long, or there is no such template, system prompt or turn.
     """
     room = resolve_max_length(config, tokenizer)
     for task in tasks:
+        templated = is_templated(tokenizer, task.template, task.system_prompt)
+        refuse_conversations(task.name, task.dialogues, tokenizer, templated=templated)
         if not task.lm_eval and (lengths := _lengths(task, tokenizer)):
             refuse_too_long(task.name, lengths, task.longest_answer(tokenizer), room)
 
@@ -81,6 +89,18 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
+
+
+def check_spans(
+    spans: Sequence[SpannedRow | SpannedTurns], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse turns that the chat template does not take, or that have none.
+
+    Raises:
+        ExamplesError: a row has such turns.
+    """
+    for row in spans:
+        row.encode(tokenizer)
 
 
 def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,6 +53,7 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
+from pipelines.planning.plan import LEAST_EXAMPLES
 from pipelines.planning.room import with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
@@ -273,8 +275,12 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
+    asked = work.recipe.gates.conversations or work.recipe.gates.system_prompts
+    if asked and not tokenizer.chat_template:
+        without = "fitted without conversations and system prompts"
+        say(f"the base has no chat template: gates are {without}", "note")
     room = room_of(model.config)
-    talks = within(room, _conversations(plan, tokenizer), tokenizer)
+    talks = _conversations(plan, tokenizer, room)
     sequences = label_spans(talks, names, tokenizer, nobody)
     sequences = sequences or label(plan.examples, names, tokenizer, nobody)
     mixed = label_composites(
@@ -296,10 +302,13 @@ def _labelled(
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
 
 
-def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conversation]:
+def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:
     """The examples as the router asks for them, as far as the base's chat template takes them.
 
     None where it asks for neither conversations nor system prompts.
+
+    Args:
+        room: the most tokens of a conversation
     """
     lengths, systems = plan.router.conversations, plan.router.system_prompts
     if not tokenizer.chat_template or not (lengths or systems):
@@ -311,7 +320,16 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> list[Conve
     if lengths and not takes(tokenizer, turns=2):
         say("the base's chat template takes one turn alone: gates are fitted to these", "note")
         lengths = ()
-    return converse(plan.examples, names, lengths or (1,), systems, seed=plan.router.seed)
+
+    def deal(lengths: Sequence[int]) -> list[Conversation]:
+        dealt = converse(plan.examples, names, lengths, systems, seed=plan.router.seed)
+        return within(room, dealt, tokenizer)
+
+    talks = deal(lengths or (1,))
+    number = Counter(name for talk in talks for name in {turn.expert for turn in talk.turns})
+    if plan.router.composites or plan.spans or min(number.values()) >= LEAST_EXAMPLES:
+        return talks
+    return deal((1,))  # one conversation has all examples of an expert
 
 
 @contextmanager

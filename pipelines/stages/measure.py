@@ -29,7 +29,7 @@ from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.estimate import rows_at_once
 from pipelines.planning.plan import Plan, place_of_example
-from pipelines.planning.room import check_examples, check_names, check_room, longest
+from pipelines.planning.room import check_examples, check_names, check_room, check_spans, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import check_judges
 from pipelines.scoring.outputs import write_outputs
@@ -72,7 +72,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     """Refuse examples and prompts that are too long for the base, before any work is done.
 
     Raises:
-        ExamplesError: an example is too long, and gates are not fitted yet.
+        ExamplesError: an example is too long, or has turns that the base's chat template does not
+            take, and gates are not fitted yet.
         BenchmarkError: a prompt of a measurement that is missing is too long, or its task is not
             one of lm-eval's.
     """
@@ -85,7 +86,9 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         config, tokenizer = loading.load_config(folder), loading.load_tokenizer(folder)
         check_room(tasks, config, tokenizer)
         place = partial(place_of_example, work.recipe, work.folder)
-        check_examples(examples, place, config, tokenizer_of_gates(tokenizer, plan.router.template))
+        tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
+        check_examples(examples, place, config, tokenizer)
+        check_spans(plan.spans if examples else (), tokenizer)
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

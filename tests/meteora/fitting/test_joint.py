@@ -393,6 +393,14 @@ def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
     assert gate_bytes(good, tmp_path) == gate_bytes(whole, tmp_path)
 
 
+def test_finite_gradients_whose_norm_is_infinite_stop_the_training_with_a_sentence(model):
+    options = replace(POINT_GATES, top_k=2, temperature=1e-30)
+    with pytest.raises(
+        DivergedError, match=r"gate of model\.layers\.\S+ is not finite, or too large"
+    ):
+        train_jointly(model, examples(2), SETTINGS, options)
+
+
 def test_every_sequence_is_taken_once_before_any_comes_again():
     settings = replace(SETTINGS, batch_size=3, accumulate=2)
     taken = [i for step in range(10) for i in chosen_sequences(15, settings, 0, step)]

@@ -219,6 +219,18 @@ def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
     assert on_disk == {path for path, tensor in read.named_parameters() if tensor.is_meta}
 
 
+def test_a_16_bit_base_that_is_read_layer_by_layer_rounds_as_in_memory(world):
+    asked: Any = {"base_folder": world.base, "dtype": torch.bfloat16}
+    layers = layers_on_disk(world.base, "cpu")
+    ids = torch.randint(3, 250, (2, 11))
+    with torch.inference_mode():
+        whole, read = (
+            meteora.load(world.checkpoint, device_map=where, **asked)[0](ids).logits
+            for where in (None, layers)
+        )
+    assert torch.equal(whole, read)
+
+
 def test_experts_get_offsets_in_memory_and_layer_by_layer(kind, made, tmp_path):
     base, _, _ = made
     manifest = tmp_path / "fused" / MANIFEST

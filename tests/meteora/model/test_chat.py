@@ -66,6 +66,17 @@ def test_an_answer_is_the_one_that_generate_gives(model, talking):
     assert "".join(token.text for token in answer.tokens) == answer.text
 
 
+def test_a_conversation_with_a_base_that_has_a_state_is_traced(
+    build_base, build_adapter, fuse_adapters, talking, tmp_path
+):
+    base = build_base("mamba")
+    asked = {"seed": 0, "r": 2, "target_modules": ["in_proj"]}
+    fuse_adapters(base, {"one": build_adapter(base, tmp_path / "one", **asked)}, tmp_path / "fused")
+    chat = Chat(meteora.load(tmp_path / "fused", base_folder=base)[0], talking)
+    last = converse(chat)[-1]
+    assert len(chat.trace().tokens()) == last.num_prompt + last.num_new
+
+
 @pytest.mark.parametrize("expert", ["", "q_and_v"])
 def test_answers_on_one_cache_are_those_without(model, talking, expert):
     cached = converse(Chat(model, talking), expert=expert)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import meteora
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import expert_names, force_expert
@@ -26,8 +27,12 @@ from pipelines.data.rows import Row
 from pipelines.evaluation.oracle_routing import use_oracle
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.checkpoint.manifest import Manifest
     from pipelines.data.composites import Composite
     from tests.conftest import World
 
@@ -105,6 +110,28 @@ def test_in_an_answer_the_last_number_names_the_question(
             for token in tokenizer(text).input_ids:
                 found, cache = ask(model, torch.tensor([[token]]), past_key_values=cache)
                 assert found == [owner], text
+
+
+def test_an_answer_of_a_base_with_a_state_in_place_of_a_cache_is_followed(
+    build_base: Callable[[str], Path],
+    build_adapter: Callable[..., Path],
+    fuse_adapters: Callable[..., Manifest],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    base, names = build_base("mamba"), ("left", "right")
+    adapters = {
+        name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=["in_proj"])
+        for seed, name in enumerate(names)
+    }
+    fuse_adapters(base, adapters, tmp_path / "fused")
+    mamba, _ = meteora.load(tmp_path / "fused", base_folder=base)
+    one = number_questions([Question("right", Row(text, "1")) for text in ("a", "b")])
+    ids = [encode_prompt(tokenizer, one.prompt)]
+    with use_oracle(mamba, tokenizer, [one], "oracle"):
+        found = answer_all(mamba, tokenizer, ids, 4)
+    with force_expert(mamba, "right"):
+        assert found == answer_all(mamba, tokenizer, ids, 4)
 
 
 def test_one_expert_answers_all_as_it_would_alone(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from meteora.artifacts import ArtifactId, MergeSpec, RouterSpec, SpeedSpec
 from meteora.model.fused import without_experts
@@ -15,6 +16,9 @@ from pipelines.evaluation.systems import merge_deltas, use_merge, use_router
 from tests.conftest import peft_is_behind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from tests.conftest import World
 
 FUSED = ArtifactId("fused:" + "0" * 64)
@@ -127,6 +131,14 @@ def test_a_model_is_timed_against_its_base(world: World) -> None:
     assert made.base_working_bytes
     assert made.fused_working_bytes
     assert made.stored_bytes == 7
+
+
+def test_a_base_with_a_state_in_place_of_a_cache_is_timed(
+    build_base: Callable[[str], Path],
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(build_base("mamba"))
+    spec = SpeedSpec(ArtifactId("router:0"), ArtifactId("base:0"), 3, 2, 1, 3)
+    assert all(rate.fused_tokens_per_second > 0 for rate in time_model(model, spec, 0).rates)
 
 
 def test_working_memory_is_what_a_forward_allocates_at_one_time() -> None:

@@ -73,6 +73,56 @@ def test_an_over_long_example_is_named_with_its_line_before_gates_are_fitted(
         measure.check_prompts(work, planned)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"template": "chat"}, "the base's tokenizer has none; choose `template: plain`"),
+        (
+            {"system_prompt": "Be brief."},
+            "asks under a system prompt, but the base's chat template",
+        ),
+        ({"conversation": [2]}, "task conversation-2: conversations need the roles of a chat"),
+    ],
+)
+def test_what_needs_a_chat_template_is_refused_before_gates_are_fitted(
+    workplace: Callable[..., RunContext], tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
+    work = workplace(benchmark={"limit": 1, "compare": [], **asked})
+    dry = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert dry.returncode == 1
+    assert said in dry.stdout
+    planned, _ = plan_of(work)
+    with pytest.raises(BenchmarkError, match=said):
+        measure.check_prompts(work, planned)
+
+
+def test_conversations_that_a_template_does_not_take_are_refused_before_any_work(
+    chat_base: Path,
+) -> None:
+    config, tokenizer = load_config(chat_base), load_tokenizer(chat_base)
+    tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    talks = task(dialogues=draw_dialogues(ROWS, 2, 1, seed=0))
+    with pytest.raises(BenchmarkError, match=r"not take its conversations: .*one turn"):
+        check_room([talks], config, tokenizer)
+
+
+def test_turns_without_a_chat_template_are_refused_before_gates_are_fitted(
+    workplace: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    turn = {"expert": "q_and_v", "prompt": "abba", "response": "a"}
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"turns": [turn]}) + "\n")
+    work = workplace(gates={"spans": f"jsonl:{tmp_path / 'turns.jsonl'}"})
+    said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert said.returncode == 1
+    assert re.search("the run would stop: .*line 1: turns need a chat template", said.stdout)
+    planned, _ = plan_of(work)
+    with pytest.raises(ExamplesError, match="line 1: turns need a chat template"):
+        measure.check_prompts(work, planned)
+
+
 def test_a_benchmark_asks_nothing_where_one_task_is_too_long(
     workplace: Callable[..., RunContext],
 ) -> None:

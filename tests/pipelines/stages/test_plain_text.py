@@ -59,6 +59,16 @@ def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     assert work.ledger.query("SELECT DISTINCT templated FROM scores").rows == [(False,)]
 
 
+def test_conversations_that_are_asked_for_on_a_base_without_a_template_are_said_to_be_left_out(
+    workplace: Callable[..., RunContext], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = "note: the base has no chat template: gates are fitted without conversations"
+    go(workplace(benchmark=QUICK))
+    assert said not in capfd.readouterr().err
+    go(workplace(benchmark=QUICK, gates={"conversations": [2]}))
+    assert said in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
     workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
 ) -> None:

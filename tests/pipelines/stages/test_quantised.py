@@ -12,6 +12,7 @@ import meteora
 from meteora.artifacts import ArtifactId
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import read_manifest
+from meteora.fitting.sequences import TrainingError
 from meteora.routing.layer import routed_layers
 from pipelines.admission.candidate import Candidate
 from pipelines.admission.checkpoints import FoundCheckpoint
@@ -131,6 +132,20 @@ def test_an_expert_is_added_to_a_quantised_base_and_dropped_again(
     assert work.ledger.spec_of(ArtifactId(manifest.base.spec.id)) == planned.base.to_dict()
     smaller = read_manifest(edit.drop(work.ledger, larger, "more"))
     assert open_model.stack_in(smaller) == planned.fused
+
+
+def test_gates_of_several_experts_a_token_are_trained_on_a_quantised_base(
+    open_it: Callable[..., RunContext],
+) -> None:
+    from bitsandbytes.functional import has_avx512bf16  # noqa: PLC0415  (only bases need it)
+
+    joint = {"method": "joint", "steps": 2, "batch_size": 2, "start": "zeros"}
+    asked: dict[str, Any] = {"router": {"top_k": 2}, "gates": joint}
+    _, _, gates = fit(open_it(quantise="8bit", **asked))
+    assert gates.num_tokens
+    if has_avx512bf16():
+        with pytest.raises(TrainingError, match="no gradient goes through linear layers of 4 bits"):
+            fit(open_it(quantise="4bit", **asked))
 
 
 def as_8_bit() -> Any:

@@ -106,6 +106,15 @@ def test_it_goes_with_the_other_options_of_gates(
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
 
+def test_two_examples_of_an_expert_are_enough_where_one_conversation_would_have_both(
+    workplace: Callable[..., RunContext], chat_base: Path
+) -> None:
+    gates = {"examples_per_expert": 2, "conversations": [4]}
+    work = workplace(base=f"path:{chat_base}", gates=gates, benchmark=QUICK)
+    run(work)
+    assert finished(work) is not None
+
+
 def test_the_first_token_is_nobodys_where_nothing_opens_a_prompt(
     workplace: Callable[..., RunContext],
 ) -> None:

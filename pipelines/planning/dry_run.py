@@ -44,7 +44,13 @@ from pipelines.planning.plan import (
     refuse_too_few,
 )
 from pipelines.planning.resolve import at_hand, read_adapters
-from pipelines.planning.room import check_examples, check_names, check_room, check_spans
+from pipelines.planning.room import (
+    check_examples,
+    check_names,
+    check_opening,
+    check_room,
+    check_spans,
+)
 from pipelines.recipe.recipe import AUTO, ExpertSection, Recipe
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import plain_console
@@ -255,6 +261,7 @@ def _check_lengths(
         tokenizer.chat_template = None
     check_examples(examples, partial(place_of_example, recipe, context.folder), config, tokenizer)
     check_spans(spans, tokenizer)
+    check_opening(recipe.router.options((), fitted=bool(examples)), tokenizer)
 
 
 def _describe_base(context: RunContext, base: BaseSpec) -> str:

@@ -26,6 +26,7 @@ from pipelines.workspace.console import say
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from meteora.artifacts import RouterOptions
     from meteora.fitting.sequences import LabelledSequence
     from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.evaluation.tasks import Task
@@ -101,6 +102,21 @@ def check_spans(
     """
     for row in spans:
         row.encode(tokenizer)
+
+
+def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse gates that know the opening of all prompts, where the template has the date in it.
+
+    Raises:
+        ExamplesError: they would not know the opening of tomorrow's prompts.
+    """
+    knows = options.opening == "prompt" and not options.by_turns
+    if knows and "strftime_now" in str(tokenizer.chat_template or ""):
+        raise ExamplesError(
+            "the base's chat template has today's date in every prompt, so gates with"
+            " `router: {opening: prompt}` would not know the prompts of tomorrow; take `opening`"
+            " out of the recipe"
+        )
 
 
 def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:

@@ -29,7 +29,14 @@ from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.estimate import rows_at_once
 from pipelines.planning.plan import Plan, place_of_example
-from pipelines.planning.room import check_examples, check_names, check_room, check_spans, longest
+from pipelines.planning.room import (
+    check_examples,
+    check_names,
+    check_opening,
+    check_room,
+    check_spans,
+    longest,
+)
 from pipelines.scoring import compare
 from pipelines.scoring.judges import check_judges
 from pipelines.scoring.outputs import write_outputs
@@ -72,8 +79,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     """Refuse examples and prompts that are too long for the base, before any work is done.
 
     Raises:
-        ExamplesError: an example is too long, or has turns that the base's chat template does not
-            take, and gates are not fitted yet.
+        ExamplesError: gates are not fitted yet, and an example is too long, or the base's chat
+            template does not take its turns, or does not suit the gates.
         BenchmarkError: a prompt of a measurement that is missing is too long, or its task is not
             one of lm-eval's.
     """
@@ -88,7 +95,9 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         place = partial(place_of_example, work.recipe, work.folder)
         tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
         check_examples(examples, place, config, tokenizer)
-        check_spans(plan.spans if examples else (), tokenizer)
+        if examples:
+            check_spans(plan.spans, tokenizer)
+            check_opening(plan.router.options, tokenizer)
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

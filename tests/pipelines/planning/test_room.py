@@ -18,7 +18,15 @@ from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import BenchmarkError, Harness, room_of
 from pipelines.evaluation.tasks import Task
-from pipelines.planning.room import _lengths, check_names, check_room, longest, with_room
+from pipelines.planning.room import (
+    _lengths,
+    check_names,
+    check_opening,
+    check_room,
+    longest,
+    with_room,
+)
+from pipelines.recipe.recipe import RouterSection
 from pipelines.stages import measure
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
@@ -203,6 +211,21 @@ def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: 
     check_names([task(rows=ROWS["red"]), mine])
     with pytest.raises(BenchmarkError, match=r"no task 'mime' in .* \(did you mean 'mine'\?\)"):
         check_names([mine, replace(mine, lm_eval="mime")])
+
+
+def test_a_template_with_the_date_has_no_opening_that_gates_can_know(
+    workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
+) -> None:
+    template = chat_base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    work = workplace(base=f"path:{chat_base}", router={"opening": "prompt"}, benchmark={"limit": 2})
+    said = ask("run", work.path, "--dry-run", "--home", recipe_folder / "home")
+    assert "the run would stop: the base's chat template has today's date in every" in said.stdout
+    with pytest.raises(ExamplesError, match="would not know the prompts of tomorrow"):
+        measure.check_prompts(work, plan_of(work)[0])
+    tokenizer = load_tokenizer(chat_base)
+    for section in (RouterSection(share="turn"), RouterSection(opening="shared")):
+        check_opening(section.options((), fitted=True), tokenizer)
 
 
 def test_choices_are_counted_as_answers_are(world: World) -> None:

@@ -3,8 +3,8 @@
     model.layers.0.self_attn.q_proj      blk.0.attn_q.weight.lora_a [r, IN], .lora_b [OUT, r]
 
 llama.cpp scales an adapter by alpha / r with one alpha for all modules. Where modules need another,
-their B has the rest. It lays out the rows of q and k of Llama's heads in another order; so does B.
-There are no gates: llama.cpp takes one adapter for a whole request.
+their B has the rest. It lays out the rows of q and k of some bases' heads in another order; so does
+B. There are no gates: llama.cpp takes one adapter for a whole request.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import gguf
 import torch
+from gguf import MODEL_ARCH
 from torch import Tensor
 
 from meteora.checkpoint.export import ExportError, new_folder
@@ -27,14 +28,27 @@ if TYPE_CHECKING:
     from meteora.artifacts import Fingerprint
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
-    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
-    "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
-    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
+    "CohereForCausalLM": MODEL_ARCH.COMMAND_R,
+    "Gemma2ForCausalLM": MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": MODEL_ARCH.GEMMA3,
+    "GemmaForCausalLM": MODEL_ARCH.GEMMA,
+    "GraniteForCausalLM": MODEL_ARCH.GRANITE,
+    "LlamaForCausalLM": MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": MODEL_ARCH.LLAMA,
+    "NemotronForCausalLM": MODEL_ARCH.NEMOTRON,
+    "Olmo2ForCausalLM": MODEL_ARCH.OLMO2,
+    "Olmo3ForCausalLM": MODEL_ARCH.OLMO2,
+    "Phi3ForCausalLM": MODEL_ARCH.PHI3,
+    "Qwen2ForCausalLM": MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": MODEL_ARCH.QWEN3,
+    "SmolLM3ForCausalLM": MODEL_ARCH.SMOLLM3,
+    "StableLmForCausalLM": MODEL_ARCH.STABLELM,
+    "Starcoder2ForCausalLM": MODEL_ARCH.STARCODER2,
 }
-"""Bases by their class in transformers; of Llama's, q and k are laid out in another order."""
+"""Bases by their class in transformers; of each, llama.cpp gave the tokens of transformers
+(`tests/benchmarks/llama_cpp_bases.py`)."""
+IN_PAIRS = {MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3}
+"""Of these, q and k are laid out in another order."""
 
 
 def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
@@ -103,7 +117,7 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     if entry.licence:
         writer.add_license(entry.licence)
     for path, a, b in _factors(stack, e, alpha):
-        if architecture is gguf.MODEL_ARCH.LLAMA:
+        if architecture in IN_PAIRS:
             b = _interleaved(b, path, base)  # noqa: PLW2901
         for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()

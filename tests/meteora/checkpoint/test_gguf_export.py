@@ -62,6 +62,31 @@ def test_the_update_of_every_module_is_that_of_peft(
     assert not tensors
 
 
+@pytest.mark.parametrize(
+    ("architecture", "in_pairs"),
+    [("GraniteForCausalLM", True), ("SmolLM3ForCausalLM", True), ("Qwen2ForCausalLM", False)],
+)
+def test_the_rows_of_other_bases_lie_as_llama_cpp_has_them(
+    world: World, tmp_path: Path, architecture: str, in_pairs: bool
+) -> None:
+    base = world.manifest.base
+    other = dataclasses.replace(base.fingerprint, architecture=architecture)
+    manifest = dataclasses.replace(
+        world.manifest, base=dataclasses.replace(base, fingerprint=other)
+    )
+    (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    tensors = [
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+        for file in (
+            *export_gguf(world.checkpoint, tmp_path / "llama", "all_seven"),
+            *export_gguf(tmp_path, tmp_path / "other", "all_seven"),
+        )
+    ]
+    llama, found = (one["blk.0.attn_q.weight.lora_b"] for one in tensors)
+    assert (llama == found).all() == in_pairs
+
+
 def test_all_experts_have_a_file_each_and_the_stack_is_checked_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

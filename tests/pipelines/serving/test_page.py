@@ -267,6 +267,18 @@ def test_on_a_phone_in_the_dark_nothing_is_wider_than_the_screen(page: Page) -> 
 
 
 @pytest.mark.browser
+def test_text_from_right_to_left_ends_on_the_left(page: Page) -> None:
+    page.ask("\u05e9\u05dc\u05d5\u05dd?")
+    first, last = page.run(
+        "const text = document.querySelector('.asked').firstChild;"
+        "return [0, text.length - 1].map((at) => {"
+        " const one = new Range(); one.setStart(text, at); one.setEnd(text, at + 1);"
+        " return one.getBoundingClientRect().x; })"
+    )
+    assert last < first
+
+
+@pytest.mark.browser
 def test_a_page_of_another_site_reads_nothing_and_asks_nothing(
     browser: webdriver.Chrome, url: str, chat
 ) -> None:

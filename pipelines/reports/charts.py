@@ -292,8 +292,8 @@ def dumbbell_plot(
             draw_point(axes, real, i, MARKS["fused"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         most = max(max(row[1:]) for row in rows)
-        axes.set_xlim(0, most * 1.08)
-        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(1, most * 1.08)])
+        axes.set_xlim(-0.03 * most, most * 1.08)  # a mark at 0 covers no name
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= min(1, most * 1.08)])
         axes.set_yticks(range(len(rows)), shown)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(axis="x", color=RULE, linewidth=0.8)

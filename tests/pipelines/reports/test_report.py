@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lxml.html
 import pytest
 
-from meteora.artifacts import NULL, ArtifactId, RoutingScore
+from meteora.artifacts import NULL, SHARED, ArtifactId, RoutingScore
 from pipelines.reports import charts, queries, report
 from pipelines.reports.examples import Example, find_examples
 from pipelines.reports.lineage import lineage_graph
@@ -142,13 +142,25 @@ def test_an_expert_without_rows_has_its_share_over_all_modules(tmp_path: Path) -
     assert found == pytest.approx({"own_bits": 0, "sent_bits": sent, **most})
 
 
-def test_the_base_is_named_where_it_is_a_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("choice", "words"), [(NULL, "3 experts and the base"), (SHARED, "3 experts and their mean")]
+)
+def test_a_choice_beside_the_experts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str, words: str
 ) -> None:
-    monkeypatch.setattr(report_ledger, "COUNTS", COUNTS | {("dates", NULL): 5})
+    monkeypatch.setattr(report_ledger, "COUNTS", COUNTS | {("dates", choice): 5})
     report_ledger.fill(tmp_path)
     page = report.report_page(queries.run_queries(Ledger(tmp_path), GATE.id))
-    assert " among 3 experts and the base is at most 2.00 bits" in page
+    assert f" among {words} is at most 2.00 bits" in page
+
+
+def test_a_share_of_nothing_covers_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "draw_wide_and_narrow", lambda draw, _name: draw(charts.WIDE))
+    figure: Any = charts.dumbbell_plot([("a", 0.0, 0.1)], "x", labels=("a", "b"), xlabel="share")
+    (axes,) = figure.axes
+    left, zero = (axes.transData.transform((x, 0))[0] for x in (axes.get_xlim()[0], 0))
+    assert zero - left > charts.MARKS["oracle"].size
+    assert min(axes.get_xticks()) == 0
 
 
 def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:

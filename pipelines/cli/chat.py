@@ -201,11 +201,13 @@ class Conversation:
             self._ask(line)
         elif command == "/expert":
             self._force(argument)
-        elif command == "/trace" and argument:
-            self._write_trace(Path(argument).expanduser())
+            say(f"{for_terminal(argument)} gets every token" if argument else "the router chooses")
+        elif command == "/trace":
+            self._write_trace(argument)
         elif command == "/reset":
             self.messages = []
             self.chat.forget()
+            say("a new conversation begins")
         elif command == "/help":
             say(HELP)
         else:
@@ -218,10 +220,13 @@ class Conversation:
             check_expert(expert, self.chat.experts)
         self.expert = expert
 
-    def _write_trace(self, path: Path) -> None:
+    def _write_trace(self, file: str) -> None:
         from pipelines.reports.html import check_writable, write_page
         from pipelines.reports.trace import trace_page
 
+        if not file:
+            raise MeteoraError("/trace needs the name of a file, such as /trace talk.html")
+        path = Path(file).expanduser()
         check_writable(path)
         write_page(path, trace_page(self.chat.trace(), self.messages[0]["content"]))
         say(f"wrote {path}")

@@ -76,6 +76,13 @@ def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
     return {system: MARKS.get(system) or next(others) for system in systems}
 
 
+def name_in_chart(name: str, most: int = LONGEST) -> str:
+    """A name with at most so many characters: its end stays, by which long names often differ."""
+    plain = shortened(name, len(name))
+    end = most // 2
+    return plain if len(plain) <= most else f"{plain[: most - end - 1]}…{plain[-end:]}"
+
+
 def forest_plot(
     intervals: Sequence[Interval], xlabel: str, name: str, *, signed: bool = False
 ) -> Markup:
@@ -86,7 +93,7 @@ def forest_plot(
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))
-    names = [shortened(task, LONGEST) for task in tasks]
+    names = [name_in_chart(task) for task in tasks]
     drawn = system_marks(systems)
     gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
     height = len(tasks) * (len(systems) + gap) * line
@@ -102,7 +109,7 @@ def forest_plot(
                 axes.axhline(top - 0.5 * gap - 0.1, color=RULE, linewidth=0.8)
             if width == NARROW:
                 axes.text(
-                    0.02, top - 0.42, shortened(task, 40), fontsize=11.5, fontweight="bold",
+                    0.02, top - 0.42, name_in_chart(task, 40), fontsize=11.5, fontweight="bold",
                     va="center", transform=axes.get_yaxis_transform(),
                 )  # fmt: skip
             for interval in intervals:
@@ -154,14 +161,15 @@ def heat_map(
 
     def draw(width: int) -> Figure:
         limit = LONGEST if width == WIDE else 15
-        shown_rows = [shortened(row, limit) for row in rows]
-        shown_columns = [shortened(column, limit) for column in columns]
+        shown_rows = [name_in_chart(row, limit) for row in rows]
+        shown_columns = [name_in_chart(column, limit) for column in columns]
         left = 26 + 6.6 * max(map(len, shown_rows))
         longest = max(map(len, shown_columns))
         upright = (width - left) / len(columns) < UPRIGHT
-        # diagonal names need room on the right
-        top, right = (30 + 5.8 * longest, 6) if upright else (30 + 4.6 * longest, 4 + 4.2 * longest)
+        right = 6 if upright else 4 + 4.2 * longest  # diagonal names need room
         cell = min(46.0, (width - left - right) / len(columns))
+        size = max(6.5, min(11.5, cell * 0.8))
+        top = 30 + (0.6 * size if upright else 4.6) * longest
         figure, axes = new_axes(
             width, cell * len(rows), left=left, top=top, bottom=6,
             right=width - left - cell * len(columns),
@@ -189,7 +197,6 @@ def heat_map(
                     )  # fmt: skip
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
-        size = max(6.5, min(11.5, cell * 0.8))
         axes.set_yticks([r + 0.5 for r in range(len(rows))], shown_rows, fontsize=size)
         axes.xaxis.tick_top()
         axes.set_xticks(
@@ -283,7 +290,7 @@ def dumbbell_plot(
     """
 
     def draw(width: int) -> Figure:
-        shown = [shortened(row[0], LONGEST if width == WIDE else 15) for row in rows]
+        shown = [name_in_chart(row[0], LONGEST if width == WIDE else 15) for row in rows]
         left = 14 + 7 * max(map(len, shown))
         figure, axes = new_axes(width, 21 * len(rows), left=left, top=26, bottom=42, right=14)
         for i, (_, expected, real) in enumerate(rows):
@@ -292,8 +299,8 @@ def dumbbell_plot(
             draw_point(axes, real, i, MARKS["fused"])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         most = max(max(row[1:]) for row in rows)
-        axes.set_xlim(0, most * 1.08)
-        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(1, most * 1.08)])
+        axes.set_xlim(-0.03 * most, most * 1.08)  # a mark at 0 covers no name
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= min(1, most * 1.08)])
         axes.set_yticks(range(len(rows)), shown)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(axis="x", color=RULE, linewidth=0.8)

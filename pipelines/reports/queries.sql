@@ -152,7 +152,7 @@ FULL JOIN (
 ORDER BY expert;
 
 -- entropy: How evenly tokens are spread over the experts, in bits
-WITH choices AS (  -- all experts, and the base where tokens go to it
+WITH choices AS (  -- all experts, and their mean and the base where tokens go there
     SELECT name FROM experts JOIN routers USING (fused_id) WHERE routers.id = $router
     UNION
     SELECT chosen FROM routing_counts WHERE router_id = $router

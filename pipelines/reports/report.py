@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from meteora.artifacts import NULL, SHARED
 from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
@@ -27,6 +28,8 @@ COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "linea
 LEAST_SHARE = 0.01
 """Of an expert's tokens: another one that gets less has no place in the charts, unless it has rows
 of its own. Among hundreds of experts most have none."""
+BESIDE = {SHARED: "their mean", NULL: "the base"}
+"""What a router may choose beside experts, in words."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
 
@@ -40,6 +43,7 @@ def report_page(
         traces: each as `trace_figure` gives it, shown as examples
     """
     num_experts = len(results["experts"].rows)
+    choices = [f"{num_experts} experts", *(BESIDE[name] for name in beside(results))]
     context = {
         "title": f"{num_experts} experts on {base_name(results)}",
         "base_option": base_option(str(results["base"].rows[0]["base_model"]), None),
@@ -50,6 +54,7 @@ def report_page(
         "traces": traces,
         "num_experts": num_experts,
         "num_bystanders": len(bystanders(results)),
+        "choices": " and ".join(choices),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "page_of": page_of,
@@ -122,11 +127,9 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
     if confusion := results["confusion"].rows:
         left_out = bystanders(results)
         truths = {row["truth"] for row in confusion}
-        chosen = {row["chosen"] for row in confusion}
-        beside = sorted(chosen - set(experts))  # the base, where it is a choice
         drawn["confusion"] = charts.heat_map(
             [name for name in experts if name in truths],
-            [name for name in [*experts, *beside] if name not in left_out],
+            [name for name in [*experts, *beside(results)] if name not in left_out],
             {(row["truth"], row["chosen"]): row["share"] for row in confusion},
             "confusion",
             labels=("tokens of", "sent to, %"),
@@ -176,6 +179,12 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
         )
     drawn["lineage"] = lineage_graph(results)
     return drawn
+
+
+def beside(results: Mapping[str, QueryResult]) -> list[str]:
+    """What tokens are sent to that is no expert: the mean of all, or the base."""
+    chosen = {row["chosen"] for row in results["confusion"].rows}
+    return [name for name in BESIDE if name in chosen]
 
 
 def bystanders(results: Mapping[str, QueryResult]) -> set[str]:

@@ -53,6 +53,8 @@ STYLE: dict[str, Any] = {
 }
 NUMBERED_ID = re.compile(r' id="[\w.]+_\d+"')
 """Matplotlib's own ids of groups: equal in all figures, and nothing refers to them."""
+MARK_ID = re.compile(r'<g id="([a-z]+-\d+(?:-\d+)?)"')
+"""Our own of marks, such as `point-0-1`: equal in all figures of a page, where ids are unique."""
 FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*")
 """In matplotlib up to 3.10, and in later versions."""
 NO_TURN = re.compile(r' transform="rotate\(-?0 [^)]*\)"')
@@ -139,7 +141,7 @@ def _svg(figure: Figure, name: str, kind: str) -> Markup:
         text = text.replace(placeholder, f"var({variable})")
     # not `font`, which would take back the weight that stands before it
     text = FONT.sub(lambda font: f"font-size: {font[1] or font[2]}; font-family: var(--sans)", text)
-    text = NUMBERED_ID.sub("", text)
+    text = MARK_ID.sub(r'<g class="\1"', NUMBERED_ID.sub("", text))
     for waste, kept in ((NO_TURN, ""), (LONG_NUMBER, r"\1"), (EMPTY, ""), (INDENT, "\n")):
         text = waste.sub(kept, text)
     width, height = (round(size * 72) for size in figure.get_size_inches())

@@ -36,6 +36,9 @@ NAMED = (
 DEPTH = 0.8
 """The share of a token whose colour stands for all, where a terminal has too few for depths."""
 
+LONGEST_TITLE = 200
+"""Characters."""
+
 
 def expert_style(expert: int) -> tuple[str, str]:
     """An expert's colour, as `#rrggbb`, and its CSS line style."""
@@ -156,11 +159,15 @@ def _packed(numbers: Tensor) -> str:
 
 
 def trace_page(trace: Trace, title: str) -> str:
-    """One self-contained HTML page with one trace."""
+    """One self-contained HTML page with one trace.
+
+    Args:
+        title: such as the prompt, of which its beginning is shown: the trace has it whole
+    """
     from pipelines.reports.html import render  # noqa: PLC0415  (jinja2, which a terminal never needs)
 
     context = {
-        "title": title,
+        "title": title if len(title) <= LONGEST_TITLE else title[:LONGEST_TITLE] + "…",
         "trace": trace_figure(trace, "trace"),
         "expert_styles": expert_styles(len(trace.experts)),
         "scripts": ["trace.js"],

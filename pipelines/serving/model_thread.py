@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer, Chat
+from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from torch import nn
 
     from meteora.model.trace import Token
     from pipelines.serving.requests import ChatRequest
@@ -39,14 +42,22 @@ class _Outbox:
         self.closed = threading.Event()
         self._loop = asyncio.get_running_loop()
 
+    def look(self, *_: object) -> None:
+        """Go on only while somebody waits.
+
+        Raises:
+            ClientLeftError: nobody does.
+        """
+        if self.closed.is_set():
+            raise ClientLeftError
+
     def put(self, item: Item) -> None:
         """Hand an item on, in the model's thread.
 
         Raises:
             ClientLeftError: nobody waits for it; what computes it may stop.
         """
-        if self.closed.is_set():
-            raise ClientLeftError
+        self.look()
         self._loop.call_soon_threadsafe(self.items.put_nowait, item)
 
 
@@ -91,20 +102,32 @@ class ModelThread:
 
     def _work(self, asked: ChatRequest, expert: str, outbox: _Outbox) -> None:
         """Answer a request, in the model's thread."""
-        if outbox.closed.is_set():
-            return
         try:
-            answer = self.chat.answer(
-                [message.plain() for message in asked.messages],
-                expert=expert,
-                max_new_tokens=asked.max_new_tokens,
-                sampling=asked.sampling,
-                stop=asked.stops,
-                on_token=outbox.put,
-            )
+            outbox.look()
+            with _before_each_layer(self.chat.model, outbox.look):
+                answer = self.chat.answer(
+                    [message.plain() for message in asked.messages],
+                    expert=expert,
+                    max_new_tokens=asked.max_new_tokens,
+                    sampling=asked.sampling,
+                    stop=asked.stops,
+                    on_token=outbox.put,
+                )
             outbox.put(answer)
         except ClientLeftError:
             return
         except Exception as error:
             if not outbox.closed.is_set():
                 outbox.put(error)
+
+
+@contextmanager
+def _before_each_layer(model: nn.Module, look: Callable[..., None]) -> Generator[None]:
+    """Look before each routed layer computes: reading a long prompt takes minutes on some machines.
+
+    What it raises ends the pass.
+    """
+    with ExitStack() as hooks:
+        for layer in routed_layers(model).values():
+            hooks.enter_context(layer.register_forward_pre_hook(look))
+        yield

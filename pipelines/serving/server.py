@@ -154,11 +154,14 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)  # noqa: S101
-    return JSONResponse(error_body(str(error.detail)), error.status_code)
+    # a method that is refused comes with a header that names the others
+    return JSONResponse(error_body(str(error.detail)), error.status_code, headers=error.headers)
 
 
 async def _refuse_request(_request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(error_body(str(error)), 503 if isinstance(error, StoppedError) else 400)
+    if isinstance(error, StoppedError):
+        return JSONResponse(error_body(str(error), "server_error"), 503)
+    return JSONResponse(error_body(str(error)), 400)
 
 
 async def _fail(_request: Request, error: Exception) -> JSONResponse:

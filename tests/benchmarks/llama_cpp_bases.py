@@ -103,7 +103,7 @@ def write_checkpoint(base: Path, architecture: str, out: Path) -> Manifest:
         for path, parameter in adapter.named_parameters():
             if "lora_B" in path:
                 torch.nn.init.normal_(parameter, std=0.3)
-        adapter.save_pretrained(out / name)
+        adapter.save_pretrained(str(out / name))
         adapters.append(fit_to_base(reader.read(out / name), loading.linear_sizes(base)))
     stack_adapters(adapters, out / EXPERTS)
     entries = [

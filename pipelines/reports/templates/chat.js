@@ -100,7 +100,7 @@ function drawToken(text, token) {
 
 function drawNote({ box, note }, answer) {
   box.setAttribute("aria-busy", answer.waits);
-  note.textContent = answer.error || (answer.cut && "cut here") || (answer.waits && "…") || "";
+  note.textContent = answer.error || (answer.cut && "cut here") || (answer.waits && "…") || (answer.tokens.length ? "" : "no text");
   note.classList.toggle("error", Boolean(answer.error));
   note.hidden = !note.textContent;
 }

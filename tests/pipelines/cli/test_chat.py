@@ -25,6 +25,8 @@ from tests.pipelines.cli.command_line import Said, meteora
 if TYPE_CHECKING:
     from pathlib import Path
 
+SAID = ["q_and_v gets every token", "a new conversation begins", "the router chooses"]
+
 
 @pytest.fixture
 def talk(world, chat_base, tmp_path):
@@ -80,9 +82,9 @@ def test_a_reset_asks_as_at_the_beginning_and_quit_ends_the_program(talk) -> Non
 
 
 def test_an_expert_is_forced_and_let_go(talk) -> None:
-    routed, forced, again = talk(
-        "hello", "/expert q_and_v", "/reset", "hello", "/expert", "/reset", "hello"
-    ).stdout.splitlines()
+    said = talk("hello", "/expert q_and_v", "/reset", "hello", "/expert", "/reset", "hello")
+    assert [line for line in said.stderr.splitlines() if line in SAID] == [*SAID, SAID[1]]
+    routed, forced, again = said.stdout.splitlines()
     assert routed == again
     assert routed != forced
     assert talk("hello", expert="q_and_v").stdout.splitlines() == [forced]
@@ -93,7 +95,7 @@ def test_an_expert_is_forced_and_let_go(talk) -> None:
     [
         ("/expert nobody", "there is no expert 'nobody'; this model has all_seven"),
         ("/dance", "/dance: there is no such command"),
-        ("/trace", "/trace: there is no such command; there are /expert NAME"),
+        ("/trace", "/trace needs the name of a file, such as /trace talk.html"),
         ("/trace x.html", "there is no whole answer to trace"),
     ],
 )

@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,15 @@ from pipelines.reports.html import PageError, check_writable, write_page
 from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.reports.html_reader import Elements
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from selenium import webdriver
+
+COLOURS = (
+    "const of = getComputedStyle(document.querySelector('.text .t'));"
+    " return [of.color, of.backgroundColor, of.printColorAdjust]"
+)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 PIECES = ("ask", " me", "\n", HOSTILE, "answer", "\x1b[2J")
 
@@ -70,6 +79,28 @@ def test_a_page_with_more_than_eight_experts_says_how_they_differ(trace: Trace) 
     assert sentence in trace_view.trace_page(
         replace(trace, experts=(*trace.experts, *(f"e{n}" for n in range(5)))), ""
     )
+
+
+def test_a_long_prompt_is_on_the_page_once_and_its_beginning_above(trace: Trace) -> None:
+    html = trace_view.trace_page(trace, "word " * 500)
+    assert html.count("word " * 40 + "…") == html.count("word " * 40) == 2  # title and heading
+
+
+@pytest.mark.browser
+def test_on_paper_a_page_has_dark_text_and_the_colours_of_experts(
+    browser: webdriver.Chrome, trace: Trace, tmp_path: Path
+) -> None:
+    page = tmp_path / "trace.html"
+    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    browser.get(page.as_uri())
+    screen = browser.execute_script(COLOURS)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", **dark})
+    ink, background, adjusted = browser.execute_script(COLOURS)
+    assert ink == "rgb(28, 27, 25)" != screen[0]
+    assert background != "rgba(0, 0, 0, 0)"
+    assert adjusted == "exact"  # else a browser leaves backgrounds out
 
 
 def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None:

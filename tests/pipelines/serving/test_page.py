@@ -267,6 +267,38 @@ def test_on_a_phone_in_the_dark_nothing_is_wider_than_the_screen(page: Page) -> 
 
 
 @pytest.mark.browser
+def test_a_long_name_of_an_expert_is_whole_among_the_layers_of_a_token(page: Page) -> None:
+    page.run(
+        "const span = document.querySelector('#turns').appendChild(document.createElement('span'));"
+        "const layers = [{ layer: 0, expert: 'x'.repeat(100) }];"
+        "span.token = { text: 'a', expert: 'x', share: 1, layers };"
+        "show(span);"
+    )
+    wide, shown = page.run("return [tip.scrollWidth, tip.clientWidth]")
+    assert wide <= shown
+
+
+@pytest.mark.browser
+def test_an_answer_without_text_says_so(page: Page, chat) -> None:
+    silent = Answer("", (), truncated=False, num_new=1, num_prompt=1, num_cached=0)
+    with patch.object(chat, "answer", return_value=silent):
+        page.ask("hello")
+    assert page.one(".note").text == "no text"
+
+
+@pytest.mark.browser
+def test_text_from_right_to_left_ends_on_the_left(page: Page) -> None:
+    page.ask("\u05e9\u05dc\u05d5\u05dd?")
+    first, last = page.run(
+        "const text = document.querySelector('.asked').firstChild;"
+        "return [0, text.length - 1].map((at) => {"
+        " const one = new Range(); one.setStart(text, at); one.setEnd(text, at + 1);"
+        " return one.getBoundingClientRect().x; })"
+    )
+    assert last < first
+
+
+@pytest.mark.browser
 def test_a_page_of_another_site_reads_nothing_and_asks_nothing(
     browser: webdriver.Chrome, url: str, chat
 ) -> None:

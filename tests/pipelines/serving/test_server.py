@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import patch
+from unittest.mock import AsyncMock, Mock, patch
 
 import httpx
 import openai
 import pytest
 
 from meteora.artifacts import MeteoraError
+from meteora.model.chat import Chat
 from meteora.model.trace import Token
-from pipelines.serving import server
+from meteora.routing.layer import routed_layers
+from pipelines.serving import model_thread, server
 from pipelines.serving.host_names import names_of
+from pipelines.serving.requests import ChatRequest
 from tests.pages import ROOT, fences
 from tests.pipelines.serving.conftest import serving
 
@@ -266,7 +271,9 @@ def test_a_body_that_is_too_large_is_refused(url, *, announced: bool) -> None:
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:
     assert httpx.get(f"{url}/embeddings").json()["error"]["message"] == "Not Found"
-    assert httpx.get(f"{url}/chat/completions").status_code == 405
+    refused = httpx.get(f"{url}/chat/completions")
+    assert refused.status_code == 405
+    assert refused.headers["allow"] == "POST"
 
 
 def test_a_page_of_another_site_gets_nothing(url) -> None:
@@ -322,6 +329,35 @@ def test_a_client_that_leaves_ends_its_answer(client, url) -> None:
     assert left < (time.perf_counter() - began) / 2
 
 
+def test_the_reading_of_a_prompt_ends_when_its_client_has_left(chat, monkeypatch) -> None:
+    first, *_, last = routed_layers(chat.model).values()
+    begun, left, read = threading.Event(), threading.Event(), []
+    client = Mock(is_disconnected=AsyncMock(side_effect=begun.is_set))
+
+    def wait(*_: object) -> None:
+        begun.set()
+        left.wait(10)
+
+    async def leave() -> list:
+        asked = ChatRequest(model="tiny", messages=HELLO)
+        items = [item async for item in thread.answer(asked, "", client)]
+        left.set()
+        return items
+
+    monkeypatch.setattr(model_thread, "LOOK_EVERY_SECONDS", 0.05)
+    thread = model_thread.ModelThread(chat)
+    with (
+        first.register_forward_pre_hook(wait),
+        last.register_forward_pre_hook(lambda *_: read.append(1)),
+    ):
+        assert asyncio.run(leave()) == []
+        thread._pool.shutdown()
+    assert read == []
+    assert chat.answer(HELLO, max_new_tokens=8) == Chat(chat.model, chat.tokenizer).answer(
+        HELLO, max_new_tokens=8
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_the_model_is_a_sentence_and_the_next_request_is_answered(
     client, chat, url, caplog, *, stream: bool
@@ -372,7 +408,8 @@ def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
         *_, last = streamed.result().text.strip().split("\n\n")
     assert "the server was stopped" in last
     assert waiting.result().status_code == 503
-    assert waiting.result().json()["error"]["message"] == "the server was stopped"
+    error = waiting.result().json()["error"]
+    assert (error["message"], error["type"]) == ("the server was stopped", "server_error")
     assert not caplog.records
     assert "Traceback" not in capsys.readouterr().err
 

@@ -200,7 +200,9 @@ class Follower(Router):
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits, decision = self(tokens), self.decision
-        if decision.routes is None or decision.options != self.options:
+        # the very options, as a rule: a compiler does not compare those of a dynamic graph
+        same = decision.options is self.options or decision.options == self.options
+        if decision.routes is None or not same:
             return self.route(logits)
         weights, experts = routes = decision.routes
         if weights.device == tokens.device:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import Questions, UnreadPromptError, each_row, questions
+from meteora.routing.turns import UnreadPromptError, each_row, questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,8 +59,6 @@ class PromptReader(Watcher):
 
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
-        self._found: Questions | None = None
-        """In the last pass."""
 
     def stop(self) -> None:
         super().stop()
@@ -72,7 +70,11 @@ class PromptReader(Watcher):
             return  # an expert is forced
         given = by_name(model, args, kwargs)
         seen = PassInput.of(given)
-        self._found = found = questions(seen, self.template, self._found)
+        talk = self.follow(seen)
+        found = questions(seen, self.template, talk.closed)
+        talk.closed = found.closed
+        if (kept := talk.held.get(0)) is not self.held.logits:
+            self.held.hold(kept)
         question = found.asked & (found.turn == found.turn[:, -1:])
         asks = question.any(1) & found.closed
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
@@ -82,6 +84,7 @@ class PromptReader(Watcher):
         logits = self.read(model, question, given)
         if before is not None:  # a sequence that asks nothing here goes on as it was
             logits = logits.where(asks.cpu().unsqueeze(1), before)
+        talk.held[0] = logits
         self.held.hold(logits)
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ class PassInput:
     """[B, L] bool: the tokens that are no padding."""
     goes_on: bool
     """Whether a cache holds what precedes."""
+    cache: object = None
+    """That cache, or one that is empty yet; None where the pass is given none."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -31,7 +33,7 @@ class PassInput:
         num_before = None if past is None else int(past.get_seq_length())
         there = _there(given.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
-        return cls(ids, there, goes_on)
+        return cls(ids, there, goes_on, past if state is None else state)
 
 
 def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)
@@ -70,6 +72,21 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 WATCHER = "meteora_watcher"
 """The attribute of a model that holds what watches it."""
+CONVERSATION = "meteora_conversation"
+"""The attribute of a cache that holds what was decided for the sequences in it."""
+
+
+class Conversation:
+    """What was decided for B sequences that a cache holds, for the passes that go on with them.
+
+    It lies in the cache, and is copied and forgotten with it: two caches may be used in turn.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+        """[B, C] of each gate, by its number."""
+        self.closed: Tensor | None = None
+        """[B] bool: see `turns.Questions`"""
 
 
 class Watcher:
@@ -82,6 +99,8 @@ class Watcher:
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
     """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
+    conversation: Conversation | None = None
+    """Of the present pass, where decisions hold for later ones."""
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
@@ -97,16 +116,32 @@ class Watcher:
         """See no more."""
         for hook in self._hooks:
             hook.remove()
+        self.conversation = None
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
+
+    def follow(self, seen: PassInput) -> Conversation:
+        """Turn to the conversation of a pass, by its cache; to the last one where that has none."""
+        last = getattr(seen.cache, CONVERSATION, self.conversation) if seen.goes_on else None
+        self.conversation = found = last or Conversation()
+        self._keep_in(seen.cache)
+        return found
+
+    def _keep_in(self, cache: object) -> None:
+        if cache is None or self.conversation is None:
+            return
+        if getattr(cache, CONVERSATION, None) is not self.conversation:
+            setattr(cache, CONVERSATION, self.conversation)
 
     def _at_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before(model, args, kwargs)
         self._seen = True
 
-    def _after(self, *_: object) -> None:
+    def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self._seen = False
+        for name in ("past_key_values", "cache_params"):  # a model makes one where it is given none
+            self._keep_in(getattr(output, name, None))
 
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._seen:

@@ -196,6 +196,16 @@ def test_a_sequence_that_goes_on_is_not_routed_by_a_batch_that_was_read_since(mo
 
 
 @torch.no_grad()
+def test_conversations_on_caches_of_their_own_take_turns(model):
+    said, caches = torch.tensor([task_tokens(3, 1, random.Random(4))]), []
+    for e in (1, 2):
+        caches.append(DynamicCache())
+        model(torch.tensor([asked(e)]), past_key_values=caches[-1])
+    routes = [routes_of(model, said, cache) for cache in (*caches, caches[0])]
+    assert routes[0] == routes[2] != routes[1]
+
+
+@torch.no_grad()
 def test_a_system_prompt_and_an_answer_behind_the_question_decide_nothing(model):
     names = expert_names(model)
     system = [1, *task_tokens(1, 4, random.Random(0)), *OPENING[1:]]

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
+from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import UnreadPromptError, each_row, questions
+from meteora.routing.turns import each_row, questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,8 @@ class PromptReader(Watcher):
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
-        given = by_name(model, args, kwargs)
+        given = self.given(model, args, kwargs)
+        self.refuse_packed()
         seen = PassInput.of(given)
         talk = self.follow(seen)
         found = questions(seen, self.template, talk.closed)

@@ -10,6 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from meteora.artifacts import MeteoraError
+
+
+class UnreadPromptError(MeteoraError, RuntimeError):
+    """Tokens are to be routed, and no prompt of theirs was read."""
+
 
 @dataclass(frozen=True)
 class PassInput:
@@ -99,6 +105,8 @@ class Watcher:
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
     """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
+    _packed = False
+    """Whether a row of the present pass holds several sequences."""
     conversation: Conversation | None = None
     """Of the present pass, where decisions hold for later ones."""
 
@@ -149,7 +157,28 @@ class Watcher:
         self._seen = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(PassInput.of(by_name(model, args, kwargs)))
+        self.see(PassInput.of(self.given(model, args, kwargs)))
+
+    def given(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of the present pass, by name."""
+        given = by_name(model, args, kwargs)
+        self._packed = given.get("cu_seq_lens_q") is not None  # where each sequence begins
+        return given
+
+    def refuse_packed(self) -> None:
+        """Refuse a pass whose rows hold several sequences: each would decide for all.
+
+        Raises:
+            UnreadPromptError: this is such a pass.
+        """
+        if self._packed:
+            raise UnreadPromptError(
+                "several sequences lie in one row, as in continuous batching (`generate_batch`),"
+                " and this model decides by whole prompts, one in a row; call `generate` with"
+                " padded prompts, or take a model whose gates decide token by token"
+            )
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:

@@ -17,13 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import HEADER, Template
-from meteora.routing.passes import PassInput, Watcher, earlier, ends
-
-
-class UnreadPromptError(MeteoraError, RuntimeError):
-    """Tokens are to be routed, and no prompt of theirs was read."""
+from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, earlier, ends
 
 
 class Questions(NamedTuple):
@@ -136,8 +131,10 @@ class TurnChoice:
         """The logits of tokens [T, IN], each those of its turn: [T, C].
 
         Raises:
-            UnreadPromptError: no pass of so many tokens was seen, or it goes on with others.
+            UnreadPromptError: no pass of so many tokens was seen, it goes on with others, or its
+                rows hold several sequences.
         """
+        self.turns.refuse_packed()
         found, talk = self.turns.found, self.turns.conversation
         if found is None or talk is None or found.turn.numel() != len(tokens):
             raise UnreadPromptError(

@@ -23,8 +23,7 @@ from meteora.model.prompt_choice import mean_of_others
 from meteora.model.trace import trace
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import WATCHER
-from meteora.routing.turns import UnreadPromptError
+from meteora.routing.passes import WATCHER, UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.pipelines.conftest import CHAT_TEMPLATE
 

@@ -20,8 +20,8 @@ from meteora.model.fused import expert_names, force_expert
 from meteora.routing.gates import gates_of, insert_gates, watch_prompts
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import WATCHER, PassInput
-from meteora.routing.turns import Turns, UnreadPromptError, questions
+from meteora.routing.passes import WATCHER, PassInput, UnreadPromptError
+from meteora.routing.turns import Turns, questions
 from tests.meteora.fitting.test_calibrate import task_tokens
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)

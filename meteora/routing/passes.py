@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):
@@ -102,6 +107,8 @@ class Watcher:
     OPT: so both are watched.
     """
 
+    reads_whole = False
+    """Whether a prompt has to come in one pass, however long it is."""
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
     """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
@@ -186,13 +193,48 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return getattr(model, WATCHER, None)
 
 
-def set_watcher(model: nn.Module, watcher: Watcher | None) -> None:
+def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
     """Have a model watched by this one, in place of what watched it for the routers before."""
     if (before := watcher_of(model)) is not None:
         before.stop()
     if watcher is not None:
         watcher.watch(model)
     setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the routers
+    vars(model).pop("generate", None)
+    if watcher is not None and watcher.reads_whole:
+        name = "generate"
+        setattr(model, name, partial(_generate_whole, model))
+
+
+def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Run `generate` of transformers if it does not cut the prompt: no pass would show that.
+
+    Raises:
+        UnreadPromptError: it would cut it, and a router is to read it whole.
+    """
+    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    configs = given.get("generation_config"), model.generation_config
+    sizes = [given.get("prefill_chunk_size")]
+    sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
+    size, length = next(filter(None, sizes), None), _num_unread(given)
+    routers = [layer.router for layer in routed_layers(model).values()]
+    if size and length > size and any(router and not router.is_causal for router in routers):
+        raise UnreadPromptError(
+            f"prefill_chunk_size={size} cuts a prompt of {length} tokens, and this model decides by"
+            " whole prompts; leave it out, or take a model whose gates decide token by token"
+        )
+    kind: Any = type(model)
+    return kind.generate(model, *args, **kwargs)
+
+
+def _num_unread(given: Mapping[str, Any]) -> int:
+    """How many tokens the arguments of `generate` have that no cache holds."""
+    names = "inputs", "input_ids", "inputs_embeds"
+    prompt = next((found for name in names if (found := given.get(name)) is not None), None)
+    length = 0 if prompt is None else prompt.shape[1]
+    cache = given.get("past_key_values")
+    held = 0 if cache is None else int(cache.get_seq_length())
+    return length - held if held < length else length
 
 
 def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:

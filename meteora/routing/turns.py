@@ -88,6 +88,8 @@ def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
 class Turns(Watcher):
     """What the gates of a model know of the turns in the present pass; they have one together."""
 
+    reads_whole = True
+
     def __init__(self, template: Template) -> None:
         self.template = template
         self.found: Questions | None = None

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from meteora.artifacts import RouterOptions
 from meteora.artifacts.routers import POINT_GATES
@@ -266,6 +266,23 @@ def test_conversations_on_caches_of_their_own_take_turns(model, given, copied):
             steps[i] = out.logits[:, -1:].argmax(-1)
             found[i].append(steps[i].item())
     assert found == expected
+
+
+@pytest.mark.parametrize("how", ["argument", "config", "own config"])
+def test_a_prompt_is_not_to_be_cut(model, how, monkeypatch):
+    prompt, asked = question(1), {"prefill_chunk_size": 4}
+    if how == "config":
+        asked = {"generation_config": GenerationConfig(**GREEDY, **asked)}
+    elif how == "own config":
+        monkeypatch.setattr(model.generation_config, "prefill_chunk_size", 4)
+        asked = {}
+    with pytest.raises(UnreadPromptError, match=f"a prompt of {len(prompt)} tokens"):
+        answer(copy.deepcopy(model), prompt, **asked)
+    with force_expert(model, expert_names(model)[0]):
+        answer(model, prompt, **asked)
+    model.generation_config.prefill_chunk_size = None
+    whole = {"prefill_chunk_size": len(prompt)}
+    assert answer(model, prompt, **whole) == answer(model, prompt)
 
 
 def test_guidance_reads_another_prompt_beside(model):

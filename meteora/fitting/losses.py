@@ -23,7 +23,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER, replaced_forward
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, each_of_kind
 from meteora.model.fused import without_dropout
-from meteora.routing.gates import gates_in, known_of_pass, old_routers_after_error
+from meteora.routing.gates import as_in_this_pass, gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
 
 if TYPE_CHECKING:
@@ -231,8 +230,7 @@ def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
 def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
     """Keep no activations inside layers; the backward pass computes them again.
 
-    transformers' own switch needs training mode, which turns dropout on. And it routes by what the
-    routers know of the last pass, whose backward pass may not be the next.
+    transformers' own switch needs training mode, which turns dropout on.
     """
     with ExitStack() as replaced:
         for layer in layers:
@@ -248,19 +246,5 @@ def _checkpointed(
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
     """A layer's output; computed again, it is routed as in this pass, whatever ran since."""
-    known = [(one, dict(vars(one))) for one in known_of_pass(layer)]
-    calls = count()
-
-    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if not next(calls):
-            return forward(*args, **kwargs)
-        later = [(one, dict(vars(one))) for one, _ in known]
-        try:
-            for one, state in known:
-                vars(one).update(state)
-            return forward(*args, **kwargs)
-        finally:
-            for one, state in later:
-                vars(one).update(state)
-
+    run = as_in_this_pass(layer, forward)
     return checkpoint(run, *args, use_reentrant=False, **kwargs)

@@ -28,7 +28,7 @@ from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.gates import insert_gates
+from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
@@ -182,6 +182,7 @@ def insert_experts(
     model.set_adapter = _refuse_to_set
     for method in ("add_adapter", "load_adapter"):
         setattr(model, method, _refuse_to_add)
+    route_again_as_before(model)
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
         choices = choices_of(entry.ranks, manifest.router)

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.passes import PassInput, Watcher, by_name, set_watcher
+from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import Questions, UnreadPromptError, each_row, questions
+from meteora.routing.turns import each_row, questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,10 +57,10 @@ def insert_prompt_routers(
 class PromptReader(Watcher):
     """Reads each prompt with the base before it is routed, and decides for its sequence."""
 
+    reads_whole = True
+
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
-        self._found: Questions | None = None
-        """In the last pass."""
 
     def stop(self) -> None:
         super().stop()
@@ -70,9 +70,14 @@ class PromptReader(Watcher):
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
-        given = by_name(model, args, kwargs)
+        given = self.given(model, args, kwargs)
+        self.refuse_packed()
         seen = PassInput.of(given)
-        self._found = found = questions(seen, self.template, self._found)
+        talk = self.follow(seen)
+        found = questions(seen, self.template, talk.closed)
+        talk.closed = found.closed
+        if (kept := talk.held.get(0)) is not self.held.logits:
+            self.held.hold(kept)
         question = found.asked & (found.turn == found.turn[:, -1:])
         asks = question.any(1) & found.closed
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
@@ -82,6 +87,7 @@ class PromptReader(Watcher):
         logits = self.read(model, question, given)
         if before is not None:  # a sequence that asks nothing here goes on as it was
             logits = logits.where(asks.cpu().unsqueeze(1), before)
+        talk.held[0] = logits
         self.held.hold(logits)
 
     @torch.no_grad()

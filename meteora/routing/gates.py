@@ -9,9 +9,14 @@ share = turn     as `point`, and each gate decides once for a whole turn of a co
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.artifacts.routers import ONE_INPUT
@@ -25,12 +30,16 @@ from meteora.routing.turns import TurnChoice, Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
 class UndecidedError(MeteoraError):
     """A module has neither a gate nor one before it to follow."""
+
+
+class CheckpointingError(MeteoraError):
+    """A layer that follows another's gate is not to be computed again in this way."""
 
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
@@ -168,6 +177,71 @@ def known_of_pass(layers: nn.Module) -> list[object]:
     read = [*followed, *rules, *(rule.turns for rule in rules if isinstance(rule, TurnChoice))]
     own = {id(gate.decision) for gate in gates}
     return list({id(one): one for one in read if id(one) not in own}.values())
+
+
+def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does what `run` does, for a backward pass that computes layers again.
+
+    From its second call on they are routed as in the present pass, whatever ran since.
+
+    Args:
+        run: calls the layers
+    """
+    known = [(one, dict(vars(one))) for one in known_of_pass(layers)]
+    calls = count()
+
+    def run_again(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not next(calls):
+            return run(*args, **kwargs)
+        later = [(one, dict(vars(one))) for one, _ in known]
+        try:
+            for one, state in known:
+                vars(one).update(state)
+            return run(*args, **kwargs)
+        finally:
+            for one, state in later:
+                vars(one).update(state)
+
+    return run_again
+
+
+def route_again_as_before(model: PreTrainedModel) -> None:
+    """Have transformers' switch for gradient checkpointing route as `as_in_this_pass` does."""
+    method = "_set_gradient_checkpointing"
+    setattr(model, method, partial(_set_gradient_checkpointing, model))
+
+
+def _set_gradient_checkpointing(model: PreTrainedModel, **asked: Any) -> None:  # noqa: ANN401
+    name = "gradient_checkpointing_func"
+    if name in asked:
+        asked[name] = partial(_checkpointed, asked[name])
+    type(model)._set_gradient_checkpointing(model, **asked)
+
+
+def _checkpointed(
+    checkpoint: Callable[..., Any],
+    run: Callable[..., Any],
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """What transformers' `checkpoint` gives of a layer: `run` is its method, or holds it first.
+
+    Raises:
+        CheckpointingError: gradients would not reach a gate that the layer follows.
+    """
+    layer = next(iter(getattr(run, "args", ())), getattr(run, "__self__", None))
+    if not isinstance(layer, nn.Module):
+        return checkpoint(run, *args, **kwargs)
+    follows = any(isinstance(one, Decision) for one in known_of_pass(layer))
+    routers = [one.router for one in routed_layers(layer).values()]
+    weighs = follows and any(isinstance(r, Follower) and r.options.top_k > 1 for r in routers)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")
+    if weighs and reentrant and torch.is_grad_enabled():
+        raise CheckpointingError(
+            "gradient checkpointing with use_reentrant=True gives wrong gradients where a layer"
+            " follows the gate of another; enable it with use_reentrant=False"
+        )
+    return checkpoint(as_in_this_pass(layer, run), *args, **kwargs)
 
 
 def gates_of(model: PreTrainedModel) -> Gates:

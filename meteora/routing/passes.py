@@ -5,10 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from meteora.artifacts import MeteoraError
+from meteora.routing.layer import routed_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class UnreadPromptError(MeteoraError, RuntimeError):
+    """Tokens are to be routed, and no prompt of theirs was read."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class PassInput:
     """[B, L] bool: the tokens that are no padding."""
     goes_on: bool
     """Whether a cache holds what precedes."""
+    cache: object = None
+    """That cache, or one that is empty yet; None where the pass is given none."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -31,7 +44,7 @@ class PassInput:
         num_before = None if past is None else int(past.get_seq_length())
         there = _there(given.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
-        return cls(ids, there, goes_on)
+        return cls(ids, there, goes_on, past if state is None else state)
 
 
 def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)
@@ -76,6 +89,21 @@ def cache_name(model: nn.Module) -> str:
 
 WATCHER = "meteora_watcher"
 """The attribute of a model that holds what watches it."""
+CONVERSATION = "meteora_conversation"
+"""The attribute of a cache that holds what was decided for the sequences in it."""
+
+
+class Conversation:
+    """What was decided for B sequences that a cache holds, for the passes that go on with them.
+
+    It lies in the cache, and is copied and forgotten with it: two caches may be used in turn.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+        """[B, C] of each gate, by its number."""
+        self.closed: Tensor | None = None
+        """[B] bool: see `turns.Questions`"""
 
 
 class Watcher:
@@ -85,9 +113,15 @@ class Watcher:
     OPT: so both are watched.
     """
 
+    reads_whole = False
+    """Whether a prompt has to come in one pass, however long it is."""
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
     """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
+    _packed = False
+    """Whether a row of the present pass holds several sequences."""
+    conversation: Conversation | None = None
+    """Of the present pass, where decisions hold for later ones."""
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
@@ -103,23 +137,60 @@ class Watcher:
         """See no more."""
         for hook in self._hooks:
             hook.remove()
+        self.conversation = None
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
+
+    def follow(self, seen: PassInput) -> Conversation:
+        """Turn to the conversation of a pass, by its cache; to the last one where that has none."""
+        last = getattr(seen.cache, CONVERSATION, self.conversation) if seen.goes_on else None
+        self.conversation = found = last or Conversation()
+        self._keep_in(seen.cache)
+        return found
+
+    def _keep_in(self, cache: object) -> None:
+        if cache is None or self.conversation is None:
+            return
+        if getattr(cache, CONVERSATION, None) is not self.conversation:
+            setattr(cache, CONVERSATION, self.conversation)
 
     def _at_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before(model, args, kwargs)
         self._seen = True
 
-    def _after(self, *_: object) -> None:
+    def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self._seen = False
+        for name in ("past_key_values", "cache_params"):  # a model makes one where it is given none
+            self._keep_in(getattr(output, name, None))
 
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._seen:
             self._before(base, args, kwargs)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(PassInput.of(by_name(model, args, kwargs)))
+        self.see(PassInput.of(self.given(model, args, kwargs)))
+
+    def given(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of the present pass, by name."""
+        given = by_name(model, args, kwargs)
+        self._packed = given.get("cu_seq_lens_q") is not None  # where each sequence begins
+        return given
+
+    def refuse_packed(self) -> None:
+        """Refuse a pass whose rows hold several sequences: each would decide for all.
+
+        Raises:
+            UnreadPromptError: this is such a pass.
+        """
+        if self._packed:
+            raise UnreadPromptError(
+                "several sequences lie in one row, as in continuous batching (`generate_batch`),"
+                " and this model decides by whole prompts, one in a row; call `generate` with"
+                " padded prompts, or take a model whose gates decide token by token"
+            )
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
@@ -127,13 +198,48 @@ def watcher_of(model: nn.Module) -> Watcher | None:
     return getattr(model, WATCHER, None)
 
 
-def set_watcher(model: nn.Module, watcher: Watcher | None) -> None:
+def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
     """Have a model watched by this one, in place of what watched it for the routers before."""
     if (before := watcher_of(model)) is not None:
         before.stop()
     if watcher is not None:
         watcher.watch(model)
     setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the routers
+    vars(model).pop("generate", None)
+    if watcher is not None and watcher.reads_whole:
+        name = "generate"
+        setattr(model, name, partial(_generate_whole, model))
+
+
+def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Run `generate` of transformers if it does not cut the prompt: no pass would show that.
+
+    Raises:
+        UnreadPromptError: it would cut it, and a router is to read it whole.
+    """
+    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    configs = given.get("generation_config"), model.generation_config
+    sizes = [given.get("prefill_chunk_size")]
+    sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
+    size, length = next(filter(None, sizes), None), _num_unread(given)
+    routers = [layer.router for layer in routed_layers(model).values()]
+    if size and length > size and any(router and not router.is_causal for router in routers):
+        raise UnreadPromptError(
+            f"prefill_chunk_size={size} cuts a prompt of {length} tokens, and this model decides by"
+            " whole prompts; leave it out, or take a model whose gates decide token by token"
+        )
+    kind: Any = type(model)
+    return kind.generate(model, *args, **kwargs)
+
+
+def _num_unread(given: Mapping[str, Any]) -> int:
+    """How many tokens the arguments of `generate` have that no cache holds."""
+    names = "inputs", "input_ids", "inputs_embeds"
+    prompt = next((found for name in names if (found := given.get(name)) is not None), None)
+    length = 0 if prompt is None else prompt.shape[1]
+    cache = given.get("past_key_values")
+    held = 0 if cache is None else int(cache.get_seq_length())
+    return length - held if held < length else length
 
 
 def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -61,7 +61,12 @@ class PromptOpening(Watcher):
         self.opening = self.evidence = None
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """Logits [T, C]; the opening's are replaced by the evidence's summed log-likelihoods."""
+        """Logits [T, C]; the opening's are replaced by the evidence's summed log-likelihoods.
+
+        Raises:
+            UnreadPromptError: rows of the pass hold several sequences.
+        """
+        self.refuse_packed()
         opening, evidence, logits = self.opening, self.evidence, logits_of(tokens)
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits

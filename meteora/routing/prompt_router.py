@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from meteora.routing.passes import UnreadPromptError
 from meteora.routing.routers import Router
-from meteora.routing.turns import UnreadPromptError
 
 if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions

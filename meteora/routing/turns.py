@@ -17,13 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import HEADER, Template
-from meteora.routing.passes import PassInput, Watcher, earlier, ends
-
-
-class UnreadPromptError(MeteoraError, RuntimeError):
-    """Tokens are to be routed, and no prompt of theirs was read."""
+from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, earlier, ends
 
 
 class Questions(NamedTuple):
@@ -38,18 +33,20 @@ class Questions(NamedTuple):
     """[B] bool: whether the last turn's question has been closed, here or before."""
 
 
-def questions(seen: PassInput, template: Template, previous: Questions | None = None) -> Questions:
+def questions(
+    seen: PassInput, template: Template, previously_closed: Tensor | None = None
+) -> Questions:
     """Find the turns of a pass, and the question of each; it may have none.
 
     Args:
-        previous: of the pass before, with which this one may go on
+        previously_closed: [B], `closed` of the pass with which this one goes on
     """
     ids, there = seen.ids, seen.there
     none = torch.zeros_like(there)
     closed = none.any(1)
     # where later questions have no header, only a closing shows them
-    if seen.goes_on and previous is not None and template.header:
-        held = each_row(previous.closed, len(there))
+    if seen.goes_on and template.header:
+        held = each_row(previously_closed, len(there))
         closed = closed if held is None else held.to(there.device)
     short = seen.goes_on and there.shape[1] < len(template.question_end)  # a token of an answer
     if ids is None or not template.question_end or short:
@@ -91,22 +88,28 @@ def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
 class Turns(Watcher):
     """What the gates of a model know of the turns in the present pass; they have one together."""
 
+    reads_whole = True
+
     def __init__(self, template: Template) -> None:
         self.template = template
         self.found: Questions | None = None
         self.goes_on = self.any_asks = self.all_ask = False
         """Of the pass; whether any of its sequences has a question, and whether all have."""
+        self._num_gates = 0
         self.num_decided = 0
         """How often a gate has decided for a question. Where it is as it was when a cache was kept,
         the gates still hold what they decided for the tokens in that cache."""
 
     def at_gate(self) -> TurnChoice:
         """What one gate decides with."""
-        return TurnChoice(self)
+        self._num_gates += 1
+        return TurnChoice(self, self._num_gates)
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
-        self.found = found = questions(seen, self.template, self.found)
+        talk = self.follow(seen)
+        self.found = found = questions(seen, self.template, talk.closed)
+        talk.closed = found.closed
         asks = found.asked.any(1)
         self.goes_on, self.any_asks = seen.goes_on, bool(asks.any())
         self.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
@@ -117,27 +120,31 @@ class Turns(Watcher):
 
 
 class TurnChoice:
-    """What one gate has decided for the sequences of a batch."""
+    """What one gate decides for the sequences of a batch.
 
-    def __init__(self, turns: Turns) -> None:
-        self.turns, self.template = turns, turns.template
-        self.held: Tensor | None = None
-        """[B, C] log-probabilities of each sequence's last turn. A pass that goes on is taken for
-        one that goes on with these sequences."""
+    It holds log-probabilities [B, C] of each sequence's last turn, in their conversation.
+    """
+
+    def __init__(self, turns: Turns, number: int) -> None:
+        """Take what the gates know together, and the number of this one."""
+        self.turns, self.template, self.number = turns, turns.template, number
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """The logits of tokens [T, IN], each those of its turn: [T, C].
 
         Raises:
-            UnreadPromptError: no pass of so many tokens was seen, or it goes on with others.
+            UnreadPromptError: no pass of so many tokens was seen, it goes on with others, or its
+                rows hold several sequences.
         """
-        found, held = self.turns.found, self.held
-        if found is None or found.turn.numel() != len(tokens):
+        self.turns.refuse_packed()
+        found, talk = self.turns.found, self.turns.conversation
+        if found is None or talk is None or found.turn.numel() != len(tokens):
             raise UnreadPromptError(
                 f"{len(tokens)} tokens are to be routed by their turns, and a pass of"
                 f" {0 if found is None else found.turn.numel()} was seen; call the whole model"
             )
         num_rows, length = found.turn.shape
+        held = talk.held.get(self.number)
         before = each_row(held, num_rows) if self.turns.goes_on else None
         if before is None and not self.turns.all_ask:
             raise UnreadPromptError(
@@ -151,7 +158,7 @@ class TurnChoice:
         own = own.log_softmax(-1, dtype=wide).view(num_rows, length, -1)  # [B, L, C]
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
         logits, last = decide_turns(own, turn, asked, before)
-        self.held = last.detach()
+        talk.held[self.number] = last.detach()
         self.turns.num_decided += 1
         return logits.flatten(0, 1)
 

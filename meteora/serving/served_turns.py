@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from meteora.routing.passes import PassInput
-from meteora.routing.turns import UnreadPromptError, questions
+from meteora.routing.passes import PassInput, UnreadPromptError
+from meteora.routing.turns import questions
 
 if TYPE_CHECKING:
     from meteora.base.chat_template import Template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -37,7 +38,7 @@ from meteora.fitting.training_state import (
     learning_rate,
 )
 from meteora.model.fused import expert_names
-from meteora.routing.gates import gates_in, gates_of
+from meteora.routing.gates import CheckpointingError, gates_in, gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from tests.meteora.fitting.test_add_expert import replaced, with_opening
@@ -284,7 +285,10 @@ def test_layers_that_are_computed_again_give_the_same_gradients(model, share):
         pytest.param("point", Template((1, 1), ()), id="opening"),
     ],
 )
-def test_layers_that_are_computed_again_are_routed_as_in_their_own_pass(model, share, template):
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_layers_that_are_computed_again_are_routed_as_in_their_own_pass(
+    model, share, template, by_transformers
+):
     """Two passes of as many tokens, and then the way back through both."""
     parameters = with_gates(model, 2, share, template)
 
@@ -295,9 +299,28 @@ def test_layers_that_are_computed_again_are_routed_as_in_their_own_pass(model, s
     for ids in asked:
         loss(*ids).backward()
     expected = gradients(parameters)
-    with computed_again(decoder_layers(model, routed_layers(model))):
+    if by_transformers:
+        switch(model, use_reentrant=False)
+        again = nullcontext()
+    else:
+        again = computed_again(decoder_layers(model, routed_layers(model)))
+    with again:
         sum(loss(*ids) for ids in asked).backward()
     torch.testing.assert_close(gradients(parameters), expected)
+
+
+def switch(model, **asked):
+    """Turn on transformers' own gradient checkpointing, whose name depends on its version."""
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(asked)
+
+
+def test_gradients_that_would_not_reach_a_gate_below_are_refused(model):
+    with_gates(model, 2, "token")
+    switch(model, use_reentrant=True)
+    with pytest.raises(CheckpointingError, match="use_reentrant=False"):
+        model(torch.tensor([[1, 5, 2]]), use_cache=False)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

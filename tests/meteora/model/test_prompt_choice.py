@@ -24,9 +24,8 @@ from meteora.model.prompt_choice import mean_of_others
 from meteora.model.trace import trace
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import WATCHER
+from meteora.routing.passes import WATCHER, UnreadPromptError
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import UnreadPromptError
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
@@ -212,6 +211,16 @@ def test_a_sequence_that_goes_on_is_not_routed_by_a_batch_that_was_read_since(mo
     model(torch.tensor([asked(2)]), past_key_values=cache)
     model(torch.tensor([asked(0), asked(1)]))
     assert len(routes_of(model, said, cache)) == 1
+
+
+@torch.no_grad()
+def test_conversations_on_caches_of_their_own_take_turns(model):
+    said, caches = torch.tensor([task_tokens(3, 1, random.Random(4))]), []
+    for e in (1, 2):
+        caches.append(DynamicCache())
+        model(torch.tensor([asked(e)]), past_key_values=caches[-1])
+    routes = [routes_of(model, said, cache) for cache in (*caches, caches[0])]
+    assert routes[0] == routes[2] != routes[1]
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
+from meteora.model.fused import without_experts
 from meteora.routing.gates import insert_gates
-from meteora.routing.passes import PassInput
+from meteora.routing.passes import PassInput, UnreadPromptError
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
 TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
@@ -69,6 +70,18 @@ def test_a_pass_that_failed_before_its_base_model_is_over(model):
         model(first)
     hook.remove()
     assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
+
+
+@torch.no_grad()
+def test_rows_of_several_sequences_are_refused_where_a_gate_decides_by_them(model):
+    """transformers' continuous batching lays all prompts end to end, and trainers do."""
+    ids = torch.tensor([[*FIRST, *OTHER]])
+    ends = torch.tensor([0, len(FIRST), ids.shape[1]], dtype=torch.int32)
+    with without_experts(model):
+        model(ids, cu_seq_lens_q=ends)
+    with pytest.raises(UnreadPromptError, match="several sequences lie in one row"):
+        model(ids, cu_seq_lens_q=ends)
+    model(ids)
 
 
 @torch.no_grad()

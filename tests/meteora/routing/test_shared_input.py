@@ -334,6 +334,15 @@ def test_it_decodes_through_one_graph(models):
     decodes_through_one_graph(models[1])
 
 
+def test_it_compiles_for_any_number_of_tokens(models):
+    """Where a compiler takes all numbers for variables, also those of the options."""
+    compiled = torch.compile(models[1], fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for ids in (IDS, IDS[:1, :4]):
+            got, expected = (run(ids, use_cache=False).logits for run in (compiled, models[0]))
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_loaded_checkpoint_shares_where_its_gates_decide_for_points(world, tmp_path):
     model = world.load()
     follows = follow(model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from meteora.artifacts import RouterOptions
 from meteora.artifacts.routers import POINT_GATES
@@ -19,8 +20,8 @@ from meteora.model.fused import expert_names, force_expert
 from meteora.routing.gates import gates_of, insert_gates, watch_prompts
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import WATCHER, PassInput
-from meteora.routing.turns import Turns, UnreadPromptError, questions
+from meteora.routing.passes import WATCHER, PassInput, UnreadPromptError
+from meteora.routing.turns import Turns, questions
 from tests.meteora.fitting.test_calibrate import task_tokens
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
@@ -277,6 +278,53 @@ def test_a_conversation_on_one_cache_is_the_one_that_is_read_at_once(model):
     for path, (_, experts) in whole.items():
         assert torch.equal(experts, torch.cat([one[path][1], two[path][1]])), path
     assert all(len(experts.unique()) == 1 for _, experts in two.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("copied", [False, True])
+def test_conversations_on_caches_of_their_own_take_turns(model, given, copied):
+    """Whether the caller makes the cache or the model, and whether it goes on with a copy."""
+    prompts = [question(1), question(2)]
+    expected = [answer(model, prompt) for prompt in prompts]
+    caches = [DynamicCache(), DynamicCache()] if given else [None, None]
+    steps, found = [torch.tensor([prompt]) for prompt in prompts], [[], []]
+    for _ in expected[0]:
+        for i in (0, 1):
+            out = model(steps[i], past_key_values=caches[i], use_cache=True)
+            caches[i] = copy.deepcopy(out.past_key_values) if copied else out.past_key_values
+            steps[i] = out.logits[:, -1:].argmax(-1)
+            found[i].append(steps[i].item())
+    assert found == expected
+
+
+@pytest.mark.parametrize("how", ["argument", "config", "own config"])
+def test_a_prompt_is_not_to_be_cut(model, how, monkeypatch):
+    prompt, asked = question(1), {"prefill_chunk_size": 4}
+    if how == "config":
+        asked = {"generation_config": GenerationConfig(**GREEDY, **asked)}
+    elif how == "own config":
+        monkeypatch.setattr(model.generation_config, "prefill_chunk_size", 4)
+        asked = {}
+    with pytest.raises(UnreadPromptError, match=f"a prompt of {len(prompt)} tokens"):
+        answer(copy.deepcopy(model), prompt, **asked)
+    with force_expert(model, expert_names(model)[0]):
+        answer(model, prompt, **asked)
+    model.generation_config.prefill_chunk_size = None
+    whole = {"prefill_chunk_size": len(prompt)}
+    assert answer(model, prompt, **whole) == answer(model, prompt)
+
+
+def test_guidance_reads_another_prompt_beside(model):
+    other = torch.tensor([question(3)])
+    asked = {
+        "guidance_scale": 1.5,
+        "negative_prompt_ids": other,
+        "negative_prompt_attention_mask": torch.ones_like(other),
+    }
+    assert answer(model, question(1), **asked) == answer(
+        model, question(1), use_cache=False, **asked
+    )
 
 
 def test_gates_are_read_back_with_their_template(model):

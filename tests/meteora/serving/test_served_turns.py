@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from meteora.base.chat_template import Template
-from meteora.routing.passes import PassInput
-from meteora.routing.turns import Turns, UnreadPromptError
+from meteora.routing.passes import PassInput, UnreadPromptError
+from meteora.routing.turns import Turns
 from meteora.serving.served_turns import Requests, ServedTurns
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)

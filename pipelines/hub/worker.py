@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import resource
 import socket
 from collections.abc import Callable, Sequence
@@ -175,6 +176,8 @@ def commit(
     )
 
 
+UNKNOWN_SENDER = "Invalid credentials in Authorization header"
+"""What the Hub says to a token that is none of its own, whatever was asked for."""
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -196,6 +199,8 @@ def describe(error: BaseException) -> dict[str, Any]:
     responses = (getattr(link, "response", None) for link in chain)
     status = next((one.status_code for one in responses if one is not None), 0)
     kind = next((name for link in chain for cls, name in KINDS if isinstance(link, cls)), "")
+    if not kind and status == 401 and UNKNOWN_SENDER in str(error):
+        kind = "token"
     if not kind and any(isinstance(link, RepositoryNotFoundError) for link in chain):
         kind = "auth" if status == 401 else "repository"
     if not kind and any(getattr(link, "errno", None) == errno.EFBIG for link in chain):
@@ -206,6 +211,8 @@ def describe(error: BaseException) -> dict[str, Any]:
         kind = "connection"
     if not kind and not status and any(getattr(link, "errno", None) for link in chain):
         kind = "disk"
+    if not kind and not status and any(isinstance(link, json.JSONDecodeError) for link in chain):
+        kind = "protocol"  # such as the page of a proxy
     root = chain[-1] if kind == "connection" else error
     if isinstance(root, MemoryError):
         root = MemoryError("the answer needs more memory than it may take")

@@ -42,6 +42,7 @@ from pipelines.hub.errors import (
     HubServerError,
     HubSizeError,
     HubTimeoutError,
+    HubTokenError,
     InsecureEndpointError,
 )
 from pipelines.hub.snapshot import locked
@@ -505,6 +506,14 @@ def test_each_refusal_has_its_own_error(
     assert error.value.retry == (status in (429, 500))
 
 
+def test_a_token_that_the_hub_does_not_know_is_called_so(server: HubServer, asked: Hub) -> None:
+    """It refuses such a request for a public repository, too: no verdict on an adapter."""
+    headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    server.faults["refs"] = Fault(status=401, headers=headers)
+    with pytest.raises(HubTokenError, match="does not know the token that was sent"):
+        repositories.resolve("someone/adapter", hub=replace(asked, token="hf_old"))  # noqa: S106
+
+
 def test_files_from_before_do_not_stand_in_for_an_answer(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
@@ -574,8 +583,12 @@ def test_a_hub_that_is_not_there_may_come_back(asked: Hub, revision: str) -> Non
 
 def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> None:
     server.faults["refs"] = Fault(status=200, body=b"<html>log in</html>")
-    with pytest.raises(HubError):
+    with pytest.raises(HubProtocolError, match="does not answer as a Hub does"):
         repositories.resolve("someone/adapter", hub=asked)
+    server.faults["refs"] = Fault(status=407, body=b"<html>\nlog in\n</html>")
+    with pytest.raises(HubError, match="407") as error:
+        repositories.resolve("someone/adapter", hub=asked)
+    assert "\n" not in str(error.value)
 
 
 def test_an_answer_that_unpacks_to_more_than_the_memory_it_may_take_is_given_up(

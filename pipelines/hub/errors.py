@@ -83,6 +83,9 @@ class TransientHubError(HubError):
 class HubRateLimitError(TransientHubError):
     """Too many requests in too short a time."""
 
+    wait_seconds = 0
+    """After which the Hub will answer; 0 where it does not say."""
+
 
 class HubServerError(TransientHubError):
     """The Hub has a fault of its own."""
@@ -146,7 +149,7 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
 
     Args:
         what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
-        error: `kind`, `status` and `text`, of `worker.describe`.
+        error: What `worker.describe` makes of it.
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}
@@ -154,4 +157,7 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
     kind = error["kind"] or of_status.get(status, "server" if status >= 500 else "")
     error_class, sentence = _SENTENCES[kind]
     text = " ".join(error["text"].split())[:300]
-    return error_class(sentence.format(what=what, endpoint=endpoint, status=status, text=text))
+    made = error_class(sentence.format(what=what, endpoint=endpoint, status=status, text=text))
+    if isinstance(made, HubRateLimitError):
+        made.wait_seconds = error["wait"]
+    return made

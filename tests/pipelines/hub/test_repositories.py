@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -538,6 +539,32 @@ def test_a_short_wait_that_the_hub_asks_for_is_waited(
 ) -> None:
     server.faults["head"] = Fault(status=429, headers={"Retry-After": "1"}, times=1)
     assert download(REF, tmp_path, hub=asked).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("headers", "waited"),
+    [
+        ({"RateLimit": '"api";r=0;t=290', "Retry-After": "1"}, 290),
+        ({"Retry-After": "55"}, 55),
+        ({"Retry-After": "86400"}, 0),
+        ({"RateLimit": "soon"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(
+    headers: dict[str, str],
+    waited: int,
+    server: HubServer,
+    asked: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client waits for files and listings, and not where it asks for branches."""
+    pauses: list[float] = []
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=pauses.append))
+    server.faults["refs"] = Fault(status=429, headers=headers, times=1)
+    with nullcontext() if waited else pytest.raises(HubRateLimitError):
+        assert repositories.resolve("someone/adapter", hub=asked) == REF
+    assert pauses == [waited] * bool(waited)
 
 
 HANGS, ASKS_TO_WAIT = Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})

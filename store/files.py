@@ -118,11 +118,11 @@ def discard(path: Path) -> None:
         ) from error
 
 
-def leftovers(root: Path) -> list[Path]:
-    """What killed writers left below `root`: all in `tmp` that has not changed for long."""
+def leftovers(root: Path, pattern: str = "tmp/*") -> list[Path]:
+    """What killed writers left below `root`: all of a pattern that has not changed for long."""
     oldest = time.time() - STALE_SECONDS
     stale = []
-    for path in (root / "tmp").glob("*"):
+    for path in root.glob(pattern):
         with suppress(FileNotFoundError):  # its writer has just finished
             if all(part.stat().st_mtime < oldest for part in (path, *path.rglob("*"))):
                 stale.append(path)

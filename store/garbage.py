@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from store.blobs import Blobs
     from store.records import Records
 
+STOPPED = ("bases/*.partial", "adapters/*/*.partial")
+"""Downloads that were stopped; a run that needs such a base goes on with what is still there."""
 SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -23,7 +25,7 @@ class Garbage:
 
     blobs: tuple[str, ...]
     files: tuple[Path, ...]
-    """Leftovers of killed writers, and databases that were set aside."""
+    """Leftovers of killed writers, downloads that were stopped, databases that were set aside."""
     sizes: tuple[int, ...]
     """In bytes, of the blobs and then of the files."""
 
@@ -52,6 +54,8 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
     files = [path for path in aside if path.stat().st_mtime < oldest]
     for root in (home, records.root, records.segments.root, blobs.root):
         files += leftovers(root)
+    for pattern in STOPPED:
+        files += leftovers(home, pattern)
     kept = sorted(unused)
     sizes = [size_of(path) for path in (*map(blobs.place_of, kept), *files)]
     return Garbage(tuple(kept), tuple(files), tuple(sizes))

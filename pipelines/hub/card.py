@@ -48,7 +48,7 @@ def _metadata(folder: Path) -> dict[str, object]:
     try:
         if not card.is_file():
             return {}
-        with card.open(encoding="utf-8", errors="replace") as file:
+        with card.open(encoding="utf-8-sig", errors="replace") as file:
             lines = file.read(MAX_CARD_BYTES).lstrip().split("\n")
     except OSError:
         return {}

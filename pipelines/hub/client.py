@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -16,11 +17,13 @@ from meteora.artifacts import COMMIT
 from pipelines.hub.errors import (
     HubError,
     HubProtocolError,
+    HubRateLimitError,
     HubReferenceError,
     HubTimeoutError,
     InsecureEndpointError,
     hub_error,
 )
+from pipelines.workspace.console import say
 from pipelines.workspace.processes import (
     ChildDiedError,
     ChildError,
@@ -31,6 +34,8 @@ from pipelines.workspace.processes import (
 WORKER = "pipelines.hub.worker"
 MIN_BYTES_PER_SECOND = 500_000
 """A transfer with a lower average is given up."""
+LONGEST_WAIT = 330
+"""Seconds. The Hub counts requests in windows of five minutes."""
 PUBLIC = "https://huggingface.co"
 
 
@@ -92,6 +97,9 @@ class Hub:
     def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
         """Run one operation of the worker.
 
+        Where the Hub has had too many requests, and says when it will answer again, it is asked
+        again then: a recipe with hundreds of adapters has more requests than it takes at once.
+
         Args:
             operation: A name of `worker.OPERATIONS`.
             what: What is asked for; an error message begins with it.
@@ -101,14 +109,24 @@ class Hub:
         """
         url = self.url()
         if is_offline():
-            raise hub_error(what, {"kind": "offline", "status": 0, "text": ""}, url)
+            offline = {"kind": "offline", "status": 0, "text": ""}
+            raise hub_error(what, offline, url)
         named = {"repo_id": repo_id} if repo_id else {}
         request = {"operation": operation, "endpoint": url, "token": self.token or False}
+        request |= named | arguments
+        try:
+            return self._ask_once(request, what, url)
+        except HubRateLimitError as error:
+            if not 0 < error.wait_seconds <= LONGEST_WAIT:
+                raise
+            say(f"{error}; it is asked again in {error.wait_seconds} s, as it says", "note")
+            time.sleep(error.wait_seconds)
+        return self._ask_once(request, what, url)
+
+    def _ask_once(self, request: dict[str, Any], what: str, url: str) -> Any:  # noqa: ANN401
         try:
             with ChildProcess(WORKER, quiet=True, environment=_environment(url)) as worker:
-                return worker.ask(
-                    request | named | arguments, deadline_seconds=self.timeout_seconds
-                )
+                return worker.ask(request, deadline_seconds=self.timeout_seconds)
         except ChildTimeoutError:
             raise HubTimeoutError(
                 f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"

@@ -67,7 +67,7 @@ class HubDiskError(HubError):
 
 
 class HubTokenError(HubError):
-    """There is no token, and nothing can be written without one."""
+    """There is no token, and nothing can be written without one; or the Hub does not know it."""
 
 
 class HubConflictError(HubError):
@@ -82,6 +82,9 @@ class TransientHubError(HubError):
 
 class HubRateLimitError(TransientHubError):
     """Too many requests in too short a time."""
+
+    wait_seconds = 0
+    """After which the Hub will answer; 0 where it does not say."""
 
 
 class HubServerError(TransientHubError):
@@ -113,6 +116,11 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
         "{what} does not exist at {endpoint} or is private (401); check the name, or pass a token"
         " that may read it",
     ),
+    "token": (
+        HubTokenError,  # of a request for anything: no verdict on a repository
+        "{what}: {endpoint} does not know the token that was sent (401): it is mistyped, or has"
+        " expired; log in again with `hf auth login`, or correct HF_TOKEN",
+    ),
     "repository": (HubNotFoundError, "{what} does not exist at {endpoint}; check the name"),
     "reference": (HubReferenceError, "{what} is not a name that the Hub takes: {text}"),
     "protocol": (HubProtocolError, "{what}: {endpoint} does not answer as a Hub does: {text}"),
@@ -141,12 +149,15 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
 
     Args:
         what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
-        error: `kind`, `status` and `text`, of `worker.describe`.
+        error: What `worker.describe` makes of it.
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}
     of_status |= {412: "conflict", 413: "large", 429: "limit"}
     kind = error["kind"] or of_status.get(status, "server" if status >= 500 else "")
     error_class, sentence = _SENTENCES[kind]
-    text = error["text"].strip()[:300]
-    return error_class(sentence.format(what=what, endpoint=endpoint, status=status, text=text))
+    text = " ".join(error["text"].split())[:300]
+    made = error_class(sentence.format(what=what, endpoint=endpoint, status=status, text=text))
+    if isinstance(made, HubRateLimitError):
+        made.wait_seconds = error["wait"]
+    return made

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from pipelines.hub.errors import HubConnectionError, HubHashError, HubTimeoutError
+from pipelines.hub.errors import HubHashError, HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
 from store.files import sync
@@ -43,14 +43,17 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
     """Compare a file with its listing; the client itself compares only the size.
 
     Raises:
-        HubConnectionError: It has another length, as after a broken transfer.
-        HubHashError: It has the length and other bytes.
+        HubHashError: It is no file, or has another length or other bytes.
     """
     path = folder / file.path
     if not path.is_file() or path.is_symlink():
         raise HubHashError(f"{what}: {file.path} is not a file; delete {folder} and run again")
+    # of a transfer that broke the client has said so: this is a file that was cut afterwards
     if (size := path.stat().st_size) != file.size:
-        raise HubConnectionError(f"{what}: {file.path} has {size} bytes, listed are {file.size}")
+        raise HubHashError(
+            f"{what}: {file.path} has {size} bytes, and the repository lists {file.size}; if it was"
+            f" downloaded before, delete {folder} and run again, else do not use this source"
+        )
     digest = hashlib.sha256()
     if not file.sha256:
         digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
@@ -69,7 +72,7 @@ def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
     for file in files:
         try:
             check_file(file, folder, "")
-        except (HubConnectionError, HubHashError):
+        except HubHashError:
             left.append(file)
     whole = {file.path for file in files} - {file.path for file in left}
     for path in folder.iterdir():

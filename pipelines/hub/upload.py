@@ -43,7 +43,7 @@ PAUSES = (2.0, 10.0, 60.0)
 RESULTS = ".eval_results"
 """The one folder that a publication has, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
-"""Files that any repository may have; beside them it counts as empty."""
+"""Files that any repository may have; with no other file and no folder it counts as empty."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Repository:
         onto: str,
         known: Collection[str],
     ) -> None:
-        foreign = sorted(set(there) - NEUTRAL - set(bundle.names))
-        if bundle.mark not in there and (set(there) - NEUTRAL):
-            some = ", ".join((foreign or sorted(there))[:5])
+        others = set(there) - NEUTRAL - {RESULTS}
+        if bundle.mark not in there and others:
+            some = ", ".join(sorted(others - set(bundle.names) or there)[:5])
             raise HubConflictError(
                 f"{self.repo_id} holds something else than a fused checkpoint ({some}), which would"
                 " be overwritten; give the name of a new repository"
@@ -281,12 +281,13 @@ class Repository:
         return self._ask("refs")
 
     def _files(self, commit: str) -> dict[str, ListedFile]:
+        """What a commit holds at its top, and in the folder of results; folders, too."""
         if commit not in self._trees:
             ref = AdapterRef(self.repo_id, commit)
             listed = list_folder(self.hub, ref, "")
             if any(entry.path == RESULTS for entry in listed):
                 listed += list_folder(self.hub, ref, RESULTS)
-            self._trees[commit] = {file.path: file for file in listed if file.size >= 0}
+            self._trees[commit] = {entry.path: entry for entry in listed}
         return self._trees[commit]
 
     def _ask(self, operation: str, **arguments: object) -> Any:  # noqa: ANN401

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
+import re
 import resource
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx2  # what huggingface_hub speaks HTTP with
@@ -175,6 +177,10 @@ def commit(
     )
 
 
+UNKNOWN_SENDER = "Invalid credentials in Authorization header"
+"""What the Hub says to a token that is none of its own, whatever was asked for."""
+SECONDS = re.compile(r"(?:.*\bt=)?(\d{1,6})\s*")
+"""In `RateLimit: "api";r=0;t=55`, and in `Retry-After: 55`."""
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -186,7 +192,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """The kind, HTTP status and text of an error; `hub_error` makes a sentence of them.
+    """The kind, HTTP status and text of an error, and how many seconds the Hub asks to wait.
+
+    `hub_error` makes a sentence of them.
 
     The client hides several kinds behind one exception, so its causes are searched, too.
     """
@@ -194,8 +202,11 @@ def describe(error: BaseException) -> dict[str, Any]:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     responses = (getattr(link, "response", None) for link in chain)
-    status = next((one.status_code for one in responses if one is not None), 0)
+    response = next((one for one in responses if one is not None), None)
+    status, headers = (response.status_code, response.headers) if response is not None else (0, {})
     kind = next((name for link in chain for cls, name in KINDS if isinstance(link, cls)), "")
+    if not kind and status == 401 and UNKNOWN_SENDER in str(error):
+        kind = "token"
     if not kind and any(isinstance(link, RepositoryNotFoundError) for link in chain):
         kind = "auth" if status == 401 else "repository"
     if not kind and any(getattr(link, "errno", None) == errno.EFBIG for link in chain):
@@ -206,10 +217,22 @@ def describe(error: BaseException) -> dict[str, Any]:
         kind = "connection"
     if not kind and not status and any(getattr(link, "errno", None) for link in chain):
         kind = "disk"
+    if not kind and not status and any(isinstance(link, json.JSONDecodeError) for link in chain):
+        kind = "protocol"  # such as the page of a proxy
     root = chain[-1] if kind == "connection" else error
     if isinstance(root, MemoryError):
         root = MemoryError("the answer needs more memory than it may take")
-    return {"kind": kind, "status": status, "text": f"{type(root).__name__}: {root}"}
+    wait = _seconds_to_wait(headers) if status == 429 else 0
+    text = f"{type(root).__name__}: {root}"
+    return {"kind": kind, "status": status, "text": text, "wait": wait}
+
+
+def _seconds_to_wait(headers: Mapping[str, str]) -> int:
+    """What a refusal says of when another request will be answered; 0 where it says nothing."""
+    for name in ("RateLimit", "Retry-After"):
+        if found := SECONDS.fullmatch(headers.get(name, "")):
+            return int(found[1])
+    return 0
 
 
 def main() -> None:

@@ -31,8 +31,23 @@ if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
 
 TAGS = ["meteora", "lora", "mixture-of-experts", "merge"]
-IDENTIFIER = re.compile(r"[A-Za-z0-9.+-]+")
-"""Of a licence, as the Hub lists them."""
+LICENCES = {
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd",
+    "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0",
+    "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0",
+    "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl",
+    "lgpl-2.1", "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl",
+    "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "openmdw-1.0", "openrail++", "osl-3.0",
+    "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "deepfloyd-if-license",
+    "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+    "llama4", "grok2-community", "gemma", "unknown",
+}  # fmt: skip
+"""What the Hub takes as a licence besides `other`, in May 2026; a card with another is refused."""
+NAME_OF_LICENCE = re.compile(r"[a-z0-9.-]+")
 EVAL_RESULTS = ".eval_results/meteora.yaml"
 """The leaderboards' file, relative to the checkpoint's folder."""
 
@@ -79,14 +94,16 @@ def hub_ids(manifest: Manifest) -> list[str]:
 def shared_licence(manifest: Manifest) -> dict[str, Any]:
     """The licence that all parts share; `other` where they differ, and the card lists them.
 
-    A licence that is no identifier of one word is `other` too: the Hub refuses it.
+    The Hub knows licences by names in small letters. One that it does not know is `other`, too.
     """
     stated = [manifest.base.licence, *(expert.licence for expert in manifest.experts)]
     if not any(stated):
         return {}
-    if len(set(stated)) == 1 and IDENTIFIER.fullmatch(stated[0]):
-        return {"license": stated[0]}
-    return {"license": "other", "license_name": "of-its-base-and-adapters"}
+    name, *others = {licence.lower() for licence in stated}
+    if not others and name in LICENCES:
+        return {"license": name}
+    named = not others and NAME_OF_LICENCE.fullmatch(name) and name != "other"
+    return {"license": "other", "license_name": name if named else "of-its-base-and-adapters"}
 
 
 def shots(num_fewshot: int) -> str:

@@ -151,6 +151,21 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
     assert not ledger.verify().findings
 
 
+def test_gc_finds_downloads_that_were_stopped(filled: Shelf) -> None:
+    """A base of many gigabytes that nobody wants any more is nowhere else to be seen."""
+    home = filled.ledger.home
+    stopped, going_on = home / "bases" / "b.partial", home / "adapters" / "a--b" / "c.partial"
+    for folder in (stopped, going_on):
+        folder.mkdir(parents=True)
+        old(folder)
+        (folder / "model.safetensors").write_bytes(b"half")
+    for path in (stopped / "model.safetensors", stopped):
+        old(path)
+    assert filled.ledger.gc(remove=True).files == (stopped,)
+    assert not stopped.exists()
+    assert going_on.exists()
+
+
 def test_gc_waits_for_no_run_and_touches_none(filled: Shelf) -> None:
     with filled.ledger.running("nightly"), pytest.raises(BusyError, match="a run is going on"):
         filled.ledger.gc(remove=True)

@@ -46,6 +46,13 @@ def test_licence_and_base_are_read(lines: str, licence: str, base: str, tmp_path
     assert licence_of(card(tmp_path, lines)) == ""
 
 
+def test_a_card_that_windows_has_saved_is_read(tmp_path: Path) -> None:
+    """Without its licence a local adapter would count as one's own."""
+    text = "\ufeff---\r\nlicense: cc-by-nd-4.0\r\n---\r\n# An adapter\r\n"
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert licence_of(tmp_path) == "cc-by-nd-4.0"
+
+
 @pytest.mark.parametrize(
     "text",
     [

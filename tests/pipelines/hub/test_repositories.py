@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -42,6 +43,7 @@ from pipelines.hub.errors import (
     HubServerError,
     HubSizeError,
     HubTimeoutError,
+    HubTokenError,
     InsecureEndpointError,
 )
 from pipelines.hub.snapshot import locked
@@ -182,9 +184,13 @@ def test_offline_says_what_is_missing(
         download(REF, tmp_path, hub=asked)
 
 
-def test_a_bit_that_flipped_on_disk_is_noticed(asked: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [b"W" + WEIGHTS[1:], WEIGHTS[:10]], ids=["flipped", "cut"])
+def test_a_file_that_the_disk_has_changed_is_noticed(
+    left: bytes, asked: Hub, tmp_path: Path
+) -> None:
+    """To try again would not help."""
     weights = download(REF, tmp_path, hub=asked) / "adapter_model.safetensors"
-    weights.write_bytes(b"W" + WEIGHTS[1:])
+    weights.write_bytes(left)
     with pytest.raises(HubHashError, match=r"delete .* and run again"):
         download(REF, tmp_path, hub=asked)
 
@@ -501,6 +507,14 @@ def test_each_refusal_has_its_own_error(
     assert error.value.retry == (status in (429, 500))
 
 
+def test_a_token_that_the_hub_does_not_know_is_called_so(server: HubServer, asked: Hub) -> None:
+    """It refuses such a request for a public repository, too: no verdict on an adapter."""
+    headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    server.faults["refs"] = Fault(status=401, headers=headers)
+    with pytest.raises(HubTokenError, match="does not know the token that was sent"):
+        repositories.resolve("someone/adapter", hub=replace(asked, token="hf_old"))  # noqa: S106
+
+
 def test_files_from_before_do_not_stand_in_for_an_answer(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
@@ -525,6 +539,32 @@ def test_a_short_wait_that_the_hub_asks_for_is_waited(
 ) -> None:
     server.faults["head"] = Fault(status=429, headers={"Retry-After": "1"}, times=1)
     assert download(REF, tmp_path, hub=asked).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("headers", "waited"),
+    [
+        ({"RateLimit": '"api";r=0;t=290', "Retry-After": "1"}, 290),
+        ({"Retry-After": "55"}, 55),
+        ({"Retry-After": "86400"}, 0),
+        ({"RateLimit": "soon"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(
+    headers: dict[str, str],
+    waited: int,
+    server: HubServer,
+    asked: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client waits for files and listings, and not where it asks for branches."""
+    pauses: list[float] = []
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=pauses.append))
+    server.faults["refs"] = Fault(status=429, headers=headers, times=1)
+    with nullcontext() if waited else pytest.raises(HubRateLimitError):
+        assert repositories.resolve("someone/adapter", hub=asked) == REF
+    assert pauses == [waited] * bool(waited)
 
 
 HANGS, ASKS_TO_WAIT = Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})
@@ -570,8 +610,12 @@ def test_a_hub_that_is_not_there_may_come_back(asked: Hub, revision: str) -> Non
 
 def test_a_server_that_is_no_hub_is_called_so(server: HubServer, asked: Hub) -> None:
     server.faults["refs"] = Fault(status=200, body=b"<html>log in</html>")
-    with pytest.raises(HubError):
+    with pytest.raises(HubProtocolError, match="does not answer as a Hub does"):
         repositories.resolve("someone/adapter", hub=asked)
+    server.faults["refs"] = Fault(status=407, body=b"<html>\nlog in\n</html>")
+    with pytest.raises(HubError, match="407") as error:
+        repositories.resolve("someone/adapter", hub=asked)
+    assert "\n" not in str(error.value)
 
 
 def test_an_answer_that_unpacks_to_more_than_the_memory_it_may_take_is_given_up(

@@ -234,11 +234,13 @@ def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(
     assert repo_of(server).main["README.md"] == (folder / "README.md").read_bytes()
 
 
-def test_another_model_is_never_overwritten(server: HubServer, folder: Path) -> None:
-    server.repos[NAME] = GitRepo({"model.safetensors": b"theirs", "README.md": b""}, private=True)
-    with pytest.raises(HubConflictError, match=r"something else.*model\.safetensors"):
+@pytest.mark.parametrize("file", ["model.safetensors", "checkpoint-9/adapter_model.safetensors"])
+def test_another_model_is_never_overwritten(server: HubServer, folder: Path, file: str) -> None:
+    theirs = {file: b"theirs", "README.md": b"their card"}
+    server.repos[NAME] = GitRepo(theirs, private=True)
+    with pytest.raises(HubConflictError, match=f"something else.*{file.partition('/')[0]}"):
         publish(server, folder)
-    assert repo_of(server).main["model.safetensors"] == b"theirs"
+    assert repo_of(server).main == theirs
 
 
 @pytest.mark.parametrize("private", [True, False])

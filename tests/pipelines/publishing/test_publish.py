@@ -305,6 +305,30 @@ def _the_card_is_true(text: str, world: World, tmp_path: Path) -> None:
     assert said.stdout.startswith("What is 12 plus 30?")
 
 
+@pytest.mark.parametrize(
+    ("stated", "licence", "name"),
+    [
+        ("mit", "mit", None),
+        ("Apache-2.0", "apache-2.0", None),
+        ("agpl-3.0-or-later", "other", "agpl-3.0-or-later"),
+        ("Apache License 2.0", "other", "of-its-base-and-adapters"),
+        ("mit, apache-2.0", "other", "of-its-base-and-adapters"),
+        ("other", "other", "of-its-base-and-adapters"),
+    ],
+)
+def test_a_card_has_a_licence_that_the_hub_takes(
+    stated: str, licence: str, name: str | None, world: World
+) -> None:
+    """It refuses a commit with another; adapters on this disk, and mirrors, have any."""
+    manifest = dataclasses.replace(
+        world.manifest,
+        base=dataclasses.replace(world.manifest.base, licence=stated),
+        experts=tuple(dataclasses.replace(e, licence=stated) for e in world.manifest.experts),
+    )
+    found = shared_licence(manifest)
+    assert (found["license"], found.get("license_name")) == (licence, name)
+
+
 def test_an_expert_that_lies_on_the_hub_is_linked_at_its_commit(world: World) -> None:
     first, *others = world.manifest.experts
     first = dataclasses.replace(

@@ -114,8 +114,6 @@ class _Reading:
     """[M, T, K]"""
     chosen: Tensor
     """[M, T, K]"""
-    num_decided: int
-    """`Turns.num_decided` at its end."""
 
     def cut(self, length: int) -> None:
         """Keep the first tokens only."""
@@ -259,27 +257,13 @@ class Chat:
         found, self._reading = self._reading, None
         if found is None or found.cache is None or found.expert != expert:
             return None
-        if not expert and not self._holds(found):
-            return None
+        if not expert and isinstance(watcher_of(self.model), PromptReader):
+            return None  # the last question decides for all turns
         length = len(common_beginning(found.ids, ids[:-1]))
         if length < self._least(found):
             return None
         found.cut(length)
         return found
-
-    def _holds(self, found: _Reading) -> bool:
-        """Whether the routers would go on as with all of a conversation.
-
-        What reads whole prompts with the base decides for all of their turns. Gates of turns hold
-        one question, which may be another conversation's by now.
-        """
-        reads_whole = isinstance(watcher_of(self.model), PromptReader)
-        return not reads_whole and found.num_decided == self._num_decided
-
-    @property
-    def _num_decided(self) -> int:
-        watcher = watcher_of(self.model)
-        return watcher.num_decided if isinstance(watcher, Turns) else 0
 
     def _least(self, found: _Reading) -> int:
         """How many tokens a prompt has in common with what was read, for that to be of use.
@@ -317,7 +301,6 @@ class Chat:
             modules=tuple(passes[0]),
             weights=weights[:, : len(read)],  # on some devices `generate` runs one pass too many
             chosen=chosen[:, : len(read)],
-            num_decided=self._num_decided,
         )
 
 

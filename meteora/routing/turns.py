@@ -96,9 +96,6 @@ class Turns(Watcher):
         self.goes_on = self.any_asks = self.all_ask = False
         """Of the pass; whether any of its sequences has a question, and whether all have."""
         self._num_gates = 0
-        self.num_decided = 0
-        """How often a gate has decided for a question. Where it is as it was when a cache was kept,
-        the gates still hold what they decided for the tokens in that cache."""
 
     def at_gate(self) -> TurnChoice:
         """What one gate decides with."""
@@ -159,7 +156,6 @@ class TurnChoice:
         turn, asked = found.turn.to(own.device), found.asked.to(own.device)
         logits, last = decide_turns(own, turn, asked, before)
         talk.held[self.number] = last.detach()
-        self.turns.num_decided += 1
         return logits.flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Views and ranks are what their definitions say, word by word, on ledgers drawn at random."""
+"""Views and ranks are what their definitions say, word by word, on a ledger drawn at random."""
 
 from __future__ import annotations
 
@@ -144,19 +144,23 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Sequence[dic
     )
 
 
-@pytest.fixture(scope="module", params=range(2))
-def drawn(request: pytest.FixtureRequest) -> Generator[Drawn]:
+@pytest.fixture(scope="module")
+def drawn() -> Generator[Drawn]:
     """A ledger that is ranked twice: where some boards came later, or grew, the others stay."""
-    scores = draw(request.param)
+    scores = draw(0)
     with memory() as connection:
         fill(connection, scores)
         yield connection, scores
 
 
-def fill(connection: duckdb.DuckDBPyConnection, scores: list[Scored]) -> None:
+def migrated(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("ATTACH ':memory:' AS ledger")
     connection.execute("USE ledger")
     migrate(connection)
+
+
+def fill(connection: duckdb.DuckDBPyConnection, scores: list[Scored]) -> None:
+    migrated(connection)
     insert(connection, "base_models", [{"id": base} for base in BASES])
     insert(connection, "routers", [asdict(one) for one in ROUTERS])
     insert(
@@ -310,3 +314,75 @@ def test_a_change_is_from_the_last_score_of_the_same_recipe_s_routers_of_that_ki
     fallen = connection.execute(f"SELECT {columns} FROM regressions ORDER BY recorded_at")  # noqa: S608
     assert fallen.fetchall() == [row[:-1] for row in expected if row[-1]]
     assert fallen
+
+
+@pytest.fixture
+def empty() -> Generator[duckdb.DuckDBPyConnection]:
+    with memory() as connection:
+        migrated(connection)
+        yield connection
+
+
+def test_of_several_records_the_latest_counts(empty: duckdb.DuckDBPyConnection) -> None:
+    """Of verdicts, of where an adapter is from, and of a router's routes, whatever the hashes."""
+    first, second, third = (
+        {"recorded_at": f"2026-01-0{day}", "record_sha256": sha256}
+        for day, sha256 in enumerate("cba", 1)
+    )
+    place = {"repo_id": "one/lora", "revision": "main"}
+    verdicts = [
+        {**place, **first, "verdict": "refuse", "adapter_id": None},
+        {**place, **second, "verdict": "accept", "adapter_id": "adapter:0", "licence": "mit"},
+        {**place, **first, "subfolder": "deep", "adapter_id": None},
+        {**place, **first, "revision": "next", "adapter_id": None},
+        {**first, "repo_id": "two/lora", "adapter_id": "adapter:0", "licence": "gpl"},
+    ]
+    insert(
+        empty,
+        "verdicts",
+        [{"subfolder": "", "verdict": "", "licence": "", **row} for row in verdicts],
+    )
+    reasons = [
+        {"position": n, "code": text, "message": text, "record_sha256": "b"}
+        for n, text in ((1, "y"), (0, "z"))
+    ]
+    insert(empty, "verdict_reasons", reasons)
+    experts = [{"fused_id": f"fused:{n}", "adapter_id": "adapter:0"} for n in (0, 0, 1)]
+    insert(empty, "experts", experts)
+    assert empty.execute(
+        "SELECT repo_id, revision, subfolder, verdict, codes, messages, num_seen, num_fused"
+        " FROM adapters"
+    ).fetchall() == [
+        ("one/lora", "main", "", "accept", ["z", "y"], ["z", "y"], 2, 2),
+        ("one/lora", "main", "deep", "", [], [], 1, 0),
+        ("one/lora", "next", "", "", [], [], 1, 0),
+        ("two/lora", "", "", "", [], [], 1, 2),
+    ]
+    artifacts = [
+        {"id": "adapter:0", "kind": "adapter", **first},
+        {"id": "routing:0", "kind": "routing", **first},
+        {"id": "routing:1", "kind": "routing", **second},
+        {"id": "speed:0", "kind": "speed", **third},
+    ]
+    insert(empty, "artifacts", artifacts)
+    made = [{"child_id": row["id"], "parent_id": "router:0"} for row in artifacts[1:]]
+    insert(empty, "parents", made)
+    origins = empty.execute("SELECT source, licence FROM lineage WHERE relative_id = 'adapter:0'")
+    assert origins.fetchall() == [("one/lora", "mit")]
+    assert empty.execute("FROM latest_routing").fetchall() == [("router:0", "b")]
+
+
+def test_runs_stand_by_their_starts_or_ends_and_stages_in_their_order(
+    empty: duckdb.DuckDBPyConnection,
+) -> None:
+    insert(empty, "run_starts", [{"run_id": "r1", "recorded_at": "2026-01-01"}])
+    insert(empty, "run_starts", [{"run_id": "r3", "recorded_at": "2026-01-03"}])
+    ends = [
+        {"run_id": "r2", "recorded_at": "2026-01-02"},
+        {"run_id": "r1", "recorded_at": "2026-01-04"},
+    ]
+    insert(empty, "run_ends", ends)
+    stages = [{"run_id": "r1", "position": n, "stage": s} for n, s in ((1, "fit"), (0, "stack"))]
+    insert(empty, "run_stages", stages)
+    found = empty.execute("SELECT run_id, map_keys(stage_seconds) FROM runs").fetchall()
+    assert found == [("r3", None), ("r2", None), ("r1", ["stack", "fit"])]

@@ -192,16 +192,12 @@ def _check_shared(
 
 def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:
     """Everything that depends on a blob: subjects that refer to it, and their dependants."""
-    rows = connection.execute(
-        "SELECT subject FROM named WHERE blob = $1"
-        " UNION SELECT id FROM fresh.artifacts WHERE weights_sha256 = $1",
-        [blob],
-    ).fetchall()
+    rows = connection.execute("SELECT subject FROM named WHERE blob = ?", [blob]).fetchall()
     return _resting(connection, [subject for (subject,) in rows])
 
 
 def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
-    """These subjects, and all that is made from them or measured on them; sorted."""
+    """These subjects, all that is made from them or measured on them, and what compares that."""
     rows = connection.execute(
         """
         WITH direct AS (SELECT unnest($1::VARCHAR[]) AS id),
@@ -209,11 +205,14 @@ def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tupl
             FROM direct
             UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN direct ON ancestor_id = id
         ),
-        measured AS (
-            SELECT id FROM fresh.scores SEMI JOIN made ON subject_id = made.id
+        found AS (
+            FROM made
+            UNION SELECT id FROM fresh.scores
+            WHERE subject_id IN (FROM made) OR base_id IN (FROM made)
         )
-        FROM made UNION FROM measured
-        UNION SELECT descendant_id FROM fresh.ancestors SEMI JOIN measured ON ancestor_id = id
+        FROM found
+        UNION SELECT comparison_id FROM fresh.comparisons
+        WHERE score_id IN (FROM found) OR other_score_id IN (FROM found)
         ORDER BY ALL
         """,
         [subjects],
@@ -257,8 +256,9 @@ def _differing_tables(connection: duckdb.DuckDBPyConnection, database: Path) -> 
     connection.execute(f"ATTACH {quoted(database)} AS held (READ_ONLY)")
     try:
         tables = connection.execute(
-            "SELECT table_name FROM duckdb_tables()"
-            " WHERE database_name = 'held' AND NOT list_contains($1, table_name) ORDER BY ALL",
+            "SELECT DISTINCT table_name FROM duckdb_tables()"
+            " WHERE database_name IN ('held', 'fresh') AND NOT list_contains($1, table_name)"
+            " ORDER BY ALL",
             [BOOKKEEPING],
         ).fetchall()
         sums = "SELECT count(*), bit_xor(hash(t)), sum(hash(t)) FROM {}.{} t"

@@ -229,19 +229,12 @@ SELECT sha256 FROM records SEMI JOIN touched USING (kind, subject)
 QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256) > 1;
 
 -- which boards have to be ranked again: those of new scores, and of scores that other new records
--- say something about
+-- say something about; a record that is overruled by a new one is of the same id, so of the same board
 CREATE OR REPLACE TEMP TABLE concerned AS
-WITH named AS (
-    SELECT id FROM made
-    UNION SELECT id FROM artifacts WHERE record_sha256 IN (FROM overruled)
-)
-FROM named UNION SELECT routers.id FROM routers SEMI JOIN named ON fused_id = named.id;
+SELECT id FROM made UNION SELECT routers.id FROM routers SEMI JOIN made ON fused_id = made.id;
 
 INSERT INTO unsettled
 SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM measured
-UNION
-SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
-WHERE record_sha256 IN (FROM overruled)
 UNION
 SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
 SEMI JOIN concerned ON concerned.id = scores.subject_id

@@ -22,7 +22,6 @@ CREATE OR REPLACE TEMP TABLE bases AS
 SELECT board, base_id, seed, value, low, high
 FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
-SEMI JOIN base_models ON base_models.id = scores.subject_id
 WHERE scores.subject_id = scores.base_id;
 
 CREATE OR REPLACE TEMP TABLE oracles AS
@@ -33,11 +32,10 @@ WITH alone AS (
     FROM scores
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN experts ON experts.adapter_id = scores.subject_id
-    SEMI JOIN artifacts ON artifacts.id = experts.adapter_id
     UNION ALL  -- composites, conversations: no adapter alone is the right one, each span's own is
     SELECT fused_id, board, base_id, scores.seed, 'each span''s own', value, low, high,
-           (CASE WHEN higher_is_better THEN value ELSE -value END, 0) AS merit,
-           (true, merit) AS own_merit
+           NULL AS merit,  -- it is none of the adapters, of which one is the best
+           (true, (CASE WHEN higher_is_better THEN value ELSE -value END, 0)) AS own_merit
     FROM scores
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN routers ON routers.id = scores.subject_id AND routers.router = 'oracle'

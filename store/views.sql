@@ -52,7 +52,7 @@ COMMENT ON COLUMN leaderboard.template IS 'chat, plain, or auto: the chat templa
 COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
-COMMENT ON COLUMN leaderboard.is_latest IS 'Whether the model was asked this task in this way last: with these rows, solved examples, length and template';
+COMMENT ON COLUMN leaderboard.is_latest IS 'Whether the score of the model on this task that was recorded last is of this way of asking: with these rows, solved examples, length and template. What is recorded is not recorded again when it is asked again';
 
 CREATE OR REPLACE VIEW standings AS
 WITH models AS (FROM routers WHERE NOT is_control(router)),
@@ -131,7 +131,7 @@ QUALIFY asking = arg_max(asking, (recorded_at, score_id)) FILTER (system = 'fuse
             ORDER BY recorded_at DESC, score_id
         ) = 1
 ORDER BY router_id, task, metric, system, expert;
-COMMENT ON VIEW latest_standings IS 'Standings without what was asked before: of several askings of a task the last';
+COMMENT ON VIEW latest_standings IS 'Standings in one way of asking each task: that of the routed model''s score that was recorded last. What is recorded is not recorded again when it is asked again';
 COMMENT ON COLUMN latest_standings.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN latest_standings.task IS 'Name of the task';
 COMMENT ON COLUMN latest_standings.metric IS 'Name of the metric, as the harness calls it';

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.artifacts import ComparisonSpec, ScorePair
 from store.errors import BusyError, DamagedError
 
 if TYPE_CHECKING:
@@ -60,6 +61,37 @@ def test_a_missing_blob_is_found(filled: Shelf) -> None:
     assert finding.name == measured.outputs_sha256
     assert finding.touches == (measured.spec.id,)
     assert "missing" in finding.problem
+
+
+def test_a_damaged_score_touches_the_comparisons_with_it(filled: Shelf) -> None:
+    expert = filled.adapter(2)
+    score_id = filled.benchmark(expert.id, "sorting").id
+    flip(filled.ledger.blobs.path_of(filled.ledger.scores_of([score_id])[score_id].outputs_sha256))
+    (finding,) = filled.ledger.verify().findings
+    compared = []
+    for night in (1, 2):
+        model = filled.router(filled.fused(filled.adapter(1), expert), night).id
+        pair = ScorePair(filled.benchmark(model, "sorting").id, score_id)
+        compared.append(ComparisonSpec(model, "fused", "oracle", (pair,)).id)
+    assert finding.touches == tuple(sorted((score_id, *compared)))
+
+
+def test_a_damaged_base_touches_the_scores_of_adapters_on_it(filled: Shelf) -> None:
+    flip(filled.ledger.blobs.path_of(filled.ledger.weights_of(filled.base.id) or ""))
+    (finding,) = filled.ledger.verify().findings
+    assert filled.benchmark(filled.adapter(2).id, "sorting").id in finding.touches
+
+
+def test_a_table_that_is_gone_is_found(filled: Shelf) -> None:
+    """No query of the next ingest may need it, but somebody's question does."""
+    import duckdb  # noqa: PLC0415
+
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        connection.execute("DROP TABLE published")
+    (finding,) = filled.ledger.verify().findings
+    assert "published" in finding.problem
+    filled.ledger.rebuild()
+    assert not filled.ledger.verify().findings
 
 
 def test_every_flipped_record_is_found_and_named(filled: Shelf) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -431,6 +433,18 @@ def test_no_default_calls_a_function(filled: Shelf) -> None:
         ).fetchall()
     assert ("'auto'",) in defaults
     assert not [default for (default,) in defaults if "(" in default.replace("CAST(", "")]
+
+
+def test_every_table_forgets_a_record_that_an_earlier_one_overrules(asked: Shelf) -> None:
+    """But those of events, of which each counts."""
+    sql = resources.files("store").joinpath("ingest.sql").read_text()
+    forgetting = re.findall(r"DELETE FROM (\w+) WHERE record_sha256 IN \(FROM overruled\)", sql)
+    tables = asked.ledger.query(
+        "SELECT table_name FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (table_name)"
+        " WHERE column_name = 'record_sha256'"
+    ).rows
+    events = {"verdicts", "verdict_reasons", "failed"}
+    assert sorted(forgetting) == sorted({name for (name,) in tables} - events)
 
 
 def test_migrations_are_numbered_as_they_are_applied() -> None:

@@ -136,7 +136,10 @@ def _(model):
 def _(model):
     _rows = ask(f"""
         SELECT task, metric, difference AS value, low, high, p_holm, num_samples
-        FROM comparisons WHERE subject_id = '{model.value}' AND other = 'oracle'
+        FROM comparisons SEMI JOIN latest_standings AS latest
+             ON latest.score_id = comparisons.score_id AND latest.router_id = subject_id
+        WHERE subject_id = '{model.value}' AND other = 'oracle'
+        QUALIFY row_number() OVER (PARTITION BY task ORDER BY p_holm DESC, recorded_at DESC) = 1
         ORDER BY value
     """)
     _title = "## What does it lose against the right adapter alone?"
@@ -150,7 +153,8 @@ def _(model):
 def _(model):
     _rows = ask(f"""
         SELECT task, system, turn, value, num_conversations, computed_tokens, seconds
-        FROM conversation_turns WHERE router_id = '{model.value}' ORDER BY task, system, turn
+        FROM conversation_turns SEMI JOIN latest_standings USING (router_id, system, score_id)
+        WHERE router_id = '{model.value}' ORDER BY task, system, turn
     """)
     _lines = {}
     for _row in _rows:
@@ -255,11 +259,14 @@ def _(model):
 @app.cell
 def _():
     _rows = ask("""
-        SELECT recipe_name, date_trunc('second', leaderboard.recorded_at) AS recorded_at,
+        SELECT recipe_name, date_trunc('second', recorded_at) AS made_at,
                short(subject_id) AS model, round(avg(value), 3) AS score, count(*) AS tasks
-        FROM leaderboard JOIN artifacts ON artifacts.id = subject_id
-        JOIN runs ON runs.run_id = artifacts.run_id
-        GROUP BY ALL ORDER BY recipe_name, recorded_at
+        FROM (
+            SELECT subject_id, task, avg(value) AS value FROM leaderboard
+            WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
+        )
+        JOIN artifacts ON id = subject_id JOIN runs USING (run_id)
+        GROUP BY ALL ORDER BY recipe_name, made_at, model
     """)
     mo.vstack([mo.md("## How did each recipe's models change over time?"), table(_rows)])
     return

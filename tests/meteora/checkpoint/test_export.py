@@ -67,6 +67,7 @@ def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:
     export_expert(world.checkpoint, "q_and_v", tmp_path / "out")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config["base_model_name_or_path"] is None  # this base is a folder of ours
+    assert config["revision"] is None  # no commit, but its hash
     assert config["r"] == 8
     assert config["lora_alpha"] == 16
     assert config["rank_pattern"] == {}

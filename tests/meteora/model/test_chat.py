@@ -21,6 +21,7 @@ from meteora.model.trace import trace
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.passes import WATCHER
+from meteora.routing.prompt_opening import PromptOpening
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 QUESTIONS = ("what is this?", "and that?", "no")
@@ -185,6 +186,7 @@ def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead
     answered = {"role": "assistant", "content": cached[0].text}
     messages = [user(QUESTIONS[0]), answered, user("and what?")]
     again = chat.answer(messages, max_new_tokens=6)
+    assert bool(again.num_cached) == isinstance(getattr(looking_ahead, WATCHER), PromptOpening)
     chat.forget()
     assert chat.answer(messages, max_new_tokens=6).text == again.text
     assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
@@ -228,6 +230,18 @@ def test_an_answer_ends_before_a_text_that_stops_it(model, talking):
     assert "".join(token.text for token in seen) == answer.text
     assert not answer.truncated
     assert answer.num_new < 12
+
+
+def test_an_answer_ends_before_the_first_of_the_texts_that_stop_it(model, talking, monkeypatch):
+    """Also where a token holds what is said, and the beginning of a text that ends it."""
+    pieces = Mock(rest=lambda: "", add=Mock(side_effect=["I s", "ay ", "so, an", "d mor", "e"]))
+    monkeypatch.setattr("meteora.model.chat.Pieces", lambda *_, **__: pieces)
+    seen = []
+    answer = Chat(model, talking).answer(
+        [user("hello")], max_new_tokens=5, stop=["d more", "and more"], on_token=seen.append
+    )
+    assert answer.text == "I say so, "
+    assert [token.text for token in seen] == ["I s", "ay ", "so, ", "", ""]
 
 
 def test_a_text_that_only_begins_like_a_stop_is_handed_on_in_the_end(model, talking):

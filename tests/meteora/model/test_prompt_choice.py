@@ -193,6 +193,24 @@ def test_tokens_that_go_on_with_an_answer_change_nothing(model):
 
 
 @torch.no_grad()
+def test_a_question_that_comes_in_two_passes_decides_when_it_ends(model):
+    cache, question = DynamicCache(), asked(2)[1:]
+    model(torch.tensor([asked(0)]), past_key_values=cache)
+    reader = getattr(model, WATCHER)
+    before = reader.held.logits
+    model(torch.tensor([question[:-9]]), past_key_values=cache)
+    assert reader.held.logits is before
+    model(torch.tensor([question[-9:]]), past_key_values=cache)
+    assert reader.held.logits is not before
+
+
+@torch.no_grad()
+def test_an_empty_last_question_leaves_the_choice_to_the_whole_prompt(model):
+    whole = [*asked(2), *task_tokens(2, 12, random.Random(4)), *OPENING[1:], *CLOSING]
+    assert chosen(model, whole) == expert_names(model)[2]
+
+
+@torch.no_grad()
 def test_a_row_that_goes_on_keeps_its_expert_where_another_asks_anew(model):
     names, cache = expert_names(model), DynamicCache()
     first = torch.tensor([asked(1), asked(0)])

@@ -36,12 +36,15 @@ notebook = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(notebook)
 drawn, subplots = [], notebook.plt.subplots
 notebook.plt.subplots = lambda **options: drawn.append(1) or subplots(**options)
+answers, query = [], notebook.ledger.query
+notebook.ledger.query = lambda sql: answers.append(query(sql)) or answers[-1]
 outputs, found = notebook.app.run()
 texts = [one.text for one in outputs if one is not None]
 model = found["model"].value if "model" in found else None
-print(json.dumps([model, len(drawn), texts]))
+tables = [[answer.columns, answer.rows] for answer in answers]
+print(json.dumps([model, len(drawn), texts, tables], default=str))
 """
-"""The notebook as marimo runs it, and what its cells show."""
+"""The notebook as marimo runs it, what its cells show, and the answers to its queries."""
 NUM_PICTURES = """
 const drawn = root => [...root.querySelectorAll("*")].reduce(
     (sum, one) => sum + (one.tagName === "IMG" && one.naturalWidth > 300)
@@ -68,32 +71,44 @@ def notebook(home: Path, tmp_path: Path) -> Path:
     return out
 
 
-def shown(notebook: Path) -> tuple[str | None, int, list[str]]:
-    """The model that it is about, the number of its pictures, and what its cells show."""
+def shown(notebook: Path) -> tuple[str | None, int, list[str], list[dict[str, list]]]:
+    """The model that it is about, the number of its pictures, what its cells show, and the
+    answers to its queries, by column."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(notebook)],
         env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    model, num_pictures, texts = json.loads(done.stdout)
-    return model, num_pictures, texts
+    model, num_pictures, texts, tables = json.loads(done.stdout)
+    columns = [
+        {name: [row[i] for row in rows] for i, name in enumerate(names)} for names, rows in tables
+    ]
+    return model, num_pictures, texts, columns
 
 
-def test_every_question_has_an_answer_on_a_home_with_results(notebook: Path) -> None:
-    model, num_pictures, texts = shown(notebook)
+def test_every_question_has_an_answer_on_a_home_with_results(notebook: Path, home: Path) -> None:
+    """And one alone, though all of it was measured on two sets of rows."""
+    report_ledger.measure_again(home)
+    model, num_pictures, texts, answers = shown(notebook)
     assert num_pictures == PICTURES
     assert model == report_ledger.GATE.id
     questions = [text for text in texts if "<h2" in text]
     assert len(questions) == QUESTIONS
     (empty,) = (text for text in questions if "Nothing is recorded" in text)
     assert "What went wrong lately?" in empty  # nothing did
+    (turns,) = (one for one in answers if "turn" in one)
+    assert turns["turn"] == [1, 2, 3] * 2
+    (losses,) = (one for one in answers if "p_holm" in one)
+    assert sorted(losses["task"]) == sorted(report_ledger.NAMES)
+    (models,) = (one for one in answers if "made_at" in one)
+    assert sorted(models["tasks"]) == [4, 5]
 
 
 def test_without_a_model_it_says_how_to_make_one(tmp_path: Path) -> None:
     home = tmp_path / "empty"
     Ledger(home).ingest()
     write_notebook(tmp_path / "notebook.py", home)
-    model, num_pictures, texts = shown(tmp_path / "notebook.py")
+    model, num_pictures, texts, _ = shown(tmp_path / "notebook.py")
     assert (model, num_pictures) == (None, 0)
     assert any("No model was measured yet" in text for text in texts)
 

@@ -1,0 +1,4 @@
+-- The best adapter of a composite is one of the adapters, not the oracle: all boards are ranked again.
+
+INSERT INTO unsettled
+SELECT DISTINCT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores;

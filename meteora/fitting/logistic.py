@@ -132,10 +132,11 @@ class Whitening:
         self.directions = rows / spread.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         self.apart = ((1 - shrinkage) * spread + ridge).rsqrt() - self.rest
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """X S^-½ of rows x [N, IN], in their place: a copy may be a gigabyte."""
+    def __call__(self, x: Tensor, *, in_place: bool = False) -> Tensor:
+        """X S^-½ of rows x [N, IN]; in their place where a copy would be a gigabyte."""
         along = (x @ self.directions.T) * self.apart
-        return x.addmm_(along, self.directions, beta=self.rest)
+        out = x if in_place else None
+        return torch.addmm(x, along, self.directions, beta=self.rest, out=out)
 
 
 def refine(
@@ -191,7 +192,7 @@ def search(
     shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
     start = tokens.x @ weight.T + bias
-    u = whiten(tokens.x.sub_(centre))
+    u = whiten(tokens.x.sub_(centre), in_place=True)
     own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
     change = weight.new_zeros(len(bias), u.shape[1] + 1)
     inside, offset = change[:, :-1], change[:, -1]
@@ -207,5 +208,5 @@ def search(
     torch.optim.LBFGS(
         [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     ).step(loss)
-    added = whiten(inside.clone())
+    added = whiten(inside)
     return weight + added, bias + (offset - added @ centre)

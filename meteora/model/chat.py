@@ -182,17 +182,15 @@ class Chat:
         ):
             before = self._take(ids, expert)
             listener = _Listener(self, passes, ends, stop, on_token)
-            # of None a model with a state, such as Mamba, gives no state back
-            cached = {"past_key_values": before.cache} if before else {}
             out = generate_ids(
                 self.model,
                 self.tokenizer,
                 batch_of(self.model, ids),
                 max_new_tokens,
+                past_key_values=before.cache if before else None,
                 stopping_criteria=StoppingCriteriaList([listener]),
                 return_dict_in_generate=True,
                 **sampling.to_generate(),
-                **cached,
             )
             read_last(self.model, out)
             listener.finish()

@@ -73,6 +73,8 @@ def generate_ids(
         max_new_tokens: answers are cut at this many tokens
         asked: further arguments of `generate`; without a mask, no token is padding
     """
+    if asked.get("past_key_values", ...) is None:  # of None Mamba gives no state back
+        del asked["past_key_values"]
     usual = {
         "attention_mask": torch.ones_like(input_ids),
         "do_sample": False,

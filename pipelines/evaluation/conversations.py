@@ -218,8 +218,8 @@ class Conversing:
             ids.to(input_device(self.model)),
             self.max_new_tokens,
             attention_mask=mask.to(input_device(self.model)),
+            past_key_values=past,
             return_dict_in_generate=True,
-            **({} if past is None else {"past_key_values": past}),
         )
         answers = [self._until_end(row, ends) for row in out.sequences[:, length:].tolist()]
         known = []

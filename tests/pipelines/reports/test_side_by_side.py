@@ -143,12 +143,18 @@ def found(pair: tuple[Ledger, Path, Path]) -> SideBySide:
     return compare_checkpoints(*pair)
 
 
-def test_where_lower_is_better_a_difference_counts_the_other_way(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+def two_routers(home: Path) -> tuple[Ledger, RouterSpec, RouterSpec]:
+    """A ledger with two routers over one adapter."""
+    ledger = Ledger(home)
     ledger.record_run(RunStarted(RUN, "both", "9" * 64, {}, "cpu"))
     for spec in (BASE, ONE):
         ledger.record_artifact(spec, weights_sha256="a" * 64, run_id=RUN)
     a, b = router_of(ledger, {"dates": ONE}), router_of(ledger, {"dates": ONE}, top_k=2)
+    return ledger, a, b
+
+
+def test_where_lower_is_better_a_difference_counts_the_other_way(tmp_path: Path) -> None:
+    ledger, a, b = two_routers(tmp_path)
     for router, values in ((a, (0.5, 0.75)), (b, (0.75, 0.5))):
         measure(ledger, router, "dates", [values[0]] * 9)
         measure(ledger, router, "errors", [values[1]] * 9, higher_is_better=False)
@@ -165,11 +171,7 @@ def test_where_lower_is_better_a_difference_counts_the_other_way(tmp_path: Path)
 
 def test_a_test_asks_how_often_random_signs_would_differ_as_much(tmp_path: Path) -> None:
     """Of rows that are right or wrong, and of those that may be partly right."""
-    ledger = Ledger(tmp_path)
-    ledger.record_run(RunStarted(RUN, "both", "9" * 64, {}, "cpu"))
-    for spec in (BASE, ONE):
-        ledger.record_artifact(spec, weights_sha256="a" * 64, run_id=RUN)
-    a, b = router_of(ledger, {"dates": ONE}), router_of(ledger, {"dates": ONE}, top_k=2)
+    ledger, a, b = two_routers(tmp_path)
     apart = {"mcnemar": [1.0, 1.0, 1.0, 1.0, -1.0, 0.0], "sign-flip": [0.25, 0.5, 0.75, -0.125]}
     for test, values in apart.items():
         measure(ledger, a, test, [0.0 if value >= 0 else -value for value in values])

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from meteora.artifacts import MeteoraError, RouterOptions
-from meteora.checkpoint.manifest import MAX_MARGIN, MAX_TEMPERATURE, MIN_FACTOR
+from meteora.checkpoint.manifest import MAX_EXPERTS, MAX_MARGIN, MAX_TEMPERATURE, MIN_FACTOR
 from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, Section, known_metrics
@@ -117,7 +117,7 @@ class RouterSection(Section):
     """`gate` is fitted to examples and routes each token. Without examples `prompt` gives each
     prompt the expert whose updates stand out on it, `arrow` and `norm` route each token by the
     weights, and `uniform` is the mean."""
-    top_k: Annotated[int, Field(ge=1, le=512)] = 1
+    top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
     """Number of experts for each token."""
     temperature: Temperature = 1.0
     """Temperature of the softmax over the chosen experts' logits."""
@@ -222,7 +222,7 @@ class Recipe(Section):
     expert_cache_bytes: Annotated[int, Field(ge=0)] | None = None
     """Leave the experts in their file, and keep at most this many bytes of them on the device, the
     last used ones. Default: all are on the device."""
-    experts: Annotated[tuple[ExpertSection, ...], Field(max_length=512)] = ()
+    experts: Annotated[tuple[ExpertSection, ...], Field(max_length=MAX_EXPERTS)] = ()
     """The experts, in the order of the stack."""
     discover: DiscoverSection | None = None
     """Adapters to find on the Hub, in addition to `experts`."""
@@ -433,6 +433,9 @@ def explain(error: ValidationError) -> str:
             given = f" (given: {fault['input']!r:.60})"
             if fault["type"] in {"missing", "value_error"}:
                 given = ""
+            elif fault["type"] == "too_long":
+                length, most = (fault["ctx"][key] for key in ("actual_length", "max_length"))
+                said, given = f"has {length:,} items; at most {most:,}", ""
             elif fault["type"] in NUMBERS and _is_number(fault["input"]):
                 given = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
             parts.append(f"{place}: {said}{given}")

@@ -1,13 +1,13 @@
-"""Fourteen adapters among hundreds of others: what many experts cost, and whether they hide a few.
+"""A few adapters among hundreds of others: what many experts cost, and whether they hide the few.
 
     python -m tests.benchmarks.hundreds TRAINED OUT --experts 256
     meteora run OUT/recipe.yaml
 
-TRAINED is what `tests.benchmarks.bigbench` left. Its fourteen adapters keep their examples and are
-asked their tests; nobody asks the others. Each of these is one of the fourteen with the channels of
-its matrices in another order, so shapes, norms and spectra are those of real ones. Their rows are
-tasks of reasoning-gym that no adapter has, several of them close to one that one has, and then the
-functions of one Python module each, asked in one of six ways.
+TRAINED is what `tests.benchmarks.bigbench` left, or the folder of the shipped quickstart. Its
+adapters keep their examples and are asked their tests; nobody asks the others. Each of these is one
+of TRAINED's with the channels of its matrices in another order, so shapes, norms and spectra are
+those of real ones. Their rows are tasks of reasoning-gym that no adapter has, several of them close
+to one that one has, and then the functions of one Python module each, asked in one of six ways.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from tests.benchmarks.bigbench import write_rows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NUM_ROWS = 12
-"""Examples of an expert that is made here; the fourteen have 64."""
 LONGEST = {"prompt": 400, "response": 120}
 """Characters of a row."""
 ROUTER = {"share": "layer"}
@@ -58,19 +56,19 @@ ASKED = (
 """How the functions of a module are asked: prompt and response."""
 
 
-def rows_of_tasks() -> Iterator[tuple[str, list[dict[str, str]]]]:
+def rows_of_tasks(num_rows: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """The tasks of reasoning-gym with short questions and answers."""
     for task in sorted(set(DATASETS) - {"composite"}):  # which is made of the others
         try:
-            found = read_rows(f"reasoning_gym:{task}?seed=0", Path(), 2 * NUM_ROWS)
+            found = read_rows(f"reasoning_gym:{task}?seed=0", Path(), 2 * num_rows)
         except ExamplesError:  # its answers are no text
             continue
-        rows = fitting((row.prompt, row.response) for row in found)
-        if len(rows) == NUM_ROWS:
+        rows = fitting((row.prompt, row.response) for row in found)[:num_rows]
+        if len(rows) == num_rows:
             yield task, rows
 
 
-def rows_of_modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
+def rows_of_modules(num_rows: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """The functions of each Python module that is installed here, in an order of no meaning."""
     roots = {Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib")}
     files = {
@@ -89,8 +87,8 @@ def rows_of_modules() -> Iterator[tuple[str, list[dict[str, str]]]]:
         prompt, response = ASKED[number % len(ASKED)]
         rows = fitting(
             (prompt.format_map(found), response.format_map(found)) for found in functions(tree)
-        )
-        if len(rows) == NUM_ROWS:
+        )[:num_rows]
+        if len(rows) == num_rows:
             yield f"{name.stem.strip('_')}-{digest[:6]}", rows
 
 
@@ -109,13 +107,13 @@ def functions(tree: ast.AST) -> Iterator[dict[str, str]]:
 
 
 def fitting(pairs: Iterator[tuple[str, str]]) -> list[dict[str, str]]:
-    """The first rows that are not too long, and ask what none before asks."""
+    """The rows that are not too long, and ask what none before asks."""
     by_prompt: dict[str, dict[str, str]] = {}
     for prompt, response in pairs:
         row = {"prompt": prompt, "response": response}
         if all(0 < len(row[part]) <= most for part, most in LONGEST.items()):
             by_prompt.setdefault(prompt, row)
-    return list(by_prompt.values())[:NUM_ROWS]
+    return list(by_prompt.values())
 
 
 def write_shuffled(real: Path, out: Path, seed: int) -> None:
@@ -136,6 +134,7 @@ def main() -> None:
     parser.add_argument("trained", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=12, help="examples of each of the others")
     asked = parser.parse_args()
     for folder in ("adapters", "tasks"):
         shutil.copytree(asked.trained / folder, asked.out / folder)
@@ -144,7 +143,8 @@ def main() -> None:
     made = [
         (task, rows)
         for task, rows in itertools.islice(
-            itertools.chain(rows_of_tasks(), rows_of_modules()), asked.experts - len(real)
+            itertools.chain(rows_of_tasks(asked.rows), rows_of_modules(asked.rows)),
+            asked.experts - len(real),
         )
     ]
     for number, (name, rows) in enumerate(made):
@@ -156,7 +156,7 @@ def main() -> None:
         body["experts"].append(
             {"name": name, "adapter": f"path:adapters/{name}", "examples": examples}
         )
-    random.Random(0).shuffle(body["experts"])  # the fourteen stand anywhere
+    random.Random(0).shuffle(body["experts"])  # TRAINED's stand anywhere
     body |= {"router": ROUTER, "gates": GATES, "benchmark": BENCHMARK}
     (asked.out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
 

@@ -178,7 +178,7 @@ def test_recipes_are_shown_and_explained() -> None:
     assert said.returncode == 1
     assert "did you mean 'quickstart'?" in said.stderr
     text = ask("recipe", "reference").stdout
-    assert "router.top_k: whole number; default 1; >= 1, <= 512\n    Number of" in text
+    assert "router.top_k: whole number; default 1; >= 1, <= 4,096\n    Number of" in text
     assert max(map(len, text.splitlines())) <= 80
     keys = json.loads(ask("recipe", "reference", "--json").stdout)
     assert len(keys) == text.count("\n\n") + 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.checkpoint.manifest import MAX_EXPERTS
 from pipelines.planning.plan import joint_settings
 from pipelines.recipe.gates import JointSection, numbers_of
 from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
@@ -51,6 +52,14 @@ def test_a_tag_is_a_name_that_git_takes(tag: str, sound: bool, tmp_path: Path) -
     else:
         with pytest.raises(RecipeError, match=r"publish.tag: .* is no name of a tag"):
             load(tmp_path, text)
+
+
+def test_a_recipe_may_have_as_many_experts_as_a_checkpoint(tmp_path: Path) -> None:
+    named = [EXPERT.replace("name: a", f"name: e{number}") for number in range(MAX_EXPERTS + 1)]
+    recipe = load(tmp_path, f"base: a/b\nexperts: [{', '.join(named[:-1])}]")
+    assert len(recipe.experts) == 4_096
+    with pytest.raises(RecipeError, match="experts: has 4,097 items; at most 4,096$"):
+        load(tmp_path, f"base: a/b\nexperts: [{', '.join(named)}]")
 
 
 @pytest.mark.parametrize("rate", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "0.001"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, NewType, Self, get_type_hints
@@ -99,11 +100,12 @@ class Spec(Noun):
     made_of: ClassVar[tuple[str, ...]] = ()
     """The fields that hold the ids of what it depends on."""
 
-    @property
+    @cached_property
     def id(self) -> ArtifactId:
         """The kind, and a hash of the version and of every field that is not at its default.
 
-        So a new field with a default changes no existing id.
+        So a new field with a default changes no existing id. It is computed once: an adapter's
+        spec has hundreds of modules, and its id is compared with that of every other adapter.
         """
         at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}  # ty: ignore[invalid-argument-type]
         asked = {name: value for name, value in self.to_dict().items() if name not in at_default}

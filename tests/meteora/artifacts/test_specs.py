@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -31,6 +31,7 @@ from meteora.artifacts import (
     Spec,
     SpeedSpec,
     canonical_json,
+    identity,
     short,
 )
 
@@ -62,6 +63,17 @@ GOLDEN: dict[Spec, str] = {
 def test_ids_are_stable_across_releases(spec: Spec) -> None:
     """A changed hash here orphans every artifact on disk: bump `version` where that is meant."""
     assert spec.id == GOLDEN[spec]
+
+
+def test_an_id_is_computed_once_for_a_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of 1,024 adapters compares the id of each with those of all others."""
+    spec = replace(ADAPTER)
+    before = spec.id
+    monkeypatch.delattr(identity, "canonical_sha256")
+    assert spec.id == before == ADAPTER.id
+    assert replace(spec) == spec
+    monkeypatch.undo()
+    assert replace(spec, dtype="F32").id != before  # a copy has its own
 
 
 def test_a_quantised_base_is_another_base_and_was_made_of_the_stored_one() -> None:

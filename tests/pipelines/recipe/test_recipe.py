@@ -58,7 +58,7 @@ def test_a_recipe_may_have_as_many_experts_as_a_checkpoint(tmp_path: Path) -> No
     named = [EXPERT.replace("name: a", f"name: e{number}") for number in range(MAX_EXPERTS + 1)]
     recipe = load(tmp_path, f"base: a/b\nexperts: [{', '.join(named[:-1])}]")
     assert len(recipe.experts) == 4_096
-    with pytest.raises(RecipeError, match="experts: has 4,097 items; at most 4,096$"):
+    with pytest.raises(RecipeError, match=r"experts: has 4,097 items; at most 4,096$"):
         load(tmp_path, f"base: a/b\nexperts: [{', '.join(named)}]")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 MAX_DIRECTIONS = 256
 """Directions of the covariance that are kept of a point at most. They can be larger than the
-experts: the quickstart's six experts have 10 MB, their statistics 52 MB."""
+experts: the quickstart's six experts have 10 MB, their statistics 28 MB."""
+PACKED = ("means", "rows")
+"""Parts of a point's statistics that are rounded to 8 bits in files."""
+GROUP = 32
+"""Inputs that have one scale in files. They differ in size by orders of magnitude, so one scale for
+all of them would round most to 0."""
 RIDGES = 10.0
 """A direction is kept if its variance is more than this many times what shrinkage adds to it: below
 that, it hardly changes the inverse."""
@@ -107,12 +113,30 @@ class PointStatistics:
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:
     """Write the statistics of each module that has a gate, by module path, as safetensors."""
-    tensors = {
-        f"{module}.gate.{name}": getattr(point, name).contiguous().cpu()
-        for module, point in statistics.items()
-        for name in vars(point)
-    }
+    tensors = {}
+    for module, point in statistics.items():
+        for name, tensor in vars(point).items():
+            key = f"{module}.gate.{name}"
+            if name in PACKED:
+                tensors[key], tensors[f"{key}_scales"] = _packed(tensor.cpu())
+            else:
+                tensors[key] = tensor.contiguous().cpu()
     save_file(tensors, path)
+
+
+def _packed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [N, IN] in 8 bits: int8 [N, IN], and bfloat16 scales [N, IN / GROUP]."""
+    num_inputs = matrix.shape[1]
+    groups = pad(matrix.float(), (0, -num_inputs % GROUP)).unflatten(1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 127).bfloat16()
+    least = torch.finfo(torch.bfloat16).tiny
+    levels = (groups / scales.float().clamp_min(least)[..., None]).round().clamp(-127, 127)
+    return levels.to(torch.int8).flatten(1)[:, :num_inputs].contiguous(), scales
+
+
+def _unpacked(levels: Tensor, scales: Tensor) -> Tensor:
+    """The matrix [N, IN] float32 of `_packed`."""
+    return levels * scales.float().repeat_interleave(GROUP, dim=1)[:, : levels.shape[1]]
 
 
 def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
@@ -121,23 +145,39 @@ def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str,
     Raises:
         CheckpointError: the file is damaged, or does not fit the gates.
     """
+    parts: dict[str, dict[str, Tensor]] = {}
     with open_sound(folder, STATISTICS, manifest) as file:
-        keys: list[str] = file.keys()
-        modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}
-        found = {
-            module: PointStatistics(
-                *(file.get_tensor(f"{module}.gate.{f.name}") for f in fields(PointStatistics))
-            )
-            for module in sorted(modules)
-        }
-    for module, point in found.items():
-        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
-        shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
-        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
-        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
-        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
+        for key in file.keys():  # noqa: SIM118  (it is no dict)
+            module, _, name = key.rpartition(".gate.")
+            parts.setdefault(module, {})[name] = file.get_tensor(key)
+    found = {}
+    for module in sorted(parts):
+        point = _point(parts[module], gates.own[module][0].shape) if module in gates.own else None
+        if point is None:
             raise CheckpointError(
                 f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
                 f" gate in {GATES}; {AGAIN}"
             )
+        found[module] = point
     return found
+
+
+def _point(parts: dict[str, Tensor], gate: tuple[int, ...]) -> PointStatistics | None:
+    """The statistics of one point, of any version; None where they do not fit its gate [E, IN]."""
+    for name in PACKED:
+        levels, scales = parts.get(name), parts.pop(f"{name}_scales", None)
+        if levels is None or levels.dtype != torch.int8:  # not rounded, before 0.2.0
+            continue
+        if scales is None or scales.shape != (len(levels), -(-gate[1] // GROUP)):
+            return None
+        parts[name] = _unpacked(levels, scales)
+    if parts.keys() != {f.name for f in fields(PointStatistics)}:
+        return None
+    if not all(part.is_floating_point() for part in parts.values()):
+        return None
+    point = PointStatistics(**parts | {"rows": parts["rows"].half()})
+    shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
+    if shapes != [gate, gate[1:], (3,)] or point.rows.shape[1:] != gate[1:]:
+        return None
+    unit, floor, shrinkage = point.scalars.tolist()
+    return point if unit > 0 and floor >= 0 and 0 < shrinkage <= 1 else None

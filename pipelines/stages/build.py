@@ -228,7 +228,8 @@ def _bytes_of_fit(plan: Plan) -> float:
     gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
     if plan.router.joint is not None:
         return gates * 4  # parameters with two moments, and the gates
-    return (gates + statistics) * 2  # each point when it is fitted, and all of them
+    # each point when it is fitted, with statistics that are not rounded yet, and all of them
+    return gates * 2 + statistics * 3
 
 
 def _fit_here(

@@ -7,6 +7,7 @@ const stop = form.querySelector("#stop"), said = form.querySelector("output");
 const boxes = [...form.querySelectorAll("[type=checkbox]")], select = form.querySelector("select");
 const legend = [...document.querySelectorAll(".legend li")];
 const state = JSON.parse(form.dataset.state);
+const KEY = JSON.stringify([state.model, state.experts]);
 let running = null, at = null;
 
 function element(name, text, parent, className = "") {
@@ -20,6 +21,27 @@ function element(name, text, parent, className = "") {
 const tip = element("div", "", document.body, "tip");
 tip.hidden = true;
 tip.setAttribute("role", "status");
+
+// ---- a tab that is loaded again, as phones do by themselves, still has its conversation
+
+function keep() {
+  try {
+    sessionStorage.setItem(KEY, JSON.stringify(state.turns));
+  } catch {} // the browser keeps nothing, or not so much: the conversation is on this page alone
+}
+
+function kept() {
+  try {
+    const found = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
+    for (const answer of found.flatMap((turn) => turn.answers).filter((answer) => answer.waits)) {
+      answer.waits = false;
+      answer.error = "stopped";
+    }
+    return found;
+  } catch {
+    return [];
+  }
+}
 
 // ---- the server
 
@@ -149,6 +171,7 @@ async function ask(question) {
     }
     answer.waits = false;
     drawNote(drawn[i], answer);
+    if (state.turns.includes(turn)) keep();
   }
   if (running === control) setRunning(null);
 }
@@ -188,6 +211,7 @@ form.querySelector("#reset").addEventListener("click", () => {
   running?.abort();
   setRunning(null);
   state.turns = [];
+  keep();
   turns.replaceChildren();
   hide();
   drawLegend();
@@ -272,5 +296,6 @@ for (const box of boxes) {
 }
 if (boxes.find((box) => box.id === "one").checked) select.value = state.expert;
 form.hidden = Boolean(state.saved);
+if (!state.saved) state.turns = kept();
 state.turns.forEach(drawTurn);
 drawLegend();

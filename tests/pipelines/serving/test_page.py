@@ -279,6 +279,22 @@ def test_a_long_name_of_an_expert_is_whole_among_the_layers_of_a_token(page: Pag
 
 
 @pytest.mark.browser
+def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> None:
+    page.ask("5 6")
+    before, legend = page.texts(), page.one(".legend").text
+    page.browser.refresh()
+    assert (page.texts(), page.one(".legend").text) == (before, legend)
+    asked = page.run("return messagesFor('', state.turns, 'and')")
+    assert [message["content"] for message in asked] == ["5 6", *before, "and"]
+    waiting = {"question": "7", "answers": [{"expert": "", "tokens": [], "waits": True}]}
+    page.run("state.turns.push(arguments[0]); keep()", waiting)
+    page.browser.refresh()
+    assert page.all(".note")[-1].text == "stopped"
+    page.one("#reset").click()
+    page.browser.refresh()
+    assert page.texts() == []
+
+
 def test_an_answer_without_text_says_so(page: Page, chat) -> None:
     silent = Answer("", (), truncated=False, num_new=1, num_prompt=1, num_cached=0)
     with patch.object(chat, "answer", return_value=silent):

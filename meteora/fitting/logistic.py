@@ -193,15 +193,16 @@ def search(
     centre = shares @ tokens.x
     start = tokens.x @ weight.T + bias
     u = whiten(tokens.x.sub_(centre), in_place=True)
-    own = torch.nn.functional.one_hot(tokens.labels, len(bias)).float()
+    own = tokens.labels[:, None]
     change = weight.new_zeros(len(bias), u.shape[1] + 1)
     inside, offset = change[:, :-1], change[:, -1]
 
     def loss() -> float:
         """The loss where `change` is, with its gradient left there."""
         logs = (start + torch.addmm(offset, u, inside.T)).log_softmax(-1)
-        value = PULL * inside.square().sum() - ((own * logs).sum(-1) * shares).sum()
-        missing = (logs.exp_() - own) * shares[:, None]
+        value = PULL * inside.square().sum() - (logs.gather(1, own)[:, 0] * shares).sum()
+        missing = logs.exp_()
+        missing.scatter_(1, own, missing.gather(1, own) - 1).mul_(shares[:, None])
         change.grad = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
         return value.item()
 

@@ -405,6 +405,26 @@ def test_layers_under_another_name_are_found_where_only_one_place_fits(tmp_path:
         fit_to_base(found, vision)
 
 
+def test_layers_of_single_experts_are_refused_by_what_the_base_has_instead(tmp_path: Path) -> None:
+    experts = pair("model.layers.0.mlp.experts.3.up_proj")
+    found = reader.read(write_adapter(tmp_path, pair(Q0) | experts, target_modules="all-linear"))
+    with pytest.raises(IncompatibleAdaptersError, match="has all experts of a layer in one tensor"):
+        fit_to_base(found, SHAPES)
+    with pytest.raises(IncompatibleAdaptersError, match="Check which base"):  # it has fewer of them
+        fit_to_base(found, SHAPES | {"model.layers.0.mlp.experts.0.up_proj": (8, 6)})
+
+
+def test_the_ranks_of_all_fused_experts_together_are_not_held_against_r(tmp_path: Path) -> None:
+    """PEFT writes r rows for each expert; `down_proj` under the name of the module around it."""
+    both = pair("model.layers.0.mlp.experts.base_layer", r=16) | pair(
+        "model.layers.0.mlp.experts", 16
+    )
+    folder = write_adapter(tmp_path, both, target_parameters=["mlp.experts.down_proj"])
+    found = codes(folder)
+    assert "target_parameters" in found
+    assert "rank_mismatch" not in found
+
+
 def test_layers_of_the_base_that_an_adapter_leaves_alone_are_counted(tmp_path: Path) -> None:
     found = reader.read(write_adapter(tmp_path, pair(Q0) | pair(V0)))
     (reason,) = fit_to_base(found, SHAPES).reasons

@@ -32,6 +32,7 @@ from tests.meteora.adapters.adapter_maker import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.meteora.adapters.adapter_maker import Tensors
@@ -318,6 +319,29 @@ def test_names_inside_keys_and_missing_prefixes_are_read(tmp_path: Path) -> None
     found = reader.read(write_adapter(tmp_path, tensors))
     assert [m.path for m in found.spec.modules] == [Q0, V0]
     assert [reason.code for reason in found.reasons] == ["bare_keys"]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module.{key}",
+        lambda key: f"base_model.model.{key}",
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+        lambda key: key.replace(".q_proj", "._checkpoint_wrapped_module.q_proj"),
+    ],
+    ids=["compile", "ddp", "peft_twice", "compiled_base", "fsdp", "checkpointing"],
+)
+def test_what_training_put_around_modules_is_no_part_of_their_paths(
+    wrap: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Patterns are about the paths in the model alone."""
+    tensors = {wrap(name): about for name, about in (pair(Q0) | pair(V0)).items()}
+    folder = write_adapter(tmp_path, tensors, alpha_pattern={f"^{Q0}": 2})
+    assert codes(folder).keys() == {"wrapped_keys"}
+    modules = reader.read(folder).spec.modules
+    assert [(m.path, m.lora_alpha) for m in modules] == [(Q0, 2), (V0, 8)]
 
 
 def test_a_torn_adapter_is_pointed_out(tmp_path: Path) -> None:

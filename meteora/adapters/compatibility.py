@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,10 @@ from meteora.untrusted.safetensors_header import ITEMSIZE
 
 if TYPE_CHECKING:
     from meteora.artifacts import AdapterSpec, Reason
+
+
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""As mixtures were made up to version 4 of transformers, of a linear layer for each expert."""
 
 
 class IncompatibleAdaptersError(AdapterError):
@@ -127,6 +132,12 @@ def _moved(
     if candidates:
         either = listed([stem for stem, _ in candidates])
         found.refuse("ambiguous", f"it fits several stacks of layers of the base: {either}")
+    elif SINGLE_EXPERT.search(missing) and not any(map(SINGLE_EXPERT.search, base)):
+        found.refuse(
+            "not_in_base",
+            f"{missing} is a layer of one expert of a mixture, and this base has all experts of a"
+            " layer in one tensor, which is not routed; only linear layers are",
+        )
     else:
         found.refuse(
             "not_in_base",

@@ -165,16 +165,17 @@ def _examine(
 def _read_tensors(
     file: BufferedReader, num_bytes: int, name: str, found: Findings
 ) -> dict[str, TensorInfo] | None:
-    head = file.read(64)
-    file.seek(0)
     if num_bytes == 0:
         found.refuse("empty", f"{name} is empty")
-    elif other := other_format(head):
-        found.refuse(other[0], f"{name} is {other[1]}")
-    else:
-        try:
-            return read_header(file, num_bytes)
-        except HeaderError as error:
+        return None
+    try:
+        return read_header(file, num_bytes)
+    except HeaderError as error:
+        # only then: the size of a sound header may be the first bytes of a pickle
+        file.seek(0)
+        if other := other_format(file.read(64)):
+            found.refuse(other[0], f"{name} is {other[1]}")
+        else:
             found.refuse("safetensors", f"{name} is not a sound safetensors file: {error}")
     return None
 

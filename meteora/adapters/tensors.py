@@ -25,6 +25,12 @@ DTYPES = ("F32", "F16", "BF16")
 MAX_DEPTH = 40
 """Dots in the key of a factor."""
 PREFIX = "base_model.model."
+WRAPPERS = re.compile(
+    r"^(?:_orig_mod\.|module\.|base_model\.model\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What PEFT puts before a module's path, and what `torch.compile`, DDP and FSDP put around modules.
+PEFT comes twice where an adapter was trained on a model that had one already."""
 PEFT_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
 LAYERED = re.compile(r"(?P<stem>.+?)\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 MLX_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[ab])")
@@ -121,7 +127,7 @@ def sort_tensors(
     names: set[str] = set()
     rest: list[str] = []
     for key in tensors:
-        bare = key.removeprefix(PREFIX)
+        bare = WRAPPERS.sub("", key)
         pattern = MLX_KEY if claim.format == "mlx" else PEFT_KEY
         match = pattern.fullmatch(bare)
         if (
@@ -147,9 +153,22 @@ def sort_tensors(
     modules = _pairs(factors, claim.format == "mlx", found)
     if not factors:
         found.refuse("no_lora", f"none of its {len(tensors)} tensors is a lora_A or lora_B")
-    elif claim.format == "peft" and not any(key.startswith(PREFIX) for key in tensors):
-        found.warn("bare_keys", f"its keys lack the prefix {PREFIX}; they are read as they are")
+    elif claim.format == "peft":
+        _check_prefix(tensors, found)
     return modules, stripped
+
+
+def _check_prefix(keys: Collection[str], found: Findings) -> None:
+    """Warn of keys by which PEFT would find no module."""
+    if not any(PREFIX in key for key in keys):
+        found.warn("bare_keys", f"its keys lack the prefix {PREFIX}; they are read as they are")
+    wrapped = [key for key in keys if WRAPPERS.sub("", key) != key.removeprefix(PREFIX)]
+    if wrapped:
+        found.warn(
+            "wrapped_keys",
+            f"{listed(wrapped)}: its keys name what training put around the modules, and are read"
+            " without it; PEFT would read none of them",
+        )
 
 
 def refuse_variants(keys: Collection[str], found: Findings) -> None:
@@ -180,7 +199,7 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
     strippable: list[str] = []
     for key in sorted(keys):
         variant = next(((code, why) for mark, code, why in VARIANT_KEYS if mark in key), None)
-        parts = key.removeprefix(PREFIX).split(".")
+        parts = WRAPPERS.sub("", key).split(".")
         if variant is not None:
             kinds.setdefault(variant, []).append(key)
         elif not WHOLE_MODULES.isdisjoint(parts) or _is_saved_module(parts, claim):

@@ -403,8 +403,11 @@ def _norm(weight: torch.Tensor) -> float:
 def sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Return (IN, OUT) of a linear layer, GPT-2's Conv1D included; None for other modules.
 
-    The layers of quantising libraries are no `nn.Linear`, but have its two sizes.
+    The layers of quantising libraries are no `nn.Linear`, but have its two sizes. The router of a
+    mixture may be one and return its choices, too: nothing can be added to that.
     """
+    if type(module).__name__.endswith("Router"):
+        return None
     if isinstance(module, Conv1D):
         num_in, num_out = module.weight.shape
         return num_in, num_out

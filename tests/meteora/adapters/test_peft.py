@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|ffn).*?(?:q_proj|up_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|ffn)\.(?:(?:q_proj|up_proj)))"
+)
+"""As Unsloth writes `target_modules`."""
 TARGETS = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -101,6 +106,7 @@ def test_every_module_is_what_peft_says(
         {"r": 4, "target_modules": [*LLAMA, "lm_head"]},
         {"r": 4, "target_modules": LLAMA, "exclude_modules": ["layers.0.self_attn.q_proj"]},
         {"r": 4, "target_modules": "all-linear", "exclude_modules": r".*\.[1-9]\.mlp.*"},
+        {"r": 4, "target_modules": UNSLOTH},
     ],
     ids=[
         "defaults",
@@ -113,6 +119,7 @@ def test_every_module_is_what_peft_says(
         "head",
         "excluded",
         "excluded_regex",
+        "unsloth",
     ],
 )
 def test_every_way_to_target_is_what_peft_says(

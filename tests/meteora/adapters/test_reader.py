@@ -32,6 +32,7 @@ from tests.meteora.adapters.adapter_maker import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.meteora.adapters.adapter_maker import Tensors
@@ -97,7 +98,7 @@ def test_ranks_are_the_tensors_own(tmp_path: Path) -> None:
     assert [(m.path, m.r, m.scaling) for m in found.spec.modules] == [(Q0, 2, 4.0), (V0, 4, 2.0)]
 
 
-@pytest.mark.parametrize("pattern", [r"(?=q)q_proj", r"(a)\1", "(((", r"\bq_proj"])
+@pytest.mark.parametrize("pattern", [r"(?=q)q_proj", r"(a)\1", "(((", r"\Bq_proj"])
 def test_a_pattern_that_cannot_be_matched_is_fatal_only_where_it_counts(
     pattern: str, tmp_path: Path
 ) -> None:
@@ -320,6 +321,29 @@ def test_names_inside_keys_and_missing_prefixes_are_read(tmp_path: Path) -> None
     assert [reason.code for reason in found.reasons] == ["bare_keys"]
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module.{key}",
+        lambda key: f"base_model.model.{key}",
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+        lambda key: key.replace(".q_proj", "._checkpoint_wrapped_module.q_proj"),
+    ],
+    ids=["compile", "ddp", "peft_twice", "compiled_base", "fsdp", "checkpointing"],
+)
+def test_what_training_put_around_modules_is_no_part_of_their_paths(
+    wrap: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Patterns are about the paths in the model alone."""
+    tensors = {wrap(name): about for name, about in (pair(Q0) | pair(V0)).items()}
+    folder = write_adapter(tmp_path, tensors, alpha_pattern={f"^{Q0}": 2})
+    assert codes(folder).keys() == {"wrapped_keys"}
+    modules = reader.read(folder).spec.modules
+    assert [(m.path, m.lora_alpha) for m in modules] == [(Q0, 2), (V0, 8)]
+
+
 def test_a_torn_adapter_is_pointed_out(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, pair(Q0) | pair(Q1) | pair(V0))
     assert codes(folder)["uneven_layers"].startswith("self_attn.v_proj is in 1 of 2 layers")
@@ -403,6 +427,26 @@ def test_layers_under_another_name_are_found_where_only_one_place_fits(tmp_path:
         fit_to_base(found, inside | twice)
     with pytest.raises(IncompatibleAdaptersError, match=r"its layers lie under model\.visual"):
         fit_to_base(found, vision)
+
+
+def test_layers_of_single_experts_are_refused_by_what_the_base_has_instead(tmp_path: Path) -> None:
+    experts = pair("model.layers.0.mlp.experts.3.up_proj")
+    found = reader.read(write_adapter(tmp_path, pair(Q0) | experts, target_modules="all-linear"))
+    with pytest.raises(IncompatibleAdaptersError, match="has all experts of a layer in one tensor"):
+        fit_to_base(found, SHAPES)
+    with pytest.raises(IncompatibleAdaptersError, match="Check which base"):  # it has fewer of them
+        fit_to_base(found, SHAPES | {"model.layers.0.mlp.experts.0.up_proj": (8, 6)})
+
+
+def test_the_ranks_of_all_fused_experts_together_are_not_held_against_r(tmp_path: Path) -> None:
+    """PEFT writes r rows for each expert; `down_proj` under the name of the module around it."""
+    both = pair("model.layers.0.mlp.experts.base_layer", r=16) | pair(
+        "model.layers.0.mlp.experts", 16
+    )
+    folder = write_adapter(tmp_path, both, target_parameters=["mlp.experts.down_proj"])
+    found = codes(folder)
+    assert "target_parameters" in found
+    assert "rank_mismatch" not in found
 
 
 def test_layers_of_the_base_that_an_adapter_leaves_alone_are_counted(tmp_path: Path) -> None:

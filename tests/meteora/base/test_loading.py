@@ -7,9 +7,13 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from meteora.base.loading import fingerprint_of, load_folder
+from meteora.base.loading import fingerprint_of, load_folder, sizes_of
 from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
@@ -79,3 +83,11 @@ def test_a_config_without_a_name_of_its_architecture_has_that_of_its_kind(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": named}))
     assert fingerprint_of(base).architecture == "LlamaConfig"
+
+
+def test_a_router_that_returns_its_choices_too_is_no_linear_layer() -> None:
+    config = Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=2)
+    router = Llama4Router(config)
+    assert isinstance(router, nn.Linear)
+    assert isinstance(router(torch.ones(1, 8)), tuple)
+    assert sizes_of(router) is None

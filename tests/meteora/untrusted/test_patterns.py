@@ -32,6 +32,7 @@ pieces = st.sampled_from(
         r"\d{1,2}",
         "^",
         "$",
+        r"\b",
         "|",
     ]
 )

@@ -5,7 +5,9 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,28 @@ if TYPE_CHECKING:
 
 BITS = {"8bit": 8.0, "4bit": 4.5}
 """Bits of one weight in a quantised layer; in 4 bits, 64 weights share a scale."""
+
+_PARSING = threading.Lock()
+
+
+@contextmanager
+def _parsed_once() -> Generator[None]:
+    """Let transformers parse a GGUF file once, for tokenizer, config and weights.
+
+    It parses it for each of them, two seconds a time where the vocabulary is small, and makes the
+    table of the weights' names anew for every module of the model. One thread at a time.
+    """
+    import gguf  # noqa: PLC0415  (only such files need it)
+
+    with _PARSING:
+        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        vars(gguf).update(
+            GGUFReader=functools.cache(reader), get_tensor_name_map=functools.cache(names)
+        )
+        try:
+            yield
+        finally:
+            vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
 
 
 @contextmanager
@@ -133,7 +157,7 @@ def load_gguf(
         SourceError: It is damaged, or lacks weights.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    with _quiet():
+    with _quiet(), _parsed_once():
         tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
         model = _load_model(
             file.parent, {"gguf_file": file.name, "dtype": torch.float32, **(options or {})}

@@ -6,6 +6,7 @@ A tokenizer of a stranger can end the process that reads it: what parses it pani
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from meteora.base.match import UnreadableBaseError, compare_bases
 from pipelines.admission.base_identity import BaseVerdict
@@ -15,17 +16,20 @@ MOST_MEMORY = 8 << 30
 """Bytes: a small file can describe a large vocabulary."""
 
 
-def main() -> None:
-    run = parent()
-    limit_memory(MOST_MEMORY)
-    _, (named, theirs, ours) = run.receive()
+def compare(named: str, theirs: str, ours: str) -> dict[str, Any]:
+    """The verdict on a base, from the folders with its profile and with ours."""
     try:
         found = compare_bases(named, Path(theirs), Path(ours))
     except UnreadableBaseError as error:
-        verdict = BaseVerdict(str(error))
-    else:
-        verdict = BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))
-    run.send("answer", verdict.to_dict())
+        return BaseVerdict(str(error)).to_dict()
+    return BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings)).to_dict()
+
+
+def main() -> None:
+    run = parent()
+    limit_memory(MOST_MEMORY)
+    _, request = run.receive()
+    run.send("answer", compare(*request))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 QUESTIONS, COMPOSITES, SEED = 3, 48, 0
-"""Of the composites in which switches are measured: questions in each, number, and seed."""
+"""Of the composites in which switches are measured: questions in each, number at most, and seed."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,18 @@ def composites_of(tests: Mapping[str, Sequence[Row]]) -> list[Composite]:
     There are none if fewer than two experts have rows that fit into composites.
     """
     rows = {name: fit for name, own in tests.items() if (fit := [row for row in own if fits(row)])}
-    return compose(rows, min(QUESTIONS, len(rows)), COMPOSITES, SEED) if len(rows) > 1 else []
+    if len(rows) < 2:
+        return []
+    count = num_composites(sum(map(len, rows.values())))
+    return compose(rows, min(QUESTIONS, len(rows)), count, SEED)
+
+
+def num_composites(num_rows: int) -> int:
+    """The number of composites that are made of so many rows: of few, as many as there are rows.
+
+    More would only ask the same rows again.
+    """
+    return min(COMPOSITES, num_rows)
 
 
 def measure_switches(

@@ -34,7 +34,7 @@ from pipelines.evaluation.measurements import (
     SINGLE,
     SWAP,
 )
-from pipelines.evaluation.routing_stats import COMPOSITES, QUESTIONS
+from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import (
@@ -401,9 +401,10 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
     watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
     parts["measuring routing"] = pace.reading(watched, routed=True)
     if len(owned) > 1:  # each prompt by itself, with questions of several tasks and their answers
-        mean = watched / max(1, sum(rows.count for rows in owned))
-        tokens = COMPOSITES * min(QUESTIONS, len(owned)) * mean
-        calls = COMPOSITES * pace.calls(routed=True)
+        num_rows = sum(rows.count for rows in owned)
+        number = num_composites(num_rows)
+        tokens = number * min(QUESTIONS, len(owned)) * watched / max(1, num_rows)
+        calls = number * pace.calls(routed=True)
         parts["measuring switches"] = (
             pace.reading(tokens, routed=True) + calls * machine.call_seconds
         )

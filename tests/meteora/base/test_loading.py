@@ -6,14 +6,15 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Llama4TextConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from meteora.base.loading import fingerprint_of, load_folder, sizes_of
+from meteora.base.loading import fingerprint_of, load_folder, load_gguf, sizes_of
 from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
@@ -91,3 +92,50 @@ def test_a_router_that_returns_its_choices_too_is_no_linear_layer() -> None:
     assert isinstance(router, nn.Linear)
     assert isinstance(router(torch.ones(1, 8)), tuple)
     assert sizes_of(router) is None
+
+
+def write_gguf(base: Path, out: Path) -> None:
+    """A tiny Llama with its weights as they are; its heads are not turned as llama.cpp's are."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config, writer = model.config, gguf.GGUFWriter(out, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tokens = json.loads((base / TOKENIZER).read_text())["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*list(tokens)[:-1], "ab"])
+    writer.add_token_merges(["a b"])  # an array cannot be empty
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for path, tensor in model.state_dict().items():
+        name = names.get_name(path, try_suffixes=(".weight",))
+        writer.add_tensor(str(name), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_parsed_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(base, tmp_path / "tiny.gguf")
+    parsed: list[str] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    model, tokenizer = load_gguf(tmp_path / "tiny.gguf")
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counted  # whoever comes next gets its own
+    assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
+    down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"), down)

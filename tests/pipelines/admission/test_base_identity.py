@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from prefect import flow
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
+from pipelines.admission import base_identity, base_worker
 from pipelines.flows import flow as flows
 from pipelines.hub.errors import HubError
 from tests.pipelines.admission.test_discover import adapter_repo
@@ -42,6 +43,29 @@ def server(
             world.adapters["q_and_v"], base_model_name_or_path="org/base"
         )
         yield server
+
+
+class CompareHere:
+    """In place of the worker's process, in which to load the model libraries takes seconds."""
+
+    def __init__(self, module: str, *, quiet: bool) -> None:
+        assert (module, quiet) == (base_identity.WORKER, True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def ask(self, request: list[str], *, deadline_seconds: float) -> dict[str, Any]:
+        assert deadline_seconds > 0
+        named, theirs, ours = json.loads(json.dumps(request))
+        return json.loads(json.dumps(base_worker.compare(named, theirs, ours)))
+
+
+@pytest.fixture
+def compared_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_identity, "ChildProcess", CompareHere)
 
 
 @pytest.fixture
@@ -85,6 +109,7 @@ def test_a_mirror_is_known_by_what_it_is_and_looked_at_once(
     assert asked_for(server, "org/base") == came
 
 
+@pytest.mark.usefixtures("compared_here")
 def test_a_card_names_the_base_where_the_config_does_not(
     opened: Callable[..., RunContext], server: HubServer, world: World
 ) -> None:
@@ -95,6 +120,7 @@ def test_a_card_names_the_base_where_the_config_does_not(
     assert {"base_local_path", "base_alias"} <= codes(opened()).keys()
 
 
+@pytest.mark.usefixtures("compared_here")
 def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
     opened: Callable[..., RunContext], server: HubServer, build_base: Callable[[str], Path]
 ) -> None:
@@ -104,6 +130,7 @@ def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
             codes(opened())
 
 
+@pytest.mark.usefixtures("compared_here")
 def test_a_base_that_cannot_be_reached_is_a_warning_or_a_refusal(
     opened: Callable[..., RunContext], server: HubServer
 ) -> None:
@@ -131,6 +158,7 @@ def test_a_tokenizer_that_ends_the_process_that_reads_it_ends_no_run(
     assert "to compare them failed: its process" in codes(opened())["base_unreachable"]
 
 
+@pytest.mark.usefixtures("compared_here")
 def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
     opened: Callable[..., RunContext],
     server: HubServer,

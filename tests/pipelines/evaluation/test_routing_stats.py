@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -85,11 +86,11 @@ def test_a_forced_expert_follows_at_once_where_its_own_text_begins_and_never_els
     done: list[int] = []
     with force_expert(model, "attention"):
         found = routing_stats.measure_switches(model, tokenizer, composites, advance=done.append)
-    assert sum(done) == routing_stats.COMPOSITES
+    assert sum(done) == len(composites)
     delays = {(one.expert, one.delay_tokens) for one in found}
     assert delays == {("attention", 0), ("q_and_v", None)}
     # two questions a prompt, each asked and answered once
-    assert sum(one.count for one in found) == 4 * routing_stats.COMPOSITES
+    assert sum(one.count for one in found) == 4 * len(composites)
     assert {one.in_answer for one in found} == {False, True}
 
 
@@ -102,6 +103,16 @@ def test_tokens_for_which_the_base_has_no_room_do_not_count(
     assert {sums.num_tokens for sums in found.values()} == {expected}
     composites = routing_stats.composites_of({"attention": ROWS, "q_and_v": ROWS})
     assert routing_stats.measure_switches(model, tokenizer, composites) == ()
+
+
+@pytest.mark.parametrize(("rows", "number"), [(1, 2), (6, 12), (24, 48), (60, 48)])
+def test_of_few_rows_as_many_composites_are_made(rows: int, number: int) -> None:
+    tests = {name: [Row(f"{name} {i}", "words") for i in range(rows)] for name in ("a", "b")}
+    composites = routing_stats.composites_of(tests)
+    assert len(composites) == number
+    asked = Counter(question.row for one in composites for question in one.questions)
+    assert len(asked) == min(2 * rows, 2 * number)
+    assert max(asked.values()) <= 2
 
 
 def test_one_task_alone_has_no_switches() -> None:

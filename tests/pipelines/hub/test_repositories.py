@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from huggingface_hub import file_download
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
@@ -90,6 +91,14 @@ def server() -> Generator[HubServer]:
 def asked(server: HubServer, hub_here: None) -> Hub:  # noqa: ARG001
     """A Hub that is asked from this process."""
     return Hub(server.endpoint, timeout_seconds=20)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What huggingface_hub would wait before it takes up a download, in seconds: not here."""
+    waited: list[float] = []
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=waited.append))
+    return waited
 
 
 @pytest.fixture
@@ -385,15 +394,17 @@ LARGE = random.Random(0).randbytes(12 << 20)
 
 
 def test_a_connection_that_breaks_once_is_taken_up_again(
-    server: HubServer, asked: Hub, tmp_path: Path
+    server: HubServer, asked: Hub, tmp_path: Path, pauses: list[float]
 ) -> None:
     server.repos["someone/adapter"].files["adapter_model.safetensors"] = LARGE
     server.faults["get"] = Fault(drop_after=11 << 20, times=1, path=".safetensors")
     folder = download(REF, tmp_path, hub=asked)
     assert (folder / "adapter_model.safetensors").read_bytes() == LARGE
     assert server.num_bytes < 2 * len(LARGE) - (9 << 20)  # what had come was not sent again
+    assert len(pauses) == 1
 
 
+@pytest.mark.usefixtures("pauses")
 def test_a_file_that_changes_before_it_is_taken_up_again_is_refused(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
@@ -407,12 +418,13 @@ def test_a_file_that_changes_before_it_is_taken_up_again_is_refused(
 
 
 def test_a_connection_that_always_breaks_is_given_up_for_now(
-    server: HubServer, asked: Hub, tmp_path: Path
+    server: HubServer, asked: Hub, tmp_path: Path, pauses: list[float]
 ) -> None:
     server.faults["get"] = Fault(drop_after=1_000, path=".safetensors")
     with pytest.raises(HubConnectionError) as error:
         download(REF, tmp_path, hub=asked)
     assert error.value.retry
+    assert len(pauses) > 1
     assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
 
 
@@ -587,15 +599,15 @@ def test_nobody_waits_longer_than_the_limit(
     server.faults[kind] = replace(fault)
     begin = time.monotonic()
     with pytest.raises(HubTimeoutError) as error:
-        download(REF, tmp_path, hub=replace(asked_apart, timeout_seconds=2))
+        download(REF, tmp_path, hub=replace(asked_apart, timeout_seconds=1))
     assert time.monotonic() - begin < 60  # of a server that never answers
     assert error.value.retry
 
 
 def test_a_name_that_the_hub_never_answers_is_given_up(server: HubServer, asked_apart: Hub) -> None:
     server.faults["refs"] = Fault(hang=True)
-    with pytest.raises(HubTimeoutError, match="did not finish within 2 s"):
-        repositories.resolve("someone/adapter", hub=replace(asked_apart, timeout_seconds=2))
+    with pytest.raises(HubTimeoutError, match="did not finish within 1 s"):
+        repositories.resolve("someone/adapter", hub=replace(asked_apart, timeout_seconds=1))
 
 
 @pytest.mark.parametrize("revision", ["", f"@{COMMIT}"])

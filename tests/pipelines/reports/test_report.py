@@ -41,6 +41,12 @@ def results(ledger: Ledger) -> dict[str, queries.QueryResult]:
     return queries.run_queries(ledger, GATE.id)
 
 
+@pytest.fixture
+def copied(ledger: Ledger, tmp_path: Path) -> Path:
+    """The same home, for more records."""
+    return shutil.copytree(ledger.home, tmp_path / "home")
+
+
 @pytest.fixture(scope="module")
 def page(results: dict[str, queries.QueryResult]) -> str:
     return report.report_page(results)
@@ -86,17 +92,17 @@ def test_a_router_that_sends_every_token_elsewhere_has_a_report(
     assert ">0.0 %</a>" in report.report_page(found)
 
 
-def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
+def test_what_was_measured_twice_is_reported_once(
+    copied: Path, results: dict[str, queries.QueryResult]
+) -> None:
     """Of several askings the last one: neither sums nor a second line for each system."""
-    report_ledger.fill(tmp_path)
-    once = queries.run_queries(Ledger(tmp_path), GATE.id)
-    report_ledger.measure_again(tmp_path)
-    twice = queries.run_queries(Ledger(tmp_path), GATE.id)
+    report_ledger.measure_again(copied)
+    twice = queries.run_queries(Ledger(copied), GATE.id)
     assert {n: len(one.rows) for n, one in twice.items()} == {
-        n: len(one.rows) for n, one in once.items()
+        n: len(one.rows) for n, one in results.items()
     }
     for name in ("matrix", "composites", "conversations", "parts", "details", "switches"):
-        assert twice[name].rows == once[name].rows, name
+        assert twice[name].rows == results[name].rows, name
     (dates,) = [
         row["value"]
         for row in twice["scores"].rows
@@ -108,25 +114,26 @@ def test_what_was_measured_twice_is_reported_once(tmp_path: Path) -> None:
     assert oracle.mean == pytest.approx((0.8 - 0.95 - 0.95 + 0.4 - 0.95) / 3)
 
 
-def test_means_are_over_tasks_that_the_same_systems_were_asked(tmp_path: Path) -> None:
+def test_means_are_over_tasks_that_the_same_systems_were_asked(
+    copied: Path, results: dict[str, queries.QueryResult]
+) -> None:
     """A task that as many others were asked is no part of them."""
-    report_ledger.fill(tmp_path)
-    once = queries.run_queries(Ledger(tmp_path), GATE.id)["means"].rows
-    report_ledger.ask_others(tmp_path)
-    assert queries.run_queries(Ledger(tmp_path), GATE.id)["means"].rows == once
+    report_ledger.ask_others(copied)
+    more = queries.run_queries(Ledger(copied), GATE.id)
+    assert more["means"].rows == results["means"].rows
 
 
-def test_a_task_that_is_tested_alone_stays_corrected_for_the_others(tmp_path: Path) -> None:
-    report_ledger.fill(tmp_path)
-    once = queries.run_queries(Ledger(tmp_path), GATE.id)["differences"].rows
-    report_ledger.compare_alone(tmp_path)
-    assert queries.run_queries(Ledger(tmp_path), GATE.id)["differences"].rows == once
+def test_a_task_that_is_tested_alone_stays_corrected_for_the_others(
+    copied: Path, results: dict[str, queries.QueryResult]
+) -> None:
+    report_ledger.compare_alone(copied)
+    more = queries.run_queries(Ledger(copied), GATE.id)
+    assert more["differences"].rows == results["differences"].rows
 
 
-def test_an_expert_without_rows_has_its_share_over_all_modules(tmp_path: Path) -> None:
+def test_an_expert_without_rows_has_its_share_over_all_modules(copied: Path) -> None:
     """The second expert has tokens in one of two layers; the third has none, but is a choice."""
-    report_ledger.fill(tmp_path)
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(copied)
     counts = (0, "dates", 100), (1, "dates", 50), (1, "sums", 50)
     ledger.record_routing(
         [

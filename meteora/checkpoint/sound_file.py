@@ -1,8 +1,7 @@
 """Open a file of tensors that may come from a stranger, only if it is sound.
 
-Before a tensor is loaded, its header is within bounds, every tensor is of a type that its file may
-have, its bytes have the SHA-256 that the manifest names, if it names one, and no number is NaN or
-infinite.
+Before a tensor is loaded, its header is within bounds, every tensor is of a float type, its bytes
+have the SHA-256 that the manifest names, if it names one, and no number is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -15,25 +14,22 @@ from safetensors import SafetensorError, safe_open
 
 from meteora.adapters import finite
 from meteora.artifacts import file_sha256
-from meteora.checkpoint.manifest import MANIFEST, STATISTICS, CheckpointError, Manifest
+from meteora.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from meteora.untrusted.findings import listed, shortened
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
 
 AGAIN = "download or build the checkpoint again"
-INTEGERS = {STATISTICS: ("I8",)}
-"""Types other than floats that a file may have."""
 
 
 @contextmanager
 def open_sound(
-    folder: Path, name: str, manifest: Manifest, *, floats: Collection[str] = finite.FLOATS
+    folder: Path, name: str, manifest: Manifest, *, dtypes: Collection[str] = finite.FLOATS
 ) -> Generator[safe_open]:
     """Check a file of a checkpoint from its first byte to its last, and open it.
 
     Args:
         name: of the file
-        floats: types that its tensors may have, as safetensors names them; those of `INTEGERS`
-            may be there, too
+        dtypes: that its tensors may have, as safetensors names them
 
     Raises:
         CheckpointError: it is missing or damaged, or is not the file that the manifest describes.
@@ -50,7 +46,6 @@ def open_sound(
             f"{path}: it is damaged, or belongs to another {MANIFEST}: its SHA-256 is not the one"
             f" that is named there; {AGAIN}"
         )
-    dtypes = (*floats, *INTEGERS.get(name, ()))
     if foreign := sorted({info.dtype for info in tensors.values()}.difference(dtypes)):
         raise CheckpointError(
             f"{path}: it has tensors of {listed(foreign)}, where {', '.join(dtypes)} are possible;"
@@ -79,8 +74,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 def _refuse_not_finite(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     try:
         with path.open("rb") as file:
-            floats = {key: one for key, one in tensors.items() if one.dtype in finite.FLOATS}
-            bad = [key for key, info in floats.items() if not finite.scan(file, info).finite]
+            bad = [key for key, info in tensors.items() if not finite.scan(file, info).finite]
     except EOFError as error:
         raise CheckpointError(f"{path}: {error}; {AGAIN}") from None
     if bad:

@@ -167,7 +167,7 @@ def open_experts(folder: Path, manifest: Manifest) -> Generator[ExpertsFile]:
     Raises:
         CheckpointError: the file is damaged, or holds what the manifest does not name.
     """
-    with open_sound(folder, EXPERTS, manifest, floats=DTYPES) as file:
+    with open_sound(folder, EXPERTS, manifest, dtypes=DTYPES) as file:
         named = {f"{module}.lora_{factor}" for module in manifest.modules for factor in "AB"}
         _refuse_others(folder / EXPERTS, file, named)
         yield ExpertsFile(file, folder, manifest)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
@@ -21,13 +20,12 @@ if TYPE_CHECKING:
     from meteora.checkpoint.tensors import Gates
 
 MAX_DIRECTIONS = 256
-"""Directions of the covariance that are kept of a point at most. They can be larger than the
-experts: the quickstart's six experts have 10 MB, their statistics 28 MB."""
-PACKED = ("means", "rows")
-"""Parts of a point's statistics that are rounded to 8 bits in files."""
-GROUP = 32
-"""Inputs that have one scale in files. They differ in size by orders of magnitude, so one scale for
-all of them would round most to 0."""
+"""Directions of the covariance that a fit has of a point at most."""
+MAX_WRITTEN = 128
+"""Those of them that are written at most. They can be larger than the experts: the quickstart's six
+experts have 10 MB, their statistics 27 MB. With 256 the experts that are added route as well. In 8
+bits they do not: the widest direction is some fifty times as wide as the last, and its rounding
+adds to that of all others."""
 RIDGES = 10.0
 """A direction is kept if its variance is more than this many times what shrinkage adds to it: below
 that, it hardly changes the inverse."""
@@ -54,10 +52,30 @@ class PointStatistics:
     @classmethod
     def _kept(cls, means: Tensor, shift: Tensor, covariance: Covariance, shrinkage: float) -> Self:
         least = RIDGES * shrinkage * float(covariance.level)
-        rows, floor = covariance.widest(MAX_DIRECTIONS, least)
+        return cls._of_rows(
+            means.float(), shift.float(), *covariance.widest(MAX_DIRECTIONS, least), shrinkage
+        )
+
+    @classmethod
+    def _of_rows(
+        cls, means: Tensor, shift: Tensor, rows: Tensor, floor: float, shrinkage: float
+    ) -> Self:
         unit = float(rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         scalars = torch.tensor([unit, floor, shrinkage], dtype=torch.float64)
-        return cls(means.float(), shift.float(), (rows / unit).half(), scalars)
+        return cls(means, shift, (rows / unit).half(), scalars)
+
+    def narrowed(self, num_rows: int) -> Self:
+        """The same statistics with fewer directions: the widest, and the others as one variance."""
+        if len(self.rows) <= num_rows:
+            return self
+        unit, floor, shrinkage = self.scalars.tolist()
+        rows = self.rows.double() * unit
+        beyond = rows.square().sum(-1)  # variance of each direction, less the floor
+        more = beyond[num_rows:].sum().item() / (rows.shape[1] - num_rows)
+        least = torch.finfo(torch.float32).tiny
+        lessened = (1 - more / beyond[:num_rows].clamp_min(least)).clamp_min(0).sqrt()
+        rows = rows[:num_rows] * lessened[:, None]
+        return self._of_rows(self.means, self.shift, rows, floor + more, shrinkage)
 
     @property
     def shrinkage(self) -> float:
@@ -113,30 +131,12 @@ class PointStatistics:
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:
     """Write the statistics of each module that has a gate, by module path, as safetensors."""
-    tensors = {}
-    for module, point in statistics.items():
-        for name, tensor in vars(point).items():
-            key = f"{module}.gate.{name}"
-            if name in PACKED:
-                tensors[key], tensors[f"{key}_scales"] = _packed(tensor.cpu())
-            else:
-                tensors[key] = tensor.contiguous().cpu()
+    tensors = {
+        f"{module}.gate.{name}": tensor.contiguous().cpu()
+        for module, point in statistics.items()
+        for name, tensor in vars(point.narrowed(MAX_WRITTEN)).items()
+    }
     save_file(tensors, path)
-
-
-def _packed(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [N, IN] in 8 bits: int8 [N, IN], and bfloat16 scales [N, IN / GROUP]."""
-    num_inputs = matrix.shape[1]
-    groups = pad(matrix.float(), (0, -num_inputs % GROUP)).unflatten(1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / 127).bfloat16()
-    least = torch.finfo(torch.bfloat16).tiny
-    levels = (groups / scales.float().clamp_min(least)[..., None]).round().clamp(-127, 127)
-    return levels.to(torch.int8).flatten(1)[:, :num_inputs].contiguous(), scales
-
-
-def _unpacked(levels: Tensor, scales: Tensor) -> Tensor:
-    """The matrix [N, IN] float32 of `_packed`."""
-    return levels * scales.float().repeat_interleave(GROUP, dim=1)[:, : levels.shape[1]]
 
 
 def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
@@ -145,39 +145,23 @@ def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str,
     Raises:
         CheckpointError: the file is damaged, or does not fit the gates.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
     with open_sound(folder, STATISTICS, manifest) as file:
-        for key in file.keys():  # noqa: SIM118  (it is no dict)
-            module, _, name = key.rpartition(".gate.")
-            parts.setdefault(module, {})[name] = file.get_tensor(key)
-    found = {}
-    for module in sorted(parts):
-        point = _point(parts[module], gates.own[module][0].shape) if module in gates.own else None
-        if point is None:
+        keys: list[str] = file.keys()
+        modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}
+        found = {
+            module: PointStatistics(
+                *(file.get_tensor(f"{module}.gate.{f.name}") for f in fields(PointStatistics))
+            )
+            for module in sorted(modules)
+        }
+    for module, point in found.items():
+        gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
+        shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
+        fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
+        unit, floor, shrinkage = point.scalars.tolist() if fit else (0.0, 0.0, 0.0)
+        if not (unit > 0 and floor >= 0 and 0 < shrinkage <= 1):
             raise CheckpointError(
                 f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
                 f" gate in {GATES}; {AGAIN}"
             )
-        found[module] = point
     return found
-
-
-def _point(parts: dict[str, Tensor], gate: tuple[int, ...]) -> PointStatistics | None:
-    """The statistics of one point, of any version; None where they do not fit its gate [E, IN]."""
-    for name in PACKED:
-        levels, scales = parts.get(name), parts.pop(f"{name}_scales", None)
-        if levels is None or levels.dtype != torch.int8:  # not rounded, before 0.2.0
-            continue
-        if scales is None or scales.shape != (len(levels), -(-gate[1] // GROUP)):
-            return None
-        parts[name] = _unpacked(levels, scales)
-    if parts.keys() != {f.name for f in fields(PointStatistics)}:
-        return None
-    if not all(part.is_floating_point() for part in parts.values()):
-        return None
-    point = PointStatistics(**parts | {"rows": parts["rows"].half()})
-    shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
-    if shapes != [gate, gate[1:], (3,)] or point.rows.shape[1:] != gate[1:]:
-        return None
-    unit, floor, shrinkage = point.scalars.tolist()
-    return point if unit > 0 and floor >= 0 and 0 < shrinkage <= 1 else None

@@ -19,7 +19,7 @@ from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
 from meteora.fitting.sequences import MAX_ROWS, TOKENS_PER_BATCH
-from meteora.fitting.statistics import GROUP, MAX_DIRECTIONS
+from meteora.fitting.statistics import MAX_WRITTEN
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.model.opening_offsets import EXAMPLES
 from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
@@ -306,9 +306,8 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, 
     Args:
         inputs: the width of the input of each routed module, by its path
     """
-    packed = 1 + 2 / GROUP  # bytes of a number: one, and its share of a scale of two
-    kept = (n * (packed * (min(n, MAX_DIRECTIONS) + num_experts) + 4) for n in _widths(inputs))
-    return 4.0 * num_experts * sum(inputs.values()), sum(kept)
+    kept = (2 * min(n, MAX_WRITTEN) * n + 4 * (num_experts + 1) * n for n in _widths(inputs))
+    return 4.0 * num_experts * sum(inputs.values()), float(sum(kept))
 
 
 @dataclass(frozen=True)

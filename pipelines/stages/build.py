@@ -228,7 +228,7 @@ def _bytes_of_fit(plan: Plan) -> float:
     gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
     if plan.router.joint is not None:
         return gates * 4  # parameters with two moments, and the gates
-    # each point when it is fitted, with statistics that are not rounded yet, and all of them
+    # each point when it is fitted, with twice the directions, and all of them
     return gates * 2 + statistics * 3
 
 

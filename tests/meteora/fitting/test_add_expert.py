@@ -7,16 +7,15 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
-from meteora.checkpoint.manifest import STATISTICS, CheckpointError
+from meteora.checkpoint.manifest import STATISTICS
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting import sequences as dealing
 from meteora.fitting.add_expert import _with_one_more, drop, grow
 from meteora.fitting.calibrate import calibrate
-from meteora.fitting.covariance import Scatter
+from meteora.fitting.covariance import Rows, Scatter
 from meteora.fitting.lda import gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError, by_kind
 from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
@@ -99,54 +98,38 @@ def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatc
     )
 
 
-def test_statistics_come_back_but_for_a_rounding_of_eight_bits(world, tmp_path):
-    x, labels = drawn()
-    x[:, 3] *= 1e4  # an input much larger than the others, which have scales of their own
-    x = torch.cat([x, x.flip(0)], dim=1)  # 48 inputs: the second group is not whole
-    written = PointStatistics.of(scatter_of(x, labels), 0.03)
-    path, gates = tmp_path / STATISTICS, Gates({"a.b": (written.means, torch.zeros(4))})
-    write_statistics(path, {"a.b": written})
-    (read,) = read_statistics(tmp_path, world.manifest, gates).values()
-    assert torch.equal(read.shift, written.shift)
-    assert torch.equal(read.scalars, written.scalars)
-    for name in ("means", "rows"):
-        groups = getattr(written, name).float().split(32, dim=1)
-        for group, back in zip(groups, getattr(read, name).float().split(32, dim=1), strict=True):
-            step = group.abs().amax(1, keepdim=True) / 127
-            assert ((group - back).abs() <= 0.51 * step + 1e-7).all()
-    once = path.read_bytes()
-    write_statistics(path, {"a.b": read})
-    assert path.read_bytes() == once
+def test_narrowed_statistics_have_the_widest_directions_and_the_whole_variance():
+    statistics = PointStatistics.of(scatter_of(*drawn()), 1e-8)
+    few = statistics.narrowed(6)
+    assert (len(statistics.rows), len(few.rows)) == (24, 6)
+    assert statistics.narrowed(24) is statistics
+    whole, narrow = (
+        Rows(one.rows.float() * one.scalars[0], one.scalars[1].item()) for one in (statistics, few)
+    )
+    assert narrow.level.item() == pytest.approx(whole.level.item(), rel=1e-3)
+    spread = torch.linalg.eigvalsh(whole.times(torch.eye(24).double()))
+    kept = torch.linalg.eigvalsh(narrow.times(torch.eye(24).double()))
+    torch.testing.assert_close(kept[-6:], spread[-6:], rtol=2e-3, atol=0)
+    torch.testing.assert_close(kept[:18], spread[:18].mean().expand(18), rtol=2e-3, atol=0)
 
 
-def test_statistics_of_earlier_versions_are_read_as_they_are(world, tmp_path):
-    before = PointStatistics.of(scatter_of(*drawn()), 0.03)
-    save_file({f"a.b.gate.{k}": v for k, v in vars(before).items()}, tmp_path / STATISTICS)
-    gates = Gates({"a.b": (before.means, torch.zeros(4))})
-    (read,) = read_statistics(tmp_path, world.manifest, gates).values()
-    for field in dataclasses.fields(read):
-        assert torch.equal(getattr(read, field.name), getattr(before, field.name))
-
-
-CHANGES = {
-    "no scales": lambda parts: parts.pop("rows_scales"),
-    "scales of other inputs": lambda parts: parts.update(rows_scales=parts["rows_scales"][:, :0]),
-    "a shift in 8 bits": lambda parts: parts.update(shift=parts["shift"].to(torch.int8)),
-    "no means": lambda parts: parts.pop("means"),
-    "more": lambda parts: parts.update(more=parts["shift"].clone()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_statistics_that_do_not_fit_are_refused(change, world, tmp_path):
-    point = PointStatistics.of(scatter_of(*drawn()), 0.03)
+def test_statistics_are_written_with_fewer_directions(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("meteora.fitting.statistics.MAX_WRITTEN", 6)
+    point = PointStatistics.of(scatter_of(*drawn()), 1e-8)
     write_statistics(tmp_path / STATISTICS, {"a.b": point})
-    parts = {k.removeprefix("a.b.gate."): v for k, v in load_file(tmp_path / STATISTICS).items()}
-    change(parts)
-    save_file({f"a.b.gate.{k}": v for k, v in parts.items()}, tmp_path / STATISTICS)
     gates = Gates({"a.b": (point.means, torch.zeros(4))})
-    with pytest.raises(CheckpointError, match=r"a\.b has statistics that do not fit its gate"):
-        read_statistics(tmp_path, world.manifest, gates)
+    (read,) = read_statistics(tmp_path, world.manifest, gates).values()
+    assert torch.equal(read.rows, point.narrowed(6).rows)
+
+
+def test_statistics_come_back_equal(world, tmp_path):
+    written = {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.03)}
+    write_statistics(tmp_path / STATISTICS, written)
+    gates = Gates({"a.b": (written["a.b"].means, torch.zeros(4))})
+    (read,) = read_statistics(tmp_path, world.manifest, gates).values()
+    assert read.shrinkage == 0.03
+    for field in dataclasses.fields(read):
+        assert torch.equal(getattr(read, field.name), getattr(written["a.b"], field.name))
 
 
 def test_a_new_row_leaves_the_others_what_all_experts_have_in_common():

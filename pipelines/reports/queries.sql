@@ -179,16 +179,16 @@ FROM routing_details SEMI JOIN latest_routing USING (router_id, record_sha256)
 WHERE router_id = $router GROUP BY layer ORDER BY layer;
 
 -- switches: Tokens until routing switches, where another task's text begins
-SELECT delay_tokens,
-       coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
-       coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer,
-       sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER sofar
-           / sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER () AS question_share,
-       sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER sofar
-           / sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER () AS answer_share
-FROM routing_switches SEMI JOIN latest_routing USING (router_id, record_sha256)
-WHERE router_id = $router
-GROUP BY delay_tokens WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
+SELECT *, sum(in_question) OVER sofar / nullif(sum(in_question) OVER (), 0) AS question_share,
+       sum(in_answer) OVER sofar / nullif(sum(in_answer) OVER (), 0) AS answer_share
+FROM (
+    SELECT delay_tokens,
+           coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
+           coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer
+    FROM routing_switches SEMI JOIN latest_routing USING (router_id, record_sha256)
+    WHERE router_id = $router GROUP BY delay_tokens
+)
+WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
 ORDER BY delay_tokens NULLS LAST;
 
 -- abstention: Whether the base has the prompts that are no expert's

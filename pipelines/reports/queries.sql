@@ -42,7 +42,7 @@ SELECT task, system, metric, value, low, high, num_samples, num_empty, num_trunc
 FROM latest_standings WHERE router_id = $router AND system <> 'alone'
 ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) NULLS FIRST,
          TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
-         task, list_position(['fused', 'oracle', 'base'], system), system;
+         task, list_position(['fused', 'oracle', 'base'], system), system, metric;
 
 -- means: Means over the tasks on which every system was measured
 WITH by_task AS (
@@ -61,7 +61,8 @@ WITH by_task AS (
 SELECT system, avg(value) AS mean, count(*) AS num_tasks, min(num_rows) AS fewest_rows,
        max(num_rows) AS most_rows
 FROM by_task JOIN asked USING (task) JOIN together USING (systems)
-GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
+GROUP BY system
+ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC, system;
 
 -- differences: The fused model against each other system, on the same rows
 WITH families AS (

@@ -73,7 +73,7 @@ SELECT other, comparisons.task, comparisons.metric, difference, comparisons.low,
 FROM comparisons
 JOIN families USING (comparison_id)
 JOIN latest_standings ON router_id = subject_id AND latest_standings.score_id = comparisons.score_id
-WHERE subject_id = $router AND latest_standings.system = 'fused'
+WHERE subject_id = $router
 QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
     PARTITION BY other, comparisons.task
     ORDER BY num_tests DESC, comparisons.recorded_at DESC, comparison_id

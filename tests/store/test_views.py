@@ -320,9 +320,7 @@ def test_of_two_oracles_of_one_moment_the_same_counts_in_any_order() -> None:
     """Such as records of two homes, or of a clock that stands still."""
     kinds = {"router:0": "gate", "router:1": "oracle", "router:2": "oracle"}
     routers = [{"id": one, "fused_id": "fused:0", "router": kind} for one, kind in kinds.items()]
-    scores = [
-        {"id": one, "subject_id": one, "value": number} for number, one in enumerate(kinds)
-    ]
+    scores = [{"id": one, "subject_id": one, "value": number} for number, one in enumerate(kinds)]
     found = []
     for rows in (scores, scores[::-1]):
         with memory() as connection:

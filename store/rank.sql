@@ -40,7 +40,8 @@ WITH alone AS (
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN routers ON routers.id = scores.subject_id AND routers.router = 'oracle'
     QUALIFY row_number() OVER (
-        PARTITION BY fused_id, board, base_id, scores.seed ORDER BY recorded_at DESC
+        PARTITION BY fused_id, board, base_id, scores.seed
+        ORDER BY recorded_at DESC, scores.id
     ) = 1
 )
 SELECT fused_id, board, base_id, seed, arg_max(name, own_merit) AS name,

@@ -42,7 +42,7 @@ SELECT task, system, metric, value, low, high, num_samples, num_empty, num_trunc
 FROM latest_standings WHERE router_id = $router AND system <> 'alone'
 ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) NULLS FIRST,
          TRY_CAST(split_part(task, '-', 2) AS INTEGER) NULLS FIRST,
-         task, list_position(['fused', 'oracle', 'base'], system), system;
+         task, list_position(['fused', 'oracle', 'base'], system), system, metric;
 
 -- means: Means over the tasks on which every system was measured
 WITH by_task AS (
@@ -61,7 +61,8 @@ WITH by_task AS (
 SELECT system, avg(value) AS mean, count(*) AS num_tasks, min(num_rows) AS fewest_rows,
        max(num_rows) AS most_rows
 FROM by_task JOIN asked USING (task) JOIN together USING (systems)
-GROUP BY system ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC;
+GROUP BY system
+ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC, system;
 
 -- differences: The fused model against each other system, on the same rows
 WITH families AS (
@@ -72,7 +73,7 @@ SELECT other, comparisons.task, comparisons.metric, difference, comparisons.low,
 FROM comparisons
 JOIN families USING (comparison_id)
 JOIN latest_standings ON router_id = subject_id AND latest_standings.score_id = comparisons.score_id
-WHERE subject_id = $router AND latest_standings.system = 'fused'
+WHERE subject_id = $router
 QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
     PARTITION BY other, comparisons.task
     ORDER BY num_tests DESC, comparisons.recorded_at DESC, comparison_id
@@ -179,16 +180,16 @@ FROM routing_details SEMI JOIN latest_routing USING (router_id, record_sha256)
 WHERE router_id = $router GROUP BY layer ORDER BY layer;
 
 -- switches: Tokens until routing switches, where another task's text begins
-SELECT delay_tokens,
-       coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
-       coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer,
-       sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER sofar
-           / sum(coalesce(sum(num_switches) FILTER (NOT in_answer), 0)) OVER () AS question_share,
-       sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER sofar
-           / sum(coalesce(sum(num_switches) FILTER (in_answer), 0)) OVER () AS answer_share
-FROM routing_switches SEMI JOIN latest_routing USING (router_id, record_sha256)
-WHERE router_id = $router
-GROUP BY delay_tokens WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
+SELECT *, sum(in_question) OVER sofar / nullif(sum(in_question) OVER (), 0) AS question_share,
+       sum(in_answer) OVER sofar / nullif(sum(in_answer) OVER (), 0) AS answer_share
+FROM (
+    SELECT delay_tokens,
+           coalesce(sum(num_switches) FILTER (NOT in_answer), 0) AS in_question,
+           coalesce(sum(num_switches) FILTER (in_answer), 0) AS in_answer
+    FROM routing_switches SEMI JOIN latest_routing USING (router_id, record_sha256)
+    WHERE router_id = $router GROUP BY delay_tokens
+)
+WINDOW sofar AS (ORDER BY delay_tokens NULLS LAST)
 ORDER BY delay_tokens NULLS LAST;
 
 -- abstention: Whether the base has the prompts that are no expert's

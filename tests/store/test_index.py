@@ -526,7 +526,7 @@ def test_a_record_that_is_not_understood_does_not_stop_the_others(shelf: Shelf) 
     shelf.make(shelf.base)
     strange = [
         Record("dream", "x", {}, "r1", "2026-01-01T00:00:00.000000Z"),
-        Record("failure", "x", {}, "r1", "2026-01-01T00:00:00.000000Z", version=2),
+        replace(LAST, version=2),
         Record("failure", "x", {}, "r1", "2026-01-01T00:00:00.000000Z"),
         Record("score", "x", {"value": "1e999", "spec": []}, "r1", "2026-01-01T00:00:00.000000Z"),
         Record("routing", "x", {"counts": 7}, "r1", "2026-01-01T00:00:00.000000Z"),

@@ -316,6 +316,23 @@ def test_a_change_is_from_the_last_score_of_the_same_recipe_s_routers_of_that_ki
     assert fallen
 
 
+def test_of_two_oracles_of_one_moment_the_same_counts_in_any_order() -> None:
+    """Such as records of two homes, or of a clock that stands still."""
+    kinds = {"router:0": "gate", "router:1": "oracle", "router:2": "oracle"}
+    routers = [{"id": one, "fused_id": "fused:0", "router": kind} for one, kind in kinds.items()]
+    scores = [{"id": one, "subject_id": one, "value": number} for number, one in enumerate(kinds)]
+    found = []
+    for rows in (scores, scores[::-1]):
+        with memory() as connection:
+            migrated(connection)
+            insert(connection, "routers", routers)
+            insert(connection, "scores", rows)
+            insert(connection, "unsettled", [{"template": "auto"}])
+            rank(connection)
+            found += connection.execute("SELECT oracle_value FROM leaderboard").fetchall()
+    assert found == [(1.0,), (1.0,)]
+
+
 @pytest.fixture
 def empty() -> Generator[duckdb.DuckDBPyConnection]:
     with memory() as connection:

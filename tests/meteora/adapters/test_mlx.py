@@ -135,6 +135,22 @@ def test_exported_it_is_an_adapter_with_which_peft_says_the_same(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_its_facts_are_what_its_config_claims(tmp_path: Path) -> None:
+    """MLX-LM trains language models alone, and does not say so."""
+    parameters, config, scale = LAYOUTS["with_keys"]
+    written(tmp_path / "mlx", parameters, config, torch.float32)
+    claimed = {
+        "format": "mlx",
+        "base_model": "org/base",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "scale": scale,
+        "target_modules": tuple(sorted(parameters["keys"])),
+    }
+    found = reader.check(tmp_path / "mlx").facts
+    assert {name: found.get(name) for name in claimed} == claimed
+
+
 def test_an_alpha_that_some_versions_multiplied_by_is_not_guessed(tmp_path: Path) -> None:
     """What both 0.14.1 and 0.14.2 write by default; the first scaled by 20, the second by 10."""
     parameters = {"rank": 8, "alpha": 16, "dropout": 0.0, "scale": 10.0}

@@ -254,6 +254,16 @@ def test_the_rest_of_the_manifest(folder: Path, change: Callable[[dict[str, Any]
     refused(folder)
 
 
+def test_a_manifest_that_names_no_expert_in_any_of_its_places(folder: Path) -> None:
+    def change(body: dict[str, Any]) -> None:
+        body["experts"] = []
+        for module in body["modules"].values():
+            module.update(ranks=[], scaling=[])
+
+    edit_manifest(folder, change)
+    refused(folder, "or it has none")
+
+
 @pytest.mark.parametrize(
     "text",
     [

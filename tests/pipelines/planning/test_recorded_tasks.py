@@ -46,6 +46,26 @@ def test_a_quick_try_elsewhere_does_not_decide_what_a_model_is_asked(tmp_path: P
         assert (len(found.rows), found.max_new_tokens) == (num_rows, length)
 
 
+def test_answers_that_are_not_here_are_passed_over(tmp_path: Path) -> None:
+    """As where the last ones were asked in another home, and records alone came over."""
+    ledger, rows = Ledger(tmp_path / "home"), [Row(f"{n} + 2", str(n + 2)) for n in range(4)]
+    for spec in (BASE, FUSED, MODEL):
+        ledger.record_artifact(spec, weights_sha256="", run_id="r")
+    for num_rows in (3, 4):
+        before = {*ledger.blobs}
+        record(ledger, tmp_path, MODEL, rows[:num_rows], 8)
+    ledger.ingest()
+    found = []
+    for _ in range(2):
+        found += [
+            len(one.rows)
+            for one in recorded_tasks(ledger, BASE.id, {"sums": MODEL.id}, MODEL.id).values()
+        ]
+        for sha256 in {*ledger.blobs} - before:
+            ledger.blobs.place_of(sha256).unlink()
+    assert found == [4, 3]
+
+
 def test_a_task_of_lm_eval_s_with_an_expert_s_name_is_not_the_expert_s(tmp_path: Path) -> None:
     ledger, row = Ledger(tmp_path / "home"), Row("2 + 2", "4")
     for spec in (BASE, FUSED, MODEL):

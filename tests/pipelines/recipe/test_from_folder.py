@@ -88,6 +88,7 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     out = tmp_path / "recipe.yaml"
     said = ask("import", folder, "-o", out, "--examples", tasks)
     assert said.returncode == 1
+    assert "left out: " not in said.stderr
     train = "_at tention.train.jsonl" if flat else "_at tention/train.jsonl"
     test = train.replace("train", "test")
     assert f"{tasks / test}, line 1 with the prompt '_at tention 4'" in said.stderr

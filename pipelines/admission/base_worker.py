@@ -1,6 +1,6 @@
 """The process that compares a stranger's base with ours.
 
-A tokenizer of a stranger can end the process that reads it: what parses it panics, or aborts.
+It is a process of its own because a stranger's tokenizer file can crash the parser.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def main() -> None:
     limit_memory(MOST_MEMORY)
     _, (named, theirs, ours) = run.receive()
     try:
-        found = compare_bases(named, Path(theirs), Path(ours))
+        findings = compare_bases(named, Path(theirs), Path(ours))
     except UnreadableBaseError as error:
         verdict = BaseVerdict(str(error))
     else:
-        verdict = BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings))
+        verdict = BaseVerdict(refusals=tuple(findings.refusals), warnings=tuple(findings.warnings))
     run.send("answer", verdict.to_dict())
 
 

@@ -226,7 +226,7 @@ def method_lines(summary: Summary) -> list[str]:
     for system in {score.spec.system_prompt for score in scores} - {None}:
         asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
     specs = [row["fused"].spec for row in summary.scores.values()]
-    given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # once for all metrics
+    given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # metrics share it
     apart = " and ".join(f"{task} ({shots(n)})" for task, n in given.items())
     prompts = f"zero-shot but for {apart}" if apart else "zero-shot"
     how = ", ".join(["greedy", prompts, *sorted(asked), first.harness])

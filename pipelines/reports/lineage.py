@@ -100,7 +100,7 @@ def lineage_graph(results: Mapping[str, QueryResult]) -> Markup:
             _draw_box(axes, box, number, small=number < len(items))
         ends = [steps[1] if i >= len(items) - len(before) else steps[0] for i in range(len(items))]
         for number, (item, end) in enumerate(zip(items, ends, strict=True)):
-            # a router before this one leads past the stack, to the lower side
+            # the line of an earlier router passes the stack, to the lower side
             side = "bottom" if end is steps[1] and not tall else "left"
             _draw_edge(axes, item.at("right"), end.at(side), number, upward=side == "bottom")
         for number, (one, other) in enumerate(pairwise(steps), len(items)):
